@@ -1,0 +1,162 @@
+"""The local experts' grouped matrix products: every row through the expert that its router chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lockstep.errors import ConfigurationError
+
+# The dtypes that `torch.nn.functional.grouped_mm` takes on a CPU and on a GPU alike (torch 2.13: float64 is refused).
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LocalExperts:
+    """This rank's experts as one function of rows: gate and up product, activation, down product. No weights of pairs.
+
+    Works on any module that follows the experts interface of Transformers (`use_experts_implementation`), by its
+    attributes: `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`es where `has_bias`, `_apply_gate` or `act_fn`,
+    `is_transposed`, `post_expert_norm` where `has_post_expert_norm`. Parameters are read at every call, so that a model
+    may be moved or cast after this object was made.
+
+    Args:
+        module: such a module; its parameters hold this rank's experts only, `[num_local_experts, ...]`.
+
+    Raises:
+        ConfigurationError: if the module has no such parameters; the message names the class and what is missing.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+        missing = [name for name in (up_name, "down_proj") if getattr(module, name, None) is None]
+        if missing:
+            raise ConfigurationError(f"experts of class {type(module).__name__} have no parameter {missing[0]!r}")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu,
+    ) -> LocalExperts:
+        """Make gated experts of plain tensors: `down(activation(gate(x)) * up(x))`.
+
+        Args:
+            gate_up_proj: gate rows first, then up rows, `[num_local_experts, 2 * intermediate, hidden]`.
+            down_proj: `[num_local_experts, hidden, intermediate]`.
+            activation: applied to the gate's half.
+
+        Returns:
+            The experts, sharing the tensors' memory.
+        """
+
+        def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return activation(gate) * up
+
+        return cls(SimpleNamespace(gate_up_proj=gate_up_proj, down_proj=down_proj, _apply_gate=apply_gate))
+
+    @property
+    def num_local_experts(self) -> int:
+        """How many experts the parameters hold."""
+        return int(self.module.down_proj.shape[0])
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        gather_index: torch.Tensor,
+        tokens_per_expert: torch.Tensor | Sequence[int],
+    ) -> torch.Tensor:
+        """Run each (row, expert) pair through its expert.
+
+        A pair's result depends on its own row only, up to the rounding of the accumulation dtype.
+
+        Args:
+            hidden_states: rows that this rank received, `[num_rows, hidden]`.
+            gather_index: the row of each pair, pairs sorted by local expert, `[num_pairs]`, integers.
+            tokens_per_expert: pairs of each local expert, `[num_local_experts]`, sums to `num_pairs`. A list, or a
+                tensor, which is then not read back to the host where `grouped_mm` serves.
+
+        Returns:
+            Each pair's expert output, not yet weighted, `[num_pairs, hidden]`, in the dtype of `hidden_states`.
+
+        Raises:
+            ConfigurationError: if `tokens_per_expert` has not one entry per local expert.
+        """
+        module = self.module
+        if len(tokens_per_expert) != self.num_local_experts:
+            raise ConfigurationError(
+                f"tokens_per_expert must have one entry per local expert ({self.num_local_experts}), "
+                f"got {len(tokens_per_expert)}"
+            )
+        num_pairs = gather_index.shape[0]
+        if num_pairs == 0:
+            return hidden_states.new_zeros((0, hidden_states.shape[1]))
+        has_gate, has_bias = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
+        is_transposed = getattr(module, "is_transposed", False)
+        up_proj = module.gate_up_proj if has_gate else module.up_proj
+        groups = _Groups(tokens_per_expert, num_pairs, hidden_states.device)
+
+        rows = hidden_states.index_select(0, gather_index).to(up_proj.dtype)
+        rows = _grouped_linear(rows, up_proj, groups, is_transposed)
+        if has_bias:
+            rows = rows + groups.spread(module.gate_up_proj_bias if has_gate else module.up_proj_bias)
+        rows = module._apply_gate(rows) if has_gate else module.act_fn(rows)
+        rows = _grouped_linear(rows, module.down_proj, groups, is_transposed)
+        if has_bias:
+            rows = rows + groups.spread(module.down_proj_bias)
+        if getattr(module, "has_post_expert_norm", False):
+            rows = module.post_expert_norm(rows)
+        return rows.to(hidden_states.dtype)
+
+
+class _Groups:
+    """Where each expert's pairs lie, in whichever form is asked for, computed once per call."""
+
+    def __init__(self, tokens_per_expert: torch.Tensor | Sequence[int], num_pairs: int, device: torch.device) -> None:
+        self.num_pairs = num_pairs
+        self.counts = torch.as_tensor(tokens_per_expert, device=device)
+        self.offsets = self.counts.cumsum(0, dtype=torch.int32)
+        self._given = tokens_per_expert
+
+    def sizes(self) -> list[int]:
+        """Pairs per expert on the host; waits for the device where they were given as its tensor."""
+        return self._given.tolist() if isinstance(self._given, torch.Tensor) else list(self._given)
+
+    def spread(self, per_expert: torch.Tensor) -> torch.Tensor:
+        """`[num_local_experts, n]` to one row per pair, `[num_pairs, n]`."""
+        return per_expert.repeat_interleave(self.counts, dim=0, output_size=self.num_pairs)
+
+
+def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, groups: _Groups, is_transposed: bool) -> torch.Tensor:
+    """`rows[i] @ weight[expert of i]`; the weight is `[experts, out, in]`, or `[experts, in, out]` if transposed."""
+    rows = rows.to(weight.dtype)
+    per_expert = weight if is_transposed else weight.transpose(-2, -1)
+    if _grouped_mm_serves(rows, weight):
+        return torch.nn.functional.grouped_mm(rows, per_expert, offs=groups.offsets)
+    output = rows.new_empty((rows.shape[0], per_expert.shape[2]))
+    start = 0
+    for expert, size in enumerate(groups.sizes()):
+        if size:
+            output[start : start + size] = rows[start : start + size] @ per_expert[expert]
+        start += size
+    return output
+
+
+def _grouped_mm_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `grouped_mm` takes these operands: its dtypes, and rows of whole 16 bytes on both sides."""
+    size = weight.element_size()
+    return (
+        weight.dtype in _GROUPED_DTYPES
+        and rows.shape[1] * size % 16 == 0
+        and weight.shape[1] * size % 16 == 0
+        and weight.shape[2] * size % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        and rows.data_ptr() % 16 == 0
+        and rows.is_contiguous()
+        and (weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) >= (8, 0))
+    )
