@@ -1,0 +1,199 @@
+"""Collectives over ranks with different numbers of rows, zero included: nothing is padded, every wait has a deadline.
+
+Sizes are known on all ranks beforehand (they were agreed), so no call exchanges them first.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from lockstep.coordination.transports import wait_for
+from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
+
+DEADLINE_S = 30.0
+
+_recorders: list[list[tuple[str, tuple[int, ...]]]] = []
+
+
+@contextmanager
+def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Collect `(operation, sizes)` of every collective of this process inside the block, in the order of issue.
+
+    Ranks whose lists differ would have hung or mixed up data sooner or later; tests compare them.
+    """
+    log: list[tuple[str, tuple[int, ...]]] = []
+    _recorders.append(log)
+    try:
+        yield log
+    finally:
+        _recorders.remove(log)
+
+
+def all_gatherv(
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    deadline_s: float = DEADLINE_S,
+) -> list[torch.Tensor]:
+    """Gather the rows of all ranks, in rank order, of several tensors in one exchange.
+
+    Args:
+        tensors: this rank's tensors, each `[sizes[rank], ...]`; any dtypes, the same on all ranks.
+        sizes: rows of every rank, `[ranks]`; 0 is allowed.
+        group: gloo or NCCL.
+        deadline_s: longest wait in seconds.
+
+    Returns:
+        For each tensor the rows of all ranks, `[sum(sizes), ...]`.
+
+    Raises:
+        TokenCountError: a tensor that has not `sizes[rank]` rows.
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    rank = _check("all_gatherv", tensors, sizes, group)
+    _record("all_gatherv", sizes)
+    if not sum(sizes):
+        return [tensor.new_empty((0, *tensor.shape[1:])) for tensor in tensors]
+    # One message per rank, not one per tensor: rows of all tensors travel side by side as bytes.
+    parts = [_as_bytes(tensor) for tensor in tensors]
+    mine = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+    everyones = mine.new_empty((sum(sizes), mine.shape[1]))
+    if mine.device.type == "cuda":
+        work = dist.all_gather(list(everyones.split(list(sizes))), mine, group=group, async_op=True)
+    else:
+        # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
+        repeated = mine.repeat(len(sizes), 1)
+        work = dist.all_to_all_single(
+            everyones, repeated, list(sizes), [sizes[rank]] * len(sizes), group=group, async_op=True
+        )
+    _finish(work, "all_gatherv", group, deadline_s)
+    columns = everyones.split([part.shape[1] for part in parts], dim=1)
+    return [
+        column.contiguous().view(tensor.dtype).view(sum(sizes), *tensor.shape[1:])
+        for column, tensor in zip(columns, tensors, strict=True)
+    ]
+
+
+def reduce_scatterv(
+    rows: torch.Tensor,
+    sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    deadline_s: float = DEADLINE_S,
+) -> torch.Tensor:
+    """Sum every rank's rows over all ranks and give each rank its own: the inverse of `all_gatherv`.
+
+    The parts are added in rank order in float32, so the same inputs give the same bits. It moves the bytes of a
+    reduce-scatter: each part goes straight to its owner.
+
+    Args:
+        rows: this rank's part of everyone's sums, `[sum(sizes), hidden]`.
+        sizes: rows of every rank, `[ranks]`; 0 is allowed.
+        group: gloo or NCCL.
+        deadline_s: longest wait in seconds.
+
+    Returns:
+        The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`.
+
+    Raises:
+        TokenCountError: `rows` has not `sum(sizes)` rows.
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    rank = dist.get_rank(group)
+    _check_sizes("reduce_scatterv", sizes, group)
+    if rows.shape[0] != sum(sizes):
+        raise TokenCountError(f"reduce_scatterv needs sum(sizes) = {sum(sizes)} rows, got {rows.shape[0]} on rank {rank}")
+    received = all_to_allv(rows, sizes, [sizes[rank]] * len(sizes), group, deadline_s, name="reduce_scatterv")
+    parts = received.view(len(sizes), sizes[rank], *rows.shape[1:])
+    total = parts[0].to(torch.float32)
+    for part in parts[1:]:
+        total = total + part
+    return total.to(rows.dtype)
+
+
+def all_to_allv(
+    rows: torch.Tensor,
+    send_sizes: Sequence[int],
+    recv_sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    deadline_s: float = DEADLINE_S,
+    *,
+    name: str = "all_to_allv",
+) -> torch.Tensor:
+    """Send each rank its slice of the rows and receive a slice of each, in rank order.
+
+    Args:
+        rows: what to send, ordered by destination, `[sum(send_sizes), ...]`.
+        send_sizes: rows for every rank, `[ranks]`; 0 is allowed.
+        recv_sizes: rows from every rank, `[ranks]`; must be what each of them sends here.
+        group: gloo or NCCL.
+        deadline_s: longest wait in seconds.
+        name: what messages and records call the operation.
+
+    Returns:
+        The received rows, ordered by source, `[sum(recv_sizes), ...]`.
+
+    Raises:
+        TokenCountError: `rows` has not `sum(send_sizes)` rows.
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    rank = dist.get_rank(group)
+    _check_sizes(name, send_sizes, group)
+    _check_sizes(name, recv_sizes, group)
+    if rows.shape[0] != sum(send_sizes):
+        raise TokenCountError(f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}")
+    # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
+    _record(name, send_sizes if name != "all_to_allv" else ())
+    received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
+    work = dist.all_to_all_single(
+        received, rows.contiguous(), list(recv_sizes), list(send_sizes), group=group, async_op=True
+    )
+    _finish(work, name, group, deadline_s)
+    return received
+
+
+def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
+    if dist.get_backend(group) == "nccl":
+        work.wait()  # orders streams; the host goes on, and NCCL's own watchdog keeps the group's deadline
+        return
+    rank = dist.get_rank(group)
+    try:
+        wait_for(work, deadline_s)
+    except (TimeoutError, ConnectionError) as error:
+        raise RankAbsentError(
+            f"rank {rank}: {name} did not end within {deadline_s:g} s: {error}; its group is not used again"
+        ) from error
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """View `[rows, ...]` as `[rows, bytes per row]`."""
+    elements_per_row = math.prod(tensor.shape[1:])
+    return tensor.contiguous().view(tensor.shape[0], elements_per_row).view(torch.uint8)
+
+
+def _check(name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> int:
+    if not tensors:
+        raise ConfigurationError(f"{name} needs at least one tensor")
+    _check_sizes(name, sizes, group)
+    rank = dist.get_rank(group)
+    for index, tensor in enumerate(tensors):
+        if tensor.shape[0] != sizes[rank]:
+            raise TokenCountError(
+                f"{name}: tensor {index} has {tensor.shape[0]} rows, but sizes says {sizes[rank]} on rank {rank}"
+            )
+    return rank
+
+
+def _check_sizes(name: str, sizes: Sequence[int], group: dist.ProcessGroup) -> None:
+    if len(sizes) != group.size():
+        raise ConfigurationError(f"{name} needs one size per rank: {group.size()} ranks, got {len(sizes)} sizes")
+    for rank, size in enumerate(sizes):
+        if size < 0:
+            raise TokenCountError(f"{name}: sizes must be >= 0, got {size} on rank {rank}")
+
+
+def _record(name: str, sizes: Sequence[int]) -> None:
+    for log in _recorders:
+        log.append((name, tuple(sizes)))
