@@ -1,0 +1,45 @@
+"""Workloads: where requests come from, and how they become steps."""
+
+from lockstep.workload.request import Request, random_prompt_ids
+from lockstep.workload.scheduler import SchedulerConfig, SchedulerState, StepEntry, StepPlan, WorkloadScheduler
+from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
+from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
+
+__all__ = [
+    "Request",
+    "SchedulerConfig",
+    "SchedulerState",
+    "StepEntry",
+    "StepPlan",
+    "SyntheticParameters",
+    "Trace",
+    "WorkloadOptions",
+    "WorkloadScheduler",
+    "load_trace",
+    "load_workload",
+    "random_prompt_ids",
+    "synthetic_requests",
+]
+
+
+def load_workload(
+    workload: str,
+    options: WorkloadOptions | None = None,
+    seed: int = 0,
+    synthetic: SyntheticParameters | None = None,
+) -> Trace:
+    """Read a trace file, or make a workload where `workload` is the word `synthetic`.
+
+    Args:
+        workload: a path, or `synthetic` (a file of that name is reached as `./synthetic`).
+        options: scaling and limits.
+        seed: of a synthetic workload.
+        synthetic: its parameters.
+
+    Raises:
+        ConfigurationError: for a file that cannot be used, see `load_trace`.
+        OSError: if the file cannot be opened.
+    """
+    if workload == "synthetic":
+        return Trace(workload, workload, synthetic_requests(synthetic, options, seed))
+    return load_trace(workload, options)

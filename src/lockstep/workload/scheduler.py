@@ -1,0 +1,482 @@
+"""Requests to ranks, and into each rank's steps: plain integers, no clock. The real run and the simulator use it.
+
+A run loop uses one `WorkloadScheduler` per rank:
+
+    scheduler = WorkloadScheduler(requests, config, num_ranks, rank)
+    states = scheduler.initial_states()
+    while not scheduler.done(states):                    # the same answer on every rank
+        plan = scheduler.next_step(states)               # plan.entries: what this rank computes; may be empty
+        ... agree on plan.num_tokens and scheduler.state(), one exchange ...
+        ... run the step: every rank takes part, with zero rows where its plan is empty ...
+        states = [the SchedulerState that each rank sent, in rank order]
+
+Everything that one rank decides about another rests on `states`, which all ranks have agreed on, and on the workload,
+which all ranks have read. A state describes its rank **after** the step that was just planned, so that it can travel
+with the agreement of that very step, and nothing of the step needs to have been computed yet.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload.request import Request
+
+LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests become steps.
+
+    Attributes:
+        load_balancing: which rank gets an arriving request: `round-robin`; `least-tokens`, the rank with the fewest
+            tokens still to be computed; `least-kv-cache`, the rank whose unfinished requests will hold the fewest
+            tokens of KV cache. Ties go to the lowest rank.
+        max_num_batched_tokens: most tokens of one rank in one step, >= 1. A longer prompt runs in several steps.
+        max_num_seqs: most requests that one rank works on at a time, >= 1; never more than `max_num_batched_tokens`,
+            so that every request that generates gets its token in every step.
+        max_prefill_delay_steps: a prompt may be held this many steps, so that prompts of several ranks run in the same
+            step (see `prefills_run`); 0 turns holding off.
+        kv_capacity_tokens: tokens of KV cache that one rank has, >= 1; a request waits until prompt and output at their
+            longest fit. None for no limit.
+        seconds_per_step: how many seconds of the workload's arrival times pass per step, > 0. A run measured in steps
+            repeats exactly, whatever the machine's speed.
+    """
+
+    load_balancing: str = "round-robin"
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_prefill_delay_steps: int = 0
+    kv_capacity_tokens: int | None = None
+    seconds_per_step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.load_balancing not in LOAD_BALANCING:
+            raise ConfigurationError(f"load_balancing must be one of {LOAD_BALANCING}, got {self.load_balancing!r}")
+        for name, least in (("max_num_batched_tokens", 1), ("max_num_seqs", 1), ("max_prefill_delay_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.kv_capacity_tokens is not None and self.kv_capacity_tokens < 1:
+            raise ConfigurationError(f"kv_capacity_tokens must be >= 1, got {self.kv_capacity_tokens}")
+        if not 0 < self.seconds_per_step < float("inf"):
+            raise ConfigurationError(f"seconds_per_step must be a number > 0, got {self.seconds_per_step}")
+
+    def check_fits(self, requests: Iterable[Request]) -> None:
+        """Raise if a request can never run because its KV cache exceeds a rank's.
+
+        Raises:
+            ConfigurationError: naming the request, what it needs and the limit.
+        """
+        limit = self.kv_capacity_tokens
+        for request in requests:
+            if limit is not None and request.num_kv_tokens > limit:
+                raise ConfigurationError(
+                    f"request {request.request_id} needs {request.num_kv_tokens} tokens of KV cache, more than "
+                    f"kv_capacity_tokens={limit} of a rank: it could never run"
+                )
+
+
+class SchedulerState(NamedTuple):
+    """What a rank tells the others about its scheduler: four integers, as of after the step just planned.
+
+    Attributes:
+        num_outstanding_tokens: rows that its unfinished requests still need, those in the queue included; 0 is idle.
+        num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included.
+        num_decoding: its requests that will generate a token in the next step.
+        prefill_wait_steps: how many steps its longest-waiting prompt has waited, of those that could run in the next
+            step; `max_prefill_delay_steps` for a prompt that has begun; -1 where none could run.
+    """
+
+    num_outstanding_tokens: int = 0
+    num_kv_tokens: int = 0
+    num_decoding: int = 0
+    prefill_wait_steps: int = -1
+
+
+class StepEntry(NamedTuple):
+    """One request's part of a step.
+
+    Attributes:
+        request_id: the request.
+        start: position of the first token, = tokens of it already in the KV cache.
+        num_tokens: rows, >= 1: a piece of the prompt, or the one token generated last.
+        is_prefill: whether the rows are of the prompt.
+        samples: whether the last row's output is sampled into the next token. False only within a prompt.
+        finishes: whether that token is the request's last.
+    """
+
+    request_id: int
+    start: int
+    num_tokens: int
+    is_prefill: bool
+    samples: bool
+    finishes: bool
+
+
+class StepPlan(NamedTuple):
+    """What one rank computes in one step.
+
+    Attributes:
+        step: number of the step, from 0.
+        entries: each request's part: those that generate first, in the order in which they began, then prompts.
+        num_prefill_tokens: rows of prompts.
+        num_decode_tokens: rows that generate; `num_tokens` is the sum of both.
+        num_waiting: requests left in the queue.
+        num_waiting_for_kv: of those, how many wait only because the KV cache is full (0, or all of them).
+        prefills_held: whether prompts that could have run were held for other ranks.
+    """
+
+    step: int
+    entries: tuple[StepEntry, ...]
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_waiting: int
+    num_waiting_for_kv: int
+    prefills_held: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of this rank in the step; 0 where it takes part idle."""
+        return self.num_prefill_tokens + self.num_decode_tokens
+
+
+def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int], max_prefill_delay_steps: int) -> bool:
+    """Decide, for all ranks alike, whether prompts run in the next step.
+
+    A step in which one rank has a prompt takes all ranks as long as that prompt; so prompts wait for each other. They
+    run when one of them has waited long enough or has begun, when every rank has one, or when no rank generates (there
+    is nothing to disturb). While none of that holds, ranks only generate.
+
+    The wait counts from the request's arrival at the rank, whatever the reason for waiting. A queue that grows
+    therefore turns holding off: the policy adds at most `max_prefill_delay_steps` to a prompt that would have run at
+    once, and nothing to a prompt that has queued for longer.
+
+    Args:
+        prefill_wait_steps: of every rank's `SchedulerState`, `[ranks]`.
+        num_decoding: of every rank's `SchedulerState`, `[ranks]`.
+        max_prefill_delay_steps: the bound, >= 0; 0 never holds.
+
+    Example:
+        >>> prefills_run([3, -1], [5, 5], max_prefill_delay_steps=10)
+        False
+        >>> prefills_run([3, 0], [5, 5], max_prefill_delay_steps=10)
+        True
+    """
+    if max_prefill_delay_steps == 0 or not any(num_decoding):
+        return True
+    return max(prefill_wait_steps) >= max_prefill_delay_steps or min(prefill_wait_steps) >= 0
+
+
+class LoadBalancer:
+    """Gives each arriving request to a rank, equally on every rank that asks.
+
+    Args:
+        policy: one of `LOAD_BALANCING`.
+        num_ranks: data-parallel ranks, >= 1.
+    """
+
+    def __init__(self, policy: str, num_ranks: int) -> None:
+        if num_ranks < 1:
+            raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
+        self._policy = policy
+        self._num_ranks = num_ranks
+        self._next = 0
+
+    def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
+        """Return the rank of each request.
+
+        Args:
+            requests: all that arrive before a step, in order of arrival.
+            states: every rank's, as agreed last, `[num_ranks]`. What the earlier of `requests` add is counted in.
+
+        Returns:
+            A rank for each request, `[len(requests)]`.
+        """
+        if self._policy == "round-robin":
+            first = self._next
+            self._next = (first + len(requests)) % self._num_ranks
+            return [(first + index) % self._num_ranks for index in range(len(requests))]
+        if not requests:
+            return []
+        by_tokens = self._policy == "least-tokens"
+        loads = [(s.num_outstanding_tokens if by_tokens else s.num_kv_tokens, rank) for rank, s in enumerate(states)]
+        heapq.heapify(loads)
+        ranks = []
+        for request in requests:
+            load, rank = loads[0]
+            ranks.append(rank)
+            heapq.heapreplace(
+                loads, (load + (request.num_computed_tokens if by_tokens else request.num_kv_tokens), rank)
+            )
+        return ranks
+
+
+class RankScheduler:
+    """One rank's queue, and the steps formed from it.
+
+    Requests join and leave between steps (continuous batching). Requests that generate go first, one token each; what
+    is left of the token budget goes to prompts in order of arrival, the last of them cut where the budget ends.
+    Nothing is kept per step: a step in which no prompt runs and no request ends costs nothing, however many requests
+    generate.
+
+    Args:
+        config: budget and limits.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._step = -1
+        self._waiting: deque[tuple[Request, int]] = deque()  # with the step of arrival
+        self._partial: Request | None = None  # the prompt that has begun and not ended: at most one
+        self._partial_done = 0
+        self._decoding: dict[int, tuple[Request, int]] = {}  # with the step that ended its prompt
+        self._ends: dict[int, list[int]] = {}  # step -> requests whose last token is sampled in it
+        self._num_decoding = 0  # requests that generate in the step to come
+        self._context_base = 0  # sum of (prompt - step that ended it) over these, see num_context_tokens
+        self._outstanding = 0
+        self._kv_reserved = 0
+        self._kv_queued = 0
+
+    def add(self, request: Request, step: int) -> None:
+        """Put a request into the queue before `step` is planned; it may run from that step on."""
+        self._waiting.append((request, step))
+        self._outstanding += request.num_computed_tokens
+        self._kv_queued += request.num_kv_tokens
+
+    def next_step(self, step: int, run_prefills: bool = True, list_entries: bool = True) -> StepPlan:
+        """Plan a step and take it as done.
+
+        Args:
+            step: its number, above the last one's. Steps left out are steps in which this rank only generated; none of
+                them may be one that `next_event` named.
+            run_prefills: the answer of `prefills_run`; False holds all prompts.
+            list_entries: False leaves `entries` empty, for callers that only count.
+        """
+        self._skip_to(step)
+        entries = self._decode_entries(step) if list_entries else []
+        num_decode = self._num_decoding
+        self._outstanding -= num_decode
+        prefills = self._run_prefills(step, self._config.max_num_batched_tokens - num_decode) if run_prefills else []
+        num_prefill = sum(entry.num_tokens for entry in prefills)
+        self._outstanding -= num_prefill
+        held = not run_prefills and self._prompt_can_run()
+        for request_id in self._ends.pop(step, ()):
+            self._leave(request_id)
+        waits_for_kv = bool(self._waiting) and self._has_seat() and not self._kv_fits(self._waiting[0][0])
+        return StepPlan(
+            step=step,
+            entries=(*entries, *prefills),
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_decode,
+            num_waiting=len(self._waiting),
+            num_waiting_for_kv=len(self._waiting) if waits_for_kv else 0,
+            prefills_held=held,
+        )
+
+    def finish_step(self, stopped: Iterable[int]) -> None:
+        """Let requests leave before their last token, for an engine that heeds end-of-sequence.
+
+        Call it once the planned step has run. Requests that reach `max_new_tokens` leave by themselves.
+
+        Args:
+            stopped: ids of requests that generate no more, or are aborted.
+
+        Raises:
+            ConfigurationError: if an id is not one of this rank's unfinished requests.
+        """
+        for request_id in stopped:
+            if request_id in self._decoding:
+                request, ended = self._decoding[request_id]
+                last_step = ended + request.max_new_tokens - 1
+                self._ends[last_step].remove(request_id)
+                if not self._ends[last_step]:
+                    del self._ends[last_step]
+                self._outstanding -= last_step - self._step
+                self._leave(request_id)
+            elif self._partial is not None and self._partial.request_id == request_id:
+                self._outstanding -= self._partial.num_computed_tokens - self._partial_done
+                self._kv_reserved -= self._partial.num_kv_tokens
+                self._partial = None
+            else:
+                for index, (request, _) in enumerate(self._waiting):
+                    if request.request_id == request_id:
+                        del self._waiting[index]
+                        self._outstanding -= request.num_computed_tokens
+                        self._kv_queued -= request.num_kv_tokens
+                        break
+                else:
+                    raise ConfigurationError(f"request {request_id} is not an unfinished request of this rank")
+
+    def state(self) -> SchedulerState:
+        """Return what the other ranks need to know, as of after the step planned last."""
+        wait = -1
+        if self._partial is not None:
+            wait = self._config.max_prefill_delay_steps
+        elif self._prompt_can_run():
+            wait = self._step + 1 - self._waiting[0][1]
+        return SchedulerState(self._outstanding, self._kv_reserved + self._kv_queued, self._num_decoding, wait)
+
+    def next_event(self) -> int | None:
+        """Return the next step in which anything but generating happens here, or None where nothing will by itself."""
+        if self._partial is not None or self._waiting:
+            return self._step + 1
+        return min(self._ends) if self._ends else None
+
+    def num_context_tokens(self, step: int) -> int:
+        """Return how many tokens of KV cache the requests that generate in `step` read, the new ones included."""
+        return self._context_base + step * self._num_decoding
+
+    def _skip_to(self, step: int) -> None:
+        skipped = step - self._step - 1
+        if skipped < 0:
+            raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
+        if skipped:
+            event = self.next_event()
+            if event is not None and event < step:
+                raise ConfigurationError(f"step {event} may not be left out: a prompt waits or a request ends in it")
+            self._outstanding -= skipped * self._num_decoding
+        self._step = step
+
+    def _decode_entries(self, step: int) -> list[StepEntry]:
+        entries = []
+        for request, ended in self._decoding.values():
+            position = request.num_prompt_tokens + step - ended - 1
+            finishes = step - ended + 1 == request.max_new_tokens
+            entries.append(StepEntry(request.request_id, position, 1, False, True, finishes))
+        return entries
+
+    def _run_prefills(self, step: int, budget: int) -> list[StepEntry]:
+        entries = []
+        while budget > 0:
+            if self._partial is None:
+                if not self._prompt_can_run():
+                    break
+                self._partial, _ = self._waiting.popleft()
+                self._partial_done = 0
+                self._kv_queued -= self._partial.num_kv_tokens
+                self._kv_reserved += self._partial.num_kv_tokens
+            request, start = self._partial, self._partial_done
+            num_tokens = min(budget, request.num_prompt_tokens - start)
+            budget -= num_tokens
+            ends = start + num_tokens == request.num_prompt_tokens
+            finishes = ends and request.max_new_tokens == 1
+            entries.append(StepEntry(request.request_id, start, num_tokens, True, ends, finishes))
+            if ends:
+                self._partial = None
+                self._decoding[request.request_id] = (request, step)
+                self._ends.setdefault(step + request.max_new_tokens - 1, []).append(request.request_id)
+                self._num_decoding += 1
+                self._context_base += request.num_prompt_tokens - step
+            else:
+                self._partial_done += num_tokens
+        return entries
+
+    def _prompt_can_run(self) -> bool:
+        if self._partial is not None:
+            return True
+        return bool(self._waiting) and self._has_seat() and self._kv_fits(self._waiting[0][0])
+
+    def _has_seat(self) -> bool:
+        return self._num_decoding + (self._partial is not None) < self._max_num_seqs
+
+    def _kv_fits(self, request: Request) -> bool:
+        capacity = self._config.kv_capacity_tokens
+        return capacity is None or self._kv_reserved + request.num_kv_tokens <= capacity
+
+    def _leave(self, request_id: int) -> None:
+        request, ended = self._decoding.pop(request_id)
+        self._num_decoding -= 1
+        self._context_base -= request.num_prompt_tokens - ended
+        self._kv_reserved -= request.num_kv_tokens
+
+
+class WorkloadScheduler:
+    """The whole workload as one rank sees it: arrivals, load balancing, prefill alignment, and this rank's steps.
+
+    See the module's text for the loop around it.
+
+    Args:
+        requests: the workload, in order of arrival, the same on every rank.
+        config: the same on every rank.
+        num_ranks: data-parallel ranks, >= 1.
+        rank: this data-parallel rank.
+
+    Raises:
+        ConfigurationError: for a rank outside `0..num_ranks-1`, or a request that can never fit into a rank's KV cache.
+    """
+
+    def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
+        if not 0 <= rank < num_ranks:
+            raise ConfigurationError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
+        config.check_fits(requests)
+        self._config = config
+        self._num_ranks = num_ranks
+        self._rank = rank
+        self._arrivals = deque((ceil(request.arrival_s / config.seconds_per_step), request) for request in requests)
+        self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
+        self._step = 0
+        self._balancer = LoadBalancer(config.load_balancing, num_ranks)
+        self._scheduler = RankScheduler(config)
+        self.assigned: list[Request] = []
+        """Requests given to this rank so far, in order of arrival."""
+
+    def initial_states(self) -> list[SchedulerState]:
+        """Return what every rank knows before the first step: all ranks idle."""
+        return [SchedulerState()] * self._num_ranks
+
+    def done(self, states: Sequence[SchedulerState]) -> bool:
+        """Return whether no rank has or will get work; the same on every rank."""
+        return not self._arrivals and not any(state.num_outstanding_tokens for state in states)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether this rank has or may get more work after the step planned last."""
+        return bool(self._arrivals) or self._scheduler.state().num_outstanding_tokens > 0
+
+    def next_step(self, states: Sequence[SchedulerState]) -> StepPlan:
+        """Plan this rank's next step.
+
+        Where all ranks are idle, virtual time jumps to the next arrival instead of running empty steps.
+
+        Args:
+            states: every rank's `SchedulerState`, as agreed with the step before, `[num_ranks]`; `initial_states()`
+                before the first.
+
+        Returns:
+            The plan of this rank; `num_tokens` is 0 where it takes part idle.
+        """
+        if len(states) != self._num_ranks:
+            raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
+        if self._arrivals and not any(state.num_outstanding_tokens for state in states):
+            self._clock = max(self._clock, self._arrivals[0][0])
+        arriving = []
+        while self._arrivals and self._arrivals[0][0] <= self._clock:
+            arriving.append(self._arrivals.popleft()[1])
+        for request, rank in zip(arriving, self._balancer.assign(arriving, states), strict=True):
+            if rank == self._rank:
+                self._scheduler.add(request, self._step)
+                self.assigned.append(request)
+        run_prefills = prefills_run(
+            [state.prefill_wait_steps for state in states],
+            [state.num_decoding for state in states],
+            self._config.max_prefill_delay_steps,
+        )
+        plan = self._scheduler.next_step(self._step, run_prefills)
+        self._step += 1
+        self._clock += 1
+        return plan
+
+    def state(self) -> SchedulerState:
+        """Return what this rank tells the others, as of after the step planned last."""
+        return self._scheduler.state()
+
+    def finish_step(self, stopped: Iterable[int]) -> None:
+        """Let requests of this rank end before their last token; see `RankScheduler.finish_step`."""
+        self._scheduler.finish_step(stopped)

@@ -1,0 +1,175 @@
+"""Made-up workloads with bursty arrivals and long-tailed lengths; any workload described in those terms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload.request import Request
+from lockstep.workload.traces import WorkloadOptions
+
+
+@dataclass(frozen=True)
+class SyntheticParameters:
+    """A workload in nine numbers; the defaults resemble a conversation service (the Azure trace of 2023).
+
+    Attributes:
+        num_requests: how many, >= 1.
+        rate: mean arrivals per second, > 0.
+        burstiness: standard deviation of the gaps between arrivals over their mean, >= 0 (gamma-distributed gaps): 0 is
+            a clock, 1 a Poisson process, above 1 bursts and lulls.
+        prompt_median: median prompt length in tokens, >= 1.
+        prompt_sigma: standard deviation of the logarithm of the prompt length, >= 0 (lognormal): 0 is one length for
+            all, 1 a long tail (the 99th percentile at ten times the median).
+        prompt_max: longer prompts are cut to this, >= 1 (a lognormal has no upper end, a model's context has).
+        output_median: median output length in tokens, >= 1.
+        output_sigma: the same for the output length.
+        output_max: the same for the output length.
+    """
+
+    num_requests: int = 1000
+    rate: float = 5.5
+    burstiness: float = 1.1
+    prompt_median: float = 1020.0
+    prompt_sigma: float = 1.0
+    prompt_max: int = 14050
+    output_median: float = 129.0
+    output_sigma: float = 0.8
+    output_max: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "prompt_median", "prompt_max", "output_median", "output_max"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigurationError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise ConfigurationError(f"rate must be a number > 0 (requests per second), got {self.rate}")
+        for name in ("burstiness", "prompt_sigma", "output_sigma"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ConfigurationError(f"{name} must be in 0..100, got {getattr(self, name)}")
+
+
+def synthetic_requests(
+    parameters: SyntheticParameters | None = None, options: WorkloadOptions | None = None, seed: int = 0
+) -> list[Request]:
+    """Make a workload.
+
+    Args:
+        parameters: the nine numbers.
+        options: scaling and limits, as for a trace; its `num_requests` goes before that of `parameters`.
+        seed: the same seed gives the same workload, on every machine.
+
+    Returns:
+        Requests in order of arrival, the first at 0 s.
+    """
+    parameters = parameters or SyntheticParameters()
+    options = options or WorkloadOptions()
+    generator = random.Random(seed)
+    mean_gap = 1 / (parameters.rate * options.rate_scale)
+    requests = []
+    arrival = 0.0
+    for index in range(options.num_requests or parameters.num_requests):
+        if index:
+            if parameters.burstiness < 1e-3:
+                arrival += mean_gap
+            else:
+                shape = 1 / parameters.burstiness**2
+                arrival += generator.gammavariate(shape, mean_gap / shape)
+        lengths = [
+            max(1, round(min(longest, median * math.exp(min(sigma * generator.gauss(0, 1), 50.0)))))
+            for median, sigma, longest in (
+                (parameters.prompt_median, parameters.prompt_sigma, parameters.prompt_max),
+                (parameters.output_median, parameters.output_sigma, parameters.output_max),
+            )
+        ]
+        requests.append(Request(index, arrival, *options.lengths(lengths[0], lengths[1])))
+    return requests
+
+
+def resembling(requests: Sequence[Request]) -> SyntheticParameters:
+    """Return the synthetic parameters that resemble a workload.
+
+    Rate and burstiness come from the gaps between arrivals, medians and sigmas from the logarithms of the lengths (the
+    sigma from the middle 80 % of them, which a few extreme requests do not move).
+
+    Args:
+        requests: in order of arrival, at least one.
+
+    Raises:
+        ConfigurationError: if there are no requests.
+    """
+    if not requests:
+        raise ConfigurationError("a workload without requests resembles nothing: at least 1 is needed, got 0")
+    gaps = [later.arrival_s - earlier.arrival_s for earlier, later in itertools.pairwise(requests)]
+    mean_gap = statistics.fmean(gaps) if gaps else 0.0
+    prompts = [request.num_prompt_tokens for request in requests]
+    outputs = [request.max_new_tokens for request in requests]
+    return SyntheticParameters(
+        num_requests=len(requests),
+        rate=_round(1 / mean_gap) if mean_gap > 0 else 1e6,
+        burstiness=_round(min(100.0, statistics.pstdev(gaps) / mean_gap)) if mean_gap > 0 else 1.0,
+        prompt_median=statistics.median(prompts),
+        prompt_sigma=_round(_log_sigma(prompts)),
+        prompt_max=max(prompts),
+        output_median=statistics.median(outputs),
+        output_sigma=_round(_log_sigma(outputs)),
+        output_max=max(outputs),
+    )
+
+
+def describe(requests: Sequence[Request]) -> dict[str, Any]:
+    """Describe a workload in numbers.
+
+    Args:
+        requests: in order of arrival, at least one.
+
+    Returns:
+        `num_requests`, `duration_s`, `requests_per_s`, `burstiness`, `peak_requests_per_s` (of the busiest 10 s),
+        `prompt_tokens` and `output_tokens` (each with `total, mean, p50, p90, p99, max`), and `synthetic`: the
+        parameters that resemble it.
+    """
+    parameters = resembling(requests)
+    per_window: dict[int, int] = {}
+    for request in requests:
+        window = int(request.arrival_s // 10)
+        per_window[window] = per_window.get(window, 0) + 1
+    return {
+        "num_requests": len(requests),
+        "duration_s": requests[-1].arrival_s,
+        "requests_per_s": parameters.rate,
+        "peak_requests_per_s": max(per_window.values()) / 10,
+        "burstiness": parameters.burstiness,
+        "prompt_tokens": _lengths([request.num_prompt_tokens for request in requests]),
+        "output_tokens": _lengths([request.max_new_tokens for request in requests]),
+        "synthetic": {name: getattr(parameters, name) for name in SyntheticParameters.__dataclass_fields__},
+    }
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which `share` (0..1) of an ascending sequence lies (nearest rank)."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _lengths(values: list[int]) -> dict[str, float]:
+    ordered = sorted(values)
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {
+        "total": sum(values),
+        "mean": round(statistics.fmean(values), 1),
+        **{name: percentile(ordered, share) for name, share in shares.items()},
+    }
+
+
+def _log_sigma(values: list[int]) -> float:
+    ordered = sorted(values)
+    # The 10th and 90th percentile of a normal distribution lie 2.563 standard deviations apart.
+    return math.log(percentile(ordered, 0.9) / percentile(ordered, 0.1)) / 2.563
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,308 @@
+"""Request traces from files: Azure CSV, Mooncake JSON lines, prompts as JSON lines; plain or gzip.
+
+The format is recognised from the content, never from the name. A malformed line is counted and named (file, line, what
+was expected) and the rows around it are kept; a file in which more than a share of the lines is malformed is refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload.request import Request
+
+_logger = logging.getLogger(__name__)
+
+_MAX_LINE_BYTES = 16 * 2**20
+_NUM_NAMED_LINES = 20
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_EXPECTED = {
+    "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
+    "mooncake-jsonl": 'a JSON object with "timestamp" (ms, >= 0), "input_length" and "output_length" (integers >= 1)',
+    "prompts-jsonl": 'a JSON object with "prompt" (text, not empty), "max_new_tokens" (integer >= 1) and, if wanted, '
+    '"arrival_s" (seconds, >= 0)',
+}
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """How a workload is read and scaled.
+
+    Attributes:
+        rate_scale: arrivals come this many times as fast, > 0.
+        length_scale: lengths known as numbers are multiplied by this and rounded, to at least 1; > 0. A prompt given as
+            text keeps its length.
+        max_prompt_tokens: longer prompts are cut to this, >= 1; None for no limit.
+        max_new_tokens: longer outputs are cut to this, >= 1; None for no limit.
+        num_requests: only the first so many rows of the file, >= 1; None for all.
+        max_malformed_share: a file with a larger share of malformed lines is refused, 0..1. One single malformed line
+            is always forgiven.
+    """
+
+    rate_scale: float = 1.0
+    length_scale: float = 1.0
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
+    num_requests: int | None = None
+    max_malformed_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("rate_scale", "length_scale"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigurationError(f"{name} must be a number > 0, got {value}")
+        for name in ("max_prompt_tokens", "max_new_tokens", "num_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be >= 1, got {value}")
+        if not 0 <= self.max_malformed_share <= 1:
+            raise ConfigurationError(f"max_malformed_share must be in 0..1, got {self.max_malformed_share}")
+
+    def lengths(self, num_prompt_tokens: int, max_new_tokens: int, *, scale_prompt: bool = True) -> tuple[int, int]:
+        """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each >= 1."""
+        prompt = max(1, round(num_prompt_tokens * self.length_scale)) if scale_prompt else num_prompt_tokens
+        output = max(1, round(max_new_tokens * self.length_scale))
+        return (
+            prompt if self.max_prompt_tokens is None else min(prompt, self.max_prompt_tokens),
+            output if self.max_new_tokens is None else min(output, self.max_new_tokens),
+        )
+
+
+@dataclass(frozen=True)
+class MalformedLine:
+    """A line that could not be read: its number from 1, what was wrong, and what was expected."""
+
+    line: int
+    problem: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.problem}; expected {self.expected}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A workload read from a file.
+
+    Attributes:
+        source: the path as given.
+        format: `azure-csv`, `mooncake-jsonl` or `prompts-jsonl`.
+        requests: in order of arrival, the first at 0 s.
+        num_malformed: lines left out.
+        malformed: the first 20 of them, named.
+    """
+
+    source: str
+    format: str
+    requests: list[Request]
+    num_malformed: int = 0
+    malformed: list[MalformedLine] = field(default_factory=list)
+
+
+class _LineError(ValueError):
+    """What is wrong with one line."""
+
+
+def load_trace(
+    path: str | Path,
+    options: WorkloadOptions | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+) -> Trace:
+    """Read a request trace.
+
+    Args:
+        path: Azure CSV, Mooncake JSON lines or prompts as JSON lines; plain or gzip.
+        options: scaling, limits, and the share of malformed lines at which the file is refused.
+        count_tokens: the length in tokens of a prompt given as text; without it, its UTF-8 bytes are counted (which is
+            what a byte tokenizer gives).
+
+    Returns:
+        The trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
+
+    Raises:
+        ConfigurationError: if the format is not recognised, no row can be read, or too many lines are malformed; the
+            message names the file, the first such lines and what was expected.
+        OSError: if the file cannot be opened.
+    """
+    options = options or WorkloadOptions()
+    count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
+    reader = _Reader(str(path), options, count_tokens)
+    for number, line in _numbered_lines(Path(path)):
+        if not reader.read(number, line):
+            break
+    return reader.finish()
+
+
+class _Reader:
+    """Recognises the format at the first line that has one, then turns lines into requests."""
+
+    def __init__(self, source: str, options: WorkloadOptions, count_tokens: Callable[[str], int]) -> None:
+        self._source = source
+        self._options = options
+        self._count_tokens = count_tokens
+        self._format: str | None = None
+        self._columns: dict[str, int] = {}
+        self._rows: list[tuple[float, int, int, str | None]] = []
+        self._malformed: list[MalformedLine] = []
+        self._num_malformed = 0
+
+    def read(self, number: int, line: str | _LineError) -> bool:
+        """Take one line; return False once enough rows have been read."""
+        if isinstance(line, str) and not line.strip():
+            return True
+        try:
+            if isinstance(line, _LineError):
+                raise line
+            if self._format is None:
+                self._format = _recognise(line)
+                if self._format == "azure-csv":
+                    names = [name.strip() for name in line.split(",")]
+                    self._columns = {name: names.index(name) for name in _AZURE_COLUMNS}
+                    return True
+            self._rows.append(self._parse(line))
+        except _LineError as error:
+            self._num_malformed += 1
+            if len(self._malformed) < _NUM_NAMED_LINES:
+                expected = _EXPECTED[self._format] if self._format else "one of: " + "; ".join(_EXPECTED.values())
+                self._malformed.append(MalformedLine(number, str(error), expected))
+        limit = self._options.num_requests
+        return limit is None or len(self._rows) < limit
+
+    def finish(self) -> Trace:
+        """Check the share of malformed lines and return the trace."""
+        named = "; ".join(str(line) for line in self._malformed[:3])
+        if self._format is None or not self._rows:
+            raise ConfigurationError(
+                f"{self._source}: no request could be read: {named}"
+                if named
+                else f"{self._source}: no request could be read: the file has no rows; expected one of: "
+                + "; ".join(_EXPECTED.values())
+            )
+        num_lines = len(self._rows) + self._num_malformed
+        if self._num_malformed > max(1, int(self._options.max_malformed_share * num_lines)):
+            raise ConfigurationError(
+                f"{self._source}: {self._num_malformed} of {num_lines} lines are malformed, more than the share "
+                f"max_malformed_share={self._options.max_malformed_share}: {named}"
+            )
+        if self._num_malformed:
+            _logger.warning("%s: left out %d malformed lines: %s", self._source, self._num_malformed, named)
+        # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
+        rows = sorted(self._rows, key=lambda row: row[0])
+        first = rows[0][0]
+        requests = [
+            Request(index, (arrival - first) / self._options.rate_scale, num_prompt, num_new, prompt)
+            for index, (arrival, num_prompt, num_new, prompt) in enumerate(rows)
+        ]
+        return Trace(self._source, self._format, requests, self._num_malformed, self._malformed)
+
+    def _parse(self, line: str) -> tuple[float, int, int, str | None]:
+        if self._format == "azure-csv":
+            cells = [cell.strip() for cell in line.split(",")]
+            if len(cells) <= max(self._columns.values()):
+                raise _LineError(f"{len(cells)} columns")
+            arrival = _timestamp(cells[self._columns["TIMESTAMP"]])
+            lengths = [_length(cells[self._columns[name]], name) for name in _AZURE_COLUMNS[1:]]
+            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None)
+        row = _json_object(line)
+        if self._format == "mooncake-jsonl":
+            arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
+            lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
+            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None)
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise _LineError(f'"prompt" is {_short(prompt)}')
+        num_prompt = self._count_tokens(prompt)
+        if num_prompt < 1:
+            raise _LineError(f'"prompt" has {num_prompt} tokens')
+        num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
+        arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
+        return (arrival, *self._options.lengths(num_prompt, num_new, scale_prompt=False), prompt)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
+    """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = stream.readline(_MAX_LINE_BYTES)
+                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    while (rest := stream.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    yield number, _LineError(f"longer than {_MAX_LINE_BYTES} bytes")
+                    continue
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                yield number, _LineError(f"the gzip data ends or breaks here ({error})")
+                return
+            if not line:
+                return
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield number, _LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _recognise(line: str) -> str:
+    if line.lstrip().startswith("{"):
+        keys = _json_object(line).keys()
+        if "prompt" in keys:
+            return "prompts-jsonl"
+        if "input_length" in keys or "output_length" in keys:
+            return "mooncake-jsonl"
+    elif set(_AZURE_COLUMNS) <= {name.strip() for name in line.split(",")}:
+        return "azure-csv"
+    raise _LineError(f"{_short(line.strip())} fits no known format")
+
+
+def _json_object(line: str) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _LineError(f"not JSON ({_short(str(error))})") from None
+    if not isinstance(row, dict):
+        raise _LineError(f"{_short(row)} is not an object")
+    return row
+
+
+def _timestamp(text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise _LineError(f"TIMESTAMP is {_short(text)}") from None
+    # A time without a zone is read as UTC, so that the result does not depend on this machine's zone.
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _length(value: object, name: str) -> int:
+    try:
+        # JSON has booleans and fractions, CSV has text; neither a boolean nor 3.7 tokens is a length.
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
+        raise _LineError(f"{name} is {_short(value)}")
+    return number
+
+
+def _seconds(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
+        raise _LineError(f"{name} is {_short(value)}")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
