@@ -1,0 +1,204 @@
+"""Each rank's part of a checkpoint: the same weights as slices of the whole model, from any layout; errors by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lockstep.errors import ConfigurationError
+from lockstep.models.loading import find_experts, load_pretrained, shard_experts
+from lockstep.models.tiny import make_tiny
+
+NUM_LAYERS, NUM_EXPERTS = 2, 8
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with one tensor per expert, as Qwen3-MoE's are, in one file; and its whole model."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_tiny(tmp_path_factory.mktemp("loading") / "tiny", num_layers=NUM_LAYERS)
+    return path, AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of the checkpoint to be damaged."""
+    return shutil.copytree(whole[0], tmp_path / "copy")
+
+
+def tensor_names(path):
+    from safetensors import safe_open
+
+    return [name for file in path.glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+
+
+def assert_is_part_of(model, whole_model, ep_rank, ep_size):
+    own, all_weights = model.state_dict(), whole_model.state_dict()
+    assert own.keys() == all_weights.keys()
+    size = NUM_EXPERTS // ep_size
+    for name, weight in own.items():
+        expected = all_weights[name]
+        if ".experts." in name:
+            expected = expected[ep_rank * size : (ep_rank + 1) * size]
+        assert type(weight) is torch.Tensor
+        assert torch.equal(weight, expected.to(weight.dtype)), name
+    assert all(module.num_experts == size for _, module in find_experts(model))
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 8])
+@pytest.mark.parametrize("layout", ["one tensor per expert", "fused", "many files"])
+def test_each_rank_has_the_dense_weights_and_its_own_experts(whole, tmp_path, layout, ep_size):
+    path, whole_model = whole
+    if layout == "fused":
+        path = tmp_path / "fused"
+        whole_model.save_pretrained(path, save_original_format=False)
+        assert any(name.endswith("experts.gate_up_proj") for name in tensor_names(path))
+    elif layout == "many files":
+        path = tmp_path / "many"
+        whole_model.save_pretrained(path, max_shard_size="200KB")
+        assert len(list(path.glob("*.safetensors"))) > 4
+    else:
+        assert any("experts.7.up_proj" in name for name in tensor_names(path))
+    for ep_rank in {0, ep_size - 1}:
+        model = load_pretrained(path, ep_rank=ep_rank, ep_size=ep_size)
+        assert type(model) is type(whole_model)
+        assert not model.training
+        assert_is_part_of(model, whole_model, ep_rank, ep_size)
+
+
+def test_a_model_in_memory_is_cut_in_place(whole):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(whole[0])
+    assert [name for name, _ in shard_experts(model, 1, 2)] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert_is_part_of(model, whole[1], 1, 2)
+    stored = find_experts(model)[0][1].down_proj.untyped_storage().nbytes()
+    assert stored == 4 * 64 * 64 * 4, "the other experts' memory is freed"
+
+
+def test_the_dtype_can_be_chosen(whole):
+    model = load_pretrained(whole[0], ep_rank=1, ep_size=2, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert_is_part_of(model, whole[1], 1, 2)
+
+
+def test_hidden_states_are_still_recorded_after_the_class_is_put_back(whole):
+    model = load_pretrained(whole[0])
+    output = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert len(output.hidden_states) == NUM_LAYERS + 1
+
+
+def test_ranks_that_do_not_divide_the_experts(whole):
+    with pytest.raises(ConfigurationError, match=r"8 experts \(model\.layers\.0\.mlp\.experts\).* over 3 ranks"):
+        load_pretrained(whole[0], ep_rank=0, ep_size=3)
+    with pytest.raises(ConfigurationError, match=r"8 experts .* over 5 ranks"):
+        shard_experts(whole[1], 0, 5)
+    with pytest.raises(ConfigurationError, match=r"ep_rank 2 and ep_size 2"):
+        load_pretrained(whole[0], ep_rank=2, ep_size=2)
+
+
+def test_a_model_without_experts_is_named(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    model = LlamaForCausalLM(config)
+    with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM has no MoE layer"):
+        find_experts(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM has no MoE layer"):
+        load_pretrained(tmp_path, ep_rank=0, ep_size=2)
+
+
+def test_a_truncated_file(copy):
+    file = copy / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(size - 100)
+    with pytest.raises(ConfigurationError, match=rf"model\.safetensors is truncated.*{size - 100} bytes.*says {size}"):
+        load_pretrained(copy)
+    with file.open("r+b") as stream:
+        stream.truncate(20)
+    with pytest.raises(ConfigurationError, match=r"truncated: 20 bytes"):
+        load_pretrained(copy)
+
+
+def test_a_missing_file(whole, tmp_path):
+    whole[1].save_pretrained(tmp_path, max_shard_size="200KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[2]
+    lost.unlink()
+    with pytest.raises(ConfigurationError, match=rf"{lost.name} is missing"):
+        load_pretrained(tmp_path, ep_rank=0, ep_size=2)
+
+
+def test_an_index_that_names_what_is_not_there(whole, tmp_path):
+    whole[1].save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.extra"] = sorted(content["weight_map"].values())[0]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigurationError, match=r"lacks 1 tensors of the index, first 'model\.norm\.extra'"):
+        load_pretrained(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"is not an index"):
+        load_pretrained(tmp_path)
+
+
+def rewrite(path, change):
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("ep_rank", [0, 1])
+def test_a_missing_weight_is_never_made_up(copy, ep_rank):
+    rewrite(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(ConfigurationError, match=r"lack 1 weights.*layers\.1\.self_attn\.q_proj\.weight"):
+        load_pretrained(copy, ep_rank=ep_rank, ep_size=2)
+
+
+def test_a_missing_expert(copy):
+    rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.experts.7.up_proj.weight"))
+    with pytest.raises(ConfigurationError, match=r"layers\.1\.mlp\.experts\.gate_up_proj"):
+        load_pretrained(copy, ep_rank=1, ep_size=2)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_a_weight_of_another_shape(copy, ep_size):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
+
+    rewrite(copy, change)
+    with pytest.raises(ConfigurationError, match=r"'lm_head\.weight' has shape \[100, 64\].* needs \[259, 64\]"):
+        load_pretrained(copy, ep_rank=0, ep_size=ep_size)
+
+
+def test_no_checkpoint_there(tmp_path, monkeypatch):
+    with pytest.raises(ConfigurationError, match=r"no checkpoint at .*absent"):
+        load_pretrained(tmp_path / "absent")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"no checkpoint 'someone/something'.*revision v1"):
+        load_pretrained("someone/something", revision="v1", local_files_only=True)
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        load_pretrained(tmp_path)
+
+
+def test_other_formats_are_not_read(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ConfigurationError, match=r"has no safetensors files; other formats are not read"):
+        load_pretrained(copy)
+
+
+def test_a_quantisation_that_is_not_undone_is_refused_by_name(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ConfigurationError, match=r"quantised with 'gptq'; only mxfp4 and fp8"):
+        load_pretrained(copy)
