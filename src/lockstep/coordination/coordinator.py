@@ -123,7 +123,9 @@ class Coordinator:
             messages = self._exchange_messages(self._failure if record.failed else "", header.step)
             if not record.failed:
                 text = "; ".join(f"rank {rank} raised {messages[rank]}" for rank in failed)
-                raise PeerFailedError(f"rank {self.rank} stops at step {header.step}: {text}", failed[0], messages[failed[0]])
+                raise PeerFailedError(
+                    f"rank {self.rank} stops at step {header.step}: {text}", failed[0], messages[failed[0]]
+                )
         return decision
 
     def _exchange_messages(self, message: str, step: int) -> list[str]:

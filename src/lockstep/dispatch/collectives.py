@@ -104,7 +104,9 @@ def reduce_scatterv(
     rank = dist.get_rank(group)
     _check_sizes("reduce_scatterv", sizes, group)
     if rows.shape[0] != sum(sizes):
-        raise TokenCountError(f"reduce_scatterv needs sum(sizes) = {sum(sizes)} rows, got {rows.shape[0]} on rank {rank}")
+        raise TokenCountError(
+            f"reduce_scatterv needs sum(sizes) = {sum(sizes)} rows, got {rows.shape[0]} on rank {rank}"
+        )
     received = all_to_allv(rows, sizes, [sizes[rank]] * len(sizes), group, deadline_s, name="reduce_scatterv")
     parts = received.view(len(sizes), sizes[rank], *rows.shape[1:])
     total = parts[0].to(torch.float32)
@@ -143,7 +145,9 @@ def all_to_allv(
     _check_sizes(name, send_sizes, group)
     _check_sizes(name, recv_sizes, group)
     if rows.shape[0] != sum(send_sizes):
-        raise TokenCountError(f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}")
+        raise TokenCountError(
+            f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}"
+        )
     # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
     _record(name, send_sizes if name != "all_to_allv" else ())
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))

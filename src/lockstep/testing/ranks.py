@@ -1,0 +1,140 @@
+"""Run a function on n real ranks and get all results, or the first failing rank's traceback."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+# Imported once, in the server that the ranks are forked from: a rank then starts in milliseconds, not in seconds.
+_PRELOAD = ("torch", "torch.distributed", "lockstep.moe.layer", "lockstep.models.huggingface")
+# How long the others may go on once one rank has failed: enough to notice it and to say so.
+_AFTER_FAILURE_S = 5.0
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not end in time. The message carries its traceback, or where each rank stood."""
+
+
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    deadline_s: float = 60.0,
+    may_die: Sequence[int] = (),
+) -> list[Any]:
+    """Run `function(*args)` on `num_ranks` real processes that share a gloo process group, and return what they returned.
+
+    The function finds its rank with `torch.distributed.get_rank()`. It and its arguments must be importable by name (no
+    lambdas, no nested functions). Ranks are fresh processes with one thread each and torch already imported.
+
+    Args:
+        num_ranks: how many ranks, >= 1.
+        function: what each rank runs.
+        *args: its arguments, the same on all ranks.
+        deadline_s: after so many seconds the ranks are ended, and the error shows where each stood.
+        may_die: ranks whose death is no failure; their result is None.
+
+    Returns:
+        Each rank's return value, `[num_ranks]`.
+
+    Raises:
+        RankFailure: a rank raised, died, or did not end in time.
+        ConfigurationError: `num_ranks` < 1.
+    """
+    if num_ranks < 1:
+        raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
+        processes, receivers = [], []
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            receivers.append(receiver)
+        try:
+            return _collect(processes, receivers, Path(folder), deadline_s, set(may_die))
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+            for receiver in receivers:
+                receiver.close()
+
+
+def _collect(
+    processes: list[Any], receivers: list[Connection], folder: Path, deadline_s: float, may_die: set[int]
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    until = time.monotonic() + deadline_s
+    while len(results) + len(failures) < len(processes):
+        waiting = {receivers[rank]: rank for rank in range(len(processes)) if rank not in results | failures}
+        ready = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
+        if not ready:
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = waiting[receiver]
+            try:
+                succeeded, value = receiver.recv()
+            except (EOFError, ConnectionResetError):
+                processes[rank].join(1.0)
+                succeeded, value = rank in may_die, None
+                if not succeeded:
+                    value = f"died with exit code {processes[rank].exitcode}"
+            if succeeded:
+                results[rank] = value
+            else:
+                failures[rank] = value
+                until = min(until, time.monotonic() + _AFTER_FAILURE_S)
+    if failures:
+        raise RankFailure("\n".join(f"--- rank {rank} of {len(processes)}\n{text}" for rank, text in failures.items()))
+    missing = [rank for rank in range(len(processes)) if rank not in results]
+    if missing:
+        stacks = [f"--- rank {rank}\n{_stack_of(processes[rank], folder / f'stack{rank}')}" for rank in missing]
+        raise RankFailure(f"ranks {missing} did not end within {deadline_s:g} s; they stood at\n" + "\n".join(stacks))
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _stack_of(process: Any, path: Path) -> str:
+    if not process.is_alive():
+        return f"exit code {process.exitcode}"
+    os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.2)
+    return path.read_text() if path.exists() else "(no stack)"
+
+
+def _rank_main(
+    rank: int, num_ranks: int, folder: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    with Path(folder, f"stack{rank}").open("w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+        torch.set_num_threads(1)
+        try:
+            store = dist.FileStore(str(Path(folder, "store")), num_ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+            sender.send((True, function(*args)))
+        except BaseException:
+            sender.send((False, traceback.format_exc()))
+        finally:
+            sender.close()
+            # No orderly farewell: a rank that failed may have left its groups in any state, and others must not wait.
+            os._exit(0)
