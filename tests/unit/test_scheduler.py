@@ -77,6 +77,18 @@ def test_requests_join_and_leave_between_steps_and_generation_goes_first():
     ]
 
 
+def test_context_tokens_worked_by_hand():
+    requests = [Request(0, 0.0, 4, 3), Request(1, 0.05, 10, 1)]
+    scheduler = RankScheduler(SchedulerConfig(max_num_batched_tokens=7))
+    for step, request in enumerate(requests):
+        scheduler.add(request, step)
+        plan = scheduler.next_step(step)
+    # Request 0 attends to 5 entries; the prompt's first six tokens to 1, 2, 3, 4, 5 and 6.
+    assert (plan.decode_context_tokens, plan.prefill_context_tokens) == (5, 21)
+    plan = scheduler.next_step(2)
+    assert (plan.decode_context_tokens, plan.prefill_context_tokens) == (6, 7 + 8 + 9 + 10)
+
+
 def test_round_robin_and_least_loaded():
     requests = [Request(i, 0.0, prompt, 1) for i, prompt in enumerate([100, 10, 10, 10])]
     states = [SchedulerState()] * 2

@@ -145,6 +145,16 @@ class StepPlan(NamedTuple):
         """Rows of this rank in the step; 0 where it takes part idle."""
         return self.num_prefill_tokens + self.num_decode_tokens
 
+    @property
+    def prefill_context_tokens(self) -> int:
+        """KV entries that the prompts' tokens attend to, themselves included, summed over these tokens."""
+        return sum(e.num_tokens * (2 * e.start + e.num_tokens + 1) // 2 for e in self.entries if e.is_prefill)
+
+    @property
+    def decode_context_tokens(self) -> int:
+        """The same of the tokens that generate; 0 where the entries were not listed."""
+        return sum(e.start + 1 for e in self.entries if not e.is_prefill)
+
 
 def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int], max_prefill_delay_steps: int) -> bool:
     """Decide, for all ranks alike, whether prompts run in the next step.
