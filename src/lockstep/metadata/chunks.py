@@ -1,0 +1,153 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lockstep.metadata.sizes import abridged, check_counts, check_int, chunk_sizes, num_chunks, sp_rows, sp_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One slice of a step.
+
+    Attributes:
+        index: which chunk, from 0.
+        sizes: rows that each EP rank brings, `[ep_size]`; the same tuple on every rank.
+        start: first row of this rank's own slice that belongs to the chunk.
+        stop: one past the last; `stop - start` are this rank's real rows, 0 where it has none left.
+    """
+
+    index: int
+    sizes: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class ChunkPlan:
+    """All chunks of a step, known before it runs, the same on every rank.
+
+    Iterating gives each `Chunk` in order; `len(plan)` is `ceil(longest rank / max_chunk_size_per_rank)`, and 0 in a
+    step in which no rank has tokens.
+
+    With sequence parallelism the tokens of a DP rank are cut into contiguous slices of `ceil(count / sp)` rows, the
+    last ones shorter or empty. With `min_rows=0` the sizes are real rows, zero included. With `min_rows=1` they are
+    what `DPMetadata.chunked_sizes` shows to callers from outside: slices padded to equal length, and one dummy row
+    where a rank has none left. `start` and `stop` are real rows in either case.
+
+    Args:
+        num_tokens_across_dp: tokens per DP rank, `[dp_size]`, each in `0..2**31 - 1`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1; None for one chunk of any length.
+        rank: the EP rank whose spans `start` and `stop` tell, `0..ep_size - 1`.
+        min_rows: rows that a rank brings when it has none left, 0 or 1.
+
+    Attributes:
+        num_tokens_across_dp: the counts as plain integers, `[dp_size]`.
+        sp_rows: real rows of each EP rank in the whole step, `[ep_size]`.
+
+    Raises:
+        TokenCountError: if a count is wrong, naming its rank.
+        ConfigurationError: if a size, the rank or `min_rows` is out of range.
+
+    Example:
+        >>> for chunk in ChunkPlan([500, 200, 256], max_chunk_size_per_rank=256, rank=1):
+        ...     print(chunk)
+        Chunk(index=0, sizes=(256, 200, 256), start=0, stop=200)
+        Chunk(index=1, sizes=(244, 0, 0), start=200, stop=200)
+    """
+
+    def __init__(
+        self,
+        num_tokens_across_dp: object,
+        sequence_parallel_size: int = 1,
+        max_chunk_size_per_rank: int | None = None,
+        rank: int = 0,
+        *,
+        min_rows: int = 0,
+    ) -> None:
+        self.num_tokens_across_dp = check_counts(num_tokens_across_dp)
+        self.sequence_parallel_size = check_int("sequence_parallel_size", sequence_parallel_size, 1)
+        self.sp_rows = sp_rows(self.num_tokens_across_dp, self.sequence_parallel_size)
+        self.min_rows = check_int("min_rows", min_rows, 0, 1)
+        self.rank = check_int("rank", rank, 0, len(self.sp_rows) - 1)
+        # The first slice of a DP rank is never shorter than its others, so real and padded rows need as many chunks.
+        longest = max(self.sp_rows)
+        if max_chunk_size_per_rank is None:
+            self.max_chunk_size_per_rank = max(1, longest)
+        else:
+            self.max_chunk_size_per_rank = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
+        self._num_chunks = num_chunks(longest, self.max_chunk_size_per_rank)
+        # Without dummy rows the sizes are real; with them, what the padded slices of DPMetadata show.
+        self._step_sizes = (
+            sp_sizes(self.num_tokens_across_dp, self.sequence_parallel_size) if self.min_rows else self.sp_rows
+        )
+        self._chunks: tuple[Chunk, ...] | None = None
+
+    def __len__(self) -> int:
+        return self._num_chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        # Every layer of a step walks through the same chunks: they are made at its first, and kept.
+        if self._chunks is None:
+            self._chunks = tuple(self._make_chunk(chunk_idx) for chunk_idx in range(self._num_chunks))
+        return iter(self._chunks)
+
+    def __getitem__(self, chunk_idx: int) -> Chunk:
+        if not -self._num_chunks <= chunk_idx < self._num_chunks:
+            raise IndexError(f"chunk {chunk_idx} of a plan with {self._num_chunks} chunks")
+        return self._make_chunk(chunk_idx % self._num_chunks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChunkPlan):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return (
+            f"ChunkPlan({abridged(self.num_tokens_across_dp)}, "
+            f"sequence_parallel_size={self.sequence_parallel_size}, "
+            f"max_chunk_size_per_rank={self.max_chunk_size_per_rank}, rank={self.rank}, min_rows={self.min_rows}): "
+            f"{self._num_chunks} chunks"
+        )
+
+    def sp_span(self, rank: int) -> tuple[int, int]:
+        """Return which of its DP rank's tokens an EP rank takes into the experts.
+
+        Args:
+            rank: the EP rank, `0..ep_size - 1`.
+
+        Returns:
+            `(start, stop)` within the tokens of that DP rank, padding left out; empty where none are left for it.
+
+        Raises:
+            ConfigurationError: if `rank` is out of range.
+
+        Example:
+            >>> [ChunkPlan([5], sequence_parallel_size=2).sp_span(rank) for rank in range(2)]
+            [(0, 3), (3, 5)]
+        """
+        rank = check_int("rank", rank, 0, len(self.sp_rows) - 1)
+        first = rank - rank % self.sequence_parallel_size
+        start = sum(self.sp_rows[first:rank])
+        return start, start + self.sp_rows[rank]
+
+    def _make_chunk(self, chunk_idx: int) -> Chunk:
+        limit = self.max_chunk_size_per_rank
+        own_rows = self.sp_rows[self.rank]
+        start = min(chunk_idx * limit, own_rows)
+        return Chunk(
+            index=chunk_idx,
+            sizes=chunk_sizes(self._step_sizes, limit, chunk_idx, self.min_rows),
+            start=start,
+            stop=min(start + limit, own_rows),
+        )
+
+    def _key(self) -> tuple[object, ...]:
+        return (
+            self.num_tokens_across_dp,
+            self.sequence_parallel_size,
+            self.max_chunk_size_per_rank,
+            self.rank,
+            self.min_rows,
+        )

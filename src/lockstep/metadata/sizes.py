@@ -1,0 +1,251 @@
+# How many rows each rank brings: pure functions on integers, without torch.
+#
+# `counts` are tokens per data-parallel rank, `[dp_size]`. A size is the rows of one expert-parallel rank, `[ep_size]`
+# with `ep_size = dp_size * sequence_parallel_size`, ranks of one data-parallel rank next to each other.
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import index
+
+from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
+
+INT32_MAX = 2**31 - 1
+"""Largest count and size. Engines keep them in int32 tensors, where one more would turn negative."""
+
+MAX_RANKS = 2**20
+"""Most expert-parallel ranks. A slip such as a token count passed as a rank count ends here, not in a full memory."""
+
+
+def as_plain_int(value: object) -> int | None:
+    """Return `value` as a plain `int`, or None if it is not an integer; a bool is not one.
+
+    Args:
+        value: an `int`, or anything with `__index__`, such as a NumPy integer or an integer tensor of one element.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]  # what does not fit is what the except is for
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def check_int(
+    name: str,
+    value: object,
+    minimum: int = 0,
+    maximum: int | None = INT32_MAX,
+    error: type[LockstepError] = ConfigurationError,
+) -> int:
+    """Return `value` as a plain `int` in `minimum..maximum`.
+
+    Args:
+        name: what the message calls it.
+        value: the integer to check.
+        minimum: smallest value allowed.
+        maximum: largest value allowed; None for no limit.
+        error: what to raise.
+
+    Raises:
+        LockstepError: `error`, if it is not an integer (a bool is none) or out of range.
+    """
+    number = as_plain_int(value)
+    if number is None:
+        raise error(f"{name} must be an integer, got {value!r}")
+    if number < minimum:
+        raise error(f"{name} must be >= {minimum}, got {number}")
+    if maximum is not None and number > maximum:
+        raise error(f"{name} must be <= {maximum}, got {number}")
+    return number
+
+
+def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[int, ...]:
+    """Return token counts as plain integers, each checked.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`, each in `0..2**31 - 1`: a sequence of integers or an array with
+            `tolist`.
+        name: what the message calls them.
+
+    Returns:
+        The counts, `[dp_size]`.
+
+    Raises:
+        TokenCountError: if it is no sequence, is empty, or an entry is no integer, negative or beyond int32.
+
+    Example:
+        >>> check_counts([500, 200, 256])
+        (500, 200, 256)
+    """
+    tolist = getattr(counts, "tolist", None)
+    entries = tolist() if callable(tolist) else counts
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes | bytearray):
+        raise TokenCountError(f"{name} must be a sequence of integers, one per DP rank, got {counts!r}")
+    if not entries:
+        raise TokenCountError(f"{name} must have one entry per DP rank, got none")
+    # Almost always all is well, and two passes in C see that; only otherwise is it worth looking at each entry.
+    plain = set(map(type, entries)) == {int}
+    if plain and min(entries) >= 0 and max(entries) <= INT32_MAX:
+        return tuple(entries)
+    checked = []
+    for rank, entry in enumerate(entries):
+        count = as_plain_int(entry)
+        if count is None:
+            raise TokenCountError(f"{name} must be integers, got {entry!r} on DP rank {rank}")
+        if not 0 <= count <= INT32_MAX:
+            raise TokenCountError(f"{name} must be in 0..{INT32_MAX}, got {count} on DP rank {rank}")
+        checked.append(count)
+    return tuple(checked)
+
+
+def abridged(values: Sequence[int], most: int = 16) -> str:
+    """Return a list of integers as text on one line, its middle left out where it is long.
+
+    Args:
+        values: what to show.
+        most: entries shown at most.
+
+    Example:
+        >>> abridged(range(100), most=4)
+        '[0, 1, ..., 98, 99] (100 entries)'
+    """
+    if len(values) <= most:
+        return str(list(values))
+    first, last = (", ".join(map(str, part)) for part in (values[: most // 2], values[-(most // 2) :]))
+    return f"[{first}, ..., {last}] ({len(values)} entries)"
+
+
+def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
+    """Return the rows of each rank when every DP rank's tokens are padded to a multiple of the sequence-parallel size.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+
+    Returns:
+        `ceil(count / sequence_parallel_size)`, each repeated that many times, `[ep_size]`. Zero stays zero.
+
+    Raises:
+        ConfigurationError: if `sequence_parallel_size` < 1, or there would be more than `MAX_RANKS` ranks.
+
+    Example:
+        >>> sp_sizes([5, 7], 2)
+        (3, 3, 4, 4)
+    """
+    sp = check_int("sequence_parallel_size", sequence_parallel_size, 1)
+    num_ranks = len(counts) * sp
+    if num_ranks > MAX_RANKS:
+        raise ConfigurationError(
+            f"sequence_parallel_size {sp} times {len(counts)} DP ranks must be <= {MAX_RANKS} ranks, got {num_ranks}"
+        )
+    if sp == 1:
+        return tuple(counts)
+    per_dp_rank = [-(-count // sp) for count in counts]
+    # Filling every sp-th place copies references in C; a loop over 1024 x 8 ranks would cost more than 60 layers do.
+    sizes = [0] * num_ranks
+    for sp_rank in range(sp):
+        sizes[sp_rank::sp] = per_dp_rank
+    return tuple(sizes)
+
+
+def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
+    """Return the real rows of each rank: contiguous slices of `ceil(count / sp)`, the last ones shorter or empty.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+
+    Returns:
+        Real rows, `[ep_size]`; those of one DP rank add up to its count.
+
+    Raises:
+        ConfigurationError: as `sp_sizes`.
+
+    Example:
+        >>> sp_rows([5, 1], 2)
+        (3, 2, 1, 0)
+    """
+    padded = sp_sizes(counts, sequence_parallel_size)
+    sp = len(padded) // len(counts) if counts else 1
+    return tuple(min(size, max(0, counts[rank // sp] - (rank % sp) * size)) for rank, size in enumerate(padded))
+
+
+def cu_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the running sum of sizes.
+
+    Args:
+        sizes: rows per rank, `[ep_size]`.
+
+    Returns:
+        Rows of this rank and all before it, `[ep_size]`.
+
+    Example:
+        >>> cu_sizes([3, 3, 4, 4])
+        (3, 6, 10, 14)
+    """
+    return tuple(accumulate(sizes))
+
+
+def row_spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return where each rank's rows lie when the rows of all ranks stand one after another.
+
+    Args:
+        sizes: rows per rank, `[ep_size]`.
+
+    Returns:
+        `(start, stop)` per rank, `[ep_size]`.
+
+    Example:
+        >>> row_spans([3, 0, 4])
+        ((0, 3), (3, 3), (3, 7))
+    """
+    ends = tuple(accumulate(sizes))
+    return tuple(zip((0, *ends[:-1]), ends, strict=True)) if ends else ()
+
+
+def chunk_sizes(
+    sizes: Sequence[int], max_chunk_size_per_rank: int, chunk_idx: int, min_rows: int = 1
+) -> tuple[int, ...]:
+    """Return how many rows each rank brings to one chunk.
+
+    Args:
+        sizes: rows per rank in the whole step, `[ep_size]`.
+        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1.
+        chunk_idx: which chunk, from 0. Past the end nothing is left on any rank.
+        min_rows: what a rank brings that has nothing left: 1 for a dummy row, so that a collective which refuses empty
+            ranks is still joined by all, or 0.
+
+    Returns:
+        Rows per rank, `[ep_size]`, each in `min_rows..max_chunk_size_per_rank`.
+
+    Raises:
+        ConfigurationError: if `max_chunk_size_per_rank` < 1, `chunk_idx` < 0, or `min_rows` is neither 0 nor 1.
+
+    Example:
+        >>> [chunk_sizes((500, 200, 256), 256, i) for i in range(2)]
+        [(256, 200, 256), (244, 1, 1)]
+    """
+    limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
+    start = check_int("chunk_idx", chunk_idx, 0, maximum=None) * limit
+    least = check_int("min_rows", min_rows, 0, 1)
+    return tuple(max(least, min(limit, size - start)) for size in sizes)
+
+
+def num_chunks(max_size: int, max_chunk_size_per_rank: int) -> int:
+    """Return how many chunks the longest rank needs; 0 if no rank has rows.
+
+    Args:
+        max_size: rows of the longest rank, >= 0.
+        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1.
+
+    Raises:
+        ConfigurationError: if `max_chunk_size_per_rank` < 1 or `max_size` < 0.
+
+    Example:
+        >>> num_chunks(500, 256)
+        2
+    """
+    limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
+    return -(-check_int("max_size", max_size) // limit)
