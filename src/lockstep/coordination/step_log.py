@@ -74,7 +74,7 @@ class StepLogWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = Path(path).open("x", encoding="utf-8", buffering=1)
+        self._file = Path(path).open("x", encoding="utf-8", buffering=1)  # noqa: SIM115 - close() does
 
     def write(self, record: StepLogRecord) -> None:
         """Append one record."""
