@@ -173,14 +173,14 @@ def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int)
     return chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args)
 
 
-def cumulative_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
+def cumulative_rows(counts: Sequence[int], sp_size: int) -> tuple[int, ...]:
     """Return the running sum of the rows of each rank, `[ep_size]`: `cu_sizes` of `sp_sizes`.
 
     Args:
         counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+        sp_size: ranks that share the tokens of one DP rank, >= 1.
     """
-    return cu_sizes(sp_sizes(counts, sequence_parallel_size))
+    return cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1)))
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
@@ -457,7 +457,6 @@ class DPMetadata:
             >>> DPMetadata(7, [5, 7]).cu_tokens_across_sp(2).tolist()
             [3, 6, 10, 14]
         """
-        check_int("sp_size", sp_size, 1)
         return torch.tensor(self._step.find(cumulative_rows, sp_size), dtype=torch.int64)
 
     def __eq__(self, other: object) -> bool:
