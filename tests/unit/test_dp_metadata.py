@@ -108,7 +108,7 @@ def test_once_all_contexts_are_left_no_sizes_are_set(steps, data):
             if places:
                 del entered[places[-1]]
         # The law: what was entered last and is not left counts.
-        assert metadata.local_sizes is (entered[-1]._sizes if entered else None)
+        assert metadata.local_sizes is (entered[-1].sizes if entered else None)
     for context in contexts * len(entered):
         context.__exit__()
     assert metadata.local_sizes is None
@@ -355,6 +355,7 @@ def test_a_wrong_maximum_is_refused(largest, message):
         (lambda m: m.sp_local_sizes(-2), "sequence_parallel_size must be >= 1, got -2"),
         (lambda m: m.sp_local_sizes(True), "sequence_parallel_size must be an integer, got True"),
         (lambda m: m.sp_local_sizes(1.0), "sequence_parallel_size must be an integer, got 1.0"),
+        (lambda m: m.sp_local_sizes(None), "sequence_parallel_size must be an integer, got None"),
         (lambda m: m.sp_local_sizes([1]), r"sequence_parallel_size must be an integer, got \[1\]"),
         (lambda m: m.sp_local_sizes(2**30), "2 DP ranks must be <= 1048576 ranks, got 2147483648"),
         (lambda m: m.cu_tokens_across_sp(0), "sp_size must be >= 1, got 0"),

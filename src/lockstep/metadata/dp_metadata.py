@@ -29,6 +29,7 @@ else:
 
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
+NO_KEY = object()
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -62,12 +63,12 @@ class StepSizes:
         self.counts = counts
         self.dp_rank = dp_rank
         self.lists: dict[object, list[int]] = {}
-        self.last_key: object = None
+        self.last_key: object = NO_KEY
         self.last_list: list[int] = []
         self.innermost: SizesContext | None = None
         self.outer: list[SizesContext] = []
 
-    def find(self, function: Callable[..., Sequence[int]], *args: int) -> list[int]:
+    def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
         """Return a size list, computed if nobody asked for it before.
 
         Args:
@@ -82,13 +83,26 @@ class StepSizes:
         sizes = self.lists.get(key)
         if sizes is None:
             try:
-                sizes = list(function(self.counts, *args))
+                sizes = function(self.counts, *args)
             except ConfigurationError as error:
                 if self.dp_rank is None:
                     raise
                 raise ConfigurationError(f"{error} (on DP rank {self.dp_rank} of {len(self.counts)})") from None
             self.lists[key] = sizes
         return sizes
+
+    def find_last(self, sequence_parallel_size: int) -> None:
+        """Put the sizes of the whole step into `last_list`, and what they were asked for with into `last_key`.
+
+        Args:
+            sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+
+        Raises:
+            ConfigurationError: as `sp_sizes`.
+        """
+        self.last_list = self.find(sp_size_list, sequence_parallel_size)
+        # A tensor or array can be written to, and be the same object with another value.
+        self.last_key = sequence_parallel_size if type(sequence_parallel_size) is int else NO_KEY
 
 
 class SizesContext:
@@ -100,26 +114,26 @@ class SizesContext:
     A class rather than a generator, because a caller from another language leaves with strings where Python has an
     exception, and a generator-based context manager raises at that and leaves its sizes set.
 
-    Args:
+    Attributes:
         metadata: whose `local_sizes` are set.
         step: what keeps the contexts of that metadata.
         sizes: what they are set to, `[ep_size]`.
     """
 
-    __slots__ = ("_metadata", "_sizes", "_step")
-
-    def __init__(self, metadata: HoldsLocalSizes, step: StepSizes, sizes: list[int]) -> None:
-        self._metadata = metadata
-        self._step = step
-        self._sizes = sizes
+    # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
+    # would take a third of the time.
+    __slots__ = ("metadata", "sizes", "step")
+    metadata: HoldsLocalSizes
+    sizes: list[int]
+    step: StepSizes
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
-        step = self._step
+        step = self.step
         if step.innermost is not None:
             step.outer.append(step.innermost)
         step.innermost = self
-        self._metadata.local_sizes = sizes = self._sizes
+        self.metadata.local_sizes = sizes = self.sizes
         return sizes
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
@@ -133,20 +147,20 @@ class SizesContext:
         Returns:
             False: an exception is never swallowed.
         """
-        step = self._step
+        step = self.step
         if step.innermost is not self:
             leave_outer(step.outer, self)
         elif step.outer:
             step.innermost = inner = step.outer.pop()
-            self._metadata.local_sizes = inner._sizes
+            self.metadata.local_sizes = inner.sizes
         else:
             step.innermost = None
-            self._metadata.local_sizes = None
+            self.metadata.local_sizes = None
         return False
 
     def __repr__(self) -> str:
-        entered = self._step.innermost is self or any(context is self for context in self._step.outer)
-        return f"SizesContext({abridged(self._sizes)}, {'entered' if entered else 'not entered'})"
+        entered = self.step.innermost is self or any(context is self for context in self.step.outer)
+        return f"SizesContext({abridged(self.sizes)}, {'entered' if entered else 'not entered'})"
 
 
 def leave_outer(outer: list[SizesContext], context: SizesContext) -> None:
@@ -162,7 +176,7 @@ def leave_outer(outer: list[SizesContext], context: SizesContext) -> None:
             return
 
 
-def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> tuple[int, ...]:
+def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
     """Return the rows of each rank in one chunk, `[ep_size]`: `chunk_sizes` of `sp_sizes`.
 
     Args:
@@ -170,17 +184,17 @@ def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int)
         sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
         args: the chunk size and which chunk, as in `chunk_sizes`.
     """
-    return chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args)
+    return list(chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args))
 
 
-def cumulative_rows(counts: Sequence[int], sp_size: int) -> tuple[int, ...]:
+def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
     """Return the running sum of the rows of each rank, `[ep_size]`: `cu_sizes` of `sp_sizes`.
 
     Args:
         counts: tokens per DP rank, `[dp_size]`.
         sp_size: ranks that share the tokens of one DP rank, >= 1.
     """
-    return cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1)))
+    return list(cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1))))
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
@@ -387,7 +401,11 @@ class DPMetadata:
         """
         step = self._step
         sizes = step.find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
-        return SizesContext(self, step, sizes)
+        context = SizesContext()
+        context.metadata = self
+        context.step = step
+        context.sizes = sizes
+        return context
 
     def sp_local_sizes(self, sequence_parallel_size: int) -> SizesContext:
         """Set `local_sizes` to the rows of the whole step, for use in a `with` block.
@@ -409,14 +427,14 @@ class DPMetadata:
             [0, 0, 3, 3]
         """
         step = self._step
-        # By identity, which costs least and never takes True for 1; the same small int is nearly always the same
-        # object.
-        if sequence_parallel_size is step.last_key:
-            return SizesContext(self, step, step.last_list)
-        sizes = step.find(sp_sizes, sequence_parallel_size)
-        if type(sequence_parallel_size) is int:
-            step.last_key, step.last_list = sequence_parallel_size, sizes
-        return SizesContext(self, step, sizes)
+        # By identity, which costs least and never takes True for 1; the same small int is always the same object.
+        if sequence_parallel_size is not step.last_key:
+            step.find_last(sequence_parallel_size)
+        context = SizesContext()
+        context.metadata = self
+        context.step = step
+        context.sizes = step.last_list
+        return context
 
     def get_chunk_sizes_across_dp_rank(self) -> list[int] | None:
         """Return the sizes of the context that is entered.

@@ -134,6 +134,19 @@ def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, .
         >>> sp_sizes([5, 7], 2)
         (3, 3, 4, 4)
     """
+    return tuple(sp_size_list(counts, sequence_parallel_size))
+
+
+def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int]:
+    """Return `sp_sizes` as a new list.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+
+    Raises:
+        ConfigurationError: as `sp_sizes`.
+    """
     sp = check_int("sequence_parallel_size", sequence_parallel_size, 1)
     num_ranks = len(counts) * sp
     if num_ranks > MAX_RANKS:
@@ -141,13 +154,13 @@ def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, .
             f"sequence_parallel_size {sp} times {len(counts)} DP ranks must be <= {MAX_RANKS} ranks, got {num_ranks}"
         )
     if sp == 1:
-        return tuple(counts)
+        return list(counts)
     per_dp_rank = [-(-count // sp) for count in counts]
     # Filling every sp-th place copies references in C; a loop over 1024 x 8 ranks would cost more than 60 layers do.
     sizes = [0] * num_ranks
     for sp_rank in range(sp):
         sizes[sp_rank::sp] = per_dp_rank
-    return tuple(sizes)
+    return sizes
 
 
 def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
