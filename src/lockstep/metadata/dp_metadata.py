@@ -17,6 +17,7 @@ from lockstep.metadata.sizes import (
     check_int,
     chunk_sizes,
     cu_sizes,
+    sp_size_list,
     sp_sizes,
 )
 
