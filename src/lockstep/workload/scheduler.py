@@ -436,6 +436,8 @@ class WorkloadScheduler:
         self._scheduler = RankScheduler(config)
         self.assigned: list[Request] = []
         """Requests given to this rank so far, in order of arrival."""
+        self.arrival_steps: dict[int, int] = {}
+        """The step in which each of them arrived, by request id: the first that it could have run in."""
 
     def initial_states(self) -> list[SchedulerState]:
         """Return what every rank knows before the first step: all ranks idle."""
@@ -473,6 +475,7 @@ class WorkloadScheduler:
             if rank == self._rank:
                 self._scheduler.add(request, self._step)
                 self.assigned.append(request)
+                self.arrival_steps[request.request_id] = self._step
         run_prefills = prefills_run(
             [state.prefill_wait_steps for state in states],
             [state.num_decoding for state in states],

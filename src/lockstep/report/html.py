@@ -1,0 +1,393 @@
+"""The report of a run: one HTML file that needs no network and says who worked when, and where the time went."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep._version import __version__
+from lockstep.coordination.step_log import StepLogRecord
+from lockstep.simulation.step_table import StepTable
+
+# Cells (step x rank) that a page carries; beyond it, steps are added up in equal groups. About 2 MB packed.
+_MAX_CELLS = 2_000_000
+_MAX_LISTED_REQUESTS = 200
+_MAX_CURVE_POINTS = 300
+
+_CAUSE_WORDS = {
+    "other_prompts": "waiting while another rank runs a prompt",
+    "uneven_generation": "waiting for a rank with more requests that generate",
+    "no_requests": "no request to work on",
+    "padding": "computing dummy and padding rows",
+    "agreement": "agreeing on the step",
+}
+_SUMMARY_WORDS = {
+    "tokens_per_s": "tokens per second",
+    "requests": "requests",
+    "ranks": "ranks",
+    "steps": "steps",
+    "real_tokens": "rows of requests",
+    "dummy_rows": "dummy rows",
+    "padding_rows": "padding rows",
+}
+_LATENCIES = (
+    # title, how to read it, axis, unit, [(key of a request, curve's name)]
+    (
+        "Time to the first token",
+        "From a request's arrival to its first generated token, and the part of it spent in the queue.",
+        "seconds",
+        "s",
+        (("ttft_s", "first token"), ("queue_s", "of it, in the queue")),
+    ),
+    (
+        "Time per further token",
+        "The mean time between a request's tokens after its first.",
+        "seconds per token",
+        "s",
+        (("tpot_s", "per token"),),
+    ),
+    (
+        "Steps to the first token",
+        "From a request's arrival to its first generated token, counted in steps.",
+        "steps",
+        "steps",
+        (("ttft_steps", "first token"), ("queue_steps", "of it, in the queue")),
+    ),
+)
+
+
+def write_report(
+    path: str | Path,
+    summary: Mapping[str, Any],
+    steps: Sequence[StepLogRecord] | StepTable,
+    requests: Sequence[Mapping[str, Any]] = (),
+    settings: Sequence[Mapping[str, Any]] = (),
+    *,
+    title: str = "Lockstep run",
+    command: str = "",
+) -> None:
+    """Write `report.html`.
+
+    Every text that comes from outside (prompts, paths, names) is escaped; the page may not load anything from a
+    network.
+
+    Args:
+        path: the file, replaced where it exists.
+        summary: the run's figures by name. `verified` (True, False or None), `mismatches`, `tokens_per_s`, `requests`,
+            `dummy_rows`, `padding_rows` and the like are shown at the top, everything else in a table at the end.
+        steps: the step log, as records or as a table; may be empty.
+        requests: one mapping each; of its keys `request_id`, `rank`, `num_prompt_tokens`, `num_new_tokens`, `ttft_s`,
+            `tpot_s`, `queue_s`, `ttft_steps`, `queue_steps` and `text`, those present are shown.
+        settings: for a comparison of settings, one mapping each: `name`, `group` (settings joined by a line), `label`
+            (at the point), `x` and `y` (seconds of waiting, lost share in %), `best` (bool), and `columns` (what the
+            table shows, by heading).
+        title: the page's heading.
+        command: the command line that made it, shown so that it can be repeated.
+    """
+    from plotly.offline import get_plotlyjs
+
+    table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
+    data = _page_data(table, requests, settings)
+    folder = Path(__file__).parent
+    document = _TEMPLATE.format(
+        title=html.escape(title),
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+        body="\n".join(_sections(table, summary, requests, settings, data, title, command)),
+        # "</script>" inside the data would end it; JSON may write "<" as an escape.
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c"),
+        plotly=get_plotlyjs(),
+        script=(folder / "page.js").read_text(encoding="utf-8"),
+        version=html.escape(__version__),
+    )
+    Path(path).write_text(document, encoding="utf-8")
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src
+'unsafe-inline'; img-src data: blob:"> <meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+{body}
+<p class="quiet">Written by Lockstep {version}. This file needs no network.</p>
+<script type="application/json" id="data">{data}</script>
+<script>{plotly}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _page_data(
+    table: StepTable, requests: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return everything that the page's script draws from."""
+    filler = table.dummy_rows + table.padding_rows
+    longest = np.maximum((table.real_rows + filler).max(axis=1, initial=0, keepdims=True), 1)
+    has_filler = bool(filler.any())
+    weights = table.weights
+    lost = table.lost_by_cause()
+    kinds = [
+        ("rows of requests", "decode", table.real_rows),
+        ("dummy rows", "bad", table.dummy_rows),
+        ("padding rows", "filler", table.padding_rows),
+    ]
+    merge = -(-table.real_rows.size // _MAX_CELLS) if table.num_steps else 1
+    shown = table.merged(merge)
+    # The share of a step that filler rows take, next to the busy share; merged like it, weighted by time.
+    filler_share = filler / longest * weights[:, None]
+    if merge > 1:
+        filler_share = np.add.reduceat(filler_share, np.arange(0, table.num_steps, merge), axis=0)
+    arrays = {
+        "prefill": _packed(shown.prefill_tokens),
+        "decode": _packed(np.maximum(shown.real_rows - shown.prefill_tokens, 0)),
+        "busy": _packed(np.rint(shown.busy_share() * 255)),
+        "weight": _packed(shown.weights.astype(np.float32)),
+    }
+    if has_filler:
+        share = filler_share / np.maximum(shown.weights, 1e-12)[:, None]
+        arrays["filler"] = _packed(np.rint(np.clip(share, 0, 1) * 255))
+    return {
+        "num_ranks": table.num_ranks,
+        "rank_names": [str(rank) for rank in range(table.num_ranks)],
+        "num_rows": shown.num_steps,
+        "num_steps": table.num_steps,
+        "steps_per_row": merge,
+        "arrays": arrays,
+        "has_filler": has_filler,
+        "loss": [[_CAUSE_WORDS[cause], 100 * share] for cause, share in lost.items() if share > 5e-5],
+        "loss_axis": "share of all ranks' time (%)",
+        "row_kinds": [[name, shade, values.sum(axis=0).tolist()] for name, shade, values in kinds],
+        "latencies": _latencies(requests),
+        "settings": [{key: item[key] for key in ("name", "group", "label", "x", "y")} for item in settings],
+        "settings_axes": ["time to first token, 99th percentile (s)", "time lost to uneven work (%)"],
+    }
+
+
+def _packed(values: np.ndarray) -> dict[str, str]:
+    """Return an array as the page unpacks it: little-endian, deflated, base64."""
+    if values.dtype == np.float32:
+        kind = "f4"
+    else:
+        top = int(values.max(initial=0))
+        kind = "u1" if top < 2**8 else "u2" if top < 2**16 else "u4"
+    return {
+        "type": kind,
+        "data": base64.b64encode(zlib.compress(values.astype("<" + kind).tobytes(), 6)).decode(),
+    }
+
+
+def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the distributions that the requests have figures for, as cumulative curves of at most 300 points."""
+    found = []
+    for title, reading, axis, unit, keys in _LATENCIES:
+        curves = []
+        for key, name in keys:
+            values = np.sort([request[key] for request in requests if request.get(key) is not None])
+            if not len(values):
+                continue
+            shares = np.linspace(0, 1, min(len(values), _MAX_CURVE_POINTS) + 1)[1:]
+            at = np.maximum(np.ceil(shares * len(values)).astype(int) - 1, 0)
+            curves.append({"name": name, "values": values[at].tolist(), "shares": shares.tolist()})
+        if curves:
+            quantiles = ", ".join(
+                f"{name} {curves[0]['values'][max(0, int(np.ceil(share * len(curves[0]['values']))) - 1)]:.3g} {unit}"
+                for name, share in (("Half within", 0.5), ("99 % within", 0.99))
+            )
+            found.append(
+                {"title": title, "reading": f"{reading} {quantiles}.", "axis": axis, "unit": unit, "curves": curves}
+            )
+    # Steps say nothing more where seconds are known.
+    return found[:2] if any(item["unit"] == "s" for item in found) else found
+
+
+def _sections(
+    table: StepTable,
+    summary: Mapping[str, Any],
+    requests: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
+    data: dict[str, Any],
+    title: str,
+    command: str,
+) -> list[str]:
+    lost = table.lost_by_cause()
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="headline">{html.escape(_headline(table, lost, requests, settings))}</p>',
+        f'<p class="quiet"><code>{html.escape(command)}</code></p>' if command else "",
+        f'<div class="cards">{"".join(_cards(summary, table, lost))}</div>',
+        '<p id="failure" class="screen" hidden></p>',
+    ]
+    if settings:
+        parts += [
+            "<section><h2>Settings compared</h2><p>Each point is one setting. Lower loses less time to uneven work; "
+            "further left lets requests wait less. The lower left is best.</p>"
+            f'<div id="settings"></div>{_settings_table(settings)}</section>'
+        ]
+    if table.num_steps:
+        measured = not np.isnan(table.busy_s).all()
+        how = (
+            "The coloured height is the share of the step in which the rank worked."
+            if measured
+            else "The coloured height compares the rank's rows with those of the longest rank in the same step."
+        )
+        legend = "".join(
+            f'<span><span class="swatch" style="background:var(--{shade})"></span>{words}</span>'
+            for shade, words in (
+                ("prefill", "running prompts"),
+                ("decode", "generating tokens"),
+                ("filler", "dummy or padding rows"),
+                ("waiting", "waiting for the longest rank"),
+            )
+            if shade != "filler" or data["has_filler"]
+        )
+        parts += [
+            "<section><h2>Who worked when</h2>"
+            f"<p>One lane per rank. All ranks leave a step together, when the last one is done. {how} "
+            '<span id="grain"></span></p>'
+            f'<div class="legend">{legend}</div><div id="timeline"></div>'
+            '<div class="readout screen" id="readout">Point at a place in the chart to read it.</div></section>',
+            "<section><h2>Rows per rank</h2><p>How many tokens each rank took into a step: where the lines part, ranks "
+            'wait for each other.</p><div id="rows"></div></section>',
+            '<div class="columns"><section><h2>Each rank\'s time</h2><p>What share of the whole run each rank spent '
+            'how.</p><div id="ranks"></div></section>',
+            f"<section><h2>Where the time was lost</h2><p>{_loss_sentence(lost)}</p>"
+            '<div id="loss"></div></section></div>',
+        ]
+        if data["has_filler"] and table.num_ranks <= 128:
+            parts.append(
+                "<section><h2>Rows of requests, dummy and padding rows</h2><p>Dummy rows are sent only so that a rank "
+                'takes part; padding rows only make shapes equal.</p><div id="kinds"></div></section>'
+            )
+        elif not data["has_filler"]:
+            parts.append("<p>No rank computed a dummy or padding row: all rows were of requests.</p>")
+    if data["latencies"]:
+        sections = "".join(
+            f'<section><h2>{item["title"]}</h2><p>{item["reading"]}</p><div id="latency{index}"></div></section>'
+            for index, item in enumerate(data["latencies"])
+        )
+        parts.append(f'<div class="columns">{sections}</div>')
+    if requests:
+        parts.append(_requests_table(requests))
+    parts.append(_summary_table(summary))
+    return [part for part in parts if part]
+
+
+def _headline(
+    table: StepTable,
+    lost: Mapping[str, float],
+    requests: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
+) -> str:
+    if settings and not table.num_steps:
+        best = next((item["name"] for item in settings if item.get("best")), None)
+        return f"{len(settings)} settings compared." + (f" Best: {best}." if best else "")
+    if not table.num_steps:
+        return "No step was run."
+    what = f"{table.num_ranks} ranks ran {table.num_steps:,} steps"
+    what += f" for {len(requests):,} requests. " if requests else ". "
+    total = sum(lost.values())
+    worst = max(lost, key=lambda cause: lost[cause])
+    if total < 0.005:
+        return what + "Hardly any of the ranks' time was lost: their work was even."
+    return what + f"{total:.0%} of the ranks' time was lost, most of it to {_CAUSE_WORDS[worst]} ({lost[worst]:.0%})."
+
+
+def _loss_sentence(lost: Mapping[str, float]) -> str:
+    return f"Of all ranks' time together, {1 - sum(lost.values()):.1%} was work on requests. The rest went to:"
+
+
+def _cards(summary: Mapping[str, Any], table: StepTable, lost: Mapping[str, float]) -> list[str]:
+    cards = []
+    if "verified" in summary:
+        verified = summary["verified"]
+        words = {True: "yes", False: "NO", None: "not compared"}[verified]
+        told = (
+            "every output equals one process's"
+            if verified is not False
+            else f"{summary.get('mismatches')} outputs differ"
+        )
+        cards.append(_card(words, "verified: " + told if verified is not None else "outputs", verified is False))
+    if table.num_steps:
+        cards.append(_card(f"{sum(lost.values()):.1%}", "of the ranks' time lost"))
+    for key, words in _SUMMARY_WORDS.items():
+        if isinstance(summary.get(key), int | float):
+            cards.append(_card(_number(summary[key]), words))
+    return cards
+
+
+def _card(value: str, words: str, bad: bool = False) -> str:
+    return (
+        f'<div class="card{" bad" if bad else ""}"><b>{html.escape(value)}</b><span>{html.escape(words)}</span></div>'
+    )
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[tuple[Sequence[Any], bool]], text: Sequence[str] = ()) -> str:
+    """Return an HTML table; each row comes with whether it stands out."""
+    kind = [' class="text"' if heading in text else "" for heading in headings]
+    head = "".join(f"<th{mark}>{html.escape(name)}</th>" for name, mark in zip(headings, kind, strict=True))
+    body = "".join(
+        f"<tr{' class=best' if best else ''}>"
+        + "".join(f"<td{mark}>{html.escape(_number(cell))}</td>" for cell, mark in zip(cells, kind, strict=True))
+        + "</tr>"
+        for cells, best in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _settings_table(settings: Sequence[Mapping[str, Any]]) -> str:
+    headings = list(settings[0]["columns"])
+    return _table(headings, [(list(item["columns"].values()), bool(item.get("best"))) for item in settings])
+
+
+def _requests_table(requests: Sequence[Mapping[str, Any]]) -> str:
+    keys = {
+        "request_id": "request",
+        "rank": "rank",
+        "num_prompt_tokens": "prompt tokens",
+        "num_new_tokens": "new tokens",
+        "queue_steps": "steps in the queue",
+        "ttft_steps": "steps to first token",
+        "queue_s": "s in the queue",
+        "ttft_s": "s to first token",
+        "tpot_s": "s per further token",
+        "text": "text",
+    }
+    used = [key for key in keys if any(request.get(key) is not None for request in requests[:_MAX_LISTED_REQUESTS])]
+
+    def cell(request: Mapping[str, Any], key: str) -> Any:
+        value = request.get(key)
+        if value is None:
+            return ""
+        return value if key != "text" or len(value) <= 80 else value[:79] + "…"
+
+    rows = [([cell(request, key) for key in used], False) for request in requests[:_MAX_LISTED_REQUESTS]]
+    listed = f"the first {len(rows)} of {len(requests):,}" if len(rows) < len(requests) else f"{len(rows)}"
+    listing = _table([keys[key] for key in used], rows, text=("text",))
+    return f"<details><summary>Requests ({listed})</summary>{listing}</details>"
+
+
+def _summary_table(summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return ""
+    rows = [([name, json.dumps(value, default=str)], False) for name, value in summary.items()]
+    listing = _table(["name", "value"], rows, text=("value",))
+    return f"<details><summary>All figures and options</summary>{listing}</details>"

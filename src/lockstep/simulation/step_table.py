@@ -1,0 +1,179 @@
+"""A step log as arrays, one row per step and one column per rank, and what can be read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.coordination.step_log import FIELDS, StepLogRecord
+from lockstep.errors import ConfigurationError
+
+CAUSES = ("other_prompts", "uneven_generation", "no_requests", "padding", "agreement")
+"""Why time is lost: the rank waits while another runs prompts; while another generates for more requests; it has no
+request at all; it computes dummy and padding rows; all ranks agree on the step."""
+
+_ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A step log as arrays.
+
+    Attributes:
+        step: number of each step, `[steps]`, int64.
+        real_rows, dummy_rows, padding_rows, prefill_tokens, decode_tokens, num_waiting: see `StepLogRecord`;
+            `[steps, ranks]`, int64.
+        start_s, duration_s: of the step, of the rank where it is largest; `[steps]`, float64.
+        agreement_s: the shortest wait of any rank for the agreement: what it costs where nobody is late; `[steps]`.
+        busy_s: each rank's own work in seconds, `[steps, ranks]`; NaN where it was not measured.
+        steps_per_row: how many steps were added into one row, see `merged`.
+    """
+
+    step: np.ndarray
+    real_rows: np.ndarray
+    dummy_rows: np.ndarray
+    padding_rows: np.ndarray
+    prefill_tokens: np.ndarray
+    decode_tokens: np.ndarray
+    num_waiting: np.ndarray
+    start_s: np.ndarray
+    duration_s: np.ndarray
+    agreement_s: np.ndarray
+    busy_s: np.ndarray
+    steps_per_row: int = 1
+
+    @classmethod
+    def from_records(cls, records: Sequence[StepLogRecord]) -> StepTable:
+        """Make a table of a step log's records; a rank without a record in a step had no rows in it."""
+        return cls.from_columns({name: np.array([getattr(record, name) for record in records]) for name in FIELDS})
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> StepTable:
+        """Read what `StepColumns` has written."""
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(str(path))
+        return cls.from_columns({name: table.column(name).to_numpy() for name in FIELDS if name in table.column_names})
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, np.ndarray]) -> StepTable:
+        """Make a table of columns named as `StepLogRecord`'s fields, one entry per step and rank, in any order.
+
+        Raises:
+            ConfigurationError: if a step and rank appears twice.
+        """
+        steps, row = np.unique(columns["step"], return_inverse=True)
+        ranks = np.unique(columns["rank"])
+        column = np.searchsorted(ranks, columns["rank"])
+        shape = (len(steps), len(ranks))
+        cell = row * max(1, len(ranks)) + column
+        if len(np.unique(cell)) != len(cell):
+            raise ConfigurationError("the step log has two records of one step and rank: are these files of one run?")
+
+        def grid(name: str, missing: float, dtype: type) -> np.ndarray:
+            filled: np.ndarray = np.full(shape[0] * shape[1], missing, dtype=dtype)
+            if name in columns and len(cell):
+                filled[cell] = columns[name].astype(dtype)
+            return filled.reshape(shape)
+
+        agreement_s = grid("agreement_s", np.inf, np.float64).min(axis=1, initial=np.inf)
+        return cls(
+            step=steps.astype(np.int64),
+            real_rows=grid("real_rows", 0, np.int64),
+            dummy_rows=grid("dummy_rows", 0, np.int64),
+            padding_rows=grid("padding_rows", 0, np.int64),
+            prefill_tokens=grid("prefill_tokens", 0, np.int64),
+            decode_tokens=grid("decode_tokens", 0, np.int64),
+            num_waiting=grid("num_waiting", 0, np.int64),
+            start_s=grid("start_s", 0.0, np.float64).max(axis=1, initial=0.0),
+            duration_s=grid("duration_s", 0.0, np.float64).max(axis=1, initial=0.0),
+            agreement_s=np.where(np.isinf(agreement_s), 0.0, agreement_s),
+            busy_s=grid("busy_s", np.nan, np.float64),
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Rows of the table."""
+        return self.real_rows.shape[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """Columns of the table."""
+        return self.real_rows.shape[1]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """What each step counts for, `[steps]`: its duration, or 1 each where no durations were recorded."""
+        return self.duration_s if self.duration_s.any() else np.ones(self.num_steps)
+
+    def busy_share(self) -> np.ndarray:
+        """Return the share of each step in which each rank had work of its own, `[steps, ranks]`, 0..1.
+
+        Where it was not measured, a step is taken to last as long as its longest rank has rows.
+        """
+        longest = self.real_rows.max(axis=1, initial=0, keepdims=True)
+        by_rows = self.real_rows / np.maximum(longest, 1)
+        if self.duration_s.any() and not np.isnan(self.busy_s).all():
+            measured = self.busy_s / np.maximum(self.duration_s, 1e-12)[:, None]
+            return np.clip(np.where(np.isnan(measured), by_rows, measured), 0, 1)
+        if self.duration_s.any():
+            by_rows = by_rows * (1 - self.agreement_s / np.maximum(self.duration_s, 1e-12))[:, None]
+        return np.clip(by_rows, 0, 1)
+
+    def lost_by_cause(self) -> dict[str, float]:
+        """Return the share of all ranks' time that is lost, split by `CAUSES`; the rest of 1 was work."""
+        weights = self.weights
+        total = float(weights.sum()) * self.num_ranks
+        if not total:
+            return dict.fromkeys(CAUSES, 0.0)
+        idle = (1 - self.busy_share()) * weights[:, None]
+        agreement = np.minimum(self.agreement_s if self.duration_s.any() else np.zeros(self.num_steps), weights)
+        agreed = np.minimum(idle, agreement[:, None])
+        idle = idle - agreed
+        # Dummy and padding rows fill a part of the wait for the longest rank, in proportion to its rows.
+        filler = self.dummy_rows + self.padding_rows
+        longest = np.maximum((self.real_rows + filler).max(axis=1, initial=0, keepdims=True), 1)
+        padding = np.minimum(idle, filler / longest * weights[:, None])
+        idle = idle - padding
+        none = self.real_rows == 0
+        prompts_elsewhere = (self.prefill_tokens.max(axis=1, initial=0, keepdims=True) > 0) & ~none
+        return {
+            "other_prompts": float(idle[prompts_elsewhere].sum()) / total,
+            "uneven_generation": float(idle[~prompts_elsewhere & ~none].sum()) / total,
+            "no_requests": float(idle[none].sum()) / total,
+            "padding": float(padding.sum()) / total,
+            "agreement": float(agreed.sum()) / total,
+        }
+
+    def merged(self, steps_per_row: int) -> StepTable:
+        """Return the table with every so many steps added into one row; shares stay what they were."""
+        if steps_per_row == 1 or not self.num_steps:
+            return self
+        starts = np.arange(0, self.num_steps, steps_per_row)
+        added: dict[str, Any] = {name: np.add.reduceat(getattr(self, name), starts, axis=0) for name in _ROWS}
+        # Rows of a merged table no longer say who waited for whom; busy seconds do, and are added up instead.
+        busy = self.busy_share() * self.weights[:, None]
+        return replace(
+            self,
+            step=self.step[starts],
+            start_s=self.start_s[starts],
+            duration_s=np.add.reduceat(self.weights, starts),
+            agreement_s=np.add.reduceat(self.agreement_s, starts),
+            busy_s=np.add.reduceat(busy, starts, axis=0),
+            steps_per_row=self.steps_per_row * steps_per_row,
+            **added,
+        )
+
+    def totals(self) -> dict[str, Any]:
+        """Return sums over the table: rows of each kind, steps, ranks, seconds, and the lost share of time."""
+        return {
+            "ranks": self.num_ranks,
+            "steps": int(self.num_steps * self.steps_per_row),
+            **{name: int(getattr(self, name).sum()) for name in _ROWS[:-1]},
+            "duration_s": float(self.duration_s.sum()),
+            "lost_fraction": sum(self.lost_by_cause().values()),
+        }

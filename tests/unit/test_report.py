@@ -1,0 +1,133 @@
+import base64
+import json
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from lockstep.coordination.step_log import StepLogRecord
+from lockstep.errors import ConfigurationError
+from lockstep.report.html import write_report
+from lockstep.simulation.step_table import StepTable
+
+RECORDS = [
+    StepLogRecord(0, 0, real_rows=8, prefill_tokens=8, duration_s=2.0),
+    StepLogRecord(0, 1, real_rows=2, decode_tokens=2, duration_s=2.0),
+    StepLogRecord(1, 0, real_rows=1, decode_tokens=1, start_s=2.0, duration_s=1.0),
+    StepLogRecord(1, 1, real_rows=0, start_s=2.0, duration_s=1.0),
+    StepLogRecord(2, 0, real_rows=4, decode_tokens=4, start_s=3.0, duration_s=1.0),
+    StepLogRecord(2, 1, real_rows=1, decode_tokens=1, padding_rows=3, start_s=3.0, duration_s=1.0),
+]
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    return text, json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
+
+
+def unpacked(array):
+    raw = zlib.decompress(base64.b64decode(array["data"]))
+    code = {"u1": "B", "u2": "H", "u4": "I", "f4": "f"}[array["type"]]
+    return list(struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw))
+
+
+def test_loss_by_cause_worked_by_hand():
+    lost = StepTable.from_records(RECORDS).lost_by_cause()
+    # 8 rank-seconds; rank 1 waits 2 * 6/8 for a prompt, 1 without a request, and pads 1 * 3/4.
+    assert lost == pytest.approx(
+        {"other_prompts": 1.5 / 8, "uneven_generation": 0, "no_requests": 1 / 8, "padding": 0.75 / 8, "agreement": 0}
+    )
+
+
+def test_measured_work_goes_before_rows():
+    records = [
+        StepLogRecord(0, 0, real_rows=8, decode_tokens=8, duration_s=1.0, busy_s=0.5, agreement_s=0.1),
+        StepLogRecord(0, 1, real_rows=8, decode_tokens=8, duration_s=1.0, busy_s=0.9, agreement_s=0.2),
+    ]
+    lost = StepTable.from_records(records).lost_by_cause()
+    assert lost == pytest.approx(
+        {"other_prompts": 0, "uneven_generation": 0.2, "no_requests": 0, "padding": 0, "agreement": 0.1}
+    )
+
+
+def test_without_durations_every_step_counts_the_same():
+    records = [StepLogRecord(0, 0, 4), StepLogRecord(0, 1, 2), StepLogRecord(1, 0, 1), StepLogRecord(1, 1, 1)]
+    table = StepTable.from_records(records)
+    assert sum(table.lost_by_cause().values()) == pytest.approx(0.125)
+
+
+def test_merging_steps_keeps_sums_and_shares():
+    table = StepTable.from_records(RECORDS)
+    merged = table.merged(2)
+    assert merged.num_steps == 2
+    assert merged.real_rows.sum() == table.real_rows.sum()
+    assert merged.weights.tolist() == [3.0, 1.0]
+    total = (table.busy_share() * table.weights[:, None]).sum()
+    assert (merged.busy_share() * merged.weights[:, None]).sum() == pytest.approx(total)
+
+
+def test_a_rank_missing_in_a_step_had_no_rows_and_a_record_twice_is_refused():
+    assert StepTable.from_records([RECORDS[0], RECORDS[3]]).real_rows.tolist() == [[8, 0], [0, 0]]
+    with pytest.raises(ConfigurationError, match="two records of one step and rank"):
+        StepTable.from_records([RECORDS[0], RECORDS[0]])
+    assert StepTable.from_records([]).lost_by_cause()["padding"] == 0
+
+
+def test_page_holds_the_counts_of_every_step_and_rank(tmp_path):
+    write_report(tmp_path / "report.html", {"verified": None}, RECORDS)
+    _, data = page_data(tmp_path / "report.html")
+    assert unpacked(data["arrays"]["prefill"]) == [8, 0, 0, 0, 0, 0]
+    assert unpacked(data["arrays"]["decode"]) == [0, 2, 1, 0, 4, 1]
+    assert unpacked(data["arrays"]["weight"]) == [2, 1, 1]
+    assert unpacked(data["arrays"]["filler"]) == [0, 0, 0, 0, 0, round(0.75 * 255)]
+    assert [share for _, share in data["loss"]] == pytest.approx([18.75, 12.5, 9.375])
+
+
+def test_texts_from_outside_are_escaped(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    write_report(
+        tmp_path / "report.html",
+        {"model": evil, evil: 1, "verified": False, "mismatches": evil},
+        RECORDS,
+        [{"request_id": 0, "rank": 0, "text": evil}],
+        [{"name": evil, "group": evil, "label": evil, "x": 1, "y": 2, "best": True, "columns": {evil: evil}}],
+        title=evil,
+        command=evil,
+    )
+    text, data = page_data(tmp_path / "report.html")
+    assert "alert(1)</script><img" not in text
+    assert "<img src" not in text.replace("".join(re.findall(r"<script>.*?</script>", text, re.S)), "")
+    assert data["settings"][0]["name"] == evil
+
+
+def test_page_asks_the_network_for_nothing(tmp_path):
+    write_report(tmp_path / "report.html", {}, RECORDS)
+    text, _ = page_data(tmp_path / "report.html")
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|img|link|iframe)[^>]+(src|href)=", text)
+
+
+def test_empty_run_and_run_without_durations(tmp_path):
+    write_report(tmp_path / "a.html", {}, [])
+    assert "No step was run" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    write_report(tmp_path / "b.html", {}, [StepLogRecord(0, 0, 4), StepLogRecord(0, 1, 4)])
+    assert "Hardly any" in (tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+def test_long_runs_are_added_up_before_they_are_packed(tmp_path):
+    steps, ranks = 300_000, 8
+    rng = np.random.default_rng(0)
+    columns = {
+        "step": np.repeat(np.arange(steps), ranks),
+        "rank": np.tile(np.arange(ranks), steps),
+        "real_rows": rng.integers(0, 60, steps * ranks),
+        "duration_s": np.full(steps * ranks, 0.02),
+    }
+    columns["decode_tokens"] = columns["real_rows"]
+    write_report(tmp_path / "report.html", {}, StepTable.from_columns(columns))
+    text, data = page_data(tmp_path / "report.html")
+    assert (data["steps_per_row"], data["num_rows"], data["num_steps"]) == (2, 150_000, 300_000)
+    assert sum(unpacked(data["arrays"]["decode"])) == columns["real_rows"].sum()
+    assert len(text) < 12e6
