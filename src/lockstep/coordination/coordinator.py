@@ -28,7 +28,7 @@ class Coordinator:
         tensor_parallel_size: ranks per group that shares its requests, >= 1.
         deadline_s: longest wait for any other rank, in seconds, > 0.
         fingerprint: hash of what this rank runs; ranks with another one are refused at the first agreement.
-        epoch: how often groups have been opened anew; part of every header, so that a rank of an older epoch is refused.
+        epoch: how often groups have been opened anew; part of every header: a rank of an older epoch is refused.
         store: a torch store, used only after a wait has failed, to find out who is still there.
 
     Raises:
@@ -110,6 +110,10 @@ class Coordinator:
     def announce_failure(self, error: BaseException) -> None:
         """Keep `error` for the next agreement whose record says `failed`, where its message goes to all ranks."""
         self._failure = f"{type(error).__name__}: {error}"
+
+    def give_up(self, reason: str) -> None:
+        """Mark the ranks' groups as unusable, because a collective other than an agreement did not end."""
+        self._closed_by = self._closed_by or reason
 
     def _conclude(self, header: Header, record: StepRecord, pending: Pending) -> StepDecision:
         words = self._wait(pending, header.step)

@@ -29,7 +29,7 @@ _current: ContextVar[ForwardContext | None] = ContextVar("lockstep_forward_conte
 
 @contextmanager
 def set_forward_context(context: ForwardContext | DPMetadata) -> Iterator[ForwardContext]:
-    """Make a step's context visible to `get_forward_context` inside the block. Blocks nest; each restores the outer one.
+    """Make a step's context visible to `get_forward_context` inside the block. Blocks nest and restore the outer one.
 
     Args:
         context: the context, or a bare `DPMetadata` of which one is made.

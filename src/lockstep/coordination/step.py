@@ -1,10 +1,9 @@
-"""What one rank says before a step, and what all ranks then know. Pure Python: no torch, no clocks, no ranks' secrets."""
+"""What one rank says before a step, and what all ranks then know. Pure Python: no torch, no clocks."""
 
 import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any, Literal
 
 from lockstep._version import __version__
@@ -128,9 +127,13 @@ class StepDecision:
         return tuple(rank for rank, record in enumerate(self.records) if record.failed)
 
 
-@cache
+_layouts: dict[type[StepRecord], tuple[tuple[str, str], ...]] = {}
+
+
 def _layout(record_class: type[StepRecord]) -> tuple[tuple[str, str], ...]:
     """The (name, reducer) of each field of a record class, in wire order."""
+    if record_class in _layouts:
+        return _layouts[record_class]
     layout = []
     for item in fields(record_class):
         if "decided_by" not in item.metadata:
@@ -140,12 +143,12 @@ def _layout(record_class: type[StepRecord]) -> tuple[tuple[str, str], ...]:
         layout.append((item.name, item.metadata["decided_by"]))
     if len(layout) > MAX_FIELDS:
         raise ConfigurationError(f"{record_class.__name__} has {len(layout)} fields; at most {MAX_FIELDS} travel")
-    return tuple(layout)
+    _layouts[record_class] = tuple(layout)
+    return _layouts[record_class]
 
 
-@cache
-def layout_fingerprint(record_class: type[StepRecord]) -> int:
-    """Return a hash of a record class's field names and reducers, so that unlike classes are told apart."""
+def _layout_fingerprint(record_class: type[StepRecord]) -> int:
+    """A hash of field names and reducers, so that unlike classes are told apart."""
     return zlib.crc32(repr(_layout(record_class)).encode())
 
 
@@ -222,7 +225,7 @@ def encode(header: Header, record: StepRecord) -> list[int]:
         header.epoch,
         header.step,
         header.fingerprint,
-        layout_fingerprint(type(record)),
+        _layout_fingerprint(type(record)),
         0,
         *values,
         *[0] * (MAX_FIELDS - len(values)),
@@ -254,19 +257,15 @@ def decode(all_words: Sequence[Sequence[int]], mine: Header, record_class: type[
             raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
     layout = _layout(record_class)
     # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
-    expected = (mine.protocol, mine.package, mine.epoch, mine.step, mine.fingerprint, layout_fingerprint(record_class))
+    expected = (mine.protocol, mine.package, mine.epoch, mine.step, mine.fingerprint, _layout_fingerprint(record_class))
     if tuple(all_words[0][1:7]) != expected:
         raise RankMismatchError(f"the exchange returned header {tuple(all_words[0][1:7])}, this rank sent {expected}")
     booleans = [reducer in ("any", "all") for _, reducer in layout]
-    return [
-        record_class(
-            *[
-                bool(value) if is_bool else value
-                for value, is_bool in zip(words[_HEADER_WORDS : _HEADER_WORDS + len(layout)], booleans, strict=True)
-            ]
-        )
-        for words in all_words
-    ]
+    records = []
+    for words in all_words:
+        values: list[Any] = list(words[_HEADER_WORDS : _HEADER_WORDS + len(layout)])
+        records.append(record_class(*[bool(v) if is_bool else v for v, is_bool in zip(values, booleans, strict=True)]))
+    return records
 
 
 _pack = struct.Struct(f"<{WORDS - 1}q").pack

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-
 _SLICE_S = 0.2
 
 
@@ -45,24 +44,23 @@ class ProcessGroupTransport:
     def begin(self, words: Sequence[int]) -> "_PendingAllGather":
         """Send this rank's words, `[words]` integers of 64 bits."""
         mine = torch.tensor(words, dtype=torch.int64, device=self._device)
-        everyones = torch.empty(self.num_ranks * len(words), dtype=torch.int64, device=self._device)
+        everyones = torch.empty(self.num_ranks, len(words), dtype=torch.int64, device=self._device)
         try:
-            work = dist.all_gather_into_tensor(everyones, mine, group=self.process_group, async_op=True)
+            work = dist.all_gather(list(everyones), mine, group=self.process_group, async_op=True)
         except RuntimeError as error:
             raise ConnectionError(f"the exchange could not be started: {first_line(error)}") from error
-        return _PendingAllGather(work, mine, everyones, self.num_ranks)
+        return _PendingAllGather(work, mine, everyones)
 
 
 class _PendingAllGather:
-    def __init__(self, work: dist.Work, mine: torch.Tensor, everyones: torch.Tensor, num_ranks: int) -> None:
+    def __init__(self, work: dist.Work, mine: torch.Tensor, everyones: torch.Tensor) -> None:
         self._work = work
         self._mine = mine  # kept: the transfer reads it until it is done
         self._everyones = everyones
-        self._num_ranks = num_ranks
 
     def wait(self, timeout_s: float) -> list[list[int]]:
         wait_for(self._work, timeout_s)
-        return self._everyones.view(self._num_ranks, -1).tolist()
+        return self._everyones.tolist()
 
 
 def wait_for(work: dist.Work, timeout_s: float) -> None:

@@ -61,6 +61,8 @@ class MoELayer:
         self.top_k = top_k
         self.dtype = dtype
         self.device = torch.device(device)
+        self.in_step = True
+        """Whether this rank has issued every collective of its last call: after an error, whether it may go on."""
         self._tensor_parallel_group = tensor_parallel_group
         self._deadline_s = deadline_s
 
@@ -88,8 +90,7 @@ class MoELayer:
                 f"on DP rank {self.config.data_parallel_rank}"
             )
         start, stop = plan.sp_span(self.config.rank)
-        own = self._exchange(plan, hidden_states[start:stop], topk_ids[start:stop], topk_weights[start:stop])
-        return self._gather(plan, own)
+        return self._run(plan, hidden_states[start:stop], topk_ids[start:stop], topk_weights[start:stop])
 
     @torch.no_grad()
     def take_part(self, plan: ChunkPlan) -> None:
@@ -101,7 +102,7 @@ class MoELayer:
         rows = torch.zeros(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
         ids = torch.full((num_rows, self.top_k), NO_EXPERT, device=self.device)
         weights = torch.zeros(num_rows, self.top_k, device=self.device)
-        self._gather(plan, self._exchange(plan, rows, ids, weights))
+        self._run(plan, rows, ids, weights)
 
     def _plan(self) -> ChunkPlan:
         plan = get_forward_context().chunk_plan
@@ -109,9 +110,10 @@ class MoELayer:
             raise RuntimeError("the forward context has no chunk_plan: pass ForwardContext(dp_metadata, chunk_plan)")
         return plan
 
-    def _exchange(
+    def _run(
         self, plan: ChunkPlan, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
+        self.in_step = False
         # One integer and one float type on the wire, whatever a model's router returns: all ranks must send alike.
         topk_ids, topk_weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
         output = torch.empty_like(rows)
@@ -132,9 +134,11 @@ class MoELayer:
                 expert_output = rows.new_zeros((handle.gather_index.shape[0], self.hidden_size))
             combined = self.dispatcher.combine(expert_output, handle)
             output[span] = combined[: chunk.stop - chunk.start]
+        gathered = self._gather(plan, output)
+        self.in_step = True
         if failure is not None:
             raise failure
-        return output
+        return gathered
 
     def _gather(self, plan: ChunkPlan, own: torch.Tensor) -> torch.Tensor:
         """Give every rank of a tensor-parallel group the rows of all of them."""

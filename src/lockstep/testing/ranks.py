@@ -15,7 +15,14 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 
 # Imported once, in the server that the ranks are forked from: a rank then starts in milliseconds, not in seconds.
-_PRELOAD = ("torch", "torch.distributed", "lockstep.moe.layer", "lockstep.models.huggingface")
+_PRELOAD = (
+    "torch.distributed.tensor",
+    "lockstep.models.huggingface",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.models.mixtral.modeling_mixtral",
+)
 # How long the others may go on once one rank has failed: enough to notice it and to say so.
 _AFTER_FAILURE_S = 5.0
 

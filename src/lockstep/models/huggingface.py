@@ -1,0 +1,560 @@
+"""Any Transformers MoE model over all ranks: its experts spread, its forward passes in lockstep."""
+
+import atexit
+import contextlib
+import datetime
+import functools
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.forward_context import ForwardContext, set_forward_context
+from lockstep.coordination.session import Session
+from lockstep.coordination.step import StepDecision
+from lockstep.dispatch.choose import make_dispatcher
+from lockstep.dispatch.collectives import DEADLINE_S
+from lockstep.errors import ConfigurationError, RankAbsentError, RankMismatchError, TokenCountError
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.metadata.config import ParallelConfig
+from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.models.loading import find_experts, load_pretrained, shard_experts
+from lockstep.moe.experts import LocalExperts
+from lockstep.moe.layer import MoELayer
+
+EXPERTS_IMPLEMENTATION = "lockstep"
+"""Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    tensor_parallel_size: int = 1,
+    max_chunk_size_per_rank: int | None = None,
+    dispatcher: str = "allgather",
+    process_group: dist.ProcessGroup | None = None,
+    deadline_s: float = DEADLINE_S,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a Hugging Face MoE checkpoint, each rank reading only its own experts, ready for `join`.
+
+    Under `torchrun` the ranks find each other by themselves; a single process gets the plain model.
+
+    Args:
+        path: a folder, or a Hub id.
+        tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
+        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        process_group: the ranks; all of them by default. Left open.
+        deadline_s: longest wait for any rank, in seconds.
+        dtype: of the weights; "auto" is what the checkpoint says.
+        device: where to put them; by default this rank's GPU, or the CPU where there is none.
+        **kwargs: for `lockstep.models.loading.load_pretrained`: `revision`, `local_files_only`, `trust_remote_code`.
+
+    Returns:
+        The Transformers model, in evaluation mode.
+
+    Raises:
+        ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
+    """
+    group = _process_group(process_group)
+    config = _parallel_config(group, tensor_parallel_size)
+    if device is None:
+        device = torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    tp_mesh = _tensor_parallel_mesh(config, group, torch.device(device).type) if tensor_parallel_size > 1 else None
+    model = load_pretrained(
+        path,
+        ep_rank=config.rank,
+        ep_size=config.world_size,
+        tp_mesh=tp_mesh,
+        dtype=dtype,
+        device=device,
+        process_group=group,
+        **kwargs,
+    )
+    if group is None:
+        return model
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s))
+    return model
+
+
+def parallelize(
+    model: Any,
+    *,
+    max_chunk_size_per_rank: int | None = None,
+    dispatcher: str = "allgather",
+    process_group: dist.ProcessGroup | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> Any:
+    """Spread the experts of a Transformers MoE model that is already in memory over all ranks, each keeping its own.
+
+    Every rank must hold the same model. In a single process the model is returned as it is.
+
+    Args:
+        model: the model, whole; changed in place.
+        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        process_group: the ranks; all of them by default. Left open.
+        deadline_s: longest wait for any rank, in seconds.
+
+    Returns:
+        The same model, ready for `join`.
+
+    Raises:
+        ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
+    """
+    group = _process_group(process_group)
+    if group is None:
+        find_experts(model)
+        return model
+    if parallel_of(model) is not None:
+        raise ConfigurationError(f"this {type(model).__name__} is already spread over the ranks")
+    config = _parallel_config(group, 1)
+    shard_experts(model, config.rank, config.world_size)
+    model.eval()
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s))
+    return model
+
+
+@contextlib.contextmanager
+def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
+    """Call the model as often as you like with whatever you like, on every rank; no call hangs.
+
+    Enter it on every rank. Inside, the script of a rank may call `model(...)` or `model.generate(...)` any number of
+    times, and may do other things in between: a thread takes part for it. Leaving waits until all ranks have left.
+
+    Args:
+        model: from `from_pretrained` or `parallelize`. In a single process this block does nothing.
+        grace_s: how long after a call this rank waits for the script's next one before it takes part with zero rows,
+            in seconds.
+
+    Yields:
+        The model.
+
+    Raises:
+        PeerFailedError: another rank left its block by an exception; carries its message.
+        RankAbsentError: a rank did not come before the deadline; entering `join` anew opens new groups.
+        RankMismatchError: ranks that were set up differently, naming the setting and each rank's value.
+        ConfigurationError: a model that is not spread over the ranks, or one that is joined already.
+    """
+    parallel = parallel_of(model)
+    if parallel is None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigurationError(
+                f"this {type(model).__name__} is not spread over the ranks: use lockstep.from_pretrained or "
+                "lockstep.parallelize first"
+            )
+        yield model
+        return
+    if parallel.session is not None:
+        raise ConfigurationError(f"this {type(model).__name__} is joined already; leave that block first")
+    parallel.open()
+    session = Session(
+        parallel.coordinator,
+        parallel.run_idle_step,
+        data_parallel_rank=parallel.config.data_parallel_rank,
+        grace_s=grace_s,
+    )
+    parallel.session = session
+    try:
+        with session:
+            yield model
+    finally:
+        parallel.session = None
+
+
+class ModelParallel:
+    """What a model that is spread over the ranks carries with it: its layers, its groups, the present step.
+
+    Engines that form their own steps use it without a session: `open()`, then for every step an agreement on
+    `coordinator` and either `model(...)` inside `with parallel.step(decision):` or `parallel.run_idle_step(decision)`.
+
+    Args:
+        model: whose experts modules hold this rank's experts only.
+        config: this rank's place.
+        process_group: the ranks; left open.
+        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
+        dispatcher: name of the backend.
+        deadline_s: longest wait for any rank, in seconds.
+
+    Attributes:
+        layers: the MoE layers in forward order; filled by `open`.
+        coordinator: filled by `open`.
+        session: the `join` block that the model is in, if any.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: ParallelConfig,
+        process_group: dist.ProcessGroup,
+        max_chunk_size_per_rank: int | None,
+        dispatcher: str,
+        deadline_s: float,
+    ) -> None:
+        if max_chunk_size_per_rank is not None and max_chunk_size_per_rank < 1:
+            raise ConfigurationError(f"max_chunk_size_per_rank must be >= 1, got {max_chunk_size_per_rank}")
+        if not deadline_s > 0:
+            raise ConfigurationError(f"deadline_s must be > 0, got {deadline_s}")
+        self.model = model
+        self.config = config
+        self.max_chunk_size_per_rank = max_chunk_size_per_rank
+        self.dispatcher_name = dispatcher
+        self.deadline_s = deadline_s
+        self.layers: list[MoELayer] = []
+        self.coordinator: Coordinator
+        self.session: Session | None = None
+        self._process_group = process_group
+        self._store = dist.PrefixStore("lockstep", dist.distributed_c10d._get_default_store())
+        self._groups: list[dist.ProcessGroup] = []
+        self._epoch = -1
+        self._times_opened = 0
+        self._plan: ChunkPlan | None = None
+        self._layers_done = 0
+        self._device_set = threading.local()
+        self._shapes = _experts_shapes(model)
+        self._experts = [LocalExperts(module) for _, module in find_experts(model)]
+
+    def open(self) -> None:
+        """Meet all ranks, check that they are set up alike, and open groups where there are none that may be used.
+
+        Raises:
+            RankAbsentError: ranks that did not come before the deadline, by number.
+            RankMismatchError: naming the setting that differs and each rank's value.
+        """
+        usable = self._epoch >= 0 and self.coordinator.usable
+        answers = self._meet({"usable": usable, "epoch": self._epoch, **self._settings()})
+        for name in self._settings():
+            values = [answer[name] for answer in answers]
+            if any(value != values[0] for value in values):
+                listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+                raise RankMismatchError(f"ranks disagree about {name}: {listed}")
+        if all(answer["usable"] for answer in answers) and len({answer["epoch"] for answer in answers}) == 1:
+            return
+        self.close()
+        self._open_groups(epoch=max(answer["epoch"] for answer in answers) + 1)
+
+    def close(self) -> None:
+        """Close the groups that `open` opened. Groups that ended in an error are left to the end of the process."""
+        if self._epoch >= 0 and self.coordinator.usable:
+            for group in self._groups:
+                dist.destroy_process_group(group)
+        self._groups = []
+        self._epoch = -1
+
+    @contextlib.contextmanager
+    def step(self, decision: StepDecision) -> Iterator[ChunkPlan]:
+        """Run one forward pass of the model inside, with the rows that were agreed for this rank.
+
+        If the block raises, this rank still takes part in what the step had planned, so that the others can go on.
+        """
+        plan = self._begin(decision)
+        counts = plan.num_tokens_across_dp
+        metadata = DPMetadata.make(self.config, counts[self.config.data_parallel_rank], counts)
+        try:
+            with set_forward_context(ForwardContext(metadata, plan, step=self.coordinator.step - 1)):
+                yield plan
+        finally:
+            try:
+                self._take_part(plan)
+            finally:
+                self._plan = None
+
+    def run_idle_step(self, decision: StepDecision) -> None:
+        """Take part in a step without rows: this rank's experts run for the others, nothing else does."""
+        if self.layers[0].device.type == "cuda" and not getattr(self._device_set, "done", False):
+            torch.cuda.set_device(self.layers[0].device)  # the current device is each thread's own
+            self._device_set.done = True
+        plan = self._begin(decision)
+        try:
+            self._take_part(plan)
+        finally:
+            self._plan = None
+
+    def _begin(self, decision: StepDecision) -> ChunkPlan:
+        self._layers_done = 0
+        self._plan = ChunkPlan(
+            decision.num_tokens_across_dp,
+            self.config.tensor_parallel_size,
+            self.max_chunk_size_per_rank,
+            self.config.rank,
+        )
+        return self._plan
+
+    def _take_part(self, plan: ChunkPlan) -> None:
+        """Run the step's remaining layers without rows of this rank, unless its groups are in an unknown state."""
+        failure: Exception | None = None
+        while self._layers_done < len(self.layers) and all(layer.in_step for layer in self.layers):
+            self._layers_done += 1
+            try:
+                self.layers[self._layers_done - 1].take_part(plan)
+            except Exception as error:  # the local experts broke; the other ranks still count on the layers after this
+                failure = failure or error
+        if not all(layer.in_step for layer in self.layers):
+            self.coordinator.give_up(f"a collective of rank {self.config.rank} did not end")
+        if failure is not None:
+            raise failure
+
+    def _run_layer(
+        self, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Stand in for an experts module's forward."""
+        if self._plan is None:
+            raise RuntimeError(_OUTSIDE.format(type(self.model).__name__))
+        if index != self._layers_done:
+            raise RuntimeError(f"MoE layer {index} was called where layer {self._layers_done} was due in this step")
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        agreed = self._plan.num_tokens_across_dp[self.config.data_parallel_rank]
+        if rows.shape[0] != agreed:
+            raise TokenCountError(
+                f"{rows.shape[0]} rows came to MoE layer {index}, but {agreed} were agreed for this step "
+                f"on DP rank {self.config.data_parallel_rank}"
+            )
+        self._layers_done = index + 1
+        output = self.layers[index](rows, topk_ids.reshape(rows.shape[0], -1), topk_weights.reshape(rows.shape[0], -1))
+        return output.view_as(hidden_states)
+
+    def _open_groups(self, epoch: int) -> None:
+        config = self.config
+        ranks = dist.get_process_group_ranks(self._process_group)
+        # One group per purpose. The deadline of a wait is ours; the group's own is only a last resort above it.
+        timeout = datetime.timedelta(seconds=self.deadline_s + 5)
+
+        def new_group(members: list[int], backend: str) -> dist.ProcessGroup:
+            group = dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
+            self._groups.append(group)
+            return group
+
+        device_backend = "nccl" if self._shapes[0].device.type == "cuda" else "gloo"
+        try:
+            control, data = new_group(ranks, "gloo"), new_group(ranks, device_backend)
+            tp_size = config.tensor_parallel_size
+            first = config.data_parallel_rank * tp_size
+            tp_group = new_group(ranks[first : first + tp_size], device_backend) if tp_size > 1 else None
+        except RuntimeError as error:
+            raise RankAbsentError(
+                f"rank {config.rank}: groups of epoch {epoch} could not be opened within {self.deadline_s:g} s: {error}"
+            ) from error
+        self._epoch = epoch
+        self.coordinator = Coordinator(
+            control,
+            tensor_parallel_size=tp_size,
+            deadline_s=self.deadline_s,
+            fingerprint=zlib.crc32(json.dumps(self._settings(), sort_keys=True).encode()),
+            epoch=epoch,
+            store=self._store,
+        )
+        self.layers = [
+            MoELayer(
+                experts,
+                make_dispatcher(
+                    self.dispatcher_name,
+                    data,
+                    experts.num_local_experts * config.world_size,
+                    deadline_s=self.deadline_s,
+                ),
+                config,
+                hidden_size=shape.hidden_size,
+                top_k=shape.top_k,
+                dtype=shape.dtype,
+                device=shape.device,
+                tensor_parallel_group=tp_group,
+                deadline_s=self.deadline_s,
+            )
+            for experts, shape in zip(self._experts, self._shapes, strict=True)
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same on all ranks; small, so that it can be compared by name."""
+        first = self._shapes[0]
+        return {
+            "model": type(self.model).__name__,
+            "tensor_parallel_size": self.config.tensor_parallel_size,
+            "max_chunk_size_per_rank": self.max_chunk_size_per_rank,
+            "dispatcher": self.dispatcher_name,
+            "MoE layers": len(self._experts),
+            "local experts": [experts.num_local_experts for experts in self._experts],
+            "hidden size": first.hidden_size,
+            "experts per token": first.top_k,
+            "dtype": str(first.dtype),
+        }
+
+    def _meet(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange a few facts through the store, which outlives every group."""
+        self._times_opened += 1
+        prefix = f"open/{self._times_opened}/"
+        world = range(self.config.world_size)
+        self._store.set(f"{prefix}{self.config.rank}", json.dumps(mine))
+        until = time.monotonic() + self.deadline_s
+        while missing := [rank for rank in world if not self._store.check([f"{prefix}{rank}"])]:
+            if time.monotonic() > until:
+                raise RankAbsentError(
+                    f"rank {self.config.rank}: ranks {missing} did not enter join() within {self.deadline_s:g} s",
+                    tuple(missing),
+                )
+            time.sleep(0.002)
+        return [json.loads(self._store.get(f"{prefix}{rank}")) for rank in world]
+
+
+_OUTSIDE = (
+    "{} is spread over several ranks, so it cannot run alone: call it inside `with lockstep.join(model):`, "
+    "on every rank"
+)
+
+
+def parallel_of(model: Any) -> ModelParallel | None:
+    """Return what a model that is spread over the ranks carries with it; None for any other model."""
+    return model.__dict__.get("_lockstep_parallel")
+
+
+class _Shape:
+    """What an experts module is called with: found by calling it once."""
+
+    def __init__(self, rows: torch.Tensor, topk_ids: torch.Tensor) -> None:
+        self.hidden_size = int(rows.shape[-1])
+        self.top_k = int(topk_ids.shape[-1])
+        self.dtype = rows.dtype
+        self.device = rows.device
+
+
+@torch.no_grad()
+def _experts_shapes(model: Any) -> list[_Shape]:
+    """Send one token through the model with experts that only look, and return what each was called with.
+
+    No config names these the same in all architectures, and the order of the calls is known for certain.
+    """
+    found = {id(module): index for index, (_, module) in enumerate(find_experts(model))}
+    seen: dict[int, _Shape] = {}
+
+    def look(module: Any, rows: torch.Tensor, topk_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen[found[id(module)]] = _Shape(rows, topk_ids)
+        return torch.zeros_like(rows)
+
+    with _experts_run_by(model, look):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    if list(seen) != list(range(len(found))):
+        raise ConfigurationError(
+            f"{type(model).__name__} does not call each of its {len(found)} MoE layers once and in order: {list(seen)}"
+        )
+    return list(seen.values())
+
+
+@contextlib.contextmanager
+def _experts_run_by(model: Any, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    modules = [module for _, module in find_experts(model)]
+    for module in modules:
+        module.forward = functools.partial(function, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _attach(parallel: ModelParallel) -> None:
+    """Route the model's experts and its forward pass through Lockstep."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = parallel.model
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+    for index, (_, module) in enumerate(find_experts(model)):
+        module.config._experts_implementation = EXPERTS_IMPLEMENTATION
+        module._lockstep_run = functools.partial(parallel._run_layer, index)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if parallel._plan is not None and parallel.session is None:
+            return original(*args, **kwargs)  # an engine that forms its own steps has agreed already
+        session = parallel.session
+        if session is None:
+            raise RuntimeError(_OUTSIDE.format(type(model).__name__))
+        decision = session.begin_step(_count_tokens(args, kwargs))
+        try:
+            with parallel.step(decision):
+                return original(*args, **kwargs)
+        except BaseException as error:
+            if not parallel.coordinator.usable:
+                session.break_off(error)
+            raise
+        finally:
+            session.end_step()
+
+    model.forward = forward
+    model.__dict__["_lockstep_parallel"] = parallel
+
+
+def _experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Stand among Transformers' experts implementations."""
+    run = getattr(module, "_lockstep_run", None)
+    if run is None:
+        raise ConfigurationError(
+            f"experts_implementation={EXPERTS_IMPLEMENTATION!r} is set by lockstep.parallelize, not by hand"
+        )
+    output: torch.Tensor = run(hidden_states, top_k_index, top_k_weights)
+    return output
+
+
+def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows that a forward pass will send through each layer."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None and args:
+        tokens = args[0]
+    if tokens is not None:
+        return int(tokens.numel())
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        raise ConfigurationError("a forward pass needs input_ids or inputs_embeds")
+    return int(embeds.shape[:-1].numel())
+
+
+def _process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks, connected under torchrun where the script has not done so; None for a single process."""
+    if process_group is None:
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(_close_default_group)
+        process_group = dist.group.WORLD if dist.is_initialized() else None
+    return process_group if process_group is not None and process_group.size() > 1 else None
+
+
+def _close_default_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
+
+
+def _parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:
+    num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+    if tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
+        raise ConfigurationError(f"tensor_parallel_size must divide the {num_ranks} ranks, got {tensor_parallel_size}")
+    return ParallelConfig(
+        num_ranks // tensor_parallel_size,
+        rank // tensor_parallel_size,
+        tensor_parallel_size,
+        rank % tensor_parallel_size,
+    )
+
+
+def _tensor_parallel_mesh(config: ParallelConfig, group: dist.ProcessGroup | None, device_type: str) -> Any:
+    """The one-dimensional mesh of the ranks that share this rank's requests."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    assert group is not None
+    ranks = torch.tensor(dist.get_process_group_ranks(group)).view(config.data_parallel_size, -1)
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))["tp"]

@@ -1,0 +1,211 @@
+"""`lockstep.join`: another number of calls on every rank, scripts that do other things, ranks that raise."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lockstep
+from lockstep.errors import PeerFailedError
+from lockstep.models.tiny import make_tiny
+from lockstep.testing import run_ranks
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(make_tiny(tmp_path_factory.mktemp("tiny"), num_layers=2, num_experts=12))
+
+
+def _prompts(rank, calls):
+    """Batches of `rank`: other shapes in every call."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        torch.randint(0, 256, (1 + (rank + call) % 3, 2 + (3 * call + rank) % 7), generator=generator)
+        for call in range(calls)
+    ]
+
+
+def _generate(model, batches, new_tokens=4):
+    return [
+        model.generate(
+            input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=new_tokens, do_sample=False
+        ).tolist()
+        for batch in batches
+    ]
+
+
+def _whole_model(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def uneven_calls(path, calls, in_memory):
+    rank = dist.get_rank()
+    if in_memory:
+        model = lockstep.parallelize(_whole_model(path), max_chunk_size_per_rank=5)
+    else:
+        model = lockstep.from_pretrained(path)
+    with lockstep.join(model):
+        outputs = _generate(model, _prompts(rank, calls[rank]))
+    with lockstep.join(model):  # again, with the same groups; this time a bare forward pass
+        logits = model(_prompts(rank, 1)[0]).logits if rank != 0 else None
+    return outputs, logits is None or logits.shape[-1]
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(("calls", "in_memory"), [((2, 5), True), ((0, 1, 3, 7), False)])
+def test_ranks_call_generate_another_number_of_times(tiny, calls, in_memory):
+    results = run_ranks(len(calls), uneven_calls, tiny, calls, in_memory)
+    whole = _whole_model(tiny)
+    for rank, (outputs, _) in enumerate(results):
+        assert len(outputs) == calls[rank]
+        assert outputs == _generate(whole, _prompts(rank, calls[rank]))
+
+
+def scripts_of_their_own(path):
+    rank = dist.get_rank()
+    model = lockstep.from_pretrained(path)
+    gathered = [None] * dist.get_world_size()
+    with lockstep.join(model):
+        first = _generate(model, _prompts(rank, rank + 1))
+        dist.barrier()  # ranks with fewer calls stand here, and their experts serve the others
+        dist.all_gather_object(gathered, first)
+        second = _generate(model, _prompts(rank, 3 - rank))
+    return gathered, second
+
+
+@pytest.mark.ranks(3)
+def test_barriers_and_gathers_of_the_script_do_not_hang(tiny):
+    results = run_ranks(3, scripts_of_their_own, tiny)
+    whole = _whole_model(tiny)
+    expected = [_generate(whole, _prompts(rank, rank + 1)) for rank in range(3)]
+    for rank, (gathered, second) in enumerate(results):
+        assert gathered == expected
+        assert second == _generate(whole, _prompts(rank, 3 - rank))
+
+
+def one_sleeps(path):
+    model = lockstep.from_pretrained(path)
+    rank = dist.get_rank()
+    with lockstep.join(model):
+        _generate(model, _prompts(rank, 1))
+        started = time.monotonic()
+        if rank == 1:
+            time.sleep(2.0)
+        else:
+            _generate(model, _prompts(rank, 3))
+        return time.monotonic() - started
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_sleeps_does_not_hold_the_others_up(tiny):
+    # Three short calls in well under the sleep: the other rank's experts answered while its script slept.
+    assert run_ranks(2, one_sleeps, tiny)[0] < 1.9
+
+
+def one_raises(path, where):
+    rank = dist.get_rank()
+    model = lockstep.from_pretrained(path, deadline_s=10)
+    if where == "in a step" and rank == 1:
+        attention = model.model.layers[1].self_attn
+        original = attention.forward
+
+        def broken(*args, **kwargs):
+            attention.forward = original
+            raise ValueError("rank 1 broke in attention")
+
+        attention.forward = broken
+    experts = model._lockstep_parallel._experts[0]
+    module = experts.module
+    outcome, started = None, time.monotonic()
+    try:
+        with lockstep.join(model):
+            if where == "in the script" and rank == 1:
+                raise ValueError("rank 1 broke in its script")
+            if where == "in idle experts" and rank == 1:
+                experts.module = None
+                time.sleep(1)
+            _generate(model, _prompts(rank, 4))
+    except Exception as error:
+        outcome = (type(error).__name__, str(error), getattr(error, "rank", None))
+    seconds = time.monotonic() - started
+    experts.module = module
+    with lockstep.join(model):
+        outputs = _generate(model, _prompts(rank, 2))
+    return outcome, seconds, outputs
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("where", ["in the script", "in a step", "in idle experts"])
+def test_a_rank_that_raises_ends_all_sessions_and_the_model_works_again(tiny, where):
+    results = run_ranks(3, one_raises, tiny, where)
+    whole = _whole_model(tiny)
+    for rank, (outcome, seconds, outputs) in enumerate(results):
+        assert outcome is not None, where
+        name, message, failed_rank = outcome
+        if rank == 1:
+            assert name != PeerFailedError.__name__
+        else:
+            assert (name, failed_rank) == ("PeerFailedError", 1)
+            assert f"rank {rank} stops" in message
+            if where != "in idle experts":
+                assert "ValueError: rank 1 broke" in message
+        assert seconds < 8
+        assert outputs == _generate(whole, _prompts(rank, 2))
+
+
+def outside_and_mismatch(path):
+    rank = dist.get_rank()
+    model = lockstep.from_pretrained(path)
+    messages = []
+    try:
+        model(_prompts(rank, 1)[0])
+    except RuntimeError as error:
+        messages.append(str(error))
+    other = lockstep.from_pretrained(path, max_chunk_size_per_rank=7 + rank)
+    try:
+        with lockstep.join(other):
+            pass
+    except lockstep.RankMismatchError as error:
+        messages.append(str(error))
+    return messages
+
+
+@pytest.mark.ranks(2)
+def test_calls_outside_a_session_and_unlike_settings_are_named_at_once(tiny):
+    for outside, mismatch in run_ranks(2, outside_and_mismatch, tiny):
+        assert "inside `with lockstep.join(model):`" in outside
+        assert mismatch == "ranks disagree about max_chunk_size_per_rank: rank 0: 7, rank 1: 8"
+
+
+def one_never_comes(path):
+    rank = dist.get_rank()
+    model = lockstep.from_pretrained(path, deadline_s=0.7)
+    started = time.monotonic()
+    message = ""
+    if rank == 0:
+        try:
+            with lockstep.join(model):
+                pass
+        except lockstep.RankAbsentError as error:
+            message = str(error)
+    else:
+        time.sleep(2)
+    return message, time.monotonic() - started
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_never_enters_is_named(tiny):
+    message, seconds = run_ranks(2, one_never_comes, tiny)[0]
+    assert "ranks [1] did not enter join() within 0.7 s" in message
+    assert seconds < 1.7
+
+
+def test_a_single_process_is_left_alone(tiny):
+    model = lockstep.from_pretrained(tiny)
+    assert "forward" not in model.__dict__
+    with lockstep.join(model) as same:
+        assert same is model
+        assert _generate(model, _prompts(0, 1)) == _generate(_whole_model(tiny), _prompts(0, 1))
