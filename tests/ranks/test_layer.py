@@ -58,7 +58,7 @@ def run_cases(dp_size, tp_size, dispatcher_name, abilities, chunk_sizes, dtypes)
         for _ in range(2):
             with set_forward_context(ForwardContext(metadata, plan)), record_collectives() as log:
                 results.append(layer(*mine))
-            logs.append([entry for entry in log])
+            logs.append(list(log))
         # The reference gives every expert-parallel rank's experts, whichever DP rank the rows belong to.
         spread = [inputs.hidden_states, inputs.topk_ids, inputs.topk_weights]
         padded = [[*tensors, *[tensors[0][:0]] * (config.world_size - dp_size)] for tensors in spread]

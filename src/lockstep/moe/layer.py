@@ -19,14 +19,14 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class MoELayer:
     """The routed experts of one layer, spread over all ranks. Inference only: no gradients flow through it.
 
-    Every rank walks through the chunks of the step's `ChunkPlan`, with as many rows as the plan gives it, zero included.
+    Every rank walks through the chunks of the step's `ChunkPlan`, with the rows that the plan gives it, zero included.
     Sizes come from the plan, which all ranks derive from the agreed counts, and from nowhere else.
 
     Args:
         experts: this rank's experts as one function of rows, see `Experts`.
         dispatcher: brings rows to their experts and back.
-        config: this rank's place. Ranks of one tensor-parallel group hand in the same rows; each takes its share of them
-            into the experts and all get all results.
+        config: this rank's place. Ranks of one tensor-parallel group hand in the same rows; each takes its share of
+            them into the experts and all get all results.
         hidden_size: of a row.
         top_k: experts per row.
         dtype: of the rows that this rank sends when it has none of its own.
@@ -50,7 +50,7 @@ class MoELayer:
     ) -> None:
         if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
             raise ConfigurationError(
-                f"tensor_parallel_size {config.tensor_parallel_size} needs a tensor_parallel_group to gather results over"
+                f"tensor_parallel_size {config.tensor_parallel_size} needs a tensor_parallel_group"
             )
         if dtype not in dispatcher.abilities.dtypes:
             raise ConfigurationError(f"dispatcher {dispatcher.name!r} cannot carry {dtype}")

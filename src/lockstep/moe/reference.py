@@ -1,4 +1,4 @@
-"""The MoE layer of all ranks in one process, written to be read. Slow on purpose: this is what the others are held to."""
+"""The MoE layer of all ranks in one process, written to be read: this is what the fast ones are held to."""
 
 from collections.abc import Sequence
 

@@ -38,7 +38,7 @@ def run_ranks(
     deadline_s: float = 60.0,
     may_die: Sequence[int] = (),
 ) -> list[Any]:
-    """Run `function(*args)` on `num_ranks` real processes that share a gloo process group, and return what they returned.
+    """Run `function(*args)` on `num_ranks` real processes that share a gloo process group; return their results.
 
     The function finds its rank with `torch.distributed.get_rank()`. It and its arguments must be importable by name (no
     lambdas, no nested functions). Ranks are fresh processes with one thread each and torch already imported.

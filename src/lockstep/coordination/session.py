@@ -1,0 +1,212 @@
+"""Every rank takes part until all have finished, whatever its script does meanwhile."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal
+
+from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.step import StepDecision, StepRecord
+from lockstep.errors import ConfigurationError, TokenCountError
+
+# After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure: a
+# script that has work then waits for the slowest of these pauses.
+_PAUSE_S = (0.0005, 0.008)
+
+
+class Session:
+    """All ranks walk through steps together although each has other work. A context manager, entered on every rank.
+
+    The script of a rank runs steps with `begin_step` and `end_step`, as many as it likes. When it is not inside one,
+    a thread of the session answers the other ranks' agreements with zero rows and runs `run_idle_step` for them. So
+    nobody waits for a rank whose script tokenizes, sleeps, stands in a barrier of its own or has left the block early.
+    Leaving the block waits until all ranks have left it.
+
+    If the block is left by an exception, every other rank gets a `PeerFailedError` with its message, from its next step
+    or at the end of its block. The session knows no model.
+
+    Args:
+        coordinator: how ranks agree. Left open: who made it closes its groups.
+        run_idle_step: takes part in a step with no rows of one's own; called from the session's thread.
+        data_parallel_rank: whose count in the decision is this rank's.
+        grace_s: how long after a step of its script this rank waits for the script's next one before it takes part with
+            zero rows, in seconds. It keeps together ranks that step together; ranks that idle anyway do not wait.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        run_idle_step: Callable[[StepDecision], None],
+        *,
+        data_parallel_rank: int,
+        grace_s: float = 0.01,
+    ) -> None:
+        self.coordinator = coordinator
+        self.error: BaseException | None = None
+        self._run_idle_step = run_idle_step
+        self._data_parallel_rank = data_parallel_rank
+        self._grace_s = grace_s
+        self._changed = threading.Condition()
+        # All below is guarded by `_changed`. Who has set `_busy` owns the coordinator and the ranks' groups.
+        self._busy = False
+        self._scripts_waiting = 0
+        self._finished = False
+        self._over = False
+        self._failure: BaseException | None = None
+        self._earliest_idle_step = 0.0
+        self._owner: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Session":
+        if self._thread is not None:
+            raise ConfigurationError("a session is entered once; make a new one")
+        self._thread = threading.Thread(target=self._take_part, name="lockstep-session", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> Literal[False]:
+        assert self._thread is not None
+        if exc is not None:
+            self._fail(exc)
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+        self._thread.join()
+        if exc is None and self.error is not None:
+            raise self.error
+        return False
+
+    def begin_step(self, num_tokens: int) -> StepDecision:
+        """Agree on the next step in which this rank's rows are due, running idle steps for the others until then.
+
+        Blocks the session's thread until `end_step`, which must follow also where the step fails.
+
+        Args:
+            num_tokens: rows that this rank brings, >= 0.
+
+        Returns:
+            The decision; its count for this data-parallel rank is `num_tokens`.
+
+        Raises:
+            TokenCountError: a negative count.
+            PeerFailedError: another rank failed.
+            RankAbsentError: a rank did not come before the deadline.
+            RankMismatchError: the ranks disagree about the step.
+            RuntimeError: the session has ended, or the script is inside a step already.
+        """
+        if num_tokens < 0:
+            raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens} on DP rank {self._data_parallel_rank}")
+        with self._changed:
+            if self._owner == threading.get_ident():
+                raise RuntimeError("a step was begun inside a step: call end_step() first")
+            self._scripts_waiting += 1
+            try:
+                while self._busy and not self._over:
+                    self._changed.wait()
+            finally:
+                self._scripts_waiting -= 1
+            if self._over:
+                raise self._ended()
+            self._busy = True
+            self._owner = threading.get_ident()
+        try:
+            while True:
+                decision = self._agree(num_tokens)
+                if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens and not decision.paused:
+                    return decision
+                # Not yet: a rank of this one's tensor-parallel group is not there, or someone holds all ranks.
+                if decision.runs_step:
+                    self._idle(decision)
+                else:
+                    time.sleep(_PAUSE_S[0])
+        except BaseException as error:
+            self._end(error)
+            self._release()
+            raise
+
+    def end_step(self) -> None:
+        """Leave the step that `begin_step` began."""
+        self._earliest_idle_step = time.monotonic() + self._grace_s
+        self._release()
+
+    def break_off(self, error: BaseException) -> None:
+        """End the session on this rank at once: its groups are in an unknown state, so nothing can be announced."""
+        self._end(error)
+
+    def _take_part(self) -> None:
+        """The session's thread: steps with zero rows, until all ranks have finished."""
+        pause_s = _PAUSE_S[0]
+        while self._acquire_idle_turn():
+            decision = None
+            try:
+                decision = self._agree(0)
+                if decision.runs_step:
+                    self._idle(decision)
+                    pause_s = _PAUSE_S[0]
+                if not decision.unfinished:
+                    self._end(None)
+            except BaseException as error:
+                self._end(error)
+            finally:
+                self._release()
+            if decision is not None and not decision.runs_step:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._over or self._scripts_waiting or self._failure, pause_s)
+                pause_s = min(2 * pause_s, _PAUSE_S[1])
+
+    def _acquire_idle_turn(self) -> bool:
+        with self._changed:
+            while True:
+                if self._over:
+                    return False
+                grace_s = 0.0 if self._finished else self._earliest_idle_step - time.monotonic()
+                if self._busy or self._scripts_waiting:
+                    self._changed.wait()
+                elif grace_s > 0:
+                    self._changed.wait(grace_s)
+                else:
+                    self._busy = True
+                    return True
+
+    def _agree(self, num_tokens: int) -> StepDecision:
+        """One agreement. If this rank has failed, all ranks learn it here, and the session ends."""
+        failure = self._failure
+        if failure is None:
+            return self.coordinator.agree(StepRecord(num_tokens, unfinished=num_tokens > 0 or not self._finished))
+        self.coordinator.agree(StepRecord(failed=True))
+        raise failure
+
+    def _idle(self, decision: StepDecision) -> None:
+        try:
+            self._run_idle_step(decision)
+        except Exception as error:  # this rank's experts broke while they ran for others: say so at the next agreement
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if self._failure is None and not self._over:
+                self._failure = error
+                self.coordinator.announce_failure(error)
+            self._changed.notify_all()
+
+    def _release(self) -> None:
+        with self._changed:
+            self._busy = False
+            self._owner = None
+            self._changed.notify_all()
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._changed:
+            if not self._over:
+                self._over = True
+                self.error = error
+            self._changed.notify_all()
+
+    def _ended(self) -> BaseException:
+        return self.error or RuntimeError("this session has ended")
