@@ -4,6 +4,7 @@ Exit status: 0 done (and, where outputs were compared, all equal); 1 the run fai
 130 interrupted (what was written is kept).
 """
 
+import json
 import sys
 from typing import Annotated
 
@@ -33,6 +34,30 @@ def _options(
     ] = False,
 ) -> None:
     del version
+
+
+@app.command()
+def plan(
+    tokens: Annotated[str, typer.Option(help="Tokens of each data-parallel rank, such as 500,200,256.")],
+    max_chunk_size: Annotated[
+        int | None, typer.Option(help="Most rows that one rank brings per chunk; without it, one chunk.")
+    ] = None,
+    sp: Annotated[int, typer.Option(help="Ranks that share the tokens of one data-parallel rank.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Show the sizes and the chunks of one step, without running it."""
+    from lockstep.errors import ConfigurationError, TokenCountError
+    from lockstep.report.plan import parse_tokens, plan_document, print_plan
+
+    try:
+        document = plan_document(parse_tokens(tokens), sp, max_chunk_size)
+    except TokenCountError as error:
+        # Here a wrong count is what somebody typed, and so ends like any other bad option.
+        raise ConfigurationError(str(error)) from None
+    if as_json:
+        typer.echo(json.dumps(document))
+    else:
+        print_plan(document)
 
 
 def main() -> None:

@@ -1,0 +1,138 @@
+# What one step would look like: the sizes that DPMetadata shows and the plan that the layer follows, side by side.
+
+from collections.abc import Sequence
+from typing import Any
+
+from lockstep.errors import ConfigurationError, TokenCountError
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, sp_sizes
+
+MOST_CHUNKS = 10_000
+"""Chunks that are written out; beyond that somebody mistyped a size."""
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Return the token counts of a comma-separated list.
+
+    Args:
+        text: such as `500,200,256`, one count per DP rank.
+
+    Raises:
+        TokenCountError: if an entry is no integer, naming its rank.
+
+    Example:
+        >>> parse_tokens("500,200,256")
+        [500, 200, 256]
+    """
+    counts = []
+    for rank, entry in enumerate(text.split(",")):
+        try:
+            counts.append(int(entry))
+        except ValueError:
+            raise TokenCountError(
+                f"tokens must be integers separated by commas, got {entry!r} on DP rank {rank}"
+            ) from None
+    return counts
+
+
+def plan_document(
+    counts: Sequence[int], sequence_parallel_size: int = 1, max_chunk_size_per_rank: int | None = None
+) -> dict[str, Any]:
+    """Return the sizes and the chunk plan of one step as a document of lists and plain integers.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1; None for one chunk of any length.
+
+    Returns:
+        `sp_local_sizes` and `cu_tokens_across_sp`, `[ep_size]`; `chunked_sizes`, a list per chunk, `[chunks][ep_size]`;
+        `chunks`, for each chunk the real rows of each rank and their spans within the rank's own slice; and in all the
+        real, dummy and padding rows that `chunked_sizes` makes ranks send, counted apart.
+
+    Raises:
+        TokenCountError: if a count is wrong.
+        ConfigurationError: if a size is, or if there would be more than `MOST_CHUNKS` chunks.
+    """
+    plan = ChunkPlan(counts, sequence_parallel_size, max_chunk_size_per_rank)
+    limit = plan.max_chunk_size_per_rank
+    if len(plan) > MOST_CHUNKS:
+        raise ConfigurationError(
+            f"max_chunk_size_per_rank {limit} must be large enough for {MOST_CHUNKS} chunks, got {len(plan)} chunks"
+        )
+    padded = sp_sizes(plan.num_tokens_across_dp, plan.sequence_parallel_size)
+    shown = [list(chunk_sizes(padded, limit, chunk.index)) for chunk in plan]
+    chunks = []
+    for chunk in plan:
+        starts = [min(chunk.index * limit, rows) for rows in plan.sp_rows]
+        spans = [[start, start + size] for start, size in zip(starts, chunk.sizes, strict=True)]
+        chunks.append({"chunk_idx": chunk.index, "real_rows": list(chunk.sizes), "spans": spans})
+    sent = sum(map(sum, shown))
+    without_dummies = sum(sum(chunk_sizes(padded, limit, chunk.index, min_rows=0)) for chunk in plan)
+    real = sum(plan.num_tokens_across_dp)
+    return {
+        "num_tokens_across_dp": list(plan.num_tokens_across_dp),
+        "sequence_parallel_size": plan.sequence_parallel_size,
+        "max_chunk_size_per_rank": limit,
+        "sp_local_sizes": list(padded),
+        "cu_tokens_across_sp": list(cu_sizes(padded)),
+        "chunked_sizes": shown,
+        "sp_spans": [list(plan.sp_span(rank)) for rank in range(len(padded))],
+        "chunks": chunks,
+        "real_rows": real,
+        "dummy_rows": sent - without_dummies,
+        "padding_rows": without_dummies - real,
+    }
+
+
+def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
+    """Print a plan for a person to read.
+
+    Args:
+        document: what `plan_document` returned.
+        most_ranks: ranks in the table; the lists above it say more.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    sp, limit = document["sequence_parallel_size"], document["max_chunk_size_per_rank"]
+    chunks = document["chunks"]
+    ranks = len(document["sp_local_sizes"])
+    console = Console(highlight=False, soft_wrap=True)
+    # As many chunks as fit beside the four other columns, each as wide as its longest span.
+    longest = max((len(f"{stop}..{stop}") for chunk in chunks for _, stop in chunk["spans"]), default=1)
+    most_chunks = max(1, (console.width - 45) // (max(longest, len("chunk 00")) + 3))
+    lists = {
+        f"sp_local_sizes({sp})": document["sp_local_sizes"],
+        f"cu_tokens_across_sp({sp})": document["cu_tokens_across_sp"],
+    }
+    for chunk_idx, sizes in enumerate(document["chunked_sizes"][:most_chunks]):
+        lists[f"chunked_sizes({sp}, {limit}, {chunk_idx})"] = sizes
+    width = max(map(len, lists))
+    for name, sizes in lists.items():
+        console.print(f"{name:<{width}}  {abridged(sizes)}", markup=False)
+
+    table = Table(box=box.SIMPLE_HEAD, title="Real rows of each rank, chunk by chunk", title_justify="left")
+    for heading in ("rank", "DP rank", "tokens", "takes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for chunk in chunks[:most_chunks]:
+        table.add_column(f"chunk {chunk['chunk_idx']}", justify="right", no_wrap=True)
+    for rank in range(min(ranks, most_ranks)):
+        cells = [str(rank), str(rank // sp), str(document["num_tokens_across_dp"][rank // sp])]
+        spans = [document["sp_spans"][rank], *(chunk["spans"][rank] for chunk in chunks[:most_chunks])]
+        cells += [f"{start}..{stop}" if stop > start else "-" for start, stop in spans]
+        table.add_row(*cells)
+    console.print(table)
+    left_out = [
+        f"{number - most} more {what}"
+        for number, most, what in ((ranks, most_ranks, "ranks"), (len(chunks), most_chunks, "chunks"))
+        if number > most
+    ]
+    if left_out:
+        console.print(f"{' and '.join(left_out)} not shown; --json shows all")
+    real, dummy, padding = (document[f"{kind}_rows"] for kind in ("real", "dummy", "padding"))
+    console.print(
+        f"{len(chunks)} chunk{'s' * (len(chunks) != 1)} of at most {limit} rows per rank: {real} real rows; callers "
+        f"that need a row on every rank add {dummy} dummy rows and {padding} of padding"
+    )

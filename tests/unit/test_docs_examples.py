@@ -1,0 +1,32 @@
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["dp_metadata.md"])
+def test_every_python_example_of_the_page_gives_what_it_shows(page):
+    text = (DOCS / page).read_text()
+    blocks = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    test = doctest.DocTestParser().get_doctest(blocks, {}, page, page, 0)
+    assert len(test.examples) >= 5
+    failures = []
+    doctest.DocTestRunner(verbose=False).run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_every_entry_of_the_published_page_has_a_chapter():
+    chapters = re.findall(r"^## `?(\w+)", (DOCS / "dp_metadata.md").read_text(), flags=re.MULTILINE)
+    published = {
+        "make",
+        "chunked_sizes",
+        "sp_local_sizes",
+        "get_chunk_sizes_across_dp_rank",
+        "cu_tokens_across_sp",
+        "local_sizes",
+    }
+    assert published <= set(chapters)
+    assert "## The constructor (`new`)" in (DOCS / "dp_metadata.md").read_text()
