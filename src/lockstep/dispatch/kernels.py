@@ -1,0 +1,789 @@
+"""Triton kernels that carry tokens to their experts and back over peer-mapped memory of one host.
+
+Two launches make a round: `dispatch_kernel` and `combine_kernel`. Each is one-sided: a rank stores into its peers'
+buffers and raises flags there; nobody asks the host anything. Three rules keep the buffers free of races without a
+barrier of their own:
+
+1.  Every rank always runs both kernels, with zero tokens too, so a finished dispatch means that every peer has left its
+    previous combine, and a finished combine means that every peer's experts have read their rows.
+2.  Whatever a *later* launch of a peer may overwrite is not read after the flag to that peer was raised; what later
+    blocks still need (the token counts) is copied to memory that only this rank writes.
+3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine reads `cells[1]` and writes
+    `cells[0]`: no block can see a value of its own launch, and a replayed graph counts on.
+
+Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
+one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows are covered by a flag per sending block, which the
+block of the same number waits for on the receiver.
+
+A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank, so the
+sender and the receiver of a row agree on its block without a word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+COUNT_BITS = tl.constexpr(20)  # a count word is (epoch << 20) | num_tokens; so at most 2**20 - 1 tokens per rank
+COUNT_MASK = tl.constexpr((1 << 20) - 1)
+PAYLOAD_MASK = tl.constexpr(0xFFFFFFFF)
+POLLS_PER_CLOCK = tl.constexpr(64)  # polls between two looks at the clock and the abort cell
+ALL_TOKENS = tl.constexpr(2**31 - 1)  # in the cell of the token count: as many as there are rows
+FLAG_LATE = tl.constexpr(1)
+TOO_MANY_TOKENS = tl.constexpr(2)
+
+
+@triton.jit
+def _now_ns():
+    """Return the device's wall clock, ns."""
+    return globaltimer()
+
+
+@triton.jit
+def _load_acquire(addresses):
+    """Load 64-bit words at integer `addresses`, with acquire order at system scope."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [addresses], dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fence(token):
+    """Make all stores of this block visible at system scope; one thread pays, after a block barrier."""
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p fence.acq_rel.sys; mov.u32 $0, $1; }",
+        "=r,r",
+        [token],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store_flag(address, word):
+    """Store one 64-bit word at integer `address`, by the thread that fenced."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,l",
+        [address, word],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _words(address):
+    """Return integer `address` as a pointer to int64."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 8)
+
+
+@triton.jit
+def _report(peers, status, rank, code, absent, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """End every spin of this group: tell all ranks who was missing, and this rank's host."""
+    word = (tl.full((), code, tl.int64) << 32) | (rank.to(tl.int64) << 16) | (absent.to(tl.int64) + 1)
+    for p in range(WORLD):
+        tl.store(_words(tl.load(peers + p) + ABORT), word)
+    tl.store(_words(status), word)
+
+
+@triton.jit
+def _give_up(started, peers, status, rank, absent, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """Return 1 if the wait must end: a peer said so, or the clock did (then say so to all)."""
+    word = tl.load(_words(tl.load(peers + rank) + ABORT), volatile=True)
+    ended = (word != 0).to(tl.int32)
+    if word != 0:
+        tl.store(_words(status), word)
+    else:
+        if _now_ns() - started > budget_ns:
+            _report(peers, status, rank, 1, absent, WORLD, ABORT)
+            ended = tl.full((), 1, tl.int32)
+    return ended
+
+
+@triton.jit
+def _wait_at_least(
+    section,
+    stride,
+    want,
+    include_self,
+    peers,
+    status,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Wait until the word of every source at `section + source * stride` is >= `want`.
+
+    Returns:
+        The words `[WORLD_POW2]`. Those of a source that did not come, and those beyond the world, are `want`.
+    """
+    source = tl.arange(0, WORLD_POW2)
+    counted = (source < WORLD) & ((source != rank) | (include_self != 0))
+    addresses = section + tl.minimum(source, WORLD - 1).to(tl.int64) * stride
+    words = tl.where(counted, _load_acquire(addresses), want)
+    late = tl.sum((words < want).to(tl.int32), 0)
+    ended = tl.full((), 0, tl.int32)
+    if late > 0:
+        started = _now_ns()
+        while (late > 0) & (ended == 0):
+            polls = 0
+            while (late > 0) & (polls < POLLS_PER_CLOCK):
+                words = tl.where(counted, _load_acquire(addresses), want)
+                late = tl.sum((words < want).to(tl.int32), 0)
+                polls += 1
+            if late > 0:
+                absent = tl.max(tl.where(words < want, source, -1), 0)
+                ended = _give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+    # Each thread acquired only its own source's word; the barrier shares that with the block.
+    tl.debug_barrier()
+    return tl.maximum(words, want)
+
+
+@triton.jit
+def _arrived_words(
+    ids_words,
+    weight_words,
+    index,
+    mask,
+    tag,
+    peers,
+    status,
+    rank,
+    source,
+    budget_ns,
+    WORLD: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Load routing words until all of this epoch are there; returns expert ids (int32) and weights (float32)."""
+    ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+    weights = tl.load(weight_words + index, mask, other=0, volatile=True)
+    stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
+    late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
+    ended = tl.full((), 0, tl.int32)
+    if late > 0:
+        started = _now_ns()
+        while (late > 0) & (ended == 0):
+            polls = 0
+            while (late > 0) & (polls < POLLS_PER_CLOCK):
+                ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+                weights = tl.load(weight_words + index, mask, other=0, volatile=True)
+                stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
+                late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
+                polls += 1
+            if late > 0:
+                absent = tl.max(tl.max(tl.where(stale, source, -1), 1), 0)
+                ended = _give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+    return ids.to(tl.int32), weights.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write_pairs(
+    local,
+    weights,
+    valid,
+    index,
+    slot,
+    expert,
+    first,
+    gather_index,
+    pair_weights,
+    inverse,
+    EXPERTS: tl.constexpr,
+):
+    """Write one expert's pairs of a tile, which begin at position `first`; returns how many there were.
+
+    The order is by source, then by (token, k): fixed by the counts alone, so results repeat bit for bit.
+    """
+    mine = valid & (local == expert)
+    ones = mine.to(tl.int32)
+    per_source = tl.sum(ones, 1)
+    before = tl.cumsum(per_source, 0) - per_source
+    position = first + before[:, None] + tl.cumsum(ones, 1) - 1
+    tl.store(gather_index + position, slot, mine)
+    tl.store(pair_weights + position, weights, mine)
+    # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
+    foreign = valid & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
+    tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
+    return tl.sum(per_source, 0)
+
+
+@triton.jit
+def _plan_one_tile(
+    own,
+    limits,
+    tag,
+    peers,
+    status,
+    rank,
+    first_expert,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
+    source = tl.arange(0, WORLD_POW2)[:, None]
+    pair = tl.arange(0, TILE)[None, :]
+    mask = pair < limits[:, None]
+    index = source * (CAPACITY * TOPK) + pair
+    ids, weights = _arrived_words(
+        _words(own + IDS), _words(own + WEIGHTS), index, mask, tag, peers, status, rank, source, budget_ns, WORLD, ABORT
+    )
+    local = ids - rank * EXPERTS
+    slot = source * CAPACITY + pair // TOPK
+    for expert in range(first_expert, EXPERTS, STEP):
+        lower = mask & (local >= 0) & (local < expert)
+        first = tl.sum(tl.sum(lower.to(tl.int32), 1), 0)
+        count = _write_pairs(
+            local, weights, mask, index, slot, expert, first, gather_index, pair_weights, inverse, EXPERTS
+        )
+        tl.store(tokens_per_expert + expert, count)
+        tl.store(expert_offsets + expert + 1, first + count)
+
+
+@triton.jit
+def _plan_many_tiles(
+    own,
+    limits,
+    tag,
+    peers,
+    status,
+    rank,
+    first_expert,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """The plan for any number of pairs: one pass counts, a second one writes."""
+    source = tl.arange(0, WORLD_POW2)[:, None]
+    most = tl.max(limits, 0)
+    for expert in range(first_expert, EXPERTS, STEP):
+        lower = tl.zeros((WORLD_POW2, TILE), tl.int32)
+        for start in range(0, most, TILE):
+            pair = start + tl.arange(0, TILE)[None, :]
+            mask = pair < limits[:, None]
+            index = source * (CAPACITY * TOPK) + pair
+            ids, weights = _arrived_words(
+                _words(own + IDS),
+                _words(own + WEIGHTS),
+                index,
+                mask,
+                tag,
+                peers,
+                status,
+                rank,
+                source,
+                budget_ns,
+                WORLD,
+                ABORT,
+            )
+            local = ids - rank * EXPERTS
+            lower += (mask & (local >= 0) & (local < expert)).to(tl.int32)
+        first = tl.sum(tl.sum(lower, 1), 0)
+        done = first
+        for start in range(0, most, TILE):
+            pair = start + tl.arange(0, TILE)[None, :]
+            mask = pair < limits[:, None]
+            index = source * (CAPACITY * TOPK) + pair
+            local = tl.load(_words(own + IDS) + index, mask, other=0).to(tl.int32) - rank * EXPERTS
+            mine = mask & (local == expert)
+            weights = tl.load(_words(own + WEIGHTS) + index, mine, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+            slot = source * CAPACITY + pair // TOPK
+            done += _write_pairs(
+                local, weights, mask, index, slot, expert, done, gather_index, pair_weights, inverse, EXPERTS
+            )
+        tl.store(tokens_per_expert + expert, done - first)
+        tl.store(expert_offsets + expert + 1, done)
+
+
+@triton.jit
+def _send_routing(
+    topk_ids,
+    topk_weights,
+    num_tokens,
+    epoch,
+    tag,
+    peers,
+    rank,
+    block,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
+    if block == 0:
+        for i in range(WORLD):
+            base = tl.load(peers + (rank + 1 + i) % WORLD)
+            tl.store(_words(base + COUNTS) + rank, (epoch << COUNT_BITS) | num_tokens)
+    for start in range(block * PAIRS, num_tokens * TOPK, BLOCKS * PAIRS):
+        pair = start + tl.arange(0, PAIRS)
+        mask = pair < num_tokens * TOPK
+        ids = tl.load(topk_ids + pair, mask, other=0).to(tl.int64) & PAYLOAD_MASK
+        weights = tl.load(topk_weights + pair, mask, other=0).to(tl.float32)
+        bits = weights.to(tl.int32, bitcast=True).to(tl.int64) & PAYLOAD_MASK
+        for i in range(WORLD):
+            base = tl.load(peers + (rank + 1 + i) % WORLD)
+            at = rank * (CAPACITY * TOPK) + pair
+            tl.store(_words(base + IDS) + at, (tag << 32) | ids, mask)
+            tl.store(_words(base + WEIGHTS) + at, (tag << 32) | bits, mask)
+
+
+@triton.jit
+def _push_rows(
+    hidden_states,
+    topk_ids,
+    num_tokens,
+    peers,
+    rank,
+    block,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token)."""
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    # In fp8 a tile's row is one scale group of a token, otherwise it is the token.
+    width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
+    per_token: tl.constexpr = BLOCK_COLUMNS // width
+    row = tl.arange(0, BLOCK_TOKENS * per_token)
+    choice = tl.arange(0, TOPK_POW2)[None, :]
+    for task in range(block, tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, BLOCKS):
+        token = (task // column_blocks) * BLOCK_TOKENS + row // per_token
+        group = (task % column_blocks) * per_token + row % per_token
+        column = group[:, None] * width + tl.arange(0, width)[None, :]
+        here = (token < num_tokens)[:, None]
+        values = tl.load(hidden_states + token[:, None] * HIDDEN + column, here & (column < HIDDEN), other=0.0)
+        ids = tl.load(topk_ids + token[:, None] * TOPK + choice, here & (choice < TOPK), other=-1).to(tl.int32)
+        target = tl.where(ids >= 0, ids // EXPERTS, -1)
+        slot = rank * CAPACITY + token
+        if FP8:
+            largest = tl.max(tl.abs(values.to(tl.float32)), 1)
+            scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+            packed = (values.to(tl.float32) * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+        for i in range(WORLD):
+            peer = (rank + 1 + i) % WORLD
+            base = tl.load(peers + peer)
+            wanted = tl.max((target == peer).to(tl.int32), 1) > 0
+            keep = wanted[:, None] & (column < HIDDEN)
+            at = slot[:, None] * HIDDEN_STRIDE + column
+            if FP8:
+                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.float8e4nv)), 16)
+                tl.store(rows + at, packed, keep)
+                scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
+                tl.store(scales + slot * GROUPS + group, scale, wanted & (group < GROUPS))
+            else:
+                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.bfloat16)), 16)
+                tl.store(rows + at, values, keep)
+
+
+@triton.jit
+def _raise_flags(peers, rank, section, block, word, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
+    """After all stores of this block: raise its flag on every other rank."""
+    zero = _fence(tl.full((), 0, tl.int32))
+    for i in range(1, WORLD):
+        base = tl.load(peers + (rank + i) % WORLD)
+        _store_flag(base + section + (rank * BLOCKS + block).to(tl.int64) * 8, word + zero)
+
+
+@triton.jit(
+    do_not_specialize=["max_tokens", "rank", "budget_ns"],
+    do_not_specialize_on_alignment=["topk_ids", "topk_weights", "num_tokens_cell"],
+)
+def dispatch_kernel(
+    hidden_states,
+    topk_ids,
+    topk_weights,
+    num_tokens_cell,
+    peers,
+    cells,
+    counts,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    status,
+    max_tokens,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    PLAN_BLOCKS: tl.constexpr,
+    PUSH_BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SMALL_TILE: tl.constexpr,
+    LARGE_TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
+
+    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan, one local expert each at a time; the others
+    push rows, so that the plan is made while the links are busy. All blocks must be resident at once.
+    """
+    block = tl.program_id(0)
+    epoch = tl.load(cells)
+    tag = epoch & PAYLOAD_MASK
+    tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
+    asked = tl.load(num_tokens_cell)
+    num_tokens = tl.minimum(asked, max_tokens)
+    own = tl.load(peers + rank)
+    if block < PLAN_BLOCKS:
+        _send_routing(
+            topk_ids,
+            topk_weights,
+            num_tokens,
+            epoch,
+            tag,
+            peers,
+            rank,
+            block,
+            WORLD,
+            CAPACITY,
+            TOPK,
+            PLAN_BLOCKS,
+            PAIRS,
+            IDS,
+            WEIGHTS,
+            COUNTS,
+        )
+        want = epoch << COUNT_BITS
+        words = _wait_at_least(own + COUNTS, 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
+        source = tl.arange(0, WORLD_POW2)
+        arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+        if block == 0:
+            tl.store(cells + 1, epoch)
+            tl.store(counts + source, arrived)
+            if (asked > max_tokens) & (asked != ALL_TOKENS):
+                _report(peers, status, rank, 2, rank, WORLD, ABORT)
+        limits = arrived * TOPK
+        if tl.max(limits, 0) <= SMALL_TILE:
+            _plan_one_tile(
+                own,
+                limits,
+                tag,
+                peers,
+                status,
+                rank,
+                block,
+                gather_index,
+                pair_weights,
+                tokens_per_expert,
+                expert_offsets,
+                inverse,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                CAPACITY,
+                TOPK,
+                EXPERTS,
+                PLAN_BLOCKS,
+                SMALL_TILE,
+                IDS,
+                WEIGHTS,
+                ABORT,
+            )
+        else:
+            _plan_many_tiles(
+                own,
+                limits,
+                tag,
+                peers,
+                status,
+                rank,
+                block,
+                gather_index,
+                pair_weights,
+                tokens_per_expert,
+                expert_offsets,
+                inverse,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                CAPACITY,
+                TOPK,
+                EXPERTS,
+                PLAN_BLOCKS,
+                LARGE_TILE,
+                IDS,
+                WEIGHTS,
+                ABORT,
+            )
+    else:
+        pusher = block - PLAN_BLOCKS
+        _push_rows(
+            hidden_states,
+            topk_ids,
+            num_tokens,
+            peers,
+            rank,
+            pusher,
+            WORLD,
+            CAPACITY,
+            TOPK,
+            TOPK_POW2,
+            EXPERTS,
+            HIDDEN,
+            HIDDEN_STRIDE,
+            GROUPS,
+            FP8,
+            PUSH_BLOCKS,
+            BLOCK_TOKENS,
+            BLOCK_COLUMNS,
+            ROWS,
+            SCALES,
+        )
+        if WORLD > 1:
+            _raise_flags(peers, rank, FLAGS, pusher, epoch, WORLD, PUSH_BLOCKS)
+            _wait_at_least(
+                own + FLAGS + pusher * 8,
+                PUSH_BLOCKS * 8,
+                epoch,
+                0,
+                peers,
+                status,
+                rank,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                ABORT,
+            )
+
+
+@triton.jit
+def _partial_rows(
+    expert_output,
+    inverse,
+    weight_words,
+    source,
+    token,
+    here,
+    column,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    REDUCED: tl.constexpr,
+):
+    """Return the weighted sum over this rank's experts for a tile of one source's tokens, float32."""
+    slot = source * CAPACITY + token
+    inside = (column < HIDDEN)[None, :]
+    if REDUCED:
+        at = slot.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+        position = tl.full(slot.shape, -1, tl.int32)
+        for k in tl.static_range(TOPK):
+            position = tl.maximum(position, tl.load(inverse + slot * TOPK + k, here, other=-1))
+        mask = (here & (position >= 0))[:, None] & inside
+        total = tl.load(expert_output + at, mask, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros((token.shape[0], column.shape[0]), tl.float32)
+        for k in tl.static_range(TOPK):
+            position = tl.load(inverse + slot * TOPK + k, here, other=-1)
+            local = here & (position >= 0)
+            weight = tl.load(weight_words + slot * TOPK + k, local, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+            at = position.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+            rows = tl.load(expert_output + at, local[:, None] & inside, other=0.0)
+            total += weight[:, None] * rows.to(tl.float32)
+    return total.to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["rank", "budget_ns"])
+def combine_kernel(
+    expert_output,
+    output,
+    inverse,
+    peers,
+    cells,
+    counts,
+    status,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr,
+    REDUCED: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    RETURNED: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
+
+    A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
+    link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
+    all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
+    the next dispatch counts on.
+    """
+    block = tl.program_id(0)
+    epoch = tl.load(cells + 1)
+    own = tl.load(peers + rank)
+    if block == 0:
+        tl.store(cells, epoch + 1)
+    source = tl.arange(0, WORLD_POW2)
+    longest = tl.max(tl.load(counts + source), 0)
+    num_tokens = tl.load(counts + rank)
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
+    rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS), ROUND)
+    rounds = tl.where(block == 0, tl.maximum(rounds, 1), rounds)
+    lanes = tl.arange(0, BLOCK_TOKENS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    choice = tl.arange(0, TOPK_POW2)[None, :]
+    weight_words = _words(own + WEIGHTS)
+    returned = tl.multiple_of((own + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+    for turn in range(rounds + 1):
+        if (turn < rounds) & (WORLD > 1):
+            for i in range(1, WORLD):
+                peer = (rank + i) % WORLD
+                theirs = tl.load(counts + peer)
+                base = tl.load(peers + peer)
+                inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+                end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, block + (turn + 1) * ROUND * BLOCKS)
+                for task in range(block + turn * ROUND * BLOCKS, end, BLOCKS):
+                    token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                    column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                    here = token < theirs
+                    rows = _partial_rows(
+                        expert_output,
+                        inverse,
+                        weight_words,
+                        peer,
+                        token,
+                        here,
+                        column,
+                        CAPACITY,
+                        TOPK,
+                        HIDDEN,
+                        REDUCED,
+                    )
+                    slot = peer * CAPACITY + token
+                    ids = tl.load(
+                        _words(own + IDS) + slot[:, None] * TOPK + choice,
+                        here[:, None] & (choice < TOPK),
+                        other=0xFFFFFFFF,
+                    ).to(tl.int32)
+                    wanted = tl.max(((ids >= rank * EXPERTS) & (ids < (rank + 1) * EXPERTS)).to(tl.int32), 1) > 0
+                    at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                    tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
+            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
+        if turn > 0:
+            if WORLD > 1:
+                _wait_at_least(
+                    own + FLAGS + block * 8,
+                    BLOCKS * 8,
+                    (epoch << COUNT_BITS) + turn,
+                    0,
+                    peers,
+                    status,
+                    rank,
+                    budget_ns,
+                    WORLD,
+                    WORLD_POW2,
+                    ABORT,
+                )
+            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, block + turn * ROUND * BLOCKS)
+            for task in range(block + (turn - 1) * ROUND * BLOCKS, end, BLOCKS):
+                token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                here = token < num_tokens
+                slot = rank * CAPACITY + token
+                ids = tl.load(
+                    _words(own + IDS) + slot[:, None] * TOPK + choice,
+                    here[:, None] & (choice < TOPK),
+                    other=0xFFFFFFFF,
+                ).to(tl.int32)
+                target = tl.where(ids >= 0, ids // EXPERTS, -1)
+                mine = _partial_rows(
+                    expert_output,
+                    inverse,
+                    weight_words,
+                    rank,
+                    token,
+                    here,
+                    column,
+                    CAPACITY,
+                    TOPK,
+                    HIDDEN,
+                    REDUCED,
+                ).to(tl.float32)
+                inside = (column < HIDDEN)[None, :]
+                total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
+                for peer in tl.static_range(WORLD):
+                    wanted = (tl.max((target == peer).to(tl.int32), 1) > 0) & (peer != rank)
+                    at = (peer * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                    rows = tl.load(returned + at, wanted[:, None] & inside, other=0.0).to(tl.float32)
+                    total += tl.where(rank == peer, mine, rows)
+                at = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+                tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)

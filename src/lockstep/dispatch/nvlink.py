@@ -1,0 +1,570 @@
+"""Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each way, no host wait.
+
+The kernels are in `kernels.py`. This file owns what they work on: buffers that all ranks have mapped, epochs, and the
+word in host memory through which a kernel says that a rank did not come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+
+from lockstep.dispatch import kernels
+from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts
+from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
+
+FP8_GROUP = 128
+"""Values that share one scale in fp8 rows."""
+
+MAX_RANKS = 8
+_THREADS = 256
+_REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
+
+
+@dataclass(frozen=True)
+class LaunchSizes:
+    """How the kernels are cut into blocks and tiles; equal on all ranks.
+
+    All blocks of a launch wait for peers, so all must be resident at once: two per multiprocessor at most.
+
+    Attributes:
+        plan_blocks, push_blocks: of the dispatch kernel.
+        combine_blocks: of the combine kernel.
+        dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
+        small_tile, large_tile: routing words per source in one look of the plan; powers of two.
+        pairs: routing words that a block sends at a time; a power of two.
+        round: tiles that a combine block pushes to each peer between two flags.
+    """
+
+    plan_blocks: int
+    push_blocks: int
+    combine_blocks: int
+    dispatch_tokens: int
+    combine_tokens: int
+    columns: int
+    small_tile: int
+    large_tile: int
+    pairs: int = 512
+    round: int = 4
+
+
+def launch_sizes(
+    num_multiprocessors: int, num_ranks: int, num_local_experts: int, hidden_size: int, max_tokens_per_rank: int
+) -> LaunchSizes:
+    """Return the launch sizes that were measured to be best on H200 (docs/gpu.md).
+
+    Args:
+        num_multiprocessors: of the GPU.
+        num_ranks: ranks of the group.
+        num_local_experts: experts per rank.
+        hidden_size: of a row.
+        max_tokens_per_rank: capacity.
+
+    Example:
+        >>> launch_sizes(132, 2, 128, 7168, 4096).push_blocks
+        136
+    """
+    resident = 2 * num_multiprocessors
+    columns = min(1024, max(FP8_GROUP, triton.next_power_of_2(hidden_size)))
+    dispatch_tokens = min(16, 8192 // columns)
+    combine_tokens = min(8, 4096 // columns)
+    ranks = triton.next_power_of_2(num_ranks)
+    plan_blocks = min(num_local_experts, num_multiprocessors)
+    column_blocks = -(-hidden_size // columns)
+    return LaunchSizes(
+        plan_blocks=plan_blocks,
+        push_blocks=min(resident - plan_blocks, -(-max_tokens_per_rank // dispatch_tokens) * column_blocks),
+        combine_blocks=min(resident, -(-max_tokens_per_rank // combine_tokens) * column_blocks),
+        dispatch_tokens=dispatch_tokens,
+        combine_tokens=combine_tokens,
+        columns=columns,
+        small_tile=2048 // ranks,
+        large_tile=4096 // ranks,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets of one channel's sections in the mapped buffer, each a multiple of 256; equal on all ranks.
+
+    Attributes:
+        rows: received rows, `[ranks, capacity, hidden_stride]`.
+        scales: of fp8 rows, `[ranks, capacity, groups]` float32.
+        ids, weights: routing words, `[ranks, capacity, top_k]` int64.
+        counts: count words, `[ranks]` int64.
+        dispatch_flags, combine_flags: `[ranks, blocks]` int64.
+        abort: one int64.
+        returned: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16.
+        nbytes: of one channel.
+    """
+
+    rows: int
+    scales: int
+    ids: int
+    weights: int
+    counts: int
+    dispatch_flags: int
+    combine_flags: int
+    abort: int
+    returned: int
+    nbytes: int
+
+
+def make_layout(
+    num_ranks: int, capacity: int, top_k: int, hidden_stride: int, groups: int, fp8: bool, launch: LaunchSizes
+) -> Layout:
+    """Lay out one channel; see `Layout` for the sections."""
+    slots = num_ranks * capacity
+    sizes = {
+        "ids": slots * top_k * 8,
+        "weights": slots * top_k * 8,
+        "counts": num_ranks * 8,
+        "dispatch_flags": num_ranks * launch.push_blocks * 8,
+        "combine_flags": num_ranks * launch.combine_blocks * 8,
+        "abort": 8,
+        "scales": slots * groups * 4 if fp8 else 0,
+        "rows": slots * hidden_stride * (1 if fp8 else 2),
+        "returned": slots * hidden_stride * 2,
+    }
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += -(-size // 256) * 256
+    return Layout(**offsets, nbytes=end)
+
+
+class _Channel:
+    """One set of buffers: holds one dispatch until its combine."""
+
+    def __init__(self, dispatcher: NvlinkDispatcher, buffer: torch.Tensor, peer_addresses: Sequence[int]) -> None:
+        layout, device = dispatcher.layout, buffer.device
+        capacity, ranks = dispatcher.max_tokens_per_rank, dispatcher.num_ranks
+        slots, pairs = ranks * capacity, ranks * capacity * dispatcher.top_k
+
+        def section(offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            return buffer[offset : offset + nbytes].view(dtype).view(shape)
+
+        row_dtype = torch.float8_e4m3fn if dispatcher.fp8 else torch.bfloat16
+        self.buffer = buffer
+        self.rows = section(layout.rows, (slots, dispatcher.hidden_stride), row_dtype)[:, : dispatcher.hidden_size]
+        self.scales = section(layout.scales, (slots, dispatcher.groups), torch.float32) if dispatcher.fp8 else None
+        self.returned = section(layout.returned, (slots, dispatcher.hidden_stride), torch.bfloat16)
+        self.peers = torch.tensor(list(peer_addresses), dtype=torch.int64, device=device)
+        self.cells = torch.ones(2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(triton.next_power_of_2(ranks), dtype=torch.int32, device=device)
+        self.gather_index = torch.zeros(pairs, dtype=torch.int32, device=device)
+        self.pair_weights = torch.zeros(pairs, dtype=torch.float32, device=device)
+        self.inverse = torch.zeros(pairs, dtype=torch.int32, device=device)
+        self.tokens_per_expert = torch.zeros(dispatcher.num_local_experts, dtype=torch.int32, device=device)
+        self.expert_offsets = torch.zeros(dispatcher.num_local_experts + 1, dtype=torch.int32, device=device)
+        self.num_rows: int | None = None  # of the dispatch under way; None when the channel is free
+
+
+@dataclass(frozen=True)
+class NvlinkState:
+    """What a `DispatchHandle` of this backend carries beside the common fields; all tensors stay on the device.
+
+    Attributes:
+        expert_offsets: where each local expert's pairs begin, and their end, `[num_local_experts + 1]` int32.
+        scales: of fp8 rows, `[received, ceil(hidden / 128)]` float32; None for bf16.
+        counts: tokens of each rank, `[>= ranks]` int32.
+        channel: index of the buffers in use.
+    """
+
+    expert_offsets: torch.Tensor
+    scales: torch.Tensor | None
+    counts: torch.Tensor
+    channel: int
+
+
+class NvlinkDispatcher:
+    """Brings tokens to their experts and back over NVLink; shapes are capacities, the counts stay on the device.
+
+    Every rank must make the same calls in the same order **on one stream** (or on streams ordered by events): each
+    kernel waits for its peers. A captured graph may be replayed with any counts, zero included; all ranks replay.
+
+    The tensors of a handle belong to the dispatcher and hold until its channel's next dispatch. In them
+
+    * `hidden_states` has a slot for every token of every rank, `[ranks * max_tokens_per_rank, hidden]`: slot
+      `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` are written.
+    * `gather_index` (int32) and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
+      `tokens_per_expert.sum()` entries count, the others are valid slots of no meaning.
+
+    Args:
+        process_group: the ranks, all on one host, each with a GPU of its own. Used to map the buffers; left open.
+        num_experts: of the whole model; rank r holds the r-th contiguous share.
+        hidden_size: of a row.
+        top_k: experts per token.
+        max_tokens_per_rank: capacity: most tokens that any rank may bring to one dispatch.
+        fp8: send rows as float8_e4m3fn with one float32 scale per 128 values; results come back in bfloat16 either way.
+        num_channels: sets of buffers, so how many dispatches may be under way before the first is combined.
+        deadline_s: longest wait for a peer's flag, seconds.
+        launch: blocks and tiles; None takes the measured ones.
+
+    Raises:
+        ConfigurationError: sizes that cannot work, or more than 8 ranks.
+    """
+
+    name = "nvlink"
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        fp8: bool = False,
+        num_channels: int = 1,
+        deadline_s: float = 30.0,
+        launch: LaunchSizes | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.rank, self.num_ranks = process_group.rank(), process_group.size()
+        if self.num_ranks > MAX_RANKS:
+            raise ConfigurationError(f"{self.num_ranks} ranks, but at most {MAX_RANKS} GPUs of one host can be joined")
+        for name, value in (
+            ("hidden_size", hidden_size), ("top_k", top_k), ("max_tokens_per_rank", max_tokens_per_rank),
+            ("num_channels", num_channels),
+        ):  # fmt: skip
+            if value < 1:
+                raise ConfigurationError(f"{name} must be >= 1, got {value}")
+        self.num_experts = num_experts
+        self.num_local_experts = check_experts(num_experts, self.num_ranks)
+        self.hidden_size, self.top_k, self.fp8 = hidden_size, top_k, fp8
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.groups = -(-hidden_size // FP8_GROUP)
+        self.hidden_stride = -(-hidden_size // 16) * 16  # rows begin at multiples of 16 bytes
+        slots = self.num_ranks * max_tokens_per_rank
+        if max_tokens_per_rank >= 2**20 or slots * max(self.hidden_stride, top_k) >= 2**31:
+            raise ConfigurationError(
+                f"{self.num_ranks} ranks x {max_tokens_per_rank} tokens x {hidden_size} values exceed 2**31 elements: "
+                f"lower max_tokens_per_rank and use chunks"
+            )
+        self.abilities = Abilities(cuda_graph=True, dtypes=(torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank)
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
+        self.launch = launch or launch_sizes(
+            _num_multiprocessors(self.device), self.num_ranks, self.num_local_experts, hidden_size, max_tokens_per_rank
+        )
+        self.layout = make_layout(
+            self.num_ranks, max_tokens_per_rank, top_k, self.hidden_stride, self.groups, fp8, self.launch
+        )
+        self._group = process_group
+        self._deadline_s = deadline_s
+        self._status = _host_word(self.device)
+        self._all_tokens = torch.full((1,), kernels.ALL_TOKENS.value, dtype=torch.int32, device=self.device)
+        buffer, addresses, self._mapping = _map_buffer(self.layout.nbytes * num_channels, self.device, process_group)
+        buffer.zero_()
+        self._channels = [
+            _Channel(
+                self,
+                buffer[i * self.layout.nbytes : (i + 1) * self.layout.nbytes],
+                [address + i * self.layout.nbytes for address in addresses],
+            )
+            for i in range(num_channels)
+        ]
+        self._next_channel = 0
+        common = dict(
+            WORLD=self.num_ranks,
+            WORLD_POW2=triton.next_power_of_2(self.num_ranks),
+            CAPACITY=max_tokens_per_rank,
+            TOPK=top_k,
+            TOPK_POW2=triton.next_power_of_2(top_k),
+            EXPERTS=self.num_local_experts,
+            HIDDEN=hidden_size,
+            HIDDEN_STRIDE=self.hidden_stride,
+            BLOCK_COLUMNS=self.launch.columns,
+            IDS=self.layout.ids,
+            WEIGHTS=self.layout.weights,
+            ABORT=self.layout.abort,
+            num_warps=_THREADS // 32,
+            maxnreg=_REGISTERS,
+        )
+        self._dispatch_options = dict(
+            common,
+            GROUPS=self.groups,
+            FP8=fp8,
+            PLAN_BLOCKS=self.launch.plan_blocks,
+            PUSH_BLOCKS=self.launch.push_blocks,
+            BLOCK_TOKENS=self.launch.dispatch_tokens,
+            SMALL_TILE=self.launch.small_tile,
+            LARGE_TILE=self.launch.large_tile,
+            PAIRS=self.launch.pairs,
+            ROWS=self.layout.rows,
+            SCALES=self.layout.scales,
+            COUNTS=self.layout.counts,
+            FLAGS=self.layout.dispatch_flags,
+        )
+        self._combine_options = dict(
+            common,
+            BLOCKS=self.launch.combine_blocks,
+            BLOCK_TOKENS=self.launch.combine_tokens,
+            ROUND=self.launch.round,
+            RETURNED=self.layout.returned,
+            FLAGS=self.layout.combine_flags,
+        )
+        self._settle()
+        self._warm_up()
+
+    def __enter__(self) -> NvlinkDispatcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the buffers. The process group stays open."""
+        if self._channels:
+            _synchronize(self.device)
+        self._channels = []
+        self._mapping = None
+
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        sizes: Sequence[int] | None = None,
+        *,
+        num_tokens: torch.Tensor | None = None,
+    ) -> DispatchHandle:
+        """Send this rank's rows to their experts' ranks. Collective; returns at once, nothing waits on the host.
+
+        Args:
+            hidden_states: `[n, hidden]` bfloat16, `n` <= `max_tokens_per_rank`.
+            topk_ids: global experts, `[n, top_k]`, int32 or int64; negative for none.
+            topk_weights: `[n, top_k]`.
+            sizes: rows of every rank, `[ranks]`, where the caller knows them: all are checked against the capacity, so
+                that all ranks refuse together.
+            num_tokens: int32 `[1]` on the device: how many of the `n` rows are tokens. For captured graphs: written
+                before each replay. None means all.
+
+        Returns:
+            The handle; `state` is a `NvlinkState`. Shapes are capacities, see the class.
+
+        Raises:
+            ConfigurationError: more rows than the capacity, wrong shapes, or all channels under way.
+            RankAbsentError: an earlier call ended because a rank did not come.
+        """
+        self.check()
+        rows = hidden_states.shape[0]
+        self._check_rows(hidden_states, topk_ids, topk_weights, sizes, num_tokens)
+        channel = self._channels[self._next_channel]
+        if channel.num_rows is not None:
+            raise ConfigurationError(
+                f"all {len(self._channels)} channels of rank {self.rank} hold a dispatch that was not combined: "
+                f"combine one first, or raise num_channels"
+            )
+        hidden_states = _aligned(hidden_states)
+        kernels.dispatch_kernel[(self.launch.plan_blocks + self.launch.push_blocks,)](
+            hidden_states,
+            topk_ids.contiguous(),
+            topk_weights.contiguous(),
+            self._all_tokens if num_tokens is None else num_tokens,
+            channel.peers,
+            channel.cells,
+            channel.counts,
+            channel.gather_index,
+            channel.pair_weights,
+            channel.tokens_per_expert,
+            channel.expert_offsets,
+            channel.inverse,
+            self._status.data_ptr(),
+            rows,
+            self.rank,
+            int(self._deadline_s * 1e9),
+            **self._dispatch_options,
+        )
+        channel.num_rows = rows
+        index = self._next_channel
+        self._next_channel = (index + 1) % len(self._channels)
+        return DispatchHandle(
+            hidden_states=channel.rows,
+            gather_index=channel.gather_index,
+            tokens_per_expert=channel.tokens_per_expert,
+            pair_weights=channel.pair_weights,
+            sizes=tuple(sizes) if sizes is not None else (),
+            state=NvlinkState(channel.expert_offsets, channel.scales, channel.counts, index),
+        )
+
+    def combine(
+        self,
+        expert_output: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        reduced: bool = False,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send the results back and sum them. Collective; returns at once, nothing waits on the host.
+
+        Args:
+            expert_output: bfloat16, one row per pair, `[>= pairs, hidden]`, in the order of `handle.gather_index`, not
+                weighted. With `reduced`: one row per slot of `handle.hidden_states`, already weighted and summed over
+                this rank's experts.
+            handle: of the same dispatch.
+            reduced: see `expert_output`.
+            output: where to put the result; None makes a new tensor.
+
+        Returns:
+            `[n, hidden]` bfloat16, the rows beyond `num_tokens` unwritten. The same inputs give the same bits.
+
+        Raises:
+            ConfigurationError: a handle that is not under way, or wrong shapes.
+            RankAbsentError: an earlier call ended because a rank did not come.
+        """
+        self.check()
+        channel = self._channels[handle.state.channel]
+        if channel.num_rows is None:
+            raise ConfigurationError(f"this handle was combined before, on rank {self.rank}")
+        if expert_output.dtype is not torch.bfloat16 or expert_output.shape[1:] != (self.hidden_size,):
+            raise ConfigurationError(
+                f"expert_output must be bfloat16 [rows, {self.hidden_size}], got {expert_output.dtype} "
+                f"{tuple(expert_output.shape)} on rank {self.rank}"
+            )
+        if output is None:
+            output = expert_output.new_empty((channel.num_rows, self.hidden_size))
+        kernels.combine_kernel[(self.launch.combine_blocks,)](
+            _aligned(expert_output),
+            output,
+            channel.inverse,
+            channel.peers,
+            channel.cells,
+            channel.counts,
+            self._status.data_ptr(),
+            self.rank,
+            int(self._deadline_s * 1e9),
+            REDUCED=reduced,
+            **self._combine_options,
+        )
+        channel.num_rows = None
+        return output
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise if a kernel has ended because a rank did not come or brought too many tokens.
+
+        Args:
+            wait: first wait for everything launched so far; otherwise only look.
+
+        Raises:
+            RankAbsentError: naming the rank whose flag did not come, and the rank that gave up first.
+            TokenCountError: a device-side token count above the rows handed in.
+        """
+        if wait:
+            _synchronize(self.device)
+        word = int(self._status[0])
+        if word == 0:
+            return
+        code, reporter, absent = word >> 32, (word >> 16) & 0xFFFF, (word & 0xFFFF) - 1
+        if code == kernels.TOO_MANY_TOKENS.value:
+            raise TokenCountError(
+                f"rank {reporter} set num_tokens above the rows that it handed in, or above the capacity of "
+                f"{self.max_tokens_per_rank}; call reset() on all ranks to go on"
+            )
+        if code != kernels.FLAG_LATE.value:
+            raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
+        raise RankAbsentError(
+            f"rank {absent} did not come within {self._deadline_s:g} s; rank {reporter} gave up first; "
+            f"call reset() on all ranks to go on",
+            (absent,),
+        )
+
+    def reset(self) -> None:
+        """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
+        _synchronize(self.device)
+        dist.barrier(self._group)
+        for channel in self._channels:
+            channel.buffer[: self.layout.scales].zero_()
+            channel.cells.fill_(1)
+            channel.num_rows = None
+        self._next_channel = 0
+        self._settle()
+
+    def _settle(self) -> None:
+        """After the buffers were zeroed: clear the status and let no rank go on before all are ready."""
+        _synchronize(self.device)
+        self._status.zero_()
+        dist.barrier(self._group)
+
+    def _warm_up(self) -> None:
+        """Compile and load the kernels with a round of zero tokens, before anybody waits for anybody in earnest."""
+        deadline_s, self._deadline_s = self._deadline_s, max(self._deadline_s, 300.0)
+        rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
+        ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
+        for _ in self._channels:
+            self.combine(rows, self.dispatch(rows, ids, ids.float()))
+        self.check(wait=True)
+        self._deadline_s = deadline_s
+
+    def _check_rows(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        sizes: Sequence[int] | None,
+        num_tokens: torch.Tensor | None,
+    ) -> None:
+        rows = hidden_states.shape[0]
+        for rank, size in enumerate([rows] if sizes is None else sizes):
+            if size > self.max_tokens_per_rank:
+                raise ConfigurationError(
+                    f"{size} rows on rank {self.rank if sizes is None else rank}, but max_tokens_per_rank is "
+                    f"{self.max_tokens_per_rank}"
+                )
+        if sizes is not None and (len(sizes) != self.num_ranks or (num_tokens is None and sizes[self.rank] != rows)):
+            raise ConfigurationError(
+                f"sizes {tuple(sizes)} do not fit {self.num_ranks} ranks and {rows} rows on rank {self.rank}"
+            )
+        if hidden_states.dtype is not torch.bfloat16 or hidden_states.shape[1] != self.hidden_size:
+            raise ConfigurationError(
+                f"hidden_states must be bfloat16 [rows, {self.hidden_size}], got {hidden_states.dtype} "
+                f"{tuple(hidden_states.shape)} on rank {self.rank}"
+            )
+        for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            if tensor.shape != (rows, self.top_k):
+                raise ConfigurationError(
+                    f"{name} must be [{rows}, {self.top_k}], got {tuple(tensor.shape)} on rank {self.rank}"
+                )
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows contiguous and at a 16-byte address: other addresses would compile another kernel meanwhile."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _host_word(device: torch.device) -> torch.Tensor:
+    """Return one int64 of host memory that kernels can write to."""
+    return torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def _map_buffer(nbytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, list[int], Any]:
+    """Allocate `nbytes` on every rank and map all of them here. Collective.
+
+    Returns:
+        This rank's buffer as bytes, the addresses of all ranks' buffers in rank order, and what keeps them mapped.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+    mapping = symmetric_memory.rendezvous(buffer, group)
+    return buffer, [int(address) for address in mapping.buffer_ptrs], mapping

@@ -1,0 +1,165 @@
+"""The one-sided kernels on CPUs: every rank a process, Triton's interpreter in place of the GPU, shared memory of links.
+
+The whole protocol runs: counts, routing words, flags, rounds, epochs, the abort cell. What only a GPU can show (memory
+order, speed) is in tests/gpu.
+"""
+
+import importlib.util
+import mmap
+import os
+import random
+import traceback
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
+    ),
+    pytest.mark.timeout(300),
+]
+
+CASES = [  # ranks, experts, top_k, hidden, capacity, fp8
+    (2, 8, 3, 136, 9, False),
+    (3, 6, 2, 77, 3, False),
+    (2, 4, 4, 260, 6, True),
+    (1, 4, 2, 32, 4, False),
+]
+
+
+def _interpreted(folder, rank):
+    """Return the dispatcher's module with its GPU parts replaced."""
+    import time
+
+    import triton.language as tl
+
+    from lockstep.dispatch import kernels, nvlink
+
+    kernels._now_ns = time.monotonic_ns
+    kernels._load_acquire = lambda addresses: tl.load(addresses.to(tl.pointer_type(tl.int64)))
+    kernels._fence = lambda token: token
+    kernels._store_flag = lambda address, word: tl.store(address.to(tl.pointer_type(tl.int64)), word)
+
+    def map_buffer(nbytes, device, group):
+        number = len(kept)
+        paths = [os.path.join(folder, f"buffer{number}_{peer}") for peer in range(group.size())]
+        with open(paths[rank], "wb") as file:
+            file.truncate(nbytes)
+        dist.barrier(group)
+        tensors = []
+        for path in paths:
+            with open(path, "r+b") as file:
+                tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8))
+        kept.append(tensors)
+        return tensors[rank], [tensor.data_ptr() for tensor in tensors], tensors
+
+    kept = []
+    nvlink._map_buffer = map_buffer
+    return nvlink
+
+
+def _launch(nvlink, seed):
+    # One plan block: the interpreter runs blocks one after another, and a plan block waits for what all of them send.
+    return nvlink.LaunchSizes(
+        plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
+        small_tile=[8, 64][seed % 2], large_tile=8, pairs=8, round=1 + seed % 2,
+    )  # fmt: skip
+
+
+def _rounds(rank, folder, case, seed):
+    from lockstep.testing.dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
+
+    ranks, num_experts, top_k, hidden, capacity, fp8 = case
+    nvlink = _interpreted(folder, rank)
+    dispatcher = nvlink.NvlinkDispatcher(
+        dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity,
+        fp8=fp8, num_channels=1 + seed % 2, deadline_s=60, launch=_launch(nvlink, seed), device=torch.device("cpu"),
+    )  # fmt: skip
+    draw = random.Random(seed)
+    for number in range(4):
+        counts = [draw.choice([0, 1, 2, capacity - 1, capacity]) for _ in range(ranks)]
+        if number == 2:
+            counts = [0] * ranks
+        this = Round.make(
+            counts, num_experts=num_experts, top_k=top_k, hidden=hidden, seed=100 * seed + number, missing=0.2
+        )
+        if fp8:  # the interpreter rounds to fp8 wrongly where the mantissa carries over: give it exact values
+            for rows in this.hidden_states:
+                rows.copy_(torch.randint(-7, 8, rows.shape, generator=torch.Generator().manual_seed(number)))
+                rows[:, ::128] = 7
+        mine = this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
+        handle = dispatcher.dispatch(*mine, counts)
+        check_dispatch(this, handle, rank, ranks, capacity, handle.state.scales)
+        offsets = [0, *handle.tokens_per_expert.cumsum(0).tolist()]
+        assert handle.state.expert_offsets.tolist() == offsets
+        expert_output = made_up_experts(this, handle, rank, ranks, handle.state.scales)
+        poisoned = torch.full_like(this.hidden_states[rank], float("nan"))
+        output = dispatcher.combine(expert_output, handle, output=poisoned)
+        dispatcher.check(wait=True)
+        check_combine(this, output, rank, ranks, fp8)
+
+
+def _absent(rank, folder, case, seed):
+    from lockstep.errors import ConfigurationError, RankAbsentError
+
+    nvlink = _interpreted(folder, rank)
+    dispatcher = nvlink.NvlinkDispatcher(
+        dist.group.WORLD, num_experts=3, hidden_size=32, top_k=1, max_tokens_per_rank=4, deadline_s=0.5,
+        launch=_launch(nvlink, 0), device=torch.device("cpu"),
+    )  # fmt: skip
+    rows = torch.ones(2, 32, dtype=torch.bfloat16), torch.tensor([[0], [2]]), torch.ones(2, 1)
+    with pytest.raises(ConfigurationError, match="5 rows on rank 1, but max_tokens_per_rank is 4"):
+        dispatcher.dispatch(*rows, [2, 5, 2])
+    if rank != 2:
+        handle = dispatcher.dispatch(*rows)
+        with pytest.raises(RankAbsentError, match="rank 2 did not come within 0.5 s") as caught:
+            dispatcher.combine(rows[0], handle)
+        assert caught.value.absent_ranks == (2,)
+        with pytest.raises(RankAbsentError):
+            dispatcher.dispatch(*rows)
+    dispatcher.reset()
+    for _ in range(3):
+        handle = dispatcher.dispatch(*rows)
+        with pytest.raises(ConfigurationError, match="were not combined|was not combined"):
+            dispatcher.dispatch(*rows)
+        output = dispatcher.combine(handle.hidden_states[handle.gather_index.long()].contiguous(), handle)
+        dispatcher.check(wait=True)
+        assert torch.equal(output, rows[0])
+
+
+def _child(rank, ranks, folder, name, case, seed):
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        globals()[name](rank, folder, case, seed)
+    except BaseException:
+        with open(os.path.join(folder, f"error{rank}"), "w") as file:
+            file.write(traceback.format_exc())
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run(tmp_path, name, ranks, case=None, seed=0):
+    try:
+        mp.spawn(_child, (ranks, str(tmp_path), name, case, seed), nprocs=ranks)
+    except Exception:
+        for path in sorted(tmp_path.glob("error*")):
+            print(path.name, path.read_text())
+        raise
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_random_rounds_equal_the_reference(tmp_path, case, seed):
+    _run(tmp_path, "_rounds", case[0], case, seed)
+
+
+def test_a_rank_that_does_not_come_is_named_and_the_group_can_be_reset(tmp_path):
+    _run(tmp_path, "_absent", 3)
