@@ -217,7 +217,7 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
         raise TokenCountError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}, got shape {tuple(value.shape)}")
 
 
-def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor]:
     """Read token counts once.
 
     Args:
@@ -232,19 +232,18 @@ def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor, torch.Te
     """
     if not isinstance(counts, torch.Tensor):
         plain = check_counts(counts, COUNTS)
-        return plain, torch.tensor(plain, dtype=torch.int32), torch.tensor(max(plain), dtype=torch.int32)
+        return plain, torch.tensor(plain, dtype=torch.int32)
     check_tensor(COUNTS, counts, 1)
     copy = counts.clone()
     plain = tuple(copy.tolist())
     if not plain:
         check_counts(plain, COUNTS)
-    largest = copy.max()
     # Made once per step, before the first layer runs: for few ranks plain Python is the faster way to the extremes.
     many = len(plain) > 128
-    lowest, highest = (int(copy.min()), int(largest)) if many else (min(plain), max(plain))
+    lowest, highest = (int(copy.min()), int(copy.max())) if many else (min(plain), max(plain))
     if lowest < 0 or highest > INT32_MAX:
         check_counts(plain, COUNTS)
-    return plain, copy, largest
+    return plain, copy
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
@@ -328,14 +327,14 @@ class DPMetadata:
         Raises:
             TokenCountError: if a count has the wrong dtype, device, shape or sign, or the maximum is not the counts'.
         """
-        counts, counts_tensor, max_tensor = read_counts(num_tokens_across_dp_cpu)
+        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
         if isinstance(max_tokens_across_dp_cpu, torch.Tensor):
             check_tensor(MAX, max_tokens_across_dp_cpu, 0)
         given = check_int(MAX, max_tokens_across_dp_cpu, maximum=None, error=TokenCountError)
         if given != max(counts):
             largest = f"{max(counts)} on DP rank {counts.index(max(counts))}"
             raise TokenCountError(f"{MAX} must be the largest count, {largest}, got {given}")
-        self.max_tokens_across_dp_cpu = max_tensor
+        self.max_tokens_across_dp_cpu = counts_tensor.max()
         self.num_tokens_across_dp_cpu = counts_tensor
         self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
         self._step = StepSizes(counts)
@@ -367,11 +366,11 @@ class DPMetadata:
             >>> DPMetadata.make(config, 500, [500, 200, 256])
             DPMetadata(max_tokens_across_dp_cpu=500, num_tokens_across_dp_cpu=[500, 200, 256], local_sizes=None)
         """
-        counts, counts_tensor, max_tensor = read_counts(num_tokens_across_dp_cpu)
+        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
         dp_rank = check_own_count(parallel_config, num_tokens, counts)
         # Not through the constructor, which would read the counts a second time.
         metadata = object.__new__(DPMetadata)
-        metadata.max_tokens_across_dp_cpu = max_tensor
+        metadata.max_tokens_across_dp_cpu = counts_tensor.max()
         metadata.num_tokens_across_dp_cpu = counts_tensor
         metadata.local_sizes = None
         metadata._step = StepSizes(counts, dp_rank)

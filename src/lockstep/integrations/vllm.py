@@ -1,0 +1,230 @@
+# The DPMetadata that vLLM 0.33 expects, on the arithmetic of lockstep.metadata, and the plugin that puts it there.
+# Nothing of vLLM is imported before the plugin runs. Annotations resolve at run time, as in dp_metadata.py.
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lockstep.errors import ConfigurationError
+from lockstep.metadata import dp_metadata
+from lockstep.metadata.dp_metadata import SizesContext, StepSizes, TokenCounts, check_own_count, read_counts
+from lockstep.metadata.sizes import MAX_RANKS, abridged, check_counts, check_int, sp_size_list
+
+logger = logging.getLogger(__name__)
+
+KNOWN_VERSIONS = ("0.33",)
+"""vLLM's versions, as major.minor, whose class has been compared with ours. In another one nothing is replaced."""
+
+NO_PCP = 1
+"""One prefill-context-parallel rank per DP rank: none of that kind."""
+
+SWITCH = "LOCKSTEP_VLLM"
+"""The plugin does nothing unless this environment variable is `1`: installing a package must not change another."""
+
+
+def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: int, use_ep: int) -> list[int]:
+    """Return the rows of each rank under prefill context parallelism.
+
+    Args:
+        counts: tokens per DP rank, `[dp_size]`.
+        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+        pcp_size: prefill-context-parallel ranks of one DP rank, >= 1.
+        use_ep: 1 where each of these ranks is an expert-parallel rank of its own, so that the count stands for each of
+            them; 0 where the experts see the tokens of all of them as one rank's.
+
+    Returns:
+        `[dp_size * pcp_size * sequence_parallel_size]` with `use_ep`, otherwise `[dp_size * sequence_parallel_size]`.
+
+    Raises:
+        ConfigurationError: if a size is below 1.
+        TokenCountError: if a count times `pcp_size` is beyond int32.
+
+    Example:
+        >>> pcp_size_list([5, 7], 2, 2, 1), pcp_size_list([5, 7], 2, 2, 0)
+        ([3, 3, 3, 3, 4, 4, 4, 4], [5, 5, 7, 7])
+    """
+    pcp = check_int("pcp_size", pcp_size, 1, MAX_RANKS // len(counts))
+    if use_ep:
+        return sp_size_list([count for count in counts for _ in range(pcp)], sequence_parallel_size)
+    multiplied = check_counts([count * pcp for count in counts], "num_tokens_across_dp times pcp_size")
+    return sp_size_list(multiplied, sequence_parallel_size)
+
+
+@dataclass(init=False)
+class DPMetadata:
+    """How many tokens each data-parallel rank has in this step: vLLM 0.33's class surface on Lockstep's arithmetic.
+
+    What `lockstep.DPMetadata` says of contexts, shared lists, copied counts and equality holds here too.
+
+    Attributes:
+        num_tokens_across_dp_cpu: tokens per DP rank, `[dp_size]`, a tensor of integers on the CPU.
+        local_sizes: rows per rank inside a context, plain integers; None outside.
+
+    Example:
+        >>> metadata = DPMetadata(num_tokens_across_dp_cpu=torch.tensor([5, 7]))
+        >>> with metadata.sp_local_sizes(2, pcp_size=2, use_ep=True) as sizes:
+        ...     print(sizes)
+        [3, 3, 3, 3, 4, 4, 4, 4]
+    """
+
+    num_tokens_across_dp_cpu: torch.Tensor
+    local_sizes: list[int] | None = None
+
+    def __init__(self, num_tokens_across_dp_cpu: TokenCounts, local_sizes: list[int] | None = None) -> None:
+        """Make the metadata from the counts of all ranks.
+
+        Args:
+            num_tokens_across_dp_cpu: tokens per DP rank, `[dp_size]`, as for `lockstep.DPMetadata`.
+            local_sizes: rows per rank, shown until the first context is entered; leave it out.
+
+        Raises:
+            TokenCountError: if a count has the wrong dtype, device, shape or sign.
+        """
+        counts, self.num_tokens_across_dp_cpu = read_counts(num_tokens_across_dp_cpu)
+        self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
+        self._step = StepSizes(counts)
+
+    @staticmethod
+    def make(parallel_config: Any, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
+        """Make the metadata of this step, checked against what this rank knows.
+
+        Args:
+            parallel_config: vLLM's config: `data_parallel_size`, `data_parallel_rank`, `is_moe_model` (None where it is
+                not known) and `use_sequence_parallel_moe` are read.
+            num_tokens: tokens of this rank in this step, >= 0.
+            num_tokens_across_dp_cpu: tokens per DP rank, `[data_parallel_size]`; entry `data_parallel_rank` must be
+                `num_tokens`.
+
+        Returns:
+            The metadata, with no sizes set.
+
+        Raises:
+            TokenCountError: as `lockstep.DPMetadata.make`.
+            ConfigurationError: if size and rank do not fit together, the model has no experts, or one DP rank without
+                sequence-parallel experts asks for sizes that nothing needs.
+        """
+        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
+        dp_rank = check_own_count(parallel_config, num_tokens, counts)
+        if parallel_config.is_moe_model is False:
+            raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
+        if len(counts) == 1 and not parallel_config.use_sequence_parallel_moe:
+            raise ConfigurationError("data_parallel_size must be > 1 unless use_sequence_parallel_moe is set, got 1")
+        metadata = object.__new__(DPMetadata)
+        metadata.num_tokens_across_dp_cpu = counts_tensor
+        metadata.local_sizes = None
+        metadata._step = StepSizes(counts, dp_rank)
+        return metadata
+
+    def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
+        """Set `local_sizes` to the rows of the whole step, for use in a `with` block.
+
+        Args:
+            sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
+            pcp_size: prefill-context-parallel ranks of one DP rank, >= 1.
+            use_ep: whether each of these is an expert-parallel rank of its own.
+
+        Returns:
+            A context manager; entering it sets the sizes and gives them, as `pcp_size_list`.
+
+        Raises:
+            ConfigurationError: at once, not on entering, if a size is below 1.
+        """
+        step = self._step
+        context = SizesContext()
+        context.metadata = self
+        context.step = step
+        if pcp_size is not NO_PCP:
+            context.sizes = step.find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
+            return context
+        if sequence_parallel_size is not step.last_key:
+            step.find_last(sequence_parallel_size)
+        context.sizes = step.last_list
+        return context
+
+    # The same functions as there: they need `local_sizes` and `_step`, which both classes have.
+    chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
+    get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
+    cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DPMetadata):
+            return NotImplemented
+        return self._step.counts == other._step.counts and self.local_sizes == other.local_sizes
+
+    def __repr__(self) -> str:
+        sizes = None if self.local_sizes is None else abridged(self.local_sizes)
+        return f"DPMetadata(num_tokens_across_dp_cpu={abridged(self._step.counts)}, local_sizes={sizes})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return DPMetadata, (self.num_tokens_across_dp_cpu,)
+
+
+_warnings_given: set[str] = set()
+
+
+def register() -> None:
+    """Put our `DPMetadata` in the place of vLLM's; vLLM calls this as a plugin in each of its processes.
+
+    Does nothing unless the environment has `LOCKSTEP_VLLM=1`. Where vLLM is of a version that is not known, or its
+    class has another surface, one warning is logged and nothing changes. Running it again changes nothing.
+    """
+    if os.environ.get(SWITCH) != "1":
+        return
+    obstacle = replace_everywhere()
+    if obstacle and obstacle not in _warnings_given:
+        _warnings_given.add(obstacle)
+        logger.warning("%s=1 changes nothing: %s", SWITCH, obstacle)
+
+
+def replace_everywhere() -> str:
+    """Replace vLLM's class in every module that has imported it, under whatever name.
+
+    Returns:
+        Why nothing was replaced, or an empty string.
+    """
+    try:
+        version = str(importlib.import_module("vllm").__version__)
+        theirs = importlib.import_module("vllm.forward_context").DPMetadata
+    except (ImportError, AttributeError) as error:
+        return f"vLLM's DPMetadata cannot be imported ({error})"
+    if theirs is DPMetadata:
+        return ""
+    known = re.match(r"\d+\.\d+", version)
+    if known is None or known[0] not in KNOWN_VERSIONS:
+        return f"vLLM {version} is not among the versions known, {', '.join(KNOWN_VERSIONS)}"
+    difference = surface_difference(theirs)
+    if difference:
+        return f"vLLM {version} has another DPMetadata than the one known: {difference}"
+    replaced = []
+    for module in [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]:
+        for name in [name for name, value in vars(module).items() if value is theirs]:
+            setattr(module, name, DPMetadata)
+            replaced.append(f"{module.__name__}.{name}")
+    logger.info("DPMetadata of vLLM %s replaced: %s", version, ", ".join(sorted(replaced)))
+    return ""
+
+
+def surface_difference(theirs: Any) -> str:
+    """Return in which function vLLM's class takes other parameters than ours, or an empty string.
+
+    Args:
+        theirs: vLLM's class.
+    """
+    # Not chunked_sizes, which vLLM has dropped and ours keeps.
+    for name in ("__init__", "make", "sp_local_sizes", "get_chunk_sizes_across_dp_rank", "cu_tokens_across_sp"):
+        function = getattr(theirs, name, None)
+        if function is None:
+            return f"it has no {name}"
+        expected, found = (list(inspect.signature(each).parameters) for each in (getattr(DPMetadata, name), function))
+        if expected != found:
+            return f"{name} takes {', '.join(found)} instead of {', '.join(expected)}"
+    return ""
