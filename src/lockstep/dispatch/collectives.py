@@ -4,6 +4,8 @@ Sizes are known on all ranks beforehand (they were agreed), so no call exchanges
 """
 
 import math
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +16,8 @@ from lockstep.coordination.transports import wait_for
 from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
 
 DEADLINE_S = 30.0
+
+_waited = threading.local()
 
 _recorders: list[list[tuple[str, tuple[int, ...]]]] = []
 
@@ -30,6 +34,12 @@ def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
         yield log
     finally:
         _recorders.remove(log)
+
+
+def waited_s() -> float:
+    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
+    seconds: float = getattr(_waited, "seconds", 0.0)
+    return seconds
 
 
 def all_gatherv(
@@ -163,8 +173,10 @@ def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: fl
         work.wait()  # orders streams; the host goes on, and NCCL's own watchdog keeps the group's deadline
         return
     rank = dist.get_rank(group)
+    started = time.perf_counter()
     try:
         wait_for(work, deadline_s)
+        _waited.seconds = waited_s() + time.perf_counter() - started
     except (TimeoutError, ConnectionError) as error:
         raise RankAbsentError(
             f"rank {rank}: {name} did not end within {deadline_s:g} s: {error}; its group is not used again"

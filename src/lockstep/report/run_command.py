@@ -1,0 +1,233 @@
+"""What `lockstep run` does around a run: checks beforehand, progress, verification, table and report."""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
+from lockstep.dispatch.choose import DISPATCHERS
+from lockstep.errors import ConfigurationError, LockstepError
+from lockstep.report.html import write_report
+from lockstep.report.tables import print_run
+from lockstep.runner import run as runner
+from lockstep.runner.launcher import launch
+from lockstep.runner.run import DTYPES, PARTS, RunOptions
+from lockstep.runner.verify import Verification, verify
+
+_LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """What the command line asked for.
+
+    Attributes:
+        options: of the run; `out` empty for a new folder under `runs/`.
+        verify: compare with one process afterwards.
+        overwrite: replace an earlier run in the folder.
+        as_json: print one JSON document on stdout.
+        arguments: the command line, for the report.
+    """
+
+    options: RunOptions
+    verify: bool
+    overwrite: bool
+    as_json: bool
+    arguments: list[str]
+
+
+def execute(command: RunCommand) -> int:
+    """Do it all, and return the exit status: 0 done and equal, 1 outputs differ, 130 interrupted.
+
+    Raises:
+        ConfigurationError: options that cannot work; before any rank is started, and under torchrun on every rank.
+        LockstepError: the run failed.
+    """
+    rank, under_torchrun = int(os.environ.get("RANK", "0")), "RANK" in os.environ
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True)
+    options = _checked(command.options)
+    if under_torchrun and int(os.environ["WORLD_SIZE"]) != options.world_size:
+        raise ConfigurationError(
+            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
+            f"is {options.world_size}"
+        )
+    out = _prepare_folder(command.options.out, command.overwrite, keep=under_torchrun)
+    options = replace(options, out=str(out))
+    if options.model == "tiny":
+        options = replace(options, model=_tiny(out, rank, options.seed))
+    _check_checkpoint(options)
+    started = time.perf_counter()
+    try:
+        if under_torchrun:
+            result = run_one_rank(options)
+            if rank != 0:
+                return 0
+        else:
+            console.print(f"starting {options.world_size} ranks on this host", style="dim")
+            result = launch(options.world_size, run_one_rank, options)
+        return _finish(command, options, result, console)
+    except KeyboardInterrupt:
+        _say_how_far(out, console, time.perf_counter() - started)
+        return 130
+
+
+def run_one_rank(options: RunOptions) -> dict[str, Any]:
+    """Run one rank; rank 0 shows the progress of all on stderr. Started in a process of its own."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
+    _quiet_transformers()
+    if rank != 0:
+        return runner.run_rank(options)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("running"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("run", now="loading the model")
+        last_line = time.monotonic()
+
+        def show(progress: runner.Progress) -> None:
+            nonlocal last_line
+            rows = " ".join(f"{count:>4}" for count in progress.num_tokens_across_dp[:16])
+            bar.update(
+                task, total=progress.rows_total, completed=progress.rows_done, now=f"step {progress.step}, rows {rows}"
+            )
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
+                last_line = time.monotonic()
+                share = progress.rows_done / max(1, progress.rows_total)
+                console.print(
+                    f"step {progress.step}: {share:.0%} of all rows done; now {rows}", style="dim"
+                )
+
+        return runner.run_rank(options, show)
+
+
+def _checked(options: RunOptions) -> RunOptions:
+    for name in ("data_parallel_size", "tensor_parallel_size", "max_chunk_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} must be >= 1, got {value}")
+    if options.dtype not in DTYPES:
+        raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.dispatcher not in DISPATCHERS:
+        raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {options.dispatcher!r}")
+    if not options.deadline_s > 0:
+        raise ConfigurationError(f"deadline must be > 0, got {options.deadline_s}")
+    options.scheduler.check_fits(runner.load_requests(options))
+    return options
+
+
+def _prepare_folder(name: str, overwrite: bool, keep: bool) -> Path:
+    """Make the output folder; one that exists is refused, or replaced if it holds an earlier run and that was asked."""
+    out = Path(name) if name else Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if out.exists() and not keep:
+        if not overwrite:
+            raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+        if any(out.iterdir()) and not (out / PARTS).is_dir():
+            raise ConfigurationError(f"{out} is not the folder of an earlier run, so it is not overwritten")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _tiny(out: Path, rank: int, seed: int) -> str:
+    """Make the small model in the run's folder; each rank of torchrun makes its own, for hosts need not share a disk."""
+    from lockstep.models.tiny import make_tiny
+
+    _quiet_transformers()
+    return str(make_tiny(out / f"tiny-{rank}", seed=seed, num_experts=16))
+
+
+def _check_checkpoint(options: RunOptions) -> None:
+    """What can be said of a checkpoint before any rank has started."""
+    path = Path(options.model)
+    if not path.exists():
+        return  # a Hub id, or an error that every rank will name
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], console: Console) -> int:
+    out = Path(options.out)
+    records = read_step_log(out / "steps.jsonl").records
+    verification = Verification(None)
+    if command.verify:
+        with Progress(
+            TextColumn("comparing with one process"), BarColumn(), TimeElapsedColumn(), console=console,
+            disable=not console.is_terminal,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("verify")
+            verification = verify(options, lambda done, total: bar.update(task, total=total, completed=done))
+    summary = _summary(options, result, records, verification)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
+    report = out / "report.html"
+    write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
+    if command.as_json:
+        sys.stdout.write(json.dumps(summary) + "\n")
+    else:
+        print_run(summary, records, report)
+    if verification.mismatches:
+        console.print(f"outputs differ from one process: {verification.first}", style="red")
+        return 1
+    return 0
+
+
+def _summary(
+    options: RunOptions, result: dict[str, Any], records: list[StepLogRecord], verification: Verification
+) -> dict[str, Any]:
+    totals = summarize(records)
+    wall_s = result["wall_s"]
+    return {
+        "requests": result["requests"],
+        **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
+        "idle_fraction": totals["idle_fraction"],
+        "tokens_per_s": round(result["generated_tokens"] / wall_s, 3),
+        "verified": verification.verified,
+        "mismatches": verification.mismatches if verification.verified is not None else None,
+        "compared_tokens": verification.compared_tokens,
+        "generated_tokens": result["generated_tokens"],
+        "prefill_tokens": totals["prefill_tokens"] // options.tensor_parallel_size,
+        "decode_tokens": totals["decode_tokens"] // options.tensor_parallel_size,
+        "wall_s": round(wall_s, 3),
+        "model": options.model,
+        "workload": options.workload,
+        "data_parallel_size": options.data_parallel_size,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "max_chunk_size": options.max_chunk_size,
+        "dispatcher": options.dispatcher,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "out": options.out,
+    }
+
+
+def _say_how_far(out: Path, console: Console, seconds: float) -> None:
+    try:
+        finished = sum(len(part.read_bytes().splitlines()) for part in (out / PARTS).glob("outputs-rank*.jsonl"))
+    except (OSError, LockstepError):
+        finished = 0
+    console.print(
+        f"interrupted after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}"
+    )

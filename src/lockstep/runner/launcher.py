@@ -1,0 +1,154 @@
+"""Starts the ranks of one host, watches them, and ends them."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import lockstep.errors
+from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError
+
+logger = logging.getLogger(__name__)
+
+# Imported once, in the server that the ranks are forked from: four ranks on two cores then start as fast as one.
+_PRELOAD = (
+    "torch.distributed.tensor",
+    "transformers.generation.utils",
+    "lockstep.models.packed",
+    "lockstep.runner.run",
+)
+# How long the other ranks may go on once one has failed: they need it to notice, and to say so.
+_AFTER_FAILURE_S = 3.0
+_AFTER_INTERRUPT_S = 1.0
+
+
+def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
+
+    The ranks meet through a file and talk over loopback only. They end with this process, however it ends.
+
+    Args:
+        num_ranks: how many, >= 1.
+        function: what each rank runs; importable by name.
+        *args: its arguments.
+
+    Raises:
+        LockstepError: what the first failing rank raised, if it was one.
+        PeerFailedError: for any other exception of a rank, or its death; carries message and rank.
+        KeyboardInterrupt: after Ctrl-C, when all ranks have ended (within two seconds).
+    """
+    if num_ranks < 1:
+        raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        ranks: list[tuple[Any, Connection]] = []
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), name=f"rank-{rank}"
+            )
+            process.start()
+            sender.close()
+            ranks.append((process, receiver))
+        try:
+            return _watch(ranks)
+        except KeyboardInterrupt:
+            for process, _ in ranks:
+                if process.is_alive():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGINT)
+            until = time.monotonic() + _AFTER_INTERRUPT_S
+            for process, _ in ranks:
+                process.join(max(0.0, until - time.monotonic()))
+            raise
+        finally:
+            for process, receiver in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+                receiver.close()
+
+
+def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
+    """Wait for all ranks; once one has failed, only a little longer for the others."""
+    result: Any = None
+    failures: list[tuple[int, str, str]] = []
+    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+    until: float | None = None
+    while waiting:
+        ready = wait(list(waiting), timeout=None if until is None else max(0.0, until - time.monotonic()))
+        if not ready:
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = waiting.pop(receiver)
+            try:
+                kind, value = receiver.recv()
+            except (EOFError, ConnectionResetError):
+                process = ranks[rank][0]
+                process.join(1.0)
+                kind, value = "died", f"its process ended with exit code {process.exitcode}"
+            if kind == "done":
+                result = value if rank == 0 else result
+            else:
+                failures.append((rank, kind, value))
+                until = until or time.monotonic() + _AFTER_FAILURE_S
+    if not failures:
+        return result
+    # The cause, not its echoes: a rank that reports another's failure comes last.
+    failures.sort(key=lambda failure: failure[1] in ("PeerFailedError", "RankAbsentError"))
+    rank, kind, message = failures[0]
+    error_class = getattr(lockstep.errors, kind, None)
+    if isinstance(error_class, type) and issubclass(error_class, LockstepError):
+        raise error_class(message)
+    raise PeerFailedError(f"rank {rank} failed: {message}", rank, message)
+
+
+def _rank_main(
+    rank: int, num_ranks: int, folder: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    exit_code = 0
+    try:
+        if num_ranks > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+            if torch.cuda.is_available():
+                torch.cuda.set_device(rank % torch.cuda.device_count())
+            store = dist.FileStore(str(Path(folder, "store")), num_ranks)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+        sender.send(("done", function(*args)))
+    except KeyboardInterrupt:
+        exit_code = 130
+    except LockstepError as error:
+        sender.send((type(error).__name__, str(error)))
+        exit_code = 1
+    except BaseException as error:
+        logger.error("rank %d failed:\n%s", rank, traceback.format_exc())
+        sender.send((type(error).__name__, f"{type(error).__name__}: {error}"))
+        exit_code = 1
+    sender.close()
+    # At once: groups may be in any state, and waiting for an orderly end of them could take their whole time-out.
+    os._exit(exit_code)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,375 @@
+"""One rank's loop: requests become steps, all ranks agree on each, run it, and write down what happened."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.coordination.step import StepDecision, StepRecord, decided
+from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
+from lockstep.dispatch import collectives
+from lockstep.dispatch.base import Abilities, rows_to_send
+from lockstep.errors import ConfigurationError
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.models.huggingface import ModelParallel, from_pretrained, parallel_of
+from lockstep.models.packed import PackedEngine
+from lockstep.workload import (
+    Request,
+    SchedulerConfig,
+    SchedulerState,
+    StepPlan,
+    WorkloadOptions,
+    WorkloadScheduler,
+    load_trace,
+    random_prompt_ids,
+    synthetic_requests,
+)
+
+logger = logging.getLogger(__name__)
+
+PARTS = "parts"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is; the same on every rank.
+
+    Attributes:
+        model: a checkpoint's folder or Hub id.
+        workload: a trace's path, or `synthetic`.
+        out: folder for what the run writes; exists.
+        data_parallel_size: ranks with requests of their own, >= 1.
+        tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
+        max_chunk_size: most rows that one rank sends through an MoE layer at a time; None for no limit.
+        dispatcher: how tokens reach their experts.
+        dtype: of the weights.
+        device: `cpu`, `cuda`, or None for a GPU where there is one.
+        seed: of made-up prompts and workloads.
+        workload_options: scaling and limits of the workload.
+        scheduler: how requests become steps.
+        deadline_s: longest wait for any rank, in seconds.
+        keep_logits: write each chosen token's logit, for a comparison in a dtype that rounds.
+    """
+
+    model: str
+    workload: str
+    out: str
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    max_chunk_size: int | None = None
+    dispatcher: str = "allgather"
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+    workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    deadline_s: float = 30.0
+    keep_logits: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord(StepRecord):
+    """A step record with the rank's `SchedulerState`: load balancing and the holding of prompts are decided by it."""
+
+    num_outstanding_tokens: int = decided("gather", 0)
+    num_kv_tokens: int = decided("gather", 0)
+    num_decoding: int = decided("gather", 0)
+    prefill_wait_steps: int = decided("gather", -1)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, known alike on all ranks.
+
+    Attributes:
+        step: steps done.
+        rows_done: rows computed so far on all ranks.
+        rows_total: rows that the whole workload needs.
+        num_tokens_across_dp: rows of each rank in the step just done.
+    """
+
+    step: int
+    rows_done: int
+    rows_total: int
+    num_tokens_across_dp: tuple[int, ...]
+
+
+def load_requests(options: RunOptions, tokenizer: Any = None) -> list[Request]:
+    """Read or make the workload.
+
+    Args:
+        options: of the run.
+        tokenizer: counts the tokens of prompts given as text; without it their bytes are counted.
+    """
+    if options.workload == "synthetic":
+        return synthetic_requests(None, options.workload_options, options.seed)
+    count = (lambda text: len(tokenizer(text)["input_ids"])) if tokenizer is not None else None
+    return load_trace(options.workload, options.workload_options, count).requests
+
+
+def prompt_ids(request: Request, tokenizer: Any, vocab_size: int, seed: int) -> list[int]:
+    """Return a request's prompt as token ids: its text's, or made up from the seed where only the length is known."""
+    if request.prompt is None:
+        return random_prompt_ids(request, vocab_size, seed)
+    ids: list[int] = tokenizer(request.prompt)["input_ids"]
+    return ids[: request.num_prompt_tokens]
+
+
+def check_lengths(requests: Iterable[Request], config: Any) -> None:
+    """Raise where a request is longer than the model's context.
+
+    Raises:
+        ConfigurationError: naming the request, its length and the limit.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for request in requests:
+        if limit is not None and request.num_kv_tokens > limit:
+            raise ConfigurationError(
+                f"request {request.request_id} has {request.num_prompt_tokens} prompt tokens and "
+                f"{request.max_new_tokens} new ones, more than the model's context of {limit}: "
+                "scale or cut the lengths with --length-scale or --max-prompt-tokens"
+            )
+
+
+def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Run one rank to the end of the workload; every rank of the group calls it.
+
+    Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
+    `options.out` as it goes. At the end rank 0 writes all ranks' lines to `outputs.jsonl` and `steps.jsonl`.
+
+    Args:
+        options: the same on every rank.
+        on_progress: called on rank 0 after every step.
+
+    Returns:
+        `wall_s`, `generated_tokens` and `requests` of the whole run on rank 0; an empty dict elsewhere.
+
+    Raises:
+        ConfigurationError: options that cannot work, on every rank.
+        LockstepError: see `ModelParallel` and `Coordinator`.
+    """
+    from transformers import AutoTokenizer
+
+    model = from_pretrained(
+        options.model,
+        tensor_parallel_size=options.tensor_parallel_size,
+        max_chunk_size_per_rank=options.max_chunk_size,
+        dispatcher=options.dispatcher,
+        deadline_s=options.deadline_s,
+        dtype=DTYPES[options.dtype],
+        device=options.device,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    requests = load_requests(options, tokenizer)
+    check_lengths(requests, model.config)
+    parallel = parallel_of(model)
+    if parallel is not None:
+        parallel.open()
+    run = _Run(options, model, parallel, tokenizer, requests)
+    try:
+        started = time.perf_counter()
+        run.loop(on_progress)
+        wall_s = time.perf_counter() - started
+    finally:
+        run.close()
+    return run.merge(wall_s)
+
+
+class _Run:
+    """The state of one rank's loop."""
+
+    def __init__(
+        self, options: RunOptions, model: Any, parallel: ModelParallel | None, tokenizer: Any, requests: list[Request]
+    ) -> None:
+        self.options = options
+        self.parallel = parallel
+        self.tokenizer = tokenizer
+        self.requests = {request.request_id: request for request in requests}
+        self.rows_total = sum(request.num_computed_tokens for request in requests)
+        self.rank = parallel.config.rank if parallel is not None else 0
+        self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
+        self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
+        self.engine = PackedEngine(model)
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self.scheduler = WorkloadScheduler(requests, options.scheduler, options.data_parallel_size, self.dp_rank)
+        self.open_requests: dict[int, dict[str, Any]] = {}
+        parts = Path(options.out, PARTS)
+        parts.mkdir(parents=True, exist_ok=True)
+        self.outputs_path = parts / f"outputs-rank{self.rank}.jsonl"
+        self.steps_path = parts / f"steps-rank{self.rank}.jsonl"
+        self._outputs = self.outputs_path.open("x", encoding="utf-8", buffering=1)
+        self._steps = StepLogWriter(self.steps_path)
+
+    def close(self) -> None:
+        self._outputs.close()
+        self._steps.close()
+
+    def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
+        states = self.scheduler.initial_states()
+        rows_done, step, num_assigned = 0, 0, 0
+        began = run_began = time.perf_counter()
+        while not self.scheduler.done(states):
+            plan = self.scheduler.next_step(states)
+            for request in self.scheduler.assigned[num_assigned:]:
+                self.open_requests[request.request_id] = {"assigned_step": step, "assigned_at": began}
+            num_assigned = len(self.scheduler.assigned)
+            waited_before = collectives.waited_s()
+            counts, states, decision = self._agree(plan)
+            agreed = time.perf_counter()
+            self._run_step(plan, decision)
+            rows_done += sum(counts)
+            if on_progress is not None and self.rank == 0:
+                on_progress(Progress(step + 1, rows_done, self.rows_total, counts))
+            ended = time.perf_counter()
+            idle_s = (agreed - began) + collectives.waited_s() - waited_before
+            self._log(plan, counts, step, began - run_began, ended - began, agreed - began, idle_s)
+            began, step = ended, step + 1
+
+    def _agree(self, plan: StepPlan) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
+        state = self.scheduler.state()
+        if self.parallel is None:
+            return (plan.num_tokens,), [state], None
+        decision = self.parallel.coordinator.agree(RunRecord(plan.num_tokens, True, False, False, *state))
+        columns = [decision.values[name][:: self.options.tensor_parallel_size] for name in SchedulerState._fields]
+        return decision.num_tokens_across_dp, [SchedulerState(*row) for row in zip(*columns, strict=True)], decision
+
+    def _run_step(self, plan: StepPlan, decision: StepDecision | None) -> None:
+        try:
+            if self.parallel is None or decision is None:
+                self._run_own_rows(plan)
+            elif plan.num_tokens:
+                with self.parallel.step(decision):
+                    self._run_own_rows(plan)
+            elif decision.runs_step:
+                self.parallel.run_idle_step(decision)
+        except Exception as error:
+            # This rank has taken part in all that the step had planned; now the others learn why it stops.
+            if self.parallel is not None and self.parallel.coordinator.usable:
+                self.parallel.coordinator.announce_failure(error)
+                self.parallel.coordinator.agree(RunRecord(failed=True))
+            raise
+
+    def _run_own_rows(self, plan: StepPlan) -> None:
+        for entry in plan.entries:
+            if entry.start == 0:
+                request = self.requests[entry.request_id]
+                ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
+                seed = self.options.seed + request.request_id
+                self.engine.add_request(request.request_id, ids, request.max_new_tokens, seed)
+                self.open_requests[request.request_id].update(first_step=plan.step, logits=[])
+        chosen = self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
+        now = time.perf_counter()
+        for entry in plan.entries:
+            if not entry.samples:
+                continue
+            notes = self.open_requests[entry.request_id]
+            notes.setdefault("first_token_step", plan.step)
+            notes.setdefault("first_token_at", now)
+            if self.options.keep_logits:
+                notes["logits"].append(float(self.engine.logits[entry.request_id][chosen[entry.request_id]]))
+            if entry.finishes:
+                self._finish(entry.request_id, plan.step, now)
+
+    def _finish(self, request_id: int, step: int, now: float) -> None:
+        tokens = self.engine.remove(request_id)
+        notes, request = self.open_requests.pop(request_id), self.requests[request_id]
+        if not self.writes_outputs:
+            return
+        decode_steps = max(1, len(tokens) - 1)
+        line = {
+            "request_id": request_id,
+            "rank": self.rank,
+            "num_prompt_tokens": request.num_prompt_tokens,
+            "num_new_tokens": len(tokens),
+            "tokens": tokens,
+            "text": self.tokenizer.decode(tokens),
+            "steps": [notes["first_step"], step],
+            "queue_steps": notes["first_step"] - notes["assigned_step"],
+            "ttft_steps": notes["first_token_step"] - notes["assigned_step"] + 1,
+            "ttft_s": round(notes["first_token_at"] - notes["assigned_at"], 6),
+            "tpot_s": round((now - notes["first_token_at"]) / decode_steps, 6),
+        }
+        if self.options.keep_logits:
+            line["logits"] = notes["logits"]
+        self._outputs.write(json.dumps(line) + "\n")
+
+    def _log(
+        self,
+        plan: StepPlan,
+        counts: tuple[int, ...],
+        step: int,
+        start_s: float,
+        duration_s: float,
+        agreement_s: float,
+        idle_s: float,
+    ) -> None:
+        chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
+        abilities = self.parallel.layers[0].dispatcher.abilities if self.parallel is not None else Abilities()
+        sent = [rows_to_send(chunk.sizes, abilities)[1][self.rank] for chunk in chunks]
+        contexts = [(entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2) for entry in plan.entries]
+        prefills = [entry.is_prefill for entry in plan.entries]
+        self._steps.write(
+            StepLogRecord(
+                step=step,
+                rank=self.rank,
+                real_rows=chunks.sp_rows[self.rank],
+                dummy_rows=sum(rows.dummy for rows in sent),
+                padding_rows=sum(rows.padding for rows in sent),
+                prefill_tokens=plan.num_prefill_tokens,
+                decode_tokens=plan.num_decode_tokens,
+                prefill_context_tokens=sum(n for n, prefill in zip(contexts, prefills, strict=True) if prefill),
+                decode_context_tokens=sum(n for n, prefill in zip(contexts, prefills, strict=True) if not prefill),
+                num_waiting=plan.num_waiting,
+                prefills_held=plan.prefills_held,
+                num_chunks=len(chunks),
+                start_s=round(start_s, 6),
+                duration_s=round(duration_s, 6),
+                agreement_s=round(agreement_s, 6),
+                busy_s=round(max(0.0, duration_s - idle_s), 6),
+            )
+        )
+
+    def merge(self, wall_s: float) -> dict[str, Any]:
+        """Bring all ranks' lines to rank 0, which writes them in order."""
+        outputs = [json.loads(line) for line in self._all_lines(self.outputs_path)]
+        steps = [json.loads(line) for line in self._all_lines(self.steps_path)]
+        if self.rank != 0:
+            return {}
+        outputs.sort(key=lambda output: output["request_id"])
+        steps.sort(key=lambda record: (record["step"], record["rank"]))
+        for name, lines in (("outputs.jsonl", outputs), ("steps.jsonl", steps)):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            Path(self.options.out, name).write_text(text, encoding="utf-8")
+        return {
+            "wall_s": wall_s,
+            "requests": len(outputs),
+            "generated_tokens": sum(output["num_new_tokens"] for output in outputs),
+        }
+
+    def _all_lines(self, path: Path) -> list[str]:
+        """Every rank's lines; through the ranks' group, since several hosts need not share a disk."""
+        data = path.read_bytes()
+        if self.parallel is not None:
+            group = dist.group.WORLD
+            assert group is not None
+            size = torch.tensor([len(data)])
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.options.world_size)]
+            dist.all_gather(sizes, size)
+            mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+            gathered = collectives.all_gatherv(
+                [mine.view(-1, 1)], [int(size) for size in sizes], group, self.options.deadline_s
+            )[0]
+            data = bytes(gathered.flatten().tolist())
+        return data.decode().splitlines()
