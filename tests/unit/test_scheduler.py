@@ -55,7 +55,7 @@ def test_one_request_worked_by_hand():
     scheduler.add(Request(7, 0.0, num_prompt_tokens=6, max_new_tokens=3), step=0)
     assert scheduler.state() == SchedulerState(8, 9, 0, 0)
     expected = [
-        (StepEntry(7, 0, 4, is_prefill=True, samples=False, finishes=False), SchedulerState(4, 9, 0, 0)),
+        (StepEntry(7, 0, 4, is_prefill=True, samples=False, finishes=False), SchedulerState(4, 9, 0, 1)),
         (StepEntry(7, 4, 2, is_prefill=True, samples=True, finishes=False), SchedulerState(2, 9, 1, -1)),
         (StepEntry(7, 6, 1, is_prefill=False, samples=True, finishes=False), SchedulerState(1, 9, 1, -1)),
         (StepEntry(7, 7, 1, is_prefill=False, samples=True, finishes=True), SchedulerState(0, 0, 0, -1)),
@@ -177,7 +177,7 @@ def test_requests_may_stop_before_their_last_token():
     scheduler.next_step(0)  # request 0 generates, 1 has begun, 2 waits
     scheduler.finish_step([0, 1, 2])
     assert scheduler.state() == SchedulerState(0, 0, 0, -1)
-    assert scheduler.next_event() is None
+    assert scheduler.next_step(99).entries == ()
     with pytest.raises(ConfigurationError, match="request 9 is not"):
         scheduler.finish_step([9])
 
@@ -186,11 +186,10 @@ def test_steps_may_be_left_out_only_where_nothing_happens():
     scheduler = RankScheduler(SchedulerConfig())
     scheduler.add(Request(0, 0.0, 3, 10), 0)
     scheduler.next_step(0)
-    assert scheduler.next_event() == 9
     assert scheduler.next_step(5).entries == (StepEntry(0, 7, 1, False, True, False),)
     assert scheduler.state().num_outstanding_tokens == 4
     assert scheduler.num_context_tokens(6) == 9
-    with pytest.raises(ConfigurationError, match="step 9 may not be left out"):
+    with pytest.raises(ConfigurationError, match="step 9 may not be left out: a request ends in it"):
         scheduler.next_step(11)
     with pytest.raises(ConfigurationError, match="above the last one, 5, got 5"):
         scheduler.next_step(5)
@@ -221,6 +220,7 @@ def test_every_token_is_computed_once_in_order_and_no_limit_is_exceeded(requests
                 assert entry.samples == (position[entry.request_id] >= request.num_prompt_tokens)
                 sampled[entry.request_id] += entry.samples
                 assert entry.finishes == (sampled[entry.request_id] == request.max_new_tokens)
+            assert sorted(plan.finished) == sorted(e.request_id for e in plan.entries if e.finishes)
             if config.kv_capacity_tokens:
                 begun = {r for r in rank_of if rank_of[r] == rank and position[r]}
                 held = [by_id[r].num_kv_tokens for r in begun if position[r] < by_id[r].num_computed_tokens]
@@ -240,12 +240,25 @@ def test_the_same_workload_gives_the_same_steps(requests, config, num_ranks):
 def test_a_prompt_that_could_run_is_held_at_most_so_many_steps(requests, delay, num_ranks):
     # Without other limits every prompt could run on arrival: what it waits is what the policy holds it.
     config = SchedulerConfig(max_num_batched_tokens=10**6, max_prefill_delay_steps=delay, seconds_per_step=0.05)
-    steps, _ = run_cluster(requests, config, num_ranks)
-    held = {}
-    for plans in steps:
-        for rank, plan in enumerate(plans):
-            held[rank] = held.get(rank, 0) + 1 if plan.prefills_held else 0
-            assert held[rank] <= delay
+    steps, ranks = run_cluster(requests, config, num_ranks)
+    arrival = {request_id: step for scheduler in ranks for request_id, step in scheduler.arrival_steps.items()}
+    assert all(step - arrival[request_id] <= delay for request_id, step in first_steps(steps).items())
+
+
+@settings(deadline=None, max_examples=100)
+@given(requests_of_a_workload, configs, st.integers(1, 4))
+def test_no_rank_is_held_once_its_first_prompt_is_old_enough(requests, config, num_ranks):
+    # A prompt of many steps, too, is held in at most so many of them all in all.
+    steps, ranks = run_cluster(requests, config, num_ranks)
+    delay = config.max_prefill_delay_steps
+    for rank, scheduler in enumerate(ranks):
+        ended = {}
+        for plans in steps:
+            ended.update({e.request_id: plans[rank].step for e in plans[rank].entries if e.is_prefill and e.samples})
+        for request_id, arrived in scheduler.arrival_steps.items():
+            late = [plans[rank] for plans in steps[arrived + max(delay, 1) : ended[request_id] + 1]]
+            first = min(i for i in scheduler.arrival_steps if ended[i] >= arrived)
+            assert first != request_id or not any(plan.prefills_held for plan in late)
 
 
 @settings(deadline=None, max_examples=50)

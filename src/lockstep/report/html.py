@@ -149,7 +149,7 @@ def _page_data(
     # The share of a step that filler rows take, next to the busy share; merged like it, weighted by time.
     filler_share = filler / longest * weights[:, None]
     if merge > 1:
-        filler_share = np.add.reduceat(filler_share, np.arange(0, table.num_steps, merge), axis=0)
+        filler_share = np.add.reduceat(filler_share, np.arange(0, table.num_rows, merge), axis=0)
     arrays = {
         "prefill": _packed(shown.prefill_tokens),
         "decode": _packed(np.maximum(shown.real_rows - shown.prefill_tokens, 0)),
@@ -162,9 +162,9 @@ def _page_data(
     return {
         "num_ranks": table.num_ranks,
         "rank_names": [str(rank) for rank in range(table.num_ranks)],
-        "num_rows": shown.num_steps,
+        "num_rows": shown.num_rows,
         "num_steps": table.num_steps,
-        "steps_per_row": merge,
+        "steps_per_row": shown.steps_per_row,
         "arrays": arrays,
         "has_filler": has_filler,
         "loss": [[_CAUSE_WORDS[cause], 100 * share] for cause, share in lost.items() if share > 5e-5],

@@ -30,7 +30,9 @@ class StepTable:
         start_s, duration_s: of the step, of the rank where it is largest; `[steps]`, float64.
         agreement_s: the shortest wait of any rank for the agreement: what it costs where nobody is late; `[steps]`.
         busy_s: each rank's own work in seconds, `[steps, ranks]`; NaN where it was not measured.
+        num_steps: steps in the table.
         steps_per_row: how many steps were added into one row, see `merged`.
+        lost: what `lost_by_cause` said before steps were added up; None where they were not.
     """
 
     step: np.ndarray
@@ -44,7 +46,9 @@ class StepTable:
     duration_s: np.ndarray
     agreement_s: np.ndarray
     busy_s: np.ndarray
+    num_steps: int
     steps_per_row: int = 1
+    lost: dict[str, float] | None = None
 
     @classmethod
     def from_records(cls, records: Sequence[StepLogRecord]) -> StepTable:
@@ -93,11 +97,22 @@ class StepTable:
             duration_s=grid("duration_s", 0.0, np.float64).max(axis=1, initial=0.0),
             agreement_s=np.where(np.isinf(agreement_s), 0.0, agreement_s),
             busy_s=grid("busy_s", np.nan, np.float64),
+            num_steps=len(steps),
         )
 
+    @classmethod
+    def joined(cls, tables: Sequence[StepTable], lost: dict[str, float] | None = None) -> StepTable:
+        """Return several tables of one run as one; `lost` is that of the whole, where it is known."""
+        if len(tables) == 1:
+            return replace(tables[0], lost=lost or tables[0].lost)
+        names = ("step", *_ROWS, "start_s", "duration_s", "agreement_s", "busy_s")
+        columns: dict[str, Any] = {name: np.concatenate([getattr(table, name) for table in tables]) for name in names}
+        num_steps = sum(table.num_steps for table in tables)
+        return cls(**columns, num_steps=num_steps, steps_per_row=tables[0].steps_per_row, lost=lost)
+
     @property
-    def num_steps(self) -> int:
-        """Rows of the table."""
+    def num_rows(self) -> int:
+        """Rows of the table: its steps, or groups of them."""
         return self.real_rows.shape[0]
 
     @property
@@ -108,7 +123,7 @@ class StepTable:
     @property
     def weights(self) -> np.ndarray:
         """What each step counts for, `[steps]`: its duration, or 1 each where no durations were recorded."""
-        return self.duration_s if self.duration_s.any() else np.ones(self.num_steps)
+        return self.duration_s if self.duration_s.any() else np.ones(self.num_rows)
 
     def busy_share(self) -> np.ndarray:
         """Return the share of each step in which each rank had work of its own, `[steps, ranks]`, 0..1.
@@ -126,12 +141,14 @@ class StepTable:
 
     def lost_by_cause(self) -> dict[str, float]:
         """Return the share of all ranks' time that is lost, split by `CAUSES`; the rest of 1 was work."""
+        if self.lost is not None:
+            return self.lost
         weights = self.weights
         total = float(weights.sum()) * self.num_ranks
         if not total:
             return dict.fromkeys(CAUSES, 0.0)
         idle = (1 - self.busy_share()) * weights[:, None]
-        agreement = np.minimum(self.agreement_s if self.duration_s.any() else np.zeros(self.num_steps), weights)
+        agreement = np.minimum(self.agreement_s if self.duration_s.any() else np.zeros(self.num_rows), weights)
         agreed = np.minimum(idle, agreement[:, None])
         idle = idle - agreed
         # Dummy and padding rows fill a part of the wait for the longest rank, in proportion to its rows.
@@ -151,9 +168,9 @@ class StepTable:
 
     def merged(self, steps_per_row: int) -> StepTable:
         """Return the table with every so many steps added into one row; shares stay what they were."""
-        if steps_per_row == 1 or not self.num_steps:
+        if steps_per_row == 1 or not self.num_rows:
             return self
-        starts = np.arange(0, self.num_steps, steps_per_row)
+        starts = np.arange(0, self.num_rows, steps_per_row)
         added: dict[str, Any] = {name: np.add.reduceat(getattr(self, name), starts, axis=0) for name in _ROWS}
         # Rows of a merged table no longer say who waited for whom; busy seconds do, and are added up instead.
         busy = self.busy_share() * self.weights[:, None]
@@ -165,15 +182,6 @@ class StepTable:
             agreement_s=np.add.reduceat(self.agreement_s, starts),
             busy_s=np.add.reduceat(busy, starts, axis=0),
             steps_per_row=self.steps_per_row * steps_per_row,
+            lost=self.lost_by_cause(),
             **added,
         )
-
-    def totals(self) -> dict[str, Any]:
-        """Return sums over the table: rows of each kind, steps, ranks, seconds, and the lost share of time."""
-        return {
-            "ranks": self.num_ranks,
-            "steps": int(self.num_steps * self.steps_per_row),
-            **{name: int(getattr(self, name).sum()) for name in _ROWS[:-1]},
-            "duration_s": float(self.duration_s.sum()),
-            "lost_fraction": sum(self.lost_by_cause().values()),
-        }

@@ -89,8 +89,8 @@ class SchedulerState(NamedTuple):
         num_outstanding_tokens: rows that its unfinished requests still need, those in the queue included; 0 is idle.
         num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included.
         num_decoding: its requests that will generate a token in the next step.
-        prefill_wait_steps: how many steps its longest-waiting prompt has waited, of those that could run in the next
-            step; `max_prefill_delay_steps` for a prompt that has begun; -1 where none could run.
+        prefill_wait_steps: how many steps ago its first prompt arrived that is not done and could run in the next step,
+            whether it has begun or not; -1 where none could run.
     """
 
     num_outstanding_tokens: int = 0
@@ -130,6 +130,7 @@ class StepPlan(NamedTuple):
         num_waiting: requests left in the queue.
         num_waiting_for_kv: of those, how many wait only because the KV cache is full (0, or all of them).
         prefills_held: whether prompts that could have run were held for other ranks.
+        finished: ids of the requests whose last token is sampled in this step.
     """
 
     step: int
@@ -139,6 +140,7 @@ class StepPlan(NamedTuple):
     num_waiting: int
     num_waiting_for_kv: int
     prefills_held: bool
+    finished: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -160,12 +162,12 @@ def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int],
     """Decide, for all ranks alike, whether prompts run in the next step.
 
     A step in which one rank has a prompt takes all ranks as long as that prompt; so prompts wait for each other. They
-    run when one of them has waited long enough or has begun, when every rank has one, or when no rank generates (there
-    is nothing to disturb). While none of that holds, ranks only generate.
+    run when one of them has arrived long enough ago, when every rank has one, or when no rank generates (there is
+    nothing to disturb). While none of that holds, ranks only generate.
 
-    The wait counts from the request's arrival at the rank, whatever the reason for waiting. A queue that grows
-    therefore turns holding off: the policy adds at most `max_prefill_delay_steps` to a prompt that would have run at
-    once, and nothing to a prompt that has queued for longer.
+    The wait counts from a request's arrival at its rank, whatever it waits for, until its prompt is done. So the policy
+    holds a request in at most `max_prefill_delay_steps` steps all in all, however many steps its prompt takes, and a
+    queue that grows turns holding off instead of growing further.
 
     Args:
         prefill_wait_steps: of every rank's `SchedulerState`, `[ranks]`.
@@ -246,6 +248,7 @@ class RankScheduler:
         self._waiting: deque[tuple[Request, int]] = deque()  # with the step of arrival
         self._partial: Request | None = None  # the prompt that has begun and not ended: at most one
         self._partial_done = 0
+        self._partial_arrival = 0
         self._decoding: dict[int, tuple[Request, int]] = {}  # with the step that ended its prompt
         self._ends: dict[int, list[int]] = {}  # step -> requests whose last token is sampled in it
         self._num_decoding = 0  # requests that generate in the step to come
@@ -264,10 +267,10 @@ class RankScheduler:
         """Plan a step and take it as done.
 
         Args:
-            step: its number, above the last one's. Steps left out are steps in which this rank only generated; none of
-                them may be one that `next_event` named.
+            step: its number, above the last one's. A caller that only counts may leave out steps in which this rank
+                does nothing but generate: no request ends in them, and prompts are held or there are none.
             run_prefills: the answer of `prefills_run`; False holds all prompts.
-            list_entries: False leaves `entries` empty, for callers that only count.
+            list_entries: False leaves out the entries that generate, for callers that only count.
         """
         self._skip_to(step)
         entries = self._decode_entries(step) if list_entries else []
@@ -277,7 +280,8 @@ class RankScheduler:
         num_prefill = sum(entry.num_tokens for entry in prefills)
         self._outstanding -= num_prefill
         held = not run_prefills and self._prompt_can_run()
-        for request_id in self._ends.pop(step, ()):
+        finished = tuple(self._ends.pop(step, ()))
+        for request_id in finished:
             self._leave(request_id)
         waits_for_kv = bool(self._waiting) and self._has_seat() and not self._kv_fits(self._waiting[0][0])
         return StepPlan(
@@ -288,6 +292,7 @@ class RankScheduler:
             num_waiting=len(self._waiting),
             num_waiting_for_kv=len(self._waiting) if waits_for_kv else 0,
             prefills_held=held,
+            finished=finished,
         )
 
     def finish_step(self, stopped: Iterable[int]) -> None:
@@ -328,16 +333,15 @@ class RankScheduler:
         """Return what the other ranks need to know, as of after the step planned last."""
         wait = -1
         if self._partial is not None:
-            wait = self._config.max_prefill_delay_steps
+            wait = self._step + 1 - self._partial_arrival
         elif self._prompt_can_run():
             wait = self._step + 1 - self._waiting[0][1]
         return SchedulerState(self._outstanding, self._kv_reserved + self._kv_queued, self._num_decoding, wait)
 
-    def next_event(self) -> int | None:
-        """Return the next step in which anything but generating happens here, or None where nothing will by itself."""
-        if self._partial is not None or self._waiting:
-            return self._step + 1
-        return min(self._ends) if self._ends else None
+    @property
+    def has_begun(self) -> bool:
+        """Whether a prompt has begun and not ended."""
+        return self._partial is not None
 
     def num_context_tokens(self, step: int) -> int:
         """Return how many tokens of KV cache the requests that generate in `step` read, the new ones included."""
@@ -348,9 +352,8 @@ class RankScheduler:
         if skipped < 0:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
         if skipped:
-            event = self.next_event()
-            if event is not None and event < step:
-                raise ConfigurationError(f"step {event} may not be left out: a prompt waits or a request ends in it")
+            if self._ends and min(self._ends) < step:
+                raise ConfigurationError(f"step {min(self._ends)} may not be left out: a request ends in it")
             self._outstanding -= skipped * self._num_decoding
         self._step = step
 
@@ -368,7 +371,7 @@ class RankScheduler:
             if self._partial is None:
                 if not self._prompt_can_run():
                     break
-                self._partial, _ = self._waiting.popleft()
+                self._partial, self._partial_arrival = self._waiting.popleft()
                 self._partial_done = 0
                 self._kv_queued -= self._partial.num_kv_tokens
                 self._kv_reserved += self._partial.num_kv_tokens
