@@ -92,6 +92,7 @@ class DPMetadata:
         counts, self.num_tokens_across_dp_cpu = read_counts(num_tokens_across_dp_cpu)
         self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
         self._step = StepSizes(counts)
+        self._entered: SizesContext | list[SizesContext] | None = None
 
     @staticmethod
     def make(parallel_config: Any, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
@@ -122,6 +123,7 @@ class DPMetadata:
         metadata.num_tokens_across_dp_cpu = counts_tensor
         metadata.local_sizes = None
         metadata._step = StepSizes(counts, dp_rank)
+        metadata._entered = None
         return metadata
 
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
@@ -141,7 +143,6 @@ class DPMetadata:
         step = self._step
         context = SizesContext()
         context.metadata = self
-        context.step = step
         if pcp_size is not NO_PCP:
             context.sizes = step.find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
             return context
@@ -150,7 +151,7 @@ class DPMetadata:
         context.sizes = step.last_list
         return context
 
-    # The same functions as there: they need `local_sizes` and `_step`, which both classes have.
+    # The same functions as there: they need `local_sizes`, `_step` and `_entered`, which both classes have.
     chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
     get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp

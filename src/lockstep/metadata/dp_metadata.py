@@ -38,12 +38,12 @@ class HoldsLocalSizes(Protocol):
     """What contexts set sizes on: `DPMetadata`, and the same class with vLLM's surface."""
 
     local_sizes: list[int] | None
+    # None; the one context that is entered; or, where they are nested, all that are entered, the innermost last.
+    _entered: "SizesContext | list[SizesContext] | None"
 
 
 class StepSizes:
-    """The counts of one step, the size lists made of them, and the contexts that are entered.
-
-    Everything behind `DPMetadata` that must not show on its surface.
+    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`.
 
     Args:
         counts: tokens per DP rank, `[dp_size]`, checked.
@@ -54,11 +54,9 @@ class StepSizes:
         lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
         last_key: the sequence-parallel size that was asked for last; each layer of a model asks for the same.
         last_list: its sizes.
-        innermost: the context that was entered last and is not left, or None.
-        outer: the other contexts that are entered and not left, in the order of entering.
     """
 
-    __slots__ = ("counts", "dp_rank", "innermost", "last_key", "last_list", "lists", "outer")
+    __slots__ = ("counts", "dp_rank", "last_key", "last_list", "lists")
 
     def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None) -> None:
         self.counts = counts
@@ -66,8 +64,6 @@ class StepSizes:
         self.lists: dict[object, list[int]] = {}
         self.last_key: object = NO_KEY
         self.last_list: list[int] = []
-        self.innermost: SizesContext | None = None
-        self.outer: list[SizesContext] = []
 
     def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
         """Return a size list, computed if nobody asked for it before.
@@ -117,24 +113,23 @@ class SizesContext:
 
     Attributes:
         metadata: whose `local_sizes` are set.
-        step: what keeps the contexts of that metadata.
         sizes: what they are set to, `[ep_size]`.
     """
 
     # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
     # would take a third of the time.
-    __slots__ = ("metadata", "sizes", "step")
+    __slots__ = ("metadata", "sizes")
     metadata: HoldsLocalSizes
     sizes: list[int]
-    step: StepSizes
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
-        step = self.step
-        if step.innermost is not None:
-            step.outer.append(step.innermost)
-        step.innermost = self
-        self.metadata.local_sizes = sizes = self.sizes
+        metadata = self.metadata
+        if metadata._entered is None:
+            metadata._entered = self
+        else:
+            enter_nested(metadata, self)
+        metadata.local_sizes = sizes = self.sizes
         return sizes
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
@@ -148,33 +143,51 @@ class SizesContext:
         Returns:
             False: an exception is never swallowed.
         """
-        step = self.step
-        if step.innermost is not self:
-            leave_outer(step.outer, self)
-        elif step.outer:
-            step.innermost = inner = step.outer.pop()
-            self.metadata.local_sizes = inner.sizes
+        metadata = self.metadata
+        if metadata._entered is self:
+            metadata._entered = None
+            metadata.local_sizes = None
         else:
-            step.innermost = None
-            self.metadata.local_sizes = None
+            leave_nested(metadata, self)
         return False
 
     def __repr__(self) -> str:
-        entered = self.step.innermost is self or any(context is self for context in self.step.outer)
-        return f"SizesContext({abridged(self.sizes)}, {'entered' if entered else 'not entered'})"
+        entered = self.metadata._entered
+        inside = entered is self or (isinstance(entered, list) and any(context is self for context in entered))
+        return f"SizesContext({abridged(self.sizes)}, {'entered' if inside else 'not entered'})"
 
 
-def leave_outer(outer: list[SizesContext], context: SizesContext) -> None:
-    """Take a context that is left out of order from those around the innermost; one that is not there is left already.
+def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
+    """Note that a context is entered inside another.
 
     Args:
-        outer: the contexts around the innermost, in the order of entering.
-        context: which to leave; of several times that it was entered, the last.
+        metadata: whose contexts they are.
+        context: which is entered.
     """
-    for place in range(len(outer) - 1, -1, -1):
-        if outer[place] is context:
-            del outer[place]
-            return
+    entered = metadata._entered
+    if isinstance(entered, list):
+        entered.append(context)
+    elif entered is not None:
+        metadata._entered = [entered, context]
+
+
+def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
+    """Leave a context among several, or one that was left before, and give the sizes of the innermost.
+
+    Args:
+        metadata: whose contexts they are.
+        context: which is left; of several times that it was entered, the last.
+    """
+    entered = metadata._entered
+    if not isinstance(entered, list):
+        return
+    for place in range(len(entered) - 1, -1, -1):
+        if entered[place] is context:
+            del entered[place]
+            break
+    metadata.local_sizes = entered[-1].sizes
+    if len(entered) == 1:
+        metadata._entered = entered[0]
 
 
 def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
@@ -338,6 +351,7 @@ class DPMetadata:
         self.num_tokens_across_dp_cpu = counts_tensor
         self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
         self._step = StepSizes(counts)
+        self._entered: SizesContext | list[SizesContext] | None = None
 
     @staticmethod
     def make(
@@ -374,6 +388,7 @@ class DPMetadata:
         metadata.num_tokens_across_dp_cpu = counts_tensor
         metadata.local_sizes = None
         metadata._step = StepSizes(counts, dp_rank)
+        metadata._entered = None
         return metadata
 
     def chunked_sizes(self, sequence_parallel_size: int, max_chunk_size_per_rank: int, chunk_idx: int) -> SizesContext:
@@ -399,11 +414,9 @@ class DPMetadata:
             ...     print(sizes)
             [244, 1, 1]
         """
-        step = self._step
-        sizes = step.find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
+        sizes = self._step.find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
         context = SizesContext()
         context.metadata = self
-        context.step = step
         context.sizes = sizes
         return context
 
@@ -432,7 +445,6 @@ class DPMetadata:
             step.find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
-        context.step = step
         context.sizes = step.last_list
         return context
 
