@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 import threading
@@ -172,6 +173,9 @@ def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
         parallel.session = None
 
 
+_models = itertools.count()
+
+
 class ModelParallel:
     """What a model that is spread over the ranks carries with it: its layers, its groups, the present step.
 
@@ -214,7 +218,8 @@ class ModelParallel:
         self.coordinator: Coordinator
         self.session: Session | None = None
         self._process_group = process_group
-        self._store = dist.PrefixStore("lockstep", dist.distributed_c10d._get_default_store())
+        # Keys of its own: a second model would otherwise read what the ranks said about the first.
+        self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
         self._groups: list[dist.ProcessGroup] = []
         self._epoch = -1
         self._times_opened = 0
