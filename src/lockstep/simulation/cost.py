@@ -1,0 +1,202 @@
+"""The time of a step from the counts of its ranks: a formula with named constants, and their fit to a measured run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class CostConstants:
+    """What a step costs, in microseconds.
+
+    With `t` the rows of each rank, a step takes
+
+        step_us + chunk_us * chunks
+        + max over ranks of (token_us * t + decode_context_us * decode context + prefill_context_us * prefill context)
+        + row_us * max(t) + expert_row_us * mean(t)
+
+    Attention waits for the rank with the most work, and so does the exchange of rows, whose longest rank has the
+    fullest link. The experts are spread over all ranks, whose rows they share: there the mean counts. In `t` of the
+    last line, dummy and padding rows count too.
+
+    Attributes:
+        step_us: what every step costs: reading the weights, launching kernels, the agreement.
+        chunk_us: what every chunk of the step costs, all layers together.
+        token_us: one row through everything but the experts.
+        decode_context_us: one KV entry read for a token that generates.
+        prefill_context_us: one KV entry attended to by one token of a prompt.
+        row_us: one row of the longest rank to its experts and back, all layers together.
+        expert_row_us: one row per rank through the experts, all layers together.
+        source: where the numbers come from.
+    """
+
+    step_us: float
+    token_us: float
+    chunk_us: float = 0.0
+    decode_context_us: float = 0.0
+    prefill_context_us: float = 0.0
+    row_us: float = 0.0
+    expert_row_us: float = 0.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "source" and not (
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
+            ):
+                raise ConfigurationError(f"cost constant {item.name} must be a number >= 0, got {value!r}")
+            if item.name != "source":
+                object.__setattr__(self, item.name, float(value))
+        if self.step_us <= 0:
+            raise ConfigurationError(f"cost constant step_us must be > 0, got {self.step_us}: no step takes no time")
+
+    def own_us(self, tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray) -> np.ndarray:
+        """Return each rank's own part of the attention's time, in us; any shape."""
+        return (
+            self.token_us * tokens + self.decode_context_us * decode_context + self.prefill_context_us * prefill_context
+        )
+
+    def step_times_us(
+        self,
+        tokens: np.ndarray,
+        decode_context: np.ndarray,
+        prefill_context: np.ndarray,
+        num_chunks: np.ndarray,
+        filler_rows: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return how long each step takes, in us.
+
+        Args:
+            tokens: rows of requests, `[steps, ranks]`.
+            decode_context: KV entries that its generating requests read, `[steps, ranks]`.
+            prefill_context: KV entries that its prompts attend to, `[steps, ranks]`.
+            num_chunks: chunks of each step, `[steps]`.
+            filler_rows: dummy and padding rows, `[steps, ranks]`; None for none.
+        """
+        rows = tokens if filler_rows is None else tokens + filler_rows
+        return (
+            self.step_us
+            + self.chunk_us * num_chunks
+            + self.own_us(tokens, decode_context, prefill_context).max(axis=1)
+            + self.row_us * rows.max(axis=1)
+            + self.expert_row_us * rows.mean(axis=1)
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the constants as JSON, as `load` reads them."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, name: str) -> CostConstants:
+        """Return a shipped set by its name, or read one from a JSON file.
+
+        Raises:
+            ConfigurationError: if it is neither, or the file holds something else.
+        """
+        if name in COST_CONSTANTS:
+            return COST_CONSTANTS[name]
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigurationError(f"cost must be one of {sorted(COST_CONSTANTS)} or a JSON file, got {name!r}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path}: not a set of cost constants ({error}); expected a JSON object with "
+                f"{[item.name for item in fields(cls)]}"
+            ) from None
+
+
+COST_CONSTANTS = {
+    # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
+    "linear": CostConstants(step_us=15_000, token_us=30, source="assumed: 15 ms and 30 us per row of the longest rank"),
+}
+"""Shipped sets by name."""
+
+
+def fit(
+    tokens: np.ndarray,
+    decode_context: np.ndarray,
+    prefill_context: np.ndarray,
+    num_chunks: np.ndarray,
+    duration_us: np.ndarray,
+    source: str = "",
+) -> CostConstants:
+    """Fit the constants to a measured run by least squares, none of them negative.
+
+    Which rank is the longest depends on the constants, so the fit is repeated until the longest ranks stay. `row_us` is
+    left at 0: the longest rank's rows are in `token_us` already, and one run cannot tell the two apart.
+
+    Errors count relative to a step's time, so that the many short steps are fitted as well as the few long ones. Steps
+    that took more than five times as long as a first fit says (the machine did something else) are left out.
+
+    Args:
+        tokens: rows of requests, `[steps, ranks]`.
+        decode_context: see `StepLogRecord.decode_context_tokens`, `[steps, ranks]`.
+        prefill_context: see `StepLogRecord.prefill_context_tokens`, `[steps, ranks]`.
+        num_chunks: `[steps]`.
+        duration_us: measured, `[steps]`.
+        source: what to say about where the constants come from.
+
+    Raises:
+        ConfigurationError: with fewer than 10 steps.
+    """
+    if len(duration_us) < 10:
+        raise ConfigurationError(f"at least 10 steps are needed to fit a cost, got {len(duration_us)}")
+    longest = tokens.argmax(axis=1)
+    keep = np.ones(len(duration_us), dtype=bool)
+    solution = np.zeros(6)
+    for _ in range(20):
+        rows = np.arange(len(longest))
+        features = np.column_stack(
+            [
+                np.ones(len(longest)),
+                # A step of one chunk is the usual one; its cost is in the first constant.
+                np.maximum(num_chunks - 1, 0),
+                tokens[rows, longest],
+                decode_context[rows, longest],
+                prefill_context[rows, longest],
+                tokens.mean(axis=1),
+            ]
+        )
+        solution = _nonnegative_least_squares(features[keep], duration_us[keep])
+        keep = duration_us <= 5 * (features @ solution)
+        own = solution[2] * tokens + solution[3] * decode_context + solution[4] * prefill_context
+        following = own.argmax(axis=1)
+        if np.array_equal(following, longest):
+            break
+        longest = following
+    step, chunk, token, decode, prefill, expert = (float(value) for value in solution)
+    return CostConstants(
+        step_us=max(step - chunk, 1e-3),
+        chunk_us=chunk,
+        token_us=token,
+        decode_context_us=decode,
+        prefill_context_us=prefill,
+        expert_row_us=expert,
+        source=source,
+    )
+
+
+def _nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Solve for coefficients >= 0, leaving out the most negative one until none is left. Errors count relatively."""
+    weights = 1 / np.maximum(target, 1e-9)
+    used = [index for index in range(features.shape[1]) if features[:, index].any()]
+    while True:
+        scaled = features[:, used] * weights[:, None]
+        size = np.maximum(np.abs(scaled).max(axis=0), 1e-300)
+        found = np.linalg.lstsq(scaled / size, target * weights, rcond=None)[0] / size
+        if (found >= 0).all():
+            break
+        used.pop(int((found * size).argmin()))
+    solution = np.zeros(features.shape[1])
+    solution[used] = found
+    return solution

@@ -1,0 +1,505 @@
+"""What would happen: the runtime's scheduler and policies over a workload, with a cost formula in place of tensors.
+
+Ranks in whose step nothing happens but generating are not visited: their counts stand in arrays, one entry per rank,
+and are advanced together. Only ranks with an arriving request, a running prompt or an ending request go through their
+`RankScheduler`, the one of the real run. That the counts are those of the real run, step by step, is a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from lockstep.coordination.step_log import StepColumns
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.step_table import CAUSES, StepTable
+from lockstep.workload.request import Request
+from lockstep.workload.scheduler import LoadBalancer, RankScheduler, SchedulerConfig, StepPlan
+
+ROW_SHAPES = ("ragged", "dummy", "equal")
+"""What a dispatcher makes of uneven rows: nothing; one dummy row for a rank with none left; the longest rank's rows
+for all."""
+
+_BUFFER_CELLS = 400_000
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """What is simulated.
+
+    Attributes:
+        num_ranks: data-parallel ranks, >= 1.
+        scheduler: how requests become steps.
+        cost: what a step costs.
+        max_chunk_size: most rows that one rank sends at a time, >= 1; None for no limit.
+        row_shapes: one of `ROW_SHAPES`.
+        clock: `cost`: requests arrive as simulated time passes; `steps`: `scheduler.seconds_per_step` of the workload's
+            time pass in every step, as in a real run.
+    """
+
+    num_ranks: int
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cost: CostConstants = field(default_factory=lambda: CostConstants.load("linear"))
+    max_chunk_size: int | None = None
+    row_shapes: str = "ragged"
+    clock: str = "cost"
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise ConfigurationError(f"num_ranks must be >= 1, got {self.num_ranks}")
+        if self.max_chunk_size is not None and self.max_chunk_size < 1:
+            raise ConfigurationError(f"max_chunk_size must be >= 1, got {self.max_chunk_size}")
+        if self.row_shapes not in ROW_SHAPES:
+            raise ConfigurationError(f"row_shapes must be one of {ROW_SHAPES}, got {self.row_shapes!r}")
+        if self.clock not in ("cost", "steps"):
+            raise ConfigurationError(f"clock must be 'cost' or 'steps', got {self.clock!r}")
+
+
+@dataclass
+class SimulationResult:
+    """What happened.
+
+    Attributes:
+        summary: figures by name, see `simulate`.
+        steps: the step log, several steps added into one row where there are many.
+        rank, queue_s, ttft_s, tpot_s: of each request, `[requests]`: the rank it ran on; seconds until it first ran;
+        until
+            its first token; per further token (NaN where there was none).
+    """
+
+    summary: dict[str, Any]
+    steps: StepTable
+    rank: np.ndarray
+    queue_s: np.ndarray
+    ttft_s: np.ndarray
+    tpot_s: np.ndarray
+
+
+def simulate(
+    requests: Sequence[Request],
+    config: SimulationConfig,
+    step_log: StepColumns | None = None,
+    on_progress: Callable[[float], None] | None = None,
+    max_report_cells: int = 1_000_000,
+) -> SimulationResult:
+    """Simulate a workload to its end.
+
+    Args:
+        requests: in order of arrival.
+        config: ranks, policies, cost.
+        step_log: takes every step and rank, if given.
+        on_progress: called now and then with the share of requests that have arrived.
+        max_report_cells: most cells (step x rank) of `SimulationResult.steps`; memory does not grow beyond them.
+
+    Returns:
+        The result. Its `summary` has `requests, ranks, steps, rank_steps, duration_s, real_tokens, tokens_per_s` (rows
+        of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, imbalance_fraction` (time lost while
+        another rank had more to do), `unused_fraction` (time of ranks without a request), `lost` (all causes),
+        `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
+        because the KV cache was full) and `held_rank_steps`.
+
+    Raises:
+        ConfigurationError: for a request that can never fit into a rank's KV cache.
+    """
+    config.scheduler.check_fits(requests)
+    return _Simulation(requests, config, step_log, max_report_cells).run(on_progress)
+
+
+class _Simulation:
+    """The state of one simulation. Arrays have one entry per rank, or per request where they say so."""
+
+    def __init__(
+        self, requests: Sequence[Request], config: SimulationConfig, step_log: StepColumns | None, max_cells: int
+    ) -> None:
+        self.requests = requests
+        self.config = config
+        num_ranks = config.num_ranks
+        self.schedulers = [RankScheduler(config.scheduler) for _ in range(num_ranks)]
+        self.balancer = _LoadBalancerTwin(config.scheduler.load_balancing, num_ranks)
+        # What the ranks that are not visited do: one row for each request that generates.
+        self.decode = np.zeros(num_ranks, np.int64)
+        self.context_base = np.zeros(num_ranks, np.int64)  # + step * decode = KV entries that these rows read
+        self.num_waiting = np.zeros(num_ranks, np.int64)
+        self.total_decode = 0
+        self.ends: dict[int, set[int]] = {}  # step -> ranks in which a request ends
+        self.queued: set[int] = set()  # ranks with a queue, or with a prompt that has begun
+        self.heads: dict[int, int] = {}  # rank -> arrival step of its first prompt, where that could run
+        self.kv_waiting: set[int] = set()
+        self.kv_waits = 0
+        self.num_unfinished = 0
+        self.index = {request.request_id: index for index, request in enumerate(requests)}
+        self.rank_of = np.full(len(requests), -1, np.int32)
+        self.arrived_s = np.array([request.arrival_s for request in requests], np.float64)
+        self.begun_s, self.first_s, self.last_s = (np.full(len(requests), np.nan) for _ in range(3))
+        self.recorder = _Recorder(config, step_log, max_cells)
+
+    def run(self, on_progress: Callable[[float], None] | None) -> SimulationResult:
+        config, cost, recorder, requests = self.config, self.config.cost, self.recorder, self.requests
+        delay = config.scheduler.max_prefill_delay_steps
+        in_steps = config.clock == "steps"
+        arrivals = [
+            ceil(request.arrival_s / config.scheduler.seconds_per_step) if in_steps else request.arrival_s
+            for request in requests
+        ]
+        count = len(requests)
+        following = 0  # the next request to arrive
+        step = 0
+        now_s = 0.0
+        clock: float = 0
+        rows_matter = bool(cost.row_us or cost.chunk_us) or config.row_shapes != "ragged"
+        while following < count or self.num_unfinished:
+            run_prefills = self._prefills_run(step, delay)
+            visited = self.ends.pop(step, _NONE)
+            if following < count:
+                if not self.num_unfinished and arrivals[following] > clock:
+                    clock = arrivals[following]
+                    now_s = now_s if in_steps else clock
+                if arrivals[following] <= clock:
+                    visited = visited | self._arrive(following, step, now_s, arrivals, clock)
+                    following += len(self.arrived)
+                    if on_progress is not None:
+                        on_progress(following / count)
+            if run_prefills and self.queued:
+                visited = visited | self.queued
+
+            slot = recorder.next_slot()
+            tokens, context = recorder.tokens[slot], recorder.decode_context[slot]
+            tokens[:] = self.decode
+            np.multiply(self.decode, step, out=context)
+            context += self.context_base
+            num_tokens = self.total_decode
+            prefill_ranks = []
+            plans = []
+            for rank in visited:
+                plan = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
+                plans.append((rank, plan))
+                if plan.num_prefill_tokens:
+                    prefill_ranks.append(rank)
+                    num_tokens += plan.num_prefill_tokens
+                    tokens[rank] += plan.num_prefill_tokens
+                    recorder.prefill[slot, rank] = plan.num_prefill_tokens
+                    recorder.prefill_context[slot, rank] = plan.prefill_context_tokens
+            own = cost.token_us * tokens
+            if cost.decode_context_us:
+                own += cost.decode_context_us * context
+            if cost.prefill_context_us:
+                for rank in prefill_ranks:
+                    own[rank] += cost.prefill_context_us * int(recorder.prefill_context[slot, rank])
+            step_us = cost.step_us + float(own.max()) + cost.expert_row_us * num_tokens / config.num_ranks
+            if rows_matter:
+                step_us += self._rows_us(tokens, num_tokens)
+            else:
+                step_us += cost.chunk_us
+            recorder.start_s[slot] = now_s
+            recorder.duration_s[slot] = step_us * 1e-6
+            started_s, now_s = now_s, now_s + step_us * 1e-6
+            clock = clock + 1 if in_steps else now_s
+            if not run_prefills:
+                held = recorder.held[slot]
+                for rank in self.heads:
+                    held[rank] = True
+                for rank, plan in plans:
+                    held[rank] = plan.prefills_held
+            self.balancer.computed(tokens)
+            for rank, plan in plans:
+                self._after(rank, plan, step, started_s, now_s)
+            if self.queued:
+                recorder.num_waiting[slot] = self.num_waiting
+                self.kv_waits += len(self.kv_waiting)
+            step += 1
+        recorder.flush()
+        return self._result(step, now_s)
+
+    def _prefills_run(self, step: int, delay: int) -> bool:
+        """The twin of `prefills_run`, from what changed instead of all ranks' states."""
+        if delay == 0 or self.total_decode == 0:
+            return True
+        heads = self.heads
+        return bool(heads) and (len(heads) == self.config.num_ranks or step - min(heads.values()) >= delay)
+
+    def _arrive(self, first: int, step: int, now_s: float, arrivals: Sequence[float], clock: float) -> set[int]:
+        last = first + 1
+        while last < len(arrivals) and arrivals[last] <= clock:
+            last += 1
+        self.arrived = self.requests[first:last]
+        ranks = self.balancer.assign(self.arrived)
+        self.rank_of[first:last] = ranks
+        if self.config.clock == "steps":
+            self.arrived_s[first:last] = now_s
+        for request, rank in zip(self.arrived, ranks, strict=True):
+            self.schedulers[rank].add(request, step)
+        self.num_unfinished += last - first
+        return set(ranks)
+
+    def _rows_us(self, tokens: np.ndarray, num_tokens: int) -> float:
+        """Return what chunks, the longest rank's rows and the experts' dummy and padding rows add, in us."""
+        cost, config = self.config.cost, self.config
+        longest = int(tokens.max())
+        chunks = 1 if config.max_chunk_size is None else -(-longest // config.max_chunk_size)
+        filler = 0
+        if config.row_shapes != "ragged":
+            filler = int(filler_rows(tokens[None], config.max_chunk_size, config.row_shapes).sum())
+        return cost.chunk_us * chunks + cost.row_us * longest + cost.expert_row_us * filler / config.num_ranks
+
+    def _after(self, rank: int, plan: StepPlan, step: int, started_s: float, now_s: float) -> None:
+        """Take over what a visited rank's step has changed."""
+        scheduler = self.schedulers[rank]
+        for entry in plan.entries:  # prompts only
+            index = self.index[entry.request_id]
+            if entry.start == 0:
+                self.begun_s[index] = started_s
+            if entry.samples:
+                self.first_s[index] = now_s
+                if not entry.finishes:
+                    self.ends.setdefault(step + self.requests[index].max_new_tokens - 1, set()).add(rank)
+        for request_id in plan.finished:
+            index = self.index[request_id]
+            self.last_s[index] = now_s
+            self.balancer.finished(rank, self.requests[index])
+        self.num_unfinished -= len(plan.finished)
+        state = scheduler.state()
+        self.total_decode += state.num_decoding - plan.num_decode_tokens
+        self.decode[rank] = state.num_decoding
+        self.context_base[rank] = scheduler.num_context_tokens(step + 1) - (step + 1) * state.num_decoding
+        self.num_waiting[rank] = plan.num_waiting
+        (self.queued.add if plan.num_waiting or scheduler.has_begun else self.queued.discard)(rank)
+        (self.kv_waiting.add if plan.num_waiting_for_kv else self.kv_waiting.discard)(rank)
+        if state.prefill_wait_steps < 0:
+            self.heads.pop(rank, None)
+        else:
+            self.heads[rank] = step + 1 - state.prefill_wait_steps
+
+    def _result(self, num_steps: int, now_s: float) -> SimulationResult:
+        recorder, requests = self.recorder, self.requests
+        more = np.array([request.max_new_tokens - 1 for request in requests], np.float64)
+        more[more == 0] = np.nan
+        ttft_s, tpot_s = self.first_s - self.arrived_s, (self.last_s - self.first_s) / more
+        queue_s = self.begun_s - self.arrived_s
+        lost = recorder.lost()
+        num_tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
+        num_output = sum(request.max_new_tokens for request in requests)
+        summary = {
+            "requests": len(requests),
+            "ranks": self.config.num_ranks,
+            "steps": num_steps,
+            "rank_steps": num_steps * self.config.num_ranks,
+            "duration_s": now_s,
+            "real_tokens": recorder.totals["real_rows"],
+            "tokens_per_s": num_tokens / now_s if now_s else 0.0,
+            "output_tokens_per_s": num_output / now_s if now_s else 0.0,
+            "dummy_rows": recorder.totals["dummy_rows"],
+            "padding_rows": recorder.totals["padding_rows"],
+            "imbalance_fraction": lost["other_prompts"] + lost["uneven_generation"],
+            "unused_fraction": lost["no_requests"],
+            "lost": lost,
+            "ttft_s": _percentiles(ttft_s),
+            "tpot_s": _percentiles(tpot_s),
+            "queue_s": _percentiles(queue_s),
+            "kv_waits": self.kv_waits,
+            "held_rank_steps": recorder.totals["held"],
+        }
+        return SimulationResult(summary, recorder.table(), self.rank_of, queue_s, ttft_s, tpot_s)
+
+
+_NONE: set[int] = set()
+
+
+class _LoadBalancerTwin:
+    """`LoadBalancer` over arrays: the load of each rank is kept up to date instead of read from its state."""
+
+    def __init__(self, policy: str, num_ranks: int) -> None:
+        self._policy = policy
+        self._round_robin = LoadBalancer("round-robin", num_ranks) if policy == "round-robin" else None
+        self._load = np.zeros(num_ranks, np.int64)
+
+    def assign(self, requests: Sequence[Request]) -> list[int]:
+        if self._round_robin is not None:
+            return self._round_robin.assign(requests, ())
+        ranks = []
+        for request in requests:
+            rank = int(self._load.argmin())  # the lowest of equal ranks, as there
+            ranks.append(rank)
+            by_tokens = self._policy == "least-tokens"
+            self._load[rank] += request.num_computed_tokens if by_tokens else request.num_kv_tokens
+        return ranks
+
+    def computed(self, tokens: np.ndarray) -> None:
+        if self._policy == "least-tokens":
+            self._load -= tokens
+
+    def finished(self, rank: int, request: Request) -> None:
+        if self._policy == "least-kv-cache":
+            self._load[rank] -= request.num_kv_tokens
+
+
+def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str) -> np.ndarray:
+    """Return the dummy or padding rows that each rank computes, the twin of walking through each step's `ChunkPlan`.
+
+    Args:
+        tokens: rows of requests, `[steps, ranks]`.
+        max_chunk_size: most rows per rank and chunk; None for no limit.
+        row_shapes: one of `ROW_SHAPES`.
+
+    Returns:
+        `[steps, ranks]`, int64.
+    """
+    longest = tokens.max(axis=1, keepdims=True)
+    if row_shapes == "equal":
+        return longest - tokens
+    if row_shapes == "dummy":
+        # A rank with no rows left sends one row in each chunk that the longest rank still needs.
+        size = np.maximum(longest, 1) if max_chunk_size is None else max_chunk_size
+        return -(-longest // size) + (-tokens // size)
+    return np.zeros_like(tokens)
+
+
+class _Recorder:
+    """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
+
+    That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
+    """
+
+    def __init__(self, config: SimulationConfig, step_log: StepColumns | None, max_cells: int) -> None:
+        num_ranks = config.num_ranks
+        # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
+        self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
+        shape = (self._size, num_ranks)
+        self.tokens, self.prefill, self.decode_context, self.prefill_context, self.num_waiting = (
+            np.zeros(shape, np.int64) for _ in range(5)
+        )
+        self.held = np.zeros(shape, np.bool_)
+        self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
+        self.totals = dict.fromkeys(("real_rows", "dummy_rows", "padding_rows", "held"), 0)
+        self._config = config
+        self._step_log = step_log
+        self._used = 0
+        self._first_step = 0
+        self._seconds = 0.0
+        self._lost_s = dict.fromkeys(CAUSES, 0.0)
+        self._max_rows = max(16, max_cells // num_ranks)
+        self._unit = 1
+        self._kept: list[StepTable] = []
+        self._pending: list[StepTable] = []
+
+    def next_slot(self) -> int:
+        """Return the next free row of the buffers; all but `tokens` and `decode_context` are zero in it."""
+        if self._used == self._size:
+            self.flush()
+        self._used += 1
+        return self._used - 1
+
+    def flush(self) -> None:
+        """Hand on what the buffers hold, and clear them."""
+        used = self._used
+        if not used:
+            return
+        table, chunks = self._table(used)
+        lost = table.lost_by_cause()
+        rank_seconds = float(table.duration_s.sum()) * table.num_ranks
+        for cause in CAUSES:
+            self._lost_s[cause] += lost[cause] * rank_seconds
+        self._seconds += rank_seconds
+        for name in ("real_rows", "dummy_rows", "padding_rows"):
+            self.totals[name] += int(getattr(table, name).sum())
+        self.totals["held"] += int(self.held[:used].sum())
+        if self._step_log is not None:
+            self._write(table, chunks, used)
+        self._keep(table)
+        self._first_step += used
+        self._used = 0
+        for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held):
+            buffer[:used] = 0
+
+    def lost(self) -> dict[str, float]:
+        """Return the lost share of all ranks' time by cause."""
+        return {cause: seconds / max(self._seconds, 1e-300) for cause, seconds in self._lost_s.items()}
+
+    def table(self) -> StepTable:
+        """Return the whole run as a table."""
+        tables = self._kept + ([StepTable.joined(self._pending)] if self._pending else [])
+        if not tables:
+            return StepTable.from_records([])
+        return StepTable.joined(tables, lost=self.lost())
+
+    def _table(self, used: int) -> tuple[StepTable, np.ndarray]:
+        config, cost = self._config, self._config.cost
+        tokens = self.tokens[:used].copy()
+        filler = filler_rows(tokens, config.max_chunk_size, config.row_shapes)
+        longest = tokens.max(axis=1)
+        chunks = -(-longest // config.max_chunk_size) if config.max_chunk_size else (longest > 0).astype(np.int64)
+        # A rank's own time: all that it would not have waited for. A rank without rows has none.
+        own = cost.own_us(tokens, self.decode_context[:used], self.prefill_context[:used])
+        waits = own.max(axis=1, keepdims=True) - own
+        waits = waits + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
+        filler_us = cost.expert_row_us * filler.mean(axis=1, keepdims=True)
+        busy_s = np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0)
+        nothing = np.zeros_like(tokens)
+        return StepTable(
+            step=np.arange(self._first_step, self._first_step + used),
+            real_rows=tokens,
+            dummy_rows=filler if config.row_shapes == "dummy" else nothing,
+            padding_rows=filler if config.row_shapes == "equal" else nothing,
+            prefill_tokens=self.prefill[:used].copy(),
+            decode_tokens=tokens - self.prefill[:used],
+            num_waiting=self.num_waiting[:used].copy(),
+            start_s=self.start_s[:used].copy(),
+            duration_s=self.duration_s[:used].copy(),
+            agreement_s=np.zeros(used),
+            busy_s=busy_s,
+            num_steps=used,
+        ), chunks
+
+    def _write(self, table: StepTable, chunks: np.ndarray, used: int) -> None:
+        assert self._step_log is not None
+        num_ranks = table.num_ranks
+        self._step_log.write(
+            {
+                "step": np.repeat(table.step, num_ranks),
+                "rank": np.tile(np.arange(num_ranks), used),
+                "num_chunks": np.repeat(chunks, num_ranks),
+                "start_s": np.repeat(table.start_s, num_ranks),
+                "duration_s": np.repeat(table.duration_s, num_ranks),
+                "prefill_context_tokens": self.prefill_context[:used].ravel(),
+                "decode_context_tokens": self.decode_context[:used].ravel(),
+                "prefills_held": self.held[:used].ravel(),
+                **{
+                    name: getattr(table, name).ravel()
+                    for name in (
+                        "real_rows",
+                        "dummy_rows",
+                        "padding_rows",
+                        "prefill_tokens",
+                        "decode_tokens",
+                        "num_waiting",
+                        "busy_s",
+                    )
+                },
+            }
+        )
+
+    def _keep(self, table: StepTable) -> None:
+        unit = min(self._unit, self._size)
+        self._pending.append(table.merged(unit))
+        if sum(part.num_rows for part in self._pending) * unit < self._unit:
+            return
+        self._kept.append(StepTable.joined(self._pending).merged(self._unit // unit))
+        self._pending = []
+        while sum(part.num_rows for part in self._kept) > self._max_rows:
+            self._kept = [StepTable.joined(self._kept).merged(2)]
+            self._unit *= 2
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    known = np.sort(values[~np.isnan(values)])
+    if not len(known):
+        return {"mean": 0.0, "p50": 0.0, "p99": 0.0}
+    return {
+        "mean": float(known.mean()),
+        "p50": float(known[ceil(0.5 * len(known)) - 1]),
+        "p99": float(known[ceil(0.99 * len(known)) - 1]),
+    }

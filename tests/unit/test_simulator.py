@@ -1,0 +1,243 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.coordination.step import StepRecord, decide
+from lockstep.coordination.step_log import StepColumns, read_step_log, summarize
+from lockstep.errors import ConfigurationError
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
+from lockstep.simulation.simulator import SimulationConfig, filler_rows, simulate
+from lockstep.simulation.step_table import StepTable
+from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
+from lockstep.workload.scheduler import LOAD_BALANCING
+
+COST = CostConstants(1000, 3, chunk_us=50, decode_context_us=0.1, prefill_context_us=0.01, row_us=2, expert_row_us=5)
+
+
+def run_cluster(requests, config, num_ranks):
+    """What the ranks of a real run would do: one scheduler each, states exchanged, decide() in between."""
+    ranks = [WorkloadScheduler(requests, config, num_ranks, rank) for rank in range(num_ranks)]
+    states = ranks[0].initial_states()
+    steps = []
+    while not ranks[0].done(states):
+        plans = [scheduler.next_step(states) for scheduler in ranks]
+        decision = decide([StepRecord(num_tokens=plan.num_tokens) for plan in plans])
+        assert decision.num_tokens_across_dp == tuple(plan.num_tokens for plan in plans)
+        states = [scheduler.state() for scheduler in ranks]
+        steps.append(plans)
+    return steps, ranks
+
+
+requests_of_a_workload = st.lists(
+    st.tuples(st.floats(0, 3), st.integers(1, 60), st.integers(1, 15)), min_size=1, max_size=40
+).map(lambda rows: [Request(i, t, p, o) for i, (t, p, o) in enumerate(sorted(rows))])
+scheduler_configs = st.builds(
+    SchedulerConfig,
+    load_balancing=st.sampled_from(LOAD_BALANCING),
+    max_num_batched_tokens=st.integers(1, 50),
+    max_num_seqs=st.integers(1, 8),
+    max_prefill_delay_steps=st.sampled_from([0, 1, 3, 10]),
+    kv_capacity_tokens=st.sampled_from([None, 75, 120]),
+    seconds_per_step=st.sampled_from([0.01, 0.05, 0.3]),
+)
+
+
+def check_equal(requests, config, num_ranks, tmp_path, chunk):
+    """Assert that the simulator's step log is what the real run's schedulers did, field by field; return its steps."""
+    steps, ranks = run_cluster(requests, config, num_ranks)
+    simulated = SimulationConfig(num_ranks, config, COST, max_chunk_size=chunk, clock="steps")
+    path = tmp_path / "steps.parquet"
+    with StepColumns(path) as log:
+        result = simulate(requests, simulated, log)
+    records = read_step_log(path).records
+    assert len(records) == len(steps) * num_ranks
+    for record, plan in zip(records, [plan for plans in steps for plan in plans], strict=True):
+        assert record.step == plan.step
+        assert record.real_rows == plan.num_tokens
+        assert record.prefill_tokens == plan.num_prefill_tokens
+        assert record.decode_tokens == plan.num_decode_tokens
+        assert record.prefill_context_tokens == plan.prefill_context_tokens
+        assert record.decode_context_tokens == plan.decode_context_tokens
+        assert record.num_waiting == plan.num_waiting
+        assert record.prefills_held == plan.prefills_held
+        row = [other.num_tokens for other in steps[plan.step]]
+        assert record.num_chunks == len(ChunkPlan(row, max_chunk_size_per_rank=chunk))
+    assert result.summary["kv_waits"] == sum(plan.num_waiting_for_kv > 0 for plans in steps for plan in plans)
+    assert result.rank.tolist() == [
+        next(rank for rank, s in enumerate(ranks) if request in s.assigned) for request in requests
+    ]
+    return len(steps)
+
+
+@settings(deadline=None, max_examples=150)
+@given(requests_of_a_workload, scheduler_configs, st.integers(1, 5), st.sampled_from([None, 1, 7]))
+def test_counts_are_those_of_the_real_run_step_by_step(tmp_path_factory, requests, config, num_ranks, chunk):
+    check_equal(requests, config, num_ranks, tmp_path_factory.mktemp("s"), chunk)
+
+
+def test_counts_are_those_of_the_real_run_over_10_000_steps(tmp_path):
+    parameters = SyntheticParameters(num_requests=1200, prompt_median=150, prompt_max=2000, output_max=300, rate=3)
+    requests = synthetic_requests(parameters, seed=5)
+    config = SchedulerConfig(
+        "least-tokens", 256, max_prefill_delay_steps=8, kv_capacity_tokens=2600, seconds_per_step=0.03
+    )
+    assert check_equal(requests, config, 3, tmp_path, 100) > 10_000
+
+
+def test_dummy_and_padding_rows_are_those_of_the_chunk_plans_over_10_000_steps():
+    rng = np.random.default_rng(0)
+    for trial in range(100):
+        chunk = [None, 1, 5, 16, 64][trial % 5]
+        tokens = rng.integers(0, 70, (100, 4)) * rng.integers(0, 2, (100, 4))
+        for shapes in ("ragged", "dummy", "equal"):
+            found = filler_rows(tokens, chunk, shapes)
+            for row, filler in zip(tokens, found, strict=True):
+                plan = ChunkPlan(row.tolist(), max_chunk_size_per_rank=chunk, min_rows=int(shapes == "dummy"))
+                sizes = np.array([part.sizes for part in plan]).reshape(-1, 4)
+                if shapes == "equal":
+                    sizes = sizes.max(axis=1, keepdims=True).repeat(4, axis=1)
+                assert filler.tolist() == (sizes.sum(axis=0) - row).tolist()
+
+
+def test_times_of_one_request_worked_by_hand():
+    # 10 prompt tokens in steps of 4, 4 and 2 rows, then two steps that generate; 1000 us and 10 us a row.
+    config = SimulationConfig(2, SchedulerConfig(max_num_batched_tokens=4), CostConstants(1000, 10))
+    result = simulate([Request(0, 5.0, 10, 3)], config)
+    first = 3000e-6 + 10 * 10e-6
+    assert result.ttft_s[0] == pytest.approx(first)
+    assert result.queue_s[0] == 0
+    assert result.tpot_s[0] == pytest.approx(1010e-6)
+    summary = result.summary
+    assert summary["steps"] == 5
+    assert summary["duration_s"] == pytest.approx(5 + first + 2 * 1010e-6)
+    assert summary["unused_fraction"] == pytest.approx(0.5)  # rank 1 never had a request
+    assert summary["imbalance_fraction"] == 0
+
+
+def test_loss_worked_by_hand():
+    # Rank 0 has 8 rows, rank 1 has 2: it waits 6 * 10 us of 1080 us; then both are done.
+    config = SimulationConfig(2, SchedulerConfig(), CostConstants(1000, 10))
+    result = simulate([Request(0, 0.0, 8, 1), Request(1, 0.0, 2, 1)], config)
+    assert result.summary["steps"] == 1
+    assert result.summary["lost"]["other_prompts"] == pytest.approx(60 / (2 * 1080))
+    assert result.summary["imbalance_fraction"] == pytest.approx(60 / (2 * 1080))
+
+
+@pytest.mark.parametrize("shapes", ["ragged", "dummy", "equal"])
+def test_step_times_are_those_of_the_formula(tmp_path, shapes):
+    requests = synthetic_requests(SyntheticParameters(num_requests=60, prompt_median=80), seed=1)
+    config = SimulationConfig(3, SchedulerConfig(max_num_batched_tokens=256), COST, 32, shapes)
+    with StepColumns(tmp_path / "log") as log:
+        result = simulate(requests, config, log)
+    records = read_step_log(tmp_path / "log").records
+    column = {
+        name: np.array([getattr(record, name) for record in records]).reshape(-1, 3)
+        for name in StepTable.__dataclass_fields__.keys()
+        | {"decode_context_tokens", "prefill_context_tokens", "num_chunks"}
+        if hasattr(records[0], name)
+    }
+    expected = COST.step_times_us(
+        column["real_rows"],
+        column["decode_context_tokens"],
+        column["prefill_context_tokens"],
+        column["num_chunks"][:, 0],
+        column["dummy_rows"] + column["padding_rows"],
+    )
+    assert column["duration_s"][:, 0] * 1e6 == pytest.approx(expected)
+    assert (column["busy_s"] <= column["duration_s"] + 1e-12).all()
+    assert (column["busy_s"] >= 0).all()
+    table = StepTable.from_parquet(tmp_path / "log")
+    assert table.lost_by_cause() == pytest.approx(result.summary["lost"])
+    assert summarize(records)["real_tokens"] == result.summary["real_tokens"]
+    assert result.summary["dummy_rows"] == column["dummy_rows"].sum()
+    assert result.summary["padding_rows"] == column["padding_rows"].sum()
+
+
+def test_buffers_and_the_reports_table_may_be_small(monkeypatch):
+    requests = synthetic_requests(SyntheticParameters(num_requests=200, prompt_median=80), seed=1)
+    config = SimulationConfig(4, cost=COST)
+    whole = simulate(requests, config)
+    monkeypatch.setattr("lockstep.simulation.simulator._BUFFER_CELLS", 64)
+    small = simulate(requests, config, max_report_cells=128)
+    assert small.summary["lost"] == pytest.approx(whole.summary["lost"])
+    assert small.summary["real_tokens"] == whole.summary["real_tokens"]
+    assert small.steps.num_rows <= 32
+    assert small.steps.num_steps == whole.steps.num_steps == whole.summary["steps"]
+    assert small.steps.real_rows.sum() == whole.steps.real_rows.sum()
+    assert small.steps.duration_s.sum() == pytest.approx(whole.steps.duration_s.sum())
+    assert small.steps.lost_by_cause() == pytest.approx(whole.steps.lost_by_cause())
+
+
+def test_holding_prompts_loses_less_time_and_lets_them_wait_longer():
+    requests = synthetic_requests(SyntheticParameters(num_requests=800, rate=30), seed=2)
+    results = [
+        simulate(requests, SimulationConfig(8, SchedulerConfig(max_prefill_delay_steps=delay))).summary
+        for delay in (0, 10, 30)
+    ]
+    lost = [result["imbalance_fraction"] for result in results]
+    assert lost[0] > 1.5 * lost[1] > 1.5 * lost[2]
+    queue = [result["queue_s"]["mean"] for result in results]
+    assert queue == sorted(queue)
+    assert results[1]["queue_s"]["mean"] < 0.2
+
+
+def test_holding_does_not_lower_throughput_under_overload():
+    # Ten times more work than the ranks can do: the policy must not feed on the queue.
+    requests = synthetic_requests(SyntheticParameters(num_requests=500, rate=500), seed=3)
+    base = SimulationConfig(4, SchedulerConfig())
+    without = simulate(requests, base).summary["tokens_per_s"]
+    for delay in (5, 50, 500):
+        config = replace(base, scheduler=SchedulerConfig(max_prefill_delay_steps=delay))
+        assert simulate(requests, config).summary["tokens_per_s"] > 0.97 * without
+
+
+def test_kv_cache_limit_is_counted():
+    requests = [Request(i, 0.0, 10, 6) for i in range(3)]
+    config = SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=40))
+    assert simulate(requests, config).summary["kv_waits"] == 5
+    with pytest.raises(ConfigurationError, match="request 0 needs 16 tokens"):
+        simulate(requests, SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=15)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_ranks": 0}, {"num_ranks": 1, "max_chunk_size": 0}, {"num_ranks": 1, "row_shapes": "round"}]
+)
+def test_options_outside_their_limits(wrong):
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(ConfigurationError, match=rf"{name} must be .*got '?{value}"):
+        SimulationConfig(**wrong)
+
+
+def test_fit_finds_the_constants_that_made_the_times():
+    rng = np.random.default_rng(1)
+    tokens = np.where(rng.random((400, 4)) < 0.2, rng.integers(50, 500, (400, 4)), rng.integers(0, 20, (400, 4)))
+    decode, prefill = rng.integers(0, 9000, (400, 4)), rng.integers(0, 90_000, (400, 4))
+    chunks = -(-tokens.max(axis=1) // 128)
+    truth = replace(COST, row_us=0.0)
+    times = truth.step_times_us(tokens, decode, prefill, chunks)
+    found = fit(tokens, decode, prefill, chunks, times, source="test")
+    for name in ("step_us", "token_us", "chunk_us", "decode_context_us", "prefill_context_us", "expert_row_us"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
+    noisy = times * rng.normal(1, 0.05, len(times))
+    noisy[::50] *= 30  # the machine did something else
+    found = fit(tokens, decode, prefill, chunks, noisy)
+    predicted = found.step_times_us(tokens, decode, prefill, chunks)
+    assert np.median(np.abs(predicted - times) / times) < 0.02
+    with pytest.raises(ConfigurationError, match="at least 10 steps are needed to fit a cost, got 3"):
+        fit(tokens[:3], decode[:3], prefill[:3], chunks[:3], times[:3])
+
+
+def test_constants_are_saved_loaded_and_checked(tmp_path):
+    COST.save(tmp_path / "cost.json")
+    assert CostConstants.load(str(tmp_path / "cost.json")) == COST
+    assert CostConstants.load("linear") is COST_CONSTANTS["linear"]
+    with pytest.raises(ConfigurationError, match=r"cost must be one of .* got 'nosuch'"):
+        CostConstants.load("nosuch")
+    for text in ("[]", "{", '{"step_us": 1}', '{"step_us": -1, "token_us": 1}', '{"step_us": 1, "token_us": "x"}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigurationError):
+            CostConstants.load(str(tmp_path / "bad.json"))
