@@ -1,0 +1,140 @@
+"""Each row once to each rank that holds one of its experts, and one row back: fewest bytes, one exchange of counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts, pairs_of_local_experts, sum_pairs
+from lockstep.dispatch.collectives import DEADLINE_S, all_to_allv
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Where this rank's rows went.
+
+    Attributes:
+        rows: the row of each copy, ordered by destination, then by row, `[sum(send_sizes)]`.
+        send_sizes: copies to each rank, `[ranks]`.
+        recv_sizes: rows from each rank, `[ranks]`.
+        num_rows: rows of this rank.
+    """
+
+    rows: torch.Tensor
+    send_sizes: list[int]
+    recv_sizes: list[int]
+    num_rows: int
+
+
+class AllToAllDispatcher:
+    """Ragged all-to-all there and back. Three collectives per chunk: counts, rows, results.
+
+    A row that several experts of one rank need travels there once, and their weighted sum travels back once. The sums
+    are taken in rank order in float32, so the result has the same bits as the all-gather backend's.
+
+    Args:
+        process_group: the expert-parallel ranks; left open.
+        num_experts: experts of the layer over all ranks; the ranks must divide it.
+        deadline_s: longest wait for any rank, in seconds.
+    """
+
+    name = "alltoall"
+
+    def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
+        self.abilities = Abilities()
+        self.num_experts = num_experts
+        self.num_local_experts = check_experts(num_experts, process_group.size())
+        self._group = process_group
+        self._num_ranks = process_group.size()
+        self._first_expert = process_group.rank() * self.num_local_experts
+        self._deadline_s = deadline_s
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, sizes: Sequence[int]
+    ) -> DispatchHandle:
+        """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
+        needed = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks)
+        # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits.
+        rows = needed.t().nonzero()[:, 1]
+        send_sizes = needed.sum(dim=0)
+        if sum(sizes) == 0:  # agreed, so no rank sends anything
+            recv_sizes = [0] * self._num_ranks
+        else:
+            ones = [1] * self._num_ranks
+            recv_sizes = all_to_allv(send_sizes[:, None], ones, ones, self._group, self._deadline_s)[:, 0].tolist()
+        sent = _Sent(rows, send_sizes.tolist(), recv_sizes, hidden_states.shape[0])
+        tensors = [hidden_states, topk_ids, topk_weights]
+        packed = torch.cat([_as_bytes(tensor.index_select(0, rows)) for tensor in tensors], dim=1)
+        received = self._exchange(packed, sent.send_sizes, recv_sizes, sizes)
+        widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
+        states, ids, weights = (
+            column.contiguous().view(tensor.dtype)
+            for column, tensor in zip(received.split(widths, dim=1), tensors, strict=True)
+        )
+        pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
+        return DispatchHandle(states, *pairs, tuple(sizes), sent)
+
+    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See `Dispatcher.combine`."""
+        sent: _Sent = handle.state
+        dtype, received = handle.hidden_states.dtype, handle.hidden_states.shape[0]
+        partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
+        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.sizes)
+        total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
+        for rows, part in zip(sent.rows.split(sent.send_sizes), parts.split(sent.send_sizes), strict=True):
+            total[rows] += part  # one rank after another, and no row twice within one
+        return total.to(dtype)
+
+    def _exchange(
+        self, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], sizes: Sequence[int]
+    ) -> torch.Tensor:
+        if sum(sizes) == 0:
+            return rows.new_empty((0, *rows.shape[1:]))
+        return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s)
+
+
+def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:
+    """Return which ranks hold an expert of each row.
+
+    Args:
+        topk_ids: global experts of each row, `[num_rows, top_k]`; negative for none.
+        num_local_experts: experts per rank; expert `e` lives on rank `e // num_local_experts`.
+        num_ranks: ranks that share the experts.
+
+    Returns:
+        `[num_rows, num_ranks]`, bool.
+    """
+    owner = torch.div(topk_ids, num_local_experts, rounding_mode="floor")
+    return (owner.unsqueeze(2) == torch.arange(num_ranks, device=topk_ids.device)).any(dim=1)
+
+
+def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> float:
+    """Return on how many ranks a row's experts live, on average over routers that choose evenly.
+
+    Args:
+        num_experts: experts of the layer, a multiple of `num_ranks`.
+        top_k: distinct experts per row, at most `num_experts`.
+        num_ranks: ranks that share the experts, >= 1.
+
+    Example:
+        >>> round(expected_ranks_per_row(256, 8, 4), 2)
+        3.61
+        >>> expected_ranks_per_row(8, 1, 4)
+        1.0
+    """
+    elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
+    return num_ranks * (1 - elsewhere)
+
+
+def row_bytes(hidden_size: int, top_k: int, element_size: int) -> int:
+    """Return what one row weighs there and back, in bytes: states both ways, ids and weights on the way there."""
+    return 2 * hidden_size * element_size + top_k * 8
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """View `[rows, n]` as `[rows, bytes per row]`."""
+    return tensor.contiguous().view(torch.uint8)
