@@ -109,9 +109,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
             if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
                 last_line = time.monotonic()
                 share = progress.rows_done / max(1, progress.rows_total)
-                console.print(
-                    f"step {progress.step}: {share:.0%} of all rows done; now {rows}", style="dim"
-                )
+                console.print(f"step {progress.step}: {share:.0%} of all rows done; now {rows}", style="dim")
 
         return runner.run_rank(options, show)
 
@@ -145,7 +143,7 @@ def _prepare_folder(name: str, overwrite: bool, keep: bool) -> Path:
 
 
 def _tiny(out: Path, rank: int, seed: int) -> str:
-    """Make the small model in the run's folder; each rank of torchrun makes its own, for hosts need not share a disk."""
+    """Make the small model in the run's folder; each rank of torchrun makes its own: hosts need not share a disk."""
     from lockstep.models.tiny import make_tiny
 
     _quiet_transformers()
@@ -207,6 +205,7 @@ def _summary(
         "verified": verification.verified,
         "mismatches": verification.mismatches if verification.verified is not None else None,
         "compared_tokens": verification.compared_tokens,
+        "outside_tolerance": verification.outside_tolerance,
         "generated_tokens": result["generated_tokens"],
         "prefill_tokens": totals["prefill_tokens"] // options.tensor_parallel_size,
         "decode_tokens": totals["decode_tokens"] // options.tensor_parallel_size,

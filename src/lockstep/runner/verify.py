@@ -14,8 +14,12 @@ from lockstep.models.packed import PackedEngine, top2_gap
 from lockstep.runner.run import DTYPES, RunOptions, load_requests, prompt_ids
 from lockstep.workload import Request, SchedulerConfig, WorkloadScheduler
 
-LOGIT_TOLERANCE = {"float32": 0.0, "bfloat16": 0.05, "float16": 0.01}
+LOGIT_TOLERANCE = {"bfloat16": 0.15, "float16": 0.05}
 """How far logits may lie apart, as a share of the largest logit of the position. In float32 tokens are compared."""
+OUTSIDE_SHARE = 0.03
+"""Share of tokens that may lie outside of it in dtypes that round. A router whose scores tie within rounding sends a
+token to another expert, after which logits differ by any amount: one process in bfloat16 differs from itself in float32
+by 0.03 at the 90th and 0.34 at the 99th percentile (tiny model, 240 tokens)."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,15 @@ class Verification:
     Attributes:
         verified: True where every request was compared and none differs; None where nothing was compared.
         compared_tokens: generated tokens that were compared.
-        mismatches: requests that differ, are missing, or have another length.
+        outside_tolerance: tokens that lay further off than `LOGIT_TOLERANCE`, in dtypes that round.
+        mismatches: requests that differ, are missing, or have another length; in dtypes that round, only where more
+            than `OUTSIDE_SHARE` of all tokens lie outside of the tolerance.
         first: of these the first, in words.
     """
 
     verified: bool | None
     compared_tokens: int = 0
+    outside_tolerance: int = 0
     mismatches: int = 0
     first: str = ""
 
@@ -59,6 +66,7 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     model = load_pretrained(options.model, dtype=DTYPES[options.dtype], device=options.device or "cpu")
     engine = PackedEngine(model)
     problems: dict[int, str] = {}
+    differing: dict[int, str] = {}
     for request in requests:
         output = outputs.get(request.request_id)
         if output is None:
@@ -71,7 +79,7 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     scheduler = WorkloadScheduler(
         comparable, SchedulerConfig(seconds_per_step=options.scheduler.seconds_per_step), 1, 0
     )
-    states, compared = scheduler.initial_states(), 0
+    states, compared, outside = scheduler.initial_states(), 0, 0
     while not scheduler.done(states):
         plan = scheduler.next_step(states)
         states = [scheduler.state()]
@@ -94,15 +102,18 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
             problem = _compare(
                 chosen[request_id], forced[request_id], engine.logits[request_id], run_logit, options.dtype
             )
-            if problem and request_id not in problems:
-                problems[request_id] = f"differs at token {position}: {problem}"
+            if problem:
+                outside += 1
+                differing.setdefault(request_id, f"differs at token {position}: {problem}")
             compared += 1
             if entry.finishes:
                 engine.remove(request_id)
         if on_progress is not None:
             on_progress(compared, total)
+    if options.dtype == "float32" or outside > OUTSIDE_SHARE * compared:
+        problems.update(differing)
     first = f"request {min(problems)} {problems[min(problems)]}" if problems else ""
-    return Verification(not problems, compared, len(problems), first)
+    return Verification(not problems, compared, outside, len(problems), first)
 
 
 def _compare(expected: int, got: int, logits: torch.Tensor, run_logit: float | None, dtype: str) -> str:
