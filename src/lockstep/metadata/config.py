@@ -49,3 +49,17 @@ class ParallelConfig:
     def rank(self) -> int:
         """This rank's place among all ranks, which is its expert-parallel rank."""
         return self.data_parallel_rank * self.tensor_parallel_size + self.tensor_parallel_rank
+
+
+# The constructor is made by dataclass, without a docstring; readers of ours show the constructor's as that of `new`.
+ParallelConfig.__init__.__doc__ = """Say how many ranks there are in each direction, and which of them this one is.
+
+Args:
+    data_parallel_size: ranks with tokens of their own, >= 1.
+    data_parallel_rank: this rank's place among them, `0..data_parallel_size - 1`.
+    tensor_parallel_size: ranks that share one data-parallel rank's tokens, >= 1.
+    tensor_parallel_rank: this rank's place among those, `0..tensor_parallel_size - 1`.
+
+Raises:
+    ConfigurationError: if a size is below 1, a rank is not below its size, or one of them is not an integer.
+"""
