@@ -165,7 +165,8 @@ def test_buffers_and_the_reports_table_may_be_small(monkeypatch):
     small = simulate(requests, config, max_report_cells=128)
     assert small.summary["lost"] == pytest.approx(whole.summary["lost"])
     assert small.summary["real_tokens"] == whole.summary["real_tokens"]
-    assert small.steps.num_rows <= 32
+    assert small.steps.num_rows <= 34
+    assert set(np.diff(small.steps.step)) == {small.steps.steps_per_row}
     assert small.steps.num_steps == whole.steps.num_steps == whole.summary["steps"]
     assert small.steps.real_rows.sum() == whole.steps.real_rows.sum()
     assert small.steps.duration_s.sum() == pytest.approx(whole.steps.duration_s.sum())

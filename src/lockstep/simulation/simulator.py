@@ -26,6 +26,7 @@ ROW_SHAPES = ("ragged", "dummy", "equal")
 for all."""
 
 _BUFFER_CELLS = 400_000
+_FEW_RANKS = 32
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class _Simulation:
         # What the ranks that are not visited do: one row for each request that generates.
         self.decode = np.zeros(num_ranks, np.int64)
         self.context_base = np.zeros(num_ranks, np.int64)  # + step * decode = KV entries that these rows read
+        self.decode_list = [0] * num_ranks if num_ranks <= _FEW_RANKS else None  # the same, where ranks are few
+        self.context_list = [0] * num_ranks
         self.num_waiting = np.zeros(num_ranks, np.int64)
         self.total_decode = 0
         self.ends: dict[int, set[int]] = {}  # step -> ranks in which a request ends
@@ -151,7 +154,7 @@ class _Simulation:
         step = 0
         now_s = 0.0
         clock: float = 0
-        rows_matter = bool(cost.row_us or cost.chunk_us) or config.row_shapes != "ragged"
+        chunk_size = config.max_chunk_size
         while following < count or self.num_unfinished:
             run_prefills = self._prefills_run(step, delay)
             visited = self.ends.pop(step, _NONE)
@@ -168,33 +171,29 @@ class _Simulation:
                 visited = visited | self.queued
 
             slot = recorder.next_slot()
-            tokens, context = recorder.tokens[slot], recorder.decode_context[slot]
-            tokens[:] = self.decode
-            np.multiply(self.decode, step, out=context)
-            context += self.context_base
+            recorder.decode[slot] = self.decode
+            recorder.context_base[slot] = self.context_base
             num_tokens = self.total_decode
-            prefill_ranks = []
             plans = []
+            prompts = []
             for rank in visited:
                 plan = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
                 plans.append((rank, plan))
-                if plan.num_prefill_tokens:
-                    prefill_ranks.append(rank)
-                    num_tokens += plan.num_prefill_tokens
-                    tokens[rank] += plan.num_prefill_tokens
-                    recorder.prefill[slot, rank] = plan.num_prefill_tokens
-                    recorder.prefill_context[slot, rank] = plan.prefill_context_tokens
-            own = cost.token_us * tokens
-            if cost.decode_context_us:
-                own += cost.decode_context_us * context
-            if cost.prefill_context_us:
-                for rank in prefill_ranks:
-                    own[rank] += cost.prefill_context_us * int(recorder.prefill_context[slot, rank])
-            step_us = cost.step_us + float(own.max()) + cost.expert_row_us * num_tokens / config.num_ranks
-            if rows_matter:
-                step_us += self._rows_us(tokens, num_tokens)
-            else:
-                step_us += cost.chunk_us
+                prefill = plan.num_prefill_tokens
+                if prefill:
+                    context = plan.prefill_context_tokens
+                    prompts.append((rank, prefill, context))
+                    num_tokens += prefill
+                    recorder.prefill[slot, rank] = prefill
+                    recorder.prefill_context[slot, rank] = context
+            own_us, longest = self._longest(step, prompts)
+            step_us = (
+                cost.step_us
+                + own_us
+                + cost.chunk_us * (1 if chunk_size is None else -(-longest // chunk_size))
+                + cost.row_us * longest
+                + cost.expert_row_us * (num_tokens + self._num_filler(prompts)) / config.num_ranks
+            )
             recorder.start_s[slot] = now_s
             recorder.duration_s[slot] = step_us * 1e-6
             started_s, now_s = now_s, now_s + step_us * 1e-6
@@ -205,7 +204,7 @@ class _Simulation:
                     held[rank] = True
                 for rank, plan in plans:
                     held[rank] = plan.prefills_held
-            self.balancer.computed(tokens)
+            self.balancer.computed(self.decode, prompts)
             for rank, plan in plans:
                 self._after(rank, plan, step, started_s, now_s)
             if self.queued:
@@ -236,15 +235,48 @@ class _Simulation:
         self.num_unfinished += last - first
         return set(ranks)
 
-    def _rows_us(self, tokens: np.ndarray, num_tokens: int) -> float:
-        """Return what chunks, the longest rank's rows and the experts' dummy and padding rows add, in us."""
-        cost, config = self.config.cost, self.config
-        longest = int(tokens.max())
-        chunks = 1 if config.max_chunk_size is None else -(-longest // config.max_chunk_size)
-        filler = 0
-        if config.row_shapes != "ragged":
-            filler = int(filler_rows(tokens[None], config.max_chunk_size, config.row_shapes).sum())
-        return cost.chunk_us * chunks + cost.row_us * longest + cost.expert_row_us * filler / config.num_ranks
+    def _longest(self, step: int, prompts: Sequence[tuple[int, int, int]]) -> tuple[float, int]:
+        """Return the longest rank's own time in us, and the most rows of any rank.
+
+        Args:
+            step: its number.
+            prompts: `(rank, rows, context)` of the ranks that run prompts.
+        """
+        cost = self.config.cost
+        token_us, decode_us = cost.token_us, cost.decode_context_us
+        if self.decode_list is not None:
+            # A few ranks: arithmetic on a list is several times as fast as on an array.
+            longest = max(self.decode_list)
+            own_us = token_us * longest
+            if decode_us:
+                own_us = max(
+                    token_us * decode + decode_us * (base + decode * step)
+                    for decode, base in zip(self.decode_list, self.context_list, strict=True)
+                )
+        else:
+            longest = int(self.decode.max())
+            own_us = token_us * longest
+            if decode_us:
+                own_us = float(((token_us + decode_us * step) * self.decode + decode_us * self.context_base).max())
+        for rank, prefill, context in prompts:
+            decode = int(self.decode[rank])
+            longest = max(longest, decode + prefill)
+            own_us = max(
+                own_us,
+                token_us * (decode + prefill)
+                + decode_us * (int(self.context_base[rank]) + decode * step)
+                + cost.prefill_context_us * context,
+            )
+        return own_us, longest
+
+    def _num_filler(self, prompts: Sequence[tuple[int, int, int]]) -> int:
+        """Return the dummy and padding rows of all ranks in this step."""
+        if self.config.row_shapes == "ragged":
+            return 0
+        tokens = self.decode.copy()
+        for rank, prefill, _ in prompts:
+            tokens[rank] += prefill
+        return int(filler_rows(tokens[None], self.config.max_chunk_size, self.config.row_shapes).sum())
 
     def _after(self, rank: int, plan: StepPlan, step: int, started_s: float, now_s: float) -> None:
         """Take over what a visited rank's step has changed."""
@@ -265,7 +297,10 @@ class _Simulation:
         state = scheduler.state()
         self.total_decode += state.num_decoding - plan.num_decode_tokens
         self.decode[rank] = state.num_decoding
-        self.context_base[rank] = scheduler.num_context_tokens(step + 1) - (step + 1) * state.num_decoding
+        self.context_base[rank] = base = scheduler.num_context_tokens(0)
+        if self.decode_list is not None:
+            self.decode_list[rank] = state.num_decoding
+            self.context_list[rank] = base
         self.num_waiting[rank] = plan.num_waiting
         (self.queued.add if plan.num_waiting or scheduler.has_begun else self.queued.discard)(rank)
         (self.kv_waiting.add if plan.num_waiting_for_kv else self.kv_waiting.discard)(rank)
@@ -328,9 +363,11 @@ class _LoadBalancerTwin:
             self._load[rank] += request.num_computed_tokens if by_tokens else request.num_kv_tokens
         return ranks
 
-    def computed(self, tokens: np.ndarray) -> None:
+    def computed(self, decode: np.ndarray, prompts: Sequence[tuple[int, int, int]]) -> None:
         if self._policy == "least-tokens":
-            self._load -= tokens
+            self._load -= decode
+            for rank, prefill, _ in prompts:
+                self._load[rank] -= prefill
 
     def finished(self, rank: int, request: Request) -> None:
         if self._policy == "least-kv-cache":
@@ -369,7 +406,7 @@ class _Recorder:
         # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
         self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
         shape = (self._size, num_ranks)
-        self.tokens, self.prefill, self.decode_context, self.prefill_context, self.num_waiting = (
+        self.decode, self.prefill, self.context_base, self.prefill_context, self.num_waiting = (
             np.zeros(shape, np.int64) for _ in range(5)
         )
         self.held = np.zeros(shape, np.bool_)
@@ -387,7 +424,7 @@ class _Recorder:
         self._pending: list[StepTable] = []
 
     def next_slot(self) -> int:
-        """Return the next free row of the buffers; all but `tokens` and `decode_context` are zero in it."""
+        """Return the next free row of the buffers; all but `decode` and `context_base` are zero in it."""
         if self._used == self._size:
             self.flush()
         self._used += 1
@@ -421,19 +458,22 @@ class _Recorder:
 
     def table(self) -> StepTable:
         """Return the whole run as a table."""
-        tables = self._kept + ([StepTable.joined(self._pending)] if self._pending else [])
+        tables = list(self._kept)
+        if self._pending:
+            tables.append(StepTable.joined(self._pending).merged(self._unit // min(self._unit, self._size)))
         if not tables:
             return StepTable.from_records([])
         return StepTable.joined(tables, lost=self.lost())
 
     def _table(self, used: int) -> tuple[StepTable, np.ndarray]:
         config, cost = self._config, self._config.cost
-        tokens = self.tokens[:used].copy()
+        decode = self.decode[:used].copy()
+        tokens = decode + self.prefill[:used]
         filler = filler_rows(tokens, config.max_chunk_size, config.row_shapes)
         longest = tokens.max(axis=1)
         chunks = -(-longest // config.max_chunk_size) if config.max_chunk_size else (longest > 0).astype(np.int64)
         # A rank's own time: all that it would not have waited for. A rank without rows has none.
-        own = cost.own_us(tokens, self.decode_context[:used], self.prefill_context[:used])
+        own = cost.own_us(tokens, self._decode_context(), self.prefill_context[:used])
         waits = own.max(axis=1, keepdims=True) - own
         waits = waits + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
         filler_us = cost.expert_row_us * filler.mean(axis=1, keepdims=True)
@@ -445,7 +485,7 @@ class _Recorder:
             dummy_rows=filler if config.row_shapes == "dummy" else nothing,
             padding_rows=filler if config.row_shapes == "equal" else nothing,
             prefill_tokens=self.prefill[:used].copy(),
-            decode_tokens=tokens - self.prefill[:used],
+            decode_tokens=decode,
             num_waiting=self.num_waiting[:used].copy(),
             start_s=self.start_s[:used].copy(),
             duration_s=self.duration_s[:used].copy(),
@@ -453,6 +493,10 @@ class _Recorder:
             busy_s=busy_s,
             num_steps=used,
         ), chunks
+
+    def _decode_context(self) -> np.ndarray:
+        steps = np.arange(self._first_step, self._first_step + self._used)[:, None]
+        return self.context_base[: self._used] + steps * self.decode[: self._used]
 
     def _write(self, table: StepTable, chunks: np.ndarray, used: int) -> None:
         assert self._step_log is not None
@@ -465,7 +509,7 @@ class _Recorder:
                 "start_s": np.repeat(table.start_s, num_ranks),
                 "duration_s": np.repeat(table.duration_s, num_ranks),
                 "prefill_context_tokens": self.prefill_context[:used].ravel(),
-                "decode_context_tokens": self.decode_context[:used].ravel(),
+                "decode_context_tokens": self._decode_context().ravel(),
                 "prefills_held": self.held[:used].ravel(),
                 **{
                     name: getattr(table, name).ravel()
@@ -489,7 +533,8 @@ class _Recorder:
             return
         self._kept.append(StepTable.joined(self._pending).merged(self._unit // unit))
         self._pending = []
-        while sum(part.num_rows for part in self._kept) > self._max_rows:
+        # An odd row out would make all groups after it uneven: it waits for the next one.
+        while (rows := sum(part.num_rows for part in self._kept)) > self._max_rows and rows % 2 == 0:
             self._kept = [StepTable.joined(self._kept).merged(2)]
             self._unit *= 2
 

@@ -284,15 +284,10 @@ class RankScheduler:
         for request_id in finished:
             self._leave(request_id)
         waits_for_kv = bool(self._waiting) and self._has_seat() and not self._kv_fits(self._waiting[0][0])
+        num_waiting = len(self._waiting)
+        num_waiting_for_kv = num_waiting if waits_for_kv else 0
         return StepPlan(
-            step=step,
-            entries=(*entries, *prefills),
-            num_prefill_tokens=num_prefill,
-            num_decode_tokens=num_decode,
-            num_waiting=len(self._waiting),
-            num_waiting_for_kv=len(self._waiting) if waits_for_kv else 0,
-            prefills_held=held,
-            finished=finished,
+            step, (*entries, *prefills), num_prefill, num_decode, num_waiting, num_waiting_for_kv, held, finished
         )
 
     def finish_step(self, stopped: Iterable[int]) -> None:
