@@ -2,8 +2,8 @@
 
     python benchmarks/bench_dispatch.py --out results.jsonl
 
-Each case is checked first (fresh random inputs, NaN-poisoned outputs), then timed with CUDA events: eager and CUDA graph
-apart, several input sets, median and 10th/90th percentile of the **slowest rank**. No expert compute is in the figures.
+Each case is checked first (fresh random inputs, NaN-poisoned outputs), then timed with CUDA events: eager and CUDA
+graph apart, several input sets, median and 10th/90th percentile of the **slowest rank**. No expert compute is in the figures.
 Backends:
 
 * `nvlink`        the one-sided kernels; rows already summed over a rank's experts, as in the baselines
@@ -16,6 +16,8 @@ Backends:
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -62,7 +64,7 @@ def time_us(step: Callable[[int], None], graph: bool, calls: int, samples: int) 
         run()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 / calls for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) * 1e3 / calls for a, b in itertools.pairwise(events)]
 
 
 def slowest(times: list[float]) -> dict[str, float]:
@@ -216,11 +218,12 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
     dist.init_process_group(
         "nccl", init_method=f"file://{store}", rank=rank, world_size=world, device_id=torch.device("cuda", rank)
     )
-    from lockstep.dispatch.nvlink import NvlinkDispatcher
+    from lockstep.dispatch.nvlink import NvlinkDispatcher, launch_sizes
 
     began, records = time.time(), []
     versions = {
-        "hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "hardware": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "commit": options.commit, "date": options.date,
     }  # fmt: skip
 
@@ -243,6 +246,9 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
             dispatcher = NvlinkDispatcher(
                 dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=TOP_K,
                 max_tokens_per_rank=capacity, fp8=dtype == "fp8",
+                launch=dataclasses.replace(
+                    launch_sizes(132, world, num_experts // world, hidden, capacity), **options.launch
+                ) if options.launch else None,
             )  # fmt: skip
             expert_output = torch.randn(
                 world * capacity * TOP_K, hidden, device=dispatcher.device, dtype=torch.bfloat16
@@ -273,6 +279,7 @@ def main() -> None:
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--limit-s", type=float, default=1e9)
+    parser.add_argument("--launch", type=json.loads, default={}, help="launch sizes to try, as JSON")
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     options.date = time.strftime("%Y-%m-%d")

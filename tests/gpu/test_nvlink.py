@@ -84,7 +84,7 @@ def _rounds(rank, ranks):
 
 
 def _without_checks(rank, ranks):
-    """Rounds launched one after another without a look between them, so that ranks run apart; sums compared at the end."""
+    """Rounds launched one after another without a look between them, so that ranks run apart; sums compared later."""
     dispatcher = _dispatcher(num_experts=8 * ranks, hidden_size=512, top_k=2, max_tokens_per_rank=64, deadline_s=20)
     rounds = [_round(rank, [(7 * s + 3 * r) % 65 for r in range(ranks)], s, 8 * ranks, 2, 512) for s in range(20)]
     sums = []
@@ -172,16 +172,13 @@ def _errors(rank, ranks):
                 dispatcher.combine(rows, handle)
         dispatcher.reset()
         works()
-    dispatcher.dispatch(
-        rows, ids, weights, num_tokens=torch.tensor([4 + (rank == 1)], dtype=torch.int32, device=device)
-    )
-    # The others see the abort cell at their next wait at the latest.
-    with pytest.raises((TokenCountError, RankAbsentError)):
-        for _ in range(3):
-            torch.cuda.synchronize()
-            dispatcher.check()
-            dispatcher._channels[0].num_rows = None
-            dispatcher.dispatch(rows, ids, weights)
+    too_many = torch.tensor([4 + (rank == 1)], dtype=torch.int32, device=device)
+    handle = dispatcher.dispatch(rows, ids, weights, num_tokens=too_many)
+    with pytest.raises(TokenCountError, match="rank 1 set num_tokens above the rows"):
+        # Rank 1 hears of it at once, the others at the latest when it does not come to combine.
+        dispatcher.check(wait=True)
+        dispatcher.combine(handle.hidden_states[handle.gather_index], handle)
+        dispatcher.check(wait=True)
     dispatcher.reset()
     works()
 

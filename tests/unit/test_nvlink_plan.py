@@ -1,4 +1,4 @@
-"""The one-sided kernels on CPUs: every rank a process, Triton's interpreter in place of the GPU, shared memory of links.
+"""The one-sided kernels on CPUs: every rank a process, Triton's interpreter for the GPU, shared memory for links.
 
 The whole protocol runs: counts, routing words, flags, rounds, epochs, the abort cell. What only a GPU can show (memory
 order, speed) is in tests/gpu.
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 CASES = [  # ranks, experts, top_k, hidden, capacity, fp8
-    (2, 8, 3, 136, 9, False),
+    (2, 8, 3, 136, 12, False),
     (3, 6, 2, 77, 3, False),
     (2, 4, 4, 260, 6, True),
     (1, 4, 2, 32, 4, False),
@@ -67,7 +67,7 @@ def _launch(nvlink, seed):
     # One plan block: the interpreter runs blocks one after another, and a plan block waits for what all of them send.
     return nvlink.LaunchSizes(
         plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
-        small_tile=[8, 64][seed % 2], large_tile=8, pairs=8, round=1 + seed % 2,
+        small_tile=[8, 64][seed % 2], slice=32, pairs=8, round=1 + seed % 2,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _absent(rank, folder, case, seed):
         dispatcher.dispatch(*rows, [2, 5, 2])
     if rank != 2:
         handle = dispatcher.dispatch(*rows)
-        with pytest.raises(RankAbsentError, match="rank 2 did not come within 0.5 s") as caught:
+        with pytest.raises(RankAbsentError, match=r"rank 2 did not come within 0\.5 s") as caught:
             dispatcher.combine(rows[0], handle)
         assert caught.value.absent_ranks == (2,)
         with pytest.raises(RankAbsentError):
@@ -125,7 +125,7 @@ def _absent(rank, folder, case, seed):
     dispatcher.reset()
     for _ in range(3):
         handle = dispatcher.dispatch(*rows)
-        with pytest.raises(ConfigurationError, match="were not combined|was not combined"):
+        with pytest.raises(ConfigurationError, match="was not combined"):
             dispatcher.dispatch(*rows)
         output = dispatcher.combine(handle.hidden_states[handle.gather_index.long()].contiguous(), handle)
         dispatcher.check(wait=True)

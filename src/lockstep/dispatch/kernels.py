@@ -9,7 +9,8 @@ barrier of their own:
 2.  Whatever a *later* launch of a peer may overwrite is not read after the flag to that peer was raised; what later
     blocks still need (the token counts) is copied to memory that only this rank writes.
 3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine reads `cells[1]` and writes
-    `cells[0]`: no block can see a value of its own launch, and a replayed graph counts on.
+    `cells[0]`: no block can see a value of its own launch, and a replayed graph counts on. `cells[2]` counts the blocks
+    of a dispatch that have met; combine zeroes it.
 
 Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
 one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows are covered by a flag per sending block, which the
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 COUNT_BITS = tl.constexpr(20)  # a count word is (epoch << 20) | num_tokens; so at most 2**20 - 1 tokens per rank
 COUNT_MASK = tl.constexpr((1 << 20) - 1)
@@ -119,7 +120,7 @@ def _wait_at_least(
     WORLD_POW2: tl.constexpr,
     ABORT: tl.constexpr,
 ):
-    """Wait until the word of every source at `section + source * stride` is >= `want`.
+    """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`.
 
     Returns:
         The words `[WORLD_POW2]`. Those of a source that did not come, and those beyond the world, are `want`.
@@ -261,71 +262,134 @@ def _plan_one_tile(
 
 
 @triton.jit
-def _plan_many_tiles(
+def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """A barrier among the first `blocks` blocks of this launch; `cell` counts them and is zeroed by combine."""
+    tl.debug_barrier()
+    tl.atomic_add(cell, 1, sem="acq_rel", scope="gpu")
+    address = cell.to(tl.int64)
+    came = _load_acquire(address)
+    ended = tl.full((), 0, tl.int32)
+    started = _now_ns()
+    while (came < blocks) & (ended == 0):
+        polls = 0
+        while (came < blocks) & (polls < POLLS_PER_CLOCK):
+            came = _load_acquire(address)
+            polls += 1
+        if came < blocks:
+            ended = _give_up(started, peers, status, rank, rank, budget_ns, WORLD, ABORT)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _plan_slices(
     own,
     limits,
     tag,
     peers,
+    cells,
     status,
     rank,
-    first_expert,
+    block,
     gather_index,
     pair_weights,
     tokens_per_expert,
     expert_offsets,
     inverse,
+    scratch,
     budget_ns,
     WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr,
     CAPACITY: tl.constexpr,
     TOPK: tl.constexpr,
     EXPERTS: tl.constexpr,
-    STEP: tl.constexpr,
-    TILE: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLICE: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
-    """The plan for any number of pairs: one pass counts, a second one writes."""
-    source = tl.arange(0, WORLD_POW2)[:, None]
-    most = tl.max(limits, 0)
-    for expert in range(first_expert, EXPERTS, STEP):
-        lower = tl.zeros((WORLD_POW2, TILE), tl.int32)
-        for start in range(0, most, TILE):
-            pair = start + tl.arange(0, TILE)[None, :]
-            mask = pair < limits[:, None]
-            index = source * (CAPACITY * TOPK) + pair
-            ids, weights = _arrived_words(
-                _words(own + IDS),
-                _words(own + WEIGHTS),
-                index,
-                mask,
-                tag,
-                peers,
-                status,
-                rank,
-                source,
-                budget_ns,
-                WORLD,
-                ABORT,
+    """The plan for any number of pairs: each block counts its slices, all meet, each writes its slices.
+
+    `scratch` holds a row of counts per slice and, after those, a row of positions per block.
+    """
+    sources = tl.arange(0, WORLD_POW2)
+    experts = tl.arange(0, EXPERTS_POW2)
+    lanes = tl.arange(0, SLICE)
+    slices = tl.cdiv(limits, SLICE)
+    ends = tl.cumsum(slices, 0)
+    total_slices = tl.sum(slices, 0)
+    each = tl.cdiv(total_slices, BLOCKS)
+    first = block * each
+    last = tl.minimum(first + each, total_slices)
+    ids_words = _words(own + IDS)
+    weight_words = _words(own + WEIGHTS)
+    most_slices: tl.constexpr = WORLD * ((CAPACITY * TOPK + SLICE - 1) // SLICE)
+    positions = scratch + (most_slices + block) * EXPERTS_POW2
+    for number in range(first, last):
+        source = tl.sum((ends <= number).to(tl.int32), 0)
+        pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
+        mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
+        index = source * (CAPACITY * TOPK) + pair
+        ids, _ = _arrived_words(
+            ids_words,
+            weight_words,
+            index[None, :],
+            mask[None, :],
+            tag,
+            peers,
+            status,
+            rank,
+            source,
+            budget_ns,
+            WORLD,
+            ABORT,
+        )
+        local = tl.where(mask, tl.reshape(ids, [SLICE]) - rank * EXPERTS, -1)
+        counts = tl.sum((local[:, None] == experts[None, :]).to(tl.int32), 0)
+        tl.store(scratch + number * EXPERTS_POW2 + experts, tl.where(experts < EXPERTS, counts, 0))
+        tl.store(inverse + index, -1, mask & ((local < 0) | (local >= EXPERTS)))
+    _meet(cells + 2, BLOCKS, peers, status, rank, budget_ns, WORLD, ABORT)
+    total = tl.zeros((EXPERTS_POW2,), tl.int32)
+    before = tl.zeros((EXPERTS_POW2,), tl.int32)
+    for start in range(0, total_slices, 32):
+        row = start + tl.arange(0, 32)[:, None]
+        counts = tl.load(scratch + row * EXPERTS_POW2 + experts[None, :], row < total_slices, other=0, volatile=True)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where(row < first, counts, 0), 0)
+    starts = tl.cumsum(total, 0) - total
+    if block == 0:
+        tl.store(tokens_per_expert + experts, total, experts < EXPERTS)
+        tl.store(expert_offsets + 1 + experts, starts + total, experts < EXPERTS)
+    position = starts + before
+    for number in range(first, last):
+        tl.store(positions + experts, position)
+        tl.debug_barrier()
+        source = tl.sum((ends <= number).to(tl.int32), 0)
+        begin = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE
+        limit = tl.sum(tl.where(sources == source, limits, 0), 0)
+        pair = begin + lanes
+        index = source * (CAPACITY * TOPK) + pair
+        local = tl.load(ids_words + index, pair < limit, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
+        mine = (pair < limit) & (local >= 0) & (local < EXPERTS)
+        earlier = tl.zeros((SLICE,), tl.int32)
+        for chunk in range(0, SLICE, 32):
+            other = begin + chunk + tl.arange(0, 32)
+            theirs = (
+                tl.load(ids_words + source * (CAPACITY * TOPK) + other, other < limit, other=-1, volatile=True).to(
+                    tl.int32
+                )
+                - rank * EXPERTS
             )
-            local = ids - rank * EXPERTS
-            lower += (mask & (local >= 0) & (local < expert)).to(tl.int32)
-        first = tl.sum(tl.sum(lower, 1), 0)
-        done = first
-        for start in range(0, most, TILE):
-            pair = start + tl.arange(0, TILE)[None, :]
-            mask = pair < limits[:, None]
-            index = source * (CAPACITY * TOPK) + pair
-            local = tl.load(_words(own + IDS) + index, mask, other=0).to(tl.int32) - rank * EXPERTS
-            mine = mask & (local == expert)
-            weights = tl.load(_words(own + WEIGHTS) + index, mine, other=0).to(tl.int32).to(tl.float32, bitcast=True)
-            slot = source * CAPACITY + pair // TOPK
-            done += _write_pairs(
-                local, weights, mask, index, slot, expert, done, gather_index, pair_weights, inverse, EXPERTS
-            )
-        tl.store(tokens_per_expert + expert, done - first)
-        tl.store(expert_offsets + expert + 1, done)
+            same = (local[:, None] == theirs[None, :]) & (other[None, :] < pair[:, None]) & (other < limit)[None, :]
+            earlier += tl.sum(same.to(tl.int32), 1)
+        at = tl.load(positions + local, mine, other=0, volatile=True) + earlier
+        bits = tl.load(weight_words + index, mine, other=0, volatile=True).to(tl.int32)
+        tl.store(gather_index + at, source * CAPACITY + pair // TOPK, mine)
+        tl.store(pair_weights + at, bits.to(tl.float32, bitcast=True), mine)
+        tl.store(inverse + index, at, mine)
+        position += tl.load(scratch + number * EXPERTS_POW2 + experts, volatile=True)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -372,7 +436,8 @@ def _push_rows(
     num_tokens,
     peers,
     rank,
-    block,
+    first,
+    stride,
     WORLD: tl.constexpr,
     CAPACITY: tl.constexpr,
     TOPK: tl.constexpr,
@@ -382,7 +447,6 @@ def _push_rows(
     HIDDEN_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     FP8: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -395,7 +459,7 @@ def _push_rows(
     per_token: tl.constexpr = BLOCK_COLUMNS // width
     row = tl.arange(0, BLOCK_TOKENS * per_token)
     choice = tl.arange(0, TOPK_POW2)[None, :]
-    for task in range(block, tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, BLOCKS):
+    for task in range(first, tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, stride):
         token = (task // column_blocks) * BLOCK_TOKENS + row // per_token
         group = (task % column_blocks) * per_token + row % per_token
         column = group[:, None] * width + tl.arange(0, width)[None, :]
@@ -450,6 +514,7 @@ def dispatch_kernel(
     tokens_per_expert,
     expert_offsets,
     inverse,
+    scratch,
     status,
     max_tokens,
     rank,
@@ -460,16 +525,18 @@ def dispatch_kernel(
     TOPK: tl.constexpr,
     TOPK_POW2: tl.constexpr,
     EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
     HIDDEN: tl.constexpr,
     HIDDEN_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
     PLAN_BLOCKS: tl.constexpr,
     PUSH_BLOCKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SMALL_TILE: tl.constexpr,
-    LARGE_TILE: tl.constexpr,
+    SLICE: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -485,12 +552,25 @@ def dispatch_kernel(
     push rows, so that the plan is made while the links are busy. All blocks must be resident at once.
     """
     block = tl.program_id(0)
+    own = tl.load(peers + rank)
+    if PDL:
+        # The launch may begin while the kernel before is still ending; nothing it wrote is read above this line.
+        gdc_wait()
+        gdc_launch_dependents()
     epoch = tl.load(cells)
     tag = epoch & PAYLOAD_MASK
     tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
     asked = tl.load(num_tokens_cell)
     num_tokens = tl.minimum(asked, max_tokens)
-    own = tl.load(peers + rank)
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    blocks: tl.constexpr = PLAN_BLOCKS + PUSH_BLOCKS
+    # With many tiles the plan's blocks push too, once the plan is made. The bound is known to the receivers.
+    many: tl.constexpr = 4 * PUSH_BLOCKS
+    tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
+    want_flags = tl.full((WORLD_POW2,), 0, tl.int64) + epoch
+    first = block - PLAN_BLOCKS
+    stride = tl.where(tiles > many, blocks, PUSH_BLOCKS)
+    flags = 1
     if block < PLAN_BLOCKS:
         _send_routing(
             topk_ids,
@@ -510,9 +590,9 @@ def dispatch_kernel(
             WEIGHTS,
             COUNTS,
         )
-        want = epoch << COUNT_BITS
-        words = _wait_at_least(own + COUNTS, 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
         source = tl.arange(0, WORLD_POW2)
+        want = (epoch << COUNT_BITS) + tl.zeros((WORLD_POW2,), tl.int64)
+        words = _wait_at_least(own + COUNTS, 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
         arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
         if block == 0:
             tl.store(cells + 1, epoch)
@@ -547,11 +627,12 @@ def dispatch_kernel(
                 ABORT,
             )
         else:
-            _plan_many_tiles(
+            _plan_slices(
                 own,
                 limits,
                 tag,
                 peers,
+                cells,
                 status,
                 rank,
                 block,
@@ -560,27 +641,33 @@ def dispatch_kernel(
                 tokens_per_expert,
                 expert_offsets,
                 inverse,
+                scratch,
                 budget_ns,
                 WORLD,
                 WORLD_POW2,
                 CAPACITY,
                 TOPK,
                 EXPERTS,
+                EXPERTS_POW2,
                 PLAN_BLOCKS,
-                LARGE_TILE,
+                SLICE,
                 IDS,
                 WEIGHTS,
                 ABORT,
             )
-    else:
-        pusher = block - PLAN_BLOCKS
+        first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
+        flags = (tiles > many).to(tl.int32)
+        want_flags = tl.where(tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks > many, epoch, 0)
+    if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
+        # Few tokens: a tile of one token each, so that more blocks share the latency of their stores.
         _push_rows(
             hidden_states,
             topk_ids,
             num_tokens,
             peers,
             rank,
-            pusher,
+            first,
+            PUSH_BLOCKS,
             WORLD,
             CAPACITY,
             TOPK,
@@ -590,27 +677,50 @@ def dispatch_kernel(
             HIDDEN_STRIDE,
             GROUPS,
             FP8,
-            PUSH_BLOCKS,
+            1,
+            BLOCK_COLUMNS,
+            ROWS,
+            SCALES,
+        )
+    else:
+        _push_rows(
+            hidden_states,
+            topk_ids,
+            num_tokens,
+            peers,
+            rank,
+            first,
+            stride,
+            WORLD,
+            CAPACITY,
+            TOPK,
+            TOPK_POW2,
+            EXPERTS,
+            HIDDEN,
+            HIDDEN_STRIDE,
+            GROUPS,
+            FP8,
             BLOCK_TOKENS,
             BLOCK_COLUMNS,
             ROWS,
             SCALES,
         )
-        if WORLD > 1:
-            _raise_flags(peers, rank, FLAGS, pusher, epoch, WORLD, PUSH_BLOCKS)
-            _wait_at_least(
-                own + FLAGS + pusher * 8,
-                PUSH_BLOCKS * 8,
-                epoch,
-                0,
-                peers,
-                status,
-                rank,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                ABORT,
-            )
+    if WORLD > 1:
+        if flags != 0:
+            _raise_flags(peers, rank, FLAGS, block, epoch, WORLD, blocks)
+        _wait_at_least(
+            own + FLAGS + block * 8,
+            blocks * 8,
+            want_flags,
+            0,
+            peers,
+            status,
+            rank,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            ABORT,
+        )
 
 
 @triton.jit
@@ -626,39 +736,54 @@ def _partial_rows(
     TOPK: tl.constexpr,
     HIDDEN: tl.constexpr,
     REDUCED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Return the weighted sum over this rank's experts for a tile of one source's tokens, float32."""
+    """Sum a tile of one source's tokens over this rank's experts, weighted, in float32.
+
+    Returns:
+        The sums rounded to bfloat16, and which tokens have an expert here.
+    """
     slot = source * CAPACITY + token
     inside = (column < HIDDEN)[None, :]
+    wanted = tl.zeros(token.shape, tl.int32) > 0
     if REDUCED:
         at = slot.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-        position = tl.full(slot.shape, -1, tl.int32)
+        if EARLY:
+            # Rows that will not be needed are read too, but none waits for the answer whether it is.
+            total = tl.load(expert_output + at, here[:, None] & inside, other=0.0)
         for k in tl.static_range(TOPK):
-            position = tl.maximum(position, tl.load(inverse + slot * TOPK + k, here, other=-1))
-        mask = (here & (position >= 0))[:, None] & inside
-        total = tl.load(expert_output + at, mask, other=0.0).to(tl.float32)
+            wanted |= tl.load(inverse + slot * TOPK + k, here, other=-1) >= 0
+        if EARLY:
+            total = tl.where(wanted[:, None], total, 0.0)
+        else:
+            total = tl.load(expert_output + at, wanted[:, None] & inside, other=0.0)
     else:
         total = tl.zeros((token.shape[0], column.shape[0]), tl.float32)
         for k in tl.static_range(TOPK):
             position = tl.load(inverse + slot * TOPK + k, here, other=-1)
-            local = here & (position >= 0)
-            weight = tl.load(weight_words + slot * TOPK + k, local, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+            local = position >= 0
+            wanted |= local
+            weight = tl.load(weight_words + slot * TOPK + k, here, other=0).to(tl.int32).to(tl.float32, bitcast=True)
             at = position.to(tl.int64)[:, None] * HIDDEN + column[None, :]
             rows = tl.load(expert_output + at, local[:, None] & inside, other=0.0)
-            total += weight[:, None] * rows.to(tl.float32)
-    return total.to(tl.bfloat16)
+            total += tl.where(local, weight, 0.0)[:, None] * rows.to(tl.float32)
+    return total.to(tl.bfloat16), wanted
 
 
-@triton.jit(do_not_specialize=["rank", "budget_ns"])
-def combine_kernel(
+@triton.jit
+def _combine_rounds(
     expert_output,
     output,
     inverse,
     peers,
-    cells,
     counts,
     status,
     rank,
+    block,
+    epoch,
+    own,
+    longest,
+    num_tokens,
     budget_ns,
     WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr,
@@ -673,27 +798,14 @@ def combine_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ROUND: tl.constexpr,
     REDUCED: tl.constexpr,
+    EARLY: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     RETURNED: tl.constexpr,
     FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
-    """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
-
-    A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
-    link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
-    all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
-    the next dispatch counts on.
-    """
-    block = tl.program_id(0)
-    epoch = tl.load(cells + 1)
-    own = tl.load(peers + rank)
-    if block == 0:
-        tl.store(cells, epoch + 1)
-    source = tl.arange(0, WORLD_POW2)
-    longest = tl.max(tl.load(counts + source), 0)
-    num_tokens = tl.load(counts + rank)
+    """Push, flag, and sum what came in the round before, round by round; see `combine_kernel`."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
     rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS), ROUND)
@@ -714,27 +826,20 @@ def combine_kernel(
                 for task in range(block + turn * ROUND * BLOCKS, end, BLOCKS):
                     token = (task // column_blocks) * BLOCK_TOKENS + lanes
                     column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                    here = token < theirs
-                    rows = _partial_rows(
+                    rows, wanted = _partial_rows(
                         expert_output,
                         inverse,
                         weight_words,
                         peer,
                         token,
-                        here,
+                        token < theirs,
                         column,
                         CAPACITY,
                         TOPK,
                         HIDDEN,
                         REDUCED,
+                        EARLY,
                     )
-                    slot = peer * CAPACITY + token
-                    ids = tl.load(
-                        _words(own + IDS) + slot[:, None] * TOPK + choice,
-                        here[:, None] & (choice < TOPK),
-                        other=0xFFFFFFFF,
-                    ).to(tl.int32)
-                    wanted = tl.max(((ids >= rank * EXPERTS) & (ids < (rank + 1) * EXPERTS)).to(tl.int32), 1) > 0
                     at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                     tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
             _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
@@ -743,7 +848,7 @@ def combine_kernel(
                 _wait_at_least(
                     own + FLAGS + block * 8,
                     BLOCKS * 8,
-                    (epoch << COUNT_BITS) + turn,
+                    (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
                     0,
                     peers,
                     status,
@@ -765,7 +870,7 @@ def combine_kernel(
                     other=0xFFFFFFFF,
                 ).to(tl.int32)
                 target = tl.where(ids >= 0, ids // EXPERTS, -1)
-                mine = _partial_rows(
+                mine, _ = _partial_rows(
                     expert_output,
                     inverse,
                     weight_words,
@@ -777,13 +882,137 @@ def combine_kernel(
                     TOPK,
                     HIDDEN,
                     REDUCED,
-                ).to(tl.float32)
+                    EARLY,
+                )
                 inside = (column < HIDDEN)[None, :]
                 total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
                 for peer in tl.static_range(WORLD):
                     wanted = (tl.max((target == peer).to(tl.int32), 1) > 0) & (peer != rank)
                     at = (peer * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                     rows = tl.load(returned + at, wanted[:, None] & inside, other=0.0).to(tl.float32)
-                    total += tl.where(rank == peer, mine, rows)
+                    total += tl.where(rank == peer, mine.to(tl.float32), rows)
                 at = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
                 tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["rank", "budget_ns"])
+def combine_kernel(
+    expert_output,
+    output,
+    inverse,
+    peers,
+    cells,
+    counts,
+    status,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr,
+    REDUCED: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    RETURNED: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
+
+    A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
+    link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
+    all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
+    the next dispatch counts on.
+    """
+    block = tl.program_id(0)
+    own = tl.load(peers + rank)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    epoch = tl.load(cells + 1)
+    longest = tl.max(tl.load(counts + tl.arange(0, WORLD_POW2)), 0)
+    num_tokens = tl.load(counts + rank)
+    if block == 0:
+        tl.store(cells, epoch + 1)
+        tl.store(cells + 2, 0)
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    if longest * column_blocks <= BLOCKS:
+        # Few tokens: a tile of one token each, so that more blocks share the latency.
+        _combine_rounds(
+            expert_output,
+            output,
+            inverse,
+            peers,
+            counts,
+            status,
+            rank,
+            block,
+            epoch,
+            own,
+            longest,
+            num_tokens,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            CAPACITY,
+            TOPK,
+            TOPK_POW2,
+            EXPERTS,
+            HIDDEN,
+            HIDDEN_STRIDE,
+            BLOCKS,
+            1,
+            BLOCK_COLUMNS,
+            1,
+            REDUCED,
+            True,
+            IDS,
+            WEIGHTS,
+            RETURNED,
+            FLAGS,
+            ABORT,
+        )
+    else:
+        _combine_rounds(
+            expert_output,
+            output,
+            inverse,
+            peers,
+            counts,
+            status,
+            rank,
+            block,
+            epoch,
+            own,
+            longest,
+            num_tokens,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            CAPACITY,
+            TOPK,
+            TOPK_POW2,
+            EXPERTS,
+            HIDDEN,
+            HIDDEN_STRIDE,
+            BLOCKS,
+            BLOCK_TOKENS,
+            BLOCK_COLUMNS,
+            ROUND,
+            REDUCED,
+            False,
+            IDS,
+            WEIGHTS,
+            RETURNED,
+            FLAGS,
+            ABORT,
+        )

@@ -23,6 +23,7 @@ FP8_GROUP = 128
 """Values that share one scale in fp8 rows."""
 
 MAX_RANKS = 8
+_FIRST_CELLS = (1, 1, 0)  # epoch of the next dispatch, of the next combine, blocks that have met
 _THREADS = 256
 _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
@@ -37,7 +38,8 @@ class LaunchSizes:
         plan_blocks, push_blocks: of the dispatch kernel.
         combine_blocks: of the combine kernel.
         dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
-        small_tile, large_tile: routing words per source in one look of the plan; powers of two.
+        small_tile: most routing words per source that the plan holds in registers at once; a power of two.
+        slice: routing words that a block of a larger plan counts at a time; a power of two, >= 32.
         pairs: routing words that a block sends at a time; a power of two.
         round: tiles that a combine block pushes to each peer between two flags.
     """
@@ -49,7 +51,7 @@ class LaunchSizes:
     combine_tokens: int
     columns: int
     small_tile: int
-    large_tile: int
+    slice: int = 256
     pairs: int = 512
     round: int = 4
 
@@ -85,7 +87,6 @@ def launch_sizes(
         combine_tokens=combine_tokens,
         columns=columns,
         small_tile=2048 // ranks,
-        large_tile=4096 // ranks,
     )
 
 
@@ -125,7 +126,7 @@ def make_layout(
         "ids": slots * top_k * 8,
         "weights": slots * top_k * 8,
         "counts": num_ranks * 8,
-        "dispatch_flags": num_ranks * launch.push_blocks * 8,
+        "dispatch_flags": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
         "scales": slots * groups * 4 if fp8 else 0,
@@ -158,7 +159,10 @@ class _Channel:
         self.scales = section(layout.scales, (slots, dispatcher.groups), torch.float32) if dispatcher.fp8 else None
         self.returned = section(layout.returned, (slots, dispatcher.hidden_stride), torch.bfloat16)
         self.peers = torch.tensor(list(peer_addresses), dtype=torch.int64, device=device)
-        self.cells = torch.ones(2, dtype=torch.int64, device=device)
+        self.cells = torch.tensor(_FIRST_CELLS, dtype=torch.int64, device=device)
+        slices = ranks * -(-capacity * dispatcher.top_k // dispatcher.launch.slice) + dispatcher.launch.plan_blocks
+        width = triton.next_power_of_2(dispatcher.num_local_experts)
+        self.scratch = torch.zeros(slices * width, dtype=torch.int32, device=device)
         self.counts = torch.zeros(triton.next_power_of_2(ranks), dtype=torch.int32, device=device)
         self.gather_index = torch.zeros(pairs, dtype=torch.int32, device=device)
         self.pair_weights = torch.zeros(pairs, dtype=torch.float32, device=device)
@@ -273,22 +277,24 @@ class NvlinkDispatcher:
             for i in range(num_channels)
         ]
         self._next_channel = 0
-        common = dict(
-            WORLD=self.num_ranks,
-            WORLD_POW2=triton.next_power_of_2(self.num_ranks),
-            CAPACITY=max_tokens_per_rank,
-            TOPK=top_k,
-            TOPK_POW2=triton.next_power_of_2(top_k),
-            EXPERTS=self.num_local_experts,
-            HIDDEN=hidden_size,
-            HIDDEN_STRIDE=self.hidden_stride,
-            BLOCK_COLUMNS=self.launch.columns,
-            IDS=self.layout.ids,
-            WEIGHTS=self.layout.weights,
-            ABORT=self.layout.abort,
-            num_warps=_THREADS // 32,
-            maxnreg=_REGISTERS,
-        )
+        common = {
+            "WORLD": self.num_ranks,
+            "WORLD_POW2": triton.next_power_of_2(self.num_ranks),
+            "CAPACITY": max_tokens_per_rank,
+            "TOPK": top_k,
+            "TOPK_POW2": triton.next_power_of_2(top_k),
+            "EXPERTS": self.num_local_experts,
+            "HIDDEN": hidden_size,
+            "HIDDEN_STRIDE": self.hidden_stride,
+            "BLOCK_COLUMNS": self.launch.columns,
+            "IDS": self.layout.ids,
+            "WEIGHTS": self.layout.weights,
+            "ABORT": self.layout.abort,
+            "PDL": self.device.type == "cuda",
+            "num_warps": _THREADS // 32,
+            "maxnreg": _REGISTERS,
+            "launch_pdl": self.device.type == "cuda",
+        }
         self._dispatch_options = dict(
             common,
             GROUPS=self.groups,
@@ -297,7 +303,8 @@ class NvlinkDispatcher:
             PUSH_BLOCKS=self.launch.push_blocks,
             BLOCK_TOKENS=self.launch.dispatch_tokens,
             SMALL_TILE=self.launch.small_tile,
-            LARGE_TILE=self.launch.large_tile,
+            SLICE=self.launch.slice,
+            EXPERTS_POW2=triton.next_power_of_2(self.num_local_experts),
             PAIRS=self.launch.pairs,
             ROWS=self.layout.rows,
             SCALES=self.layout.scales,
@@ -380,6 +387,7 @@ class NvlinkDispatcher:
             channel.tokens_per_expert,
             channel.expert_offsets,
             channel.inverse,
+            channel.scratch,
             self._status.data_ptr(),
             rows,
             self.rank,
@@ -485,7 +493,7 @@ class NvlinkDispatcher:
         dist.barrier(self._group)
         for channel in self._channels:
             channel.buffer[: self.layout.scales].zero_()
-            channel.cells.fill_(1)
+            channel.cells.copy_(torch.tensor(_FIRST_CELLS))
             channel.num_rows = None
         self._next_channel = 0
         self._settle()
