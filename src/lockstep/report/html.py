@@ -28,6 +28,13 @@ _CAUSE_WORDS = {
     "padding": "computing dummy and padding rows",
     "agreement": "agreeing on the step",
 }
+_CAUSE_REASONS = {
+    "other_prompts": "ranks waited while another ran a prompt",
+    "uneven_generation": "ranks waited for one with more requests that generate",
+    "no_requests": "ranks had no request to work on",
+    "padding": "ranks computed dummy and padding rows",
+    "agreement": "all ranks had to agree on each step",
+}
 _SUMMARY_WORDS = {
     "tokens_per_s": "tokens per second",
     "requests": "requests",
@@ -167,6 +174,7 @@ def _page_data(
         "steps_per_row": shown.steps_per_row,
         "arrays": arrays,
         "has_filler": has_filler,
+        "has_serving": bool((table.busy_share()[table.real_rows == 0] > 0.002).any()),
         "loss": [[_CAUSE_WORDS[cause], 100 * share] for cause, share in lost.items() if share > 5e-5],
         "loss_axis": "share of all ranks' time (%)",
         "row_kinds": [[name, shade, values.sum(axis=0).tolist()] for name, shade, values in kinds],
@@ -248,10 +256,11 @@ def _sections(
             for shade, words in (
                 ("prefill", "running prompts"),
                 ("decode", "generating tokens"),
+                ("serving", "running experts for other ranks"),
                 ("filler", "dummy or padding rows"),
                 ("waiting", "waiting for the longest rank"),
             )
-            if shade != "filler" or data["has_filler"]
+            if (shade != "filler" or data["has_filler"]) and (shade != "serving" or data["has_serving"])
         )
         parts += [
             "<section><h2>Who worked when</h2>"
@@ -302,7 +311,8 @@ def _headline(
     worst = max(lost, key=lambda cause: lost[cause])
     if total < 0.005:
         return what + "Hardly any of the ranks' time was lost: their work was even."
-    return what + f"{total:.0%} of the ranks' time was lost, most of it to {_CAUSE_WORDS[worst]} ({lost[worst]:.0%})."
+    why = f"{_CAUSE_REASONS[worst]} ({lost[worst]:.0%})"
+    return what + f"{total:.0%} of the ranks' time was lost, most of it because {why}."
 
 
 def _loss_sentence(lost: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 // most so many bins of the range in view, so that 100,000 steps open fast and zooming shows more detail.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const MAX_BINS = 900;
-const WAITING = 0, PREFILL = 1, DECODE = 2, FILLER = 3;
+const WAITING = 0, PREFILL = 1, DECODE = 2, FILLER = 3, SERVING = 4, KINDS = 5;
 // Okabe and Ito's colours, which colour-blind people tell apart, and lighter ones of the same hues for a dark page.
 const LIGHT = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6d1f", "#666666"];
 const DARK = ["#56b4e9", "#f0b429", "#2fc79a", "#ff8a5c", "#9fd4f5", "#e08fbd", "#cbb26a", "#b0b0b0"];
@@ -45,7 +45,7 @@ class Steps {
   bins(first, last, most) {
     const size = Math.max(1, Math.ceil((last - first) / most));
     const number = Math.ceil((last - first) / size);
-    const shares = new Float32Array(number * this.ranks * 4), rows = new Float32Array(number * this.ranks);
+    const shares = new Float32Array(number * this.ranks * KINDS), rows = new Float32Array(number * this.ranks);
     for (let bin = 0; bin < number; bin++) {
       const from = first + bin * size, to = Math.min(last, from + size);
       let weight = 0;
@@ -53,15 +53,17 @@ class Steps {
       for (let row = from; row < to; row++) {
         const part = weight > 0 ? this.weight[row] / weight : 1 / (to - from);
         for (let rank = 0; rank < this.ranks; rank++) {
-          const cell = row * this.ranks + rank, at = (bin * this.ranks + rank) * 4;
+          const cell = row * this.ranks + rank, at = (bin * this.ranks + rank) * KINDS;
           const busy = this.busy[cell] / 255, real = this.prefill[cell] + this.decode[cell];
           const filler = Math.min(1 - busy, this.filler ? this.filler[cell] / 255 : 0);
           if (real > 0) {
             shares[at + PREFILL] += part * busy * this.prefill[cell] / real;
             shares[at + DECODE] += part * busy * this.decode[cell] / real;
+          } else {
+            shares[at + SERVING] += part * busy;
           }
           shares[at + FILLER] += part * filler;
-          shares[at + WAITING] += part * (1 - filler - (real > 0 ? busy : 0));
+          shares[at + WAITING] += part * (1 - filler - busy);
           rows[bin * this.ranks + rank] += real / (to - from) / this.perRow;
         }
       }
@@ -74,11 +76,11 @@ function drawTimeline(steps, bins) {
   const lane = Math.max(2, Math.min(24, Math.floor(420 / steps.ranks))), gap = steps.ranks <= 64 ? 1 : 0;
   const height = lane + gap, z = [], x = [];
   for (let bin = 0; bin < bins.number; bin++) x.push(bins.step(bin));
-  const order = [PREFILL, DECODE, FILLER, WAITING];
+  const order = [PREFILL, DECODE, SERVING, FILLER, WAITING];
   for (let rank = 0; rank < steps.ranks; rank++) {
     const levels = Array.from({ length: height }, () => new Array(bins.number).fill(null));
     for (let bin = 0; bin < bins.number; bin++) {
-      const at = (bin * steps.ranks + rank) * 4;
+      const at = (bin * steps.ranks + rank) * KINDS;
       let top = 0, level = 0;
       for (const kind of order) {
         top += bins.shares[at + kind];
@@ -89,11 +91,11 @@ function drawTimeline(steps, bins) {
     }
     z.push(...levels);
   }
-  const kinds = ["waiting", "prefill", "decode", "filler"];
-  const scale = kinds.flatMap((kind, index) => [[index / 4, color(kind)], [(index + 1) / 4, color(kind)]]);
+  const kinds = ["waiting", "prefill", "decode", "filler", "serving"];
+  const scale = kinds.flatMap((kind, index) => [[index / KINDS, color(kind)], [(index + 1) / KINDS, color(kind)]]);
   const every = Math.ceil(steps.ranks / 32), ticks = [];
   for (let rank = 0; rank < steps.ranks; rank += every) ticks.push(rank);
-  const trace = { type: "heatmap", z, x, colorscale: scale, zmin: -0.5, zmax: 3.5, showscale: false, hoverinfo: "none" };
+  const trace = { type: "heatmap", z, x, colorscale: scale, zmin: -0.5, zmax: KINDS - 0.5, showscale: false, hoverinfo: "none" };
   if (bins.number === 1) { trace.x0 = x[0]; trace.dx = bins.size * steps.perRow; delete trace.x; }
   Plotly.react("timeline", [trace], layout({
     height: Math.max(180, Math.min(560, steps.ranks * 48)) + 60, hovermode: "closest",
@@ -103,10 +105,11 @@ function drawTimeline(steps, bins) {
   }), CONFIG);
   $("timeline").readout = (event) => {
     const point = event.points[0], bin = point.pointIndex[1], rank = Math.floor(point.pointIndex[0] / height);
-    const at = (bin * steps.ranks + rank) * 4, from = (bins.first + bin * bins.size) * steps.perRow;
+    const at = (bin * steps.ranks + rank) * KINDS, from = (bins.first + bin * bins.size) * steps.perRow;
     const to = Math.min((bins.first + (bin + 1) * bins.size) * steps.perRow, DATA.num_steps) - 1;
     $("readout").textContent = `Rank ${DATA.rank_names[rank]}, ${from === to ? "step " + count(from) : "steps " + count(from) + " to " + count(to)}: ` +
       `${percent(bins.shares[at + PREFILL])} prompts, ${percent(bins.shares[at + DECODE])} generating, ` +
+      (DATA.has_serving ? `${percent(bins.shares[at + SERVING])} serving others, ` : "") +
       `${percent(bins.shares[at + FILLER])} dummy or padding, ${percent(bins.shares[at + WAITING])} waiting; ` +
       `${bins.rows[bin * steps.ranks + rank].toFixed(1)} rows per step`;
   };
@@ -149,9 +152,11 @@ function drawView(steps) {
 
 function drawRanks(steps) {
   const bins = steps.bins(0, steps.rows, 1), names = DATA.rank_names.map((name) => "rank " + name);
-  const kinds = [["running prompts", PREFILL, "prefill"], ["generating", DECODE, "decode"], ["dummy or padding", FILLER, "filler"], ["waiting", WAITING, "waiting"]];
-  const traces = kinds.filter(([, kind]) => kind !== FILLER || DATA.has_filler).map(([name, kind, shade]) => ({
-    type: "bar", orientation: "h", name, y: names, x: names.map((_, rank) => 100 * bins.shares[rank * 4 + kind]),
+  const kinds = [["running prompts", PREFILL, "prefill"], ["generating", DECODE, "decode"],
+    ["serving other ranks", SERVING, "serving"], ["dummy or padding", FILLER, "filler"], ["waiting", WAITING, "waiting"]];
+  const shown = kinds.filter(([, kind]) => (kind !== FILLER || DATA.has_filler) && (kind !== SERVING || DATA.has_serving));
+  const traces = shown.map(([name, kind, shade]) => ({
+    type: "bar", orientation: "h", name, y: names, x: names.map((_, rank) => 100 * bins.shares[rank * KINDS + kind]),
     marker: { color: color(shade), line: { width: steps.ranks <= 64 ? 1 : 0, color: color("paper") } },
     hovertemplate: "%{y}: %{x:.1f} % " + name + "<extra></extra>" }));
   Plotly.react("ranks", traces, layout({ height: Math.max(220, Math.min(700, 34 * steps.ranks + 100)), barmode: "stack", bargap: 0.15,
