@@ -67,16 +67,17 @@ class AllToAllDispatcher:
             ones = [1] * self._num_ranks
             recv_sizes = all_to_allv(send_sizes[:, None], ones, ones, self._group, self._deadline_s)[:, 0].tolist()
         sent = _Sent(rows, send_sizes.tolist(), recv_sizes, hidden_states.shape[0])
-        tensors = [hidden_states, topk_ids, topk_weights]
-        packed = torch.cat([_as_bytes(tensor.index_select(0, rows)) for tensor in tensors], dim=1)
+        # Ids and weights travel in the same message, as more columns of the states' dtype.
+        routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[rows]
+        hidden, columns = hidden_states.shape[1], routing.shape[1] * 4 // hidden_states.element_size()
+        packed = hidden_states.new_empty((len(rows), hidden + columns))
+        torch.index_select(hidden_states, 0, rows, out=packed[:, :hidden])
+        packed[:, hidden:] = routing.view(hidden_states.dtype)
         received = self._exchange(packed, sent.send_sizes, recv_sizes, sizes)
-        widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
-        states, ids, weights = (
-            column.contiguous().view(tensor.dtype)
-            for column, tensor in zip(received.split(widths, dim=1), tensors, strict=True)
-        )
+        ids, weights = received[:, hidden:].contiguous().view(torch.int32).chunk(2, dim=1)
+        weights = weights.contiguous().view(torch.float32)
         pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
-        return DispatchHandle(states, *pairs, tuple(sizes), sent)
+        return DispatchHandle(received[:, :hidden], *pairs, tuple(sizes), sent)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `Dispatcher.combine`."""
@@ -86,7 +87,8 @@ class AllToAllDispatcher:
         parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.sizes)
         total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
         for rows, part in zip(sent.rows.split(sent.send_sizes), parts.split(sent.send_sizes), strict=True):
-            total[rows] += part  # one rank after another, and no row twice within one
+            # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
+            total.index_add_(0, rows, part.float())
         return total.to(dtype)
 
     def _exchange(
@@ -133,8 +135,3 @@ def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> floa
 def row_bytes(hidden_size: int, top_k: int, element_size: int) -> int:
     """Return what one row weighs there and back, in bytes: states both ways, ids and weights on the way there."""
     return 2 * hidden_size * element_size + top_k * 8
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """View `[rows, n]` as `[rows, bytes per row]`."""
-    return tensor.contiguous().view(torch.uint8)
