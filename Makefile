@@ -34,3 +34,10 @@ $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-torch.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-torch.txt --editable '.[dev]'
 	touch $(STAMP)
+
+# Runs examples/elixir against this environment. Needs mix, and hex.pm for SnakeBridge; says so where it lacks them.
+elixir: $(STAMP)
+	@command -v mix >/dev/null || { echo "make elixir: not run: no mix on this machine (install Elixir 1.14 or newer)"; exit 0; }; \
+	cd examples/elixir && { mix local.hex --force --if-missing && mix local.rebar --force --if-missing && mix deps.get; } >/dev/null 2>&1 \
+	|| { echo "make elixir: not run: mix could not fetch hex or SnakeBridge (is hex.pm in reach?)"; exit 0; }; \
+	SNAKEBRIDGE_VENV=$(abspath $(VENV)) mix run -e LockstepExample.run

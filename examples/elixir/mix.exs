@@ -1,0 +1,23 @@
+defmodule LockstepExample.MixProject do
+  use Mix.Project
+
+  def project do
+    [
+      app: :lockstep_example,
+      version: "0.1.0",
+      elixir: "~> 1.14",
+      deps: deps(),
+      python_deps: python_deps(),
+      # Reads the Python classes when the project is compiled, and writes a module for each.
+      compilers: [:snakebridge] ++ Mix.compilers()
+    ]
+  end
+
+  def application, do: [extra_applications: [:logger]]
+
+  defp deps, do: [{:snakebridge, "~> 0.16.0"}]
+
+  # `:stdlib` means: installed already, here in the environment that SNAKEBRIDGE_VENV names. From a package index it is
+  # `{:lockstep, "0.1.0", pypi_package: "lockstep-moe", include: [...]}`.
+  defp python_deps, do: [{:lockstep, :stdlib, include: ["DPMetadata", "ParallelConfig"]}]
+end
