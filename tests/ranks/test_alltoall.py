@@ -102,3 +102,25 @@ def test_expected_ranks_and_bytes():
     seen = ranks_needed(ids, 16, 4).sum().item() / 4000
     assert seen == pytest.approx(expected_ranks_per_row(64, 6, 4), rel=0.02)
     assert row_bytes(hidden_size=7168, top_k=8, element_size=2) == 7168 * 2 * 2 + 64
+
+
+def run_auto():
+    from lockstep.dispatch.choose import make_dispatcher
+
+    rank, chosen = dist.get_rank(), []
+    auto, plain = (make_dispatcher(name, dist.group.WORLD, NUM_EXPERTS) for name in ("auto", "allgather"))
+    for counts in ([2, 3], [900, 0], [0, 0]):
+        inputs = MoEInputs.make(counts, 1, num_experts=NUM_EXPERTS, top_k=1, hidden=256)
+        mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
+        outputs = []
+        for dispatcher in (auto, plain):
+            handle = dispatcher.dispatch(*mine, counts)
+            outputs.append(dispatcher.combine(handle.hidden_states[handle.gather_index], handle))
+            chosen.append(handle.state is not None)
+        assert torch.equal(*outputs)
+    return chosen[::2]
+
+
+@pytest.mark.ranks(2)
+def test_auto_takes_the_all_to_all_where_it_saves_more_than_its_count_exchange():
+    assert run_ranks(2, run_auto) == [[False, True, False]] * 2
