@@ -1,13 +1,16 @@
 import doctest
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", ["dp_metadata.md"])
+@pytest.mark.parametrize("page", ["dp_metadata.md", "vllm.md"])
 def test_every_python_example_of_the_page_gives_what_it_shows(page):
     text = (DOCS / page).read_text()
     blocks = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
@@ -30,3 +33,14 @@ def test_every_entry_of_the_published_page_has_a_chapter():
     }
     assert published <= set(chapters)
     assert "## The constructor (`new`)" in (DOCS / "dp_metadata.md").read_text()
+
+
+def test_the_table_of_costs_is_that_of_the_stored_result():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "bench_dp_metadata.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    page = (DOCS / "vllm.md").read_text()
+    (stored,) = re.findall(r"`(benchmarks/results/[^`]+)`", page)
+    rows = [json.loads(line) for line in (ROOT / stored).read_text().splitlines()]
+    assert bench.table(rows) in page
+    assert min(row["times_faster"] for row in rows) >= 25
