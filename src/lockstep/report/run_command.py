@@ -154,7 +154,9 @@ def _check_checkpoint(options: RunOptions) -> None:
     """What can be said of a checkpoint before any rank has started."""
     path = Path(options.model)
     if not path.exists():
-        return  # a Hub id, or an error that every rank will name
+        if path.is_absolute() or len(path.parts) > 2 or options.model.startswith("."):
+            raise ConfigurationError(f"no checkpoint at {path}: there is no such folder")
+        return  # a Hub id
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
 

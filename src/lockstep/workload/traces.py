@@ -39,8 +39,8 @@ class WorkloadOptions:
 
     Attributes:
         rate_scale: arrivals come this many times as fast, > 0.
-        length_scale: lengths known as numbers are multiplied by this and rounded, to at least 1; > 0. A prompt given as
-            text keeps its length.
+        length_scale: the lengths of a trace are multiplied by this and rounded, to at least 1; > 0. Prompts given as
+            text, and what they ask for, keep their lengths.
         max_prompt_tokens: longer prompts are cut to this, >= 1; None for no limit.
         max_new_tokens: longer outputs are cut to this, >= 1; None for no limit.
         num_requests: only the first so many rows of the file, >= 1; None for all.
@@ -67,10 +67,10 @@ class WorkloadOptions:
         if not 0 <= self.max_malformed_share <= 1:
             raise ConfigurationError(f"max_malformed_share must be in 0..1, got {self.max_malformed_share}")
 
-    def lengths(self, num_prompt_tokens: int, max_new_tokens: int, *, scale_prompt: bool = True) -> tuple[int, int]:
+    def lengths(self, num_prompt_tokens: int, max_new_tokens: int, *, scaled: bool = True) -> tuple[int, int]:
         """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each >= 1."""
-        prompt = max(1, round(num_prompt_tokens * self.length_scale)) if scale_prompt else num_prompt_tokens
-        output = max(1, round(max_new_tokens * self.length_scale))
+        scale = self.length_scale if scaled else 1.0
+        prompt, output = max(1, round(num_prompt_tokens * scale)), max(1, round(max_new_tokens * scale))
         return (
             prompt if self.max_prompt_tokens is None else min(prompt, self.max_prompt_tokens),
             output if self.max_new_tokens is None else min(output, self.max_new_tokens),
@@ -225,7 +225,7 @@ class _Reader:
             raise _LineError(f'"prompt" has {num_prompt} tokens')
         num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
         arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
-        return (arrival, *self._options.lengths(num_prompt, num_new, scale_prompt=False), prompt)
+        return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:

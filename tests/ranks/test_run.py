@@ -1,0 +1,183 @@
+"""`lockstep run` as a user starts it: outputs, figures, wrong outputs, wrong input, Ctrl-C, torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lockstep.coordination.step_log import read_step_log
+
+pytestmark = pytest.mark.timeout(180)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _command(*arguments, launcher=()):
+    return [sys.executable, *launcher, "-m", "lockstep.cli", *map(str, arguments)]
+
+
+def _lockstep(*arguments, launcher=(), folder=None):
+    return subprocess.run(
+        _command(*arguments, launcher=launcher), capture_output=True, text=True, env=ENVIRONMENT, timeout=150, cwd=folder
+    )
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """One run of uneven prompts over four ranks, with chunks, that several tests look at."""
+    folder = tmp_path_factory.mktemp("run")
+    workload = folder / "prompts.jsonl"
+    lines = [
+        {"prompt": "Tokens go to their experts and back. " * n, "max_new_tokens": 2 + n % 5, "arrival_s": 0.3 * n}
+        for n in (1, 4, 1, 2, 0, 3, 1)
+        if n
+    ]
+    workload.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = _lockstep(
+        "run", "--workload", workload, "--data-parallel-size", 4, "--max-chunk-size", 16, "--out", folder / "out", "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    return folder / "out", json.loads(result.stdout), len(lines)
+
+
+@pytest.mark.ranks(4)
+def test_the_json_document_has_the_figures_and_all_tokens_are_verified(run_folder):
+    out, document, num_requests = run_folder
+    assert document["requests"] == num_requests
+    assert document["ranks"] == 4
+    assert document["verified"] is True
+    assert document["mismatches"] == 0
+    assert document["compared_tokens"] == document["generated_tokens"] > 0
+    assert document["dummy_rows"] == document["padding_rows"] == 0
+    assert 0 < document["idle_fraction"] < 1
+    assert document["tokens_per_s"] > 0
+    assert json.loads((out / "summary.json").read_text()) == document
+
+
+@pytest.mark.ranks(4)
+def test_what_was_executed_is_what_was_planned(run_folder):
+    out, document, _ = run_folder
+    records = read_step_log(out / "steps.jsonl").records
+    assert len(records) == 4 * document["steps"]
+    outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text().splitlines()]
+    # Every row of every request was computed once: its prompt, and every token but the last.
+    planned = sum(output["num_prompt_tokens"] + output["num_new_tokens"] - 1 for output in outputs)
+    assert sum(record.real_rows for record in records) == planned == document["real_tokens"]
+    assert all(record.num_chunks == records[4 * (index // 4)].num_chunks for index, record in enumerate(records))
+    assert max(record.num_chunks for record in records) > 1
+    assert {output["rank"] for output in outputs} == {0, 1, 2, 3}
+    assert all(output["text"] for output in outputs)
+
+
+@pytest.mark.ranks(4)
+def test_the_report_stands_alone(run_folder):
+    page = (run_folder[0] / "report.html").read_text()
+    assert "http://" not in page.split("<script>", 1)[0]
+    assert "default-src 'none'" in page
+
+
+def test_verification_finds_a_changed_token(run_folder, tmp_path):
+    from lockstep.runner.run import RunOptions
+    from lockstep.runner.verify import verify
+
+    out, document, num_requests = run_folder
+    lines = (out / "outputs.jsonl").read_text().splitlines()
+    changed = json.loads(lines[3])
+    changed["tokens"][-1] ^= 1
+    options = RunOptions(document["model"], document["workload"], str(tmp_path), data_parallel_size=4)
+    (tmp_path / "outputs.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
+    found = verify(options)
+    assert (found.verified, found.mismatches) == (False, 1)
+    assert "request 3 differs at token" in found.first
+    (tmp_path / "outputs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    found = verify(options)
+    assert (found.verified, found.mismatches, found.first) == (False, 1, f"request {num_requests - 1} is missing")
+    (tmp_path / "outputs.jsonl").write_text("")
+    assert verify(options).verified is None
+
+
+@pytest.mark.ranks(2)
+def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+    result = _lockstep(
+        "run", "--data-parallel-size", 2, "--requests", 4, "--max-new-tokens", 3, "--max-prompt-tokens", 40,
+        "--dtype", "bfloat16", "--json", "--out", tmp_path / "out", launcher=torchrun,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["requests"], document["ranks"], document["verified"]) == (4, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-parallel-size", "0"], "data_parallel_size must be >= 1, got 0"),
+        (["--max-chunk-size", "0"], "max_chunk_size must be >= 1, got 0"),
+        (["--max-num-batched-tokens", "0"], "max_num_batched_tokens must be >= 1, got 0"),
+        (["--requests", "-1"], "num_requests must be >= 1, got -1"),
+        (["--dtype", "int3"], "dtype must be one of float32, bfloat16, float16, got 'int3'"),
+        (["--dispatcher", "pigeon"], "got 'pigeon'"),
+        (["--workload", "nowhere.csv"], "nowhere.csv"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--deadline", "0"], "deadline must be > 0"),
+        (["--load-balancing", "luck"], "load_balancing must be one of"),
+        (["--out", "."], "the output folder . exists"),
+        (["--out", ".", "--overwrite"], "is not the folder of an earlier run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, message, tmp_path):
+    from typer.testing import CliRunner
+
+    from lockstep import cli
+
+    (tmp_path / "something").write_text("of mine")
+    runner = CliRunner()
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        result = runner.invoke(cli.app, ["run", *arguments])
+    finally:
+        os.chdir(before)
+    assert result.exit_code != 0
+    assert message in str(result.exception) + result.output
+    assert (tmp_path / "something").read_text() == "of mine"
+
+
+@pytest.mark.ranks(3)
+def test_experts_that_the_ranks_do_not_divide_are_named_by_all_at_once(tmp_path):
+    started = time.monotonic()
+    result = _lockstep("run", "--data-parallel-size", 3, "--requests", 1, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert "16 experts" in result.stderr
+    assert "cannot be divided over 3 ranks" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.ranks(2)
+def test_ctrl_c_ends_all_ranks_within_two_seconds_and_says_how_far_it_came(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        _command("run", "--data-parallel-size", 2, "--requests", 500, "--out", out),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 90
+        while not any(part.stat().st_size for part in out.glob("parts/outputs-rank*.jsonl")):
+            assert time.monotonic() < until, "no request finished in 90 s"
+            time.sleep(0.1)
+        interrupted = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        seconds = time.monotonic() - interrupted
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "requests were finished" in stderr
+    assert seconds < 4  # two on an idle machine
+    finished = [line for part in out.glob("parts/outputs-rank*.jsonl") for line in part.read_text().splitlines()]
+    assert all(json.loads(line)["tokens"] for line in finished)
