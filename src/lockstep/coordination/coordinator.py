@@ -1,21 +1,34 @@
 """One agreement: every rank says what it has, checks what the others said, and knows who is missing."""
 
-import logging
 import time
 from typing import TYPE_CHECKING
 
-from lockstep.coordination.step import WORDS, Header, StepDecision, StepRecord, decide, decode, encode
-from lockstep.coordination.transports import Pending, ProcessGroupTransport, Transport
-from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.step import (
+    MESSAGE_BYTES,
+    Header,
+    StepDecision,
+    StepRecord,
+    decide,
+    decode,
+    decode_message,
+    encode,
+    encode_message,
+)
+from lockstep.coordination.transports import Pending, ProcessGroupTransport, RanksMissing, Transport
+from lockstep.errors import (
+    ConfigurationError,
+    LockstepError,
+    PeerFailedError,
+    RankAbsentError,
+    RankMismatchError,
+    TokenCountError,
+)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
-
-_MESSAGE_ROUNDS = 4  # a failure's message travels in this many exchanges of the same size as a record
-_BYTES_PER_ROUND = (WORDS - 1) * 8
-_ROLL_CALL_S = 0.5
+_MESSAGE_ROUNDS = 4  # a failure's message travels in this many exchanges
 
 
 class Coordinator:
@@ -27,9 +40,9 @@ class Coordinator:
         rank: this rank, 0..num_ranks-1; by default its rank in `process_group`.
         tensor_parallel_size: ranks per group that shares its requests, >= 1.
         deadline_s: longest wait for any other rank, in seconds, > 0.
-        fingerprint: hash of what this rank runs; ranks with another one are refused at the first agreement.
+        fingerprint: hash of what this rank runs, 32 bits; ranks with another one are refused at the first agreement.
         epoch: how often groups have been opened anew; part of every header: a rank of an older epoch is refused.
-        store: a torch store, used only after a wait has failed, to find out who is still there.
+        recorder: keeps what this rank does, and knows where the others are.
 
     Raises:
         ConfigurationError: neither group nor transport, or a deadline or size out of range.
@@ -45,12 +58,14 @@ class Coordinator:
         deadline_s: float = 30.0,
         fingerprint: int = 0,
         epoch: int = 0,
-        store: "dist.Store | None" = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         if transport is None and process_group is None:
             raise ConfigurationError("a coordinator needs a process group or a transport")
         if not deadline_s > 0:
             raise ConfigurationError(f"deadline_s must be > 0, got {deadline_s}")
+        if not 0 <= fingerprint < 2**32:
+            raise ConfigurationError(f"fingerprint must be in 0..2**32-1, got {fingerprint}")
         if transport is None:
             assert process_group is not None
             transport = ProcessGroupTransport(process_group)
@@ -67,10 +82,11 @@ class Coordinator:
         self.num_ranks = transport.num_ranks
         self.tensor_parallel_size = tensor_parallel_size
         self.deadline_s = deadline_s
-        self.fingerprint = fingerprint
         self.epoch = epoch
         self.step = 0
-        self._store = store
+        self.recorder = recorder or FlightRecorder(rank, transport.num_ranks, epoch=epoch)
+        self._header = Header(epoch=epoch, fingerprint=fingerprint)
+        self._collectives = 0
         self._failure = ""
         self._closed_by = ""
 
@@ -79,113 +95,133 @@ class Coordinator:
         """False once a wait has ended in an error: the group is never used again."""
         return not self._closed_by
 
+    @property
+    def can_watch(self) -> bool:
+        """Whether `wanted` can tell."""
+        return self.transport.can_watch
+
+    def wanted(self) -> bool:
+        """Return whether another rank has begun an agreement that this one has not; False where that is not known."""
+        return self.transport.wanted()
+
     def agree(self, record: StepRecord) -> StepDecision:
         """Tell all ranks `record` and return what all of them then know. Collective: every rank must call it.
 
         Raises:
-            RankMismatchError: a header or an `equal` field differs; on all ranks.
+            RankMismatchError: a header or an `equal` field differs, or the collectives issued so far; on all ranks.
             PeerFailedError: another rank said that it failed; carries its message.
             RankAbsentError: ranks did not come before the deadline; the coordinator is unusable from then on.
+            TokenCountError: a negative number of tokens.
         """
+        self.recorder.step = self.step
+        self.recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
+        self._collectives = self.recorder.fingerprint
         return self.begin(record).result()
 
     def begin(self, record: StepRecord) -> "PendingDecision":
         """Send `record` and return at once; `.result()` waits. One agreement may be under way at a time.
 
+        It may be begun while the step before it still runs: the exchange then overlaps that step.
+
         Raises:
             RankAbsentError: the coordinator is unusable since an earlier error.
+            TokenCountError: a negative number of tokens.
         """
         if self._closed_by:
             raise RankAbsentError(
                 f"rank {self.rank}: these groups ended in an error and are not used again: {self._closed_by}"
             )
-        header = Header(epoch=self.epoch, step=self.step, fingerprint=self.fingerprint)
+        if record.num_tokens < 0:
+            raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {self.rank}")
+        words = encode(self._header, self.step, record, self._collectives)
+        step = self.step
         self.step += 1
         try:
-            pending = self.transport.begin(encode(header, record))
+            pending = self.transport.begin(words)
         except ConnectionError as error:
-            raise self._absent(error, header.step, 0.0) from error
-        return PendingDecision(self, header, record, pending)
+            raise self._absent(f"the agreement of step {step} could not be begun ({error})") from error
+        return PendingDecision(self, step, words, record, pending)
 
     def announce_failure(self, error: BaseException) -> None:
         """Keep `error` for the next agreement whose record says `failed`, where its message goes to all ranks."""
         self._failure = f"{type(error).__name__}: {error}"
 
-    def give_up(self, reason: str) -> None:
-        """Mark the ranks' groups as unusable, because a collective other than an agreement did not end."""
-        self._closed_by = self._closed_by or reason
+    def give_up(self, error: BaseException) -> None:
+        """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the others."""
+        if isinstance(error, LockstepError):
+            self.recorder.give_up("absent", str(error), getattr(error, "absent_ranks", ()))
+        else:
+            self.recorder.give_up("failed", f"{type(error).__name__}: {error}", (self.rank,))
+        self._close(error)
 
-    def _conclude(self, header: Header, record: StepRecord, pending: Pending) -> StepDecision:
-        words = self._wait(pending, header.step)
+    def _close(self, error: BaseException) -> None:
+        self._closed_by = self._closed_by or f"{type(error).__name__}: {error}"
+
+    def _conclude(self, step: int, mine: tuple[int, ...], record: StepRecord, pending: Pending) -> StepDecision:
+        recorder = self.recorder
+        if recorder.step != step:  # begun during the step before
+            recorder.step = step
+            recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
+        words = self._wait(pending, step)
+        self._collectives = recorder.fingerprint
         try:
-            decision = decide(decode(words, header, type(record)), self.tensor_parallel_size)
-        except RankMismatchError as error:
-            self._closed_by = str(error)  # the ranks' steps may be out of order from here on
-            raise
-        failed = decision.failed_ranks
-        if failed:
-            messages = self._exchange_messages(self._failure if record.failed else "", header.step)
+            decision = decide(decode(words, mine, type(record)), self.tensor_parallel_size)
+        except (RankMismatchError, TokenCountError) as error:
+            # The ranks' steps may be out of order from here on.
+            recorder.give_up("mismatch", str(error))
+            self._close(error)
+            raise type(error)(f"{error}{recorder.file_note()}") from None
+        if decision.values["failed"]:
+            failed = decision.failed_ranks
+            messages = self._exchange_messages(self._failure if record.failed else "", step)
             if not record.failed:
                 text = "; ".join(f"rank {rank} raised {messages[rank]}" for rank in failed)
-                raise PeerFailedError(
-                    f"rank {self.rank} stops at step {header.step}: {text}", failed[0], messages[failed[0]]
-                )
+                # Who only passes on what another rank did is not to blame.
+                first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
+                raise PeerFailedError(f"rank {self.rank} stops at step {step}: {text}", first, messages[first])
+        recorder.mark(Phase.MODEL if decision.runs_step else Phase.END, detail=decision.num_tokens_across_dp)
         return decision
 
     def _exchange_messages(self, message: str, step: int) -> list[str]:
-        data = message.encode()[: _MESSAGE_ROUNDS * _BYTES_PER_ROUND].ljust(_MESSAGE_ROUNDS * _BYTES_PER_ROUND, b"\0")
+        data = message.encode(errors="replace")[: _MESSAGE_ROUNDS * MESSAGE_BYTES]
         received = [b""] * self.num_ranks
         for index in range(_MESSAGE_ROUNDS):
-            part = data[index * _BYTES_PER_ROUND : (index + 1) * _BYTES_PER_ROUND]
-            words = [index, *(int.from_bytes(part[i : i + 8], "little", signed=True) for i in range(0, len(part), 8))]
+            words = encode_message(data[index * MESSAGE_BYTES : (index + 1) * MESSAGE_BYTES])
             for rank, answer in enumerate(self._wait(self.transport.begin(words), step)):
-                received[rank] += b"".join(word.to_bytes(8, "little", signed=True) for word in answer[1:])
-        return [text.rstrip(b"\0").decode(errors="replace") for text in received]
+                received[rank] += decode_message(answer)
+        return [text.decode(errors="replace") for text in received]
 
-    def _wait(self, pending: Pending, step: int) -> list[list[int]]:
+    def _wait(self, pending: Pending, step: int) -> "list[tuple[int, ...]]":
         started = time.monotonic()
         try:
-            return pending.wait(self.deadline_s)
+            return pending.wait(self.deadline_s, self.recorder.check)  # type: ignore[return-value]
+        except LockstepError as error:  # another rank has ended the wait
+            self._close(error)
+            raise
         except (TimeoutError, ConnectionError) as error:
-            raise self._absent(error, step, time.monotonic() - started) from error
+            ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
+            waited_s = time.monotonic() - started
+            raise self._absent(
+                f"the agreement of step {step} (epoch {self.epoch}) did not end after {waited_s:.2f} s, "
+                f"deadline {self.deadline_s:g} s: {error}",
+                ranks,
+            ) from error
 
-    def _absent(self, error: Exception, step: int, waited_s: float) -> RankAbsentError:
-        absent = self._roll_call(step)
-        if absent:
-            who = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))} did not come to"
-        else:
-            who = "some rank did not come to"
-        message = (
-            f"rank {self.rank}: {who} the agreement of step {step} (epoch {self.epoch}) "
-            f"within {waited_s:.2f} s, deadline {self.deadline_s:g} s: {error}"
-        )
-        self._closed_by = message
-        return RankAbsentError(message, absent)
-
-    def _roll_call(self, step: int) -> tuple[int, ...]:
-        """Find out which ranks have not come: all that are still there write their name into the store."""
-        if self._store is None:
-            return ()
-        keys = [f"roll/{self.epoch}/{step}/{rank}" for rank in range(self.num_ranks)]
-        try:
-            self._store.set(keys[self.rank], "here")
-            until = time.monotonic() + _ROLL_CALL_S
-            while True:
-                missing = tuple(rank for rank, key in enumerate(keys) if not self._store.check([key]))
-                if not missing or time.monotonic() > until:
-                    return missing
-                time.sleep(0.02)
-        except RuntimeError as error:  # the store may have died with the rank that kept it
-            logger.warning("rank %d: no roll call, the store does not answer: %s", self.rank, error)
-            return ()
+    def _absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> RankAbsentError:
+        absent = self.recorder.absent(waited_for, ranks)
+        self._close(absent)
+        return absent
 
 
 class PendingDecision:
     """An agreement that is under way. `result()` may be called more than once; it waits only the first time."""
 
-    def __init__(self, coordinator: Coordinator, header: Header, record: StepRecord, pending: Pending) -> None:
+    def __init__(
+        self, coordinator: Coordinator, step: int, words: tuple[int, ...], record: StepRecord, pending: Pending
+    ) -> None:
         self._coordinator = coordinator
-        self._header = header
+        self._step = step
+        self._words = words
         self._record = record
         self._pending = pending
         self._outcome: StepDecision | Exception | None = None
@@ -194,7 +230,7 @@ class PendingDecision:
         """Wait for all ranks and return the decision, or raise as `Coordinator.agree` does."""
         if self._outcome is None:
             try:
-                self._outcome = self._coordinator._conclude(self._header, self._record, self._pending)
+                self._outcome = self._coordinator._conclude(self._step, self._words, self._record, self._pending)
             except Exception as error:
                 self._outcome = error
         if isinstance(self._outcome, Exception):

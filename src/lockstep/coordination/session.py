@@ -1,18 +1,24 @@
 """Every rank takes part until all have finished, whatever its script does meanwhile."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Literal
+from types import FrameType, TracebackType
+from typing import Any, Literal
 
 from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
 from lockstep.errors import ConfigurationError, TokenCountError
 
-# After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure: a
-# script that has work then waits for the slowest of these pauses.
+# After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure. Where
+# it can be seen that another rank wants a step, pauses are longer: they end when one does, and only show that this rank
+# lives. Otherwise a script that has work waits for the slowest of these pauses.
 _PAUSE_S = (0.0005, 0.008)
+_WATCHED_PAUSE_S = 0.1
+# How often a pause looks for such a rank: this share of the pause, so often at most and at least.
+_LOOK_SHARE, _LOOK_S = 0.05, (0.0002, 0.002)
 
 
 class Session:
@@ -55,8 +61,11 @@ class Session:
         self._over = False
         self._failure: BaseException | None = None
         self._earliest_idle_step = 0.0
+        self._paused = False
+        self._untold = False
         self._owner: int | None = None
         self._thread: threading.Thread | None = None
+        self._ctrl_c = HeldBackInterrupt()
 
     def __enter__(self) -> "Session":
         if self._thread is not None:
@@ -73,11 +82,18 @@ class Session:
     ) -> Literal[False]:
         assert self._thread is not None
         if exc is not None:
-            self._fail(exc)
+            self.fail(exc)
         with self._changed:
-            self._finished = True
+            self._finished = self._untold = True
             self._changed.notify_all()
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException as error:  # Ctrl-C: tell the others, for which one more wait must suffice
+            self.fail(error)
+            self._thread.join(self.coordinator.deadline_s)
+            if self._thread.is_alive():
+                self.coordinator.give_up(error)
+            raise
         if exc is None and self.error is not None:
             raise self.error
         return False
@@ -115,29 +131,62 @@ class Session:
                 raise self._ended()
             self._busy = True
             self._owner = threading.get_ident()
-        try:
-            while True:
+        pause_s = _PAUSE_S[0]
+        while True:
+            self._ctrl_c.hold()
+            try:
                 decision = self._agree(num_tokens)
                 if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens and not decision.paused:
                     return decision
                 # Not yet: a rank of this one's tensor-parallel group is not there, or someone holds all ranks.
                 if decision.runs_step:
                     self._idle(decision)
-                else:
-                    time.sleep(_PAUSE_S[0])
-        except BaseException as error:
-            self._end(error)
-            self._release()
-            raise
+            except BaseException as error:
+                self._end(error)
+                self._release()
+                self._ctrl_c.let_go()
+                raise
+            try:
+                self._ctrl_c.let_go()
+                if not decision.runs_step:
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _PAUSE_S[1])
+            except BaseException:  # between two agreements nobody waits for this rank's rows
+                self._release()
+                raise
 
     def end_step(self) -> None:
-        """Leave the step that `begin_step` began."""
+        """Leave the step that `begin_step` began. Ctrl-C that came during the step is raised here."""
         self._earliest_idle_step = time.monotonic() + self._grace_s
         self._release()
+        self._ctrl_c.let_go()
+
+    def fail(self, error: BaseException) -> None:
+        """Announce at the next agreement that this rank has failed; all sessions end there. The first error counts."""
+        with self._changed:
+            if self._failure is None and not self._over:
+                self._failure = error
+                self._untold = True
+                self.coordinator.announce_failure(error)
+            self._changed.notify_all()
 
     def break_off(self, error: BaseException) -> None:
         """End the session on this rank at once: its groups are in an unknown state, so nothing can be announced."""
         self._end(error)
+
+    def pause(self) -> None:
+        """Hold all ranks: until `resume`, no rank begins a step. Scripts that want one wait. Not from inside a step."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """End this rank's `pause`. Other ranks may hold all ranks still."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._changed:
+            self._paused = paused
+            self._untold = True
+            self._changed.notify_all()
 
     def _take_part(self) -> None:
         """The session's thread: steps with zero rows, until all ranks have finished."""
@@ -156,9 +205,21 @@ class Session:
             finally:
                 self._release()
             if decision is not None and not decision.runs_step:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._over or self._scripts_waiting or self._failure, pause_s)
-                pause_s = min(2 * pause_s, _PAUSE_S[1])
+                self._pause(pause_s)
+                pause_s = min(2 * pause_s, _WATCHED_PAUSE_S if self.coordinator.can_watch else _PAUSE_S[1])
+
+    def _pause(self, pause_s: float) -> None:
+        """Wait until there is something to tell, another rank wants a step, or the time is over."""
+        until = time.monotonic() + pause_s
+        look_s = pause_s
+        if self.coordinator.can_watch:
+            look_s = min(max(pause_s * _LOOK_SHARE, _LOOK_S[0]), _LOOK_S[1])
+        with self._changed:
+            while not (self._over or self._scripts_waiting or self._untold or self.coordinator.wanted()):
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return
+                self._changed.wait(min(left_s, look_s))
 
     def _acquire_idle_turn(self) -> bool:
         with self._changed:
@@ -176,9 +237,10 @@ class Session:
 
     def _agree(self, num_tokens: int) -> StepDecision:
         """One agreement. If this rank has failed, all ranks learn it here, and the session ends."""
-        failure = self._failure
+        with self._changed:
+            failure, unfinished, self._untold = self._failure, num_tokens > 0 or not self._finished, False
         if failure is None:
-            return self.coordinator.agree(StepRecord(num_tokens, unfinished=num_tokens > 0 or not self._finished))
+            return self.coordinator.agree(StepRecord(num_tokens, unfinished, self._paused))
         self.coordinator.agree(StepRecord(failed=True))
         raise failure
 
@@ -186,14 +248,7 @@ class Session:
         try:
             self._run_idle_step(decision)
         except Exception as error:  # this rank's experts broke while they ran for others: say so at the next agreement
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            if self._failure is None and not self._over:
-                self._failure = error
-                self.coordinator.announce_failure(error)
-            self._changed.notify_all()
+            self.fail(error)
 
     def _release(self) -> None:
         with self._changed:
@@ -206,7 +261,44 @@ class Session:
             if not self._over:
                 self._over = True
                 self.error = error
+                self.coordinator.recorder.mark(Phase.LEFT)
             self._changed.notify_all()
 
     def _ended(self) -> BaseException:
         return self.error or RuntimeError("this session has ended")
+
+
+class HeldBackInterrupt:
+    """Holds Ctrl-C back while a rank is inside a step, where it would leave the other ranks in the middle of one.
+
+    A second Ctrl-C is not held back. Threads other than the main one never get it, so there this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._came = False
+
+    def hold(self) -> None:
+        """Begin to hold it back; once more does nothing."""
+        if self._handler is not None or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            self._handler, self._came = handler, False
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    def let_go(self) -> None:
+        """Hand on what was held back, and hold back no more."""
+        handler = self._handler
+        if handler is None or threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, handler)
+        self._handler = None
+        if self._came:
+            self._came = False
+            handler(signal.SIGINT, None)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._came and self._handler is not None:
+            self._handler(number, frame)
+        self._came = True

@@ -4,18 +4,21 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 from lockstep._version import __version__
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 1
-WORDS = 32
-"""Length of a record on the wire, in 64-bit words. Fixed, so that even two unlike record classes can be told apart."""
+HEADER_WORDS = 9
+MAX_FIELDS = 24
+WORDS = HEADER_WORDS + 2 * MAX_FIELDS
+"""Longest record on the wire, in words of 32 bits: a header, then two words per field."""
 
-_MAGIC = 0x4C4F434B53544550  # "LOCKSTEP"
-_HEADER_WORDS = 8
-MAX_FIELDS = WORDS - _HEADER_WORDS
+_MAGIC = 0x4C53 << 16  # "LS"; the low half of the first word is the record's length in words
+_MASK = 0xFFFFFFFF
+_MAX_CACHED_RECORDS = 4096
 
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
@@ -74,18 +77,16 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What must be the same on all ranks before any of their numbers may be believed.
+    """What must be the same on all ranks before any of their numbers may be believed. Each fits into 32 bits.
 
     Attributes:
         epoch: how often the ranks have opened new groups after an error.
-        step: number of the agreement within the epoch, from 0.
-        fingerprint: hash of what this rank is about to run (model, sizes, record fields); 0..2**62.
+        fingerprint: hash of what this rank is about to run (model, sizes, options).
         protocol: version of the wire format.
         package: version of Lockstep, as `major * 10**6 + minor * 10**3 + patch`.
     """
 
     epoch: int = 0
-    step: int = 0
     fingerprint: int = 0
     protocol: int = PROTOCOL_VERSION
     package: int = sum(int(part) * 1000 ** (2 - i) for i, part in enumerate(__version__.split(".")[:3]))
@@ -127,29 +128,50 @@ class StepDecision:
         return tuple(rank for rank, record in enumerate(self.records) if record.failed)
 
 
-_layouts: dict[type[StepRecord], tuple[tuple[str, str], ...]] = {}
+class _Layout:
+    """How the fields of one record class travel: their names, reducers and places, worked out once per class."""
+
+    def __init__(self, record_class: type[StepRecord]) -> None:
+        items = fields(record_class)
+        for item in items:
+            if "decided_by" not in item.metadata:
+                raise ConfigurationError(
+                    f"field {item.name!r} of {record_class.__name__} does not say how it is decided: use decided(...)"
+                )
+        if len(items) > MAX_FIELDS:
+            raise ConfigurationError(f"{record_class.__name__} has {len(items)} fields; at most {MAX_FIELDS} travel")
+        self.record_class = record_class
+        self.names = tuple(item.name for item in items)
+        self.reducers = tuple(item.metadata["decided_by"] for item in items)
+        self.values_of: Callable[[StepRecord], tuple[int, ...]] = attrgetter(*self.names)
+        # Unlike classes are told apart by it.
+        self.fingerprint = zlib.crc32(repr(tuple(zip(self.names, self.reducers, strict=True))).encode())
+        self.num_words = HEADER_WORDS + 2 * len(items)
+        self.as_longs = struct.Struct(f"<{len(items)}q")
+        self.as_words = struct.Struct(f"<{2 * len(items)}I")
+        self._records: dict[tuple[int, ...], StepRecord] = {}
+
+    def record(self, words: tuple[int, ...]) -> StepRecord:
+        """Return the record of some field words. Records never change and few differ, so they are kept."""
+        record = self._records.get(words)
+        if record is None:
+            longs = self.as_longs.unpack(self.as_words.pack(*words))
+            values = [bool(v) if r in ("any", "all") else v for v, r in zip(longs, self.reducers, strict=True)]
+            record = self.record_class(*values)
+            if len(self._records) >= _MAX_CACHED_RECORDS:
+                self._records.clear()
+            self._records[words] = record
+        return record
 
 
-def _layout(record_class: type[StepRecord]) -> tuple[tuple[str, str], ...]:
-    """The (name, reducer) of each field of a record class, in wire order."""
-    if record_class in _layouts:
-        return _layouts[record_class]
-    layout = []
-    for item in fields(record_class):
-        if "decided_by" not in item.metadata:
-            raise ConfigurationError(
-                f"field {item.name!r} of {record_class.__name__} does not say how it is decided: use decided(...)"
-            )
-        layout.append((item.name, item.metadata["decided_by"]))
-    if len(layout) > MAX_FIELDS:
-        raise ConfigurationError(f"{record_class.__name__} has {len(layout)} fields; at most {MAX_FIELDS} travel")
-    _layouts[record_class] = tuple(layout)
-    return _layouts[record_class]
+_layouts: dict[type[StepRecord], _Layout] = {}
 
 
-def _layout_fingerprint(record_class: type[StepRecord]) -> int:
-    """A hash of field names and reducers, so that unlike classes are told apart."""
-    return zlib.crc32(repr(_layout(record_class)).encode())
+def _layout(record_class: type[StepRecord]) -> _Layout:
+    layout = _layouts.get(record_class)
+    if layout is None:
+        layout = _layouts[record_class] = _Layout(record_class)
+    return layout
 
 
 def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> StepDecision:
@@ -176,25 +198,25 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
             f"{len(records)} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
         )
     record_class = type(records[0])
-    for rank, record in enumerate(records):
-        if type(record) is not record_class:
-            raise RankMismatchError(
-                f"rank {rank} sent a {type(record).__name__} where rank 0 sent a {record_class.__name__}"
-            )
-        if record.num_tokens < 0:
-            raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {rank}")
+    if len(set(map(type, records))) > 1:
+        rank, other = next((i, type(r).__name__) for i, r in enumerate(records) if type(r) is not record_class)
+        raise RankMismatchError(f"rank {rank} sent a {other} where rank 0 sent a {record_class.__name__}")
+    layout = _layout(record_class)
+    columns = list(zip(*map(layout.values_of, records), strict=True))
+    num_tokens = columns[0]
+    if min(num_tokens) < 0:
+        rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
+        raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
     values: dict[str, Any] = {}
-    for name, reducer in _layout(record_class):
-        column = tuple([getattr(record, name) for record in records])
+    for name, reducer, column in zip(layout.names, layout.reducers, columns, strict=True):
         if reducer == "equal" and len(set(column)) > 1:
             raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
         values[name] = _REDUCERS[reducer](column)
 
-    num_tokens = [record.num_tokens for record in records]
     if values["paused"] or values["failed"]:
         counts = (0,) * (len(records) // tensor_parallel_size)
     elif tensor_parallel_size == 1:
-        counts = tuple(num_tokens)
+        counts = num_tokens
     else:
         groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, len(records), tensor_parallel_size)]
         for index, group in enumerate(groups):
@@ -207,72 +229,105 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
     return StepDecision(tuple(records), counts, values)
 
 
-def encode(header: Header, record: StepRecord) -> list[int]:
-    """Return a header and a record as `[WORDS]` integers of 64 bits, with a checksum.
+def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> tuple[int, ...]:
+    """Return a header and a record as words of 32 bits, at most `WORDS`, which add up to 0 modulo 2**32.
+
+    Args:
+        header: of this rank.
+        step: number of the agreement within the epoch, from 0.
+        record: of any class.
+        collectives: hash of the collectives that this rank has issued so far.
 
     Raises:
-        TokenCountError: a value that does not fit into 63 bits.
+        TokenCountError: a value that does not fit into 64 bits.
     """
     layout = _layout(type(record))
-    values = [int(getattr(record, name)) for name, _ in layout]
-    for (name, _), value in zip(layout, values, strict=True):
-        if not -(2**63) <= value < 2**63:
-            raise TokenCountError(f"{name} must fit into 64 bits, got {value}")
-    words = [
-        _MAGIC,
-        header.protocol,
-        header.package,
-        header.epoch,
-        header.step,
-        header.fingerprint,
-        _layout_fingerprint(type(record)),
-        0,
-        *values,
-        *[0] * (MAX_FIELDS - len(values)),
-    ]
-    words[7] = _checksum(words)
-    return words
+    try:
+        packed = layout.as_longs.pack(*layout.values_of(record))
+    except struct.error:
+        name, value = next(
+            (name, value)
+            for name, value in zip(layout.names, layout.values_of(record), strict=True)
+            if not isinstance(value, int) or not -(2**63) <= value < 2**63
+        )
+        raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
+    head = (
+        _MAGIC | layout.num_words, header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint,
+        layout.fingerprint, collectives,
+    )  # fmt: skip
+    body = layout.as_words.unpack(packed)
+    return (*head, -(sum(head) + sum(body)) & _MASK, *body)
 
 
-def decode(all_words: Sequence[Sequence[int]], mine: Header, record_class: type[StepRecord]) -> list[StepRecord]:
+def decode(
+    all_words: Sequence[Sequence[int]], mine: Sequence[int], record_class: type[StepRecord]
+) -> tuple[StepRecord, ...]:
     """Check every rank's header against the others' and return the records, in rank order.
 
     Every rank checks all headers, so either all ranks raise or none does.
 
     Args:
-        all_words: what each rank sent, `[ranks][WORDS]`.
-        mine: this rank's own header.
+        all_words: what each rank sent, `[ranks][words]`; words beyond a record's length are ignored.
+        mine: what this rank sent.
         record_class: the class of this rank's record.
 
     Raises:
         RankMismatchError: naming the first header field that differs and each rank's value of it.
     """
-    for rank, words in enumerate(all_words):
-        if len(words) != WORDS or words[0] != _MAGIC or words[7] != _checksum(words):
-            raise RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's (checksum differs)")
-    names = ("protocol version", "package version", "epoch", "step", "fingerprint", "record fields")
-    for index, name in enumerate(names, start=1):
-        column = [words[index] for words in all_words]
-        if len(set(column)) > 1:
-            raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
     layout = _layout(record_class)
-    # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
-    expected = (mine.protocol, mine.package, mine.epoch, mine.step, mine.fingerprint, _layout_fingerprint(record_class))
-    if tuple(all_words[0][1:7]) != expected:
-        raise RankMismatchError(f"the exchange returned header {tuple(all_words[0][1:7])}, this rank sent {expected}")
-    booleans = [reducer in ("any", "all") for _, reducer in layout]
+    stop, head = layout.num_words, tuple(mine[: HEADER_WORDS - 1])
     records = []
     for words in all_words:
-        values: list[Any] = list(words[_HEADER_WORDS : _HEADER_WORDS + len(layout)])
-        records.append(record_class(*[bool(v) if is_bool else v for v, is_bool in zip(values, booleans, strict=True)]))
-    return records
+        words = tuple(words[:stop])
+        if words[: HEADER_WORDS - 1] != head or sum(words) & _MASK:
+            raise _mismatch(all_words, mine)
+        try:
+            records.append(layout.record(words[HEADER_WORDS:]))
+        except struct.error:
+            raise _mismatch(all_words, mine) from None
+    return tuple(records)
 
 
-_pack = struct.Struct(f"<{WORDS - 1}q").pack
+_HEADER_NAMES = (
+    "record length", "protocol version", "package version", "epoch", "step", "fingerprint", "record fields",
+    "the collectives that they have issued (hash; debug=True names the first)",
+)  # fmt: skip
 
 
-def _checksum(words: Sequence[int]) -> int:
-    return zlib.crc32(_pack(*words[:7], *words[8:]))
+def _mismatch(all_words: Sequence[Sequence[int]], mine: Sequence[int]) -> RankMismatchError:
+    """Say what is wrong with the ranks' words. Something is."""
+    for rank, words in enumerate(all_words):
+        length = words[0] & 0xFFFF if len(words) and 0 <= words[0] <= _MASK else 0
+        if (
+            not HEADER_WORDS <= length <= len(words)
+            or words[0] >> 16 << 16 != _MAGIC
+            or not all(0 <= word <= _MASK for word in words[:length])
+            or sum(words[:length]) & _MASK
+        ):
+            return RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's (checksum differs)")
+    for index in (1, 2, 3, 4, 5, 6, 0, 7):
+        column = [words[index] for words in all_words]
+        if len(set(column)) > 1:
+            return RankMismatchError(f"ranks disagree about {_HEADER_NAMES[index]}: {_by_rank(column)}")
+    # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
+    return RankMismatchError(f"the exchange returned header {list(all_words[0][:8])}, this rank sent {list(mine[:8])}")
+
+
+MESSAGE_BYTES = 4 * (WORDS - 1)
+"""Bytes of a message that travel in one exchange."""
+
+
+def encode_message(part: bytes) -> tuple[int, ...]:
+    """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
+    return (len(part), *struct.unpack(f"<{WORDS - 1}I", part.ljust(MESSAGE_BYTES, b"\0")))
+
+
+def decode_message(words: Sequence[int]) -> bytes:
+    """Return the bytes of `encode_message`; nothing where the words are of something else."""
+    try:
+        return struct.pack(f"<{WORDS - 1}I", *words[1:WORDS])[: max(0, min(words[0], MESSAGE_BYTES))]
+    except struct.error:
+        return b""
 
 
 def _by_rank(values: Sequence[int]) -> str:

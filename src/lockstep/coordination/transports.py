@@ -1,32 +1,71 @@
-"""How records travel. A transport moves `[WORDS]` integers of each rank to all ranks, and knows when to give up."""
+"""How records travel. A transport moves a few integers of each rank to all ranks, and knows when to give up."""
 
 import datetime
+import os
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-_SLICE_S = 0.2
+from lockstep.coordination.board import Board
+from lockstep.coordination.step import HEADER_WORDS, WORDS, decode_message, encode_message
+
+CHECK_S = 0.1
+"""How often a wait looks whether the others are still there, in seconds."""
+
+# A wait in shared memory looks without pause for the first time, gives way to other threads up to the second, and then
+# sleeps between looks, longer and longer.
+_SPIN_NS = 60_000
+_YIELD_NS = 400_000
+_SLEEP_S = (0.00002, 0.001)
 
 
 class Pending(Protocol):
     """An exchange that is under way."""
 
-    def wait(self, timeout_s: float) -> list[list[int]]:
-        """Return every rank's words, `[ranks][words]`; `TimeoutError` or `ConnectionError` where they do not come."""
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Sequence[int]]:
+        """Return every rank's words, `[ranks][words]`. After an interruption it may be called again.
+
+        Args:
+            timeout_s: longest wait, in seconds.
+            check: called from time to time; ends the wait by raising.
+
+        Raises:
+            TimeoutError: they did not all come; `ranks_missing` names those that are known not to have come.
+            ConnectionError: a peer's connection broke.
+        """
         ...
 
 
 class Transport(Protocol):
-    """One exchange at a time among the ranks of a group."""
+    """One exchange at a time among the ranks of a group.
+
+    Attributes:
+        num_ranks: of the group.
+        can_watch: whether `wanted` can tell.
+    """
 
     num_ranks: int
+    can_watch: bool
 
     def begin(self, words: Sequence[int]) -> Pending:
-        """Send this rank's words and return at once."""
+        """Send this rank's words, at most `WORDS` of 32 bits, and return at once."""
         ...
+
+    def wanted(self) -> bool:
+        """Return whether another rank has begun an exchange that this one has not; False where that is not known."""
+        ...
+
+
+class RanksMissing(TimeoutError):
+    """An exchange that did not end, with the ranks that have not sent anything, where that is known."""
+
+    def __init__(self, message: str, ranks_missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks_missing = ranks_missing
 
 
 class ProcessGroupTransport:
@@ -36,20 +75,27 @@ class ProcessGroupTransport:
         process_group: any group; gloo exchanges on the CPU, NCCL through the current device.
     """
 
+    can_watch = False
+
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.num_ranks = process_group.size()
         self._device = torch.device("cuda") if dist.get_backend(process_group) == "nccl" else torch.device("cpu")
 
     def begin(self, words: Sequence[int]) -> "_PendingAllGather":
-        """Send this rank's words, `[words]` integers of 64 bits."""
-        mine = torch.tensor(words, dtype=torch.int64, device=self._device)
-        everyones = torch.empty(self.num_ranks, len(words), dtype=torch.int64, device=self._device)
+        """See `Transport`."""
+        # Always the same length, so that even two unlike records can be told apart.
+        mine = torch.tensor([*words, *[0] * (WORDS - len(words))], dtype=torch.int64, device=self._device)
+        everyones = torch.empty(self.num_ranks, WORDS, dtype=torch.int64, device=self._device)
         try:
             work = dist.all_gather(list(everyones), mine, group=self.process_group, async_op=True)
         except RuntimeError as error:
             raise ConnectionError(f"the exchange could not be started: {first_line(error)}") from error
         return _PendingAllGather(work, mine, everyones)
+
+    def wanted(self) -> bool:
+        """See `Transport`."""
+        return False
 
 
 class _PendingAllGather:
@@ -58,13 +104,167 @@ class _PendingAllGather:
         self._mine = mine  # kept: the transfer reads it until it is done
         self._everyones = everyones
 
-    def wait(self, timeout_s: float) -> list[list[int]]:
-        wait_for(self._work, timeout_s)
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[list[int]]:
+        wait_for(self._work, timeout_s, check)
         return self._everyones.tolist()
 
 
-def wait_for(work: dist.Work, timeout_s: float) -> None:
+class SharedMemoryTransport:
+    """Exchange through a board in shared memory, for ranks of one host.
+
+    Each rank writes its words, each with the number of the exchange beside it, and looks until the words of all others
+    carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has seen all
+    others in the next, so nobody reads the old one any more.
+
+    Args:
+        board: shared by all ranks.
+        rank: this rank.
+    """
+
+    can_watch = True
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self.board = board
+        self.rank = rank
+        self.num_ranks = board.num_ranks
+        self._sequence = 0
+        self._starts = [[board.exchange_offset(parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
+        self._others = [r for r in range(board.num_ranks) if r != rank]
+        # With fewer cores than ranks a rank that looks without pause keeps another from answering.
+        self._spin_ns = _SPIN_NS if len(os.sched_getaffinity(0)) >= board.num_ranks else 0
+
+    def begin(self, words: Sequence[int]) -> "_PendingBoard":
+        """See `Transport`."""
+        self._sequence = self._sequence + 1 & 0xFFFFFFFF
+        tag = self._sequence << 32
+        start = self._starts[self._sequence & 1][self.rank]
+        packed = _QUADS[len(words)].pack(*[word | tag for word in words])
+        self.board.bytes[start : start + len(packed)] = packed
+        return _PendingBoard(self, words, self._sequence)
+
+    def wanted(self) -> bool:
+        """See `Transport`."""
+        following = self._sequence + 1 & 0xFFFFFFFF
+        words, starts = self.board.words, self._starts[following & 1]
+        return any(words[starts[rank] >> 3] >> 32 == following for rank in self._others)
+
+
+class _PendingBoard:
+    def __init__(self, transport: SharedMemoryTransport, words: Sequence[int], sequence: int) -> None:
+        self._transport = transport
+        self._length = len(words)
+        self._tags = sequence * _ONES[len(words)]
+        self._tag = sequence
+        self._received: list[Sequence[int]] = [words] * transport.num_ranks
+        self._missing = transport._others
+
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Sequence[int]]:
+        if self._look():
+            return self._received
+        started = time.monotonic_ns()
+        deadline = started + int(timeout_s * 1e9)
+        next_check = started + int(CHECK_S * 1e9)
+        spin_until, yield_until = started + self._transport._spin_ns, started + _YIELD_NS
+        sleep_s = _SLEEP_S[0]
+        while True:
+            now = time.monotonic_ns()
+            if now >= spin_until:
+                if now < yield_until:
+                    os.sched_yield()  # to other processes
+                    time.sleep(0)  # to other threads of this one
+                else:
+                    time.sleep(sleep_s)
+                    sleep_s = min(1.3 * sleep_s, _SLEEP_S[1])
+                    self._look_for_other_lengths()
+            if self._look():
+                return self._received
+            if now >= next_check:
+                next_check = now + int(CHECK_S * 1e9)
+                if check is not None:
+                    check()
+            if now >= deadline:
+                missing = tuple(self._missing)
+                raise RanksMissing(f"no answer within {timeout_s:.3g} s", missing)
+
+    def _look(self) -> bool:
+        """Take what has come; return whether that is all."""
+        transport, length, tags = self._transport, self._length, self._tags
+        starts, data = transport._starts[self._tag & 1], transport.board.bytes
+        mask, payload = _TAG_MASKS[length], _PAYLOADS[length]
+        missing = []
+        for rank in self._missing:
+            start = starts[rank]
+            raw = data[start : start + 8 * length].tobytes()
+            if int.from_bytes(raw, "little") & mask == tags:
+                self._received[rank] = payload.unpack(raw)
+            else:
+                missing.append(rank)
+        self._missing = missing
+        return not missing
+
+    def _look_for_other_lengths(self) -> None:
+        """Take records of unlike classes too, which are longer or shorter than this rank's."""
+        transport = self._transport
+        for rank in list(self._missing):
+            start = transport._starts[self._tag & 1][rank]
+            words = _QUADS[WORDS].unpack(transport.board.bytes[start : start + 8 * WORDS].tobytes())
+            length = words[0] & 0xFFFF
+            if HEADER_WORDS <= length <= WORDS and all(word >> 32 == self._tag for word in words[:length]):
+                self._received[rank] = [word & 0xFFFFFFFF for word in words[:length]]
+                self._missing = [other for other in self._missing if other != rank]
+
+
+_QUADS = [struct.Struct(f"={count}Q") for count in range(WORDS + 1)]
+_PAYLOADS = [struct.Struct("<" + "I4x" * count) for count in range(WORDS + 1)]
+_ONES = [int.from_bytes(b"\0\0\0\0\1\0\0\0" * count, "little") for count in range(WORDS + 1)]
+_TAG_MASKS = [0xFFFFFFFF * ones for ones in _ONES]
+
+
+def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
+    """Return the fastest transport that all ranks of a group can use: shared memory if they share a host. Collective.
+
+    Args:
+        process_group: gloo; stays in use where there is no shared memory.
+        timeout_s: longest wait for any rank, in seconds.
+
+    Returns:
+        The transport, and the board that it is over, if it is.
+
+    Raises:
+        TimeoutError: a rank did not come.
+        ConnectionError: a peer's connection broke.
+    """
+    transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
+    try:
+        if rank == 0:
+            try:
+                board = Board.create(transport.num_ranks)
+            except OSError:  # no shared memory here, or none left: the group does as well
+                board = None
+        name = decode_message(transport.begin(encode_message(board.name.encode() if board else b"")).wait(timeout_s)[0])
+        if rank != 0 and name:
+            try:
+                board = Board.attach(name.decode(errors="replace"), transport.num_ranks)
+            except (OSError, ValueError):  # another host, or a container with shared memory of its own
+                board = None
+        if board is not None:
+            board.register(rank)
+        votes = transport.begin([int(board is not None)]).wait(timeout_s)
+    finally:
+        if rank == 0 and board is not None:
+            board.unlink()
+    if board is not None and all(vote[0] == 1 for vote in votes):
+        return SharedMemoryTransport(board, rank), board
+    return transport, None
+
+
+def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None = None) -> None:
     """Wait for a collective at most `timeout_s` seconds.
+
+    Args:
+        work: of an asynchronous collective.
+        timeout_s: longest wait, in seconds.
+        check: called every `CHECK_S` seconds; ends the wait by raising.
 
     Raises:
         TimeoutError: it did not end in time.
@@ -75,14 +275,18 @@ def wait_for(work: dist.Work, timeout_s: float) -> None:
         # Slices, because Python sees Ctrl-C only between two waits. A slice that ends leaves the collective running.
         left_s = deadline - time.monotonic()
         try:
-            work.wait(datetime.timedelta(seconds=min(max(left_s, 0.001), _SLICE_S)))
+            work.wait(datetime.timedelta(seconds=min(max(left_s, 0.001), CHECK_S)))
             return
         except RuntimeError as error:
             message = first_line(error)
-            if "imed out" not in message and "imeout" not in message:
+            timed_out = "imed out" in message or "imeout" in message
+            if not timed_out:
                 raise ConnectionError(f"a peer's connection broke ({message})") from error
-            if left_s <= _SLICE_S:
+            # The group's own limit may come a little before ours; what it ended does not go on.
+            if left_s <= CHECK_S or work.is_completed():
                 raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
+        if check is not None:
+            check()
 
 
 def first_line(error: BaseException) -> str:

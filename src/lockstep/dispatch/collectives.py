@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination.flight_recorder import recorder_of
 from lockstep.coordination.transports import wait_for
-from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
+from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 DEADLINE_S = 30.0
 
@@ -64,7 +65,7 @@ def all_gatherv(
         RankAbsentError: a rank did not come in time; the group must not be used again.
     """
     rank = _check("all_gatherv", tensors, sizes, group)
-    _record("all_gatherv", sizes)
+    _record("all_gatherv", sizes, group, deadline_s)
     if not sum(sizes):
         return [tensor.new_empty((0, *tensor.shape[1:])) for tensor in tensors]
     # One message per rank, not one per tensor: rows of all tensors travel side by side as bytes.
@@ -159,7 +160,7 @@ def all_to_allv(
             f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}"
         )
     # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
-    _record(name, send_sizes if name != "all_to_allv" else ())
+    _record(name, send_sizes if name != "all_to_allv" else (), group, deadline_s)
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
     work = dist.all_to_all_single(
         received, rows.contiguous(), list(recv_sizes), list(send_sizes), group=group, async_op=True
@@ -172,15 +173,20 @@ def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: fl
     if dist.get_backend(group) == "nccl":
         work.wait()  # orders streams; the host goes on, and NCCL's own watchdog keeps the group's deadline
         return
-    rank = dist.get_rank(group)
+    recorder = recorder_of(group)
     started = time.perf_counter()
     try:
-        wait_for(work, deadline_s)
+        wait_for(work, deadline_s, recorder.check if recorder is not None else None)
         _waited.seconds = waited_s() + time.perf_counter() - started
+    except LockstepError:  # another rank has ended the wait
+        raise
     except (TimeoutError, ConnectionError) as error:
-        raise RankAbsentError(
-            f"rank {rank}: {name} did not end within {deadline_s:g} s: {error}; its group is not used again"
-        ) from error
+        waited_for = (
+            f"{name} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
+        )
+        if recorder is not None:
+            raise recorder.absent(waited_for) from error
+        raise RankAbsentError(f"rank {dist.get_rank(group)}: {waited_for}; its group is not used again") from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,6 +216,10 @@ def _check_sizes(name: str, sizes: Sequence[int], group: dist.ProcessGroup) -> N
             raise TokenCountError(f"{name}: sizes must be >= 0, got {size} on rank {rank}")
 
 
-def _record(name: str, sizes: Sequence[int]) -> None:
+def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float) -> None:
     for log in _recorders:
         log.append((name, tuple(sizes)))
+    recorder = recorder_of(group)
+    # Groups of some ranks have collectives of their own.
+    if recorder is not None and recorder.num_ranks == group.size():
+        recorder.collective(name, sizes, group, deadline_s)

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +16,21 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
 from lockstep.coordination.forward_context import ForwardContext, set_forward_context
+from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
+from lockstep.coordination.transports import first_line, open_transport
 from lockstep.dispatch.choose import make_dispatcher
 from lockstep.dispatch.collectives import DEADLINE_S
-from lockstep.errors import ConfigurationError, RankAbsentError, RankMismatchError, TokenCountError
+from lockstep.errors import (
+    ConfigurationError,
+    PeerFailedError,
+    RankAbsentError,
+    RankMismatchError,
+    TokenCountError,
+)
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
@@ -42,6 +50,7 @@ def from_pretrained(
     dispatcher: str = "allgather",
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
+    debug: bool = False,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
@@ -57,6 +66,7 @@ def from_pretrained(
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
         process_group: the ranks; all of them by default. Left open.
         deadline_s: longest wait for any rank, in seconds.
+        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; by default this rank's GPU, or the CPU where there is none.
         **kwargs: for `lockstep.models.loading.load_pretrained`: `revision`, `local_files_only`, `trust_remote_code`.
@@ -84,7 +94,7 @@ def from_pretrained(
     )
     if group is None:
         return model
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s))
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug))
     return model
 
 
@@ -95,6 +105,7 @@ def parallelize(
     dispatcher: str = "allgather",
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
+    debug: bool = False,
 ) -> Any:
     """Spread the experts of a Transformers MoE model that is already in memory over all ranks, each keeping its own.
 
@@ -106,6 +117,7 @@ def parallelize(
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
         process_group: the ranks; all of them by default. Left open.
         deadline_s: longest wait for any rank, in seconds.
+        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
 
     Returns:
         The same model, ready for `join`.
@@ -122,7 +134,7 @@ def parallelize(
     config = _parallel_config(group, 1)
     shard_experts(model, config.rank, config.world_size)
     model.eval()
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s))
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug))
     return model
 
 
@@ -175,6 +187,8 @@ def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
 
 _models = itertools.count()
 
+_OPEN_S = 5.0
+
 
 class ModelParallel:
     """What a model that is spread over the ranks carries with it: its layers, its groups, the present step.
@@ -189,10 +203,12 @@ class ModelParallel:
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
         dispatcher: name of the backend.
         deadline_s: longest wait for any rank, in seconds.
+        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
 
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
         coordinator: filled by `open`.
+        recorder: what this rank did last; filled by `open`.
         session: the `join` block that the model is in, if any.
     """
 
@@ -204,6 +220,7 @@ class ModelParallel:
         max_chunk_size_per_rank: int | None,
         dispatcher: str,
         deadline_s: float,
+        debug: bool = False,
     ) -> None:
         if max_chunk_size_per_rank is not None and max_chunk_size_per_rank < 1:
             raise ConfigurationError(f"max_chunk_size_per_rank must be >= 1, got {max_chunk_size_per_rank}")
@@ -214,15 +231,17 @@ class ModelParallel:
         self.max_chunk_size_per_rank = max_chunk_size_per_rank
         self.dispatcher_name = dispatcher
         self.deadline_s = deadline_s
+        self.debug = debug
         self.layers: list[MoELayer] = []
         self.coordinator: Coordinator
+        self.recorder: FlightRecorder
         self.session: Session | None = None
         self._process_group = process_group
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
         self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
         self._groups: list[dist.ProcessGroup] = []
         self._epoch = -1
-        self._times_opened = 0
+        self._meeting = MeetingPlace(self._store, config.rank, config.world_size)
         self._plan: ChunkPlan | None = None
         self._layers_done = 0
         self._device_set = threading.local()
@@ -237,7 +256,8 @@ class ModelParallel:
             RankMismatchError: naming the setting that differs and each rank's value.
         """
         usable = self._epoch >= 0 and self.coordinator.usable
-        answers = self._meet({"usable": usable, "epoch": self._epoch, **self._settings()})
+        facts = {"usable": usable, "epoch": self._epoch, **self._settings()}
+        answers = self._meeting.meet(facts, self.deadline_s)
         for name in self._settings():
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
@@ -250,8 +270,11 @@ class ModelParallel:
 
     def close(self) -> None:
         """Close the groups that `open` opened. Groups that ended in an error are left to the end of the process."""
-        if self._epoch >= 0 and self.coordinator.usable:
-            for group in self._groups:
+        if self._epoch >= 0:
+            self.recorder.close()
+        for group in self._groups:
+            watch_group(group, None)
+            if self.coordinator.usable:
                 dist.destroy_process_group(group)
         self._groups = []
         self._epoch = -1
@@ -265,25 +288,22 @@ class ModelParallel:
         plan = self._begin(decision)
         counts = plan.num_tokens_across_dp
         metadata = DPMetadata.make(self.config, counts[self.config.data_parallel_rank], counts)
+        failure: BaseException | None = None
         try:
-            with set_forward_context(ForwardContext(metadata, plan, step=self.coordinator.step - 1)):
+            with set_forward_context(ForwardContext(metadata, plan, step=self.recorder.step)):
                 yield plan
+        except BaseException as error:
+            failure = error
+            raise
         finally:
-            try:
-                self._take_part(plan)
-            finally:
-                self._plan = None
+            self._end_step(plan, failure)
 
     def run_idle_step(self, decision: StepDecision) -> None:
         """Take part in a step without rows: this rank's experts run for the others, nothing else does."""
         if self.layers[0].device.type == "cuda" and not getattr(self._device_set, "done", False):
             torch.cuda.set_device(self.layers[0].device)  # the current device is each thread's own
             self._device_set.done = True
-        plan = self._begin(decision)
-        try:
-            self._take_part(plan)
-        finally:
-            self._plan = None
+        self._end_step(self._begin(decision), None)
 
     def _begin(self, decision: StepDecision) -> ChunkPlan:
         self._layers_done = 0
@@ -295,19 +315,24 @@ class ModelParallel:
         )
         return self._plan
 
-    def _take_part(self, plan: ChunkPlan) -> None:
+    def _end_step(self, plan: ChunkPlan, failure: BaseException | None) -> None:
         """Run the step's remaining layers without rows of this rank, unless its groups are in an unknown state."""
-        failure: Exception | None = None
-        while self._layers_done < len(self.layers) and all(layer.in_step for layer in self.layers):
+        own: Exception | None = None
+        while self._layers_done < len(self.layers) and self._in_step():
             self._layers_done += 1
             try:
                 self.layers[self._layers_done - 1].take_part(plan)
             except Exception as error:  # the local experts broke; the other ranks still count on the layers after this
-                failure = failure or error
-        if not all(layer.in_step for layer in self.layers):
-            self.coordinator.give_up(f"a collective of rank {self.config.rank} did not end")
-        if failure is not None:
-            raise failure
+                own = own or error
+        self._plan = None
+        if not self._in_step():
+            self.coordinator.give_up(failure or own or RuntimeError("a collective did not end"))
+        self.recorder.mark(Phase.END)
+        if own is not None and failure is None:
+            raise own
+
+    def _in_step(self) -> bool:
+        return all(layer.in_step for layer in self.layers)
 
     def _run_layer(
         self, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -326,13 +351,20 @@ class ModelParallel:
             )
         self._layers_done = index + 1
         output = self.layers[index](rows, topk_ids.reshape(rows.shape[0], -1), topk_weights.reshape(rows.shape[0], -1))
+        if index == len(self.layers) - 1:
+            spoiled_by = self.recorder.spoiled_by()
+            if spoiled_by is not None:
+                raise PeerFailedError(
+                    f"rank {self.config.rank} stops in step {self.recorder.step}: the experts of rank {spoiled_by} failed",
+                    spoiled_by,
+                )
         return output.view_as(hidden_states)
 
     def _open_groups(self, epoch: int) -> None:
         config = self.config
         ranks = dist.get_process_group_ranks(self._process_group)
-        # One group per purpose. The deadline of a wait is ours; the group's own is only a last resort above it.
-        timeout = datetime.timedelta(seconds=self.deadline_s + 5)
+        # One group per purpose. All ranks have just met, but connecting takes some time, however short the deadline.
+        timeout = datetime.timedelta(seconds=max(self.deadline_s, _OPEN_S))
 
         def new_group(members: list[int], backend: str) -> dist.ProcessGroup:
             group = dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
@@ -345,18 +377,27 @@ class ModelParallel:
             tp_size = config.tensor_parallel_size
             first = config.data_parallel_rank * tp_size
             tp_group = new_group(ranks[first : first + tp_size], device_backend) if tp_size > 1 else None
-        except RuntimeError as error:
+            transport, board = open_transport(control, timeout.total_seconds())
+        except (RuntimeError, TimeoutError, ConnectionError) as error:
             raise RankAbsentError(
-                f"rank {config.rank}: groups of epoch {epoch} could not be opened within {self.deadline_s:g} s: {error}"
+                f"rank {config.rank}: groups of epoch {epoch} could not be opened within "
+                f"{timeout.total_seconds():g} s: {first_line(error)}"
             ) from error
+        self.recorder = FlightRecorder(
+            config.rank, config.world_size, board=board, store=self._store, epoch=epoch, debug=self.debug
+        )
+        watch_group(data, self.recorder)
+        if tp_group is not None:
+            watch_group(tp_group, self.recorder)
         self._epoch = epoch
         self.coordinator = Coordinator(
-            control,
+            transport=transport,
+            rank=config.rank,
             tensor_parallel_size=tp_size,
             deadline_s=self.deadline_s,
             fingerprint=zlib.crc32(json.dumps(self._settings(), sort_keys=True).encode()),
             epoch=epoch,
-            store=self._store,
+            recorder=self.recorder,
         )
         self.layers = [
             MoELayer(
@@ -374,8 +415,10 @@ class ModelParallel:
                 device=shape.device,
                 tensor_parallel_group=tp_group,
                 deadline_s=self.deadline_s,
+                recorder=self.recorder,
+                index=index,
             )
-            for experts, shape in zip(self._experts, self._shapes, strict=True)
+            for index, (experts, shape) in enumerate(zip(self._experts, self._shapes, strict=True))
         ]
 
     def _settings(self) -> dict[str, Any]:
@@ -391,23 +434,8 @@ class ModelParallel:
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,
             "dtype": str(first.dtype),
+            "debug": self.debug,
         }
-
-    def _meet(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        """Exchange a few facts through the store, which outlives every group."""
-        self._times_opened += 1
-        prefix = f"open/{self._times_opened}/"
-        world = range(self.config.world_size)
-        self._store.set(f"{prefix}{self.config.rank}", json.dumps(mine))
-        until = time.monotonic() + self.deadline_s
-        while missing := [rank for rank in world if not self._store.check([f"{prefix}{rank}"])]:
-            if time.monotonic() > until:
-                raise RankAbsentError(
-                    f"rank {self.config.rank}: ranks {missing} did not enter join() within {self.deadline_s:g} s",
-                    tuple(missing),
-                )
-            time.sleep(0.002)
-        return [json.loads(self._store.get(f"{prefix}{rank}")) for rank in world]
 
 
 _OUTSIDE = (
@@ -490,6 +518,8 @@ def _attach(parallel: ModelParallel) -> None:
         except BaseException as error:
             if not parallel.coordinator.usable:
                 session.break_off(error)
+            elif parallel.recorder.spoiled:  # the others have computed with it, so a script that goes on does not help
+                session.fail(error)
             raise
         finally:
             session.end_step()

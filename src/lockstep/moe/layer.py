@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.forward_context import get_forward_context
 from lockstep.dispatch.base import NO_EXPERT, Dispatcher, rows_to_send
 from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv
@@ -33,6 +34,8 @@ class MoELayer:
         device: likewise.
         tensor_parallel_group: the ranks that share rows; needed if `config.tensor_parallel_size > 1`. Left open.
         deadline_s: longest wait for any rank, in seconds.
+        recorder: is told where this rank is, if given.
+        index: number of this layer, for the recorder.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class MoELayer:
         device: torch.device | str = "cpu",
         tensor_parallel_group: dist.ProcessGroup | None = None,
         deadline_s: float = DEADLINE_S,
+        recorder: FlightRecorder | None = None,
+        index: int = 0,
     ) -> None:
         if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
             raise ConfigurationError(
@@ -65,6 +70,8 @@ class MoELayer:
         """Whether this rank has issued every collective of its last call: after an error, whether it may go on."""
         self._tensor_parallel_group = tensor_parallel_group
         self._deadline_s = deadline_s
+        self._recorder = recorder or FlightRecorder(config.rank, config.world_size)
+        self.index = index
 
     @torch.no_grad()
     def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -122,19 +129,26 @@ class MoELayer:
             span = slice(chunk.start, chunk.stop)
             sizes, _ = rows_to_send(chunk.sizes, self.dispatcher.abilities)
             extra = sizes[self.config.rank] - (chunk.stop - chunk.start)
+            self._recorder.mark(Phase.DISPATCH, self.index, chunk.index)
             handle = self.dispatcher.dispatch(
                 _extend(rows[span], extra, 0), _extend(topk_ids[span], extra, NO_EXPERT),
                 _extend(topk_weights[span], extra, 0), sizes,
             )  # fmt: skip
             try:
+                self._recorder.mark(Phase.EXPERTS, self.index, chunk.index)
                 expert_output = self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
             except Exception as error:
-                # The others are already on their way into `combine`. Meet them there, then say what happened.
+                # The others are already on their way into `combine`. Meet them there, with what nobody takes for a
+                # result, then say what happened.
                 failure = failure or error
-                expert_output = rows.new_zeros((handle.gather_index.shape[0], self.hidden_size))
+                self._recorder.spoil_step()
+                shape = (handle.gather_index.shape[0], self.hidden_size)
+                expert_output = rows.new_full(shape, float("nan"))
+            self._recorder.mark(Phase.COMBINE, self.index, chunk.index)
             combined = self.dispatcher.combine(expert_output, handle)
             output[span] = combined[: chunk.stop - chunk.start]
         gathered = self._gather(plan, output)
+        self._recorder.mark(Phase.MODEL, self.index)
         self.in_step = True
         if failure is not None:
             raise failure
