@@ -3,7 +3,7 @@
 
 import copy
 import dataclasses
-import json
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lockstep
 from lockstep.errors import ConfigurationError, TokenCountError
+from lockstep.integrations import vllm as plugin
 from lockstep.integrations.vllm import DPMetadata
 
 FORWARD_CONTEXT = """
@@ -82,6 +83,7 @@ def test_sizes_of_five_and_seven_tokens(arguments, sizes):
     assert metadata.local_sizes is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_sizes_are_those_of_the_straightforward_tensor_arithmetic(counts, sp, pcp, use_ep):
     tensor = torch.tensor(counts)
@@ -185,60 +187,67 @@ def test_counts_that_grow_beyond_int32_are_refused():
 # The plugin.
 
 
-def run_in_stand_in(tmp_path, body, version="0.33.1", forward_context=FORWARD_CONTEXT, switch="1"):
-    """Run a script in a fresh process that finds a package `vllm`: its last line, read as JSON, and its errors."""
-    package = tmp_path / "vllm"
-    (package / "model_executor").mkdir(parents=True)
-    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
-    (package / "forward_context.py").write_text(textwrap.dedent(forward_context))
-    (package / "model_executor" / "__init__.py").write_text("")
-    (package / "model_executor" / "layers.py").write_text(
-        "from vllm.forward_context import DPMetadata\nfrom vllm.forward_context import DPMetadata as Metadata\n"
-    )
-    script = (
-        "import json, logging, sys\nlogging.basicConfig(format='%(levelname)s %(name)s %(message)s')\n"
-        "import vllm.model_executor.layers as layers, vllm.forward_context as forward_context\n"
-        "from lockstep.integrations.vllm import DPMetadata, register\n" + textwrap.dedent(body)
-    )
-    environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    if switch is not None:
-        environment["LOCKSTEP_VLLM"] = switch
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Return a function that makes and imports a package `vllm`, and says what its places for the class hold."""
+
+    def make(version="0.33.1", forward_context=FORWARD_CONTEXT):
+        package = tmp_path / "vllm"
+        (package / "model_executor").mkdir(parents=True)
+        (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        (package / "forward_context.py").write_text(textwrap.dedent(forward_context))
+        (package / "model_executor" / "__init__.py").write_text("")
+        imports = (
+            "from vllm.forward_context import DPMetadata\nfrom vllm.forward_context import DPMetadata as Metadata\n"
+        )
+        (package / "model_executor" / "layers.py").write_text(imports)
+        (package / "model_executor" / "later.py").write_text(imports)
+        context, layers = map(importlib.import_module, ("vllm.forward_context", "vllm.model_executor.layers"))
+
+        def places():
+            later = importlib.import_module("vllm.model_executor.later")
+            return [context.DPMetadata, layers.DPMetadata, layers.Metadata, later.DPMetadata]
+
+        return places
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+            del sys.modules[name]
+        plugin._warnings_given.clear()
+
+    assert "vllm" not in sys.modules
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LOCKSTEP_VLLM", "1")
+    forget()
+    yield make
+    forget()
 
 
-PLACES = """
-    register()
-    register()
-    places = [forward_context.DPMetadata, layers.DPMetadata, layers.Metadata]
-    from vllm.forward_context import DPMetadata as imported_later
-    print(json.dumps([place is DPMetadata for place in [*places, imported_later]]))
-"""
+def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog):
+    places = stand_in()
+    plugin.register()
+    plugin.register()
+    assert places() == [DPMetadata] * 4
+    assert not caplog.records
 
 
-def test_the_plugin_replaces_the_class_wherever_it_was_imported(tmp_path):
-    assert run_in_stand_in(tmp_path, PLACES) == ([True] * 4, "")
-
-
-def test_layers_get_sizes_through_the_replaced_class(tmp_path):
-    body = """
-        from types import SimpleNamespace
-        import torch
-        register()
-        config = SimpleNamespace(data_parallel_size=2, data_parallel_rank=0, is_moe_model=None)
-        config.use_sequence_parallel_moe = False
-        metadata = forward_context.set_forward_context(config, 5, torch.tensor([5, 7]))
-        with metadata.sp_local_sizes(2):
-            print(json.dumps(metadata.get_chunk_sizes_across_dp_rank()))
-    """
-    assert run_in_stand_in(tmp_path, body) == ([3, 3, 4, 4], "")
+def test_layers_get_sizes_through_the_replaced_class(stand_in):
+    stand_in()
+    plugin.register()
+    set_forward_context = importlib.import_module("vllm.forward_context").set_forward_context
+    with set_forward_context(config(), 5, torch.tensor([5, 7])).sp_local_sizes(2) as sizes:
+        assert sizes == [3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("switch", [None, "", "0", "true"])
-def test_the_plugin_is_off_unless_switched_on(tmp_path, switch):
-    assert run_in_stand_in(tmp_path, PLACES, switch=switch) == ([False] * 4, "")
+def test_the_plugin_is_off_unless_switched_on(stand_in, monkeypatch, caplog, switch):
+    places = stand_in()
+    monkeypatch.delenv("LOCKSTEP_VLLM")
+    if switch is not None:
+        monkeypatch.setenv("LOCKSTEP_VLLM", switch)
+    plugin.register()
+    assert DPMetadata not in places()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -250,20 +259,23 @@ def test_the_plugin_is_off_unless_switched_on(tmp_path, switch):
         (
             "0.33.0",
             FORWARD_CONTEXT.replace("pcp_size=1, use_ep=False", "num_dispatchers=1"),
-            "than the one known: sp_local_sizes takes self, sequence_parallel_size, num_dispatchers ",
+            "than the one known: sp_local_sizes takes self, sequence_parallel_size, num_dispatchers instead of ",
         ),
         ("0.33.0", FORWARD_CONTEXT.replace("def cu_tokens", "def other_tokens"), "it has no cu_tokens_across_sp"),
     ],
 )
-def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(tmp_path, version, forward_context, reason):
-    places, log = run_in_stand_in(tmp_path, PLACES, version, forward_context)
-    assert places == [False] * 4
-    assert log.count("WARNING lockstep.integrations.vllm LOCKSTEP_VLLM=1 changes nothing: ") == 1
-    assert reason in log
-    assert log.count("\n") == 1
+def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(stand_in, caplog, version, forward_context, reason):
+    places = stand_in(version, forward_context)
+    plugin.register()
+    plugin.register()
+    assert DPMetadata not in places()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("LOCKSTEP_VLLM=1 changes nothing: ")
+    assert reason in record.getMessage()
 
 
-def test_without_vllm_one_warning_is_logged(tmp_path):
+def test_in_a_fresh_process_without_vllm_one_warning_is_logged(tmp_path):
     script = "from lockstep.integrations.vllm import register; register(); register()"
     environment = {"LOCKSTEP_VLLM": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
