@@ -213,6 +213,13 @@ def test_sizes_are_computed_once_and_are_plain_integers():
     assert {type(size) for size in sizes} == {int}
 
 
+def test_asking_for_chunk_after_chunk_keeps_a_limited_number_of_lists():
+    metadata = make([5, 7])
+    for chunk_idx in range(5000):
+        assert metadata.chunked_sizes(1, 1, chunk_idx).sizes == [1, 1]
+    assert len(metadata._step.lists) <= 1024
+
+
 def test_a_step_that_is_over_is_freed_without_the_garbage_collector():
     metadata = make([5, 7])
     with metadata.sp_local_sizes(2), metadata.chunked_sizes(1, 2, 0):

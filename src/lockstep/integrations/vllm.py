@@ -141,14 +141,15 @@ class DPMetadata:
             ConfigurationError: at once, not on entering, if a size is below 1.
         """
         step = self._step
+        if pcp_size is not NO_PCP:
+            sizes = step.find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
+        else:
+            key, sizes = step.last
+            if sequence_parallel_size is not key:
+                sizes = step.find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
-        if pcp_size is not NO_PCP:
-            context.sizes = step.find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
-            return context
-        if sequence_parallel_size is not step.last_key:
-            step.find_last(sequence_parallel_size)
-        context.sizes = step.last_list
+        context.sizes = sizes
         return context
 
     # The same functions as there: they need `local_sizes`, `_step` and `_entered`, which both classes have.

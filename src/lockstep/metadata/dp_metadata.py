@@ -31,6 +31,9 @@ else:
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
 NO_KEY = object()
+MOST_LISTS = 1024
+"""Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
+
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -52,18 +55,17 @@ class StepSizes:
     Attributes:
         counts: as given.
         lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
-        last_key: the sequence-parallel size that was asked for last; each layer of a model asks for the same.
-        last_list: its sizes.
+        last: the sequence-parallel size that was asked for last, and its sizes; each layer of a model asks for the
+            same. In one tuple, so that a thread which asks for another never comes in between.
     """
 
-    __slots__ = ("counts", "dp_rank", "last_key", "last_list", "lists")
+    __slots__ = ("counts", "dp_rank", "last", "lists")
 
     def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None) -> None:
         self.counts = counts
         self.dp_rank = dp_rank
         self.lists: dict[object, list[int]] = {}
-        self.last_key: object = NO_KEY
-        self.last_list: list[int] = []
+        self.last: tuple[object, list[int]] = (NO_KEY, [])
 
     def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
         """Return a size list, computed if nobody asked for it before.
@@ -85,11 +87,13 @@ class StepSizes:
                 if self.dp_rank is None:
                     raise
                 raise ConfigurationError(f"{error} (on DP rank {self.dp_rank} of {len(self.counts)})") from None
+            if len(self.lists) >= MOST_LISTS:
+                self.lists.clear()
             self.lists[key] = sizes
         return sizes
 
-    def find_last(self, sequence_parallel_size: int) -> None:
-        """Put the sizes of the whole step into `last_list`, and what they were asked for with into `last_key`.
+    def find_last(self, sequence_parallel_size: int) -> list[int]:
+        """Return the sizes of the whole step, and keep them in `last`.
 
         Args:
             sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
@@ -97,9 +101,11 @@ class StepSizes:
         Raises:
             ConfigurationError: as `sp_sizes`.
         """
-        self.last_list = self.find(sp_size_list, sequence_parallel_size)
-        # A tensor or array can be written to, and be the same object with another value.
-        self.last_key = sequence_parallel_size if type(sequence_parallel_size) is int else NO_KEY
+        sizes = self.find(sp_size_list, sequence_parallel_size)
+        # Not by a tensor or array, which can be written to and be the same object with another value.
+        if type(sequence_parallel_size) is int:
+            self.last = (sequence_parallel_size, sizes)
+        return sizes
 
 
 class SizesContext:
@@ -237,8 +243,8 @@ def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor]:
         counts: tokens per DP rank, `[dp_size]`: an integer tensor on the CPU, an array, or a sequence of integers.
 
     Returns:
-        The counts as plain integers; the counts as a tensor of its own, `[dp_size]`, of the dtype of the tensor that
-        came in, otherwise int32; the largest of them, a 0-d tensor of the same dtype.
+        The counts as plain integers, and as a tensor of its own, `[dp_size]`, of the dtype of the tensor that came in,
+        otherwise int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
@@ -440,12 +446,13 @@ class DPMetadata:
             [0, 0, 3, 3]
         """
         step = self._step
+        key, sizes = step.last
         # By identity, which costs least and never takes True for 1; the same small int is always the same object.
-        if sequence_parallel_size is not step.last_key:
-            step.find_last(sequence_parallel_size)
+        if sequence_parallel_size is not key:
+            sizes = step.find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
-        context.sizes = step.last_list
+        context.sizes = sizes
         return context
 
     def get_chunk_sizes_across_dp_rank(self) -> list[int] | None:
