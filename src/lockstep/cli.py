@@ -141,6 +141,147 @@ def plan(
         print_plan(document)
 
 
+@app.command()
+def simulate(
+    workload: Annotated[
+        str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")
+    ] = "synthetic",
+    synthetic: Annotated[
+        str | None, typer.Option(help="Parameters of a synthetic workload: rate=5.5,burstiness=1.1,...")
+    ] = None,
+    data_parallel_size: Annotated[str, typer.Option(help="Ranks; several values with commas, as below.")] = "8",
+    load_balancing: Annotated[str, typer.Option(help="round-robin, least-tokens, least-kv-cache.")] = "round-robin",
+    max_prefill_delay_steps: Annotated[
+        str, typer.Option(help="Most steps that a prompt waits for prompts of other ranks.")
+    ] = "0",
+    max_num_batched_tokens: Annotated[str, typer.Option(help="Most tokens of one rank in one step.")] = "2048",
+    max_chunk_size: Annotated[
+        str, typer.Option(help="Most rows that one rank sends through an MoE layer at a time, or `none`.")
+    ] = "none",
+    row_shapes: Annotated[
+        str, typer.Option(help="ragged; dummy: one row where a rank has none; equal: all padded to the longest.")
+    ] = "ragged",
+    max_num_seqs: Annotated[int, typer.Option(help="Most requests that one rank works on at a time.")] = 256,
+    kv_capacity_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache of one rank; requests that do not fit wait.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(help="Multiplies the lengths.")] = 1.0,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts are cut.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longer outputs are cut.")] = None,
+    cost: Annotated[str, typer.Option(help="A shipped set of cost constants, or a JSON file.")] = "h200",
+    ttft_p99: Annotated[
+        str | None, typer.Option(help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms.")
+    ] = None,
+    tpot_p99: Annotated[str | None, typer.Option(help="The same for the time per further token.")] = None,
+    queue_p99: Annotated[str | None, typer.Option(help="The same for the wait in the queue.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a synthetic workload.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a recorded run: compare its step times with the cost formula instead."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report, tables, steps and trace.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier simulation in that folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Say what uneven ranks cost on a workload, and which setting gets it back, without running a model.
+
+    Options that take several values with commas are combined, every value with every other.
+    """
+    from lockstep.report.simulate_command import SimulateCommand, execute, execute_validation, parse_list, parse_seconds
+    from lockstep.simulation.cost import CostConstants
+    from lockstep.simulation.simulator import SimulationConfig
+    from lockstep.simulation.sweep import Grid
+    from lockstep.workload import SchedulerConfig, SyntheticParameters, WorkloadOptions, load_workload
+
+    constants = CostConstants.load(cost)
+    if validate is not None:
+        raise typer.Exit(execute_validation(validate, constants, as_json))
+    trace = load_workload(
+        workload,
+        WorkloadOptions(rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests),
+        seed,
+        SyntheticParameters.parse(synthetic) if synthetic else None,
+    )
+    command = SimulateCommand(
+        trace,
+        Grid(
+            parse_list("data_parallel_size", data_parallel_size, int),
+            parse_list("load_balancing", load_balancing, str),
+            parse_list("max_prefill_delay_steps", max_prefill_delay_steps, int),
+            parse_list("max_num_batched_tokens", max_num_batched_tokens, int),
+            parse_list("max_chunk_size", max_chunk_size, lambda text: None if text == "none" else int(text)),
+            parse_list("row_shapes", row_shapes, str),
+        ),
+        SimulationConfig(
+            1, SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens), constants
+        ),
+        {
+            "ttft_p99_s": parse_seconds("ttft_p99", ttft_p99),
+            "tpot_p99_s": parse_seconds("tpot_p99", tpot_p99),
+            "queue_p99_s": parse_seconds("queue_p99", queue_p99),
+        },
+        str(out or ""),
+        overwrite,
+        as_json,
+        workers,
+        sys.argv[1:],
+    )
+    raise typer.Exit(execute(command))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of a run or a simulation.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Put two runs side by side: figures, where the time went, and whether they did the same."""
+    from lockstep.report.compare import compare_runs
+    from lockstep.report.tables import print_comparison
+
+    comparison = compare_runs(a, b)
+    if as_json:
+        typer.echo(json.dumps(comparison))
+    else:
+        print_comparison(comparison)
+
+
+workload_app = typer.Typer(no_args_is_help=True, help="Look at request traces.")
+app.add_typer(workload_app, name="workload")
+
+
+@workload_app.callback()
+def _workload_options() -> None:
+    """Keep `describe` a command of its own name, although it is the only one."""
+
+
+@workload_app.command()
+def describe(
+    file: Annotated[str, typer.Argument(help="Request trace, or `synthetic`.")],
+    rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(help="Multiplies the lengths.")] = 1.0,
+    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Print a workload's rate, burstiness and lengths, and the synthetic parameters that resemble it."""
+    from lockstep.report.tables import print_description
+    from lockstep.workload import WorkloadOptions, load_workload
+    from lockstep.workload.synthetic import describe as describe_requests
+
+    trace = load_workload(file, WorkloadOptions(rate_scale, length_scale, num_requests=requests))
+    description = describe_requests(trace.requests)
+    if as_json:
+        malformed = {"num_malformed": trace.num_malformed, "malformed": [str(line) for line in trace.malformed]}
+        typer.echo(json.dumps({"source": trace.source, "format": trace.format, **malformed, **description}))
+    else:
+        print_description(trace.source, trace.format, trace.malformed, description)
+
+
 def main() -> None:
     """Run the command line; a `ConfigurationError` or unreadable path becomes one sentence and exit status 2."""
     from lockstep.errors import ConfigurationError, LockstepError

@@ -122,7 +122,7 @@ function drawRows(steps, bins) {
     line: { color: lineColor(index), dash: dash || DASHES[index], width: 1.5, shape: bins.size === 1 ? "hvh" : "linear" },
     hovertemplate: "%{y:.1f} rows<extra>" + name + "</extra>" });
   const of = (rank) => x.map((_, bin) => bins.rows[bin * steps.ranks + rank]);
-  if (steps.ranks <= LIGHT.length) {
+  if (steps.ranks <= 4 || (steps.ranks <= LIGHT.length && bins.size === 1)) {
     for (let rank = 0; rank < steps.ranks; rank++) traces.push(line("rank " + DATA.rank_names[rank], of(rank), rank));
   } else {
     const ordered = x.map((_, bin) => Array.from(bins.rows.subarray(bin * steps.ranks, (bin + 1) * steps.ranks)).sort((a, b) => a - b));
@@ -203,7 +203,8 @@ function drawSettings() {
   Plotly.react("settings", groups.map((group, index) => {
     const items = DATA.settings.filter((item) => item.group === group);
     return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),
-      text: items.map((item) => item.label), textposition: "top center", customdata: items.map((item) => item.name),
+      // Lines lie close together: the first one names the settings for all of them.
+      text: items.map((item) => index === 0 ? item.label : ""), textposition: "top center", customdata: items.map((item) => item.name),
       line: { color: lineColor(index), dash: DASHES[index % 8] }, marker: { size: 9, symbol: index % 8 },
       hovertemplate: "%{customdata}<br>%{y:.1f} % lost, %{x:.3g} s<extra></extra>" };
   }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] } },

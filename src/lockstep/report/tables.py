@@ -61,3 +61,150 @@ def _verdict(summary: Mapping[str, Any]) -> str:
         how = "the same" if summary["dtype"] == "float32" else "the same within the tolerance"
         return f"[green]verified[/green]: all {summary['compared_tokens']:,} tokens are {how} as in one process"
     return f"[red]NOT verified[/red]: {summary['mismatches']} of {summary['requests']} requests differ from one process"
+
+
+def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None]) -> None:
+    """Print simulated settings, a line each, on stdout, and name the best.
+
+    Args:
+        settings: their values and what came out, as `lockstep simulate --json` shows them.
+        best: index of the best setting within the limits; None where none keeps to them.
+        limits: what the user asked for, by name; None for no limit.
+    """
+    names = {
+        "data_parallel_size": "ranks",
+        "load_balancing": "balancing",
+        "max_prefill_delay_steps": "delay",
+        "max_num_batched_tokens": "budget",
+        "max_chunk_size": "chunk",
+        "row_shapes": "rows",
+    }
+    shown = [name for name in names if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
+    counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
+    headings = [names[name] for name in shown] + ["tokens/s", "lost", "unused"]
+    headings += [name.replace("_", " ") for name in counted]
+    table = Table(
+        title=f"{settings[0]['requests']:,} requests, {len(settings)} settings; times as half / 99 % within, ms"
+    )
+    for heading in (*headings, "first token", "per token", "queue"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, item in enumerate(settings):
+        cells = [str(item[name]) for name in shown]
+        cells += [
+            f"{item['tokens_per_s']:,.0f}",
+            f"{item['imbalance_fraction'] + item['lost']['padding']:.1%}",
+            f"{item['unused_fraction']:.1%}",
+            *(f"{item[name]:,}" for name in counted),
+        ]
+        for name in ("ttft_s", "tpot_s", "queue_s"):
+            p50, p99 = 1e3 * item[name]["p50"], 1e3 * item[name]["p99"]
+            cells.append(f"{p50:,.0f} / {p99:,.0f}" if p99 >= 100 else f"{p50:.1f} / {p99:.1f}")
+        table.add_row(*cells, style="bold green" if index == best else None)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(
+        "lost: ranks waited for others, or computed dummy and padding rows; unused: ranks had no request; "
+        "queue: wait before a request's first step"
+    )
+    waits = sum(item["kv_waits"] for item in settings)
+    if waits:
+        console.print(f"requests waited because the KV cache was full in {waits:,} steps of ranks")
+    asked = ", ".join(
+        f"{name.removesuffix('_s')} <= {limit:g} s" for name, limit in limits.items() if limit is not None
+    )
+    if best is None:
+        console.print(f"[red]no setting keeps to {asked}[/red]")
+    elif len(settings) > 1:
+        values = ", ".join(f"{names[name]} {settings[best][name]}" for name in shown)
+        console.print(f"[green]best[/green]{' with ' + asked if asked else ''}: {values}")
+
+
+def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
+    """Print how well the cost formula predicts a recorded run, on stdout."""
+    table = Table(title=f"{run}: measured and predicted")
+    for heading in (
+        "steps",
+        "measured",
+        "predicted",
+        "total differs by",
+        "a step's median error",
+        "90 % of steps within",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        f"{result['steps']:,}",
+        _seconds(result["measured_s"]),
+        _seconds(result["predicted_s"]),
+        f"{result['total_error']:+.1%}",
+        f"{result['median_step_error']:.1%}",
+        f"{result['p90_step_error']:.1%}",
+    )
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(f"cost: {source}")
+
+
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    """Print two runs side by side, on stdout; see `compare_runs`."""
+    a, b = comparison["a"], comparison["b"]
+    table = Table(title="two runs")
+    table.add_column("")
+    for name, run in (("A", a), ("B", b)):
+        table.add_column(f"{name}: {Path(run['folder']).name}", justify="right")
+    table.add_column("B against A", justify="right")
+    for name in a:
+        if name == "folder" or name not in b:
+            continue
+        shares = name.startswith("lost_")
+        if shares:
+            cells = [f"{run[name]:.1%}" for run in (a, b)]
+        else:
+            cells = [f"{run[name]:,.4g}" if isinstance(run[name], float) else f"{run[name]:,}" for run in (a, b)]
+        change = ""
+        if shares:
+            change = f"{100 * (b[name] - a[name]):+.1f} points"
+        elif a[name]:
+            change = f"{b[name] / a[name] - 1:+.1%}"
+        table.add_row(name.replace("_", " "), *cells, change)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    step = comparison["first_different_step"]
+    console.print(
+        "every rank had the same counts in every step" if step is None else f"counts differ from step {step} on"
+    )
+    if comparison["different_outputs"] is not None:
+        console.print(f"requests with other tokens: {comparison['different_outputs']}")
+
+
+def print_description(source: str, kind: str, malformed: Sequence[Any], description: Mapping[str, Any]) -> None:
+    """Print what a workload is like, on stdout.
+
+    Args:
+        source: where it came from.
+        kind: its format.
+        malformed: lines left out.
+        description: see `describe`.
+    """
+    console = Console(file=sys.stdout)
+    table = Table(title=f"{source} ({kind})")
+    for heading in ("", "total", "mean", "p50", "p90", "p99", "max"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in ("prompt_tokens", "output_tokens"):
+        table.add_row(name.replace("_", " "), *(f"{value:,}" for value in description[name].values()))
+    console.print(table)
+    console.print(
+        f"{description['num_requests']:,} requests in {description['duration_s']:,.0f} s: "
+        f"{description['requests_per_s']:g} per second, {description['peak_requests_per_s']:g} in the busiest 10 s; "
+        f"burstiness {description['burstiness']:g} (1 is a Poisson process)"
+    )
+    if malformed:
+        console.print(
+            f"[red]{len(malformed)} malformed lines[/red]: " + "; ".join(map(str, malformed[:3])), soft_wrap=True
+        )
+    options = ",".join(f"{name}={value:g}" for name, value in description["synthetic"].items())
+    console.print("a synthetic workload that resembles it:", style="dim")
+    console.print(f"--workload synthetic --synthetic {options}", soft_wrap=True)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"

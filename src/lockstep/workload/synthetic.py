@@ -43,6 +43,27 @@ class SyntheticParameters:
     output_sigma: float = 0.8
     output_max: int = 1000
 
+    @classmethod
+    def parse(cls, text: str) -> SyntheticParameters:
+        """Read parameters as `name=value,name=value`; those left out have their default.
+
+        Raises:
+            ConfigurationError: naming the part that cannot be read and the names that there are.
+        """
+        values: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, value = part.strip().partition("=")
+            try:
+                if name not in cls.__dataclass_fields__:
+                    raise ValueError
+                values[name] = int(value) if cls.__dataclass_fields__[name].type == "int" else float(value)
+            except ValueError:
+                names = ", ".join(cls.__dataclass_fields__)
+                raise ConfigurationError(
+                    f"synthetic parameters are name=number, with a name of {names}; got {part!r}"
+                ) from None
+        return cls(**values)  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
         for name in ("num_requests", "prompt_median", "prompt_max", "output_median", "output_max"):
             if not 1 <= getattr(self, name) < 2**31:

@@ -1,0 +1,119 @@
+"""Two runs side by side: figures, where the time went, and the first step in which they did something else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.step_table import StepTable
+
+
+def compare_runs(a: Path, b: Path) -> dict[str, Any]:
+    """Compare the folders of two runs or simulations.
+
+    Args:
+        a: folder with `steps.jsonl` or `steps.parquet`, and `outputs.jsonl` or `requests.parquet`.
+        b: the same.
+
+    Returns:
+        `a`, `b`: the figures of each by name; `first_different_step`: the first step in which a rank had other counts
+        of prompt or generated tokens, None where all are equal; `different_outputs`: how many requests of both
+        generated other tokens, None where tokens were not recorded.
+
+    Raises:
+        ConfigurationError: if a folder has no step log.
+    """
+    tables = [_steps(folder) for folder in (a, b)]
+    tokens = [_tokens(folder) for folder in (a, b)]
+    different: int | None = None
+    if tokens[0] and tokens[1]:
+        shared = tokens[0].keys() & tokens[1].keys()
+        different = sum(tokens[0][request] != tokens[1][request] for request in shared)
+    return {
+        "a": {"folder": str(a), **_figures(tables[0], a)},
+        "b": {"folder": str(b), **_figures(tables[1], b)},
+        "first_different_step": _first_difference(*tables),
+        "different_outputs": different,
+    }
+
+
+def _steps(folder: Path) -> StepTable:
+    from lockstep.coordination.step_log import read_step_log
+
+    if (folder / "steps.parquet").is_file():
+        return StepTable.from_parquet(folder / "steps.parquet")
+    if (folder / "steps.jsonl").is_file():
+        return StepTable.from_records(read_step_log(folder / "steps.jsonl").records)
+    raise ConfigurationError(f"{folder} is not the folder of a run: it has neither steps.jsonl nor steps.parquet")
+
+
+def _figures(table: StepTable, folder: Path) -> dict[str, float]:
+    figures: dict[str, float] = {
+        "ranks": table.num_ranks,
+        "steps": table.num_steps,
+        "duration_s": float(table.duration_s.sum()),
+        "real_rows": int(table.real_rows.sum()),
+        "prefill_tokens": int(table.prefill_tokens.sum()),
+        "decode_tokens": int(table.decode_tokens.sum()),
+        "dummy_rows": int(table.dummy_rows.sum()),
+        "padding_rows": int(table.padding_rows.sum()),
+    }
+    lost = table.lost_by_cause()
+    figures["lost_fraction"] = sum(lost.values())
+    figures.update({f"lost_{cause}": share for cause, share in lost.items()})
+    for name, values in _latencies(folder).items():
+        ordered = np.sort(np.array([value for value in values if value is not None and not math.isnan(value)]))
+        if len(ordered):
+            figures[f"{name}_p50"] = float(ordered[math.ceil(0.5 * len(ordered)) - 1])
+            figures[f"{name}_p99"] = float(ordered[math.ceil(0.99 * len(ordered)) - 1])
+    return figures
+
+
+def _latencies(folder: Path) -> dict[str, Sequence[float | None]]:
+    names = ("ttft_s", "tpot_s")
+    if (folder / "requests.parquet").is_file():
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_table(folder / "requests.parquet", columns=list(names)).to_pydict()
+        return {name: columns[name] for name in names}
+    outputs = _outputs(folder)
+    return {name: [output.get(name) for output in outputs] for name in names}
+
+
+def _outputs(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "outputs.jsonl"
+    if not path.is_file():
+        return []
+    # An interrupted run may have torn the last line.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ConfigurationError(f"{path}: line {number} is not JSON; expected a request's output") from None
+    return found
+
+
+def _tokens(folder: Path) -> dict[int, Any]:
+    return {output["request_id"]: output["tokens"] for output in _outputs(folder) if "tokens" in output}
+
+
+def _first_difference(a: StepTable, b: StepTable) -> int | None:
+    steps = min(a.num_rows, b.num_rows)
+    if a.num_ranks != b.num_ranks:
+        return 0
+    differs = (a.prefill_tokens[:steps] != b.prefill_tokens[:steps]) | (
+        a.decode_tokens[:steps] != b.decode_tokens[:steps]
+    )
+    rows = np.flatnonzero(differs.any(axis=1))
+    if len(rows):
+        return int(a.step[rows[0]])
+    return None if a.num_rows == b.num_rows else steps

@@ -1,0 +1,273 @@
+"""What `lockstep simulate` does around the simulations: progress, table, files, report; its comparison with a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lockstep.coordination.step_log import StepColumns, StepLogRecord, read_step_log
+from lockstep.errors import ConfigurationError
+from lockstep.report.html import write_report
+from lockstep.report.perfetto import write_trace
+from lockstep.report.tables import print_settings, print_validation
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
+from lockstep.simulation.sweep import Grid, best, lost_fraction, setting, sweep, validate
+from lockstep.workload import Trace
+
+_TRACE_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class SimulateCommand:
+    """What the command line asked for.
+
+    Attributes:
+        trace: the workload.
+        grid: the settings to combine.
+        base: everything else of a configuration.
+        limits: `ttft_p99_s`, `tpot_p99_s`, `queue_p99_s` of the setting to be named best; None for no limit.
+        out: folder to write, empty for none; `overwrite` replaces an earlier simulation in it.
+        as_json: print one JSON document on stdout.
+        workers: processes; None for one per core.
+        arguments: the command line, for the report.
+    """
+
+    trace: Trace
+    grid: Grid
+    base: SimulationConfig
+    limits: Mapping[str, float | None] = field(default_factory=dict)
+    out: str = ""
+    overwrite: bool = False
+    as_json: bool = False
+    workers: int | None = None
+    arguments: Sequence[str] = ()
+
+
+def execute(command: SimulateCommand) -> int:
+    """Simulate all settings, print and write what came out; return the exit status."""
+    console = Console(stderr=True)
+    configs = command.grid.configs(command.base)
+    out = _prepared(command.out, command.overwrite)
+    started = time.perf_counter()
+    with Progress(
+        TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("settings", total=len(configs))
+        summaries = sweep(
+            command.trace.requests, configs, command.workers, lambda done: bar.update(task, completed=done)
+        )
+    chosen = best(summaries, **command.limits)
+    document: dict[str, Any] = {
+        "workload": command.trace.source,
+        "requests": len(command.trace.requests),
+        "malformed_lines": command.trace.num_malformed,
+        "cost": command.base.cost.source or "given",
+        "wall_s": round(time.perf_counter() - started, 3),
+        "limits": dict(command.limits),
+        "best": chosen,
+        "settings": [{**setting(config), **summary} for config, summary in zip(configs, summaries, strict=True)],
+    }
+    if command.as_json:
+        sys.stdout.write(json.dumps(document) + "\n")
+    else:
+        print_settings(document["settings"], chosen, command.limits)
+    if out is not None:
+        console.print(f"writing {out}", style="dim")
+        _write(command, out, document, configs[chosen or 0], chosen)
+        if not command.as_json:
+            Console(file=sys.stdout).print(f"report: {out / 'report.html'}", soft_wrap=True)
+    return 0
+
+
+def execute_validation(run_folder: Path, cost: CostConstants, as_json: bool) -> int:
+    """Compare a recorded run with what the cost formula predicts of its steps; print it and return the exit status."""
+    records = read_step_log(run_folder / "steps.jsonl").records
+    result = validate(records, cost)
+    shown = {name: value for name, value in result.items() if not name.endswith("_us")}
+    if as_json:
+        sys.stdout.write(json.dumps({"run": str(run_folder), "cost": cost.source, **shown}) + "\n")
+    else:
+        print_validation(str(run_folder), cost.source, shown)
+    return 0
+
+
+def parse_list(name: str, text: str, convert: Callable[[str], Any]) -> list[Any]:
+    """Read `1,2,3` into values.
+
+    Raises:
+        ConfigurationError: naming the option and the part that cannot be read.
+    """
+    values = []
+    for part in text.split(","):
+        try:
+            values.append(convert(part.strip()))
+        except ValueError:
+            raise ConfigurationError(
+                f"{name} must be numbers with commas between them, got {part!r} in {text!r}"
+            ) from None
+    return list(dict.fromkeys(values))
+
+
+def parse_seconds(name: str, text: str | None) -> float | None:
+    """Read a duration such as `2s`, `500ms` or `2` (seconds); None stays None.
+
+    Raises:
+        ConfigurationError: naming the option and what it got.
+    """
+    if text is None:
+        return None
+    number, unit = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise ConfigurationError(f"{name} must be a time > 0 such as 2s or 500ms, got {text!r}")
+    return value
+
+
+def _prepared(name: str, overwrite: bool) -> Path | None:
+    if not name:
+        return None
+    out = Path(name)
+    if out.exists():
+        if not overwrite:
+            raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+        if any(out.iterdir()) and not (out / "settings.json").is_file():
+            raise ConfigurationError(f"{out} is not the folder of an earlier simulation, so it is not overwritten")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    return out
+
+
+def _write(
+    command: SimulateCommand, out: Path, document: dict[str, Any], config: SimulationConfig, chosen: int | None
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (out / "settings.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    rows = [_flat(item) for item in document["settings"]]
+    with (out / "settings.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "settings.parquet")
+    # The best setting once more, this time with every step written down.
+    with StepColumns(out / "steps.parquet") as log:
+        result = simulate(command.trace.requests, config, log)
+    columns = _request_columns(command, result)
+    pyarrow.parquet.write_table(pyarrow.table(columns), out / "requests.parquet")
+    write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * config.num_ranks))
+    names = _names([setting(item) for item in command.grid.configs(command.base)])
+    write_report(
+        out / "report.html",
+        {**document["settings"][chosen or 0], "workload": document["workload"], "cost": document["cost"]},
+        result.steps,
+        _request_rows(columns),
+        _compared(document, names) if len(names) > 1 else (),
+        title=f"Simulation of {Path(str(document['workload'])).name}"
+        + (f": {names[chosen or 0]}" if len(names) > 1 else ""),
+        command=shlex.join(["lockstep", *command.arguments]),
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested figures as one row: `ttft_s.p99` and so on."""
+    row: dict[str, Any] = {}
+    for name, value in values.items():
+        row.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return row
+
+
+def _request_columns(command: SimulateCommand, result: SimulationResult) -> dict[str, Any]:
+    requests = command.trace.requests
+    return {
+        "request_id": [request.request_id for request in requests],
+        "rank": result.rank,
+        "arrival_s": [request.arrival_s for request in requests],
+        "num_prompt_tokens": [request.num_prompt_tokens for request in requests],
+        "num_new_tokens": [request.max_new_tokens for request in requests],
+        "queue_s": result.queue_s,
+        "ttft_s": result.ttft_s,
+        "tpot_s": result.tpot_s,
+    }
+
+
+def _request_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = [name for name in columns if name != "arrival_s"]
+    rows = zip(*(list(columns[name]) for name in names), strict=True)
+    # A request of one token has no time per further token: NaN there, None here.
+    return [{name: None if value != value else value for name, value in zip(names, row, strict=True)} for row in rows]
+
+
+def _first_records(path: Path, count: int) -> list[StepLogRecord]:
+    import pyarrow.parquet
+
+    records: list[StepLogRecord] = []
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=min(count, 65_536)):
+        records.extend(StepLogRecord(**row) for row in batch.to_pylist())
+        if len(records) >= count:
+            break
+    return records[:count]
+
+
+def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a short name of each setting: only what differs between them."""
+    varying = [name for name in settings[0] if len({str(item[name]) for item in settings}) > 1]
+    words = {
+        "data_parallel_size": "{} ranks",
+        "load_balancing": "{}",
+        "max_prefill_delay_steps": "delay {}",
+        "max_num_batched_tokens": "budget {}",
+        "max_chunk_size": "chunk {}",
+        "row_shapes": "{} rows",
+    }
+    return [", ".join(words[name].format(item[name]) for name in varying) or "the setting" for item in settings]
+
+
+def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    settings = document["settings"]
+    without_delay = [{**item, "max_prefill_delay_steps": 0} for item in settings]
+    names_of_setting = list(setting(SimulationConfig(1)))
+    groups = _names([{name: item[name] for name in names_of_setting} for item in without_delay])
+    return [
+        {
+            "name": names[index],
+            "group": groups[index],
+            "label": f"delay {item['max_prefill_delay_steps']}",
+            "x": item["ttft_s"]["p99"],
+            "y": 100 * lost_fraction(item),
+            "best": index == document["best"],
+            "columns": {
+                "setting": names[index],
+                "tokens/s": f"{item['tokens_per_s']:,.0f}",
+                "lost": f"{lost_fraction(item):.1%}",
+                "without requests": f"{item['unused_fraction']:.1%}",
+                **{
+                    name.replace("_", " "): f"{item[name]:,}"
+                    for name in ("dummy_rows", "padding_rows")
+                    if any(other[name] for other in settings)
+                },
+                "first token, half within": f"{item['ttft_s']['p50']:.3f} s",
+                "99 % within": f"{item['ttft_s']['p99']:.3f} s",
+                "further tokens, half within": f"{1e3 * item['tpot_s']['p50']:.1f} ms",
+                "99 % within ": f"{1e3 * item['tpot_s']['p99']:.1f} ms",
+                "mean wait in the queue": f"{1e3 * item['queue_s']['mean']:.0f} ms",
+            },
+        }
+        for index, item in enumerate(settings)
+    ]

@@ -1,0 +1,226 @@
+"""Every combination of settings, simulated on all cores, and the best of them under the user's limits."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lockstep.coordination.step_log import StepLogRecord
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.workload.request import Request
+
+SETTING_NAMES = (
+    "data_parallel_size",
+    "load_balancing",
+    "max_prefill_delay_steps",
+    "max_num_batched_tokens",
+    "max_chunk_size",
+    "row_shapes",
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values to combine, each at least one.
+
+    Attributes:
+        data_parallel_size, load_balancing, max_prefill_delay_steps, max_num_batched_tokens, max_chunk_size, row_shapes:
+            see `SimulationConfig` and `SchedulerConfig`.
+    """
+
+    data_parallel_size: Sequence[int]
+    load_balancing: Sequence[str] = ("round-robin",)
+    max_prefill_delay_steps: Sequence[int] = (0,)
+    max_num_batched_tokens: Sequence[int] = (2048,)
+    max_chunk_size: Sequence[int | None] = (None,)
+    row_shapes: Sequence[str] = ("ragged",)
+
+    def configs(self, base: SimulationConfig) -> list[SimulationConfig]:
+        """Return a configuration for every combination, the last-named value changing fastest.
+
+        Args:
+            base: everything that is not in the grid.
+
+        Raises:
+            ConfigurationError: for a value outside its limits, or a name without values.
+        """
+        for name in SETTING_NAMES:
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} needs at least one value, got none")
+        return [
+            replace(
+                base,
+                num_ranks=ranks,
+                max_chunk_size=chunk,
+                row_shapes=shapes,
+                scheduler=replace(
+                    base.scheduler,
+                    load_balancing=balancing,
+                    max_prefill_delay_steps=delay,
+                    max_num_batched_tokens=budget,
+                ),
+            )
+            for ranks, balancing, delay, budget, chunk, shapes in itertools.product(
+                *(getattr(self, name) for name in SETTING_NAMES)
+            )
+        ]
+
+
+def setting(config: SimulationConfig) -> dict[str, Any]:
+    """Return the values of a configuration that a grid can change, by name."""
+    return {
+        "data_parallel_size": config.num_ranks,
+        "load_balancing": config.scheduler.load_balancing,
+        "max_prefill_delay_steps": config.scheduler.max_prefill_delay_steps,
+        "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
+        "max_chunk_size": config.max_chunk_size,
+        "row_shapes": config.row_shapes,
+    }
+
+
+def sweep(
+    requests: Sequence[Request],
+    configs: Sequence[SimulationConfig],
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Simulate every configuration.
+
+    Args:
+        requests: the workload, in order of arrival.
+        configs: what to simulate.
+        workers: processes, >= 1; by default one for each core, and none besides this one where there is one
+            configuration.
+        on_progress: called with how many are done, whenever one is.
+
+    Returns:
+        The `SimulationResult.summary` of each, `[len(configs)]`.
+    """
+    for config in configs:
+        config.scheduler.check_fits(requests)
+    workers = min(workers or os.cpu_count() or 1, len(configs))
+    summaries: list[dict[str, Any]] = [{}] * len(configs)
+    if workers <= 1:
+        for index, config in enumerate(configs):
+            summaries[index] = simulate(requests, config, max_report_cells=1).summary
+            if on_progress is not None:
+                on_progress(index + 1)
+        return summaries
+    # The workload goes to each process once, not with each task.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _take_workload, (list(requests),)) as pool:
+        tasks = {pool.submit(_simulate, config): index for index, config in enumerate(configs)}
+        try:
+            for done, task in enumerate(as_completed(tasks), 1):
+                summaries[tasks[task]] = task.result()
+                if on_progress is not None:
+                    on_progress(done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return summaries
+
+
+def best(
+    summaries: Sequence[dict[str, Any]],
+    ttft_p99_s: float | None = None,
+    tpot_p99_s: float | None = None,
+    queue_p99_s: float | None = None,
+) -> int | None:
+    """Return the index of the best setting within the limits, or None where none keeps to them.
+
+    Best is the highest throughput. Workloads that arrive at their own rate end at nearly the same time whatever the
+    setting; throughputs within 1 % of the highest count as equal, and of these the best loses the least time, idle and
+    wasted together, then has the lower time per token.
+    """
+    limits = (("ttft_s", ttft_p99_s), ("tpot_s", tpot_p99_s), ("queue_s", queue_p99_s))
+    allowed = [
+        index
+        for index, summary in enumerate(summaries)
+        if all(limit is None or summary[name]["p99"] <= limit for name, limit in limits)
+    ]
+    if not allowed:
+        return None
+    top = max(summaries[index]["tokens_per_s"] for index in allowed)
+    equal = [index for index in allowed if summaries[index]["tokens_per_s"] >= 0.99 * top]
+    return min(equal, key=lambda index: (round(lost_fraction(summaries[index]), 3), summaries[index]["tpot_s"]["mean"]))
+
+
+def lost_fraction(summary: dict[str, Any]) -> float:
+    """Return the share of the ranks' time that uneven work costs: imbalance, and dummy and padding rows."""
+    return float(summary["imbalance_fraction"] + summary["lost"]["padding"])
+
+
+def validate(records: Sequence[StepLogRecord], cost: CostConstants) -> dict[str, Any]:
+    """Compare a recorded run with what the cost formula says of its steps.
+
+    Args:
+        records: the run's step log.
+        cost: the constants, fitted to another run.
+
+    Returns:
+        `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
+        `p90_step_error` (relative, absolute values), and per step `measured_us` and `predicted_us`.
+    """
+    columns = cost_columns(records)
+    measured = columns.pop("duration_us")
+    predicted = cost.step_times_us(**columns)
+    errors = np.sort(np.abs(predicted - measured) / np.maximum(measured, 1e-9))
+    return {
+        "steps": len(measured),
+        "measured_s": float(measured.sum() * 1e-6),
+        "predicted_s": float(predicted.sum() * 1e-6),
+        "total_error": float(predicted.sum() / measured.sum() - 1),
+        "median_step_error": float(np.median(errors)),
+        "p90_step_error": float(errors[int(0.9 * (len(errors) - 1))]),
+        "measured_us": measured,
+        "predicted_us": predicted,
+    }
+
+
+def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
+    """Return a step log as `CostConstants.step_times_us` and `fit` take it, with `duration_us` of the slowest rank.
+
+    Raises:
+        ConfigurationError: if a rank is missing in a step, or no durations were recorded.
+    """
+    ranks = sorted({record.rank for record in records})
+    if not records or len(records) % len(ranks):
+        raise ConfigurationError(
+            f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
+        )
+
+    def grid(name: str) -> np.ndarray:
+        return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
+
+    duration = grid("duration_s").max(axis=1) * 1e6
+    if not duration.all():
+        raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
+    return {
+        "tokens": grid("real_rows"),
+        "decode_context": grid("decode_context_tokens"),
+        "prefill_context": grid("prefill_context_tokens"),
+        "num_chunks": grid("num_chunks").max(axis=1),
+        "filler_rows": grid("dummy_rows") + grid("padding_rows"),
+        "duration_us": duration,
+    }
+
+
+_workload: list[Request] = []
+
+
+def _take_workload(requests: list[Request]) -> None:
+    _workload[:] = requests
+
+
+def _simulate(config: SimulationConfig) -> dict[str, Any]:
+    return simulate(_workload, config, max_report_cells=1).summary

@@ -1,0 +1,224 @@
+import csv
+import itertools
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from lockstep.cli import app
+from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
+from lockstep.errors import ConfigurationError
+from lockstep.report.compare import compare_runs
+from lockstep.report.perfetto import write_trace
+from lockstep.report.simulate_command import parse_list, parse_seconds
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.simulation.sweep import Grid, best, setting, sweep, validate
+from lockstep.workload import SyntheticParameters, synthetic_requests
+
+SYNTHETIC = "num_requests=150,rate=40,prompt_median=300,output_median=40"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=True)
+
+
+def summary(tokens_per_s=100.0, imbalance=0.1, p99=1.0, tpot=0.02):
+    return {
+        "tokens_per_s": tokens_per_s,
+        "imbalance_fraction": imbalance,
+        "lost": {"padding": 0.0},
+        **{name: {"mean": tpot, "p99": p99} for name in ("ttft_s", "tpot_s", "queue_s")},
+    }
+
+
+def test_a_grid_is_every_combination():
+    grid = Grid([2, 4], ["round-robin", "least-tokens"], [0, 10], max_chunk_size=[None, 64])
+    found = [setting(config) for config in grid.configs(SimulationConfig(1))]
+    assert len(found) == 16
+    assert len({str(item) for item in found}) == 16
+    with pytest.raises(ConfigurationError, match="load_balancing needs at least one value, got none"):
+        Grid([2], []).configs(SimulationConfig(1))
+    with pytest.raises(ConfigurationError, match="max_prefill_delay_steps must be >= 0, got -1"):
+        Grid([2], max_prefill_delay_steps=[-1]).configs(SimulationConfig(1))
+
+
+def test_all_cores_give_what_one_gives():
+    requests = synthetic_requests(SyntheticParameters.parse(SYNTHETIC))
+    configs = Grid([2, 3], max_prefill_delay_steps=[0, 5]).configs(SimulationConfig(1))
+    done = []
+    assert sweep(requests, configs, 2, done.append) == sweep(requests, configs, 1)
+    assert done == [1, 2, 3, 4]
+
+
+def test_the_best_setting_keeps_to_the_limits():
+    settings = [summary(100, 0.4, 0.5), summary(99.9, 0.1, 2.0), summary(90, 0.0, 0.1), summary(99.8, 0.2, 1.0)]
+    assert best(settings) == 1
+    assert best(settings, ttft_p99_s=1.0) == 3
+    assert best(settings, queue_p99_s=0.2) == 2
+    assert best(settings, tpot_p99_s=0.01) is None
+
+
+def test_simulate_writes_every_file_and_names_the_best(tmp_path):
+    out = tmp_path / "out"
+    result = invoke(
+        *("simulate", "--synthetic", SYNTHETIC, "--data-parallel-size", "4", "--max-prefill-delay-steps", "0,10"),
+        *("--load-balancing", "round-robin,least-tokens", "--cost", "linear", "--ttft-p99", "9s", "--workers", "1"),
+        *("--out", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    assert "best with ttft_p99 <= 9 s: balancing" in result.output.replace("\n", " ")
+    document = json.loads((out / "settings.json").read_text())
+    assert len(document["settings"]) == 4
+    with (out / "settings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["ttft_s.p99"]) for row in rows] == [item["ttft_s"]["p99"] for item in document["settings"]]
+    assert pyarrow.parquet.read_table(out / "settings.parquet").num_rows == 4
+    chosen = document["settings"][document["best"]]
+    assert pyarrow.parquet.read_table(out / "steps.parquet").num_rows == chosen["rank_steps"]
+    assert pyarrow.parquet.read_table(out / "requests.parquet").num_rows == 150
+    assert "Settings compared" in (out / "report.html").read_text()
+    assert json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert "exists" in str(invoke("simulate", "--synthetic", SYNTHETIC, "--out", str(out)).exception)
+    again = invoke("simulate", "--synthetic", SYNTHETIC, "--out", str(out), "--overwrite", "--workers", "1", "--json")
+    assert json.loads(again.stdout)["best"] == 0
+    comparison = compare_runs(out, out)
+    assert comparison["first_different_step"] is None
+    assert comparison["a"] == comparison["b"]
+    assert comparison["a"]["ttft_s_p99"] > 0
+    assert invoke("compare", str(out), str(out)).exit_code == 0
+
+
+def test_a_limit_that_nothing_keeps_to_is_said():
+    result = invoke("simulate", "--synthetic", SYNTHETIC, "--ttft-p99", "0.1ms", "--workers", "1")
+    assert "no setting keeps to ttft_p99 <= 0.0001 s" in result.output.replace("\n", " ")
+
+
+def test_waiting_for_kv_cache_is_said():
+    options = ("--kv-capacity-tokens", "16000", "--data-parallel-size", "1", "--workers", "1")
+    result = invoke("simulate", "--synthetic", SYNTHETIC, *options)
+    assert "because the KV cache was full" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data-parallel-size", "0"), "num_ranks must be >= 1, got 0"),
+        (("--data-parallel-size", "two"), "data_parallel_size must be numbers with commas between them, got 'two'"),
+        (("--max-chunk-size", "0"), "max_chunk_size must be >= 1, got 0"),
+        (("--load-balancing", "best"), "load_balancing must be one of"),
+        (("--cost", "nosuch"), "cost must be one of"),
+        (("--ttft-p99", "soon"), "ttft_p99 must be a time > 0 such as 2s or 500ms, got 'soon'"),
+        (("--synthetic", "rat=3"), "synthetic parameters are name=number"),
+        (("--rate-scale", "0"), "rate_scale must be a number > 0, got 0"),
+        (("--kv-capacity-tokens", "10"), "kv_capacity_tokens=10"),
+    ],
+)
+def test_bad_options_name_value_and_limit(options, message):
+    result = invoke("simulate", "--requests", "5", *options)
+    assert isinstance(result.exception, ConfigurationError), result.output
+    assert message in str(result.exception)
+
+
+def test_lists_and_durations():
+    assert parse_list("n", "1, 2,1", int) == [1, 2]
+    assert [parse_seconds("t", text) for text in ("2s", "500ms", "0.5", None)] == [2.0, 0.5, 0.5, None]
+    with pytest.raises(ConfigurationError, match="t must be a time > 0"):
+        parse_seconds("t", "-1s")
+
+
+def test_describe_prints_parameters_that_make_the_same_kind_of_workload(tmp_path):
+    lines = [
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        *(f"2023-11-16 18:15:{i:02},{100 + i},{5 + i}" for i in range(50)),
+    ]
+    (tmp_path / "trace").write_text("\n".join([*lines, "broken"]))
+    result = invoke("workload", "describe", str(tmp_path / "trace"))
+    assert result.exit_code == 0
+    assert "1 malformed line" in result.output
+    options = result.output.replace("\n", "").split("--synthetic ")[1].strip()
+    assert SyntheticParameters.parse(options).prompt_median == pytest.approx(124.5)
+    document = json.loads(invoke("workload", "describe", str(tmp_path / "trace"), "--json").stdout)
+    assert (document["num_requests"], document["num_malformed"], document["requests_per_s"]) == (50, 1, 1)
+
+
+def records(num_steps=50, seed=0, noise=0.0):
+    rng = np.random.default_rng(seed)
+    cost = CostConstants(2000, 10, expert_row_us=4)
+    found = []
+    start = 0.0
+    for step in range(num_steps):
+        rows = [int(count) for count in rng.integers(1, 200, 2)]
+        duration = float(cost.step_times_us(np.array([rows]), np.zeros((1, 2)), np.zeros((1, 2)), np.ones(1))[0]) / 1e6
+        duration *= 1 + noise * rng.normal()
+        for rank, count in enumerate(rows):
+            found.append(
+                StepLogRecord(
+                    step, rank, count, decode_tokens=count, start_s=start, duration_s=duration, agreement_s=1e-4
+                )
+            )
+        start += duration
+    return found, cost
+
+
+def write_run(folder, records):
+    folder.mkdir()
+    with StepLogWriter(folder / "steps.jsonl") as log:
+        for record in records:
+            log.write(record)
+    return folder
+
+
+def test_validation_compares_step_by_step(tmp_path):
+    found, cost = records()
+    result = validate(found, cost)
+    assert result["total_error"] == pytest.approx(0, abs=1e-9)
+    assert result["median_step_error"] == pytest.approx(0, abs=1e-9)
+    cost.save(tmp_path / "cost.json")
+    run = write_run(tmp_path / "run", found)
+    shown = invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json"), "--json")
+    assert json.loads(shown.stdout)["steps"] == 50
+    assert invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json")).exit_code == 0
+    with pytest.raises(ConfigurationError, match="not of a measured run"):
+        validate([StepLogRecord(0, 0, 1)], cost)
+    with pytest.raises(ConfigurationError, match="not the same number of each of 2 ranks"):
+        validate(found[:-1], cost)
+
+
+def test_two_runs_that_differ(tmp_path):
+    found, _ = records()
+    other = [*found[:20], *records(seed=1)[0][20:]]
+    a, b = write_run(tmp_path / "a", found), write_run(tmp_path / "b", other)
+    (a / "outputs.jsonl").write_text('{"request_id": 0, "tokens": [1]}\n{"request_id": 1, "tokens": [2]}\n{"reque')
+    (b / "outputs.jsonl").write_text('{"request_id": 0, "tokens": [1]}\n{"request_id": 1, "tokens": [3]}\n')
+    comparison = compare_runs(a, b)
+    assert comparison["first_different_step"] == 10
+    assert comparison["different_outputs"] == 1
+    assert "counts differ from step 10 on" in invoke("compare", str(a), str(b)).output
+    with pytest.raises(ConfigurationError, match="not the folder of a run"):
+        compare_runs(a, tmp_path)
+
+
+def test_trace_has_each_ranks_slices_one_after_the_other(tmp_path):
+    found, _ = records(3)
+    assert write_trace(tmp_path / "trace.json", found) == 3
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        slices = [event for event in events if event["ph"] == "X" and event["tid"] == rank]
+        assert {event["name"] for event in slices} <= {"agreement", "decode", "waiting"}
+        for earlier, later in itertools.pairwise(slices):
+            assert later["ts"] == pytest.approx(earlier["ts"] + earlier["dur"], abs=0.01)
+        assert sum(event["dur"] for event in slices) == pytest.approx(
+            sum(r.duration_s for r in found[::2]) * 1e6, abs=0.1
+        )
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"rank 0", "rank 1"}
+    assert write_trace(tmp_path / "short.json", found, max_steps=1) == 1
+
+
+def test_report_of_one_simulation_is_that_of_its_steps():
+    requests = synthetic_requests(SyntheticParameters.parse(SYNTHETIC))
+    result = simulate(requests, SimulationConfig(4))
+    assert result.steps.num_steps == result.summary["steps"]
+    assert result.steps.lost_by_cause() == result.summary["lost"]
