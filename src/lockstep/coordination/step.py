@@ -223,7 +223,7 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
             if min(group) > 0 and len(set(group)) > 1:
                 raise RankMismatchError(
                     f"the ranks of tensor-parallel group {index} share their requests but are about to run "
-                    f"{group} rows (ranks {index * tensor_parallel_size} to {(index + 1) * tensor_parallel_size - 1})"
+                    f"{list(group)} rows (ranks {index * tensor_parallel_size} to {(index + 1) * tensor_parallel_size - 1})"
                 )
         counts = tuple([min(group) for group in groups])
     return StepDecision(tuple(records), counts, values)

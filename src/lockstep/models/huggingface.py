@@ -354,10 +354,8 @@ class ModelParallel:
         if index == len(self.layers) - 1:
             spoiled_by = self.recorder.spoiled_by()
             if spoiled_by is not None:
-                raise PeerFailedError(
-                    f"rank {self.config.rank} stops in step {self.recorder.step}: the experts of rank {spoiled_by} failed",
-                    spoiled_by,
-                )
+                text = f"rank {self.config.rank} stops in step {self.recorder.step}"
+                raise PeerFailedError(f"{text}: the experts of rank {spoiled_by} failed", spoiled_by)
         return output.view_as(hidden_states)
 
     def _open_groups(self, epoch: int) -> None:
