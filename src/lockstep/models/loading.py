@@ -296,6 +296,11 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
                     _shard_empty(module, ep_rank, ep_size)
             return model
 
+        def get_parameter(self, target: str) -> Any:
+            # Conversions compare what was read, this rank's part, with the parameter's shape.
+            parameter = super().get_parameter(target)
+            return getattr(parameter, "_local_tensor", parameter)
+
         @staticmethod
         def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
             # Before Transformers fills what is missing with random numbers, which on a split model would be a

@@ -303,7 +303,7 @@ def _attention(
     """
     segments = _step.get()
     if segments is None:
-        return _attend(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
     outputs, row, start = [], 0, 0
     for segment in segments:
         num_keys = segment.num_past + segment.num_rows
@@ -314,7 +314,7 @@ def _attention(
         mask = _segment_mask(segment.num_rows, num_keys - first, sliding_window, query.device)
         outputs.append(_attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, scaling, softcap, s_aux))
         row, start = row + segment.num_rows, start + num_keys
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _segment_mask(
