@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -83,9 +84,8 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
     headings = [names[name] for name in shown] + ["tokens/s", "lost", "unused"]
     headings += [name.replace("_", " ") for name in counted]
-    table = Table(
-        title=f"{settings[0]['requests']:,} requests, {len(settings)} settings; times as half / 99 % within, ms"
-    )
+    title = f"{settings[0]['requests']:,} requests, {len(settings)} settings; times in ms, half / 99 % within"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for heading in (*headings, "first token", "per token", "queue"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, item in enumerate(settings):
@@ -98,7 +98,7 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
         ]
         for name in ("ttft_s", "tpot_s", "queue_s"):
             p50, p99 = 1e3 * item[name]["p50"], 1e3 * item[name]["p99"]
-            cells.append(f"{p50:,.0f} / {p99:,.0f}" if p99 >= 100 else f"{p50:.1f} / {p99:.1f}")
+            cells.append(f"{p50:,.0f} / {p99:,.0f}" if p99 >= 10 else f"{p50:.1f} / {p99:.1f}")
         table.add_row(*cells, style="bold green" if index == best else None)
     console = Console(file=sys.stdout)
     console.print(table)
