@@ -16,7 +16,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata import dp_metadata
-from lockstep.metadata.dp_metadata import SizesContext, StepSizes, TokenCounts, check_own_count, read_counts
+from lockstep.metadata.contexts import SizesContext, StepSizes
+from lockstep.metadata.dp_metadata import TokenCounts, check_own_count, read_counts
 from lockstep.metadata.sizes import MAX_RANKS, abridged, check_counts, check_int, sp_size_list
 
 logger = logging.getLogger(__name__)

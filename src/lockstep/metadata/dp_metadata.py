@@ -1,25 +1,16 @@
 # No `from __future__ import annotations` here, nothing imported for type checkers only, and no helper on the class:
 # foreign callers read DPMetadata by introspection, resolve its annotations and publish each function that they find.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.sizes import (
-    INT32_MAX,
-    abridged,
-    as_plain_int,
-    check_counts,
-    check_int,
-    chunk_sizes,
-    cu_sizes,
-    sp_size_list,
-    sp_sizes,
-)
+from lockstep.metadata.contexts import SizesContext, StepSizes, chunked_rows, cumulative_rows
+from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int
 
 if TYPE_CHECKING:
     # What is taken besides tensors. At run time the annotations stay the published ones.
@@ -30,191 +21,7 @@ else:
 
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
-NO_KEY = object()
-MOST_LISTS = 1024
-"""Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
-
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
-
-
-class HoldsLocalSizes(Protocol):
-    """What contexts set sizes on: `DPMetadata`, and the same class with vLLM's surface."""
-
-    local_sizes: list[int] | None
-    # None; the one context that is entered; or, where they are nested, all that are entered, the innermost last.
-    _entered: "SizesContext | list[SizesContext] | None"
-
-
-class StepSizes:
-    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`, checked.
-        dp_rank: this rank, for messages; None where it is not known.
-
-    Attributes:
-        counts: as given.
-        lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
-        last: the sequence-parallel size that was asked for last, and its sizes; each layer of a model asks for the
-            same. In one tuple, so that a thread which asks for another never comes in between.
-    """
-
-    __slots__ = ("counts", "dp_rank", "last", "lists")
-
-    def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None) -> None:
-        self.counts = counts
-        self.dp_rank = dp_rank
-        self.lists: dict[object, list[int]] = {}
-        self.last: tuple[object, list[int]] = (NO_KEY, [])
-
-    def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
-        """Return a size list, computed if nobody asked for it before.
-
-        Args:
-            function: one of `lockstep.metadata.sizes`, or made of them; it gets the counts and `args`.
-            args: further arguments.
-
-        Raises:
-            ConfigurationError: as the function does, with this rank in its message.
-        """
-        # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
-        key = (function, *map(as_plain_int, args))
-        sizes = self.lists.get(key)
-        if sizes is None:
-            try:
-                sizes = function(self.counts, *args)
-            except ConfigurationError as error:
-                if self.dp_rank is None:
-                    raise
-                raise ConfigurationError(f"{error} (on DP rank {self.dp_rank} of {len(self.counts)})") from None
-            if len(self.lists) >= MOST_LISTS:
-                self.lists.clear()
-            self.lists[key] = sizes
-        return sizes
-
-    def find_last(self, sequence_parallel_size: int) -> list[int]:
-        """Return the sizes of the whole step, and keep them in `last`.
-
-        Args:
-            sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-
-        Raises:
-            ConfigurationError: as `sp_sizes`.
-        """
-        sizes = self.find(sp_size_list, sequence_parallel_size)
-        # Not by a tensor or array, which can be written to and be the same object with another value.
-        if type(sequence_parallel_size) is int:
-            self.last = (sequence_parallel_size, sizes)
-        return sizes
-
-
-class SizesContext:
-    """Puts sizes into `local_sizes` of a metadata object while it is entered.
-
-    Of the contexts that are entered and not left, the last entered counts. So a nested context gives the outer sizes
-    back, and leaving twice, without having entered, or in another order never leaves sizes behind.
-
-    A class rather than a generator, because a caller from another language leaves with strings where Python has an
-    exception, and a generator-based context manager raises at that and leaves its sizes set.
-
-    Attributes:
-        metadata: whose `local_sizes` are set.
-        sizes: what they are set to, `[ep_size]`.
-    """
-
-    # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
-    # would take a third of the time.
-    __slots__ = ("metadata", "sizes")
-    metadata: HoldsLocalSizes
-    sizes: list[int]
-
-    def __enter__(self) -> list[int]:
-        """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
-        metadata = self.metadata
-        if metadata._entered is None:
-            metadata._entered = self
-        else:
-            enter_nested(metadata, self)
-        metadata.local_sizes = sizes = self.sizes
-        return sizes
-
-    def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Give the outer sizes back, or None.
-
-        Args:
-            exc_type: what ended the block, or None; exception types and foreign callers' strings alike.
-            exc: the exception, or None.
-            tb: its traceback, or None.
-
-        Returns:
-            False: an exception is never swallowed.
-        """
-        metadata = self.metadata
-        if metadata._entered is self:
-            metadata._entered = None
-            metadata.local_sizes = None
-        else:
-            leave_nested(metadata, self)
-        return False
-
-    def __repr__(self) -> str:
-        entered = self.metadata._entered
-        inside = entered is self or (isinstance(entered, list) and any(context is self for context in entered))
-        return f"SizesContext({abridged(self.sizes)}, {'entered' if inside else 'not entered'})"
-
-
-def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
-    """Note that a context is entered inside another.
-
-    Args:
-        metadata: whose contexts they are.
-        context: which is entered.
-    """
-    entered = metadata._entered
-    if isinstance(entered, list):
-        entered.append(context)
-    elif entered is not None:
-        metadata._entered = [entered, context]
-
-
-def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
-    """Leave a context among several, or one that was left before, and give the sizes of the innermost.
-
-    Args:
-        metadata: whose contexts they are.
-        context: which is left; of several times that it was entered, the last.
-    """
-    entered = metadata._entered
-    if not isinstance(entered, list):
-        return
-    for place in range(len(entered) - 1, -1, -1):
-        if entered[place] is context:
-            del entered[place]
-            break
-    metadata.local_sizes = entered[-1].sizes
-    if len(entered) == 1:
-        metadata._entered = entered[0]
-
-
-def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
-    """Return the rows of each rank in one chunk, `[ep_size]`: `chunk_sizes` of `sp_sizes`.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-        args: the chunk size and which chunk, as in `chunk_sizes`.
-    """
-    return list(chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args))
-
-
-def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
-    """Return the running sum of the rows of each rank, `[ep_size]`: `cu_sizes` of `sp_sizes`.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sp_size: ranks that share the tokens of one DP rank, >= 1.
-    """
-    return list(cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1))))
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
