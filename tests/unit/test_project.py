@@ -1,0 +1,85 @@
+"""The project itself: a wheel that works outside the clone, a quick command, lazy imports, no torch where none is due."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _python(*arguments, cwd, path=None, timeout=60):
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The wheel, built and installed into an empty folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = _python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, str(ROOT), cwd=folder)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = folder.glob("lockstep_moe-*.whl")
+    installed = _python(
+        "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder / "site", wheel, cwd=folder
+    )
+    assert installed.returncode == 0, installed.stderr
+    return folder / "site", wheel
+
+
+def test_the_wheel_works_outside_the_clone(site, tmp_path):
+    folder, _ = site
+    code = (
+        "import lockstep; print(lockstep.__file__); "
+        "m = lockstep.DPMetadata.make(lockstep.ParallelConfig(data_parallel_size=3), 500, [500, 200, 256]); "
+        "print(m.cu_tokens_across_sp(1).tolist())"
+    )
+    result = _python("-c", code, cwd=tmp_path, path=folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(folder / "lockstep" / "__init__.py"), "[500, 700, 956]"]
+    result = _python("-m", "lockstep.cli", "--version", cwd=tmp_path, path=folder)
+    assert result.stdout.startswith("lockstep ")
+
+
+def test_the_wheel_has_what_it_needs_and_nothing_else(site):
+    names = zipfile.ZipFile(site[1]).namelist()
+    for needed in ("lockstep/py.typed", "lockstep/report/page.js", "lockstep/report/page.css"):
+        assert needed in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    metadata = zipfile.ZipFile(site[1]).read(next(name for name in names if name.endswith("METADATA"))).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.11"]
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys; from typer.testing import CliRunner; from lockstep.cli import app\n"
+        "for name in ('run', 'plan', 'simulate'):\n"
+        "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    result = _python("-c", code, cwd=tmp_path)
+    assert result.stdout.strip() == "False False", result.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["lockstep", "lockstep.workload", "lockstep.coordination.step", "lockstep.metadata.chunks", "lockstep.simulation"],
+)
+def test_arithmetic_needs_no_torch(module, tmp_path):
+    result = _python("-c", f"import sys, {module}; print('torch' in sys.modules)", cwd=tmp_path)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():
+    import lockstep
+
+    for name in lockstep.__all__:
+        assert getattr(lockstep, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lockstep.nothing
