@@ -82,11 +82,11 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
     }
     shown = [name for name in names if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
-    headings = [names[name] for name in shown] + ["tokens/s", "lost", "unused"]
+    headings = [names[name] for name in shown] + ["tok/s", "lost", "unused"]
     headings += [name.replace("_", " ") for name in counted]
     title = f"{settings[0]['requests']:,} requests, {len(settings)} settings; times in ms, half / 99 % within"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for heading in (*headings, "first token", "per token", "queue"):
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+    for heading in (*headings, "TTFT", "TPOT", "queue"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, item in enumerate(settings):
         cells = [str(item[name]) for name in shown]
@@ -96,15 +96,16 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
             f"{item['unused_fraction']:.1%}",
             *(f"{item[name]:,}" for name in counted),
         ]
-        for name in ("ttft_s", "tpot_s", "queue_s"):
+        for name in ("ttft_s", "tpot_s"):
             p50, p99 = 1e3 * item[name]["p50"], 1e3 * item[name]["p99"]
             cells.append(f"{p50:,.0f} / {p99:,.0f}" if p99 >= 10 else f"{p50:.1f} / {p99:.1f}")
+        cells.append(f"{1e3 * item['queue_s']['mean']:,.0f}")
         table.add_row(*cells, style="bold green" if index == best else None)
     console = Console(file=sys.stdout)
     console.print(table)
     console.print(
         "lost: ranks waited for others, or computed dummy and padding rows; unused: ranks had no request; "
-        "queue: wait before a request's first step"
+        "TTFT: time to the first token; TPOT: time per further token; queue: mean wait before the first step"
     )
     waits = sum(item["kv_waits"] for item in settings)
     if waits:

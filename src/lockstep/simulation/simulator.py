@@ -294,20 +294,20 @@ class _Simulation:
             self.last_s[index] = now_s
             self.balancer.finished(rank, self.requests[index])
         self.num_unfinished -= len(plan.finished)
-        state = scheduler.state()
-        self.total_decode += state.num_decoding - plan.num_decode_tokens
-        self.decode[rank] = state.num_decoding
-        self.context_base[rank] = base = scheduler.num_context_tokens(0)
+        decode, base, has_prompts, head = scheduler.counts()
+        self.total_decode += decode - plan.num_decode_tokens
+        self.decode[rank] = decode
+        self.context_base[rank] = base
         if self.decode_list is not None:
-            self.decode_list[rank] = state.num_decoding
+            self.decode_list[rank] = decode
             self.context_list[rank] = base
         self.num_waiting[rank] = plan.num_waiting
-        (self.queued.add if plan.num_waiting or scheduler.has_begun else self.queued.discard)(rank)
+        (self.queued.add if has_prompts else self.queued.discard)(rank)
         (self.kv_waiting.add if plan.num_waiting_for_kv else self.kv_waiting.discard)(rank)
-        if state.prefill_wait_steps < 0:
+        if head < 0:
             self.heads.pop(rank, None)
         else:
-            self.heads[rank] = step + 1 - state.prefill_wait_steps
+            self.heads[rank] = head
 
     def _result(self, num_steps: int, now_s: float) -> SimulationResult:
         recorder, requests = self.recorder, self.requests

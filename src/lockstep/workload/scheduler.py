@@ -333,10 +333,20 @@ class RankScheduler:
             wait = self._step + 1 - self._waiting[0][1]
         return SchedulerState(self._outstanding, self._kv_reserved + self._kv_queued, self._num_decoding, wait)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether a prompt has begun and not ended."""
-        return self._partial is not None
+    def counts(self) -> tuple[int, int, bool, int]:
+        """Return what a simulation needs to carry on without visiting this rank.
+
+        Returns:
+            `num_decoding` of the coming step; the part of `num_context_tokens` that does not grow with the step;
+            whether there is a queue or a prompt that has begun; the arrival step of the first prompt that could run,
+            or -1.
+        """
+        if self._partial is not None:
+            return self._num_decoding, self._context_base, True, self._partial_arrival
+        if not self._waiting:
+            return self._num_decoding, self._context_base, False, -1
+        arrival = self._waiting[0][1] if self._prompt_can_run() else -1
+        return self._num_decoding, self._context_base, True, arrival
 
     def num_context_tokens(self, step: int) -> int:
         """Return how many tokens of KV cache the requests that generate in `step` read, the new ones included."""

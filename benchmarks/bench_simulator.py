@@ -1,0 +1,153 @@
+"""Speed of the simulator: rank-steps per second at 8 ranks on a real or made-up trace, and from 8 to 4096 ranks.
+
+    python benchmarks/bench_simulator.py [--trace FILE] [--plot scaling.png] [--out benchmarks/results]
+
+Time is this process's CPU time, so that a busy machine does not count. The last line on stdout is one JSON document.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+
+from lockstep.coordination.step_log import StepColumns
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.workload import SchedulerConfig, SyntheticParameters, WorkloadOptions, load_trace, synthetic_requests
+
+LINEAR = CostConstants.load("linear")
+
+
+def timed(requests, config, log_path=None):
+    """Return rank-steps per CPU second, CPU seconds, wall seconds and the summary."""
+    log = StepColumns(log_path) if log_path else None
+    cpu, wall = time.process_time(), time.perf_counter()
+    summary = simulate(requests, config, log).summary
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    if log:
+        log.close()
+    return summary["rank_steps"] / cpu, cpu, wall, summary
+
+
+def eight_ranks(trace, repeats):
+    """Time the settings of the issue at 8 ranks; the best of a few repeats, which a busy machine disturbs least."""
+    rows = []
+    for rate in (1, 4):
+        if trace:
+            requests = load_trace(trace, WorkloadOptions(rate_scale=rate)).requests
+        else:
+            requests = synthetic_requests(SyntheticParameters(num_requests=19_366), WorkloadOptions(rate_scale=rate))
+        for delay in (0, 10):
+            config = SimulationConfig(8, SchedulerConfig(max_prefill_delay_steps=delay), LINEAR)
+            speed, cpu, wall, summary = max(timed(requests, config) for _ in range(repeats))
+            rows.append(
+                {
+                    "what": "8 ranks", "rate_scale": rate, "max_prefill_delay_steps": delay,
+                    "rank_steps": summary["rank_steps"], "rank_steps_per_s": round(speed), "cpu_s": round(cpu, 2),
+                    "wall_s": round(wall, 2), "simulated_s": round(summary["duration_s"]),
+                }
+            )  # fmt: skip
+            print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def scaling(repeats, largest):
+    """Time the same load per rank from 8 ranks to 4096: the cost of one rank-step should stay flat."""
+    rows = []
+    ranks = 8
+    while ranks <= largest:
+        # Four requests per second and rank would overload; 2.8 is the conversation trace at four times its rate.
+        parameters = SyntheticParameters(num_requests=40 * ranks, rate=2.8 * ranks)
+        requests = synthetic_requests(parameters)
+        config = SimulationConfig(ranks, SchedulerConfig(max_prefill_delay_steps=10), LINEAR)
+        speed, cpu, wall, summary = max(timed(requests, config) for _ in range(repeats))
+        rows.append(
+            {
+                "what": "scaling", "ranks": ranks, "steps": summary["steps"], "rank_steps": summary["rank_steps"],
+                "us_per_rank_step": round(1e6 / speed, 3), "cpu_s": round(cpu, 2), "wall_s": round(wall, 2),
+            }
+        )  # fmt: skip
+        print(rows[-1], file=sys.stderr)
+        ranks *= 2
+    return rows
+
+
+def memory(path):
+    """Return the peak memory, in MiB, of writing every step of a short and of an eight times longer run."""
+    rows = []
+    for steps in (20_000, 160_000):
+        script = _MEMORY.format(steps=steps, path=str(path))
+        found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        rows.append({"what": "memory", "steps": steps, "peak_mib": int(found.stdout.split()[-1])})
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+# Few requests with long outputs: so many steps that memory per step would show, and the workload itself stays small.
+_MEMORY = """
+import resource
+from lockstep.coordination.step_log import StepColumns
+from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.workload import Request
+requests = [Request(index, float(index), 100, {steps}) for index in range(64)]
+with StepColumns({path!r}) as log:
+    summary = simulate(requests, SimulationConfig(64), log).summary
+assert summary["steps"] >= {steps}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def plot(rows, path):
+    import plotly.graph_objects as go
+
+    figure = go.Figure(
+        go.Scatter(x=[row["ranks"] for row in rows], y=[row["us_per_rank_step"] for row in rows], mode="lines+markers")
+    )
+    figure.update_xaxes(type="log", title="ranks", tickvals=[row["ranks"] for row in rows])
+    figure.update_yaxes(title="CPU time per rank-step (us)", rangemode="tozero")
+    figure.update_layout(title="Cost of simulating one rank for one step", template="plotly_white")
+    figure.write_html(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trace", help="an Azure or Mooncake trace; without it, a synthetic workload like one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--largest", type=int, default=4096)
+    parser.add_argument("--plot", help="write the scaling plot to this HTML file")
+    parser.add_argument("--out", help="folder for the result file")
+    arguments = parser.parse_args()
+    rows = eight_ranks(arguments.trace, arguments.repeats) + scaling(arguments.repeats, arguments.largest)
+    scratch = Path("bench_simulator_steps.parquet")
+    try:
+        rows += memory(scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
+    if arguments.plot:
+        plot([row for row in rows if row["what"] == "scaling"], arguments.plot)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "commit": commit}
+    processor = _processor()
+    if arguments.out:
+        name = f"simulator_{processor}_{time.strftime('%Y-%m-%d')}_{commit}.jsonl"
+        lines = [json.dumps({**row, **versions, "processor": processor}) + "\n" for row in rows]
+        Path(arguments.out, name).write_text("".join(lines))
+    print(json.dumps({"processor": processor, **versions, "rows": rows}))
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or "unknown"
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split()) or "unknown"
+
+
+if __name__ == "__main__":
+    main()
