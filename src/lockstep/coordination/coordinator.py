@@ -1,6 +1,7 @@
 """One agreement: every rank says what it has, checks what the others said, and knows who is missing."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
@@ -9,6 +10,7 @@ from lockstep.coordination.step import (
     Header,
     StepDecision,
     StepRecord,
+    Wire,
     decide,
     decode,
     decode_message,
@@ -157,7 +159,7 @@ class Coordinator:
     def _close(self, error: BaseException) -> None:
         self._closed_by = self._closed_by or f"{type(error).__name__}: {error}"
 
-    def _conclude(self, step: int, mine: tuple[int, ...], record: StepRecord, pending: Pending) -> StepDecision:
+    def _conclude(self, step: int, mine: Wire, record: StepRecord, pending: Pending) -> StepDecision:
         recorder = self.recorder
         if recorder.step != step:  # begun during the step before
             recorder.step = step
@@ -191,10 +193,10 @@ class Coordinator:
                 received[rank] += decode_message(answer)
         return [text.decode(errors="replace") for text in received]
 
-    def _wait(self, pending: Pending, step: int) -> "list[tuple[int, ...]]":
+    def _wait(self, pending: Pending, step: int) -> Sequence[Wire]:
         started = time.monotonic()
         try:
-            return pending.wait(self.deadline_s, self.recorder.check)  # type: ignore[return-value]
+            return pending.wait(self.deadline_s, self.recorder.check)
         except LockstepError as error:  # another rank has ended the wait
             self._close(error)
             raise
@@ -216,9 +218,9 @@ class Coordinator:
 class PendingDecision:
     """An agreement that is under way. `result()` may be called more than once; it waits only the first time."""
 
-    def __init__(
-        self, coordinator: Coordinator, step: int, words: tuple[int, ...], record: StepRecord, pending: Pending
-    ) -> None:
+    __slots__ = ("_coordinator", "_outcome", "_pending", "_record", "_step", "_words")
+
+    def __init__(self, coordinator: Coordinator, step: int, words: Wire, record: StepRecord, pending: Pending) -> None:
         self._coordinator = coordinator
         self._step = step
         self._words = words

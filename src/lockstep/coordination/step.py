@@ -4,31 +4,35 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
 from lockstep._version import __version__
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 1
-HEADER_WORDS = 9
+HEAD_WORDS = 8
 MAX_FIELDS = 24
-WORDS = HEADER_WORDS + 2 * MAX_FIELDS
-"""Longest record on the wire, in words of 32 bits: a header, then two words per field."""
+WORDS = HEAD_WORDS + 1 + 2 * MAX_FIELDS
+"""Longest record on the wire, in words of 32 bits: a head, a checksum, then two words per field."""
 
 _MAGIC = 0x4C53 << 16  # "LS"; the low half of the first word is the record's length in words
 _MASK = 0xFFFFFFFF
 _MAX_CACHED_RECORDS = 4096
 
+Words = tuple[int, ...]
+Wire = tuple[Words, Words]
+"""A record on the wire: its head, which must be equal on all ranks, and its body."""
+
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
 _REDUCERS: dict[str, Callable[[tuple[int, ...]], Any]] = {
-    "gather": lambda values: values,
+    "gather": tuple,
     "max": max,
     "min": min,
     "all": all,
     "any": any,
-    "equal": lambda values: values[0],
+    "equal": itemgetter(0),
 }
 
 
@@ -143,24 +147,30 @@ class _Layout:
         self.record_class = record_class
         self.names = tuple(item.name for item in items)
         self.reducers = tuple(item.metadata["decided_by"] for item in items)
+        self.reduce = tuple((name, _REDUCERS[by]) for name, by in zip(self.names, self.reducers, strict=True))
+        self.equal = tuple(index for index, by in enumerate(self.reducers) if by == "equal")
         self.values_of: Callable[[StepRecord], tuple[int, ...]] = attrgetter(*self.names)
         # Unlike classes are told apart by it.
         self.fingerprint = zlib.crc32(repr(tuple(zip(self.names, self.reducers, strict=True))).encode())
-        self.num_words = HEADER_WORDS + 2 * len(items)
+        self.num_words = HEAD_WORDS + 1 + 2 * len(items)
         self.as_longs = struct.Struct(f"<{len(items)}q")
         self.as_words = struct.Struct(f"<{2 * len(items)}I")
-        self._records: dict[tuple[int, ...], StepRecord] = {}
+        self.records: dict[Words, StepRecord] = {}
+        """By body. Records never change and few differ, so they are kept."""
 
-    def record(self, words: tuple[int, ...]) -> StepRecord:
-        """Return the record of some field words. Records never change and few differ, so they are kept."""
-        record = self._records.get(words)
-        if record is None:
-            longs = self.as_longs.unpack(self.as_words.pack(*words))
-            values = [bool(v) if r in ("any", "all") else v for v, r in zip(longs, self.reducers, strict=True)]
-            record = self.record_class(*values)
-            if len(self._records) >= _MAX_CACHED_RECORDS:
-                self._records.clear()
-            self._records[words] = record
+    def record(self, body: Words) -> StepRecord:
+        """Return the record of a body, and keep it.
+
+        Raises:
+            ValueError: the body is damaged.
+        """
+        if len(body) != self.num_words - HEAD_WORDS or body[0] != _checksum(body[1:]):
+            raise ValueError("damaged")
+        longs = self.as_longs.unpack(self.as_words.pack(*body[1:]))
+        values = [bool(v) if r in ("any", "all") else v for v, r in zip(longs, self.reducers, strict=True)]
+        if len(self.records) >= _MAX_CACHED_RECORDS:
+            self.records.clear()
+        record = self.records[body] = self.record_class(*values)
         return record
 
 
@@ -207,11 +217,10 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
     if min(num_tokens) < 0:
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
-    values: dict[str, Any] = {}
-    for name, reducer, column in zip(layout.names, layout.reducers, columns, strict=True):
-        if reducer == "equal" and len(set(column)) > 1:
-            raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
-        values[name] = _REDUCERS[reducer](column)
+    for index in layout.equal:
+        if len(set(columns[index])) > 1:
+            raise RankMismatchError(f"ranks disagree about {layout.names[index]}: {_by_rank(columns[index])}")
+    values = {name: reduce(column) for (name, reduce), column in zip(layout.reduce, columns, strict=True)}
 
     if values["paused"] or values["failed"]:
         counts = (0,) * (len(records) // tensor_parallel_size)
@@ -221,16 +230,17 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
         groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, len(records), tensor_parallel_size)]
         for index, group in enumerate(groups):
             if min(group) > 0 and len(set(group)) > 1:
+                first = index * tensor_parallel_size
                 raise RankMismatchError(
                     f"the ranks of tensor-parallel group {index} share their requests but are about to run "
-                    f"{list(group)} rows (ranks {index * tensor_parallel_size} to {(index + 1) * tensor_parallel_size - 1})"
+                    f"{list(group)} rows (ranks {first} to {first + tensor_parallel_size - 1})"
                 )
         counts = tuple([min(group) for group in groups])
     return StepDecision(tuple(records), counts, values)
 
 
-def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> tuple[int, ...]:
-    """Return a header and a record as words of 32 bits, at most `WORDS`, which add up to 0 modulo 2**32.
+def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> Wire:
+    """Return a record as words of 32 bits, at most `WORDS`: a head, and a body that begins with its checksum.
 
     Args:
         header: of this rank.
@@ -243,7 +253,7 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
     """
     layout = _layout(type(record))
     try:
-        packed = layout.as_longs.pack(*layout.values_of(record))
+        fields = layout.as_words.unpack(layout.as_longs.pack(*layout.values_of(record)))
     except struct.error:
         name, value = next(
             (name, value)
@@ -255,77 +265,92 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
         _MAGIC | layout.num_words, header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint,
         layout.fingerprint, collectives,
     )  # fmt: skip
-    body = layout.as_words.unpack(packed)
-    return (*head, -(sum(head) + sum(body)) & _MASK, *body)
+    return head, (_checksum(fields), *fields)
 
 
-def decode(
-    all_words: Sequence[Sequence[int]], mine: Sequence[int], record_class: type[StepRecord]
-) -> tuple[StepRecord, ...]:
-    """Check every rank's header against the others' and return the records, in rank order.
+def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord]) -> tuple[StepRecord, ...]:
+    """Check every rank's head against the others' and return the records, in rank order.
 
-    Every rank checks all headers, so either all ranks raise or none does.
+    Every rank checks all heads, so either all ranks raise or none does.
 
     Args:
-        all_words: what each rank sent, `[ranks][words]`; words beyond a record's length are ignored.
+        received: what each rank sent, `[ranks]`.
         mine: what this rank sent.
         record_class: the class of this rank's record.
 
     Raises:
-        RankMismatchError: naming the first header field that differs and each rank's value of it.
+        RankMismatchError: naming the first part of the head that differs and each rank's value of it.
     """
     layout = _layout(record_class)
-    stop, head = layout.num_words, tuple(mine[: HEADER_WORDS - 1])
-    records = []
-    for words in all_words:
-        words = tuple(words[:stop])
-        if words[: HEADER_WORDS - 1] != head or sum(words) & _MASK:
-            raise _mismatch(all_words, mine)
-        try:
-            records.append(layout.record(words[HEADER_WORDS:]))
-        except struct.error:
-            raise _mismatch(all_words, mine) from None
+    my_head, known, records = mine[0], layout.records, []
+    for head, body in received:
+        if head is not my_head and head != my_head:
+            raise _mismatch(received, mine)
+        record = known.get(body)
+        if record is None:
+            try:
+                record = layout.record(body)
+            except (ValueError, struct.error):
+                raise _mismatch(received, mine) from None
+        records.append(record)
     return tuple(records)
 
 
-_HEADER_NAMES = (
+def split(words: Sequence[int]) -> Wire:
+    """Return words of a transport that knows nothing of their meaning as head and body; what follows is dropped."""
+    words = tuple(words)
+    length = words[0] & 0xFFFF if words else 0
+    return words[:HEAD_WORDS], words[HEAD_WORDS : max(length, HEAD_WORDS)]
+
+
+def _checksum(fields: Words) -> int:
+    # Words on their way are guarded by TCP or the memory; this one tells that something else altogether has come.
+    return (sum(fields) * 0x9E3779B1 + len(fields)) & _MASK
+
+
+_HEAD_NAMES = (
     "record length", "protocol version", "package version", "epoch", "step", "fingerprint", "record fields",
     "the collectives that they have issued (hash; debug=True names the first)",
 )  # fmt: skip
 
 
-def _mismatch(all_words: Sequence[Sequence[int]], mine: Sequence[int]) -> RankMismatchError:
+def _mismatch(received: Sequence[Wire], mine: Wire) -> RankMismatchError:
     """Say what is wrong with the ranks' words. Something is."""
-    for rank, words in enumerate(all_words):
-        length = words[0] & 0xFFFF if len(words) and 0 <= words[0] <= _MASK else 0
+    for rank, (head, body) in enumerate(received):
+        words = (*head, *body)
         if (
-            not HEADER_WORDS <= length <= len(words)
-            or words[0] >> 16 << 16 != _MAGIC
-            or not all(0 <= word <= _MASK for word in words[:length])
-            or sum(words[:length]) & _MASK
+            len(head) != HEAD_WORDS
+            or not body
+            or not all(0 <= word <= _MASK for word in words)
+            or head[0] != _MAGIC | len(words)
+            or body[0] != _checksum(body[1:])
         ):
-            return RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's (checksum differs)")
+            return RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's")
     for index in (1, 2, 3, 4, 5, 6, 0, 7):
-        column = [words[index] for words in all_words]
+        column = [head[index] for head, _ in received]
         if len(set(column)) > 1:
-            return RankMismatchError(f"ranks disagree about {_HEADER_NAMES[index]}: {_by_rank(column)}")
+            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[index]}: {_by_rank(column)}")
     # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
-    return RankMismatchError(f"the exchange returned header {list(all_words[0][:8])}, this rank sent {list(mine[:8])}")
+    return RankMismatchError(f"the exchange returned head {received[0][0]}, this rank sent {mine[0]}")
 
 
-MESSAGE_BYTES = 4 * (WORDS - 1)
+MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)
 """Bytes of a message that travel in one exchange."""
 
 
-def encode_message(part: bytes) -> tuple[int, ...]:
+def encode_message(part: bytes) -> Wire:
     """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
-    return (len(part), *struct.unpack(f"<{WORDS - 1}I", part.ljust(MESSAGE_BYTES, b"\0")))
+    words = struct.unpack(f"<{MESSAGE_BYTES // 4}I", part.ljust(MESSAGE_BYTES, b"\0"))
+    return (WORDS,) * HEAD_WORDS, (len(part), *words)
 
 
-def decode_message(words: Sequence[int]) -> bytes:
+def decode_message(wire: Wire) -> bytes:
     """Return the bytes of `encode_message`; nothing where the words are of something else."""
+    head, body = wire
     try:
-        return struct.pack(f"<{WORDS - 1}I", *words[1:WORDS])[: max(0, min(words[0], MESSAGE_BYTES))]
+        if head != (WORDS,) * HEAD_WORDS:
+            return b""
+        return struct.pack(f"<{MESSAGE_BYTES // 4}I", *body[1:])[: max(0, min(body[0], MESSAGE_BYTES))]
     except struct.error:
         return b""
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.board import Board
-from lockstep.coordination.step import HEADER_WORDS, WORDS, decode_message, encode_message
+from lockstep.coordination.step import HEAD_WORDS, WORDS, Wire, Words, decode_message, encode_message, split
 
 CHECK_S = 0.1
 """How often a wait looks whether the others are still there, in seconds."""
@@ -26,8 +26,8 @@ _SLEEP_S = (0.00002, 0.001)
 class Pending(Protocol):
     """An exchange that is under way."""
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Sequence[int]]:
-        """Return every rank's words, `[ranks][words]`. After an interruption it may be called again.
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
+        """Return what every rank sent, `[ranks]`. After an interruption it may be called again.
 
         Args:
             timeout_s: longest wait, in seconds.
@@ -51,8 +51,8 @@ class Transport(Protocol):
     num_ranks: int
     can_watch: bool
 
-    def begin(self, words: Sequence[int]) -> Pending:
-        """Send this rank's words, at most `WORDS` of 32 bits, and return at once."""
+    def begin(self, wire: Wire) -> Pending:
+        """Send this rank's words, `HEAD_WORDS` and at most `WORDS` in all, of 32 bits, and return at once."""
         ...
 
     def wanted(self) -> bool:
@@ -82,8 +82,9 @@ class ProcessGroupTransport:
         self.num_ranks = process_group.size()
         self._device = torch.device("cuda") if dist.get_backend(process_group) == "nccl" else torch.device("cpu")
 
-    def begin(self, words: Sequence[int]) -> "_PendingAllGather":
+    def begin(self, wire: Wire) -> "_PendingAllGather":
         """See `Transport`."""
+        words = (*wire[0], *wire[1])
         # Always the same length, so that even two unlike records can be told apart.
         mine = torch.tensor([*words, *[0] * (WORDS - len(words))], dtype=torch.int64, device=self._device)
         everyones = torch.empty(self.num_ranks, WORDS, dtype=torch.int64, device=self._device)
@@ -104,9 +105,9 @@ class _PendingAllGather:
         self._mine = mine  # kept: the transfer reads it until it is done
         self._everyones = everyones
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[list[int]]:
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
         wait_for(self._work, timeout_s, check)
-        return self._everyones.tolist()
+        return [split(words) for words in self._everyones.tolist()]
 
 
 class SharedMemoryTransport:
@@ -132,33 +133,41 @@ class SharedMemoryTransport:
         self._others = [r for r in range(board.num_ranks) if r != rank]
         # With fewer cores than ranks a rank that looks without pause keeps another from answering.
         self._spin_ns = _SPIN_NS if len(os.sched_getaffinity(0)) >= board.num_ranks else 0
+        self._bodies: dict[int, Words] = {}
+        """Bodies that came before, by their bytes as one integer: few differ."""
 
-    def begin(self, words: Sequence[int]) -> "_PendingBoard":
+    def begin(self, wire: Wire) -> "_PendingBoard":
         """See `Transport`."""
-        self._sequence = self._sequence + 1 & 0xFFFFFFFF
-        tag = self._sequence << 32
-        start = self._starts[self._sequence & 1][self.rank]
-        packed = _QUADS[len(words)].pack(*[word | tag for word in words])
-        self.board.bytes[start : start + len(packed)] = packed
-        return _PendingBoard(self, words, self._sequence)
+        sequence = self._sequence = self._sequence + 1 & _MASK
+        count = len(wire[0]) + len(wire[1])
+        payload = int.from_bytes(_QUADS[count].pack(*wire[0], *wire[1]), "little")
+        raw = (payload | sequence * _TAGS[count]).to_bytes(8 * count, "little")
+        start = self._starts[sequence & 1][self.rank]
+        self.board.bytes[start : start + len(raw)] = raw
+        return _PendingBoard(self, wire, raw, sequence)
 
     def wanted(self) -> bool:
         """See `Transport`."""
-        following = self._sequence + 1 & 0xFFFFFFFF
+        following = self._sequence + 1 & _MASK
         words, starts = self.board.words, self._starts[following & 1]
         return any(words[starts[rank] >> 3] >> 32 == following for rank in self._others)
 
 
 class _PendingBoard:
-    def __init__(self, transport: SharedMemoryTransport, words: Sequence[int], sequence: int) -> None:
+    __slots__ = ("_head", "_missing", "_raw_head", "_received", "_sequence", "_starts", "_stop", "_tags", "_transport")
+
+    def __init__(self, transport: SharedMemoryTransport, wire: Wire, raw: bytes, sequence: int) -> None:
         self._transport = transport
-        self._length = len(words)
-        self._tags = sequence * _ONES[len(words)]
-        self._tag = sequence
-        self._received: list[Sequence[int]] = [words] * transport.num_ranks
+        self._sequence = sequence
+        self._starts = transport._starts[sequence & 1]
+        self._head = wire[0]
+        self._raw_head = raw[: 8 * HEAD_WORDS]
+        self._stop = len(raw)
+        self._tags = sequence * _TAGS[len(wire[1])]
+        self._received: list[Wire] = [wire] * transport.num_ranks
         self._missing = transport._others
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Sequence[int]]:
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         if self._look():
             return self._received
         started = time.monotonic_ns()
@@ -175,7 +184,7 @@ class _PendingBoard:
                 else:
                     time.sleep(sleep_s)
                     sleep_s = min(1.3 * sleep_s, _SLEEP_S[1])
-                    self._look_for_other_lengths()
+                    self._look_for_others()
             if self._look():
                 return self._received
             if now >= next_check:
@@ -183,41 +192,55 @@ class _PendingBoard:
                 if check is not None:
                     check()
             if now >= deadline:
-                missing = tuple(self._missing)
-                raise RanksMissing(f"no answer within {timeout_s:.3g} s", missing)
+                raise RanksMissing(f"no answer within {timeout_s:.3g} s", tuple(self._missing))
 
     def _look(self) -> bool:
-        """Take what has come; return whether that is all."""
-        transport, length, tags = self._transport, self._length, self._tags
-        starts, data = transport._starts[self._tag & 1], transport.board.bytes
-        mask, payload = _TAG_MASKS[length], _PAYLOADS[length]
+        """Take the records that have come with this rank's head; return whether that is all."""
+        data, starts, stop, tags = self._transport.board.bytes, self._starts, self._stop, self._tags
+        raw_head, bodies = self._raw_head, self._transport._bodies
         missing = []
         for rank in self._missing:
             start = starts[rank]
-            raw = data[start : start + 8 * length].tobytes()
-            if int.from_bytes(raw, "little") & mask == tags:
-                self._received[rank] = payload.unpack(raw)
-            else:
-                missing.append(rank)
+            raw = data[start : start + stop].tobytes()
+            if raw[: 8 * HEAD_WORDS] == raw_head:
+                # What is left without the tags is the payload, if every word has the tag.
+                payload = int.from_bytes(raw[8 * HEAD_WORDS :], "little") ^ tags
+                body = bodies.get(payload)
+                if body is None:
+                    body = self._new_body(payload)
+                if body is not None:
+                    self._received[rank] = (self._head, body)
+                    continue
+            missing.append(rank)
         self._missing = missing
         return not missing
 
-    def _look_for_other_lengths(self) -> None:
-        """Take records of unlike classes too, which are longer or shorter than this rank's."""
-        transport = self._transport
+    def _new_body(self, payload: int) -> Words | None:
+        count = self._stop // 8 - HEAD_WORDS
+        words = _QUADS[count].unpack(payload.to_bytes(8 * count, "little"))
+        if max(words) > _MASK:
+            return None  # a word of an earlier exchange is still there
+        bodies = self._transport._bodies
+        if len(bodies) >= _MAX_CACHED_BODIES:
+            bodies.clear()
+        bodies[payload] = words
+        return words
+
+    def _look_for_others(self) -> None:
+        """Take records with other heads too, of any length: then the ranks disagree, and will say about what."""
         for rank in list(self._missing):
-            start = transport._starts[self._tag & 1][rank]
-            words = _QUADS[WORDS].unpack(transport.board.bytes[start : start + 8 * WORDS].tobytes())
+            start = self._starts[rank]
+            words = _QUADS[WORDS].unpack(self._transport.board.bytes[start : start + 8 * WORDS].tobytes())
             length = words[0] & 0xFFFF
-            if HEADER_WORDS <= length <= WORDS and all(word >> 32 == self._tag for word in words[:length]):
-                self._received[rank] = [word & 0xFFFFFFFF for word in words[:length]]
+            if HEAD_WORDS < length <= WORDS and all(word >> 32 == self._sequence for word in words[:length]):
+                self._received[rank] = split([word & _MASK for word in words[:length]])
                 self._missing = [other for other in self._missing if other != rank]
 
 
+_MASK = 0xFFFFFFFF
+_MAX_CACHED_BODIES = 4096
 _QUADS = [struct.Struct(f"={count}Q") for count in range(WORDS + 1)]
-_PAYLOADS = [struct.Struct("<" + "I4x" * count) for count in range(WORDS + 1)]
-_ONES = [int.from_bytes(b"\0\0\0\0\1\0\0\0" * count, "little") for count in range(WORDS + 1)]
-_TAG_MASKS = [0xFFFFFFFF * ones for ones in _ONES]
+_TAGS = [int.from_bytes(b"\0\0\0\0\1\0\0\0" * count, "little") for count in range(WORDS + 1)]
 
 
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
@@ -249,11 +272,11 @@ def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[
                 board = None
         if board is not None:
             board.register(rank)
-        votes = transport.begin([int(board is not None)]).wait(timeout_s)
+        votes = transport.begin(encode_message(b"yes" if board is not None else b"no")).wait(timeout_s)
     finally:
         if rank == 0 and board is not None:
             board.unlink()
-    if board is not None and all(vote[0] == 1 for vote in votes):
+    if board is not None and all(decode_message(vote) == b"yes" for vote in votes):
         return SharedMemoryTransport(board, rank), board
     return transport, None
 
