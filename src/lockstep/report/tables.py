@@ -48,8 +48,9 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
     console.print(table)
     console.print(
         f"{summary['generated_tokens']:,} tokens generated in {summary['wall_s']:.1f} s, "
-        f"{summary['tokens_per_s']:,.1f} per second; "
-        f"{summary['idle_fraction']:.0%} of the ranks' time is lost to uneven work (counted in rows)"
+        f"{summary['tokens_per_s']:,.1f} per second\n"
+        f"uneven work: where the longest rank of each step had a row, the others had none in "
+        f"{summary['idle_fraction']:.0%} of the cases"
     )
     console.print(_verdict(summary))
     console.print(f"report: {report}", soft_wrap=True)
