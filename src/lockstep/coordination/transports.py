@@ -1,5 +1,6 @@
 """How records travel. A transport moves a few integers of each rank to all ranks, and knows when to give up."""
 
+import contextlib
 import datetime
 import os
 import struct
@@ -305,8 +306,14 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
             timed_out = "imed out" in message or "imeout" in message
             if not timed_out:
                 raise ConnectionError(f"a peer's connection broke ({message})") from error
-            # The group's own limit may come a little before ours; what it ended does not go on.
-            if left_s <= CHECK_S or work.is_completed():
+            if work.is_completed():
+                # It has come to its end since the slice ended: well, or by the group's own limit, which may come a
+                # little before ours. Waiting once more says which, at once.
+                with contextlib.suppress(RuntimeError):
+                    work.wait()
+                    return
+                raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
+            if left_s <= CHECK_S:
                 raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
         if check is not None:
             check()
