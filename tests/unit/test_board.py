@@ -1,0 +1,258 @@
+"""The board in shared memory: exchanges, places, last words, and what killed processes leave behind."""
+
+import glob
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.coordination import board as board_module
+from lockstep.coordination.board import LAST_WORDS_BYTES, Board, board_bytes
+from lockstep.coordination.step import WORDS, Header, StepRecord, decode, encode, encode_message
+from lockstep.coordination.transports import RanksMissing, SharedMemoryTransport
+from lockstep.errors import ConfigurationError, RankMismatchError
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")
+HEADER = Header()
+
+
+@pytest.fixture
+def board():
+    made = Board.create(3)
+    made.unlink()
+    return made
+
+
+def transports(board):
+    return [SharedMemoryTransport(board, rank) for rank in range(board.num_ranks)]
+
+
+def test_every_rank_receives_what_every_rank_sent_over_many_rounds(board):
+    group = transports(board)
+    for index in range(2000):
+        said = [StepRecord((index * 7 + rank) % 97, index % 2 == 0) for rank in range(3)]
+        wires = [encode(HEADER, index, record) for record in said]
+        pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
+        for mine, exchange in zip(wires, pending, strict=True):
+            assert decode(exchange.wait(1.0), mine, StepRecord) == tuple(said)
+
+
+def test_a_rank_that_does_not_come_is_named_and_may_still_come(board):
+    group = transports(board)
+    wires = [encode(HEADER, 0, StepRecord(rank)) for rank in range(3)]
+    first = group[0].begin(wires[0])
+    group[1].begin(wires[1])
+    started = time.monotonic()
+    with pytest.raises(RanksMissing) as caught:
+        first.wait(0.1)
+    assert caught.value.ranks_missing == (2,)
+    assert 0.1 <= time.monotonic() - started < 0.6
+    group[2].begin(wires[2])
+    assert len(decode(first.wait(0.1), wires[0], StepRecord)) == 3
+
+
+def test_a_check_ends_the_wait(board):
+    def check():
+        raise KeyError("a peer has gone")
+
+    with pytest.raises(KeyError):
+        transports(board)[0].begin(encode(HEADER, 0, StepRecord())).wait(5.0, check)
+
+
+def test_unlike_records_are_received_and_named_on_both_ranks(board):
+    group = transports(board)
+    wires = [encode(HEADER, 0, StepRecord(1)), encode(HEADER, 0, StepRecord(2)), encode_message(b"something else")]
+    pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
+    for mine, exchange in list(zip(wires, pending, strict=True))[:2]:
+        with pytest.raises(RankMismatchError, match="rank 2 sent a record that is damaged"):
+            decode(exchange.wait(1.0), mine, StepRecord)
+
+
+def test_a_wish_is_seen_before_one_begins(board):
+    group = transports(board)
+    assert not any(transport.wanted() for transport in group)
+    pending = [group[1].begin(encode(HEADER, 0, StepRecord(4)))]
+    assert [transport.wanted() for transport in group] == [True, False, True]
+    pending += [group[rank].begin(encode(HEADER, 0, StepRecord())) for rank in (0, 2)]
+    for exchange in pending:
+        exchange.wait(1.0)
+    assert not any(transport.wanted() for transport in group)
+
+
+def test_the_sequence_number_wraps(board):
+    group = transports(board)
+    for transport in group:
+        transport._sequence = 2**32 - 2
+    for step in range(4):
+        wires = [encode(HEADER, step, StepRecord(rank)) for rank in range(3)]
+        pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
+        for mine, exchange in zip(wires, pending, strict=True):
+            assert [record.num_tokens for record in decode(exchange.wait(1.0), mine, StepRecord)] == [0, 1, 2]
+
+
+@given(st.integers(0, 16), st.integers(0, 2**32 - 1))
+def test_a_record_of_which_one_word_is_missing_is_not_taken(index, stale_tag):
+    board = Board.create(2)
+    board.unlink()
+    group = transports(board)
+    wires = [encode(HEADER, 0, StepRecord(5)), encode(HEADER, 0, StepRecord(6))]
+    pending = group[0].begin(wires[0])
+    group[1].begin(wires[1])
+    word = board.exchange_offset(1, 1) // 8 + index
+    whole = board.words[word]
+    board.words[word] = whole & 0xFFFFFFFF | (stale_tag if stale_tag != 1 else 0) << 32
+    with pytest.raises(RanksMissing):
+        pending.wait(0.0)
+    board.words[word] = whole
+    assert decode(pending.wait(0.5), wires[0], StepRecord)[1].num_tokens == 6
+
+
+@given(st.binary(min_size=8 * WORDS, max_size=8 * WORDS))
+def test_whatever_stands_on_the_board_ends_in_a_sentence(garbage):
+    board = Board.create(2)
+    board.unlink()
+    transport = SharedMemoryTransport(board, 0)
+    mine = encode(HEADER, 0, StepRecord(1))
+    pending = transport.begin(mine)
+    start = board.exchange_offset(1, 1)
+    board.bytes[start : start + len(garbage)] = garbage
+    with pytest.raises((RanksMissing, RankMismatchError)):
+        decode(pending.wait(0.001), mine, StepRecord)
+
+
+def test_threads_of_many_ranks_agree_ten_thousand_times():
+    board = Board.create(4)
+    board.unlink()
+    wrong = []
+
+    def run(rank):
+        transport = SharedMemoryTransport(board, rank)
+        for step in range(2500):
+            mine = encode(HEADER, step, StepRecord(step * 4 + rank))
+            counts = [record.num_tokens for record in decode(transport.begin(mine).wait(20), mine, StepRecord)]
+            if counts != [step * 4 + other for other in range(4)]:
+                wrong.append((rank, step, counts))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# places, last words, processes
+
+
+def test_places_and_how_long_ago(board):
+    place, since = board.place_words(1)
+    board.words[place], board.words[since] = 77, time.monotonic_ns() - 2_000_000_000
+    number, ago = board.place(1)
+    assert number == 77
+    assert 2.0 <= ago < 2.5
+
+
+def test_last_words_are_read_whole_or_not_at_all_and_the_first_count(board):
+    assert board.last_words(2) is None
+    board.say_last_words(2, b"out of memory")
+    board.say_last_words(2, b"something later")
+    assert board.last_words(2) == b"out of memory"
+    board.say_last_words(1, b"x" * (LAST_WORDS_BYTES + 500))
+    assert board.last_words(1) == b"x" * LAST_WORDS_BYTES
+    start = board_module._HEADER_BYTES + 2 * board_module._RANK_BYTES + board_module._STATUS_BYTES
+    board.bytes[start : start + 3] = b"???"
+    assert board.last_words(2) is None
+
+
+def test_process_states(board):
+    assert board.process_state(0) == "unknown"
+    board.register(0)
+    assert board.process_state(0) == "alive"
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    base = board._status(1)
+    board.words[base + 1] = board_module._started(child.pid)
+    board.words[base + 2] = board_module._namespace()
+    board.words[base] = child.pid
+    assert board.process_state(1) == "alive"
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    assert board.process_state(1) == "stopped"
+    child.kill()
+    time.sleep(0.2)
+    assert board.process_state(1) == "gone"  # a zombie: its parent has not asked yet
+    child.wait()
+    assert board.process_state(1) == "gone"
+    board.words[base] = os.getpid()  # the number was given to another process
+    assert board.process_state(1) == "gone"
+    board.words[base + 2] += 1  # numbers of another container mean nothing here
+    assert board.process_state(1) == "unknown"
+
+
+# names, files, orphans
+
+
+def test_attaching_shares_the_memory_and_unlinking_leaves_nothing(board):
+    made = Board.create(2)
+    other = Board.attach(made.name, 2)
+    made.unlink()
+    made.unlink()
+    made.words[20] = 12345
+    assert other.words[20] == 12345
+    assert not glob.glob(f"/dev/shm/{made.name}")
+
+
+@pytest.mark.parametrize("name", ["", "lockstep-1-2-../../etc/passwd", "/etc/passwd", "lockstep-1-2-" + "0" * 31])
+def test_names_that_are_no_board(name):
+    with pytest.raises(ConfigurationError, match="is not the name of a board"):
+        Board.attach(name, 2)
+
+
+@given(st.text(max_size=100))
+def test_no_text_leads_out_of_the_folder(name):
+    with pytest.raises((ConfigurationError, OSError)):
+        Board.attach(name, 2)
+
+
+def test_boards_of_other_size_or_content_are_refused(tmp_path):
+    made = Board.create(2)
+    try:
+        with pytest.raises(ConfigurationError, match=f"{board_bytes(2)} bytes, expected .* for 3 ranks"):
+            Board.attach(made.name, 3)
+        made.words[1] = 3
+        with pytest.raises(ConfigurationError, match="is not one of 2 ranks"):
+            Board.attach(made.name, 2)
+    finally:
+        made.unlink()
+    with pytest.raises(FileNotFoundError):
+        Board.attach(made.name, 2)
+
+
+def test_a_link_in_place_of_a_board_is_not_followed(tmp_path):
+    name = f"lockstep-1-1-{'ab' * 16}"
+    target = tmp_path / "target"
+    target.write_bytes(b"\0" * board_bytes(2))
+    os.symlink(target, f"/dev/shm/{name}")
+    try:
+        with pytest.raises(OSError):
+            Board.attach(name, 2)
+    finally:
+        os.unlink(f"/dev/shm/{name}")
+
+
+def test_a_maker_that_was_killed_half_way_leaves_nothing_after_the_next_board():
+    code = (
+        "import os, signal; from lockstep.coordination.board import Board; "
+        "print(Board.create(2).name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL
+    left = f"/dev/shm/{child.stdout.strip()}"
+    assert os.path.exists(left)
+    Board.create(2).unlink()
+    assert not os.path.exists(left)
