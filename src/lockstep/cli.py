@@ -282,6 +282,30 @@ def describe(
         print_description(trace.source, trace.format, trace.malformed, description)
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench_options() -> None:
+    """Keep `calibrate` a command of its own name, although it is the only one."""
+
+
+@bench_app.command()
+def calibrate(
+    run_folders: Annotated[list[Path] | None, typer.Argument(help="Recorded runs; without any, one is made.")] = None,
+    model: Annotated[str, typer.Option(help="What to run then: a checkpoint, or `tiny`.")] = "tiny",
+    data_parallel_size: Annotated[int, typer.Option(help="Ranks of that run.", min=1)] = 2,
+    requests: Annotated[int, typer.Option(help="Its requests.", min=1)] = 120,
+    out: Annotated[Path, typer.Option(help="File for the constants.")] = Path("cost.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Fit the simulator's cost constants to this machine."""
+    from lockstep.report.calibrate import execute_calibration
+
+    raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, out, as_json))
+
+
 def main() -> None:
     """Run the command line; a `ConfigurationError` or unreadable path becomes one sentence and exit status 2."""
     from lockstep.errors import ConfigurationError, LockstepError

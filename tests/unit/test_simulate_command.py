@@ -187,6 +187,17 @@ def test_validation_compares_step_by_step(tmp_path):
         validate(found[:-1], cost)
 
 
+def test_constants_fitted_to_one_run_predict_another(tmp_path):
+    run = write_run(tmp_path / "run", records(300, seed=1, noise=0.05)[0])
+    shown = invoke("bench", "calibrate", str(run), "--out", str(tmp_path / "cost.json"), "--json")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["fit"]["steps"] == 300
+    result = validate(records(300, seed=2, noise=0.05)[0], CostConstants.load(str(tmp_path / "cost.json")))
+    assert abs(result["total_error"]) < 0.02
+    assert result["median_step_error"] < 0.06
+    assert invoke("bench", "calibrate", str(run), str(run), "--out", str(tmp_path / "cost.json")).exit_code == 0
+
+
 def test_two_runs_that_differ(tmp_path):
     found, _ = records()
     other = [*found[:20], *records(seed=1)[0][20:]]
