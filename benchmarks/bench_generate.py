@@ -1,7 +1,7 @@
 """Tokens per second of `generate` on 2 CPU ranks: Lockstep against Transformers' own expert parallelism (`all_to_all`).
 
-The same tiny checkpoint and equal calls on both ranks, since Transformers' waits for ever otherwise. Outputs are compared
-with one process first. Both run in turn within one run; the slowest rank counts. The last line is one JSON document.
+The same tiny checkpoint and equal calls on both ranks, since Transformers' waits for ever otherwise. Outputs are
+compared with one process first. Both run in turn within one run; the slowest rank counts. The last line is one JSON document.
 
     python benchmarks/bench_generate.py [--calls 4] [--rounds 5] [--out benchmarks/results]
 """
@@ -99,10 +99,11 @@ def main():
         "processor": platform.processor() or platform.machine(),
         "date": datetime.date.today().isoformat(),
         **{f"{name}_tokens_per_s": round(tokens / statistics.median(times), 2) for name, times in slowest.items()},
-        "ratio_of_medians": round(statistics.median(slowest["transformers"]) / statistics.median(slowest["lockstep"]), 3),
+        "ratio_of_medians": round(
+            statistics.median(slowest["transformers"]) / statistics.median(slowest["lockstep"]), 3
+        ),
         "ratios": [
-            round(theirs / ours, 3)
-            for theirs, ours in zip(slowest["transformers"], slowest["lockstep"], strict=True)
+            round(theirs / ours, 3) for theirs, ours in zip(slowest["transformers"], slowest["lockstep"], strict=True)
         ],
     }
     line = json.dumps(document)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep._version import __version__
 
-# Where each public name lives. Names are imported on first use, so that `lockstep simulate --help` never waits for torch.
+# Where each public name lives. They are imported on first use, so that `lockstep simulate --help` never waits for torch.
 _PUBLIC = {
     "DPMetadata": "lockstep.metadata.dp_metadata",
     "ParallelConfig": "lockstep.metadata.config",
@@ -30,7 +30,7 @@ _PUBLIC = {
     "PeerFailedError": "lockstep.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - built from the table above
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from lockstep.coordination.coordinator import Coordinator as Coordinator

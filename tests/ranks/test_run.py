@@ -22,7 +22,12 @@ def _command(*arguments, launcher=()):
 
 def _lockstep(*arguments, launcher=(), folder=None):
     return subprocess.run(
-        _command(*arguments, launcher=launcher), capture_output=True, text=True, env=ENVIRONMENT, timeout=150, cwd=folder
+        _command(*arguments, launcher=launcher),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=150,
+        cwd=folder,
     )
 
 
@@ -38,7 +43,16 @@ def run_folder(tmp_path_factory):
     ]
     workload.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = _lockstep(
-        "run", "--workload", workload, "--data-parallel-size", 4, "--max-chunk-size", 16, "--out", folder / "out", "--json"
+        "run",
+        "--workload",
+        workload,
+        "--data-parallel-size",
+        4,
+        "--max-chunk-size",
+        16,
+        "--out",
+        folder / "out",
+        "--json",
     )
     assert result.returncode == 0, result.stderr
     return folder / "out", json.loads(result.stdout), len(lines)

@@ -1,6 +1,7 @@
-"""The project itself: a wheel that works outside the clone, a quick command, lazy imports, no torch where none is due."""
+"""The project itself: a wheel that works outside the clone, lazy imports, no torch where none is due."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -83,3 +84,28 @@ def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():
         assert getattr(lockstep, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lockstep.nothing
+
+
+def test_the_first_example_of_the_readme_gives_what_it_says():
+    text = (ROOT / "README.md").read_text()
+    (block,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "chunked_sizes" in block
+    ]
+    names: dict[str, object] = {}
+    exec(block, names)
+    metadata = names["metadata"]
+    assert repr(metadata.cu_tokens_across_sp(1)) in block
+    with metadata.sp_local_sizes(2) as sizes:
+        assert f"sizes                                                       # {sizes}" in block
+    with metadata.chunked_sizes(1, 256, 1) as sizes:
+        assert f"# {sizes}" in block
+        assert metadata.get_chunk_sizes_across_dp_rank() == sizes
+
+
+def test_every_file_has_its_line_in_the_structure_page():
+    page = (ROOT / "docs" / "structure.md").read_text()
+    files = [path.relative_to(ROOT / "src" / "lockstep") for path in (ROOT / "src" / "lockstep").rglob("*.py")]
+    missing = [str(path) for path in files if path.name != "__init__.py" and f"`{path}`" not in page]
+    assert not missing
+    named = re.findall(r"^\| `([\w/]+\.py)`", page, flags=re.MULTILINE)
+    assert not [name for name in named if Path(name) not in files]

@@ -76,7 +76,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Send the results back: weighted, summed in rank order in float32, in the order of this rank's rows. Collective.
+        """Send the results back: weighted, summed in rank order in float32, in this rank's row order. Collective.
 
         Args:
             expert_output: one row per pair, `[pairs, hidden]`, in the order of `handle.gather_index`, not weighted.
