@@ -1,7 +1,8 @@
 """Tokens per second of `generate` on 2 CPU ranks: Lockstep against Transformers' own expert parallelism (`all_to_all`).
 
 The same tiny checkpoint and equal calls on both ranks, since Transformers' waits for ever otherwise. Outputs are
-compared with one process first. Both run in turn within one run; the slowest rank counts. The last line is one JSON document.
+compared with one process first. Both run in turn within one run; the slowest rank counts. The last line is one JSON
+document.
 
     python benchmarks/bench_generate.py [--calls 4] [--rounds 5] [--out benchmarks/results]
 """

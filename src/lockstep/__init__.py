@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep._version import __version__
 
-# Where each public name lives. They are imported on first use, so that `lockstep simulate --help` never waits for torch.
+# Where each public name lives. Imported on first use, so that `lockstep simulate --help` never waits for torch.
 _PUBLIC = {
     "DPMetadata": "lockstep.metadata.dp_metadata",
     "ParallelConfig": "lockstep.metadata.config",
