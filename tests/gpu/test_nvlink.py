@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 import traceback
 
@@ -17,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs 2 GPUs of one host, found {NUM_GPUS}"),
     pytest.mark.timeout(600),
 ]
+
+CAPTURE = threading.Lock()  # of graphs, where ranks are threads: see test_nvlink_one_gpu.py
 
 SHAPES = [  # local experts, top_k, hidden, capacity, fp8, channels, rounds
     (128, 8, 7168, 256, False, 1, 300),
@@ -37,7 +40,7 @@ def _dispatcher(**options):
 def _round(rank, counts, seed, num_experts, top_k, hidden, **options):
     from lockstep.testing.dispatch_rounds import Round
 
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     return Round.make(counts, num_experts=num_experts, top_k=top_k, hidden=hidden, seed=seed, device=device, **options)
 
 
@@ -101,7 +104,7 @@ def _without_checks(rank, ranks):
 def _graph(rank, ranks):
     """One captured graph, replayed with counts that change, zero included; the same bits as eager."""
     capacity, hidden, top_k, num_experts = 96, 1024, 4, 16 * ranks
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     dispatcher = _dispatcher(
         num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, deadline_s=20
     )
@@ -118,7 +121,7 @@ def _graph(rank, ranks):
     layer(rows, ids, weights, output, count)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with CAPTURE, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         layer(rows, ids, weights, output, count)
         layer(rows, ids, weights, output, count)
     draw = random.Random(5)
@@ -143,7 +146,7 @@ def _errors(rank, ranks):
     from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
 
     dispatcher = _dispatcher(num_experts=ranks, hidden_size=64, top_k=1, max_tokens_per_rank=8, deadline_s=1.0)
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     rows = torch.ones(4, 64, dtype=torch.bfloat16, device=device)
     ids, weights = torch.arange(4, device=device)[:, None] % ranks, torch.ones(4, 1, device=device)
     with pytest.raises(ConfigurationError, match="9 rows on rank 1, but max_tokens_per_rank is 8"):

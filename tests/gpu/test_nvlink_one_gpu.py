@@ -1,0 +1,113 @@
+"""The one-sided kernels with several ranks on one GPU, each a thread with a stream: all but the links, up to 8 ranks.
+
+Set CUDA_MODULE_LOADING=EAGER: a kernel of PyTorch that is loaded lazily while another rank's kernel spins waits for it.
+"""
+
+import os
+import threading
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import test_nvlink
+import torch
+
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [
+    pytest.mark.gpu(1),
+    pytest.mark.skipif(NUM_GPUS < 1, reason=f"needs a GPU, found {NUM_GPUS}"),
+    pytest.mark.skipif(
+        NUM_GPUS > 0 and os.environ.get("CUDA_MODULE_LOADING") != "EAGER", reason="needs CUDA_MODULE_LOADING=EAGER"
+    ),
+    pytest.mark.timeout(300),
+]
+
+
+class Ranks:
+    """What a process group is to the dispatcher, for ranks that are threads."""
+
+    def __init__(self, size):
+        self.size, self.met, self.rank = size, threading.Barrier(size, timeout=120), threading.local()
+        self.maps = {}
+
+    def map_buffer(self, nbytes, device, group):
+        torch.cuda.current_stream().synchronize()
+        mine = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.maps[group.rank()] = mine
+        self.met.wait()
+        buffers = [self.maps[rank] for rank in range(self.size)]
+        self.met.wait()
+        return mine, [buffer.data_ptr() for buffer in buffers], buffers
+
+    def warm_up(self, dispatcher):
+        """Load the kernels one rank after another, with the abort cell set so that none waits.
+
+        A module that is loaded while another thread's kernel spins would wait for that kernel, and it for us.
+        """
+        rows = torch.empty(0, dispatcher.hidden_size, dtype=torch.bfloat16, device=dispatcher.device)
+        ids = torch.empty(0, dispatcher.top_k, dtype=torch.int32, device=dispatcher.device)
+        for rank in range(self.size):
+            if rank == self.rank.value:
+                for kind in (ids, ids.long()):
+                    for channel in dispatcher._channels:
+                        channel.buffer[dispatcher.layout.abort :][:8] = 1
+                    for _ in dispatcher._channels:
+                        handle = dispatcher.dispatch(rows, kind, ids.float())
+                        torch.cuda.current_stream().synchronize()
+                        dispatcher._status.zero_()
+                        dispatcher.combine(rows, handle)
+                        torch.cuda.current_stream().synchronize()
+                        dispatcher._status.zero_()
+            self.met.wait()
+        dispatcher.reset()
+
+
+def run(monkeypatch, size, *names):
+    from lockstep.dispatch import nvlink
+
+    ranks, errors = Ranks(size), []
+    monkeypatch.setattr(nvlink, "_map_buffer", ranks.map_buffer)
+    monkeypatch.setattr(nvlink, "_synchronize", lambda device: torch.cuda.current_stream().synchronize())
+    monkeypatch.setattr(nvlink.dist, "barrier", lambda group: ranks.met.wait())
+
+    def dispatcher(**options):
+        rank = ranks.rank.value
+        group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+        experts, hidden, capacity = (options[name] for name in ("num_experts", "hidden_size", "max_tokens_per_rank"))
+        launch = nvlink.launch_sizes(132 // size, size, experts // size, hidden, capacity)
+        return nvlink.NvlinkDispatcher(group, launch=launch, share_device=True, **options)
+
+    monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
+    monkeypatch.setattr(nvlink.NvlinkDispatcher, "_warm_up", ranks.warm_up)
+
+    def work(rank):
+        ranks.rank.value = rank
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for name in names:
+                    getattr(test_nvlink, name)(rank, size)
+                    torch.cuda.current_stream().synchronize()
+                    ranks.met.wait()
+        except BaseException:
+            errors.append(f"rank {rank}: {traceback.format_exc()}")
+            ranks.met.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(280)
+    assert not errors, "\n".join(errors)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_random_rounds(monkeypatch, size):
+    few = [(*shape[:3], min(shape[3], 400), *shape[4:6], 40) for shape in test_nvlink.SHAPES[:4]]
+    monkeypatch.setattr(test_nvlink, "SHAPES", few)
+    run(monkeypatch, size, "_rounds")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_graph_and_errors(monkeypatch, size):
+    run(monkeypatch, size, "_without_checks", "_graph", "_errors")
