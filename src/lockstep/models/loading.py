@@ -279,6 +279,8 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
     weights, hence the override of the two class methods that would read it.
     """
 
+    expert_names: list[str] = []
+
     class Sharding(model_class):
         @classmethod
         def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> tuple[Any, Any, None]:
@@ -289,8 +291,9 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
             found = find_experts(model)
             for name, module in found:
                 _num_local_experts(name, module, ep_rank, ep_size)
+                expert_names.append(name)
             if tp_mesh is not None and tp_mesh.size() > 1:
-                _split_attention(model, tp_mesh, [name for name, _ in found])
+                _split_attention(model, tp_mesh, expert_names)
             if ep_size > 1:
                 for _, module in found:
                     _shard_empty(module, ep_rank, ep_size)
@@ -299,7 +302,8 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
         def get_parameter(self, target: str) -> Any:
             # Conversions compare what was read, this rank's part, with the parameter's shape.
             parameter = super().get_parameter(target)
-            return getattr(parameter, "_local_tensor", parameter)
+            is_expert = target.rpartition(".")[0] in expert_names
+            return getattr(parameter, "_local_tensor", parameter) if is_expert else parameter
 
         @staticmethod
         def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
