@@ -260,7 +260,8 @@ def _dequantisation(config: Any, folder: Path) -> Any:
         found = getattr(config.get_text_config(), "quantization_config", None)
     if found is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    settings = dict(found) if isinstance(found, dict) else found.to_dict()
+    method = settings.get("quant_method")
     method = str(getattr(method, "value", method))
     if method not in _DEQUANTISED_ON_LOAD:
         raise ConfigurationError(
@@ -268,7 +269,7 @@ def _dequantisation(config: Any, folder: Path) -> Any:
         )
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    return AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
+    return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
 
 
 def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None) -> Any:
@@ -278,7 +279,6 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
     layout and through every conversion. `DistributedConfig` itself cannot express data parallelism with whole dense
     weights, hence the override of the two class methods that would read it.
     """
-
     expert_names: list[str] = []
 
     class Sharding(model_class):
