@@ -11,7 +11,7 @@ from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, check_
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import ConfigurationError
 
-DISPATCHERS = ("allgather", "alltoall", "auto")
+DISPATCHERS = ("allgather", "alltoall", "auto", "nvlink")
 
 # Bytes that one link moves in the time of the all-to-all's count exchange and its wait on the host, roughly.
 # CPU: 0.4 ms at 1 GB/s, gloo on one host (benchmarks/bench_alltoall.py). GPU: 40 us at 300 GB/s, H200, NVLink, NCCL.
@@ -38,7 +38,45 @@ def make_dispatcher(
         return AllToAllDispatcher(process_group, num_experts, deadline_s=deadline_s)
     if name == "auto":
         return AutoDispatcher(process_group, num_experts, deadline_s=deadline_s)
+    if name == "nvlink":
+        raise ConfigurationError("dispatcher 'nvlink' is made by make_mapped_dispatcher, which is told its sizes")
     raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {name!r}")
+
+
+def make_mapped_dispatcher(
+    process_group: dist.ProcessGroup,
+    *,
+    num_experts: int,
+    hidden_size: int,
+    top_k: int,
+    max_rows_per_rank: int,
+    deadline_s: float = DEADLINE_S,
+) -> Dispatcher:
+    """Make the `nvlink` dispatcher, whose buffers need to know their sizes. Collective.
+
+    Args:
+        process_group: the expert-parallel ranks, all on one host with a GPU each; left open.
+        num_experts: experts of the layer over all ranks.
+        hidden_size: of a row.
+        top_k: experts per row.
+        max_rows_per_rank: most rows of one rank in one call.
+        deadline_s: longest wait for any rank, in seconds.
+
+    Raises:
+        ConfigurationError: on a machine without GPUs, or sizes that cannot work.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
+    from lockstep.dispatch.nvlink import NvlinkDispatcher
+
+    return NvlinkDispatcher(
+        process_group,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        top_k=top_k,
+        max_tokens_per_rank=max_rows_per_rank,
+        deadline_s=deadline_s,
+    )
 
 
 class AutoDispatcher:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,8 @@ from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.transports import first_line, open_transport
-from lockstep.dispatch.choose import make_dispatcher
+from lockstep.dispatch.base import Dispatcher
+from lockstep.dispatch.choose import make_dispatcher, make_mapped_dispatcher
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import (
     ConfigurationError,
@@ -38,6 +38,7 @@ from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
 
+_MAPPED_ROWS = 4096  # rows of each rank that fit into buffers mapped by all peers, where no chunk size is given
 EXPERTS_IMPLEMENTATION = "lockstep"
 """Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
 
@@ -228,6 +229,8 @@ class ModelParallel:
             raise ConfigurationError(f"deadline_s must be > 0, got {deadline_s}")
         self.model = model
         self.config = config
+        if dispatcher == "nvlink" and max_chunk_size_per_rank is None:
+            max_chunk_size_per_rank = _MAPPED_ROWS
         self.max_chunk_size_per_rank = max_chunk_size_per_rank
         self.dispatcher_name = dispatcher
         self.deadline_s = deadline_s
@@ -240,11 +243,13 @@ class ModelParallel:
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
         self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
         self._groups: list[dist.ProcessGroup] = []
+        self._mapped: dict[tuple[int, int, int], Dispatcher] = {}
         self._epoch = -1
         self._meeting = MeetingPlace(self._store, config.rank, config.world_size)
         self._plan: ChunkPlan | None = None
         self._layers_done = 0
-        self._device_set = threading.local()
+        self._stream: torch.cuda.Stream | None = None
+        self._last_step: torch.cuda.Event | None = None
         self._shapes = _experts_shapes(model)
         self._experts = [LocalExperts(module) for _, module in find_experts(model)]
 
@@ -276,7 +281,7 @@ class ModelParallel:
             watch_group(group, None)
             if self.coordinator.usable:
                 dist.destroy_process_group(group)
-        self._groups = []
+        self._groups, self._mapped = [], {}
         self._epoch = -1
 
     @contextlib.contextmanager
@@ -290,6 +295,7 @@ class ModelParallel:
         metadata = DPMetadata.make(self.config, counts[self.config.data_parallel_rank], counts)
         failure: BaseException | None = None
         try:
+            self.recorder.mark(Phase.MODEL)
             with set_forward_context(ForwardContext(metadata, plan, step=self.recorder.step)):
                 yield plan
         except BaseException as error:
@@ -300,13 +306,34 @@ class ModelParallel:
 
     def run_idle_step(self, decision: StepDecision) -> None:
         """Take part in a step without rows: this rank's experts run for the others, nothing else does."""
-        if self.layers[0].device.type == "cuda" and not getattr(self._device_set, "done", False):
-            torch.cuda.set_device(self.layers[0].device)  # the current device is each thread's own
-            self._device_set.done = True
-        self._end_step(self._begin(decision), None)
+        with self._idle_stream():
+            plan = self._begin(decision)
+            failure: BaseException | None = None
+            try:
+                self.recorder.mark(Phase.MODEL)
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                self._end_step(plan, failure)
+
+    @contextlib.contextmanager
+    def _idle_stream(self) -> Iterator[None]:
+        """Idle steps go on a stream of their own: the script's may stand in a barrier that other ranks come to late."""
+        device = self.layers[0].device
+        if device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_device(device)  # the current device is each thread's own
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _begin(self, decision: StepDecision) -> ChunkPlan:
         self._layers_done = 0
+        if self._last_step is not None:
+            self._last_step.wait()  # steps run one after another, whichever stream each is on
         self._plan = ChunkPlan(
             decision.num_tokens_across_dp,
             self.config.tensor_parallel_size,
@@ -325,6 +352,8 @@ class ModelParallel:
             except Exception as error:  # the local experts broke; the other ranks still count on the layers after this
                 own = own or error
         self._plan = None
+        if self.layers[0].device.type == "cuda":
+            self._last_step = torch.cuda.current_stream().record_event()
         if not self._in_step():
             self.coordinator.give_up(failure or own or RuntimeError("a collective did not end"))
         self.recorder.mark(Phase.END)
@@ -400,12 +429,7 @@ class ModelParallel:
         self.layers = [
             MoELayer(
                 experts,
-                make_dispatcher(
-                    self.dispatcher_name,
-                    data,
-                    experts.num_local_experts * config.world_size,
-                    deadline_s=self.deadline_s,
-                ),
+                self._make_dispatcher(experts, shape, data),
                 config,
                 hidden_size=shape.hidden_size,
                 top_k=shape.top_k,
@@ -418,6 +442,25 @@ class ModelParallel:
             )
             for index, (experts, shape) in enumerate(zip(self._experts, self._shapes, strict=True))
         ]
+
+    def _make_dispatcher(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
+        num_experts = experts.num_local_experts * self.config.world_size
+        if self.dispatcher_name != "nvlink":
+            return make_dispatcher(self.dispatcher_name, group, num_experts, deadline_s=self.deadline_s)
+        experts.check_device_kernels()
+        # Its buffers are mapped by all peers, and layers run one after another: those of one shape share them.
+        key = (num_experts, shape.hidden_size, shape.top_k)
+        if key not in self._mapped:
+            assert self.max_chunk_size_per_rank is not None
+            self._mapped[key] = make_mapped_dispatcher(
+                group,
+                num_experts=num_experts,
+                hidden_size=shape.hidden_size,
+                top_k=shape.top_k,
+                max_rows_per_rank=self.max_chunk_size_per_rank,
+                deadline_s=self.deadline_s,
+            )
+        return self._mapped[key]
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks; small, so that it can be compared by name."""

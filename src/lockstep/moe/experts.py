@@ -10,6 +10,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 
+# Up to so many rows per expert the kernels that stream each expert's weights once beat `grouped_mm` (docs/gpu.md).
+_FEW_ROWS = 32
 # The dtypes that `torch.nn.functional.grouped_mm` takes on a CPU and on a GPU alike (torch 2.13: float64 is refused).
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,6 +114,55 @@ class LocalExperts:
         if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
         return rows.to(hidden_states.dtype)
+
+    def check_device_kernels(self) -> None:
+        """Raise unless `on_device` can run these experts.
+
+        Raises:
+            ConfigurationError: for other than gated SiLU experts in bfloat16 without biases.
+        """
+        module = self.module
+        activation = getattr(module, "act_fn", None)
+        fits = (
+            getattr(module, "has_gate", True)
+            and not getattr(module, "has_bias", False)
+            and not getattr(module, "is_transposed", False)
+            and not getattr(module, "has_post_expert_norm", False)
+            and getattr(module, "is_concatenated", True)
+            and (activation is None or "silu" in type(activation).__name__.lower())
+            and module.down_proj.dtype == torch.bfloat16
+        )
+        if not fits:
+            raise ConfigurationError(
+                f"experts of class {type(module).__name__} in {module.down_proj.dtype} do not run on counts that only "
+                "the GPU knows, which needs gated SiLU experts in bfloat16 without biases: use another dispatcher"
+            )
+
+    def on_device(
+        self,
+        hidden_states: torch.Tensor,
+        scales: torch.Tensor | None,
+        gather_index: torch.Tensor,
+        expert_offsets: torch.Tensor,
+        rows_per_expert: float,
+    ) -> torch.Tensor:
+        """Run the pairs whose number only the device knows; the host waits for nothing.
+
+        Args:
+            hidden_states: received rows, `[received, hidden]`, bfloat16 or float8_e4m3fn.
+            scales: of fp8 rows, `[received, ceil(hidden / 128)]` float32; None for bfloat16.
+            gather_index: row of each pair, `[capacity]` int32; only the first `expert_offsets[-1]` count.
+            expert_offsets: where each expert's pairs begin, and their end, `[num_local_experts + 1]` int32.
+            rows_per_expert: how many are expected; it chooses the kernel, not the result.
+
+        Returns:
+            `[capacity, hidden]` bfloat16; rows beyond the pairs are unwritten.
+        """
+        from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
+
+        run = few_rows_experts if rows_per_expert <= _FEW_ROWS else many_rows_experts
+        weights = (self.module.gate_up_proj, self.module.down_proj)
+        return run(hidden_states, scales, gather_index, expert_offsets, *weights)
 
 
 class _Groups:

@@ -7,11 +7,12 @@ import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.forward_context import get_forward_context
-from lockstep.dispatch.base import NO_EXPERT, Dispatcher, rows_to_send
+from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, rows_to_send
 from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
+from lockstep.moe.experts import LocalExperts
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`(hidden_states [rows, hidden], gather_index [pairs], tokens_per_expert [num_local_experts]) -> [pairs, hidden]`"""
@@ -136,7 +137,7 @@ class MoELayer:
             )  # fmt: skip
             try:
                 self._recorder.mark(Phase.EXPERTS, self.index, chunk.index)
-                expert_output = self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
+                expert_output = self._run_experts(handle, sum(sizes))
             except Exception as error:
                 # The others are already on their way into `combine`. Meet them there, with what nobody takes for a
                 # result, then say what happened.
@@ -153,6 +154,17 @@ class MoELayer:
         if failure is not None:
             raise failure
         return gathered
+
+    def _run_experts(self, handle: DispatchHandle, num_rows: int) -> torch.Tensor:
+        offsets = getattr(handle.state, "expert_offsets", None)
+        if offsets is None:
+            return self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
+        # This backend leaves the counts on the device; what the host knows is how many rows all ranks have together.
+        assert isinstance(self.experts, LocalExperts)
+        rows_per_expert = num_rows * self.top_k / self.dispatcher.num_experts
+        return self.experts.on_device(
+            handle.hidden_states, handle.state.scales, handle.gather_index, offsets, rows_per_expert
+        )
 
     def _gather(self, plan: ChunkPlan, own: torch.Tensor) -> torch.Tensor:
         """Give every rank of a tensor-parallel group the rows of all of them."""
