@@ -307,12 +307,15 @@ def _headline(
         return "No step was run."
     what = f"{table.num_ranks} ranks ran {table.num_steps:,} steps"
     what += f" for {len(requests):,} requests. " if requests else ". "
-    total = sum(lost.values())
-    worst = max(lost, key=lambda cause: lost[cause])
+    uneven = {cause: share for cause, share in lost.items() if cause != "no_requests"}
+    total, idle = sum(uneven.values()), lost["no_requests"]
+    worst = max(uneven, key=lambda cause: uneven[cause])
     if total < 0.005:
-        return what + "Hardly any of the ranks' time was lost: their work was even."
-    why = f"{_CAUSE_REASONS[worst]} ({lost[worst]:.0%})"
-    return what + f"{total:.0%} of the ranks' time was lost, most of it because {why}."
+        what += "Hardly any of the ranks' time was lost to uneven work"
+    else:
+        why = f"{_CAUSE_REASONS[worst]} ({lost[worst]:.0%})"
+        what += f"{total:.0%} of the ranks' time was lost to uneven work, most of it because {why}"
+    return what + (f"; in another {idle:.0%} ranks had no request to work on." if idle >= 0.005 else ".")
 
 
 def _loss_sentence(lost: Mapping[str, float]) -> str:
@@ -331,7 +334,8 @@ def _cards(summary: Mapping[str, Any], table: StepTable, lost: Mapping[str, floa
         )
         cards.append(_card(words, "verified: " + told if verified is not None else "outputs", verified is False))
     if table.num_steps:
-        cards.append(_card(f"{sum(lost.values()):.1%}", "of the ranks' time lost"))
+        cards.append(_card(f"{sum(lost.values()) - lost['no_requests']:.1%}", "of the time lost to uneven work"))
+        cards.append(_card(f"{lost['no_requests']:.1%}", "of the time without requests"))
     for key, words in _SUMMARY_WORDS.items():
         if isinstance(summary.get(key), int | float):
             cards.append(_card(_number(summary[key]), words))

@@ -204,7 +204,7 @@ function drawSettings() {
     const items = DATA.settings.filter((item) => item.group === group);
     return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),
       // Lines lie close together: the first one names the settings for all of them.
-      text: items.map((item) => index === 0 ? item.label : ""), textposition: "top center", customdata: items.map((item) => item.name),
+      text: items.map((item) => index === 0 ? item.label : ""), textposition: "top right", customdata: items.map((item) => item.name),
       line: { color: lineColor(index), dash: DASHES[index % 8] }, marker: { size: 9, symbol: index % 8 },
       hovertemplate: "%{customdata}<br>%{y:.1f} % lost, %{x:.3g} s<extra></extra>" };
   }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] } },

@@ -262,11 +262,11 @@ def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[st
                     for name in ("dummy_rows", "padding_rows")
                     if any(other[name] for other in settings)
                 },
-                "first token, half within": f"{item['ttft_s']['p50']:.3f} s",
-                "99 % within": f"{item['ttft_s']['p99']:.3f} s",
-                "further tokens, half within": f"{1e3 * item['tpot_s']['p50']:.1f} ms",
-                "99 % within ": f"{1e3 * item['tpot_s']['p99']:.1f} ms",
-                "mean wait in the queue": f"{1e3 * item['queue_s']['mean']:.0f} ms",
+                "first token: half in": f"{item['ttft_s']['p50']:.3f} s",
+                "99 % in": f"{item['ttft_s']['p99']:.3f} s",
+                "per token: half in": f"{1e3 * item['tpot_s']['p50']:.1f} ms",
+                "99 % in ": f"{1e3 * item['tpot_s']['p99']:.1f} ms",
+                "mean queue": f"{1e3 * item['queue_s']['mean']:.0f} ms",
             },
         }
         for index, item in enumerate(settings)
