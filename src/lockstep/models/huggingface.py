@@ -274,13 +274,13 @@ class ModelParallel:
         self._open_groups(epoch=max(answer["epoch"] for answer in answers) + 1)
 
     def close(self) -> None:
-        """Close the groups that `open` opened. Groups that ended in an error are left to the end of the process."""
+        """Let go of the groups that `open` opened; the next `open` makes new ones."""
         if self._epoch >= 0:
             self.recorder.close()
         for group in self._groups:
+            # Not destroyed before the process ends: torch gives a destroyed group's name to the next one of the same
+            # ranks, which then finds the old addresses in the store and connects to nobody (seen on gloo).
             watch_group(group, None)
-            if self.coordinator.usable:
-                dist.destroy_process_group(group)
         self._groups, self._mapped = [], {}
         self._epoch = -1
 
