@@ -1,8 +1,8 @@
 """Memory of each rank while it loads its part of a checkpoint of more than 1 GB that is made on the spot.
 
 Measured per rank, in processes of their own: anonymous resident memory (`Anonymous` of /proc/self/smaps_rollup) before
-and after loading, and its peak, sampled by a thread. Expected: dense weights + experts / ranks. Both layouts, one file and
-many, with and without a conversion of the dtype. Baseline: Transformers' own loader, which holds all experts on each rank.
+and after loading, and its peak, sampled by a thread. Expected: dense weights + experts / ranks. Both layouts, one file
+and many, with and without a conversion of the dtype. Baseline: Transformers' own loader, all experts on each rank.
 
     python benchmarks/bench_loading.py [--out] [--ranks 2]
 

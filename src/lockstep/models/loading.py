@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lockstep.errors import ConfigurationError, PeerFailedError
+from lockstep.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,7 +111,7 @@ def load_pretrained(
         revision: branch, tag or commit of a Hub id.
         local_files_only: never ask the Hub.
         trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
-        process_group: with it, an error on one rank is raised on all of them, at once.
+        process_group: with it, what is wrong on one rank is raised on all of them, in the same words.
         **kwargs: handed to Transformers' `from_pretrained`.
 
     Returns:
@@ -120,7 +120,6 @@ def load_pretrained(
     Raises:
         ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model, a quantisation that
             is not undone on load, or ranks that do not divide the experts.
-        PeerFailedError: if another rank of `process_group` failed; it carries that rank's message.
     """
     if ep_size < 1 or not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
@@ -430,8 +429,8 @@ def _progress_bar(enabled: bool) -> Iterator[None]:
 def _one_after_another() -> Iterator[None]:
     """Let Transformers read each weight when it is due.
 
-    Its reading threads run ahead otherwise, and hold single experts until their layer is put together: with a conversion
-    of the dtype, peak memory was 1.6 times that of the loaded weights.
+    Its reading threads run ahead otherwise, and hold single experts until their layer is put together: with a
+    conversion of the dtype, peak memory was 1.6 times that of the loaded weights.
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
@@ -464,19 +463,21 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
 
 
 def _together(action: Callable[[], Any], process_group: ProcessGroup | None) -> Any:
-    """Run `action` on every rank of the group; if it fails on one, all of them raise, this rank's own error first."""
+    """Run `action` on every rank of the group; if it fails on any, the same error is raised on all of them."""
     result, own = None, None
     try:
         result = action()
     except ConfigurationError as error:
         own = error
-    if process_group is not None and torch.distributed.get_world_size(process_group) > 1:
-        messages = _exchange("" if own is None else str(own), process_group)
-        for rank, message in enumerate(messages):
-            if message and own is None:
-                raise PeerFailedError(f"rank {rank} could not load the model: {message}", rank, message)
-    if own is not None:
-        raise own
+    if process_group is None or torch.distributed.get_world_size(process_group) == 1:
+        if own is not None:
+            raise own
+        return result
+    messages = _exchange("" if own is None else str(own), process_group)
+    failed = [rank for rank, message in enumerate(messages) if message]
+    if failed:
+        ranks = "every rank" if len(failed) == len(messages) else f"rank {', '.join(map(str, failed))}"
+        raise ConfigurationError(f"{messages[failed[0]]} (seen on {ranks})") from own
     return result
 
 
