@@ -70,6 +70,9 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
     deadline: Annotated[float, typer.Option(help="Longest wait for any rank, in seconds.")] = 30.0,
     verify: Annotated[bool, typer.Option(help="Compare with one process that holds all experts.")] = True,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve Prometheus text on this port of the loopback address.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; runs/<date>-<time> by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
     as_json: Annotated[
@@ -113,6 +116,7 @@ def run(
             seconds_per_step=seconds_per_step,
         ),
         keep_logits=verify and dtype != "float32",
+        metrics_port=metrics_port,
     )
     raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:])))
 

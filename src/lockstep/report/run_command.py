@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lockstep.coordination.step_log import StepLogRecord, read_step_log, summari
 from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.html import write_report
+from lockstep.report.metrics import RunMetrics
 from lockstep.report.tables import print_run
 from lockstep.runner import run as runner
 from lockstep.runner.launcher import launch
@@ -96,12 +98,22 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[now]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+    with ExitStack() as stack:
+        metrics = None
+        if options.metrics_port is not None:
+            metrics = stack.enter_context(RunMetrics(options.metrics_port))
+            console.print(f"metrics: http://127.0.0.1:{metrics.port}/metrics", style="dim")
+        bar = stack.enter_context(
+            Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        )
         task = bar.add_task("run", now="loading the model")
         last_line = time.monotonic()
 
         def show(progress: runner.Progress) -> None:
             nonlocal last_line
+            if metrics is not None:
+                counts, padding = progress.num_tokens_across_dp, progress.padding_rows
+                metrics.observe(counts, progress.dummy_rows, padding, progress.agreement_s)
             rows = " ".join(f"{count:>4}" for count in progress.num_tokens_across_dp[:16])
             bar.update(
                 task, total=progress.rows_total, completed=progress.rows_done, now=f"step {progress.step}, rows {rows}"

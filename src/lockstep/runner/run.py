@@ -56,6 +56,7 @@ class RunOptions:
         scheduler: how requests become steps.
         deadline_s: longest wait for any rank, in seconds.
         keep_logits: write each chosen token's logit, for a comparison in a dtype that rounds.
+        metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
     """
 
     model: str
@@ -72,6 +73,7 @@ class RunOptions:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     deadline_s: float = 30.0
     keep_logits: bool = False
+    metrics_port: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -98,12 +100,17 @@ class Progress:
         rows_done: rows computed so far on all ranks.
         rows_total: rows that the whole workload needs.
         num_tokens_across_dp: rows of each rank in the step just done.
+        dummy_rows, padding_rows: of all ranks in it.
+        agreement_s: this rank's wait for the agreement on it.
     """
 
     step: int
     rows_done: int
     rows_total: int
     num_tokens_across_dp: tuple[int, ...]
+    dummy_rows: int = 0
+    padding_rows: int = 0
+    agreement_s: float = 0.0
 
 
 def load_requests(options: RunOptions, tokenizer: Any = None) -> list[Request]:
@@ -230,11 +237,11 @@ class _Run:
             agreed = time.perf_counter()
             self._run_step(plan, decision)
             rows_done += sum(counts)
-            if on_progress is not None and self.rank == 0:
-                on_progress(Progress(step + 1, rows_done, self.rows_total, counts))
             ended = time.perf_counter()
             idle_s = (agreed - began) + collectives.waited_s() - waited_before
-            self._log(plan, counts, step, began - run_began, ended - began, agreed - began, idle_s)
+            dummy, padding = self._log(plan, counts, step, began - run_began, ended - began, agreed - began, idle_s)
+            if on_progress is not None and self.rank == 0:
+                on_progress(Progress(step + 1, rows_done, self.rows_total, counts, dummy, padding, agreed - began))
             began, step = ended, step + 1
 
     def _agree(self, plan: StepPlan) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
@@ -314,10 +321,12 @@ class _Run:
         duration_s: float,
         agreement_s: float,
         idle_s: float,
-    ) -> None:
+    ) -> tuple[int, int]:
+        """Write this rank's record; return the dummy and padding rows of all ranks."""
         chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
         abilities = self.parallel.layers[0].dispatcher.abilities if self.parallel is not None else Abilities()
-        sent = [rows_to_send(chunk.sizes, abilities)[1][self.rank] for chunk in chunks]
+        sent_by_all = [rows_to_send(chunk.sizes, abilities)[1] for chunk in chunks]
+        sent = [rows[self.rank] for rows in sent_by_all]
         contexts = [(entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2) for entry in plan.entries]
         prefills = [entry.is_prefill for entry in plan.entries]
         self._steps.write(
@@ -340,6 +349,8 @@ class _Run:
                 busy_s=round(max(0.0, duration_s - idle_s), 6),
             )
         )
+        everything = [rows for chunk_rows in sent_by_all for rows in chunk_rows]
+        return sum(rows.dummy for rows in everything), sum(rows.padding for rows in everything)
 
     def merge(self, wall_s: float) -> dict[str, Any]:
         """Bring all ranks' lines to rank 0, which writes them in order."""

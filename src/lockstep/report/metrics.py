@@ -1,0 +1,93 @@
+"""A run's figures as Prometheus text, served over HTTP while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+
+class RunMetrics:
+    """Counts what rank 0 knows of all ranks, and serves it; use it as a context manager, or call `close`.
+
+    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank, `lockstep_dummy_rows_total`,
+    `lockstep_padding_rows_total`, `lockstep_agreement_wait_seconds` (a histogram, of rank 0) and `lockstep_idle_share`
+    (of the run so far, counted in rows).
+
+    Args:
+        port: TCP port; 0 takes any that is free, see `port`.
+        host: address to listen on. The default is reached from this host only.
+
+    Raises:
+        ConfigurationError: if `prometheus-client` is not installed, or the port is out of range or in use.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        try:
+            from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+        except ImportError:
+            raise ConfigurationError(
+                "--metrics-port needs prometheus-client: install lockstep-moe with the extra `metrics`"
+            ) from None
+        if not 0 <= port <= 65535:
+            raise ConfigurationError(f"metrics_port must be in 0..65535, got {port}")
+        # A registry of its own: the library's global one would add figures of this process that nobody asked for.
+        registry = CollectorRegistry()
+        self._steps = Counter("lockstep_steps", "Steps that all ranks have run.", registry=registry)
+        self._real = Counter("lockstep_real_rows", "Rows of requests.", ["rank"], registry=registry)
+        self._dummy = Counter("lockstep_dummy_rows", "Rows sent only so that a rank takes part.", registry=registry)
+        self._padding = Counter("lockstep_padding_rows", "Rows added to make shapes equal.", registry=registry)
+        self._wait = Histogram(
+            "lockstep_agreement_wait_seconds",
+            "Rank 0's wait for all ranks to agree on a step.",
+            buckets=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
+            registry=registry,
+        )
+        self._idle = Gauge(
+            "lockstep_idle_share", "Share of the ranks' time lost to uneven work, counted in rows.", registry=registry
+        )
+        self._rows = self._longest_rows = 0
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        except OSError as error:
+            raise ConfigurationError(f"metrics_port {port} on {host} cannot be used: {error.strerror}") from None
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return int(self._server.server_port)
+
+    def observe(
+        self, num_tokens_across_dp: Sequence[int], dummy_rows: int, padding_rows: int, agreement_s: float
+    ) -> None:
+        """Count one step.
+
+        Args:
+            num_tokens_across_dp: rows of requests of each data-parallel rank.
+            dummy_rows: of all ranks.
+            padding_rows: of all ranks.
+            agreement_s: rank 0's wait for the agreement.
+        """
+        self._steps.inc()
+        for rank, rows in enumerate(num_tokens_across_dp):
+            self._real.labels(str(rank)).inc(rows)
+        self._dummy.inc(dummy_rows)
+        self._padding.inc(padding_rows)
+        self._wait.observe(agreement_s)
+        self._rows += sum(num_tokens_across_dp)
+        self._longest_rows += len(num_tokens_across_dp) * max(num_tokens_across_dp)
+        if self._longest_rows:
+            self._idle.set(1 - self._rows / self._longest_rows)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> RunMetrics:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
