@@ -1,0 +1,67 @@
+"""Scripts that people have, each rank with another share of the work: the examples of docs/scripts.md on 2 ranks."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lockstep.models.tiny import make_tiny
+from lockstep.testing import run_ranks
+
+PAGE = Path(__file__).parents[2] / "docs" / "scripts.md"
+PROMPTS = ["one", "the second prompt", "3", "a fourth, which is somewhat longer than the others", "five"]
+
+
+def example(name):
+    """The code of one section of the page."""
+    section = PAGE.read_text().split(f"## {name}\n", 1)[1].split("\n## ", 1)[0]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+
+
+def run_example(name, path):
+    """Run the page's code as a script, with this rank's prompts; what it put into `outputs`."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    names = {"path": path, "prompts": PROMPTS[:4] if rank == 0 else PROMPTS[4:], "all_prompts": PROMPTS}
+    exec(compile(example(name), f"{PAGE.name}: {name}", "exec"), names)
+    return names["outputs"], names.get("num_prompt_tokens")
+
+
+def one_process(path):
+    """The text that a single process generates for each prompt, alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    outputs = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        outputs.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(make_tiny(tmp_path_factory.mktemp("scripts") / "tiny", num_layers=2))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return one_process(tiny)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", ["A plain loop", "transformers.pipeline"])
+def test_ranks_with_uneven_shares(tiny, expected, name):
+    (first, _), (second, _) = run_ranks(2, run_example, name, tiny)
+    assert first + second == expected
+    assert len(first) == 4 and len(second) == 1
+
+
+@pytest.mark.ranks(2)
+def test_accelerate_with_its_barriers_and_gathers(tiny, expected):
+    gathered = run_ranks(2, run_example, "Accelerate", tiny)
+    num_bytes = sum(len(prompt.encode()) for prompt in PROMPTS)  # one token each
+    assert gathered == [(expected, num_bytes)] * 2  # every rank has all of them
