@@ -104,7 +104,7 @@ def test_a_record_of_which_one_word_is_missing_is_not_taken(index, stale_tag):
     wires = [encode(HEADER, 0, StepRecord(5)), encode(HEADER, 0, StepRecord(6))]
     pending = group[0].begin(wires[0])
     group[1].begin(wires[1])
-    word = board.exchange_offset(1, 1) // 8 + index
+    word = board.exchange_offset(0, 1, 1) // 8 + index
     whole = board.words[word]
     board.words[word] = whole & 0xFFFFFFFF | (stale_tag if stale_tag != 1 else 0) << 32
     with pytest.raises(RanksMissing):
@@ -120,7 +120,7 @@ def test_whatever_stands_on_the_board_ends_in_a_sentence(garbage):
     transport = SharedMemoryTransport(board, 0)
     mine = encode(HEADER, 0, StepRecord(1))
     pending = transport.begin(mine)
-    start = board.exchange_offset(1, 1)
+    start = board.exchange_offset(0, 1, 1)
     board.bytes[start : start + len(garbage)] = garbage
     with pytest.raises((RanksMissing, RankMismatchError)):
         decode(pending.wait(0.001), mine, StepRecord)

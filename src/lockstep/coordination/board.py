@@ -18,6 +18,8 @@ from typing import Literal
 from lockstep.errors import ConfigurationError
 
 FOLDER = "/dev/shm"
+LANES = 2
+"""Exchanges that may be under way at the same time: agreements, and comparisons of collectives."""
 EXCHANGE_BYTES = 512
 """Room for one rank's words in one exchange: 64 words of 8 bytes, each half payload, half sequence number."""
 LAST_WORDS_BYTES = 2048
@@ -163,9 +165,10 @@ class Board:
         message = bytes(self.bytes[start : start + min(word & 0xFFFFFFFF, LAST_WORDS_BYTES)])
         return message if zlib.crc32(message) == word >> 32 else None
 
-    def exchange_offset(self, parity: int, rank: int) -> int:
-        """Return where a rank's words of the exchanges of one parity begin, in bytes."""
-        return _HEADER_BYTES + self.num_ranks * _RANK_BYTES + (parity * self.num_ranks + rank) * EXCHANGE_BYTES
+    def exchange_offset(self, lane: int, parity: int, rank: int) -> int:
+        """Return where a rank's words of the exchanges of one lane and parity begin, in bytes."""
+        place = (lane * 2 + parity) * self.num_ranks + rank
+        return _HEADER_BYTES + self.num_ranks * _RANK_BYTES + place * EXCHANGE_BYTES
 
     def _status(self, rank: int) -> int:
         return (_HEADER_BYTES + rank * _RANK_BYTES) // 8
@@ -173,7 +176,7 @@ class Board:
 
 def board_bytes(num_ranks: int) -> int:
     """Return the size of a board."""
-    return _HEADER_BYTES + num_ranks * (_RANK_BYTES + 2 * EXCHANGE_BYTES)
+    return _HEADER_BYTES + num_ranks * (_RANK_BYTES + 2 * LANES * EXCHANGE_BYTES)
 
 
 def _remove_orphans() -> None:

@@ -88,6 +88,8 @@ class Coordinator:
         self.step = 0
         self.recorder = recorder or FlightRecorder(rank, transport.num_ranks, epoch=epoch)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
+        self.under_way = False
+        """Whether an agreement has been begun of which this rank does not know the outcome."""
         self._collectives = 0
         self._failure = ""
         self._closed_by = ""
@@ -136,6 +138,7 @@ class Coordinator:
         if record.num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {self.rank}")
         words = encode(self._header, self.step, record, self._collectives)
+        self.under_way = True
         step = self.step
         self.step += 1
         try:
@@ -165,6 +168,7 @@ class Coordinator:
             recorder.step = step
             recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
         words = self._wait(pending, step)
+        self.under_way = False
         self._collectives = recorder.fingerprint
         try:
             decision = decide(decode(words, mine, type(record)), self.tensor_parallel_size)
@@ -181,7 +185,7 @@ class Coordinator:
                 # Who only passes on what another rank did is not to blame.
                 first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
                 raise PeerFailedError(f"rank {self.rank} stops at step {step}: {text}", first, messages[first])
-        recorder.mark(Phase.MODEL if decision.runs_step else Phase.END, detail=decision.num_tokens_across_dp)
+        recorder.note(decision.num_tokens_across_dp)
         return decision
 
     def _exchange_messages(self, message: str, step: int) -> list[str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.coordination.board import Board
-from lockstep.coordination.transports import wait_for
+from lockstep.coordination.step import MESSAGE_BYTES, decode_message, encode_message, odd_ones_out
+from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"
 """Environment variable: where recorder files go; the system's temporary folder by default."""
 FORMAT = "lockstep-flight-recorder-1"
 
-_COMPARED_BYTES = 256
 _ROLL_CALL_S = 0.5
 _PUBLISH_S = 0.5
 _STORE_S = 2.0
@@ -109,7 +109,9 @@ class FlightRecorder:
         self._file: Path | None = None
         self._said = False
         self._closed = threading.Event()
+        self._comparisons: Transport | None = None
         if board is not None:
+            self._comparisons = SharedMemoryTransport(board, rank, lane=1)
             self._place, self._place_ns = board.place_words(rank)
         elif store is not None:
             threading.Thread(target=self._publish, name="lockstep-recorder", daemon=True).start()
@@ -132,18 +134,26 @@ class FlightRecorder:
         if self.on_mark is not None:
             self.on_mark(self)
 
-    def collective(self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float) -> None:
+    def note(self, detail: Any) -> None:
+        """Keep something that happened in the present phase."""
+        self._ring.append((time.monotonic_ns(), self.step, 0, self.layer, detail))
+
+    def collective(
+        self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float, on_cpu: bool
+    ) -> None:
         """Note a collective that is about to be issued on all ranks, and compare it if `debug` is set.
+
+        On the CPU of one host it is always compared: that costs little there, and gloo ends the process of a rank that
+        receives more than it expects.
 
         Raises:
             RankMismatchError: the ranks are about to issue different collectives; on all ranks.
             RankAbsentError: a rank did not come to the comparison.
         """
         self.fingerprint = zlib.crc32(repr((name, tuple(sizes))).encode(), self.fingerprint)
-        self._ring.append((time.monotonic_ns(), self.step, 0, self.layer, (name, *sizes)))
-
-        if self.debug:
-            self._compare(f"{name}{list(sizes)}", group, deadline_s)
+        self.note((name, *sizes))
+        if self.debug or (on_cpu and self._comparisons is not None):
+            self._compare(name, sizes, group, deadline_s)
 
     @property
     def spoiled(self) -> bool:
@@ -186,7 +196,8 @@ class FlightRecorder:
                 words = self._board.last_words(rank)
                 if words is not None:
                     raise self._after_last_words(rank, words)
-                raise self.absent("a wait ended early", (rank,))
+                doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
+                raise self.absent(f"{doing} there is no use in waiting on", (rank,))
 
     def absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> RankAbsentError:
         """Return the error for a wait that did not end, naming who is missing and where each was last seen.
@@ -280,38 +291,35 @@ class FlightRecorder:
         """Stop publishing."""
         self._closed.set()
 
-    def _compare(self, text: str, group: "dist.ProcessGroup", deadline_s: float) -> None:
-        """Gather what each rank is about to issue, on the group on which it would do so."""
-        import torch
-        import torch.distributed as dist
-
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        mine = torch.zeros(_COMPARED_BYTES, dtype=torch.uint8)
-        data = f"{text} {_WORDS[self.phase].format(step=self.step, layer=self.layer)}".encode()[:_COMPARED_BYTES]
-        mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-        mine = mine.to(device)
-        everyones = torch.zeros(self.num_ranks, _COMPARED_BYTES, dtype=torch.uint8, device=device)
-        work = dist.all_gather(list(everyones), mine, group=group, async_op=True)
+    def _compare(self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float) -> None:
+        """Gather what each rank is about to issue, on the board or else on the group on which it would do so."""
+        mine = f"{name}{list(sizes)} {_WORDS[self.phase].format(step=self.step, layer=self.layer)}"
+        wire = encode_message(mine.encode()[:MESSAGE_BYTES])
+        if self._comparisons is None or self._comparisons.num_ranks != group.size():
+            self._comparisons = ProcessGroupTransport(group)
         try:
-            wait_for(work, deadline_s, self.check)
+            received = self._comparisons.begin(wire).wait(deadline_s, self.check)
         except LockstepError:
             raise
         except (TimeoutError, ConnectionError) as error:
-            raise self.absent(f"not all ranks came to {text} within {deadline_s:g} s: {error}") from error
-        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyones.tolist()]
-        if len(set(texts)) > 1:
-            listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(texts))
-            message = f"the ranks are about to issue different collectives: {listed}"
-            self.give_up("mismatch", message)
-            raise RankMismatchError(f"{message}{self.file_note()}")
+            ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
+            raise self.absent(f"not all ranks came to {mine} within {deadline_s:g} s: {error}", ranks) from error
+        if all(other == wire for other in received):
+            return
+        texts = [decode_message(other).decode(errors="replace") for other in received]
+        listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(texts))
+        message = f"the ranks are about to issue different collectives: {listed}{odd_ones_out(texts)}"
+        self.give_up("mismatch", message)
+        raise RankMismatchError(f"{message}{self.file_note()}")
 
     def _after_last_words(self, rank: int, words: bytes) -> LockstepError:
         """Turn another rank's last words into this rank's error."""
         kind, ranks, message = _parse_last_words(words, self.num_ranks)
         self.give_up(kind, message, ranks)
         if kind == "failed":
-            text = f"rank {self.rank} stops in step {self.step}: rank {rank} raised {message}{self.file_note()}"
-            return PeerFailedError(text, rank, message)
+            blamed = ranks[0] if ranks else rank  # it may only pass on what another has said
+            text = f"rank {self.rank} stops in step {self.step}: rank {blamed} raised {message}{self.file_note()}"
+            return PeerFailedError(text, blamed, message)
         text = f"rank {self.rank}: rank {rank} has given up: {message}{self.file_note()}"
         return RankMismatchError(text) if kind == "mismatch" else RankAbsentError(text, ranks)
 

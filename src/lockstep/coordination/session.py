@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
-from lockstep.errors import ConfigurationError, TokenCountError
+from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
 
 # After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure. Where
 # it can be seen that another rank wants a step, pauses are longer: they end when one does, and only show that this rank
@@ -142,7 +142,7 @@ class Session:
                 if decision.runs_step:
                     self._idle(decision)
             except BaseException as error:
-                self._end(error)
+                self._stop_by(error)
                 self._release()
                 self._ctrl_c.let_go()
                 raise
@@ -201,7 +201,7 @@ class Session:
                 if not decision.unfinished:
                     self._end(None)
             except BaseException as error:
-                self._end(error)
+                self._stop_by(error)
             finally:
                 self._release()
             if decision is not None and not decision.runs_step:
@@ -247,7 +247,19 @@ class Session:
     def _idle(self, decision: StepDecision) -> None:
         try:
             self._run_idle_step(decision)
-        except Exception as error:  # this rank's experts broke while they ran for others: say so at the next agreement
+        except Exception as error:
+            if not self.coordinator.usable:
+                raise
+            self.fail(error)  # this rank's experts broke while they ran for others: say so at the next agreement
+
+    def _stop_by(self, error: BaseException) -> None:
+        """End the session by an error that came out of an agreement, or announce it where that is still possible."""
+        if isinstance(error, LockstepError) or error is self._failure or not self.coordinator.usable:
+            self._end(error)
+        elif self.coordinator.under_way:  # the others may be running a step that this rank knows nothing of
+            self.coordinator.give_up(error)
+            self._end(error)
+        else:
             self.fail(error)
 
     def _release(self) -> None:

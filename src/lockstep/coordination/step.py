@@ -336,12 +336,12 @@ def _mismatch(received: Sequence[Wire], mine: Wire) -> RankMismatchError:
 
 MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)
 """Bytes of a message that travel in one exchange."""
+_message_words = struct.Struct(f"<{MESSAGE_BYTES // 4}I")
 
 
 def encode_message(part: bytes) -> Wire:
     """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
-    words = struct.unpack(f"<{MESSAGE_BYTES // 4}I", part.ljust(MESSAGE_BYTES, b"\0"))
-    return (WORDS,) * HEAD_WORDS, (len(part), *words)
+    return (WORDS,) * HEAD_WORDS, (len(part), *_message_words.unpack(part.ljust(MESSAGE_BYTES, b"\0")))
 
 
 def decode_message(wire: Wire) -> bytes:
@@ -350,15 +350,30 @@ def decode_message(wire: Wire) -> bytes:
     try:
         if head != (WORDS,) * HEAD_WORDS:
             return b""
-        return struct.pack(f"<{MESSAGE_BYTES // 4}I", *body[1:])[: max(0, min(body[0], MESSAGE_BYTES))]
+        return _message_words.pack(*body[1:])[: max(0, min(body[0], MESSAGE_BYTES))]
     except struct.error:
         return b""
+
+
+def odd_ones_out(values: Sequence[Any]) -> str:
+    """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says.
+
+    Example:
+        >>> odd_ones_out([4, 5, 4])
+        '; rank 1 differs from the others'
+    """
+    most = max(values, key=values.count)
+    odd = [rank for rank, value in enumerate(values) if value != most]
+    if not 0 < len(odd) < len(values) / 2:
+        return ""
+    named = ", ".join(map(str, odd))
+    return f"; rank {named} differs from the others" if len(odd) == 1 else f"; ranks {named} differ from the others"
 
 
 def _by_rank(values: Sequence[int]) -> str:
     """Return `rank 0: 4, rank 1: 5`, ranks with the same value together where there are many."""
     if len(values) <= 8:
-        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values)) + odd_ones_out(values)
     groups: dict[int, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)

@@ -121,16 +121,17 @@ class SharedMemoryTransport:
     Args:
         board: shared by all ranks.
         rank: this rank.
+        lane: of the board; one for each kind of exchange that may be under way.
     """
 
     can_watch = True
 
-    def __init__(self, board: Board, rank: int) -> None:
+    def __init__(self, board: Board, rank: int, lane: int = 0) -> None:
         self.board = board
         self.rank = rank
         self.num_ranks = board.num_ranks
         self._sequence = 0
-        self._starts = [[board.exchange_offset(parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
+        self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
         self._others = [r for r in range(board.num_ranks) if r != rank]
         # With fewer cores than ranks a rank that looks without pause keeps another from answering.
         self._spin_ns = _SPIN_NS if len(os.sched_getaffinity(0)) >= board.num_ranks else 0

@@ -65,7 +65,6 @@ def all_gatherv(
         RankAbsentError: a rank did not come in time; the group must not be used again.
     """
     rank = _check("all_gatherv", tensors, sizes, group)
-    _record("all_gatherv", sizes, group, deadline_s)
     if not sum(sizes):
         return [tensor.new_empty((0, *tensor.shape[1:])) for tensor in tensors]
     # One message per rank, not one per tensor: rows of all tensors travel side by side as bytes.
@@ -73,14 +72,13 @@ def all_gatherv(
     mine = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
     everyones = mine.new_empty((sum(sizes), mine.shape[1]))
     if mine.device.type == "cuda":
+        _record("all_gatherv", sizes, group, deadline_s, on_cpu=False)
         work = dist.all_gather(list(everyones.split(list(sizes))), mine, group=group, async_op=True)
+        _finish(work, "all_gatherv", group, deadline_s)
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
         repeated = mine.repeat(len(sizes), 1)
-        work = dist.all_to_all_single(
-            everyones, repeated, list(sizes), [sizes[rank]] * len(sizes), group=group, async_op=True
-        )
-    _finish(work, "all_gatherv", group, deadline_s)
+        _exchange("all_gatherv", sizes, everyones, repeated, sizes, [sizes[rank]] * len(sizes), group, deadline_s)
     columns = everyones.split([part.shape[1] for part in parts], dim=1)
     return [
         column.contiguous().view(tensor.dtype).view(sum(sizes), *tensor.shape[1:])
@@ -160,13 +158,26 @@ def all_to_allv(
             f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}"
         )
     # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
-    _record(name, send_sizes if name != "all_to_allv" else (), group, deadline_s)
+    noted = send_sizes if name != "all_to_allv" else ()
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
-    work = dist.all_to_all_single(
-        received, rows.contiguous(), list(recv_sizes), list(send_sizes), group=group, async_op=True
-    )
-    _finish(work, name, group, deadline_s)
+    _exchange(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s)
     return received
+
+
+def _exchange(
+    name: str,
+    noted_sizes: Sequence[int],
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    recv_sizes: Sequence[int],
+    send_sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    deadline_s: float,
+) -> None:
+    """Note, issue and end one all-to-all into `received`."""
+    _record(name, noted_sizes, group, deadline_s, sent.device.type == "cpu")
+    work = dist.all_to_all_single(received, sent, list(recv_sizes), list(send_sizes), group=group, async_op=True)
+    _finish(work, name, group, deadline_s)
 
 
 def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
@@ -216,10 +227,10 @@ def _check_sizes(name: str, sizes: Sequence[int], group: dist.ProcessGroup) -> N
             raise TokenCountError(f"{name}: sizes must be >= 0, got {size} on rank {rank}")
 
 
-def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float) -> None:
+def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float, on_cpu: bool) -> None:
     for log in _recorders:
         log.append((name, tuple(sizes)))
     recorder = recorder_of(group)
     # Groups of some ranks have collectives of their own.
     if recorder is not None and recorder.num_ranks == group.size():
-        recorder.collective(name, sizes, group, deadline_s)
+        recorder.collective(name, sizes, group, deadline_s, on_cpu)

@@ -1,7 +1,18 @@
-"""Test an engine's ranks: real processes, uneven inputs of all ranks from one seed, a record of every collective."""
+"""Test an engine's ranks: real processes, uneven inputs, a record of every collective, faults on purpose."""
 
 from lockstep.dispatch.collectives import record_collectives
+from lockstep.testing.faults import Fault, InjectedFault, inject, inject_into
 from lockstep.testing.inputs import MoEInputs, uneven_counts
 from lockstep.testing.ranks import RankFailure, run_ranks
 
-__all__ = ["MoEInputs", "RankFailure", "record_collectives", "run_ranks", "uneven_counts"]
+__all__ = [
+    "Fault",
+    "InjectedFault",
+    "MoEInputs",
+    "RankFailure",
+    "inject",
+    "inject_into",
+    "record_collectives",
+    "run_ranks",
+    "uneven_counts",
+]

@@ -1,0 +1,72 @@
+"""One of three ranks breaks, in every phase and way: no hang, no wrong output, the right rank named, in time."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fault_matrix import (
+    DEADLINE_S,
+    SHORT_DEADLINE_S,
+    late_cases,
+    lethal_cases,
+    run_lethal,
+    run_survivable,
+    survivable_cases,
+    verdict,
+)
+
+from lockstep.models.tiny import make_tiny
+from lockstep.testing import run_ranks
+
+# The long version, `make soak`, runs all cases in random order; here those that differ most.
+LETHAL = [case for case in lethal_cases() if case.fault.action == "kill" and not case.idle] + [
+    case for case in lethal_cases() if case.fault.phase == "experts" and (case.idle or case.fault.action == "exit")
+]
+LATE = [case for case in late_cases() if case.fault.action == "stop" or not case.idle]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(make_tiny(tmp_path_factory.mktemp("tiny"), num_layers=2, num_experts=12))
+
+
+def check(cases, results, deadline_s=DEADLINE_S):
+    wrong = {
+        case.name: verdict(case, ranks, deadline_s)
+        for case, ranks in zip(cases, zip(*results, strict=True), strict=True)
+    }
+    assert {name: sentences for name, sentences in wrong.items() if sentences} == {}
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("part", range(3))
+def test_ranks_that_raise_disagree_or_leave(tiny, tmp_path, part):
+    cases = survivable_cases()[part::3]
+    check(cases, run_ranks(3, run_survivable, tiny, cases, str(tmp_path), deadline_s=110))
+
+
+@pytest.mark.ranks(9)
+def test_a_rank_that_is_late_is_named_and_never_added_into_a_later_operation(tiny, tmp_path):
+    # Three times three ranks at once: most of the time they wait.
+    parts = [LATE[part::3] for part in range(3)]
+
+    def run(cases):
+        return run_ranks(3, run_survivable, tiny, cases, str(tmp_path), SHORT_DEADLINE_S, deadline_s=110)
+
+    with ThreadPoolExecutor(3) as pool:
+        for cases, results in zip(parts, pool.map(run, parts), strict=True):
+            check(cases, results, SHORT_DEADLINE_S)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("case", LETHAL, ids=lambda case: case.name)
+def test_a_rank_whose_process_ends(tiny, tmp_path, case):
+    results = run_ranks(3, run_lethal, tiny, case, str(tmp_path), deadline_s=30, may_die=[1])
+    assert results[1] is None
+    assert verdict(case, results) == []
+    assert all("is gone" in result["message"] for result in (results[0], results[2]))
+
+
+def test_every_case_is_another_one():
+    names = [case.name for case in survivable_cases() + late_cases() + lethal_cases()]
+    assert len(set(names)) == len(names)
+    assert len(names) >= 100
