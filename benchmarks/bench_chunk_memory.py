@@ -1,12 +1,12 @@
 """Peak memory of one MoE layer against the step's tokens, with chunks of 256 and 1024 rows per rank and without.
 
-Two ranks, the second with a quarter of the first one's tokens; anonymous resident memory of the first, sampled while the
-layer runs, less what it was before and less the layer's own result. Results are checked against the unchunked layer's.
+Two ranks, the second with a quarter of the first one's tokens; anonymous resident memory of the first, sampled while
+the layer runs, less what it was before and less the layer's own result. Results are checked without chunks.
 
     python benchmarks/bench_chunk_memory.py [--out]
 
-The last line on stdout is one JSON document. `--out` stores one line per measurement in `benchmarks/results/` and the plot
-in `docs/images/chunk_memory.svg`.
+The last line on stdout is one JSON document. `--out` stores one line per measurement in `benchmarks/results/` and the
+plot in `docs/images/chunk_memory.svg`.
 """
 
 import argparse
