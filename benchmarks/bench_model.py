@@ -1,14 +1,15 @@
-"""A whole model over the GPUs at hand: decode and prefill with uneven batches, against Transformers and our NCCL backends.
+"""A whole model over the GPUs at hand: decode and prefill with uneven batches, against Transformers and our own backends.
 
-Qwen3-30B-A3B's shape with random weights. Every rank first runs its own batch on the whole model, alone, and the logits of
-the parallel model are held against that. Then, in one run: Transformers' own expert parallelism (`all_to_all`, FSDP on the
-dense weights as it demands; fewer layers, since it needs a checkpoint on disk), our `allgather` and our `nvlink`. Eager,
-bfloat16, the slowest rank counts, medians. The last line is one JSON document.
+Qwen3-30B-A3B's shape with random weights. Every rank first runs its own batch on the whole model, alone, and the logits
+of the parallel model are held against that. Then, in one run: our `allgather` (NCCL), our `nvlink`, eager and with decode
+steps as CUDA graphs, and Transformers' own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands;
+fewer layers, since it needs a checkpoint on disk). bfloat16, the slowest rank counts, medians.
 
     torchrun --nproc-per-node 2 benchmarks/bench_model.py --out results.jsonl
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import StaticCache
 
 import lockstep
 from lockstep.models.huggingface import parallel_of
@@ -31,13 +33,24 @@ CASES = {
 def make_config(layers, tiny):
     from transformers import Qwen3MoeConfig
 
-    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-             "num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 151936}  # fmt: skip
-    if tiny:
-        sizes |= {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
-                  "num_experts_per_tok": 2, "moe_intermediate_size": 64, "vocab_size": 512}  # fmt: skip
-    return Qwen3MoeConfig(num_hidden_layers=layers, intermediate_size=6144, norm_topk_prob=True, tie_word_embeddings=False,
-                          max_position_embeddings=4096, **sizes)  # fmt: skip
+    sizes = {
+        "hidden_size": 64 if tiny else 2048,
+        "num_attention_heads": 4 if tiny else 32,
+        "num_key_value_heads": 2 if tiny else 4,
+        "head_dim": 16 if tiny else 128,
+        "num_experts": 8 if tiny else 128,
+        "num_experts_per_tok": 2 if tiny else 8,
+        "moe_intermediate_size": 64 if tiny else 768,
+        "vocab_size": 512 if tiny else 151936,
+    }
+    return Qwen3MoeConfig(
+        num_hidden_layers=layers,
+        intermediate_size=6144,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=4096,
+        **sizes,
+    )
 
 
 def make_model(config, device):
@@ -53,32 +66,45 @@ def batch_of(rank, size, length, vocabulary, device):
     return torch.randint(0, vocabulary, (size, length), generator=generator).to(device)
 
 
+WARM_STEPS = 3  # not counted: the second decode step of a kind is captured, from the third on it is replayed
+
+
 def sync(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 @torch.no_grad()
-def run_case(model, ids, steps, device):
+def run_case(model, ids, steps, device, static=False):
     """Prefill, then decode greedily; seconds of each, and the logits after the prompt."""
     sync(device)
     dist.barrier()
     started = time.perf_counter()
     if ids.shape[0] == 0:
         return 0.0, 0.0, None
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + steps + WARM_STEPS) if static else None
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[:, -1]
     sync(device)
     prefill_s = time.perf_counter() - started
-    # The first step warms up: it is not counted.
-    for index in range(steps + 1):
-        if index == 1:
+    for index in range(steps + WARM_STEPS):
+        if index == WARM_STEPS:
             sync(device)
             started = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     sync(device)
     return prefill_s, (time.perf_counter() - started) / steps, logits.float()
+
+
+def common_fields(arguments, device):
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {
+        "ranks": dist.get_world_size(),
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "commit": arguments.commit,
+    }
 
 
 def slowest(seconds, device):
@@ -98,7 +124,8 @@ def measure(name, model, layers, cases, arguments, device, references, session):
         for index in range(arguments.rounds + 1):
             if session:
                 with lockstep.join(model):
-                    prefill_s, decode_s, logits = run_case(model, ids, arguments.steps, device)
+                    static = name.endswith("graph")
+                    prefill_s, decode_s, logits = run_case(model, ids, arguments.steps, device, static)
             else:
                 prefill_s, decode_s, logits = run_case(model, ids, arguments.steps, device)
             if logits is not None and reference is not None:
@@ -115,7 +142,11 @@ def measure(name, model, layers, cases, arguments, device, references, session):
         }  # fmt: skip
         records.append(record)
         if rank == 0:
+            record |= common_fields(arguments, device)
             print(record, flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
     return records
 
 
@@ -133,7 +164,7 @@ def lockstep_backends(model, layers, cases, arguments, device, references):
     records = []
     for name in arguments.dispatchers:
         parallel = parallel_of(model)
-        parallel.dispatcher_name = name
+        parallel.dispatcher_name = name.removesuffix(" graph")
         parallel.max_chunk_size_per_rank = arguments.max_chunk_size
         parallel.close()
         records += measure(f"lockstep {name}", model, layers, cases, arguments, device, references, True)
@@ -147,12 +178,16 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-chunk-size", type=int, default=16384)
-    parser.add_argument("--dispatchers", nargs="*", default=["allgather", "nvlink"])
+    parser.add_argument("--dispatchers", nargs="*", default=["allgather", "nvlink", "nvlink graph"])
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script on a CPU")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--limit-s", type=float, default=900, help="show where each rank stands, and end, after so long"
+    )
     arguments = parser.parse_args()
+    faulthandler.dump_traceback_later(arguments.limit_s, exit=True)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -178,7 +213,9 @@ def main():
         from transformers.distributed import DistributedConfig
 
         distributed = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="all_to_all")
-        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=distributed, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_config=distributed, dtype=torch.bfloat16
+        ).eval()
         records += measure("transformers all_to_all", model, layers, cases, arguments, device, references, False)
         del model
     if cuda:
@@ -189,13 +226,6 @@ def main():
     if cuda:
         torch.cuda.empty_cache()
     records += lockstep_backends(model, arguments.layers, cases, arguments, device, references)
-    if rank == 0:
-        hardware = torch.cuda.get_device_name() if cuda else "cpu"
-        common = {"ranks": ranks, "hardware": hardware, "torch": torch.__version__, "commit": arguments.commit}
-        lines = [json.dumps(record | common) for record in records]
-        if arguments.out:
-            arguments.out.write_text("\n".join(lines) + "\n")
-        print(json.dumps({"benchmark": "model", **common, "records": len(records)}))
     dist.barrier()
     os._exit(0)
 

@@ -34,6 +34,7 @@ from lockstep.errors import (
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.models.graphs import StepGraphs
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
@@ -250,7 +251,9 @@ class ModelParallel:
         self._layers_done = 0
         self._stream: torch.cuda.Stream | None = None
         self._last_step: torch.cuda.Event | None = None
+        self._graphs: StepGraphs | None = None
         self._shapes = _experts_shapes(model)
+        self.device = self._shapes[0].device
         self._experts = [LocalExperts(module) for _, module in find_experts(model)]
 
     def open(self) -> None:
@@ -311,16 +314,36 @@ class ModelParallel:
             failure: BaseException | None = None
             try:
                 self.recorder.mark(Phase.MODEL)
+                if self._graphs is not None and self._graphs.serves(plan):
+                    self._graphs.run_idle(lambda: self._run_idle_layers(plan))
+                    self._layers_done = len(self.layers)
             except BaseException as error:
                 failure = error
                 raise
             finally:
                 self._end_step(plan, failure)
 
+    def run_forward(
+        self, plan: ChunkPlan, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the model's forward pass inside `step`, as a CUDA graph where that is possible."""
+        if self._graphs is not None and self._graphs.serves(plan):
+            output = self._graphs.run_forward(forward, args, kwargs)
+            if output is not None:
+                self._layers_done = len(self.layers)
+                return output
+            self._layers_done = 0
+        return forward(*args, **kwargs)
+
+    def _run_idle_layers(self, plan: ChunkPlan) -> None:
+        for index, layer in enumerate(self.layers):
+            self._layers_done = index + 1
+            layer.take_part(plan)
+
     @contextlib.contextmanager
     def _idle_stream(self) -> Iterator[None]:
         """Idle steps go on a stream of their own: the script's may stand in a barrier that other ranks come to late."""
-        device = self.layers[0].device
+        device = self.device
         if device.type != "cuda":
             yield
             return
@@ -352,7 +375,7 @@ class ModelParallel:
             except Exception as error:  # the local experts broke; the other ranks still count on the layers after this
                 own = own or error
         self._plan = None
-        if self.layers[0].device.type == "cuda":
+        if self.device.type == "cuda":
             self._last_step = torch.cuda.current_stream().record_event()
         if not self._in_step():
             self.coordinator.give_up(failure or own or RuntimeError("a collective did not end"))
@@ -398,7 +421,7 @@ class ModelParallel:
             self._groups.append(group)
             return group
 
-        device_backend = "nccl" if self._shapes[0].device.type == "cuda" else "gloo"
+        device_backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             control, data = new_group(ranks, "gloo"), new_group(ranks, device_backend)
             tp_size = config.tensor_parallel_size
@@ -442,6 +465,7 @@ class ModelParallel:
             )
             for index, (experts, shape) in enumerate(zip(self._experts, self._shapes, strict=True))
         ]
+        self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
 
     def _make_dispatcher(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
         num_experts = experts.num_local_experts * self.config.world_size
@@ -554,8 +578,8 @@ def _attach(parallel: ModelParallel) -> None:
             raise RuntimeError(_OUTSIDE.format(type(model).__name__))
         decision = session.begin_step(_count_tokens(args, kwargs))
         try:
-            with parallel.step(decision):
-                return original(*args, **kwargs)
+            with parallel.step(decision) as plan:
+                return parallel.run_forward(plan, original, args, kwargs)
         except BaseException as error:
             if not parallel.coordinator.usable:
                 session.break_off(error)
@@ -565,6 +589,10 @@ def _attach(parallel: ModelParallel) -> None:
         finally:
             session.end_step()
 
+    if parallel.device.type == "cuda" and getattr(model, "generation_config", None) is not None:
+        model.generation_config.disable_compile = (
+            True  # decode steps are graphs of ours, which agree before each replay
+        )
     model.forward = forward
     model.__dict__["_lockstep_parallel"] = parallel
 

@@ -1,0 +1,157 @@
+"""Decode steps and idle steps as CUDA graphs: captured when a step of the same kind comes again, right for any counts.
+
+A rank's graph does not know what the others do: a captured dispatch reads their counts from the flags when it is
+replayed. So one rank may replay its graph while another runs a prompt step by step; each issues the same exchanges.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.moe.layer import MoELayer
+
+logger = logging.getLogger(__name__)
+
+_MOST_GRAPHS = 8  # kept at a time, for as many caches; the oldest goes first
+
+
+class StepGraphs:
+    """The graphs of one model on one rank.
+
+    A forward pass is captured if it has one row per sequence and a cache of fixed size (Transformers' `StaticCache`, or
+    `generate(cache_implementation="static", disable_compile=True)`), at its second call with the same shapes; before,
+    and where a capture fails, it runs as it is.
+
+    Args:
+        layers: the MoE layers in forward order.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self._layers = layers
+        self._possible = all(
+            layer.dispatcher.abilities.cuda_graph and layer.config.tensor_parallel_size == 1 for layer in layers
+        )
+        self._seen: set[Any] = set()
+        self._failed: set[Any] = set()
+        self._forwards: dict[Any, _CapturedForward] = {}
+        self._idle: torch.cuda.CUDAGraph | None = None
+
+    def serves(self, plan: ChunkPlan) -> bool:
+        """Whether a step can be a graph on this rank: the backend allows it, and all rows go through in one chunk."""
+        return self._possible and len(plan) == 1
+
+    def run_idle(self, eager: Callable[[], None]) -> None:
+        """Take part in a step without rows, by a graph from the second time on.
+
+        Args:
+            eager: issues the exchanges of all layers, with zero rows.
+        """
+        if self._idle is None:
+            if "idle" not in self._seen:
+                self._seen.add("idle")
+                eager()
+                return
+            self._idle = self._capture(eager)
+        self._idle.replay()
+
+    def run_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """Run a forward pass by a graph, if it is of a kind that was seen before.
+
+        Args:
+            forward: the model's own.
+            args: its positional arguments; with any, no graph is used.
+            kwargs: its keyword arguments.
+
+        Returns:
+            The output with logits of its own, or None where the caller has to run the pass itself.
+        """
+        cache = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids")
+        if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
+            return None
+        if not all(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None])):
+            return None  # the prompt comes first: it makes the cache's tensors
+        inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        leaves, structure = pytree.tree_flatten(inputs)
+        # What is no tensor is part of the graph; of tensors only the shape is.
+        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves))
+        if key in self._failed:
+            return None
+        captured = self._forwards.get(key)
+        if captured is None:
+            if key not in self._seen:
+                self._seen.add(key)
+                weakref.finalize(cache, self._forget, key)
+                return None
+            static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            static_inputs = pytree.tree_unflatten(static, structure)
+            outputs: list[Any] = []
+            cache_of = weakref.ref(cache)  # a graph must not keep its cache alive
+            try:
+                graph = self._capture(lambda: outputs.append(forward(past_key_values=cache_of(), **static_inputs)))
+            except RuntimeError as error:
+                logger.info("a decode step cannot be a CUDA graph: %s", error)
+                self._failed.add(key)
+                return None
+            if len(self._forwards) >= _MOST_GRAPHS:
+                self._forwards.pop(next(iter(self._forwards)))
+            captured = self._forwards[key] = _CapturedForward(graph, static, outputs[0])
+        return captured.replay(leaves, cache)
+
+    def _capture(self, issue: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        """Record what `issue` launches without running it.
+
+        Not through `torch.cuda.graph`, which waits for the whole device: the script may stand in a barrier on it that
+        other ranks come to only after this step.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this one must not wait.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    issue()
+                finally:
+                    graph.capture_end()
+        except BaseException:
+            for layer in self._layers:  # nothing has run, so nothing is out of step
+                layer.in_step = True
+                layer.dispatcher.forget_capture()  # type: ignore[attr-defined]  # goes with `abilities.cuda_graph`
+            raise
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def _forget(self, key: Any) -> None:
+        self._seen.discard(key)
+        self._failed.discard(key)
+        self._forwards.pop(key, None)
+
+
+class _CapturedForward:
+    def __init__(self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any) -> None:
+        self._graph = graph
+        self._static = static
+        self._output = dict(output.items())
+        self._class = type(output)
+        self._output.pop("past_key_values", None)
+
+    def replay(self, leaves: list[Any], cache: Any) -> Any:
+        for mine, theirs in zip(self._static, leaves, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(theirs)
+        self._graph.replay()
+        # Copies: the next replay writes into the same tensors.
+        own = pytree.tree_map_only(torch.Tensor, torch.clone, self._output)
+        return self._class(**own, past_key_values=cache)
+
+
+def _key(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+    return leaf if isinstance(leaf, str | int | float | bool | type(None)) else id(leaf)
