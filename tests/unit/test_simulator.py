@@ -10,7 +10,8 @@ from lockstep.coordination.step_log import StepColumns, read_step_log, summarize
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
-from lockstep.simulation.simulator import SimulationConfig, filler_rows, simulate
+from lockstep.simulation.recorder import filler_rows
+from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.step_table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
 from lockstep.workload.scheduler import LOAD_BALANCING
@@ -161,7 +162,7 @@ def test_buffers_and_the_reports_table_may_be_small(monkeypatch):
     requests = synthetic_requests(SyntheticParameters(num_requests=200, prompt_median=80), seed=1)
     config = SimulationConfig(4, cost=COST)
     whole = simulate(requests, config)
-    monkeypatch.setattr("lockstep.simulation.simulator._BUFFER_CELLS", 64)
+    monkeypatch.setattr("lockstep.simulation.recorder._BUFFER_CELLS", 64)
     small = simulate(requests, config, max_report_cells=128)
     assert small.summary["lost"] == pytest.approx(whole.summary["lost"])
     assert small.summary["real_tokens"] == whole.summary["real_tokens"]

@@ -20,6 +20,7 @@ from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.html import write_report
 from lockstep.report.metrics import RunMetrics
+from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_run
 from lockstep.runner import run as runner
 from lockstep.runner.launcher import launch
@@ -195,6 +196,7 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     report = out / "report.html"
+    write_trace(out / "trace.json", records)
     write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
     if command.as_json:
         sys.stdout.write(json.dumps(summary) + "\n")

@@ -1,0 +1,191 @@
+"""Where simulated steps go: buffers of fixed size, then the step log, sums, and the report's table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lockstep.coordination.step_log import StepColumns
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.step_table import CAUSES, StepTable
+
+_BUFFER_CELLS = 400_000
+
+
+def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str) -> np.ndarray:
+    """Return the dummy or padding rows that each rank computes, the twin of walking through each step's `ChunkPlan`.
+
+    Args:
+        tokens: rows of requests, `[steps, ranks]`.
+        max_chunk_size: most rows per rank and chunk; None for no limit.
+        row_shapes: `ragged`, `dummy` or `equal`, see `SimulationConfig`.
+
+    Returns:
+        `[steps, ranks]`, int64.
+    """
+    longest = tokens.max(axis=1, keepdims=True)
+    if row_shapes == "equal":
+        return longest - tokens
+    if row_shapes == "dummy":
+        # A rank with no rows left sends one row in each chunk that the longest rank still needs.
+        size = np.maximum(longest, 1) if max_chunk_size is None else max_chunk_size
+        return -(-longest // size) + (-tokens // size)
+    return np.zeros_like(tokens)
+
+
+class StepRecorder:
+    """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
+
+    That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
+
+    Args:
+        num_ranks: ranks, >= 1.
+        cost: what a step costs.
+        max_chunk_size: most rows per rank and chunk; None for no limit.
+        row_shapes: see `filler_rows`.
+        step_log: takes every step, if given.
+        max_cells: most cells (step x rank) of the table.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        cost: CostConstants,
+        max_chunk_size: int | None,
+        row_shapes: str,
+        step_log: StepColumns | None,
+        max_cells: int,
+    ) -> None:
+        # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
+        self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
+        shape = (self._size, num_ranks)
+        self.decode, self.prefill, self.context_base, self.prefill_context, self.num_waiting = (
+            np.zeros(shape, np.int64) for _ in range(5)
+        )
+        self.held = np.zeros(shape, np.bool_)
+        self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
+        self.totals = dict.fromkeys(("real_rows", "dummy_rows", "padding_rows", "held"), 0)
+        self._cost, self._max_chunk_size, self._row_shapes = cost, max_chunk_size, row_shapes
+        self._step_log = step_log
+        self._used = 0
+        self._first_step = 0
+        self._seconds = 0.0
+        self._lost_s = dict.fromkeys(CAUSES, 0.0)
+        self._max_rows = max(16, max_cells // num_ranks)
+        self._unit = 1
+        self._kept: list[StepTable] = []
+        self._pending: list[StepTable] = []
+
+    def next_slot(self) -> int:
+        """Return the next free row of the buffers; all but `decode` and `context_base` are zero in it."""
+        if self._used == self._size:
+            self.flush()
+        self._used += 1
+        return self._used - 1
+
+    def flush(self) -> None:
+        """Hand on what the buffers hold, and clear them."""
+        used = self._used
+        if not used:
+            return
+        table, chunks = self._table(used)
+        lost = table.lost_by_cause()
+        rank_seconds = float(table.duration_s.sum()) * table.num_ranks
+        for cause in CAUSES:
+            self._lost_s[cause] += lost[cause] * rank_seconds
+        self._seconds += rank_seconds
+        for name in ("real_rows", "dummy_rows", "padding_rows"):
+            self.totals[name] += int(getattr(table, name).sum())
+        self.totals["held"] += int(self.held[:used].sum())
+        if self._step_log is not None:
+            self._write(table, chunks, used)
+        self._keep(table)
+        self._first_step += used
+        self._used = 0
+        for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held):
+            buffer[:used] = 0
+
+    def lost(self) -> dict[str, float]:
+        """Return the lost share of all ranks' time by cause."""
+        return {cause: seconds / max(self._seconds, 1e-300) for cause, seconds in self._lost_s.items()}
+
+    def table(self) -> StepTable:
+        """Return the whole run as a table."""
+        tables = list(self._kept)
+        if self._pending:
+            tables.append(StepTable.joined(self._pending).merged(self._unit // min(self._unit, self._size)))
+        if not tables:
+            return StepTable.from_records([])
+        return StepTable.joined(tables, lost=self.lost())
+
+    def _table(self, used: int) -> tuple[StepTable, np.ndarray]:
+        cost, chunk_size, shapes = self._cost, self._max_chunk_size, self._row_shapes
+        decode = self.decode[:used].copy()
+        tokens = decode + self.prefill[:used]
+        filler = filler_rows(tokens, chunk_size, shapes)
+        longest = tokens.max(axis=1)
+        chunks = -(-longest // chunk_size) if chunk_size else (longest > 0).astype(np.int64)
+        # A rank's own time: all that it would not have waited for. A rank without rows has none.
+        own = cost.own_us(tokens, self._decode_context(), self.prefill_context[:used])
+        waits = own.max(axis=1, keepdims=True) - own
+        waits = waits + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
+        filler_us = cost.expert_row_us * filler.mean(axis=1, keepdims=True)
+        busy_s = np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0)
+        nothing = np.zeros_like(tokens)
+        return StepTable(
+            step=np.arange(self._first_step, self._first_step + used),
+            real_rows=tokens,
+            dummy_rows=filler if shapes == "dummy" else nothing,
+            padding_rows=filler if shapes == "equal" else nothing,
+            prefill_tokens=self.prefill[:used].copy(),
+            decode_tokens=decode,
+            num_waiting=self.num_waiting[:used].copy(),
+            start_s=self.start_s[:used].copy(),
+            duration_s=self.duration_s[:used].copy(),
+            agreement_s=np.zeros(used),
+            busy_s=busy_s,
+            num_steps=used,
+        ), chunks
+
+    def _decode_context(self) -> np.ndarray:
+        steps = np.arange(self._first_step, self._first_step + self._used)[:, None]
+        return self.context_base[: self._used] + steps * self.decode[: self._used]
+
+    def _write(self, table: StepTable, chunks: np.ndarray, used: int) -> None:
+        assert self._step_log is not None
+        num_ranks = table.num_ranks
+        self._step_log.write(
+            {
+                "step": np.repeat(table.step, num_ranks),
+                "rank": np.tile(np.arange(num_ranks), used),
+                "num_chunks": np.repeat(chunks, num_ranks),
+                "start_s": np.repeat(table.start_s, num_ranks),
+                "duration_s": np.repeat(table.duration_s, num_ranks),
+                "prefill_context_tokens": self.prefill_context[:used].ravel(),
+                "decode_context_tokens": self._decode_context().ravel(),
+                "prefills_held": self.held[:used].ravel(),
+                **{
+                    name: getattr(table, name).ravel()
+                    for name in (
+                        "real_rows",
+                        "dummy_rows",
+                        "padding_rows",
+                        "prefill_tokens",
+                        "decode_tokens",
+                        "num_waiting",
+                        "busy_s",
+                    )
+                },
+            }
+        )
+
+    def _keep(self, table: StepTable) -> None:
+        unit = min(self._unit, self._size)
+        self._pending.append(table.merged(unit))
+        if sum(part.num_rows for part in self._pending) * unit < self._unit:
+            return
+        self._kept.append(StepTable.joined(self._pending).merged(self._unit // unit))
+        self._pending = []
+        # An odd row out would make all groups after it uneven: it waits for the next one.
+        while (rows := sum(part.num_rows for part in self._kept)) > self._max_rows and rows % 2 == 0:
+            self._kept = [StepTable.joined(self._kept).merged(2)]
+            self._unit *= 2
