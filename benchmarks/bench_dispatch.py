@@ -3,7 +3,7 @@
     python benchmarks/bench_dispatch.py --out results.jsonl
 
 Each case is checked first (fresh random inputs, NaN-poisoned outputs), then timed with CUDA events: eager and CUDA
-graph apart, several input sets, median and 10th/90th percentile of the **slowest rank**. No expert compute is in the figures.
+graph apart, several input sets, median and 10th/90th percentile of the **slowest rank**. Experts compute nothing here.
 Backends:
 
 * `nvlink`        the one-sided kernels; rows already summed over a rank's experts, as in the baselines

@@ -79,7 +79,7 @@ def run(monkeypatch, size, *names):
         return nvlink.NvlinkDispatcher(group, launch=launch, share_device=True, **options)
 
     monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
-    monkeypatch.setattr(nvlink.NvlinkDispatcher, "_warm_up", ranks.warm_up)
+    monkeypatch.setattr(nvlink.NvlinkDispatcher, "_warm_up", lambda dispatcher: ranks.warm_up(dispatcher))
 
     def work(rank):
         ranks.rank.value = rank

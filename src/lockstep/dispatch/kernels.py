@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernels that carry tokens to their experts and back over peer-mapped memory of one host.
 
 Two launches make a round: `dispatch_kernel` and `combine_kernel`. Each is one-sided: a rank stores into its peers'
@@ -181,87 +182,53 @@ def _arrived_words(
             if late > 0:
                 absent = tl.max(tl.max(tl.where(stale, source, -1), 1), 0)
                 ended = _give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-            ended = tl.max(tl.zeros((index.shape[1],), tl.int32) + ended, 0)  # as in _wait_routing
+    if index.shape[0] * index.shape[1] < 256:
+        # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
+        # the copies: the others may be older. After the barrier all see what one saw.
+        tl.debug_barrier()
+        ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+        weights = tl.load(weight_words + index, mask, other=0, volatile=True)
     return ids.to(tl.int32), weights.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _look(ids_words, weight_words, count_words, index, pair, counted, want, tag, TOPK: tl.constexpr, TILE: tl.constexpr):
-    """Load counts and a tile of routing words in one go; returns them and which are missing.
-
-    The words' loads do not wait for the counts that say which of them will matter. Where a source has more words than
-    the tile, only its count is waited for. Every element looks at its source's count itself: warps that saw different
-    counts and decided for themselves would part ways before a block-wide sum.
-    """
-    ids = tl.load(ids_words + index, counted, other=0, volatile=True)
-    weights = tl.load(weight_words + index, counted, other=0, volatile=True)
-    words = tl.load(count_words, counted, other=0, volatile=True)
-    limits = tl.where(counted, tl.maximum(words - want, 0).to(tl.int32), 0) * TOPK
-    stale = (pair < limits) & (limits <= TILE) & (((ids >> 32) != tag) | ((weights >> 32) != tag))
-    missing = stale | (counted & (words < want))
-    return ids, weights, limits, missing
-
-
-@triton.jit
-def _wait_routing(
-    own,
-    want,
-    tag,
-    peers,
-    status,
-    rank,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TILE: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COUNTS: tl.constexpr,
-    ABORT: tl.constexpr,
+def _write_pairs(
+    local,
+    weights,
+    valid,
+    index,
+    slot,
+    expert,
+    first,
+    gather_index,
+    pair_weights,
+    inverse,
+    EXPERTS: tl.constexpr,
 ):
-    """Wait for every source's count, and for its routing words where all sources' fit in a tile.
+    """Write one expert's pairs of a tile, which begin at position `first`; returns how many there were.
 
-    Returns:
-        Words per source, `[WORLD_POW2]`; experts (int32) and weights (float32), `[WORLD_POW2, TILE]`.
+    The order is by source, then by (token, k): fixed by the counts alone, so results repeat bit for bit.
     """
-    source = tl.arange(0, WORLD_POW2)[:, None]
-    pair = tl.arange(0, TILE)[None, :]
-    counted = (source < WORLD) & (pair < TILE)
-    inside = tl.minimum(source, WORLD - 1)
-    index = inside * (CAPACITY * TOPK) + tl.minimum(pair, CAPACITY * TOPK - 1)
-    ids_words = _words(own + IDS)
-    weight_words = _words(own + WEIGHTS)
-    count_words = _words(own + COUNTS) + inside + tl.zeros((WORLD_POW2, TILE), tl.int32)
-    ids, weights, limits, missing = _look(
-        ids_words, weight_words, count_words, index, pair, counted, want, tag, TOPK, TILE
-    )
-    late = tl.max(tl.max(missing.to(tl.int32), 1), 0)
-    ended = tl.full((), 0, tl.int32)
-    if late > 0:
-        started = _now_ns()
-        while (late > 0) & (ended == 0):
-            polls = 0
-            while (late > 0) & (polls < POLLS_PER_CLOCK):
-                ids, weights, limits, missing = _look(
-                    ids_words, weight_words, count_words, index, pair, counted, want, tag, TOPK, TILE
-                )
-                late = tl.max(tl.max(missing.to(tl.int32), 1), 0)
-                polls += 1
-            if late > 0:
-                absent = tl.max(tl.max(tl.where(missing, source, -1), 1), 0)
-                ended = _give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-            # One warp may have given up before another: none goes on unless all do.
-            ended = tl.max(tl.zeros((TILE,), tl.int32) + ended, 0)
-    return tl.max(limits, 1), ids.to(tl.int32), weights.to(tl.int32).to(tl.float32, bitcast=True)
+    mine = valid & (local == expert)
+    ones = mine.to(tl.int32)
+    per_source = tl.sum(ones, 1)
+    before = tl.cumsum(per_source, 0) - per_source
+    position = first + before[:, None] + tl.cumsum(ones, 1) - 1
+    tl.store(gather_index + position, slot, mine)
+    tl.store(pair_weights + position, weights, mine)
+    # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
+    foreign = valid & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
+    tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
+    return tl.sum(per_source, 0)
 
 
 @triton.jit
 def _plan_one_tile(
-    ids,
-    weights,
+    own,
     limits,
+    tag,
+    peers,
+    status,
     rank,
     first_expert,
     gather_index,
@@ -269,39 +236,34 @@ def _plan_one_tile(
     tokens_per_expert,
     expert_offsets,
     inverse,
+    budget_ns,
+    WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr,
     CAPACITY: tl.constexpr,
     TOPK: tl.constexpr,
     EXPERTS: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
 ):
-    """The plan where a tile holds all pairs: each block writes the pairs of its experts, without meeting the others.
-
-    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit.
-    """
+    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
     source = tl.arange(0, WORLD_POW2)[:, None]
     pair = tl.arange(0, TILE)[None, :]
-    valid = pair < limits[:, None]
+    mask = pair < limits[:, None]
     index = source * (CAPACITY * TOPK) + pair
-    local = tl.where(valid, ids - rank * EXPERTS, -1)
+    ids, weights = _arrived_words(
+        _words(own + IDS), _words(own + WEIGHTS), index, mask, tag, peers, status, rank, source, budget_ns, WORLD, ABORT
+    )
+    local = ids - rank * EXPERTS
     slot = source * CAPACITY + pair // TOPK
     for expert in range(first_expert, EXPERTS, STEP):
-        mine = local == expert
-        # Two counts in one sum: pairs of lower experts, and this one's.
-        packed = ((local >= 0) & (local < expert)).to(tl.int64) + (mine.to(tl.int64) << 32)
-        per_source = tl.sum(packed, 1)
-        both = tl.sum(per_source, 0)
-        first = both.to(tl.int32)
-        count = (both >> 32).to(tl.int32)
-        own_count = (per_source >> 32).to(tl.int32)
-        before = tl.cumsum(own_count, 0) - own_count
-        position = first + before[:, None] + tl.cumsum(mine.to(tl.int32), 1) - 1
-        tl.store(gather_index + position, slot, mine)
-        tl.store(pair_weights + position, weights, mine)
-        # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
-        foreign = valid & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
-        tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
+        lower = mask & (local >= 0) & (local < expert)
+        first = tl.sum(tl.sum(lower.to(tl.int32), 1), 0)
+        count = _write_pairs(
+            local, weights, mask, index, slot, expert, first, gather_index, pair_weights, inverse, EXPERTS
+        )
         tl.store(tokens_per_expert + expert, count)
         tl.store(expert_offsets + expert + 1, first + count)
 
@@ -636,36 +598,22 @@ def dispatch_kernel(
             COUNTS,
         )
         source = tl.arange(0, WORLD_POW2)
-        want = epoch << COUNT_BITS
-        limits, ids, weights = _wait_routing(
-            own,
-            want,
-            tag,
-            peers,
-            status,
-            rank,
-            budget_ns,
-            WORLD,
-            WORLD_POW2,
-            CAPACITY,
-            TOPK,
-            SMALL_TILE,
-            IDS,
-            WEIGHTS,
-            COUNTS,
-            ABORT,
-        )
-        arrived = limits // TOPK
+        want = (epoch << COUNT_BITS) + tl.zeros((WORLD_POW2,), tl.int64)
+        words = _wait_at_least(own + COUNTS, 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
+        arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
         if block == 0:
             tl.store(cells + 1, epoch)
             tl.store(counts + source, arrived)
             if (asked > max_tokens) & (asked != ALL_TOKENS):
                 _report(peers, status, rank, 2, rank, WORLD, ABORT)
+        limits = arrived * TOPK
         if tl.max(limits, 0) <= SMALL_TILE:
             _plan_one_tile(
-                ids,
-                weights,
+                own,
                 limits,
+                tag,
+                peers,
+                status,
                 rank,
                 block,
                 gather_index,
@@ -673,12 +621,17 @@ def dispatch_kernel(
                 tokens_per_expert,
                 expert_offsets,
                 inverse,
+                budget_ns,
+                WORLD,
                 WORLD_POW2,
                 CAPACITY,
                 TOPK,
                 EXPERTS,
                 PLAN_BLOCKS,
                 SMALL_TILE,
+                IDS,
+                WEIGHTS,
+                ABORT,
             )
         else:
             _plan_slices(
@@ -762,20 +715,19 @@ def dispatch_kernel(
     if WORLD > 1:
         if flags != 0:
             _raise_flags(peers, rank, FLAGS, block, epoch, WORLD, blocks)
-        if tl.max(want_flags, 0) > 0:
-            _wait_at_least(
-                own + FLAGS + block * 8,
-                blocks * 8,
-                want_flags,
-                0,
-                peers,
-                status,
-                rank,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                ABORT,
-            )
+        _wait_at_least(
+            own + FLAGS + block * 8,
+            blocks * 8,
+            want_flags,
+            0,
+            peers,
+            status,
+            rank,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            ABORT,
+        )
 
 
 @triton.jit

@@ -212,6 +212,8 @@ class NvlinkDispatcher:
         num_channels: sets of buffers, so how many dispatches may be under way before the first is combined.
         deadline_s: longest wait for a peer's flag, seconds.
         launch: blocks and tiles; None takes the measured ones.
+        share_device: several ranks run on one GPU (for tests): their launches together must fit it.
+        device: this rank's GPU; None takes the current one.
 
     Raises:
         ConfigurationError: sizes that cannot work, or more than 8 ranks.
@@ -231,6 +233,7 @@ class NvlinkDispatcher:
         num_channels: int = 1,
         deadline_s: float = 30.0,
         launch: LaunchSizes | None = None,
+        share_device: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.rank, self.num_ranks = process_group.rank(), process_group.size()
@@ -277,6 +280,8 @@ class NvlinkDispatcher:
             for i in range(num_channels)
         ]
         self._next_channel = 0
+        # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
+        early = self.device.type == "cuda" and not share_device
         common = {
             "WORLD": self.num_ranks,
             "WORLD_POW2": triton.next_power_of_2(self.num_ranks),
@@ -290,10 +295,10 @@ class NvlinkDispatcher:
             "IDS": self.layout.ids,
             "WEIGHTS": self.layout.weights,
             "ABORT": self.layout.abort,
-            "PDL": self.device.type == "cuda",
+            "PDL": early,
             "num_warps": _THREADS // 32,
             "maxnreg": _REGISTERS,
-            "launch_pdl": self.device.type == "cuda",
+            "launch_pdl": early,
         }
         self._dispatch_options = dict(
             common,
