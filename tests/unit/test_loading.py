@@ -182,7 +182,7 @@ def test_a_weight_of_another_shape(copy, ep_size):
 def test_no_checkpoint_there(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"no checkpoint at .*absent"):
         load_pretrained(tmp_path / "absent")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"no checkpoint 'someone/something'.*revision v1"):
         load_pretrained("someone/something", revision="v1", local_files_only=True)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
@@ -202,3 +202,16 @@ def test_a_quantisation_that_is_not_undone_is_refused_by_name(copy):
     (copy / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ConfigurationError, match=r"quantised with 'gptq'; only mxfp4 and fp8"):
         load_pretrained(copy)
+
+
+def test_a_hub_id_and_its_revision_from_the_offline_cache(whole, tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--someone--tiny-moe"
+    shutil.copytree(whole[0], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = load_pretrained("someone/tiny-moe", ep_rank=1, ep_size=2, revision="v1", local_files_only=True)
+    assert_is_part_of(model, whole[1], 1, 2)
+    with pytest.raises(ConfigurationError, match=r"'someone/tiny-moe'.*revision v2"):
+        load_pretrained("someone/tiny-moe", revision="v2", local_files_only=True)
