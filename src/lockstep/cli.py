@@ -61,6 +61,9 @@ def run(
     load_balancing: Annotated[str, typer.Option(help="round-robin, least-tokens or least-kv-cache.")] = "round-robin",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one rank in one step.")] = 2048,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests that one rank works on at a time.")] = 256,
+    kv_capacity_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache that one rank has; requests that do not fit wait.")
+    ] = None,
     max_prefill_delay_steps: Annotated[
         int, typer.Option(help="A prompt may wait so many steps for prompts of other ranks.")
     ] = 0,
@@ -113,6 +116,7 @@ def run(
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_prefill_delay_steps=max_prefill_delay_steps,
+            kv_capacity_tokens=kv_capacity_tokens,
             seconds_per_step=seconds_per_step,
         ),
         keep_logits=verify and dtype != "float32",

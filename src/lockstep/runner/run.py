@@ -294,7 +294,7 @@ class _Run:
         notes, request = self.open_requests.pop(request_id), self.requests[request_id]
         if not self.writes_outputs:
             return
-        decode_steps = max(1, len(tokens) - 1)
+        decode_s = now - notes["first_token_at"]
         line = {
             "request_id": request_id,
             "rank": self.rank,
@@ -306,7 +306,7 @@ class _Run:
             "queue_steps": notes["first_step"] - notes["assigned_step"],
             "ttft_steps": notes["first_token_step"] - notes["assigned_step"] + 1,
             "ttft_s": round(notes["first_token_at"] - notes["assigned_at"], 6),
-            "tpot_s": round((now - notes["first_token_at"]) / decode_steps, 6),
+            "tpot_s": round(decode_s / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
         }
         if self.options.keep_logits:
             line["logits"] = notes["logits"]
