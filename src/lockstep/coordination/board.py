@@ -155,6 +155,10 @@ class Board:
         # Length and checksum in one word, so that a reader sees all of the message or none.
         self.words[base + _LAST_WORDS] = zlib.crc32(message) << 32 | len(message)
 
+    def last_words_word(self, rank: int) -> int:
+        """Return the index in `words` that is 0 until a rank has said its last words."""
+        return self._status(rank) + _LAST_WORDS
+
     def last_words(self, rank: int) -> bytes | None:
         """Return why a rank has stopped, or None if it has not said so."""
         base = self._status(rank)

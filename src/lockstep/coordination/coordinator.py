@@ -177,6 +177,11 @@ class Coordinator:
             recorder.give_up("mismatch", str(error))
             self._close(error)
             raise type(error)(f"{error}{recorder.file_note()}") from None
+        try:
+            recorder.check_last_words()  # of a rank that sent its record, but has given up waiting for this one
+        except LockstepError as error:
+            self._close(error)
+            raise
         if decision.values["failed"]:
             failed = decision.failed_ranks
             messages = self._exchange_messages(self._failure if record.failed else "", step)
@@ -213,7 +218,7 @@ class Coordinator:
                 ranks,
             ) from error
 
-    def _absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> RankAbsentError:
+    def _absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> LockstepError:
         absent = self.recorder.absent(waited_for, ranks)
         self._close(absent)
         return absent

@@ -113,6 +113,7 @@ class FlightRecorder:
         if board is not None:
             self._comparisons = SharedMemoryTransport(board, rank, lane=1)
             self._place, self._place_ns = board.place_words(rank)
+            self._last_words = [board.last_words_word(other) for other in range(num_ranks) if other != rank]
         elif store is not None:
             threading.Thread(target=self._publish, name="lockstep-recorder", daemon=True).start()
 
@@ -175,6 +176,14 @@ class FlightRecorder:
                 return rank
         return None
 
+    def check_last_words(self) -> None:
+        """Look whether another rank has given up; cheap enough for every agreement. Raises as `check`."""
+        if self._board is not None:
+            words = self._board.words
+            for index in self._last_words:
+                if words[index]:
+                    self.check()
+
     def check(self) -> None:
         """Look whether a rank that this one waits for will never come; called from time to time in every wait.
 
@@ -199,8 +208,10 @@ class FlightRecorder:
                 doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
                 raise self.absent(f"{doing} there is no use in waiting on", (rank,))
 
-    def absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> RankAbsentError:
+    def absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> LockstepError:
         """Return the error for a wait that did not end, naming who is missing and where each was last seen.
+
+        Where another rank has given up before, it is that rank's reason that counts.
 
         The ring is written to a file, and the other ranks learn that this one has given up.
 
@@ -208,6 +219,11 @@ class FlightRecorder:
             waited_for: what this rank waited for and how long.
             ranks: that are known not to have come; otherwise those that are behind this one are found out.
         """
+        for rank in range(self.num_ranks if self._board is not None else 0):
+            assert self._board is not None
+            words = self._board.last_words(rank) if rank != self.rank else None
+            if words is not None:
+                return self._after_last_words(rank, words)
         ranks = ranks or self._missing_ranks()
         if ranks:
             seen = "; ".join(f"rank {rank} {self.last_seen(rank)}" for rank in ranks)

@@ -203,7 +203,9 @@ def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: fl
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """View `[rows, ...]` as `[rows, bytes per row]`."""
     elements_per_row = math.prod(tensor.shape[1:])
-    return tensor.contiguous().view(tensor.shape[0], elements_per_row).view(torch.uint8)
+    # One row or column counts as contiguous whatever its stride says, and a view as bytes takes the stride at its word.
+    plain = tensor.contiguous().as_strided((tensor.shape[0], elements_per_row), (elements_per_row, 1))
+    return plain.view(torch.uint8)
 
 
 def _check(name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> int:
