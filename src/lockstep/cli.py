@@ -314,6 +314,26 @@ def calibrate(
     raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, out, as_json))
 
 
+@app.command()
+def postmortem(
+    files: Annotated[list[Path], typer.Argument(help="Flight recorders of the ranks of one run.")],
+    stacks: Annotated[bool, typer.Option(help="Also print where each thread of each rank stood.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Merge the ranks' flight recorders and show where they parted."""
+    from lockstep.report.postmortem import postmortem_document, print_postmortem, read_recorder
+
+    document = postmortem_document([read_recorder(path) for path in files])
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    print_postmortem(document)
+    if stacks:
+        for rank, threads in document["stacks"].items():
+            for name, lines in threads.items():
+                typer.echo(f"\nrank {rank}, thread {name}:\n{''.join(lines)}")
+
+
 def main() -> None:
     """Run the command line; a `ConfigurationError` or unreadable path becomes one sentence and exit status 2."""
     from lockstep.errors import ConfigurationError, LockstepError

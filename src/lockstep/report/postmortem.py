@@ -1,0 +1,246 @@
+"""Flight recorders of several ranks side by side: who was where, and where they parted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+FORMAT = "lockstep-flight-recorder-1"
+PHASES = ("", "agreement", "model", "dispatch", "experts", "combine", "end", "left")
+"""As `lockstep.coordination.flight_recorder.Phase` numbers them; 0 is an event within a phase."""
+
+_MOST_BYTES = 16 * 2**20
+_MOST_RANKS = 2**20
+
+
+@dataclass(frozen=True)
+class RecordedEvent:
+    """One entry of a ring.
+
+    Attributes:
+        time: seconds since 1970.
+        step: number of the step.
+        phase: one of `PHASES`.
+        layer: number of the MoE layer; -1 outside of one.
+        detail: what was kept with it: counts, sizes, the name of a collective.
+    """
+
+    time: float
+    step: int
+    phase: str
+    layer: int
+    detail: Any
+
+
+@dataclass(frozen=True)
+class RecorderFile:
+    """What one rank's flight recorder wrote.
+
+    Attributes:
+        rank: whose it is.
+        num_ranks: ranks of the run.
+        epoch: of the rank's groups.
+        host: name of the machine.
+        pid: of the process.
+        reason: why it was written.
+        time: when, in seconds since 1970.
+        events: oldest first.
+        stacks: where each thread stood.
+    """
+
+    rank: int
+    num_ranks: int
+    epoch: int
+    host: str
+    pid: int
+    reason: str
+    time: float
+    events: tuple[RecordedEvent, ...]
+    stacks: dict[str, list[str]]
+
+
+def read_recorder(path: str | Path) -> RecorderFile:
+    """Read a flight recorder's file. A last line that was torn off is left out.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigurationError: it is not one, naming the line and what is wrong there.
+        OSError: it cannot be opened.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ConfigurationError(f"{path}: a flight recorder's file has at most {_MOST_BYTES} bytes")
+    lines = data.split(b"\n")
+    header = _object(path, 1, lines[0])
+    if header.get("format") != FORMAT:
+        raise ConfigurationError(f"{path}: line 1 is not a flight recorder's: format is {header.get('format')!r:.80}")
+    names = ("rank", "num_ranks", "epoch", "pid", "clock_ns", "time")
+    numbers = {name: _number(path, 1, name, header.get(name)) for name in names}
+    if not 0 <= numbers["rank"] < numbers["num_ranks"] <= _MOST_RANKS:
+        raise ConfigurationError(f"{path}: line 1: rank {numbers['rank']} of {numbers['num_ranks']} ranks")
+    events, stacks = [], {}
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        try:
+            entry = _object(path, number, line)
+        except ConfigurationError:
+            if number == len(lines):  # without its end: the process was killed while it wrote
+                break
+            raise
+        if "stacks" in entry:
+            stacks = _stacks(entry["stacks"])
+            continue
+        values = {name: _number(path, number, name, entry.get(name)) for name in ("ns", "step", "phase", "layer")}
+        phase = PHASES[int(values["phase"])] if 0 <= values["phase"] < len(PHASES) else "?"
+        time = numbers["time"] - (numbers["clock_ns"] - values["ns"]) / 1e9
+        events.append(RecordedEvent(time, int(values["step"]), phase, int(values["layer"]), entry.get("detail")))
+    return RecorderFile(
+        int(numbers["rank"]), int(numbers["num_ranks"]), int(numbers["epoch"]), str(header.get("host"))[:200],
+        int(numbers["pid"]), str(header.get("reason"))[:4000], numbers["time"], tuple(events), stacks,
+    )  # fmt: skip
+
+
+def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
+    """Merge the recorders of one failure.
+
+    Args:
+        files: at least one; a rank's last one counts.
+
+    Returns:
+        `num_ranks`, `missing` (ranks without a file), `ranks` (per rank: `rank`, `host`, `pid`, `epoch`, `step`,
+        `phase`, `layer`, `seconds_before_end`, `reason`), `parted`: the first step that the ranks did not go through
+        alike, as `step` and `did` (what each rank did in it), or None; `stacks` by rank.
+
+    Raises:
+        ConfigurationError: no files, or of runs with other numbers of ranks.
+    """
+    if not files:
+        raise ConfigurationError("a post-mortem needs at least one flight recorder's file")
+    sizes = {file.num_ranks for file in files}
+    if len(sizes) > 1:
+        raise ConfigurationError(f"these files are of runs with {sorted(sizes)} ranks: pass those of one run")
+    last: dict[int, RecorderFile] = {}
+    for file in sorted(files, key=lambda file: file.time):
+        last[file.rank] = file
+    end = max((event.time for file in last.values() for event in file.events), default=0.0)
+    ranks = []
+    for rank, file in sorted(last.items()):
+        event = next((event for event in reversed(file.events) if event.phase), None)
+        ranks.append(
+            {
+                "rank": rank,
+                "host": file.host,
+                "pid": file.pid,
+                "epoch": file.epoch,
+                "step": event.step if event else -1,
+                "phase": event.phase if event else "",
+                "layer": event.layer if event else -1,
+                "seconds_before_end": round(end - event.time, 3) if event else None,
+                "reason": file.reason,
+            }
+        )
+    num_ranks = next(iter(sizes))
+    return {
+        "num_ranks": num_ranks,
+        "missing": [rank for rank in range(min(num_ranks, 1024)) if rank not in last],
+        "ranks": ranks,
+        "parted": _parting(last),
+        "stacks": {str(rank): file.stacks for rank, file in sorted(last.items())},
+    }
+
+
+def print_postmortem(document: dict[str, Any]) -> None:
+    """Print a merged post-mortem as a table and sentences on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False)
+    table = Table(title=f"{len(document['ranks'])} of {document['num_ranks']} ranks left a flight recorder")
+    for heading in ("rank", "process", "epoch", "step", "last phase", "seconds before the end"):
+        table.add_column(heading)
+    for row in document["ranks"]:
+        phase = f"{row['phase']} of layer {row['layer']}" if row["layer"] >= 0 else row["phase"]
+        cells = [row["rank"], f"{row['pid']} on {row['host']}", row["epoch"], row["step"], phase]
+        table.add_row(*map(str, cells), str(row["seconds_before_end"]))
+    console.print(table)
+    if document["missing"]:
+        console.print(f"no file of ranks {document['missing']}: their processes may have been killed", markup=False)
+    parted = document["parted"]
+    if parted is None:
+        console.print("as far as the recorders reach, the ranks went through the same steps alike")
+    else:
+        console.print(f"they parted in step {parted['step']}:")
+        for rank, did in parted["did"].items():
+            console.print(f"  rank {rank}: {did}", markup=False, soft_wrap=True)
+    for row in document["ranks"]:
+        console.print(f"rank {row['rank']} stopped because: {row['reason']}", markup=False, soft_wrap=True)
+
+
+def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:
+    """The first step, of those that all recorders reach back to, in which ranks issued other operations."""
+    if len(last) < 2:
+        return None
+    did: dict[int, dict[int, list[str]]] = {}
+    first = -1
+    for rank, file in last.items():
+        steps: dict[int, list[str]] = {}
+        for event in file.events:
+            if event.phase == "agreement":
+                steps.setdefault(event.step, []).append("agreement")
+            elif not event.phase and isinstance(event.detail, list) and event.detail:
+                # A collective's entry begins with its name; other entries are the counts that were agreed.
+                name, sizes = str(event.detail[0]), event.detail[1:]
+                if isinstance(event.detail[0], str):
+                    steps.setdefault(event.step, []).append(f"{name}{sizes}"[:200])
+        did[rank] = steps
+        first = max(first, min(steps, default=first))
+    for step in sorted({step for steps in did.values() for step in steps if step > first}):
+        lists = {rank: steps.get(step, []) for rank, steps in did.items()}
+        if len({tuple(operations) for operations in lists.values()}) > 1:
+            return {"step": step, "did": {rank: _where_they_differ(lists, rank) for rank in lists}}
+    return None
+
+
+def _where_they_differ(lists: dict[int, list[str]], rank: int) -> str:
+    """What a rank did in the step, from the first operation on that not all have in common."""
+    common = 0
+    while all(len(operations) > common for operations in lists.values()):
+        if len({operations[common] for operations in lists.values()}) > 1:
+            break
+        common += 1
+    rest = lists[rank][common:]
+    done = f"{common} operations alike, then " if common else ""
+    return done + (", ".join(rest[:4]) if rest else "nothing more")
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path}: line {number} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(entry, dict):
+        raise ConfigurationError(f"{path}: line {number} is not an object")
+    return entry
+
+
+def _number(path: Path, number: int, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+        raise ConfigurationError(f"{path}: line {number}: {name} is {value!r:.80}, expected a number")
+    return value
+
+
+def _stacks(value: Any) -> dict[str, list[str]]:
+    if not isinstance(value, dict):
+        return {}
+    return {str(name)[:200]: [str(line) for line in lines] for name, lines in value.items() if isinstance(lines, list)}

@@ -1,0 +1,248 @@
+"""The last steps of a rank: what is published, what others say of it, the file, and the merging of files."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lockstep.cli import app
+from lockstep.coordination.board import Board
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, within
+from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
+from lockstep.report import postmortem
+from lockstep.report.postmortem import postmortem_document, read_recorder
+
+
+@pytest.fixture
+def recorders(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    board = Board.create(3)
+    board.unlink()
+    for rank in range(3):
+        board.register(rank)
+    return [FlightRecorder(rank, 3, board=board, epoch=2) for rank in range(3)]
+
+
+def at(recorder, step, phase, layer=-1):
+    recorder.step = step
+    recorder.mark(phase, layer)
+
+
+def test_a_rank_is_said_to_be_where_it_was(recorders):
+    first, second, _ = recorders
+    assert first.last_seen(1) == "has not been seen; its process is alive"
+    at(second, 812, Phase.EXPERTS, 17)
+    assert first.last_seen(1) == "was last seen in experts of layer 17 in step 812, 0.0 s ago; its process is alive"
+    at(second, 813, Phase.AGREEMENT)
+    assert "at the agreement of step 813" in first.last_seen(1)
+    at(second, 813, Phase.LEFT)
+    assert first.last_seen(1).startswith("has left join() after step 813, 0.0 s ago")
+
+
+@pytest.mark.parametrize(
+    ("others", "guilty"),
+    [
+        ({1: (5, Phase.DISPATCH, 2), 2: (5, Phase.EXPERTS, 1)}, (2,)),  # behind
+        ({1: (5, Phase.EXPERTS, 2), 2: (5, Phase.DISPATCH, 2)}, (1,)),  # nobody is behind: ahead
+        ({1: (5, Phase.MODEL, -1), 2: (4, Phase.END, -1)}, (1, 2)),
+        ({1: (6, Phase.AGREEMENT, -1), 2: (5, Phase.DISPATCH, 2)}, (1,)),
+        ({1: (5, Phase.DISPATCH, 2), 2: (5, Phase.DISPATCH, 2)}, ()),
+    ],
+)
+def test_who_is_absent_is_found_by_where_the_ranks_are(recorders, others, guilty):
+    at(recorders[0], 5, Phase.DISPATCH, 2)
+    for rank, place in others.items():
+        at(recorders[rank], *place)
+    assert recorders[0].absent("all_gatherv did not end").absent_ranks == guilty
+
+
+def test_the_first_reason_reaches_the_others_and_is_passed_on(recorders, tmp_path):
+    first, second, third = recorders
+    at(second, 4, Phase.COMBINE, 0)
+    second.give_up("failed", "ValueError: broke", (1,))
+    second.give_up("absent", "something later", (0,))
+    with pytest.raises(PeerFailedError, match="rank 0 stops in step -1: rank 1 raised ValueError: broke") as caught:
+        first.check()
+    assert caught.value.rank == 1
+    with pytest.raises(PeerFailedError) as caught:  # by way of either of them
+        third.check()
+    assert caught.value.rank == 1
+    assert len(list(tmp_path.glob("lockstep-rank*-epoch2-*.jsonl"))) == 3
+    assert isinstance(third.absent("later"), PeerFailedError)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("mismatch", RankMismatchError), ("absent", RankAbsentError)])
+def test_kinds_of_last_words(recorders, kind, error):
+    recorders[2].give_up(kind, "why", (1,))
+    with pytest.raises(error, match="rank 0: rank 2 has given up: why"):
+        recorders[0].check()
+
+
+@given(st.binary(max_size=300))
+def test_any_last_words_end_in_a_sentence(words):
+    board = Board.create(2)
+    board.unlink()
+    board.say_last_words(1, words or b"?")
+    recorder = FlightRecorder(0, 2, board=board)
+    recorder.write_file = lambda reason: None
+    with pytest.raises((RankAbsentError, PeerFailedError, RankMismatchError)):
+        recorder.check()
+
+
+def test_a_spoiled_step_is_seen_by_the_others_and_only_then(recorders):
+    for recorder in recorders:
+        recorder.step = 7
+    assert recorders[0].spoiled_by() is None
+    recorders[1].spoil_step()
+    assert recorders[0].spoiled_by() == 1
+    assert recorders[1].spoiled
+    assert recorders[1].spoiled_by() is None
+    recorders[0].step = recorders[1].step = 8
+    assert recorders[0].spoiled_by() is None
+    assert not recorders[1].spoiled
+
+
+def test_a_call_that_hangs_is_left_behind():
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
+        within(threading.Event().wait, 0.05)
+    with pytest.raises(KeyError):
+        within(lambda: {}["x"], 1.0)
+    assert within(lambda: 5, 1.0) == 5
+
+
+def test_a_mark_costs_little(recorders):
+    started = time.perf_counter()
+    for layer in range(2000):
+        recorders[0].mark(Phase.EXPERTS, layer)
+    assert (time.perf_counter() - started) / 2000 < 100e-6  # about 1 us; the limit is for a busy host
+
+
+# files
+
+
+def recorded(recorders):
+    """Three ranks go through two steps; in the second, rank 1 leaves out a collective."""
+    for step in (0, 1):
+        for rank, recorder in enumerate(recorders):
+            at(recorder, step, Phase.AGREEMENT)
+            recorder.note((3, 0, 1))
+            at(recorder, step, Phase.DISPATCH, 0)
+            if not (step == 1 and rank == 1):
+                recorder.note(("all_gatherv", 3, 0, 1))
+            at(recorder, step, Phase.COMBINE, 0)
+            recorder.note(("reduce_scatterv", 3, 0, 1))
+    return [recorder.write_file(f"rank {rank} waited in vain") for rank, recorder in enumerate(recorders)]
+
+
+def test_files_of_all_ranks_show_where_they_parted(recorders, tmp_path):
+    paths = recorded(recorders)
+    document = postmortem_document([read_recorder(path) for path in paths])
+    assert document["missing"] == []
+    assert [(row["rank"], row["step"], row["phase"], row["layer"]) for row in document["ranks"]] == [
+        (rank, 1, "combine", 0) for rank in range(3)
+    ]
+    assert document["parted"] == {
+        "step": 1,
+        "did": {
+            0: "1 operations alike, then all_gatherv[3, 0, 1], reduce_scatterv[3, 0, 1]",
+            1: "1 operations alike, then reduce_scatterv[3, 0, 1]",
+            2: "1 operations alike, then all_gatherv[3, 0, 1], reduce_scatterv[3, 0, 1]",
+        },
+    }
+    assert "test_flight_recorder" in json.dumps(document["stacks"]["0"])
+    assert all(os.stat(path).st_mode & 0o077 == 0 for path in paths)  # for this user only
+
+
+def test_the_command(recorders):
+    paths = [str(path) for path in recorded(recorders)]
+    result = CliRunner().invoke(app, ["postmortem", *paths[:2]])
+    assert result.exit_code == 0
+    assert "2 of 3 ranks left a flight recorder" in result.output
+    assert "no file of ranks [2]" in result.output
+    assert "they parted in step 1:" in result.output
+    assert "rank 0 stopped because: rank 0 waited in vain" in result.output
+    document = json.loads(CliRunner().invoke(app, ["postmortem", "--json", *paths]).output)
+    assert document["parted"]["step"] == 1
+    assert "thread MainThread" in CliRunner().invoke(app, ["postmortem", "--stacks", *paths]).output
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(recorders, tmp_path):
+    whole = recorded(recorders)[0].read_bytes()
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(whole[:-30])
+    assert read_recorder(torn).stacks == {}
+    lines = whole.split(b"\n")
+    torn.write_bytes(b"\n".join([*lines[:2], lines[2][:10], *lines[3:]]))
+    with pytest.raises(ConfigurationError, match="line 3 is not JSON"):
+        read_recorder(torn)
+
+
+def test_files_of_other_runs_and_too_large_ones(recorders, tmp_path, monkeypatch):
+    files = [read_recorder(path) for path in recorded(recorders)]
+    other = FlightRecorder(0, 4, epoch=2).write_file("x")
+    with pytest.raises(ConfigurationError, match=r"runs with \[3, 4\] ranks"):
+        postmortem_document([*files, read_recorder(other)])
+    with pytest.raises(ConfigurationError, match="at least one"):
+        postmortem_document([])
+    monkeypatch.setattr(postmortem, "_MOST_BYTES", 100)
+    with pytest.raises(ConfigurationError, match="has at most 100 bytes"):
+        read_recorder(other)
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_file(monkeypatch, tmp_path):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "missing"))
+    recorder = FlightRecorder(0, 2)
+    error = recorder.absent("it did not come")
+    assert str(error) == "rank 0: it did not come; it could not be found out which rank is absent"
+
+
+HEADER = {
+    "format": postmortem.FORMAT, "rank": 0, "num_ranks": 2, "epoch": 0, "pid": 1, "clock_ns": 5, "time": 1.0,
+    "host": "h", "reason": "r",
+}  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_or_refuse(path):
+    try:
+        file = read_recorder(path)
+    except ConfigurationError as error:
+        assert "\n" not in str(error)
+        return
+    postmortem_document([file, file])
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_end_in_a_sentence(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "recorder.jsonl"
+    path.write_bytes(data)
+    read_or_refuse(path)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(HEADER)), json_values), st.lists(json_values, max_size=4))
+def test_any_json_ends_in_a_sentence(tmp_path_factory, changed, entries):
+    path = tmp_path_factory.mktemp("fuzz") / "recorder.jsonl"
+    path.write_text("\n".join(json.dumps(entry) for entry in [{**HEADER, **changed}, *entries]) + "\n")
+    read_or_refuse(path)
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(("ns", "step", "phase", "layer", "detail", "stacks"), json_values)))
+def test_any_event_ends_in_a_sentence(tmp_path_factory, event):
+    path = tmp_path_factory.mktemp("fuzz") / "recorder.jsonl"
+    path.write_text(json.dumps(HEADER) + "\n" + json.dumps(event) + "\n")
+    read_or_refuse(path)
+
+
+def test_brackets_ten_thousand_deep_are_refused(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000)
+    read_or_refuse(path)
