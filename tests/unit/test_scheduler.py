@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload import Request, SchedulerConfig, SchedulerState, StepEntry, WorkloadScheduler, random_prompt_ids
-from lockstep.workload.scheduler import LOAD_BALANCING, LoadBalancer, RankScheduler, prefills_run
+from lockstep.workload.policies import LOAD_BALANCING, LoadBalancer, prefills_run
+from lockstep.workload.scheduler import RankScheduler
 
 
 def run_cluster(requests, config, num_ranks, max_steps=10_000):

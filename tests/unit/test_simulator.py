@@ -14,7 +14,7 @@ from lockstep.simulation.recorder import filler_rows
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.step_table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
-from lockstep.workload.scheduler import LOAD_BALANCING
+from lockstep.workload.policies import LOAD_BALANCING
 
 COST = CostConstants(1000, 3, chunk_us=50, decode_context_us=0.1, prefill_context_us=0.01, row_us=2, expert_row_us=5)
 

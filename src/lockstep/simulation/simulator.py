@@ -19,8 +19,9 @@ from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.recorder import StepRecorder, filler_rows
 from lockstep.simulation.step_table import StepTable
+from lockstep.workload.policies import LoadBalancer
 from lockstep.workload.request import Request
-from lockstep.workload.scheduler import LoadBalancer, RankScheduler, SchedulerConfig, StepPlan
+from lockstep.workload.scheduler import RankScheduler, SchedulerConfig, StepPlan
 
 ROW_SHAPES = ("ragged", "dummy", "equal")
 """What a dispatcher makes of uneven rows: nothing; one dummy row for a rank with none left; the longest rank's rows

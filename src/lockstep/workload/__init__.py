@@ -1,7 +1,8 @@
 """Workloads: where requests come from, and how they become steps."""
 
+from lockstep.workload.policies import SchedulerState
 from lockstep.workload.request import Request, random_prompt_ids
-from lockstep.workload.scheduler import SchedulerConfig, SchedulerState, StepEntry, StepPlan, WorkloadScheduler
+from lockstep.workload.scheduler import SchedulerConfig, StepEntry, StepPlan, WorkloadScheduler
 from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
 from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
 

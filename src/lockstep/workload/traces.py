@@ -220,6 +220,8 @@ class _Reader:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise _LineError(f'"prompt" is {_short(prompt)}')
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise _LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
         num_prompt = self._count_tokens(prompt)
         if num_prompt < 1:
             raise _LineError(f'"prompt" has {num_prompt} tokens')
@@ -270,7 +272,7 @@ def _recognise(line: str) -> str:
 def _json_object(line: str) -> dict[str, object]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or an integer of thousands of digits
         raise _LineError(f"not JSON ({_short(str(error))})") from None
     if not isinstance(row, dict):
         raise _LineError(f"{_short(row)} is not an object")

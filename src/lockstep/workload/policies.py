@@ -1,0 +1,100 @@
+"""What ranks decide alike from what all have agreed on: which of them gets a request, and whether prompts run."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload.request import Request
+
+LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+
+
+class SchedulerState(NamedTuple):
+    """What a rank tells the others about its scheduler: four integers, as of after the step just planned.
+
+    Attributes:
+        num_outstanding_tokens: rows that its unfinished requests still need, those in the queue included; 0 is idle.
+        num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included.
+        num_decoding: its requests that will generate a token in the next step.
+        prefill_wait_steps: how many steps ago its first prompt arrived that is not done and could run in the next step,
+            whether it has begun or not; -1 where none could run.
+    """
+
+    num_outstanding_tokens: int = 0
+    num_kv_tokens: int = 0
+    num_decoding: int = 0
+    prefill_wait_steps: int = -1
+
+
+def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int], max_prefill_delay_steps: int) -> bool:
+    """Decide, for all ranks alike, whether prompts run in the next step.
+
+    A step in which one rank has a prompt takes all ranks as long as that prompt; so prompts wait for each other. They
+    run when one of them has arrived long enough ago, when every rank has one, or when no rank generates (there is
+    nothing to disturb). While none of that holds, ranks only generate.
+
+    The wait counts from a request's arrival at its rank, whatever it waits for, until its prompt is done. So the policy
+    holds a request in at most `max_prefill_delay_steps` steps all in all, however many steps its prompt takes, and a
+    queue that grows turns holding off instead of growing further.
+
+    Args:
+        prefill_wait_steps: of every rank's `SchedulerState`, `[ranks]`.
+        num_decoding: of every rank's `SchedulerState`, `[ranks]`.
+        max_prefill_delay_steps: the bound, >= 0; 0 never holds.
+
+    Example:
+        >>> prefills_run([3, -1], [5, 5], max_prefill_delay_steps=10)
+        False
+        >>> prefills_run([3, 0], [5, 5], max_prefill_delay_steps=10)
+        True
+    """
+    if max_prefill_delay_steps == 0 or not any(num_decoding):
+        return True
+    return max(prefill_wait_steps) >= max_prefill_delay_steps or min(prefill_wait_steps) >= 0
+
+
+class LoadBalancer:
+    """Gives each arriving request to a rank, equally on every rank that asks.
+
+    Args:
+        policy: one of `LOAD_BALANCING`.
+        num_ranks: data-parallel ranks, >= 1.
+    """
+
+    def __init__(self, policy: str, num_ranks: int) -> None:
+        if num_ranks < 1:
+            raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
+        self._policy = policy
+        self._num_ranks = num_ranks
+        self._next = 0
+
+    def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
+        """Return the rank of each request.
+
+        Args:
+            requests: all that arrive before a step, in order of arrival.
+            states: every rank's, as agreed last, `[num_ranks]`. What the earlier of `requests` add is counted in.
+
+        Returns:
+            A rank for each request, `[len(requests)]`.
+        """
+        if self._policy == "round-robin":
+            first = self._next
+            self._next = (first + len(requests)) % self._num_ranks
+            return [(first + index) % self._num_ranks for index in range(len(requests))]
+        if not requests:
+            return []
+        by_tokens = self._policy == "least-tokens"
+        loads = [(s.num_outstanding_tokens if by_tokens else s.num_kv_tokens, rank) for rank, s in enumerate(states)]
+        heapq.heapify(loads)
+        ranks = []
+        for request in requests:
+            load, rank = loads[0]
+            ranks.append(rank)
+            heapq.heapreplace(
+                loads, (load + (request.num_computed_tokens if by_tokens else request.num_kv_tokens), rank)
+            )
+        return ranks
