@@ -1,0 +1,148 @@
+"""The long version of tests/ranks/test_faults.py: random faults from one seed, bounded in number and time.
+
+    python tests/soak.py --cases 2000 --minutes 30 --seed 1     # `make soak`
+    python tests/soak.py --write-table                          # every case once, into docs/reliability.md
+
+Prints what went wrong as it happens, and as its last line one JSON document. Exit status 1 if anything went wrong.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT / "ranks"), str(ROOT / "unit")]
+
+import fault_matrix as matrix  # noqa: E402
+import test_protocol as protocol  # noqa: E402
+
+from lockstep.models.tiny import make_tiny  # noqa: E402
+from lockstep.testing import RankFailure, run_ranks  # noqa: E402
+
+DOCUMENT = ROOT.parent / "docs" / "reliability.md"
+CASES_PER_SPAWN = 40
+BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
+
+
+def random_case(rng):
+    """A case like those of the table, in another step, layer and for another time."""
+    kind = rng.choices(("survivable", "late", "lethal"), (0.9, 0.05, 0.05))[0]
+    case = rng.choice(getattr(matrix, f"{kind}_cases")())
+    case = replace(case, after=rng.randrange(0, 9))
+    fault = case.fault
+    if fault is None:
+        return kind, case
+    if fault.phase in ("dispatch", "experts", "combine"):
+        layer = rng.randrange(2)
+        last_combine = (fault.phase, fault.action, layer) == ("combine", "skip", 1)
+        case = replace(case, spoils_own=case.spoils_own or last_combine)
+        fault = replace(fault, layer=layer)
+    if kind == "survivable" and fault.action == "delay":
+        fault = replace(fault, seconds=rng.uniform(0.0, matrix.DEADLINE_S / 3))
+    return kind, replace(case, fault=fault)
+
+
+def run_batch(path, cases, folder):
+    """Run survivable cases in one spawn; return `(case, sentences, results)` of each."""
+    try:
+        results = run_ranks(3, matrix.run_survivable, path, cases, folder, deadline_s=60 + 8 * len(cases))
+    except RankFailure as failure:
+        return [(cases[0], [f"a rank hung or died in a batch of {len(cases)}: {failure}"], [])]
+    rows = zip(cases, zip(*results, strict=True), strict=True)
+    return [(case, matrix.verdict(case, ranks), ranks) for case, ranks in rows]
+
+
+def run_one(path, case, folder):
+    """Run a case after which a process is gone."""
+    try:
+        results = run_ranks(3, matrix.run_lethal, path, case, folder, deadline_s=40, may_die=[matrix.GUILTY])
+    except RankFailure as failure:
+        return case, [f"a rank hung: {failure}"], []
+    return case, matrix.verdict(case, results), results
+
+
+def soak(path, folder, seed, num_cases, minutes):
+    """Run random cases until one of the limits; return the figures."""
+    rng = random.Random(seed)
+    until = time.monotonic() + 60 * minutes
+    figures = {"seed": seed, "cases": 0, "survivable": 0, "late": 0, "lethal": 0, "hangs": 0, "wrong": 0}
+    while figures["cases"] < num_cases and time.monotonic() < until:
+        drawn = [random_case(rng) for _ in range(min(CASES_PER_SPAWN, num_cases - figures["cases"]))]
+        outcomes = run_batch(path, [case for kind, case in drawn if kind != "lethal"], folder)
+        outcomes += [run_one(path, case, folder) for kind, case in drawn if kind == "lethal"]
+        for kind, _ in drawn:
+            figures[kind] += 1
+        figures["cases"] += len(drawn)
+        for case, sentences, _ in outcomes:
+            figures["hangs"] += any("hung" in sentence for sentence in sentences)
+            figures["wrong"] += bool(sentences)
+            if sentences:
+                print(f"seed {seed}: {case}: {sentences}", flush=True)
+        print(f"{figures['cases']} cases, {figures['wrong']} wrong, {figures['hangs']} hangs", flush=True)
+        for file in Path(folder).glob("*.jsonl"):
+            file.unlink()
+    return figures
+
+
+def every_case(path, folder):
+    """Run every case of the table once."""
+    survivable = matrix.survivable_cases() + matrix.late_cases()
+    outcomes = []
+    for start in range(0, len(survivable), CASES_PER_SPAWN):
+        outcomes += run_batch(path, survivable[start : start + CASES_PER_SPAWN], folder)
+    return outcomes + [run_one(path, case, folder) for case in matrix.lethal_cases()]
+
+
+def table(outcomes):
+    """The cases and what became of them, as lines of Markdown."""
+    lines = ["| what rank 1 does | the others get | rank 1 gets | after, s |", "|---|---|---|---:|"]
+    for case, sentences, results in outcomes:
+        others = {result["error"] or "right outputs" for rank, result in enumerate(results) if rank != matrix.GUILTY}
+        own = results[matrix.GUILTY] if results else None
+        happened = next((r["happened"] for r in results if r and r["happened"] is not None), 0.0)
+        after = max((r["ended"] - happened for rank, r in enumerate(results) if rank != matrix.GUILTY), default=0.0)
+        seconds = f"{after:.1f}" if case.survivors else ""
+        gets = "(gone)" if own is None else own["error"] or "right outputs"
+        verdict = "" if not sentences else f" WRONG: {sentences}"
+        lines.append(f"| {case.name} | {', '.join(sorted(others))}{verdict} | {gets} | {seconds} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--write-table", action="store_true", help="run every case once and write the table")
+    parser.add_argument("--protocol", action="store_true", help="also explore the large settings of the protocol")
+    options = parser.parse_args()
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(make_tiny(Path(folder, "tiny"), num_layers=2, num_experts=12))
+        if options.write_table:
+            outcomes = every_case(path, folder)
+            text = DOCUMENT.read_text(encoding="utf-8")
+            before, after = text.split(BEGIN)[0], text.split(END)[1]
+            DOCUMENT.write_text("\n".join([before + BEGIN, *table(outcomes), END]) + after, encoding="utf-8")
+            wrong = [(case.name, sentences) for case, sentences, _ in outcomes if sentences]
+            figures = {"cases": len(outcomes), "wrong": len(wrong), "which": wrong}
+        else:
+            started = time.monotonic()
+            figures = soak(path, folder, options.seed, options.cases, options.minutes)
+            figures["minutes"] = round((time.monotonic() - started) / 60, 1)
+    if options.protocol:
+        figures["states"] = {}
+        for name, setting in {**protocol.SETTINGS, **protocol.LARGE_SETTINGS}.items():
+            figures["states"][name] = protocol.check(setting)
+            print(name, *figures["states"][name], flush=True)
+    print(json.dumps(figures))
+    return int(figures["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
