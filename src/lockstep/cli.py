@@ -335,15 +335,15 @@ def postmortem(
 
 
 def main() -> None:
-    """Run the command line; a `ConfigurationError` or unreadable path becomes one sentence and exit status 2."""
+    """Run the command line. Bad input becomes one sentence and exit status 2, any other error of ours 1."""
     from lockstep.errors import ConfigurationError, LockstepError
 
     try:
         app()
-    except (ConfigurationError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (ConfigurationError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError) as error:
         typer.echo(f"lockstep: error: {error}", err=True)
         sys.exit(2)
-    except LockstepError as error:
+    except (LockstepError, OSError) as error:  # a disk that is full, say: what was written is kept
         typer.echo(f"lockstep: error: {type(error).__name__}: {error}", err=True)
         sys.exit(1)
 

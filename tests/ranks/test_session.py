@@ -180,6 +180,52 @@ def test_calls_outside_a_session_and_unlike_settings_are_named_at_once(tiny):
         assert mismatch == "ranks disagree about max_chunk_size_per_rank: rank 0: 7, rank 1: 8"
 
 
+def unlike_models_and_casts(path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rank = dist.get_rank()
+    messages = []
+    torch.manual_seed(rank)
+    unlike = lockstep.parallelize(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+    try:
+        with lockstep.join(unlike):
+            pass
+    except lockstep.RankMismatchError as error:
+        messages.append(str(error))
+    model = lockstep.from_pretrained(path)
+    try:
+        model.save_pretrained("nowhere")
+    except lockstep.ConfigurationError as error:
+        messages.append(str(error))
+    ids = _prompts(rank, 1)[0]
+    with lockstep.join(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+            first = model(ids).logits if rank == 0 else None  # rank 1 idles in float32
+        try:
+            model(ids).logits.sum().backward()
+        except RuntimeError as error:
+            messages.append(str(error))
+        try:
+            model.model(ids)
+        except RuntimeError as error:
+            messages.append(str(error))
+    model.to(torch.bfloat16)  # after loading: the ranks must not go on in float32
+    with lockstep.join(model):
+        second = model(ids).logits if rank == 1 else None
+    return messages, None if first is None else str(first.dtype), None if second is None else str(second.dtype)
+
+
+@pytest.mark.ranks(2)
+def test_what_would_go_wrong_in_silence_is_said(tiny):
+    results = run_ranks(2, unlike_models_and_casts, tiny)
+    for messages, _, _ in results:
+        assert "ranks disagree about weights (checksum)" in messages[0]
+        assert "holds only its rank's experts" in messages[1]
+        assert "is for inference" in messages[2]
+        assert "call the model itself" in messages[3]
+    assert results[1][2] == "torch.bfloat16"
+
+
 def one_never_comes(path):
     rank = dist.get_rank()
     model = lockstep.from_pretrained(path, deadline_s=0.7)

@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
-from lockstep.coordination.forward_context import ForwardContext, set_forward_context
+from lockstep.coordination.forward_context import ForwardContext, in_forward_context, set_forward_context
 from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.transports import first_line, open_transport
 from lockstep.dispatch.base import Dispatcher
-from lockstep.dispatch.choose import make_dispatcher, make_mapped_dispatcher
+from lockstep.dispatch.choose import DISPATCHERS, make_dispatcher, make_mapped_dispatcher
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import (
     ConfigurationError,
@@ -34,6 +34,7 @@ from lockstep.errors import (
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.metadata.sizes import check_int
 from lockstep.models.graphs import StepGraphs
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.moe.experts import LocalExperts
@@ -79,6 +80,7 @@ def from_pretrained(
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
+    _check_options(max_chunk_size_per_rank, dispatcher, deadline_s)
     group = _process_group(process_group)
     config = _parallel_config(group, tensor_parallel_size)
     if device is None:
@@ -127,6 +129,7 @@ def parallelize(
     Raises:
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
+    _check_options(max_chunk_size_per_rank, dispatcher, deadline_s)
     group = _process_group(process_group)
     if group is None:
         find_experts(model)
@@ -224,10 +227,6 @@ class ModelParallel:
         deadline_s: float,
         debug: bool = False,
     ) -> None:
-        if max_chunk_size_per_rank is not None and max_chunk_size_per_rank < 1:
-            raise ConfigurationError(f"max_chunk_size_per_rank must be >= 1, got {max_chunk_size_per_rank}")
-        if not deadline_s > 0:
-            raise ConfigurationError(f"deadline_s must be > 0, got {deadline_s}")
         self.model = model
         self.config = config
         if dispatcher == "nvlink" and max_chunk_size_per_rank is None:
@@ -252,9 +251,19 @@ class ModelParallel:
         self._stream: torch.cuda.Stream | None = None
         self._last_step: torch.cuda.Event | None = None
         self._graphs: StepGraphs | None = None
-        self._shapes = _experts_shapes(model)
-        self.device = self._shapes[0].device
+        self._forward = model.forward  # the model's own
+        self._probe()
         self._experts = [LocalExperts(module) for _, module in find_experts(model)]
+
+    def _weights_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    def _probe(self) -> None:
+        self._probed_dtype = self._weights_dtype()
+        self._shapes = _experts_shapes(self.model, self._forward)
+        self.device = self._shapes[0].device
+        self._checksum = _dense_checksum(self.model) if self.config.tensor_parallel_size == 1 else 0
 
     def open(self) -> None:
         """Meet all ranks, check that they are set up alike, and open groups where there are none that may be used.
@@ -263,6 +272,9 @@ class ModelParallel:
             RankAbsentError: ranks that did not come before the deadline, by number.
             RankMismatchError: naming the setting that differs and each rank's value.
         """
+        if self._weights_dtype() is not self._probed_dtype:  # the model was cast since
+            self._probe()
+            self.close()
         usable = self._epoch >= 0 and self.coordinator.usable
         facts = {"usable": usable, "epoch": self._epoch, **self._settings()}
         answers = self._meeting.meet(facts, self.deadline_s)
@@ -390,11 +402,22 @@ class ModelParallel:
         self, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         """Stand in for an experts module's forward."""
-        if self._plan is None:
+        if not in_forward_context():  # nor is this thread in a step if the session's is in an idle one just now
+            if self.session is not None:
+                raise RuntimeError(
+                    f"a part of {type(self.model).__name__} was called: inside join, call the model itself"
+                )
             raise RuntimeError(_OUTSIDE.format(type(self.model).__name__))
+        assert self._plan is not None
         if index != self._layers_done:
             raise RuntimeError(f"MoE layer {index} was called where layer {self._layers_done} was due in this step")
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        layer = self.layers[index]
+        rows, top_k = hidden_states.reshape(-1, hidden_states.shape[-1]), topk_ids.shape[-1]
+        if (rows.shape[1], top_k, rows.device) != (layer.hidden_size, layer.top_k, layer.device):
+            raise ConfigurationError(
+                f"rows of {rows.shape[1]} values on {rows.device} with {top_k} experts each came to MoE layer {index}, "
+                f"which was set up for {layer.hidden_size} on {layer.device} with {layer.top_k}"
+            )
         agreed = self._plan.num_tokens_across_dp[self.config.data_parallel_rank]
         if rows.shape[0] != agreed:
             raise TokenCountError(
@@ -402,7 +425,9 @@ class ModelParallel:
                 f"on DP rank {self.config.data_parallel_rank}"
             )
         self._layers_done = index + 1
-        output = self.layers[index](rows, topk_ids.reshape(rows.shape[0], -1), topk_weights.reshape(rows.shape[0], -1))
+        # One dtype on the wire: under autocast a rank's rows may come in another one than those of its idle peers.
+        ids, weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
+        output = layer(rows.to(layer.dtype), ids, weights).to(rows.dtype)
         if index == len(self.layers) - 1:
             spoiled_by = self.recorder.spoiled_by()
             if spoiled_by is not None:
@@ -499,6 +524,7 @@ class ModelParallel:
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,
             "dtype": str(first.dtype),
+            "weights (checksum)": self._checksum,
             "debug": self.debug,
         }
 
@@ -525,7 +551,15 @@ class _Shape:
 
 
 @torch.no_grad()
-def _experts_shapes(model: Any) -> list[_Shape]:
+def _dense_checksum(model: Any) -> int:
+    """Hash the first values of every weight that all ranks must have alike: unlike seeds or checkpoints show up."""
+    experts = {id(parameter) for _, module in find_experts(model) for parameter in module.parameters()}
+    parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]
+    return zlib.crc32(torch.cat(parts).cpu().numpy().tobytes())
+
+
+@torch.no_grad()
+def _experts_shapes(model: Any, forward: Callable[..., Any]) -> list[_Shape]:
     """Send one token through the model with experts that only look, and return what each was called with.
 
     No config names these the same in all architectures, and the order of the calls is known for certain.
@@ -538,7 +572,7 @@ def _experts_shapes(model: Any) -> list[_Shape]:
         return torch.zeros_like(rows)
 
     with _experts_run_by(model, look):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     if list(seen) != list(range(len(found))):
         raise ConfigurationError(
             f"{type(model).__name__} does not call each of its {len(found)} MoE layers once and in order: {list(seen)}"
@@ -567,7 +601,7 @@ def _attach(parallel: ModelParallel) -> None:
     for index, (_, module) in enumerate(find_experts(model)):
         module.config._experts_implementation = EXPERTS_IMPLEMENTATION
         module._lockstep_run = functools.partial(parallel._run_layer, index)
-    original = model.forward
+    original = parallel._forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -594,7 +628,14 @@ def _attach(parallel: ModelParallel) -> None:
             True  # decode steps are graphs of ours, which agree before each replay
         )
     model.forward = forward
+    model.save_pretrained = _refuse_to_save
     model.__dict__["_lockstep_parallel"] = parallel
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ConfigurationError(
+        "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
+    )
 
 
 def _experts_forward(
@@ -623,11 +664,25 @@ def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return int(embeds.shape[:-1].numel())
 
 
+def _check_options(max_chunk_size_per_rank: int | None, dispatcher: str, deadline_s: float) -> None:
+    """Before anything is loaded."""
+    if max_chunk_size_per_rank is not None:
+        check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
+    if dispatcher not in DISPATCHERS:
+        raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {dispatcher!r}")
+    if not 0 < deadline_s < float("inf"):
+        raise ConfigurationError(f"deadline_s must be a number > 0, got {deadline_s}")
+
+
 def _process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks, connected under torchrun where the script has not done so; None for a single process."""
     if process_group is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            except (RuntimeError, ValueError) as error:
+                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise ConfigurationError(f"the ranks could not meet at {place}: {first_line(error)}") from error
             atexit.register(_close_default_group)
         process_group = dist.group.WORLD if dist.is_initialized() else None
     return process_group if process_group is not None and process_group.size() > 1 else None

@@ -1,6 +1,7 @@
 """One MoE layer over all ranks: split, chunk, dispatch, experts, combine, gather."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,6 @@ class MoELayer:
         self._recorder = recorder or FlightRecorder(config.rank, config.world_size)
         self.index = index
 
-    @torch.no_grad()
     def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run this rank's rows through their experts, wherever those are. Collective.
 
@@ -88,8 +88,18 @@ class MoELayer:
 
         Raises:
             TokenCountError: other rows than were agreed for this step.
-            RuntimeError: outside a forward context, or one without a chunk plan.
+            RuntimeError: outside a forward context, or one without a chunk plan; and from `backward`, where gradients
+                are asked for.
         """
+        with torch.no_grad():
+            output = self._run_own_rows(hidden_states, topk_ids, topk_weights)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return _InferenceOnly.apply(hidden_states, output)
+        return output
+
+    def _run_own_rows(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
         plan = self._plan()
         agreed = plan.num_tokens_across_dp[self.config.data_parallel_rank]
         if hidden_states.shape[0] != agreed:
@@ -183,3 +193,15 @@ def _extend(rows: torch.Tensor, num_rows: int, value: int) -> torch.Tensor:
     if num_rows <= 0:
         return rows
     return torch.cat([rows, rows.new_full((num_rows, rows.shape[1]), value)])
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """A gradient that silently left out the experts would be worse than none."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        raise RuntimeError("Lockstep's MoE layer is for inference: no gradients flow through it")

@@ -28,6 +28,10 @@ from lockstep.runner.run import DTYPES, PARTS, RunOptions
 from lockstep.runner.verify import Verification, verify
 
 _LINE_EVERY_S = 5.0
+_MARKER = ".lockstep-run"
+_WRITTEN = (PARTS, "tiny-*", "outputs.jsonl", "steps.jsonl", "summary.json", "report.html", "trace.json", "flight*")
+_RANKS_PER_CORE = 16
+_TINY_EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def execute(command: RunCommand) -> int:
     out = _prepare_folder(command.options.out, command.overwrite, keep=under_torchrun)
     options = replace(options, out=str(out))
     if options.model == "tiny":
-        options = replace(options, model=_tiny(out, rank, options.seed))
+        options = replace(options, model=_tiny(out, rank, options))
     _check_checkpoint(options)
     started = time.perf_counter()
     try:
@@ -136,8 +140,18 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     if options.dispatcher not in DISPATCHERS:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {options.dispatcher!r}")
-    if not options.deadline_s > 0:
-        raise ConfigurationError(f"deadline must be > 0, got {options.deadline_s}")
+    if not 0 < options.deadline_s < float("inf"):
+        raise ConfigurationError(f"deadline must be a number > 0, got {options.deadline_s}")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
+    if options.workload != "synthetic" and not Path(options.workload).is_file():
+        raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
+    most_ranks = _RANKS_PER_CORE * (os.cpu_count() or 1)
+    if "RANK" not in os.environ and options.world_size > most_ranks:
+        raise ConfigurationError(
+            f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
+            f"{os.cpu_count()} cores: use torchrun on several hosts"
+        )
     options.scheduler.check_fits(runner.load_requests(options))
     return options
 
@@ -148,19 +162,24 @@ def _prepare_folder(name: str, overwrite: bool, keep: bool) -> Path:
     if out.exists() and not keep:
         if not overwrite:
             raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
-        if any(out.iterdir()) and not (out / PARTS).is_dir():
+        if any(out.iterdir()) and not (out / _MARKER).is_file():
             raise ConfigurationError(f"{out} is not the folder of an earlier run, so it is not overwritten")
-        shutil.rmtree(out)
+        for pattern in _WRITTEN:  # nothing that somebody else has put there
+            for path in out.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).write_text("lockstep run --overwrite may replace what a run writes into this folder\n")
     return out
 
 
-def _tiny(out: Path, rank: int, seed: int) -> str:
+def _tiny(out: Path, rank: int, options: RunOptions) -> str:
     """Make the small model in the run's folder; each rank of torchrun makes its own: hosts need not share a disk."""
     from lockstep.models.tiny import make_tiny
 
     _quiet_transformers()
-    return str(make_tiny(out / f"tiny-{rank}", seed=seed, num_experts=16))
+    if _TINY_EXPERTS % options.world_size:
+        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
+    return str(make_tiny(out / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS))
 
 
 def _check_checkpoint(options: RunOptions) -> None:
@@ -172,6 +191,16 @@ def _check_checkpoint(options: RunOptions) -> None:
         return  # a Hub id
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {error}") from None
+    if isinstance(config, dict):
+        for names in (config, config.get("text_config") or {}):
+            for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+                num_experts = names.get(name)
+                if isinstance(num_experts, int) and num_experts % options.world_size:
+                    raise ConfigurationError(f"{num_experts} experts cannot be divided over {options.world_size} ranks")
 
 
 def _quiet_transformers() -> None:

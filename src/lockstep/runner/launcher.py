@@ -52,15 +52,18 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     context.set_forkserver_preload(list(_PRELOAD))
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         ranks: list[tuple[Any, Connection]] = []
-        for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), name=f"rank-{rank}"
-            )
-            process.start()
-            sender.close()
-            ranks.append((process, receiver))
         try:
+            # The server that ranks are forked from inherits the mask: Ctrl-C is for this process and the ranks.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            for rank in range(num_ranks):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), name=f"rank-{rank}"
+                )
+                process.start()
+                sender.close()
+                ranks.append((process, receiver))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             return _watch(ranks)
         except KeyboardInterrupt:
             for process, _ in ranks:
@@ -72,6 +75,7 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
                 process.join(max(0.0, until - time.monotonic()))
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for process, receiver in ranks:
                 if process.is_alive():
                     process.kill()
@@ -108,6 +112,8 @@ def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
     # The cause, not its echoes: a rank that reports another's failure comes last.
     failures.sort(key=lambda failure: failure[1] in ("PeerFailedError", "RankAbsentError"))
     rank, kind, message = failures[0]
+    if kind == "OSError":  # a full disk is no fault of the ranks
+        raise OSError(f"rank {rank}: {message}")
     error_class = getattr(lockstep.errors, kind, None)
     if isinstance(error_class, type) and issubclass(error_class, LockstepError):
         raise error_class(message)
@@ -120,6 +126,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -135,8 +142,11 @@ def _rank_main(
         sender.send(("done", function(*args)))
     except KeyboardInterrupt:
         exit_code = 130
-    except LockstepError as error:
-        sender.send((type(error).__name__, str(error)))
+    except (LockstepError, OSError) as error:
+        kind = (
+            "OSError" if isinstance(error, OSError) and not isinstance(error, LockstepError) else type(error).__name__
+        )
+        sender.send((kind, str(error)))
         exit_code = 1
     except BaseException as error:
         logger.error("rank %d failed:\n%s", rank, traceback.format_exc())
