@@ -11,6 +11,7 @@ from lockstep.models.tiny import make_tiny
 
 rank = int(os.environ.get("RANK", "0"))
 transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 path = sys.argv[1] if len(sys.argv) > 1 else make_tiny(tempfile.mkdtemp())
 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 model = lockstep.from_pretrained(path)
