@@ -44,6 +44,7 @@ class DispatchHandle:
         pair_weights: routing weight of each pair, `[pairs]`, float32.
         sizes: rows that each rank sent, `[ranks]`.
         state: the backend's own.
+        backend: name of the backend that made it, where a dispatcher has several.
     """
 
     hidden_states: torch.Tensor
@@ -52,6 +53,7 @@ class DispatchHandle:
     pair_weights: torch.Tensor
     sizes: tuple[int, ...]
     state: Any = None
+    backend: str = ""
 
 
 class Dispatcher(Protocol):

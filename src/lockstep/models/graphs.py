@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lockstep.dispatch.choose import captures
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.moe.layer import MoELayer
 
@@ -43,7 +44,12 @@ class StepGraphs:
 
     def serves(self, plan: ChunkPlan) -> bool:
         """Whether a step can be a graph on this rank: the backend allows it, and all rows go through in one chunk."""
-        return self._possible and len(plan) == 1
+        if not self._possible or len(plan) != 1:
+            return False
+        sizes = next(iter(plan)).sizes
+        return all(
+            captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype) for layer in self._layers
+        )
 
     def run_idle(self, eager: Callable[[], None]) -> None:
         """Take part in a step without rows, by a graph from the second time on.

@@ -1,0 +1,248 @@
+"""How long dispatch and combine take, from a few constants of the machine: shipped, or measured on it and stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from lockstep.dispatch.alltoall import expected_ranks_per_row
+from lockstep.errors import ConfigurationError
+
+PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"
+"""Names a file of constants that is read in place of the stored one."""
+
+BACKENDS = ("allgather", "alltoall", "nvlink")
+"""What a choice is made from. Of two that would take the same time, the first is taken."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One dispatch and its combine, by what all ranks have agreed on.
+
+    Attributes:
+        sizes: rows of every rank, `[ranks]`.
+        num_experts: experts of the layer, a multiple of the ranks.
+        top_k: experts per row.
+        dispatch_row_bytes: of a row on its way to its experts.
+        combine_row_bytes: of a row on its way back.
+    """
+
+    sizes: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    dispatch_row_bytes: int
+    combine_row_bytes: int
+
+
+@dataclass(frozen=True)
+class BackendConstants:
+    """What one backend takes for one dispatch and its combine, in us, on the slowest rank.
+
+    It is
+
+        latency_us + count_exchange_us + row_us * rows
+        + dispatch_us_per_mb * (MB to experts) + combine_us_per_mb * (MB back) + total_us_per_mb * (MB of all ranks)
+
+    The second line counts the busiest rank's link in its fuller direction, and what all ranks move together, both ways.
+
+    Attributes:
+        latency_us: with no rows at all.
+        count_exchange_us: more, where ranks first tell each other how many rows they send.
+        row_us: per row of all ranks together, whatever its length: making the plan of who computes what.
+        dispatch_us_per_mb, combine_us_per_mb: per 10**6 bytes on the busiest link; 1000 over the bandwidth in GB/s.
+        total_us_per_mb: per 10**6 bytes of all ranks together.
+    """
+
+    latency_us: float
+    count_exchange_us: float = 0.0
+    row_us: float = 0.0
+    dispatch_us_per_mb: float = 0.0
+    combine_us_per_mb: float = 0.0
+    total_us_per_mb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+                raise ConfigurationError(f"dispatch constant {item.name} must be a number in [0, 1e9), got {value!r}")
+
+    def predict_us(self, name: str, exchange: Exchange) -> float:
+        """Return the expected time of the slowest rank, in us, for a router that chooses evenly.
+
+        Args:
+            name: of the backend, one of `BACKENDS`: says how many bytes it moves.
+            exchange: the agreed facts.
+        """
+        _, rows, dispatch_mb, combine_mb, total_mb = features(name, exchange)
+        return (
+            self.latency_us
+            + self.count_exchange_us
+            + self.row_us * rows
+            + self.dispatch_us_per_mb * dispatch_mb
+            + self.combine_us_per_mb * combine_mb
+            + self.total_us_per_mb * total_mb
+        )
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be kept
+class DispatchConstants:
+    """The constants of one machine's backends. All ranks must use the same: they choose by them.
+
+    Attributes:
+        backends: by name, of `BACKENDS`; one that is not in it is never chosen.
+        source: where the numbers come from.
+    """
+
+    backends: Mapping[str, BackendConstants]
+    source: str = ""
+
+    def save(self, path: str | Path) -> None:
+        """Write the constants as JSON, as `load` reads them; the folder is made where it is not there."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        text = {"source": self.source, "backends": {name: asdict(value) for name, value in self.backends.items()}}
+        Path(path).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DispatchConstants:
+        """Read constants from a JSON file.
+
+        Raises:
+            ConfigurationError: if the file is not there or holds something else.
+        """
+        try:
+            text = json.loads(Path(path).read_text(encoding="utf-8"))
+            backends = {name: BackendConstants(**values) for name, values in text["backends"].items()}
+            source = str(text["source"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigurationError(
+                f"{path}: not a set of dispatch constants ({error}); `lockstep bench calibrate` writes one"
+            ) from None
+        if not backends or not set(backends) <= set(BACKENDS):
+            raise ConfigurationError(f"{path}: backends must be of {', '.join(BACKENDS)}, got {sorted(backends)}")
+        return cls(backends, source)
+
+
+def features(name: str, exchange: Exchange) -> tuple[float, float, float, float, float]:
+    """Return what the constants are multiplied by: 1, rows, MB to experts, MB back, MB of all ranks.
+
+    Args:
+        name: of the backend. `allgather` brings every row to every rank, the others only where it is needed.
+        exchange: the agreed facts.
+
+    Example:
+        >>> features("allgather", Exchange((3, 1), 8, 2, 500_000, 1_000_000))
+        (1.0, 4.0, 1.5, 3.0, 6.0)
+    """
+    sizes, num_ranks = exchange.sizes, len(exchange.sizes)
+    total = sum(sizes)
+    share = 1.0
+    if name != "allgather":
+        share = expected_ranks_per_row(exchange.num_experts, exchange.top_k, num_ranks) / num_ranks
+    # A rank sends each row to the others and receives theirs; a link carries both at once.
+    busiest = share * max(max(size * (num_ranks - 1), total - size) for size in sizes)
+    dispatch, combine = exchange.dispatch_row_bytes / 1e6, exchange.combine_row_bytes / 1e6
+    return 1.0, float(total), busiest * dispatch, busiest * combine, share * total * (dispatch + combine)
+
+
+def fit(name: str, measured: Sequence[tuple[Exchange, float]]) -> BackendConstants:
+    """Fit one backend's constants to measured times; all come out >= 0, and errors count relatively.
+
+    Args:
+        name: of the backend.
+        measured: exchanges and their times, in us. An exchange of counts, where there is one, goes into `latency_us`.
+
+    Raises:
+        ConfigurationError: fewer measurements than constants, or times that are not positive.
+    """
+    if len(measured) < 5 or not all(time > 0 for _, time in measured):
+        raise ConfigurationError(f"{name}: a fit needs 5 times or more, all > 0 us, got {[us for _, us in measured]}")
+    table = torch.tensor([features(name, exchange) for exchange, _ in measured], dtype=torch.float64)
+    times = torch.tensor([time for _, time in measured], dtype=torch.float64)
+    used = [index for index in range(table.shape[1]) if bool(table[:, index].any())]
+    while True:  # leave out the most negative one until none is left
+        scaled = table[:, used] / times[:, None]
+        unit = scaled.abs().amax(dim=0)
+        found = torch.linalg.lstsq(scaled / unit, torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd")
+        solution = found.solution[:, 0]
+        if bool((solution >= 0).all()):
+            break
+        used.pop(int(solution.argmin()))
+    values = dict(zip(used, (solution / unit).tolist(), strict=True))
+    latency, row, dispatch, combine, total = (values.get(index, 0.0) for index in range(5))
+    return BackendConstants(latency, 0.0, row, dispatch, combine, total)
+
+
+def machine_name(device_type: str) -> str:
+    """Return what the machine's constants are stored under: the GPU's name, or the processor's kind and cores."""
+    if device_type == "cuda":
+        name = f"{torch.cuda.device_count()}x-{torch.cuda.get_device_name()}"
+    else:
+        name = f"cpu-{platform.machine()}-{os.cpu_count()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def stored_path(device_type: str) -> Path:
+    """Return where this machine's constants are stored.
+
+    `$LOCKSTEP_DISPATCH_CONSTANTS` if that is set, otherwise `lockstep/dispatch-<machine>.json` in the user's
+    configuration folder, `$XDG_CONFIG_HOME` or `~/.config`.
+
+    Args:
+        device_type: "cpu" or "cuda".
+    """
+    named = os.environ.get(PATH_VARIABLE)
+    if named:
+        return Path(named)
+    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(folder, "lockstep", f"dispatch-{machine_name(device_type)}.json")
+
+
+def constants_for(device_type: str) -> DispatchConstants:
+    """Return this machine's stored constants, or the shipped ones where there are none.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ConfigurationError: a file that was named but is not there, or one that holds something else.
+    """
+    path = stored_path(device_type)
+    if os.environ.get(PATH_VARIABLE) or path.is_file():
+        return DispatchConstants.load(path)
+    return SHIPPED[device_type]
+
+
+# For each device type what serves without a calibration.
+SHIPPED = {
+    # gloo between processes of one host moves about 1 GB/s; the exchange of counts and its wait took 0.4 ms
+    # (benchmarks/bench_alltoall.py). Only differences between the backends decide.
+    "cpu": DispatchConstants(
+        {
+            "allgather": BackendConstants(400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0),
+            "alltoall": BackendConstants(
+                400.0, count_exchange_us=400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0
+            ),
+        },
+        "shipped, for gloo on one host",
+    ),
+    # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted by `fit` to
+    # benchmarks/results/dispatch_h200x2_*.jsonl (tests/unit/test_choose.py does it again): `allgather` to agv_rsv and
+    # `alltoall` to a2av, both of 1eae565; `nvlink` to nvlink of 3f9ace2, whose kernels are the present ones, so of
+    # another run. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its copy to the host,
+    # which is what the exchange of counts comes to, took 104 us on such a host.
+    "cuda": DispatchConstants(
+        {
+            "allgather": BackendConstants(23.71, 0.0, 0.005525, 1.454, 1.503, 2.051),
+            "alltoall": BackendConstants(33.57, 104.0, 0.001530, 2.365, 2.531, 0.7227),
+            "nvlink": BackendConstants(11.88, 0.0, 0.01211, 1.867, 3.307, 0.0),
+        },
+        "shipped, for H200",
+    ),
+}
