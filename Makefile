@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_dp_metadata.py
+	for name in dp_metadata agreement alltoall generate simulator; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -35,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-torch.txt --editable '.[dev]'
 	touch $(STAMP)
 
-# Runs examples/elixir against this environment. Needs mix, and hex.pm for SnakeBridge; says so where it lacks them.
+# Runs examples/elixir against this environment. Needs mix and the package SnakeBridge; says so where it lacks them.
 elixir: $(STAMP)
 	@command -v mix >/dev/null || { echo "make elixir: not run: no mix on this machine (install Elixir 1.14 or newer)"; exit 0; }; \
 	cd examples/elixir && { mix local.hex --force --if-missing && mix local.rebar --force --if-missing && mix deps.get; } >/dev/null 2>&1 \
-	|| { echo "make elixir: not run: mix could not fetch hex or SnakeBridge (is hex.pm in reach?)"; exit 0; }; \
+	|| { echo "make elixir: not run: mix could not fetch hex or SnakeBridge"; exit 0; }; \
 	SNAKEBRIDGE_VENV=$(abspath $(VENV)) mix run -e LockstepExample.run
