@@ -118,22 +118,16 @@ class Session:
         """
         if num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens} on DP rank {self._data_parallel_rank}")
-        with self._changed:
-            if self._owner == threading.get_ident():
-                raise RuntimeError("a step was begun inside a step: call end_step() first")
-            self._scripts_waiting += 1
-            try:
-                while self._busy and not self._over:
-                    self._changed.wait()
-            finally:
-                self._scripts_waiting -= 1
-            if self._over:
-                raise self._ended()
-            self._busy = True
-            self._owner = threading.get_ident()
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a step was begun inside a step: call end_step() first")
+        self._ctrl_c.hold()
+        try:
+            self._acquire_script_turn()
+        except BaseException:
+            self._ctrl_c.let_go()
+            raise
         pause_s = _PAUSE_S[0]
         while True:
-            self._ctrl_c.hold()
             try:
                 decision = self._agree(num_tokens)
                 if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens and not decision.paused:
@@ -151,6 +145,7 @@ class Session:
                 if not decision.runs_step:
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, _PAUSE_S[1])
+                self._ctrl_c.hold()
             except BaseException:  # between two agreements nobody waits for this rank's rows
                 self._release()
                 raise
@@ -220,6 +215,19 @@ class Session:
                 if left_s <= 0:
                     return
                 self._changed.wait(min(left_s, look_s))
+
+    def _acquire_script_turn(self) -> None:
+        with self._changed:
+            self._scripts_waiting += 1
+            try:
+                while self._busy and not self._over:
+                    self._changed.wait()
+            finally:
+                self._scripts_waiting -= 1
+            if self._over:
+                raise self._ended()
+            self._busy = True
+            self._owner = threading.get_ident()
 
     def _acquire_idle_turn(self) -> bool:
         with self._changed:
@@ -295,9 +303,10 @@ class HeldBackInterrupt:
         if self._handler is not None or threading.current_thread() is not threading.main_thread():
             return
         handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):
-            self._handler, self._came = handler, False
-            signal.signal(signal.SIGINT, self._on_signal)
+        if callable(handler):  # otherwise the signal is ignored, or ends the process
+            self._came = False
+            signal.signal(signal.SIGINT, self._on_signal)  # raises here if it has come already: nothing is held then
+            self._handler = handler
 
     def let_go(self) -> None:
         """Hand on what was held back, and hold back no more."""

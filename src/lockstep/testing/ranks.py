@@ -135,6 +135,8 @@ def _rank_main(
     with Path(folder, f"stack{rank}").open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         torch.set_num_threads(1)
+        # A shell lets what it starts in the background ignore Ctrl-C, and the ranks would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             store = dist.FileStore(str(Path(folder, "store")), num_ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
