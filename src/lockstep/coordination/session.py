@@ -36,8 +36,9 @@ class Session:
         coordinator: how ranks agree. Left open: who made it closes its groups.
         run_idle_step: takes part in a step with no rows of one's own; called from the session's thread.
         data_parallel_rank: whose count in the decision is this rank's.
-        grace_s: how long after a step of its script this rank waits for the script's next one before it takes part with
-            zero rows, in seconds. It keeps together ranks that step together; ranks that idle anyway do not wait.
+        grace_s: how long after entering, and after a step of its script, this rank waits for the script's next one
+            before it takes part with zero rows, in seconds. It keeps together ranks that step together; ranks that idle
+            anyway do not wait.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Session:
     def __enter__(self) -> "Session":
         if self._thread is not None:
             raise ConfigurationError("a session is entered once; make a new one")
+        self._earliest_idle_step = time.monotonic() + self._grace_s
         self._thread = threading.Thread(target=self._take_part, name="lockstep-session", daemon=True)
         self._thread.start()
         return self
