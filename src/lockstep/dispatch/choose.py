@@ -233,6 +233,11 @@ class AutoDispatcher:
             self._backends["nvlink"] = mapped
         self._available = tuple((name, one.abilities.max_rows_per_rank) for name, one in self._backends.items())
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether a backend takes only so many rows at a time, so that it may pay to cut a step into chunks."""
+        return any(most is not None for _, most in self._available)
+
     def choose(
         self,
         sizes: Sequence[int],

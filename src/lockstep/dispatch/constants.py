@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -102,6 +103,12 @@ class DispatchConstants:
 
     backends: Mapping[str, BackendConstants]
     source: str = ""
+
+    @property
+    def summary(self) -> str:
+        """Where they come from and a checksum: equal on all ranks, or ranks would choose differently."""
+        numbers = json.dumps({name: asdict(value) for name, value in self.backends.items()}, sort_keys=True)
+        return f"{self.source} ({zlib.crc32(numbers.encode()):08x})"
 
     def save(self, path: str | Path) -> None:
         """Write the constants as JSON, as `load` reads them; the folder is made where it is not there."""

@@ -22,8 +22,16 @@ from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.transports import first_line, open_transport
 from lockstep.dispatch.base import Dispatcher
-from lockstep.dispatch.choose import DISPATCHERS, make_dispatcher, make_mapped_dispatcher
+from lockstep.dispatch.choose import (
+    DISPATCHERS,
+    AutoDispatcher,
+    can_map,
+    make_dispatcher,
+    make_mapped_dispatcher,
+    mapping_facts,
+)
 from lockstep.dispatch.collectives import DEADLINE_S
+from lockstep.dispatch.constants import DispatchConstants, constants_for
 from lockstep.errors import (
     ConfigurationError,
     PeerFailedError,
@@ -244,6 +252,8 @@ class ModelParallel:
         self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
         self._groups: list[dist.ProcessGroup] = []
         self._mapped: dict[tuple[int, int, int], Dispatcher] = {}
+        self._can_map = False
+        self._constants: DispatchConstants | None = None  # for `auto`, which chooses by them
         self._epoch = -1
         self._meeting = MeetingPlace(self._store, config.rank, config.world_size)
         self._plan: ChunkPlan | None = None
@@ -276,7 +286,8 @@ class ModelParallel:
             self._probe()
             self.close()
         usable = self._epoch >= 0 and self.coordinator.usable
-        facts = {"usable": usable, "epoch": self._epoch, **self._settings()}
+        self._constants = constants_for(self.device.type) if self.dispatcher_name == "auto" else None
+        facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), **self._settings()}
         answers = self._meeting.meet(facts, self.deadline_s)
         for name in self._settings():
             values = [answer[name] for answer in answers]
@@ -286,6 +297,7 @@ class ModelParallel:
         if all(answer["usable"] for answer in answers) and len({answer["epoch"] for answer in answers}) == 1:
             return
         self.close()
+        self._can_map = can_map([answer["maps"] for answer in answers])
         self._open_groups(epoch=max(answer["epoch"] for answer in answers) + 1)
 
     def close(self) -> None:
@@ -369,12 +381,15 @@ class ModelParallel:
         self._layers_done = 0
         if self._last_step is not None:
             self._last_step.wait()  # steps run one after another, whichever stream each is on
-        self._plan = ChunkPlan(
-            decision.num_tokens_across_dp,
-            self.config.tensor_parallel_size,
-            self.max_chunk_size_per_rank,
-            self.config.rank,
-        )
+        counts, tp_size, rank = decision.num_tokens_across_dp, self.config.tensor_parallel_size, self.config.rank
+        self._plan = ChunkPlan(counts, tp_size, self.max_chunk_size_per_rank, rank)
+        dispatcher, shape = self.layers[0].dispatcher, self._shapes[0]
+        if isinstance(dispatcher, AutoDispatcher) and dispatcher.has_limits:
+            # Its fastest backend may take fewer rows at a time than this step has; from agreed counts all cut alike.
+            kind = (shape.hidden_size, shape.top_k, shape.dtype, shape.device.type)
+            choice = dispatcher.choose(self._plan.sp_rows, *kind, self.max_chunk_size_per_rank)
+            if choice.max_chunk_size != self.max_chunk_size_per_rank:
+                self._plan = ChunkPlan(counts, tp_size, choice.max_chunk_size, rank)
         return self._plan
 
     def _end_step(self, plan: ChunkPlan, failure: BaseException | None) -> None:
@@ -494,19 +509,28 @@ class ModelParallel:
 
     def _make_dispatcher(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
         num_experts = experts.num_local_experts * self.config.world_size
+        if self.dispatcher_name == "auto":
+            mapped = None
+            if self._can_map and shape.dtype is torch.bfloat16 and experts.run_on_device:
+                mapped = self._mapped_dispatcher(num_experts, shape, group)
+            return AutoDispatcher(
+                group, num_experts, deadline_s=self.deadline_s, constants=self._constants, mapped=mapped
+            )
         if self.dispatcher_name != "nvlink":
             return make_dispatcher(self.dispatcher_name, group, num_experts, deadline_s=self.deadline_s)
         experts.check_device_kernels()
+        return self._mapped_dispatcher(num_experts, shape, group)
+
+    def _mapped_dispatcher(self, num_experts: int, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
         # Its buffers are mapped by all peers, and layers run one after another: those of one shape share them.
         key = (num_experts, shape.hidden_size, shape.top_k)
         if key not in self._mapped:
-            assert self.max_chunk_size_per_rank is not None
             self._mapped[key] = make_mapped_dispatcher(
                 group,
                 num_experts=num_experts,
                 hidden_size=shape.hidden_size,
                 top_k=shape.top_k,
-                max_rows_per_rank=self.max_chunk_size_per_rank,
+                max_rows_per_rank=self.max_chunk_size_per_rank or _MAPPED_ROWS,
                 deadline_s=self.deadline_s,
             )
         return self._mapped[key]
@@ -519,6 +543,7 @@ class ModelParallel:
             "tensor_parallel_size": self.config.tensor_parallel_size,
             "max_chunk_size_per_rank": self.max_chunk_size_per_rank,
             "dispatcher": self.dispatcher_name,
+            "dispatch constants": self._constants.summary if self._constants is not None else "",
             "MoE layers": len(self._experts),
             "local experts": [experts.num_local_experts for experts in self._experts],
             "hidden size": first.hidden_size,

@@ -121,9 +121,19 @@ class LocalExperts:
         Raises:
             ConfigurationError: for other than gated SiLU experts in bfloat16 without biases.
         """
+        if not self.run_on_device:
+            raise ConfigurationError(
+                f"experts of class {type(self.module).__name__} in {self.module.down_proj.dtype} do not run on counts "
+                "that only the GPU knows, which needs gated SiLU experts in bfloat16 without biases: use another "
+                "dispatcher"
+            )
+
+    @property
+    def run_on_device(self) -> bool:
+        """Whether `on_device` can run these experts: gated SiLU experts in bfloat16 without biases."""
         module = self.module
         activation = getattr(module, "act_fn", None)
-        fits = (
+        return bool(
             getattr(module, "has_gate", True)
             and not getattr(module, "has_bias", False)
             and not getattr(module, "is_transposed", False)
@@ -132,11 +142,6 @@ class LocalExperts:
             and (activation is None or "silu" in type(activation).__name__.lower())
             and module.down_proj.dtype == torch.bfloat16
         )
-        if not fits:
-            raise ConfigurationError(
-                f"experts of class {type(module).__name__} in {module.down_proj.dtype} do not run on counts that only "
-                "the GPU knows, which needs gated SiLU experts in bfloat16 without biases: use another dispatcher"
-            )
 
     def on_device(
         self,
