@@ -72,6 +72,10 @@ def run(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
     deadline: Annotated[float, typer.Option(help="Longest wait for any rank, in seconds.")] = 30.0,
+    max_restarts: Annotated[
+        int,
+        typer.Option(min=0, help="How often ranks that died or hang are started again; finished requests are kept."),
+    ] = 3,
     verify: Annotated[bool, typer.Option(help="Compare with one process that holds all experts.")] = True,
     metrics_port: Annotated[
         int | None, typer.Option(help="Serve Prometheus text on this port of the loopback address.")
@@ -122,7 +126,7 @@ def run(
         keep_logits=verify and dtype != "float32",
         metrics_port=metrics_port,
     )
-    raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:])))
+    raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))
 
 
 @app.command()
@@ -173,6 +177,10 @@ def simulate(
     kv_capacity_tokens: Annotated[
         int | None, typer.Option(help="Tokens of KV cache of one rank; requests that do not fit wait.")
     ] = None,
+    buffer_capacity_rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."),
+    ] = None,
     requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
     rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
     length_scale: Annotated[float, typer.Option(help="Multiplies the lengths.")] = 1.0,
@@ -187,8 +195,11 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of a synthetic workload.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     validate: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a recorded run: compare its step times with the cost formula instead."),
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a recorded run: compare its step times with the cost formula instead. Given several times "
+            "for repeats of one run, the median time of each step counts."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report, tables, steps and trace.")] = None,
     overwrite: Annotated[
@@ -207,7 +218,7 @@ def simulate(
     from lockstep.workload import SchedulerConfig, SyntheticParameters, WorkloadOptions, load_workload
 
     constants = CostConstants.load(cost)
-    if validate is not None:
+    if validate:
         raise typer.Exit(execute_validation(validate, constants, as_json))
     trace = load_workload(
         workload,
@@ -226,7 +237,10 @@ def simulate(
             parse_list("row_shapes", row_shapes, str),
         ),
         SimulationConfig(
-            1, SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens), constants
+            1,
+            SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens),
+            constants,
+            buffer_capacity_rows=buffer_capacity_rows,
         ),
         {
             "ttft_p99_s": parse_seconds("ttft_p99", ttft_p99),
@@ -301,17 +315,21 @@ def _bench_options() -> None:
 
 @bench_app.command()
 def calibrate(
-    run_folders: Annotated[list[Path] | None, typer.Argument(help="Recorded runs; without any, one is made.")] = None,
+    run_folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Recorded runs; without any, some are made. Of repeats, each step's median time counts."),
+    ] = None,
     model: Annotated[str, typer.Option(help="What to run then: a checkpoint, or `tiny`.")] = "tiny",
-    data_parallel_size: Annotated[int, typer.Option(help="Ranks of that run.", min=1)] = 2,
-    requests: Annotated[int, typer.Option(help="Its requests.", min=1)] = 120,
+    data_parallel_size: Annotated[int, typer.Option(help="Ranks of those runs.", min=1)] = 2,
+    requests: Annotated[int, typer.Option(help="Their requests.", min=1)] = 120,
+    repeats: Annotated[int, typer.Option(help="How many times the same is run.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="File for the constants.")] = Path("cost.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Fit the simulator's cost constants to this machine."""
     from lockstep.report.calibrate import execute_calibration
 
-    raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, out, as_json))
+    raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, repeats, out, as_json))
 
 
 @app.command()

@@ -1,6 +1,10 @@
 import csv
 import itertools
 import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -15,7 +19,7 @@ from lockstep.report.perfetto import write_trace
 from lockstep.report.simulate_command import parse_list, parse_seconds
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
-from lockstep.simulation.sweep import Grid, best, setting, sweep, validate
+from lockstep.simulation.sweep import Grid, best, join_runs, setting, sweep, validate
 from lockstep.workload import SyntheticParameters, synthetic_requests
 
 SYNTHETIC = "num_requests=150,rate=40,prompt_median=300,output_median=40"
@@ -102,6 +106,14 @@ def test_waiting_for_kv_cache_is_said():
     assert "because the KV cache was full" in result.output, result.output
 
 
+def test_full_exchange_buffers_are_said():
+    options = ("--buffer-capacity-rows", "64", "--data-parallel-size", "2", "--workers", "1")
+    result = invoke("simulate", "--synthetic", SYNTHETIC, *options)
+    assert "smaller chunks because the exchange buffers were full" in result.output.replace("\n", " "), result.output
+    small = invoke("simulate", "--synthetic", SYNTHETIC, "--buffer-capacity-rows", "7", "--workers", "1")
+    assert "buffer_capacity_rows must be >= 8" in str(small.exception)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -151,7 +163,8 @@ def records(num_steps=50, seed=0, noise=0.0):
     start = 0.0
     for step in range(num_steps):
         rows = [int(count) for count in rng.integers(1, 200, 2)]
-        duration = float(cost.step_times_us(np.array([rows]), np.zeros((1, 2)), np.zeros((1, 2)), np.ones(1))[0]) / 1e6
+        nothing = np.zeros((1, 2))
+        duration = float(cost.step_times_us(np.array([rows]), nothing, nothing, nothing, np.ones(1))[0]) / 1e6
         duration *= 1 + noise * rng.normal()
         for rank, count in enumerate(rows):
             found.append(
@@ -196,6 +209,41 @@ def test_constants_fitted_to_one_run_predict_another(tmp_path):
     assert abs(result["total_error"]) < 0.02
     assert result["median_step_error"] < 0.06
     assert invoke("bench", "calibrate", str(run), str(run), "--out", str(tmp_path / "cost.json")).exit_code == 0
+
+
+def test_repeats_count_with_the_median_time_of_each_step():
+    found, _ = records(20)
+    slow = [replace(record, duration_s=record.duration_s * (1 + 4 * (record.step == 3))) for record in found]
+    slower = [replace(record, duration_s=record.duration_s * (1 + 9 * (record.step in (3, 4)))) for record in found]
+    joined = join_runs([found, slower, slow])
+    assert [record.step for record in joined] == [record.step for record in found]
+    assert [record.duration_s for record in joined] == [record.duration_s for record in slow]
+    others = records(20, seed=1)[0]
+    assert [record.step for record in join_runs([found, others, slow])[::2]] == list(range(40))
+    with pytest.raises(ConfigurationError, match="must have the same ranks"):
+        join_runs([found, [record for record in found if record.rank == 0]])
+
+
+def test_calibration_makes_its_own_runs(monkeypatch, tmp_path):
+    made = []
+
+    def run(command, **options):
+        # What `lockstep run` would do, without its model: as many requests over as many ranks as it was asked for.
+        out = Path(command[command.index("--out") + 1])
+        made.append(command[command.index("--data-parallel-size") + 1])
+        write_run(out, records(60, noise=0.02 * len(made))[0])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("lockstep.report.calibrate.subprocess", SimpleNamespace(run=run, PIPE=None))
+    shown = invoke("bench", "calibrate", "--repeats", "3", "--out", str(tmp_path / "cost.json"), "--json")
+    assert shown.exit_code == 0, shown.output
+    assert made == ["2"] * 3
+    document = json.loads(shown.stdout)
+    assert document["fit"]["steps"] == 60
+    assert "3 runs of tiny over 2 ranks" in document["constants"]["source"]
+    missing = invoke("bench", "calibrate", "--out", str(tmp_path / "none" / "cost.json"))
+    assert "does not exist" in str(missing.exception)
+    assert len(made) == 3
 
 
 def test_two_runs_that_differ(tmp_path):

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from lockstep.simulation.step_table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
 from lockstep.workload.policies import LOAD_BALANCING
 
-COST = CostConstants(1000, 3, chunk_us=50, decode_context_us=0.1, prefill_context_us=0.01, row_us=2, expert_row_us=5)
+COST = CostConstants(1000, 3, 50, 0.1, 0.01, 2, 5, request_us=7, weights_us=400, expert_share=0.125)
 
 
 def run_cluster(requests, config, num_ranks):
@@ -143,6 +143,7 @@ def test_step_times_are_those_of_the_formula(tmp_path, shapes):
     }
     expected = COST.step_times_us(
         column["real_rows"],
+        column["decode_tokens"],
         column["decode_context_tokens"],
         column["prefill_context_tokens"],
         column["num_chunks"][:, 0],
@@ -205,6 +206,21 @@ def test_kv_cache_limit_is_counted():
         simulate(requests, SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=15)))
 
 
+def test_exchange_buffers_cut_chunks_smaller_and_it_is_counted(tmp_path):
+    # 40 rows on rank 0 in the first step; buffers of 32 rows hold chunks of 16 rows of each of 2 ranks: 3 chunks.
+    requests = [Request(0, 0.0, 40, 3), Request(1, 0.0, 2, 3)]
+    counted = []
+    for asked, capacity in ((None, None), (None, 32), (None, 80), (20, 32), (8, 32)):
+        config = SimulationConfig(2, cost=COST, max_chunk_size=asked, buffer_capacity_rows=capacity)
+        with StepColumns(tmp_path / "log") as log:
+            summary = simulate(requests, config, log).summary
+        first = read_step_log(tmp_path / "log").records[0]
+        counted.append((config.chunk_size, first.num_chunks, summary["buffer_limited_steps"]))
+    assert counted == [(None, 1, 0), (16, 3, 1), (40, 1, 0), (16, 3, 1), (8, 5, 0)]
+    with pytest.raises(ConfigurationError, match="buffer_capacity_rows must be >= 4, a row of each of 4 ranks, got 3"):
+        SimulationConfig(4, buffer_capacity_rows=3)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"num_ranks": 0}, {"num_ranks": 1, "max_chunk_size": 0}, {"num_ranks": 1, "row_shapes": "round"}]
 )
@@ -217,20 +233,21 @@ def test_options_outside_their_limits(wrong):
 def test_fit_finds_the_constants_that_made_the_times():
     rng = np.random.default_rng(1)
     tokens = np.where(rng.random((400, 4)) < 0.2, rng.integers(50, 500, (400, 4)), rng.integers(0, 20, (400, 4)))
+    requests = np.minimum(tokens, rng.integers(0, 20, (400, 4)))
     decode, prefill = rng.integers(0, 9000, (400, 4)), rng.integers(0, 90_000, (400, 4))
     chunks = -(-tokens.max(axis=1) // 128)
     truth = replace(COST, row_us=0.0)
-    times = truth.step_times_us(tokens, decode, prefill, chunks)
-    found = fit(tokens, decode, prefill, chunks, times, source="test")
-    for name in ("step_us", "token_us", "chunk_us", "decode_context_us", "prefill_context_us", "expert_row_us"):
+    times = truth.step_times_us(tokens, requests, decode, prefill, chunks)
+    found = fit(tokens, requests, decode, prefill, chunks, times, source="test")
+    for name in asdict(truth).keys() - {"source"}:
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
     noisy = times * rng.normal(1, 0.05, len(times))
     noisy[::50] *= 30  # the machine did something else
-    found = fit(tokens, decode, prefill, chunks, noisy)
-    predicted = found.step_times_us(tokens, decode, prefill, chunks)
+    found = fit(tokens, requests, decode, prefill, chunks, noisy)
+    predicted = found.step_times_us(tokens, requests, decode, prefill, chunks)
     assert np.median(np.abs(predicted - times) / times) < 0.02
     with pytest.raises(ConfigurationError, match="at least 10 steps are needed to fit a cost, got 3"):
-        fit(tokens[:3], decode[:3], prefill[:3], chunks[:3], times[:3])
+        fit(tokens[:3], requests[:3], decode[:3], prefill[:3], chunks[:3], times[:3])
 
 
 def test_constants_are_saved_loaded_and_checked(tmp_path):

@@ -8,67 +8,70 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lockstep.coordination.step_log import StepLogRecord, read_step_log
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.simulation.cost import CostConstants, fit
-from lockstep.simulation.sweep import cost_columns, validate
+from lockstep.simulation.sweep import cost_columns, join_runs, validate
 
 _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
 
 
 def calibrate(
-    run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int
+    run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int
 ) -> tuple[CostConstants, dict[str, Any]]:
-    """Fit cost constants to recorded runs, or to a run that is made for it.
+    """Fit cost constants to recorded runs, or to runs that are made for it.
 
     Args:
-        run_folders: folders that `lockstep run` wrote, all with the same number of ranks; empty to run now.
+        run_folders: folders that `lockstep run` wrote, all with the same ranks; empty to run now. Of runs that did the
+            same steps, each step's median time counts.
         model: what to run then.
-        data_parallel_size: ranks of that run.
-        requests: its requests.
+        data_parallel_size: ranks of those runs.
+        requests: their requests.
+        repeats: how many times the same is run, >= 1.
 
     Returns:
         The constants, and how well they describe the runs that they were fitted to (see `validate`).
 
     Raises:
         ConfigurationError: if the logs cannot be used together.
-        LockstepError: if the run failed.
+        LockstepError: if a run failed.
     """
     if run_folders:
-        records = [read_step_log(folder / "steps.jsonl").records for folder in run_folders]
+        runs = [read_step_log(folder / "steps.jsonl").records for folder in run_folders]
         source = "fitted to " + ", ".join(str(folder) for folder in run_folders)
     else:
-        records = [_run(model, data_parallel_size, requests)]
+        runs = [_run(model, data_parallel_size, requests) for _ in range(repeats)]
         processor = platform.processor() or platform.machine()
-        source = f"fitted to a run of {model} over {data_parallel_size} ranks on {platform.node()} ({processor})"
-    if len({len({record.rank for record in run}) for run in records}) > 1:
-        raise ConfigurationError("runs to be fitted together must have the same number of ranks")
-    parts = [cost_columns(run) for run in records]
-    columns: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        source = (
+            f"fitted to {repeats} runs of {model} over {data_parallel_size} ranks on {platform.node()} ({processor})"
+        )
+    records = join_runs(runs)
+    columns: dict[str, Any] = cost_columns(records)
     if columns.pop("filler_rows").any():
         raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
     constants = fit(**columns, source=source)
-    # Steps of several runs, numbered on, so that they can be looked at together.
-    joined: list[StepLogRecord] = []
-    for run in records:
-        first = joined[-1].step + 1 if joined else 0
-        joined.extend(replace(record, step=record.step + first) for record in run)
-    return constants, {name: value for name, value in validate(joined, constants).items() if not name.endswith("_us")}
+    return constants, {name: value for name, value in validate(records, constants).items() if not name.endswith("_us")}
 
 
 def execute_calibration(
-    run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, out: Path, as_json: bool
+    run_folders: Sequence[Path],
+    model: str,
+    data_parallel_size: int,
+    requests: int,
+    repeats: int,
+    out: Path,
+    as_json: bool,
 ) -> int:
     """Calibrate, write the constants and show how well they fit; return the exit status."""
     from lockstep.report.tables import print_validation
 
-    constants, fitted = calibrate(run_folders, model, data_parallel_size, requests)
+    if not out.absolute().parent.is_dir():
+        raise ConfigurationError(f"the folder of {out} does not exist")  # said before the runs, not after them
+    constants, fitted = calibrate(run_folders, model, data_parallel_size, requests, repeats)
     constants.save(out)
     if as_json:
         sys.stdout.write(json.dumps({"constants": asdict(constants), "fit": fitted, "file": str(out)}) + "\n")
@@ -76,7 +79,7 @@ def execute_calibration(
     print_validation("the runs that were fitted", constants.source, fitted)
     for name, value in asdict(constants).items():
         if name != "source":
-            sys.stdout.write(f"{name:>20} {value:,.4g} us\n")
+            sys.stdout.write(f"{name:>20} {value:,.4g}{'' if name == 'expert_share' else ' us'}\n")
     sys.stdout.write(f"constants: {out}; use them with --cost {out}\n")
     return 0
 

@@ -23,7 +23,7 @@ from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
-from lockstep.simulation.sweep import Grid, best, lost_fraction, setting, sweep, validate
+from lockstep.simulation.sweep import Grid, best, join_runs, lost_fraction, setting, sweep, validate
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000
@@ -92,15 +92,19 @@ def execute(command: SimulateCommand) -> int:
     return 0
 
 
-def execute_validation(run_folder: Path, cost: CostConstants, as_json: bool) -> int:
-    """Compare a recorded run with what the cost formula predicts of its steps; print it and return the exit status."""
-    records = read_step_log(run_folder / "steps.jsonl").records
+def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json: bool) -> int:
+    """Compare recorded runs with what the cost formula predicts of their steps; print it and return the exit status.
+
+    Of runs that did the same steps, each step's median time counts.
+    """
+    records = join_runs([read_step_log(folder / "steps.jsonl").records for folder in run_folders])
     result = validate(records, cost)
     shown = {name: value for name, value in result.items() if not name.endswith("_us")}
+    name = ", ".join(str(folder) for folder in run_folders)
     if as_json:
-        sys.stdout.write(json.dumps({"run": str(run_folder), "cost": cost.source, **shown}) + "\n")
+        sys.stdout.write(json.dumps({"run": name, "cost": cost.source, **shown}) + "\n")
     else:
-        print_validation(str(run_folder), cost.source, shown)
+        print_validation(name, cost.source, shown)
     return 0
 
 

@@ -111,6 +111,9 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
     waits = sum(item["kv_waits"] for item in settings)
     if waits:
         console.print(f"requests waited because the KV cache was full in {waits:,} steps of ranks")
+    limited = sum(item["buffer_limited_steps"] for item in settings)
+    if limited:
+        console.print(f"steps ran in more, smaller chunks because the exchange buffers were full: {limited:,}")
     asked = ", ".join(
         f"{name.removesuffix('_s')} <= {limit:g} s" for name, limit in limits.items() if limit is not None
     )

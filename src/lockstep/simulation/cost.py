@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,24 +16,30 @@ from lockstep.errors import ConfigurationError
 class CostConstants:
     """What a step costs, in microseconds.
 
-    With `t` the rows of each rank, a step takes
+    With `t` the rows of each rank and `d` those of them that generate, a step takes
 
         step_us + chunk_us * chunks
-        + max over ranks of (token_us * t + decode_context_us * decode context + prefill_context_us * prefill context)
-        + row_us * max(t) + expert_row_us * mean(t)
+        + max over ranks of (token_us * t + request_us * d
+                             + decode_context_us * decode context + prefill_context_us * prefill context)
+        + row_us * max(t)
+        + weights_us * (1 - (1 - expert_share) ** sum(t)) + expert_row_us * mean(t)
 
     Attention waits for the rank with the most work, and so does the exchange of rows, whose longest rank has the
-    fullest link. The experts are spread over all ranks, whose rows they share: there the mean counts. In `t` of the
-    last line, dummy and padding rows count too.
+    fullest link. The experts are spread over all ranks, whose rows they share: there the mean counts. Only the weights
+    of experts that some row has chosen are read: of one row's, few; of many rows', all. In `t` of the last two lines,
+    dummy and padding rows count too.
 
     Attributes:
-        step_us: what every step costs: reading the weights, launching kernels, the agreement.
-        chunk_us: what every chunk of the step costs, all layers together.
+        step_us: what every step costs: reading the dense weights, launching kernels, the agreement.
         token_us: one row through everything but the experts.
+        chunk_us: what every chunk of the step costs, all layers together.
         decode_context_us: one KV entry read for a token that generates.
         prefill_context_us: one KV entry attended to by one token of a prompt.
         row_us: one row of the longest rank to its experts and back, all layers together.
         expert_row_us: one row per rank through the experts, all layers together.
+        request_us: one request that generates, beyond its row: its own part of the attention, and its sampling.
+        weights_us: all experts of a rank once, all layers together: reading their weights, starting their products.
+        expert_share: experts that one row chooses over all experts, 0..1.
         source: where the numbers come from.
     """
 
@@ -43,6 +50,9 @@ class CostConstants:
     prefill_context_us: float = 0.0
     row_us: float = 0.0
     expert_row_us: float = 0.0
+    request_us: float = 0.0
+    weights_us: float = 0.0
+    expert_share: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -56,16 +66,40 @@ class CostConstants:
                 object.__setattr__(self, item.name, float(value))
         if self.step_us <= 0:
             raise ConfigurationError(f"cost constant step_us must be > 0, got {self.step_us}: no step takes no time")
+        if self.expert_share > 1:
+            raise ConfigurationError(f"cost constant expert_share must be in 0..1, got {self.expert_share}")
 
-    def own_us(self, tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray) -> np.ndarray:
+    def own_us(
+        self,
+        tokens: np.ndarray,
+        decode_tokens: np.ndarray,
+        decode_context: np.ndarray,
+        prefill_context: np.ndarray,
+    ) -> np.ndarray:
         """Return each rank's own part of the attention's time, in us; any shape."""
         return (
-            self.token_us * tokens + self.decode_context_us * decode_context + self.prefill_context_us * prefill_context
+            self.token_us * tokens
+            + self.request_us * decode_tokens
+            + self.decode_context_us * decode_context
+            + self.prefill_context_us * prefill_context
         )
+
+    def experts_us(self, num_rows: Any, num_ranks: int) -> Any:
+        """Return the experts' time in us for `num_rows` rows of all ranks together; a number, or an array of any shape.
+
+        Example:
+            >>> CostConstants(1, 0, expert_row_us=2, weights_us=100, expert_share=0.5).experts_us(4, num_ranks=2)
+            97.75
+        """
+        rows_us = self.expert_row_us / num_ranks * num_rows
+        if not self.weights_us:
+            return rows_us
+        return rows_us + self.weights_us * (1 - (1 - self.expert_share) ** num_rows)
 
     def step_times_us(
         self,
         tokens: np.ndarray,
+        decode_tokens: np.ndarray,
         decode_context: np.ndarray,
         prefill_context: np.ndarray,
         num_chunks: np.ndarray,
@@ -75,19 +109,21 @@ class CostConstants:
 
         Args:
             tokens: rows of requests, `[steps, ranks]`.
+            decode_tokens: those of them that generate, `[steps, ranks]`.
             decode_context: KV entries that its generating requests read, `[steps, ranks]`.
             prefill_context: KV entries that its prompts attend to, `[steps, ranks]`.
             num_chunks: chunks of each step, `[steps]`.
             filler_rows: dummy and padding rows, `[steps, ranks]`; None for none.
         """
         rows = tokens if filler_rows is None else tokens + filler_rows
-        return (
+        step_us: np.ndarray = (
             self.step_us
             + self.chunk_us * num_chunks
-            + self.own_us(tokens, decode_context, prefill_context).max(axis=1)
+            + self.own_us(tokens, decode_tokens, decode_context, prefill_context).max(axis=1)
             + self.row_us * rows.max(axis=1)
-            + self.expert_row_us * rows.mean(axis=1)
+            + self.experts_us(rows.sum(axis=1), rows.shape[1])
         )
+        return step_us
 
     def save(self, path: str | Path) -> None:
         """Write the constants as JSON, as `load` reads them."""
@@ -116,23 +152,20 @@ class CostConstants:
 
 
 COST_CONSTANTS = {
-    # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
-    # Qwen3-30B-A3B (hidden 2048, 128 experts of which 8 run per token, 48 layers, bf16) over 4 H200s, put together from
-    # measurements of its parts, per layer:
-    #   step_us: 302 MB of local experts read at 3.0 TB/s, 38 MB of dense weights at 4.3 TB/s;
-    #   chunk_us: the exchange of one row, 31 us;
-    #   row_us: all-gather and reduce-scatter of 4096 ragged rows of 2048, 469 us;
-    #   token_us, expert_row_us: 37.7 and 75.5 MFLOP at the 663 TFLOP/s of a grouped product with 512 rows per expert;
-    #   decode_context_us: 2 KiB of keys and values read at 4.3 TB/s; prefill_context_us: 16 kFLOP at 663 TFLOP/s.
+    # Qwen3-30B-A3B (hidden 2048, 128 experts of which 8 run per token, 48 layers, bf16) over 2 H200s.
+    # `benchmarks/fit_h200.py` derives it from stored results and says which constant is measured, fitted or assumed.
     "h200": CostConstants(
-        step_us=48 * (101 + 9),
-        token_us=48 * 0.057,
-        chunk_us=48 * 31,
-        decode_context_us=48 * 0.00048,
-        prefill_context_us=48 * 0.0000247,
-        row_us=48 * 0.1145,
-        expert_row_us=48 * 0.114,
-        source="h200: Qwen3-30B-A3B's shape over 4 H200s, summed from measured parts, not fitted to a whole run",
+        step_us=9250.3,
+        token_us=2.736,
+        chunk_us=652.0,
+        decode_context_us=0.1259,
+        prefill_context_us=0.001186,
+        row_us=2.232,
+        expert_row_us=8.42,
+        request_us=28.07,
+        weights_us=6839.0,
+        expert_share=0.0625,
+        source="h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic",
     ),
     # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it; measure your
     # own.
@@ -144,13 +177,18 @@ COST_CONSTANTS = {
         expert_row_us=37.3,
         source="cpu: fitted to a run of the tiny model over 2 ranks on 2 cores that others used too",
     ),
+    # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
     "linear": CostConstants(step_us=15_000, token_us=30, source="assumed: 15 ms and 30 us per row of the longest rank"),
 }
 """Shipped sets by name."""
 
 
+_EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+
+
 def fit(
     tokens: np.ndarray,
+    decode_tokens: np.ndarray,
     decode_context: np.ndarray,
     prefill_context: np.ndarray,
     num_chunks: np.ndarray,
@@ -160,13 +198,15 @@ def fit(
     """Fit the constants to a measured run by least squares, none of them negative.
 
     Which rank is the longest depends on the constants, so the fit is repeated until the longest ranks stay. `row_us` is
-    left at 0: the longest rank's rows are in `token_us` already, and one run cannot tell the two apart.
+    left at 0: the longest rank's rows are in `token_us` already, and one run cannot tell the two apart. A step log does
+    not say how many experts a row chooses; of a few shares, the one that fits best is taken.
 
     Errors count relative to a step's time, so that the many short steps are fitted as well as the few long ones. Steps
     that took more than five times as long as a first fit says (the machine did something else) are left out.
 
     Args:
         tokens: rows of requests, `[steps, ranks]`.
+        decode_tokens: those of them that generate, `[steps, ranks]`.
         decode_context: see `StepLogRecord.decode_context_tokens`, `[steps, ranks]`.
         prefill_context: see `StepLogRecord.prefill_context_tokens`, `[steps, ranks]`.
         num_chunks: `[steps]`.
@@ -178,41 +218,63 @@ def fit(
     """
     if len(duration_us) < 10:
         raise ConfigurationError(f"at least 10 steps are needed to fit a cost, got {len(duration_us)}")
-    longest = tokens.argmax(axis=1)
-    keep = np.ones(len(duration_us), dtype=bool)
-    solution = np.zeros(6)
-    for _ in range(20):
-        rows = np.arange(len(longest))
-        features = np.column_stack(
+    own = np.stack([tokens, decode_tokens, decode_context, prefill_context], axis=-1).astype(np.float64)
+    total_rows = tokens.sum(axis=1)
+    found: list[tuple[float, CostConstants]] = []
+    for share in _EXPERT_SHARES:
+        # A step of one chunk is the usual one; its cost is in the first constant.
+        shared = np.column_stack(
             [
-                np.ones(len(longest)),
-                # A step of one chunk is the usual one; its cost is in the first constant.
+                np.ones(len(total_rows)),
                 np.maximum(num_chunks - 1, 0),
-                tokens[rows, longest],
-                decode_context[rows, longest],
-                prefill_context[rows, longest],
-                tokens.mean(axis=1),
+                total_rows / tokens.shape[1],
+                1 - (1 - share) ** total_rows,
             ]
         )
+        error, solution = _fit_longest(shared, own, duration_us)
+        step, chunk, expert_row, weights, token, request, decode, prefill = (float(value) for value in solution)
+        constants = CostConstants(
+            step_us=max(step - chunk, 1e-3),
+            token_us=token,
+            chunk_us=chunk,
+            decode_context_us=decode,
+            prefill_context_us=prefill,
+            expert_row_us=expert_row,
+            request_us=request,
+            weights_us=weights,
+            expert_share=share if weights else 0.0,
+            source=source,
+        )
+        found.append((error, constants))
+    return min(found, key=lambda item: item[0])[1]
+
+
+def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -> tuple[float, np.ndarray]:
+    """Fit coefficients of what all ranks share and of the longest rank's own work.
+
+    Args:
+        shared: `[steps, features]`.
+        own: each rank's, `[steps, ranks, features]`.
+        duration_us: `[steps]`.
+
+    Returns:
+        The mean squared relative error, and the coefficients, those of `shared` first.
+    """
+    steps = np.arange(len(own))
+    longest = own[:, :, 0].argmax(axis=1)
+    keep = np.ones(len(own), dtype=bool)
+    for _ in range(20):
+        features = np.column_stack([shared, own[steps, longest]])
         solution = _nonnegative_least_squares(features[keep], duration_us[keep])
         keep = duration_us <= 5 * (features @ solution)
-        own = solution[2] * tokens + solution[3] * decode_context + solution[4] * prefill_context
-        following = own.argmax(axis=1)
+        following = (own @ solution[shared.shape[1] :]).argmax(axis=1)
         if np.array_equal(following, longest):
             break
         longest = following
     # Relative errors pull the fit towards the shorter of scattered times; the total of a run should come out right.
     solution = solution * (duration_us[keep].sum() / (features[keep] @ solution).sum())
-    step, chunk, token, decode, prefill, expert = (float(value) for value in solution)
-    return CostConstants(
-        step_us=max(step - chunk, 1e-3),
-        chunk_us=chunk,
-        token_us=token,
-        decode_context_us=decode,
-        prefill_context_us=prefill,
-        expert_row_us=expert,
-        source=source,
-    )
+    error = float((((features @ solution)[keep] / duration_us[keep] - 1) ** 2).mean())
+    return error, solution
 
 
 def _nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:

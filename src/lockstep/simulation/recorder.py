@@ -32,6 +32,10 @@ def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str)
     return np.zeros_like(tokens)
 
 
+def _num_chunks(longest: np.ndarray, chunk_size: int | None) -> np.ndarray:
+    return -(-longest // chunk_size) if chunk_size else (longest > 0).astype(np.int64)
+
+
 class StepRecorder:
     """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
 
@@ -41,6 +45,8 @@ class StepRecorder:
         num_ranks: ranks, >= 1.
         cost: what a step costs.
         max_chunk_size: most rows per rank and chunk; None for no limit.
+        asked_chunk_size: the same before the exchange buffers' limit; steps that it would cut into fewer chunks are
+            counted in `totals`.
         row_shapes: see `filler_rows`.
         step_log: takes every step, if given.
         max_cells: most cells (step x rank) of the table.
@@ -51,6 +57,7 @@ class StepRecorder:
         num_ranks: int,
         cost: CostConstants,
         max_chunk_size: int | None,
+        asked_chunk_size: int | None,
         row_shapes: str,
         step_log: StepColumns | None,
         max_cells: int,
@@ -63,8 +70,9 @@ class StepRecorder:
         )
         self.held = np.zeros(shape, np.bool_)
         self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
-        self.totals = dict.fromkeys(("real_rows", "dummy_rows", "padding_rows", "held"), 0)
+        self.totals = dict.fromkeys(("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited"), 0)
         self._cost, self._max_chunk_size, self._row_shapes = cost, max_chunk_size, row_shapes
+        self._asked_chunk_size = asked_chunk_size
         self._step_log = step_log
         self._used = 0
         self._first_step = 0
@@ -123,12 +131,16 @@ class StepRecorder:
         tokens = decode + self.prefill[:used]
         filler = filler_rows(tokens, chunk_size, shapes)
         longest = tokens.max(axis=1)
-        chunks = -(-longest // chunk_size) if chunk_size else (longest > 0).astype(np.int64)
+        chunks = _num_chunks(longest, chunk_size)
+        if chunk_size != self._asked_chunk_size:
+            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, self._asked_chunk_size)).sum())
         # A rank's own time: all that it would not have waited for. A rank without rows has none.
-        own = cost.own_us(tokens, self._decode_context(), self.prefill_context[:used])
+        own = cost.own_us(tokens, decode, self._decode_context(), self.prefill_context[:used])
         waits = own.max(axis=1, keepdims=True) - own
         waits = waits + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
-        filler_us = cost.expert_row_us * filler.mean(axis=1, keepdims=True)
+        rows = (tokens + filler).sum(axis=1, keepdims=True)
+        num_ranks = tokens.shape[1]
+        filler_us = cost.experts_us(rows, num_ranks) - cost.experts_us(tokens.sum(axis=1, keepdims=True), num_ranks)
         busy_s = np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0)
         nothing = np.zeros_like(tokens)
         return StepTable(

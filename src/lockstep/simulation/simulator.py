@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, nan
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,9 @@ class SimulationConfig:
         row_shapes: one of `ROW_SHAPES`.
         clock: `cost`: requests arrive as simulated time passes; `steps`: `scheduler.seconds_per_step` of the workload's
             time pass in every step, as in a real run.
+        buffer_capacity_rows: rows that a rank's exchange buffers hold, >= `num_ranks`; None for no limit. A rank may
+            get every row of a chunk, so the buffers need `num_ranks` times the chunk's size, and where they are smaller
+            than that, so are the chunks. In bytes: rows x hidden size x bytes per value, for rows and results each.
     """
 
     num_ranks: int
@@ -50,6 +53,7 @@ class SimulationConfig:
     max_chunk_size: int | None = None
     row_shapes: str = "ragged"
     clock: str = "cost"
+    buffer_capacity_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -60,6 +64,19 @@ class SimulationConfig:
             raise ConfigurationError(f"row_shapes must be one of {ROW_SHAPES}, got {self.row_shapes!r}")
         if self.clock not in ("cost", "steps"):
             raise ConfigurationError(f"clock must be 'cost' or 'steps', got {self.clock!r}")
+        if self.buffer_capacity_rows is not None and self.buffer_capacity_rows < self.num_ranks:
+            raise ConfigurationError(
+                f"buffer_capacity_rows must be >= {self.num_ranks}, a row of each of {self.num_ranks} ranks, "
+                f"got {self.buffer_capacity_rows}"
+            )
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Most rows that one rank sends at a time: `max_chunk_size`, or what the buffers hold where that is less."""
+        if self.buffer_capacity_rows is None:
+            return self.max_chunk_size
+        held = self.buffer_capacity_rows // self.num_ranks
+        return held if self.max_chunk_size is None else min(held, self.max_chunk_size)
 
 
 @dataclass
@@ -103,7 +120,8 @@ def simulate(
         of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, imbalance_fraction` (time lost while
         another rank had more to do), `unused_fraction` (time of ranks without a request), `lost` (all causes),
         `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
-        because the KV cache was full) and `held_rank_steps`.
+        because the KV cache was full), `buffer_limited_steps` (steps in more chunks than asked for, because larger ones
+        do not fit into the exchange buffers) and `held_rank_steps`.
 
     Raises:
         ConfigurationError: for a request that can never fit into a rank's KV cache.
@@ -137,11 +155,18 @@ class _Simulation:
         self.kv_waits = 0
         self.num_unfinished = 0
         self.index = {request.request_id: index for index, request in enumerate(requests)}
-        self.rank_of = np.full(len(requests), -1, np.int32)
-        self.arrived_s = np.array([request.arrival_s for request in requests], np.float64)
-        self.begun_s, self.first_s, self.last_s = (np.full(len(requests), np.nan) for _ in range(3))
+        # Lists, one entry per request: they are written one entry at a time, which arrays are slow at.
+        self.rank_of: list[int] = []
+        self.arrived_s = [request.arrival_s for request in requests]
+        self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
         self.recorder = StepRecorder(
-            num_ranks, config.cost, config.max_chunk_size, config.row_shapes, step_log, max_cells
+            num_ranks,
+            config.cost,
+            config.chunk_size,
+            config.max_chunk_size,
+            config.row_shapes,
+            step_log,
+            max_cells,
         )
 
     def run(self, on_progress: Callable[[float], None] | None) -> SimulationResult:
@@ -157,7 +182,8 @@ class _Simulation:
         step = 0
         now_s = 0.0
         clock: float = 0
-        chunk_size = config.max_chunk_size
+        chunk_size = config.chunk_size
+        ragged = config.row_shapes == "ragged"
         while following < count or self.num_unfinished:
             run_prefills = self._prefills_run(step, delay)
             visited = self.ends.pop(step, _NONE)
@@ -184,7 +210,9 @@ class _Simulation:
                 plans.append((rank, plan))
                 prefill = plan.num_prefill_tokens
                 if prefill:
-                    context = plan.prefill_context_tokens
+                    context = 0
+                    for entry in plan.entries:  # prompts only: the others were not listed
+                        context += entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2
                     prompts.append((rank, prefill, context))
                     num_tokens += prefill
                     recorder.prefill[slot, rank] = prefill
@@ -195,7 +223,7 @@ class _Simulation:
                 + own_us
                 + cost.chunk_us * (1 if chunk_size is None else -(-longest // chunk_size))
                 + cost.row_us * longest
-                + cost.expert_row_us * (num_tokens + self._num_filler(prompts)) / config.num_ranks
+                + cost.experts_us(num_tokens if ragged else num_tokens + self._num_filler(prompts), config.num_ranks)
             )
             recorder.start_s[slot] = now_s
             recorder.duration_s[slot] = step_us * 1e-6
@@ -230,9 +258,9 @@ class _Simulation:
             last += 1
         self.arrived = self.requests[first:last]
         ranks = self.balancer.assign(self.arrived)
-        self.rank_of[first:last] = ranks
+        self.rank_of += ranks
         if self.config.clock == "steps":
-            self.arrived_s[first:last] = now_s
+            self.arrived_s[first:last] = [now_s] * (last - first)
         for request, rank in zip(self.arrived, ranks, strict=True):
             self.schedulers[rank].add(request, step)
         self.num_unfinished += last - first
@@ -246,7 +274,7 @@ class _Simulation:
             prompts: `(rank, rows, context)` of the ranks that run prompts.
         """
         cost = self.config.cost
-        token_us, decode_us = cost.token_us, cost.decode_context_us
+        token_us, decode_us = cost.token_us + cost.request_us, cost.decode_context_us  # of a row that generates
         if self.decode_list is not None:
             # A few ranks: arithmetic on a list is several times as fast as on an array.
             longest = max(self.decode_list)
@@ -266,7 +294,8 @@ class _Simulation:
             longest = max(longest, decode + prefill)
             own_us = max(
                 own_us,
-                token_us * (decode + prefill)
+                token_us * decode
+                + cost.token_us * prefill
                 + decode_us * (int(self.context_base[rank]) + decode * step)
                 + cost.prefill_context_us * context,
             )
@@ -274,12 +303,10 @@ class _Simulation:
 
     def _num_filler(self, prompts: Sequence[tuple[int, int, int]]) -> int:
         """Return the dummy and padding rows of all ranks in this step."""
-        if self.config.row_shapes == "ragged":
-            return 0
         tokens = self.decode.copy()
         for rank, prefill, _ in prompts:
             tokens[rank] += prefill
-        return int(filler_rows(tokens[None], self.config.max_chunk_size, self.config.row_shapes).sum())
+        return int(filler_rows(tokens[None], self.config.chunk_size, self.config.row_shapes).sum())
 
     def _after(self, rank: int, plan: StepPlan, step: int, started_s: float, now_s: float) -> None:
         """Take over what a visited rank's step has changed."""
@@ -316,8 +343,8 @@ class _Simulation:
         recorder, requests = self.recorder, self.requests
         more = np.array([request.max_new_tokens - 1 for request in requests], np.float64)
         more[more == 0] = np.nan
-        ttft_s, tpot_s = self.first_s - self.arrived_s, (self.last_s - self.first_s) / more
-        queue_s = self.begun_s - self.arrived_s
+        arrived_s, begun_s, first_s, last_s = map(np.array, (self.arrived_s, self.begun_s, self.first_s, self.last_s))
+        ttft_s, tpot_s, queue_s = first_s - arrived_s, (last_s - first_s) / more, begun_s - arrived_s
         lost = recorder.lost()
         num_tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
         num_output = sum(request.max_new_tokens for request in requests)
@@ -339,9 +366,10 @@ class _Simulation:
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,
+            "buffer_limited_steps": recorder.totals["buffer_limited"],
             "held_rank_steps": recorder.totals["held"],
         }
-        return SimulationResult(summary, recorder.table(), self.rank_of, queue_s, ttft_s, tpot_s)
+        return SimulationResult(summary, recorder.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
 
 
 _NONE: set[int] = set()

@@ -187,6 +187,35 @@ def validate(records: Sequence[StepLogRecord], cost: CostConstants) -> dict[str,
     }
 
 
+def join_runs(runs: Sequence[Sequence[StepLogRecord]]) -> list[StepLogRecord]:
+    """Put the step logs of several runs into one: repeats of the same steps become one run, others are numbered on.
+
+    A step of repeated runs takes their median time: what else a machine did meanwhile touches some of them.
+
+    Args:
+        runs: step logs of the same ranks, in order of step, then rank.
+
+    Raises:
+        ConfigurationError: if the runs have other ranks.
+    """
+    if len({tuple(sorted({record.rank for record in run})) for run in runs}) > 1:
+        raise ConfigurationError("runs to be put together must have the same ranks")
+    joined: list[StepLogRecord] = []
+    repeats: dict[tuple[Any, ...], list[Sequence[StepLogRecord]]] = {}
+    for run in runs:
+        counts = (
+            (r.step, r.rank, r.real_rows, r.decode_tokens, r.decode_context_tokens, r.prefill_context_tokens)
+            for r in run
+        )
+        repeats.setdefault(tuple(counts), []).append(run)
+    for group in repeats.values():
+        first = joined[-1].step + 1 if joined else 0
+        for same in zip(*group, strict=True):
+            duration_s = float(np.median([record.duration_s for record in same]))
+            joined.append(replace(same[0], step=same[0].step + first, duration_s=duration_s))
+    return joined
+
+
 def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     """Return a step log as `CostConstants.step_times_us` and `fit` take it, with `duration_us` of the slowest rank.
 
@@ -207,6 +236,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
     return {
         "tokens": grid("real_rows"),
+        "decode_tokens": grid("decode_tokens"),
         "decode_context": grid("decode_context_tokens"),
         "prefill_context": grid("prefill_context_tokens"),
         "num_chunks": grid("num_chunks").max(axis=1),

@@ -186,19 +186,19 @@ class RankScheduler:
         entries = self._decode_entries(step) if list_entries else []
         num_decode = self._num_decoding
         self._outstanding -= num_decode
-        prefills = self._run_prefills(step, self._config.max_num_batched_tokens - num_decode) if run_prefills else []
-        num_prefill = sum(entry.num_tokens for entry in prefills)
-        self._outstanding -= num_prefill
-        held = not run_prefills and self._prompt_can_run()
+        num_prefill, held = 0, False
+        if run_prefills:
+            num_prefill = self._run_prefills(step, self._config.max_num_batched_tokens - num_decode, entries)
+            self._outstanding -= num_prefill
+        else:
+            held = self._prompt_can_run()
         finished = tuple(self._ends.pop(step, ()))
         for request_id in finished:
             self._leave(request_id)
-        waits_for_kv = bool(self._waiting) and self._has_seat() and not self._kv_fits(self._waiting[0][0])
-        num_waiting = len(self._waiting)
-        num_waiting_for_kv = num_waiting if waits_for_kv else 0
-        return StepPlan(
-            step, (*entries, *prefills), num_prefill, num_decode, num_waiting, num_waiting_for_kv, held, finished
-        )
+        num_waiting = num_waiting_for_kv = len(self._waiting)
+        if not num_waiting or not self._has_seat() or self._kv_fits(self._waiting[0][0]):
+            num_waiting_for_kv = 0
+        return StepPlan(step, tuple(entries), num_prefill, num_decode, num_waiting, num_waiting_for_kv, held, finished)
 
     def finish_step(self, stopped: Iterable[int]) -> None:
         """Let requests leave before their last token, for an engine that heeds end-of-sequence.
@@ -267,7 +267,7 @@ class RankScheduler:
         if skipped < 0:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
         if skipped:
-            if self._ends and min(self._ends) < step:
+            if not self._ends.keys().isdisjoint(range(self._step + 1, step)):
                 raise ConfigurationError(f"step {min(self._ends)} may not be left out: a request ends in it")
             self._outstanding -= skipped * self._num_decoding
         self._step = step
@@ -280,19 +280,20 @@ class RankScheduler:
             entries.append(StepEntry(request.request_id, position, 1, False, True, finishes))
         return entries
 
-    def _run_prefills(self, step: int, budget: int) -> list[StepEntry]:
-        entries = []
-        while budget > 0:
+    def _run_prefills(self, step: int, budget: int, entries: list[StepEntry]) -> int:
+        """Append the prompts' entries to `entries`; return their rows."""
+        left = budget
+        while left > 0:
             if self._partial is None:
-                if not self._prompt_can_run():
+                if not self._waiting or not self._prompt_can_run():
                     break
                 self._partial, self._partial_arrival = self._waiting.popleft()
                 self._partial_done = 0
                 self._kv_queued -= self._partial.num_kv_tokens
                 self._kv_reserved += self._partial.num_kv_tokens
             request, start = self._partial, self._partial_done
-            num_tokens = min(budget, request.num_prompt_tokens - start)
-            budget -= num_tokens
+            num_tokens = min(left, request.num_prompt_tokens - start)
+            left -= num_tokens
             ends = start + num_tokens == request.num_prompt_tokens
             finishes = ends and request.max_new_tokens == 1
             entries.append(StepEntry(request.request_id, start, num_tokens, True, ends, finishes))
@@ -304,7 +305,7 @@ class RankScheduler:
                 self._context_base += request.num_prompt_tokens - step
             else:
                 self._partial_done += num_tokens
-        return entries
+        return budget - left
 
     def _prompt_can_run(self) -> bool:
         if self._partial is not None:

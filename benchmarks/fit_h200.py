@@ -1,0 +1,94 @@
+"""The simulator's shipped `h200` constants, from the measurements in `benchmarks/results/`.
+
+    python benchmarks/fit_h200.py
+
+Qwen3-30B-A3B's shape (hidden 2048, 128 experts of which a row chooses 8, 48 layers, bf16) over 2 H200s. Prints the
+constants as JSON, then each measured decode step beside what they say of it. Per layer:
+
+measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row per rank (`dispatch_*`, nvlink_pairs)
+          weights_us, expert_row_us: all 64 local experts with 4 rows and with 64 rows each (`experts_*`)
+fitted    step_us, request_us, decode_context_us: to what is left of the six decode steps of `model_*`, as CUDA graphs
+assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP/s of a large product;
+          the output head once a step (622 MB read at 4.3 TB/s), which the 8 measured layers share and 48 share as well;
+          steps with prompts start as fast as graphs (ours are eager: about 4 ms per layer, see docs/gpu.md);
+          other numbers of ranks: the constants are those of 2
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.simulation.cost import CostConstants
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS, HEAD_US = 48, 145.0
+STEPS, WARM_STEPS = 20, 3  # of benchmarks/bench_model.py: the context grows while it measures
+SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic"
+
+
+def read(pattern, **wanted):
+    """Return the rows of the newest result file of a pattern that have all wanted values."""
+    path = sorted(RESULTS.glob(pattern))[-1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def exchange():
+    """Return `chunk_us` and `row_us` of a layer."""
+    rows = read("dispatch_h200x2_*", hidden=2048, dtype="bf16", routing="uniform", backend="nvlink_pairs")
+    time_us = {tuple(row["counts"]): row["us"] for row in rows}
+    row_us = (time_us[4096, 4096] - time_us[1, 1]) / 4095
+    return time_us[1, 1] - row_us, row_us
+
+
+def experts():
+    """Return `weights_us` and `expert_row_us` of a layer; the faster kernel of each size counts."""
+    rows = read("experts_h200_*", shape="qwen3-30b-a3b")
+    few, many = (min(row["us"] for row in rows if row["rows_per_expert"] == size) for size in (4, 64))
+    # A row of each of two ranks makes 16 pairs, 8 of them for this rank's 64 experts: 8 such rows are one per expert.
+    expert_row_us = (many - few) / (8 * (64 - 4))
+    return few - 8 * 4 * expert_row_us, expert_row_us
+
+
+def decode_steps():
+    """Return the measured decode steps: rows and KV entries of each rank, `[steps, ranks]`, and us with 8 layers."""
+    rows = read("model_h200x2_*", backend="lockstep nvlink graph", layers=8)
+    tokens = np.array([row["batches"] for row in rows])
+    context = tokens * (np.array([[row["prompt"]] for row in rows]) + WARM_STEPS + (STEPS + 1) / 2)
+    return tokens, context, 1e3 * np.array([row["decode_ms"] for row in rows])
+
+
+def predicted(constants, tokens, context):
+    """Return what the constants say of decode steps, in us."""
+    return constants.step_times_us(tokens, tokens, context, 0 * tokens, np.ones(len(tokens)))
+
+
+def constants_of(layers):
+    """Return the constants of a model of so many layers."""
+    chunk_us, row_us = exchange()
+    weights_us, expert_row_us = experts()
+    tokens, context, measured = decode_steps()
+    parts = CostConstants(1e-6, 0.057, chunk_us, 0.0, 2.47e-5, row_us, expert_row_us, 0.0, weights_us, 8 / 128)
+    left = (measured - HEAD_US) / 8 - predicted(parts, tokens, context)
+    features = np.column_stack([np.ones(len(left)), tokens.max(axis=1), context.max(axis=1)]) * (8 / measured)[:, None]
+    step_us, request_us, context_us = np.linalg.lstsq(features, left * 8 / measured, rcond=None)[0]
+    one = replace(parts, step_us=step_us, request_us=request_us, decode_context_us=context_us)
+    scaled = {name: float(f"{layers * value:.4g}") for name, value in asdict(one).items() if name != "source"}
+    scaled["step_us"] = float(f"{layers * step_us + HEAD_US:.5g}")
+    return CostConstants(**{**scaled, "expert_share": 8 / 128}, source=SOURCE)
+
+
+def main():
+    print(json.dumps(asdict(constants_of(LAYERS)), indent=1))
+    tokens, context, measured = decode_steps()
+    for counts, us, found in zip(tokens, measured, predicted(constants_of(8), tokens, context), strict=True):
+        print(
+            f"{counts.tolist()}: measured {us:.0f} us, formula {found:.0f} us, {found / us - 1:+.1%}", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    main()
