@@ -52,17 +52,21 @@ class StepGraphs:
         )
 
     def run_idle(self, eager: Callable[[], None]) -> None:
-        """Take part in a step without rows, by a graph from the second time on.
+        """Take part in a step without rows, by a graph from the second time on; without one if that cannot be captured.
 
         Args:
             eager: issues the exchanges of all layers, with zero rows.
         """
+        if self._idle is None and "idle" in self._seen and "idle" not in self._failed:
+            try:
+                self._idle = self._capture(eager)
+            except RuntimeError as error:
+                logger.info("an idle step cannot be a CUDA graph: %s", error)
+                self._failed.add("idle")
         if self._idle is None:
-            if "idle" not in self._seen:
-                self._seen.add("idle")
-                eager()
-                return
-            self._idle = self._capture(eager)
+            self._seen.add("idle")
+            eager()
+            return
         self._idle.replay()
 
     def run_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
