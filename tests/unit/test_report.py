@@ -7,8 +7,9 @@ import zlib
 import numpy as np
 import pytest
 
-from lockstep.coordination.step_log import StepLogRecord
+from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.errors import ConfigurationError
+from lockstep.report.compare import compare_runs
 from lockstep.report.html import write_report
 from lockstep.simulation.step_table import StepTable
 
@@ -131,3 +132,23 @@ def test_long_runs_are_added_up_before_they_are_packed(tmp_path):
     assert (data["steps_per_row"], data["num_rows"], data["num_steps"]) == (2, 150_000, 300_000)
     assert sum(unpacked(data["arrays"]["decode"])) == columns["real_rows"].sum()
     assert len(text) < 12e6
+
+
+def test_requests_of_one_token_have_no_time_per_further_token(tmp_path):
+    one = {"request_id": 0, "rank": 0, "num_prompt_tokens": 8, "num_new_tokens": 1, "ttft_s": 2.0, "tpot_s": None}
+    more = {"request_id": 1, "rank": 1, "num_prompt_tokens": 2, "num_new_tokens": 3, "ttft_s": 2.0, "tpot_s": 0.5}
+    write_report(tmp_path / "report.html", {"verified": None}, RECORDS, [one])
+    assert [item["title"] for item in page_data(tmp_path / "report.html")[1]["latencies"]] == [
+        "Time to the first token"
+    ]
+    write_report(tmp_path / "report.html", {"verified": None}, RECORDS, [one, more])
+    text, data = page_data(tmp_path / "report.html")
+    assert data["latencies"][1]["curves"][0]["values"] == [0.5]
+    assert "None" not in text.split('<script type="application/json"')[0]
+    with StepLogWriter(tmp_path / "steps.jsonl") as log:
+        for record in RECORDS:
+            log.write(record)
+    (tmp_path / "outputs.jsonl").write_text(json.dumps(one) + "\n")
+    assert "tpot_s_p50" not in compare_runs(tmp_path, tmp_path)["a"]
+    (tmp_path / "outputs.jsonl").write_text(json.dumps(one) + "\n" + json.dumps(more) + "\n")
+    assert compare_runs(tmp_path, tmp_path)["a"]["tpot_s_p99"] == 0.5
