@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lockstep.cli import app
-from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
+from lockstep.coordination.step_log import StepColumns, StepLogRecord, StepLogWriter, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.report.compare import compare_runs
 from lockstep.report.perfetto import write_trace
@@ -274,6 +274,32 @@ def test_trace_has_each_ranks_slices_one_after_the_other(tmp_path):
         )
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"rank 0", "rank 1"}
     assert write_trace(tmp_path / "short.json", found, max_steps=1) == 1
+
+
+def test_trace_keeps_to_the_documented_fields_of_the_trace_event_format(tmp_path):
+    requests = synthetic_requests(SyntheticParameters.parse(SYNTHETIC))
+    with StepColumns(tmp_path / "steps.parquet") as log:
+        simulate(requests, SimulationConfig(4, max_chunk_size=64, row_shapes="dummy"), log)
+    write_trace(tmp_path / "trace.json", read_step_log(tmp_path / "steps.parquet").records)
+    document = json.loads((tmp_path / "trace.json").read_text())
+    assert document.keys() == {"displayTimeUnit", "traceEvents"}
+    assert document["displayTimeUnit"] in ("ms", "ns")
+    # Of each phase: the keys that it must have, and the only ones that it may have.
+    keys = {
+        "X": {"ph", "pid", "tid", "name", "ts", "dur", "args"},
+        "C": {"ph", "pid", "name", "ts", "args"},
+        "M": {"ph", "pid", "tid", "name", "args"},
+    }
+    for event in document["traceEvents"]:
+        assert event.keys() == keys[event["ph"]], event
+        assert isinstance(event["name"], str)
+        assert all(type(event[key]) is int for key in ("pid", "tid") if key in event)
+        assert all(isinstance(event[key], int | float) and event[key] >= 0 for key in ("ts", "dur") if key in event)
+        if event["ph"] == "C":
+            assert all(isinstance(value, int | float) for value in event["args"].values())
+        if event["ph"] == "M":
+            assert (event["name"], set(event["args"])) == ("thread_name", {"name"})
+    assert {event["ph"] for event in document["traceEvents"]} == {"X", "C", "M"}
 
 
 def test_report_of_one_simulation_is_that_of_its_steps():
