@@ -704,13 +704,31 @@ def _process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup
     if process_group is None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                store = _store_of_this_start()
+                if store is None:
+                    dist.init_process_group(backend)
+                else:
+                    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             except (RuntimeError, ValueError) as error:
                 place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 raise ConfigurationError(f"the ranks could not meet at {place}: {first_line(error)}") from error
             atexit.register(_close_default_group)
         process_group = dist.group.WORLD if dist.is_initialized() else None
     return process_group if process_group is not None and process_group.size() > 1 else None
+
+
+def _store_of_this_start() -> dist.Store | None:
+    """The store of torchrun's agent, with keys of this start's own; None where there is no agent.
+
+    The agent may keep one store over restarts: ranks would look for each other at the addresses of those that died.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False)
+    return dist.PrefixStore(f"lockstep/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _close_default_group() -> None:

@@ -44,6 +44,7 @@ class RunCommand:
         overwrite: replace an earlier run in the folder.
         as_json: print one JSON document on stdout.
         arguments: the command line, for the report.
+        max_restarts: how often ranks of this host are started again after one has died; torchrun has its own option.
     """
 
     options: RunOptions
@@ -51,6 +52,7 @@ class RunCommand:
     overwrite: bool
     as_json: bool
     arguments: list[str]
+    max_restarts: int = 0
 
 
 def execute(command: RunCommand) -> int:
@@ -82,7 +84,7 @@ def execute(command: RunCommand) -> int:
                 return 0
         else:
             console.print(f"starting {options.world_size} ranks on this host", style="dim")
-            result = launch(options.world_size, run_one_rank, options)
+            result = launch(options.world_size, run_one_rank, options, max_restarts=command.max_restarts)
         return _finish(command, options, result, console)
     except KeyboardInterrupt:
         _say_how_far(out, console, time.perf_counter() - started)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lockstep.errors
-from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError
+from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,20 @@ _PRELOAD = (
 # How long the other ranks may go on once one has failed: they need it to notice, and to say so.
 _AFTER_FAILURE_S = 3.0
 _AFTER_INTERRUPT_S = 1.0
+_INTERRUPTED = 130
+RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+"""Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
 
 
-def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+class _Lost(Exception):
+    """Ranks died, or did not answer any more: what to raise if they are not started again."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def launch(num_ranks: int, function: Callable[..., Any], *args: Any, max_restarts: int = 0) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
     The ranks meet through a file and talk over loopback only. They end with this process, however it ends.
@@ -40,6 +51,8 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
         num_ranks: how many, >= 1.
         function: what each rank runs; importable by name.
         *args: its arguments.
+        max_restarts: how often all ranks are started again after one of them died or did not answer before its
+            deadline. The function finds the number of restarts in `RESTARTS_VARIABLE`, as under torchrun.
 
     Raises:
         LockstepError: what the first failing rank raised, if it was one.
@@ -48,6 +61,17 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
+    for restarts in range(max_restarts + 1):
+        try:
+            return _launch_once(num_ranks, function, args, restarts)
+        except _Lost as lost:
+            if restarts == max_restarts:
+                raise lost.error from None
+            logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts + 1, max_restarts)
+    raise AssertionError
+
+
+def _launch_once(num_ranks: int, function: Callable[..., Any], args: tuple[Any, ...], restarts: int) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
@@ -58,7 +82,9 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
             for rank in range(num_ranks):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), name=f"rank-{rank}"
+                    target=_rank_main,
+                    args=(rank, num_ranks, folder, sender, function, args, restarts),
+                    name=f"rank-{rank}",
                 )
                 process.start()
                 sender.close()
@@ -102,6 +128,8 @@ def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
                 process = ranks[rank][0]
                 process.join(1.0)
                 kind, value = "died", f"its process ended with exit code {process.exitcode}"
+                if process.exitcode == _INTERRUPTED:
+                    kind = "KeyboardInterrupt"
             if kind == "done":
                 result = value if rank == 0 else result
             else:
@@ -112,6 +140,10 @@ def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
     # The cause, not its echoes: a rank that reports another's failure comes last.
     failures.sort(key=lambda failure: failure[1] in ("PeerFailedError", "RankAbsentError"))
     rank, kind, message = failures[0]
+    if kind == "died":
+        raise _Lost(PeerFailedError(f"rank {rank} failed: {message}", rank, message))
+    if kind == "RankAbsentError":  # and none that says more
+        raise _Lost(RankAbsentError(message))
     if kind == "OSError":  # a full disk is no fault of the ranks
         raise OSError(f"rank {rank}: {message}")
     error_class = getattr(lockstep.errors, kind, None)
@@ -121,7 +153,13 @@ def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
 
 
 def _rank_main(
-    rank: int, num_ranks: int, folder: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    restarts: int,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -129,6 +167,7 @@ def _rank_main(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ[RESTARTS_VARIABLE] = str(restarts)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     exit_code = 0
     try:
@@ -141,7 +180,7 @@ def _rank_main(
             dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
         sender.send(("done", function(*args)))
     except KeyboardInterrupt:
-        exit_code = 130
+        exit_code = _INTERRUPTED
     except (LockstepError, OSError) as error:
         kind = (
             "OSError" if isinstance(error, OSError) and not isinstance(error, LockstepError) else type(error).__name__

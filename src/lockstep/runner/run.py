@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.models.huggingface import ModelParallel, from_pretrained, parallel_of
 from lockstep.models.packed import PackedEngine
+from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.workload import (
     Request,
     SchedulerConfig,
@@ -150,11 +153,32 @@ def check_lengths(requests: Iterable[Request], config: Any) -> None:
             )
 
 
+def mend_lines(path: Path) -> bytes:
+    """Cut off what a killed process left of a line at a file's end, and return the whole lines.
+
+    Args:
+        path: of JSON lines; need not exist.
+    """
+    if not path.exists():
+        return b""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return whole
+
+
+def _log_of_start(path: Path, restarts: int) -> Path:
+    return path.with_stem(f"{path.stem}-restart{restarts}") if restarts else path
+
+
 def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Run one rank to the end of the workload; every rank of the group calls it.
 
     Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
     `options.out` as it goes. At the end rank 0 writes all ranks' lines to `outputs.jsonl` and `steps.jsonl`.
+
+    When all ranks have been started again, by `launch` or by torchrun, requests that had finished are not run again.
 
     Args:
         options: the same on every rank.
@@ -184,7 +208,8 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
     parallel = parallel_of(model)
     if parallel is not None:
         parallel.open()
-    run = _Run(options, model, parallel, tokenizer, requests)
+    restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
+    run = _Run(options, model, parallel, tokenizer, requests, restarts)
     try:
         started = time.perf_counter()
         run.loop(on_progress)
@@ -198,26 +223,45 @@ class _Run:
     """The state of one rank's loop."""
 
     def __init__(
-        self, options: RunOptions, model: Any, parallel: ModelParallel | None, tokenizer: Any, requests: list[Request]
+        self,
+        options: RunOptions,
+        model: Any,
+        parallel: ModelParallel | None,
+        tokenizer: Any,
+        requests: list[Request],
+        restarts: int,
     ) -> None:
         self.options = options
         self.parallel = parallel
         self.tokenizer = tokenizer
-        self.requests = {request.request_id: request for request in requests}
-        self.rows_total = sum(request.num_computed_tokens for request in requests)
         self.rank = parallel.config.rank if parallel is not None else 0
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
         self.engine = PackedEngine(model)
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.scheduler = WorkloadScheduler(requests, options.scheduler, options.data_parallel_size, self.dp_rank)
         self.open_requests: dict[int, dict[str, Any]] = {}
         parts = Path(options.out, PARTS)
         parts.mkdir(parents=True, exist_ok=True)
         self.outputs_path = parts / f"outputs-rank{self.rank}.jsonl"
         self.steps_path = parts / f"steps-rank{self.rank}.jsonl"
-        self._outputs = self.outputs_path.open("x", encoding="utf-8", buffering=1)
-        self._steps = StepLogWriter(self.steps_path)
+        self.first_step, self.started_s = 0, 0.0
+        if restarts:
+            done = mend_lines(self.outputs_path)
+            finished = {json.loads(line)["request_id"] for line in self._all_lines(done)}
+            requests = [request for request in requests if request.request_id not in finished]
+            earlier = self._whole_steps()
+            self.first_step = max((record["step"] for record in earlier), default=-1) + 1
+            self.started_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
+            if self.rank == 0:
+                logger.warning(
+                    "restart %d: %d requests are finished, %d are left", restarts, len(finished), len(requests)
+                )
+        self.requests = {request.request_id: request for request in requests}
+        self.rows_total = sum(request.num_computed_tokens for request in requests)
+        self.scheduler = WorkloadScheduler(requests, options.scheduler, options.data_parallel_size, self.dp_rank)
+        self._outputs = self.outputs_path.open("a" if restarts else "x", encoding="utf-8", buffering=1)
+        # A log for each start, since what the ranks logged last may differ by a step.
+        self._steps = StepLogWriter(_log_of_start(self.steps_path, restarts))
 
     def close(self) -> None:
         self._outputs.close()
@@ -225,7 +269,7 @@ class _Run:
 
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
         states = self.scheduler.initial_states()
-        rows_done, step, num_assigned = 0, 0, 0
+        rows_done, step, num_assigned = 0, self.first_step, 0
         began = run_began = time.perf_counter()
         while not self.scheduler.done(states):
             plan = self.scheduler.next_step(states)
@@ -239,7 +283,8 @@ class _Run:
             rows_done += sum(counts)
             ended = time.perf_counter()
             idle_s = (agreed - began) + collectives.waited_s() - waited_before
-            dummy, padding = self._log(plan, counts, step, began - run_began, ended - began, agreed - began, idle_s)
+            start_s = self.started_s + began - run_began
+            dummy, padding = self._log(plan, counts, step, start_s, ended - began, agreed - began, idle_s)
             if on_progress is not None and self.rank == 0:
                 on_progress(Progress(step + 1, rows_done, self.rows_total, counts, dummy, padding, agreed - began))
             began, step = ended, step + 1
@@ -269,25 +314,26 @@ class _Run:
             raise
 
     def _run_own_rows(self, plan: StepPlan) -> None:
+        step = self.first_step + plan.step
         for entry in plan.entries:
             if entry.start == 0:
                 request = self.requests[entry.request_id]
                 ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
                 seed = self.options.seed + request.request_id
                 self.engine.add_request(request.request_id, ids, request.max_new_tokens, seed)
-                self.open_requests[request.request_id].update(first_step=plan.step, logits=[])
+                self.open_requests[request.request_id].update(first_step=step, logits=[])
         chosen = self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
         now = time.perf_counter()
         for entry in plan.entries:
             if not entry.samples:
                 continue
             notes = self.open_requests[entry.request_id]
-            notes.setdefault("first_token_step", plan.step)
+            notes.setdefault("first_token_step", step)
             notes.setdefault("first_token_at", now)
             if self.options.keep_logits:
                 notes["logits"].append(float(self.engine.logits[entry.request_id][chosen[entry.request_id]]))
             if entry.finishes:
-                self._finish(entry.request_id, plan.step, now)
+                self._finish(entry.request_id, step, now)
 
     def _finish(self, request_id: int, step: int, now: float) -> None:
         tokens = self.engine.remove(request_id)
@@ -354,24 +400,33 @@ class _Run:
 
     def merge(self, wall_s: float) -> dict[str, Any]:
         """Bring all ranks' lines to rank 0, which writes them in order."""
-        outputs = [json.loads(line) for line in self._all_lines(self.outputs_path)]
-        steps = [json.loads(line) for line in self._all_lines(self.steps_path)]
+        outputs = [json.loads(line) for line in self._all_lines(self.outputs_path.read_bytes())]
+        steps = self._whole_steps()
         if self.rank != 0:
             return {}
         outputs.sort(key=lambda output: output["request_id"])
-        steps.sort(key=lambda record: (record["step"], record["rank"]))
         for name, lines in (("outputs.jsonl", outputs), ("steps.jsonl", steps)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            Path(self.options.out, name).write_text(text, encoding="utf-8")
+            # Under another name first: who reads one of these files finds it whole or not at all.
+            unfinished = Path(self.options.out, f"{name}.part")
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            unfinished.replace(Path(self.options.out, name))
         return {
-            "wall_s": wall_s,
+            "wall_s": self.started_s + wall_s,
             "requests": len(outputs),
             "generated_tokens": sum(output["num_new_tokens"] for output in outputs),
         }
 
-    def _all_lines(self, path: Path) -> list[str]:
+    def _whole_steps(self) -> list[dict[str, Any]]:
+        """All ranks' records of all starts, in order; of a step that was broken off, not all ranks have one."""
+        logs = sorted(self.steps_path.parent.glob(f"{self.steps_path.stem}*.jsonl"), key=lambda path: len(path.name))
+        mine = b"".join(mend_lines(path) for path in logs if path.stem.split("-restart")[0] == self.steps_path.stem)
+        records = [json.loads(line) for line in self._all_lines(mine)]
+        ranks_of = Counter(record["step"] for record in records)
+        whole = [record for record in records if ranks_of[record["step"]] == self.options.world_size]
+        return sorted(whole, key=lambda record: (record["step"], record["rank"]))
+
+    def _all_lines(self, data: bytes) -> list[str]:
         """Every rank's lines; through the ranks' group, since several hosts need not share a disk."""
-        data = path.read_bytes()
         if self.parallel is not None:
             group = dist.group.WORLD
             assert group is not None
