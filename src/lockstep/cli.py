@@ -273,6 +273,18 @@ def compare(
         print_comparison(comparison)
 
 
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Show what this machine offers, and try every backend between two local ranks; exit status 1 if one fails."""
+    from lockstep.runner.environment import all_work, describe, examine
+
+    document = examine()
+    typer.echo(json.dumps(document) if as_json else describe(document))
+    raise typer.Exit(0 if all_work(document) else 1)
+
+
 workload_app = typer.Typer(no_args_is_help=True, help="Look at request traces.")
 app.add_typer(workload_app, name="workload")
 
@@ -323,12 +335,24 @@ def calibrate(
     data_parallel_size: Annotated[int, typer.Option(help="Ranks of those runs.", min=1)] = 2,
     requests: Annotated[int, typer.Option(help="Their requests.", min=1)] = 120,
     repeats: Annotated[int, typer.Option(help="How many times the same is run.", min=1)] = 3,
-    out: Annotated[Path, typer.Option(help="File for the constants.")] = Path("cost.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="File for the constants: cost.json; or, of --dispatch, this machine's place.")
+    ] = None,
+    dispatch: Annotated[
+        bool, typer.Option("--dispatch", help="Instead, measure the backends and store by what `auto` is to choose.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
-    """Fit the simulator's cost constants to this machine."""
+    """Fit the simulator's cost constants, or those by which a backend is chosen, to this machine."""
+    if dispatch:
+        if run_folders:
+            raise typer.BadParameter("recorded runs do not say what a backend takes: --dispatch measures by itself")
+        from lockstep.report.calibrate_dispatch import execute_dispatch_calibration
+
+        raise typer.Exit(execute_dispatch_calibration(max(2, data_parallel_size), out, as_json))
     from lockstep.report.calibrate import execute_calibration
 
+    out = out or Path("cost.json")
     raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, repeats, out, as_json))
 
 

@@ -1,0 +1,59 @@
+"""`lockstep bench calibrate --dispatch`: measure, fit and store what dispatch and combine take on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
+from lockstep.runner.dispatch_times import measure
+from lockstep.runner.launcher import launch
+
+_SAMPLES = 9  # timed calls of each case
+
+
+def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool) -> int:
+    """Measure, store the constants and show how well they describe the times; return the exit status.
+
+    Args:
+        num_ranks: local ranks, on GPUs if there are so many, otherwise on the CPU.
+        out: file for the constants; None for this machine's place (`lockstep.dispatch.constants.stored_path`).
+        as_json: print one JSON document instead of the table.
+    """
+    device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks else "cpu"
+    path = out or stored_path(device_type)
+    measured: list[tuple[str, Exchange, float]] = launch(num_ranks, measure, device_type, _SAMPLES)
+    by_backend = {
+        name: [(exchange, us) for other, exchange, us in measured if other == name]
+        for name in BACKENDS
+        if any(other == name for other, _, _ in measured)
+    }
+    constants = DispatchConstants(
+        {name: fit(name, times) for name, times in by_backend.items()},
+        f"measured over {num_ranks} ranks of {machine_name(device_type)}",
+    )
+    errors = {
+        name: sorted(abs(constants.backends[name].predict_us(name, exchange) / us - 1) for exchange, us in times)
+        for name, times in by_backend.items()
+    }
+    constants.save(path)
+    median_error = {name: round(values[len(values) // 2], 3) for name, values in errors.items()}
+    if as_json:
+        numbers = {name: asdict(one) for name, one in constants.backends.items()}
+        document = {"source": constants.source, "constants": numbers, "median_error": median_error, "file": str(path)}
+        sys.stdout.write(json.dumps(document) + "\n")
+        return 0
+    sys.stdout.write(f"{constants.source}: dispatch and combine, us\n")
+    for name, one in constants.backends.items():
+        sys.stdout.write(
+            f"  {name:<10} {one.latency_us:,.1f} + {one.row_us:.3g} per row + {one.dispatch_us_per_mb:,.3g} per MB to "
+            f"experts + {one.combine_us_per_mb:,.3g} per MB back + {one.total_us_per_mb:,.3g} per MB of all ranks; "
+            f"half of the {len(by_backend[name])} times within {100 * median_error[name]:.0f} %\n"
+        )
+    sys.stdout.write(f"constants: {path}; dispatcher `auto` chooses by them from now on\n" if out is None else "")
+    sys.stdout.write(f"constants: {path}; used where LOCKSTEP_DISPATCH_CONSTANTS names it\n" if out else "")
+    return 0

@@ -1,0 +1,106 @@
+"""Dispatch and combine of every backend, timed between local ranks: what a machine's constants are fitted to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.dispatch.choose import can_map, make_dispatcher, make_mapped_dispatcher, mapping_facts
+from lockstep.dispatch.constants import Exchange
+
+NUM_EXPERTS = 64
+HIDDEN = {"cpu": (256, 2048), "cuda": (2048, 7168)}
+TOP_K = (1, 8)
+# Rows of the first rank, and of each other. Not none at all: ranks that agreed on that exchange nothing.
+ROWS = ((1, 0), (1, 1), (16, 16), (128, 128), (512, 0), (512, 512), (1024, 128))
+
+
+def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]:
+    """Time one dispatch and its combine in every backend and case; experts compute nothing. Runs on each rank.
+
+    Calls are eager, the sums that each backend takes by itself are in them, and the slowest rank counts.
+
+    Args:
+        device_type: "cpu" (float32, gloo) or "cuda" (bfloat16, NCCL and mapped memory).
+        samples: timed calls of each case, of which the median counts; one more warms up.
+
+    Returns:
+        Backend, exchange and time in us; the same on all ranks.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    cuda = device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    group, control = dist.new_group(backend="nccl" if cuda else "gloo"), dist.new_group(backend="gloo")
+    everyones: list[Any] = [None] * num_ranks
+    _gather_json(everyones, mapping_facts(device), control)
+    found: list[tuple[str, Exchange, float]] = []
+    for hidden in HIDDEN[device_type]:
+        for top_k in TOP_K:
+            num_experts = NUM_EXPERTS * num_ranks
+            dispatchers: dict[str, Any] = {
+                name: make_dispatcher(name, group, num_experts) for name in ("allgather", "alltoall")
+            }
+            if can_map(everyones):
+                dispatchers["nvlink"] = make_mapped_dispatcher(
+                    group, num_experts=num_experts, hidden_size=hidden, top_k=top_k,
+                    max_rows_per_rank=max(map(max, ROWS)),
+                )  # fmt: skip
+            for first, others in ROWS:
+                sizes = (first, *[others] * (num_ranks - 1))
+                states = hidden * dtype.itemsize
+                exchange = Exchange(sizes, num_experts, top_k, states + 8 * top_k, states)
+                generator = torch.Generator().manual_seed(rank)
+                rows = torch.randn(sizes[rank], hidden, generator=generator).to(device, dtype)
+                ids = (
+                    torch.rand(sizes[rank], num_experts, generator=generator)
+                    .topk(top_k)
+                    .indices.to(device, torch.int32)
+                )
+                weights = torch.full((sizes[rank], top_k), 1 / top_k, device=device)
+                times = _time_us(dispatchers, (rows, ids, weights, sizes), samples, control)
+                found.extend((name, exchange, us) for name, us in times.items())
+    return found
+
+
+def _time_us(
+    dispatchers: dict[str, Any], arguments: tuple[Any, ...], samples: int, control: dist.ProcessGroup
+) -> dict[str, float]:
+    outputs = {}
+    for name, dispatcher in dispatchers.items():
+        handle = dispatcher.dispatch(*arguments)
+        outputs[name] = handle.hidden_states[handle.gather_index].to(arguments[0].dtype)
+        dispatcher.combine(outputs[name], handle)
+    # In turns, so that what else the machine does meanwhile hits all of them alike.
+    times = [
+        [_once_us(dispatcher, arguments, outputs[name], control) for name, dispatcher in dispatchers.items()]
+        for _ in range(samples)
+    ]
+    slowest = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=control)
+    return {name: statistics.median(slowest[:, index].tolist()) for index, name in enumerate(dispatchers)}
+
+
+def _once_us(dispatcher: Any, arguments: tuple[Any, ...], expert_output: torch.Tensor, control: Any) -> float:
+    if expert_output.device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier(control)
+    started = time.perf_counter()
+    dispatcher.combine(expert_output, dispatcher.dispatch(*arguments))
+    if expert_output.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1e6
+
+
+def _gather_json(everyones: list[Any], mine: Any, group: dist.ProcessGroup) -> None:
+    """Give every rank what each said, as JSON: nothing from another process is unpickled."""
+    import json
+
+    text = torch.tensor(list(json.dumps(mine).encode().ljust(256)), dtype=torch.uint8)
+    parts = [torch.empty_like(text) for _ in everyones]
+    dist.all_gather(parts, text, group=group)
+    everyones[:] = [json.loads(bytes(part.tolist())) for part in parts]

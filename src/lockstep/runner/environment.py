@@ -1,0 +1,306 @@
+"""What this machine offers: GPUs, links, versions, and which backends work, proven by exchanges that are checked."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.metadata
+import importlib.util
+import multiprocessing.forkserver
+import os
+import platform
+import shutil
+import subprocess
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.dispatch.choose import make_dispatcher, make_mapped_dispatcher
+from lockstep.dispatch.constants import constants_for, stored_path
+from lockstep.errors import ConfigurationError, LockstepError
+
+_COUNTS = ((5, 3), (4, 0), (0, 1))  # rows of two ranks: uneven, and none
+_NUM_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE = 8, 2, 128, 128
+_DEADLINE_S = 10.0
+_LIMIT_S = {"cpu": 15.0, "cuda": 120.0}  # of one proof; on GPUs kernels are compiled first
+_COPY_BYTES = 256 * 2**20
+_ADVICE = {
+    "gpus": "nvlink and NCCL need two or more NVIDIA GPUs of one host; between processes of this one gloo serves",
+    "triton": "install Triton (it comes with torch's builds for CUDA)",
+    "peers": "these GPUs cannot reach each other's memory: use dispatcher allgather or alltoall, which go through NCCL",
+    "nccl": "this build of torch has no NCCL: install one for CUDA",
+    "gloo": "ranks talk over the loopback interface: see that it is up and that GLOO_SOCKET_IFNAME names it",
+    "cuda": "see that NCCL works at all (NCCL_DEBUG=INFO), then that GPUs may map each other's memory in containers",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine and try every backend between two local ranks.
+
+    Returns:
+        What `lockstep env --json` prints: `versions`, `machine`, `gpus`, `links`, `peer_bandwidth_gbps`,
+        `symmetric_memory`, `nccl`, `dispatch_constants`, and `backends`: of each its `name`, `transport`, whether it
+        `works` (None: could not be tried), `detail`, `seconds`, and `advice` where it does not.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backends = [_try_backend(name, "cpu") for name in ("allgather", "alltoall")]
+    for name in ("allgather", "alltoall", "nvlink"):
+        missing = _missing(name, num_gpus)
+        if missing is None:
+            backends.append(_try_backend(name, "cuda"))
+        else:
+            transport = "GPU memory" if name == "nvlink" else "nccl"
+            backends.append(_result(name, transport, None, missing[0], 0.0, _ADVICE[missing[1]]))
+    return {
+        "versions": _versions(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "gpus": _gpus(num_gpus),
+        "links": _links(num_gpus),
+        "peer_bandwidth_gbps": _peer_bandwidth_gbps(num_gpus),
+        "symmetric_memory": _symmetric_memory(num_gpus),
+        "nccl": {"available": dist.is_nccl_available()},
+        "dispatch_constants": _constants("cuda" if num_gpus else "cpu"),
+        "backends": backends,
+    }
+
+
+def all_work(document: dict[str, Any]) -> bool:
+    """Say whether every backend that could be tried works."""
+    return all(backend["works"] is not False for backend in document["backends"])
+
+
+def describe(document: dict[str, Any]) -> str:
+    """Return what `examine` found as text for a terminal."""
+    lines = ["  ".join(f"{name} {version or '-'}" for name, version in document["versions"].items())]
+    machine = document["machine"]
+    lines.append(f"{machine['system']}, {machine['processor']}, {machine['cores']} cores")
+    gpus = document["gpus"]
+    lines.extend(f"GPU {gpu['index']}: {gpu['name']}, {gpu['memory_gib']} GiB, sm_{gpu['capability']}" for gpu in gpus)
+    if not gpus:
+        lines.append("no GPUs")
+    links = document["links"]
+    if links["table"]:
+        lines.extend([f"links ({links['source']}):", links["table"].rstrip()])
+    if document["peer_bandwidth_gbps"]:
+        lines.append("copies between GPUs, GB/s, from row to column:")
+        lines.extend(
+            "  " + " ".join("     -" if value is None else f"{value:6.1f}" for value in row)
+            for row in document["peer_bandwidth_gbps"]
+        )
+    lines.append(f"symmetric memory: {document['symmetric_memory']['detail']}")
+    constants = document["dispatch_constants"]
+    lines.append(
+        f"constants by which `auto` chooses: {constants['source']} (a measured set would be {constants['path']})"
+    )
+    lines.append("backends, tried between two ranks of this machine:")
+    for backend in document["backends"]:
+        verdict = {True: "works", False: "FAILS", None: "not tried"}[backend["works"]]
+        lines.append(f"  {backend['name']:<10} over {backend['transport']:<10} {verdict:<10} {backend['detail']}")
+        if backend["advice"]:
+            lines.append(f"  {'':<10} {backend['advice']}")
+    return "\n".join(lines)
+
+
+def prove(name: str, device_type: str, limit_s: float) -> float:
+    """Run an MoE layer of two ranks through one backend, and compare with the reference. Runs on each rank.
+
+    Args:
+        name: of the backend.
+        device_type: "cpu" (float32, gloo) or "cuda" (bfloat16, NCCL or mapped memory).
+        limit_s: after so many seconds this process shows where it stands and ends.
+
+    Returns:
+        The largest error of this rank, absolute.
+
+    Raises:
+        LockstepError: results that differ from the reference.
+    """
+    from lockstep.coordination.forward_context import ForwardContext, set_forward_context
+    from lockstep.metadata.chunks import ChunkPlan
+    from lockstep.metadata.config import ParallelConfig
+    from lockstep.metadata.dp_metadata import DPMetadata
+    from lockstep.moe.experts import LocalExperts
+    from lockstep.moe.layer import MoELayer
+    from lockstep.moe.reference import moe_reference
+
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    rank, cuda = dist.get_rank(), device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    group = dist.new_group(backend="nccl" if cuda else "gloo")
+    if name == "nvlink":
+        dispatcher = make_mapped_dispatcher(
+            group, num_experts=_NUM_EXPERTS, hidden_size=_HIDDEN, top_k=_TOP_K, max_rows_per_rank=64,
+            deadline_s=_DEADLINE_S,
+        )  # fmt: skip
+    else:
+        dispatcher = make_dispatcher(name, group, _NUM_EXPERTS, deadline_s=_DEADLINE_S)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    gate_up = (random(_NUM_EXPERTS, 2 * _INTERMEDIATE, _HIDDEN) / _HIDDEN**0.5).to(dtype)
+    down = (random(_NUM_EXPERTS, _HIDDEN, _INTERMEDIATE) / _INTERMEDIATE**0.5).to(dtype)
+    mine = slice(rank * _NUM_EXPERTS // 2, (rank + 1) * _NUM_EXPERTS // 2)
+    config = ParallelConfig(data_parallel_size=2, data_parallel_rank=rank)
+    layer = MoELayer(
+        LocalExperts.from_tensors(gate_up[mine].to(device), down[mine].to(device)), dispatcher, config,
+        hidden_size=_HIDDEN, top_k=_TOP_K, dtype=dtype, device=device, deadline_s=_DEADLINE_S,
+    )  # fmt: skip
+    worst = 0.0
+    for counts in _COUNTS:
+        rows = [random(count, _HIDDEN).to(dtype) for count in counts]
+        ids = [random(count, _NUM_EXPERTS).topk(_TOP_K).indices for count in counts]
+        weights = [random(count, _TOP_K).softmax(1) for count in counts]
+        context = ForwardContext(
+            DPMetadata.make(config, counts[rank], counts), ChunkPlan(counts, rank=rank, max_chunk_size_per_rank=4)
+        )
+        with set_forward_context(context):
+            output = layer(rows[rank].to(device), ids[rank].to(device), weights[rank].to(device)).cpu()
+        expected = moe_reference(rows, ids, weights, gate_up, down)[rank]
+        worst = max([worst, *(output.float() - expected.float()).abs().flatten().tolist()])
+        tolerance = 0.05 if cuda else 1e-4
+        if not torch.allclose(output.float(), expected.float(), rtol=tolerance, atol=tolerance):
+            raise LockstepError(f"rank {rank}: results for {counts} rows are off by up to {worst:g}")
+    faulthandler.cancel_dump_traceback_later()
+    return worst
+
+
+def _try_backend(name: str, device_type: str) -> dict[str, Any]:
+    from lockstep.runner.launcher import launch
+
+    # The server that ranks are forked from starts here, before `launch` has it import Transformers, which takes longer
+    # than all proofs together.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "lockstep.moe.layer"])
+    multiprocessing.forkserver.ensure_running()
+    transport = "GPU memory" if name == "nvlink" else "gloo" if device_type == "cpu" else "nccl"
+    started = time.perf_counter()
+    advice = ""
+    try:
+        error = launch(2, prove, name, device_type, _LIMIT_S[device_type])
+        works, detail = True, f"{len(_COUNTS)} uneven exchanges equal the reference, off by at most {error:.1g}"
+    except (LockstepError, OSError) as failure:
+        works, detail = False, str(failure)
+        advice = _ADVICE["gloo" if device_type == "cpu" else "cuda"]
+    return _result(name, transport, works, detail, time.perf_counter() - started, advice)
+
+
+def _result(name: str, transport: str, works: bool | None, detail: str, seconds: float, advice: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "transport": transport,
+        "works": works,
+        "detail": detail,
+        "seconds": round(seconds, 2),
+        "advice": advice,
+    }
+
+
+def _missing(name: str, num_gpus: int) -> tuple[str, str] | None:
+    """What a backend on GPUs lacks here and which advice that calls for; None where it can be tried."""
+    if num_gpus < 2:
+        return f"{num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'} here", "gpus"
+    if name != "nvlink":
+        return None if dist.is_nccl_available() else ("no NCCL", "nccl")
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton", "triton"
+    if not (torch.cuda.can_device_access_peer(0, 1) and torch.cuda.can_device_access_peer(1, 0)):
+        return "GPUs 0 and 1 have no peer access", "peers"
+    return None
+
+
+def _versions() -> dict[str, str | None]:
+    from lockstep._version import __version__
+
+    found: dict[str, str | None] = {"lockstep": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
+    return found
+
+
+def _gpus(num_gpus: int) -> list[dict[str, Any]]:
+    found = []
+    for index in range(num_gpus):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "index": index,
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "capability": f"{properties.major}{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return found
+
+
+def _links(num_gpus: int) -> dict[str, str]:
+    """How GPUs are connected, as nvidia-smi prints it; without that, who can reach whose memory."""
+    command = shutil.which("nvidia-smi")
+    if num_gpus and command:
+        try:
+            shown = subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=10, check=True)
+            return {"source": "nvidia-smi topo -m", "table": shown.stdout}
+        except (OSError, subprocess.SubprocessError):
+            pass  # what torch knows will do
+    rows = [
+        " ".join(
+            "-" if a == b else "peer" if torch.cuda.can_device_access_peer(a, b) else "none" for b in range(num_gpus)
+        )
+        for a in range(num_gpus)
+    ]
+    return {"source": "peer access as torch sees it" if rows else "", "table": "\n".join(rows)}
+
+
+def _peer_bandwidth_gbps(num_gpus: int) -> list[list[float | None]]:
+    """Bandwidth of a copy of 256 MiB from each GPU to each other, GB/s, the best of 5; [] with fewer than two GPUs."""
+    if num_gpus < 2:
+        return []
+    buffers = [torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=f"cuda:{index}") for index in range(num_gpus)]
+    table: list[list[float | None]] = []
+    for source in range(num_gpus):
+        row: list[float | None] = []
+        for target in range(num_gpus):
+            if source == target:
+                row.append(None)
+                continue
+            seconds = []
+            for _ in range(6):
+                torch.cuda.synchronize(source)
+                torch.cuda.synchronize(target)
+                started = time.perf_counter()
+                buffers[target].copy_(buffers[source])
+                torch.cuda.synchronize(source)
+                torch.cuda.synchronize(target)
+                seconds.append(time.perf_counter() - started)
+            row.append(round(_COPY_BYTES / min(seconds[1:]) / 1e9, 1))
+        table.append(row)
+    return table
+
+
+def _symmetric_memory(num_gpus: int) -> dict[str, Any]:
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
+        return {"available": False, "detail": "this build of torch has none"}
+    if not num_gpus:
+        return {"available": False, "detail": "in torch, but of no use without GPUs"}
+    return {"available": True, "detail": "in torch; whether it works here is shown by nvlink below"}
+
+
+def _constants(device_type: str) -> dict[str, str]:
+    try:
+        source = constants_for(device_type).source
+    except ConfigurationError as error:
+        source = str(error)
+    return {"source": source, "path": str(stored_path(device_type))}

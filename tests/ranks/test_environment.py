@@ -1,0 +1,121 @@
+"""`lockstep env` and `lockstep bench calibrate --dispatch` on this machine, and what they say where something fails."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lockstep.cli import app
+from lockstep.dispatch.constants import DispatchConstants, stored_path
+from lockstep.runner import environment
+from lockstep.testing import RankFailure, run_ranks
+
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+@pytest.mark.ranks(2)
+def test_env_tries_each_backend_and_says_what_to_do_where_one_is_not_to_be_had():
+    shown = CliRunner().invoke(app, ["env", "--json"], catch_exceptions=False)
+    document = json.loads(shown.stdout)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["python"]
+    assert document["dispatch_constants"]["path"].endswith(".json")
+    backends = {(backend["name"], backend["transport"]): backend for backend in document["backends"]}
+    assert len(backends) == 5
+    for name in ("allgather", "alltoall"):
+        backend = backends[name, "gloo"]
+        assert backend["works"] is True, backend
+        assert "equal the reference" in backend["detail"]
+    if NUM_GPUS < 2:
+        assert shown.exit_code == 0
+        for key in (("allgather", "nccl"), ("alltoall", "nccl"), ("nvlink", "GPU memory")):
+            assert backends[key]["works"] is None
+            assert "two or more NVIDIA GPUs" in backends[key]["advice"]
+    text = environment.describe(document)
+    assert "works" in text
+    assert "lockstep" in text
+
+
+@pytest.mark.ranks(2)
+def test_a_backend_that_fails_is_reported_with_advice(monkeypatch):
+    result = environment._try_backend("carrier pigeon", "cpu")
+    assert result["works"] is False
+    assert "dispatcher must be one of" in result["detail"]
+    assert "GLOO_SOCKET_IFNAME" in result["advice"]
+    document = {"backends": [result]}
+    assert not environment.all_work(document)
+    monkeypatch.setattr(environment, "examine", lambda: document)
+    assert CliRunner().invoke(app, ["env", "--json"]).exit_code == 1
+
+
+def run_proof_with_a_wrong_reference():
+    from lockstep.moe import reference
+
+    correct = reference.moe_reference
+    reference.moe_reference = lambda *args: [rows + 0.01 for rows in correct(*args)]
+    return environment.prove("allgather", "cpu", 30.0)
+
+
+@pytest.mark.ranks(2)
+def test_results_are_compared():
+    with pytest.raises(RankFailure, match=r"results for \(5, 3\) rows are off by up to 0\.01"):
+        run_ranks(2, run_proof_with_a_wrong_reference)
+
+
+def test_what_a_backend_on_gpus_lacks(monkeypatch):
+    cuda, find_spec = environment.torch.cuda, environment.importlib.util.find_spec
+    monkeypatch.setattr(environment.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: find_spec("json"))
+    assert environment._missing("nvlink", 0) == ("no GPUs here", "gpus")
+    assert environment._missing("nvlink", 1) == ("1 GPU here", "gpus")
+    assert environment._missing("allgather", 2) is None
+    assert environment._missing("nvlink", 2) is None
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: False)
+    assert environment._missing("nvlink", 2) == ("GPUs 0 and 1 have no peer access", "peers")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    assert environment._missing("nvlink", 2) == ("no Triton", "triton")
+    monkeypatch.setattr(environment.dist, "is_nccl_available", lambda: False)
+    assert environment._missing("alltoall", 2) == ("no NCCL", "nccl")
+
+
+def test_gpus_and_links_as_text():
+    text = environment.describe(
+        {
+            "versions": {"lockstep": "0.1.0", "triton": None},
+            "machine": {"system": "Linux", "processor": "x86_64", "cores": 32},
+            "gpus": [{"index": 0, "name": "NVIDIA H200", "memory_gib": 139.8, "capability": "90"}],
+            "links": {"source": "peer access as torch sees it", "table": "- peer\npeer -"},
+            "peer_bandwidth_gbps": [[None, 386.0], [368.5, None]],
+            "symmetric_memory": {"available": True, "detail": "in torch"},
+            "dispatch_constants": {"source": "shipped, for H200", "path": "there.json"},
+            "backends": [
+                {"name": "nvlink", "transport": "GPU memory", "works": False, "detail": "rank 1 failed", "seconds": 1.0,
+                 "advice": "do this"},
+            ],
+        }
+    )  # fmt: skip
+    for part in ("GPU 0: NVIDIA H200", "peer -", "386.0", "FAILS", "rank 1 failed", "do this", "triton -"):
+        assert part in text
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.skipif(NUM_GPUS >= 2, reason="would measure GPUs, which takes longer")
+def test_calibration_is_stored_where_auto_finds_it(monkeypatch):
+    from lockstep.report import calibrate_dispatch
+
+    monkeypatch.setattr(calibrate_dispatch, "_SAMPLES", 1)
+    shown = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--json"], catch_exceptions=False)
+    assert shown.exit_code == 0
+    document = json.loads(shown.stdout)
+    assert document["file"] == str(stored_path("cpu"))
+    stored = DispatchConstants.load(document["file"])
+    assert set(stored.backends) == {"allgather", "alltoall"}
+    assert stored.source == document["source"]
+    assert all(constants.latency_us > 0 for constants in stored.backends.values())
