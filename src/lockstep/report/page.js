@@ -200,11 +200,12 @@ function drawLatencies() {
 function drawSettings() {
   if (!$("settings")) return;
   const groups = [...new Set(DATA.settings.map((item) => item.group))];
+  // Lines lie close together: the lowest point of each name bears it for all of them, with nothing below it.
+  const named = (item) => !DATA.settings.some((other) => other.label === item.label && other.y < item.y);
   Plotly.react("settings", groups.map((group, index) => {
     const items = DATA.settings.filter((item) => item.group === group);
     return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),
-      // Lines lie close together: the first one names the settings for all of them.
-      text: items.map((item) => index === 0 ? item.label : ""), textposition: "top right", customdata: items.map((item) => item.name),
+      text: items.map((item) => named(item) ? item.label : ""), textposition: "bottom center", customdata: items.map((item) => item.name),
       line: { color: lineColor(index), dash: DASHES[index % 8] }, marker: { size: 9, symbol: index % 8 },
       hovertemplate: "%{customdata}<br>%{y:.1f} % lost, %{x:.3g} s<extra></extra>" };
   }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] } },

@@ -85,7 +85,7 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
     headings = [names[name] for name in shown] + ["tok/s", "lost", "unused"]
     headings += [name.replace("_", " ") for name in counted]
-    title = f"{settings[0]['requests']:,} requests, {len(settings)} settings; times in ms, half / 99 % within"
+    title = f"{settings[0]['requests']:,} requests, {len(settings)} settings; times in ms, half/99 % within"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for heading in (*headings, "TTFT", "TPOT", "queue"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -99,7 +99,7 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
         ]
         for name in ("ttft_s", "tpot_s"):
             p50, p99 = 1e3 * item[name]["p50"], 1e3 * item[name]["p99"]
-            cells.append(f"{p50:,.0f} / {p99:,.0f}" if p99 >= 10 else f"{p50:.1f} / {p99:.1f}")
+            cells.append(f"{p50:,.0f}/{p99:,.0f}" if p99 >= 10 else f"{p50:.1f}/{p99:.1f}")
         cells.append(f"{1e3 * item['queue_s']['mean']:,.0f}")
         table.add_row(*cells, style="bold green" if index == best else None)
     console = Console(file=sys.stdout)
