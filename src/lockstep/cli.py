@@ -5,6 +5,7 @@ Exit status: 0 done (and, where outputs were compared, all equal); 1 the run fai
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -387,6 +388,10 @@ def main() -> None:
         sys.exit(2)
     except (LockstepError, OSError) as error:  # a disk that is full, say: what was written is kept
         typer.echo(f"lockstep: error: {type(error).__name__}: {error}", err=True)
+        if "RANK" in os.environ:
+            # A rank of torchrun's: its groups may be in any state, and an orderly end would wait for their peers.
+            sys.stdout.flush()
+            os._exit(1)
         sys.exit(1)
 
 

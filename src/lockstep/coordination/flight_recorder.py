@@ -33,7 +33,7 @@ FORMAT = "lockstep-flight-recorder-1"
 
 _ROLL_CALL_S = 0.5
 _PUBLISH_S = 0.5
-_STORE_S = 2.0
+_STORE_S = 0.9
 
 
 class Phase(IntEnum):
@@ -378,7 +378,9 @@ class FlightRecorder:
     def _publish(self) -> None:
         store = self._store
         assert store is not None
-        while not self._closed.wait(_PUBLISH_S):
+        wait_s = 0.0
+        while not self._closed.wait(wait_s):
+            wait_s = _PUBLISH_S
             last = self._ring[-1][0] if self._ring else time.monotonic_ns()
             place = _pack_place(self.step, self.phase, self.layer)
             ago = (time.monotonic_ns() - last) / 1e9

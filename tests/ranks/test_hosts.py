@@ -1,0 +1,178 @@
+"""Two hosts, as network namespaces with a cable between them: the main job runs, and the cable is cut, slow, healed.
+
+Each namespace has shared memory of its own, as hosts have, so the ranks agree over gloo. Needs root; where namespaces
+are not allowed the tests skip themselves.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lockstep.models.tiny import make_tiny
+
+pytestmark = [pytest.mark.timeout(170), pytest.mark.ranks(4)]
+HOSTS = ("lockstep-a", "lockstep-b")
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+DEADLINE_S = 4.0
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two namespaces joined by a veth pair, `v0` and `v1`."""
+    try:
+        made = [ip("netns", "add", host) for host in HOSTS]
+    except FileNotFoundError:
+        pytest.skip("no `ip` command here")
+    try:
+        made.append(ip("link", "add", "v0", "netns", HOSTS[0], "type", "veth", "peer", "name", "v1", "netns", HOSTS[1]))
+        for index, host in enumerate(HOSTS):
+            made.append(ip("-n", host, "addr", "add", f"{ADDRESSES[index]}/24", "dev", f"v{index}"))
+            made.append(ip("-n", host, "link", "set", f"v{index}", "up"))
+            made.append(ip("-n", host, "link", "set", "lo", "up"))
+        failed = [result.stderr.strip() for result in made if result.returncode != 0]
+        if failed:
+            pytest.skip(f"network namespaces are not allowed here: {failed[0]}")
+        yield HOSTS
+    finally:
+        for host in HOSTS:
+            ip("netns", "del", host)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A checkpoint and a workload."""
+    folder = tmp_path_factory.mktemp("hosts")
+    make_tiny(folder / "tiny", num_layers=2, num_experts=12)
+    lines = [
+        {"prompt": "Over the cable. " * (1 + n % 3), "max_new_tokens": 5 + n, "arrival_s": 0.2 * n} for n in range(16)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def start(job, out, port):
+    """The ranks of the main job, two on each host, as torchrun would start them."""
+    processes = []
+    for rank in range(4):
+        host = rank // 2
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": f"v{host}",
+            "HF_HUB_OFFLINE": "1", "LOCKSTEP_RECORDER_DIR": str(job),
+        }  # fmt: skip
+        command = [
+            sys.executable, "-m", "lockstep.cli", "run", "--model", job / "tiny", "--workload", job / "prompts.jsonl",
+            "--data-parallel-size", 4, "--out", job / out, "--deadline", DEADLINE_S, "--json",
+        ]  # fmt: skip
+        own_memory = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+        command = ["ip", "netns", "exec", HOSTS[host], "unshare", "-m", "sh", "-c", own_memory, "sh", *command]
+        log = (job / f"{out}-{rank}.log").open("w")
+        processes.append(subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def logs(job, out):
+    return [(job / f"{out}-{rank}.log").read_text() for rank in range(4)]
+
+
+def wait_all(processes, seconds):
+    """Exit status of each, None for one that hangs, and how long after now each ended."""
+    started, codes, ended = time.monotonic(), [None] * len(processes), [None] * len(processes)
+    while None in codes and time.monotonic() < started + seconds:
+        for index, process in enumerate(processes):
+            if codes[index] is None and process.poll() is not None:
+                codes[index], ended[index] = process.returncode, time.monotonic() - started
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes, ended
+
+
+def until_some_are_finished(job, out, processes):
+    until = time.monotonic() + 100
+    while time.monotonic() < until:
+        parts = list((job / out / "parts").glob("outputs-rank*.jsonl")) if (job / out / "parts").exists() else []
+        if sum(part.read_text().count("\n") for part in parts) >= 2:
+            return
+        assert all(process.poll() is None for process in processes), logs(job, out)
+        time.sleep(0.01)
+    raise AssertionError(logs(job, out))
+
+
+def outputs_of(folder):
+    lines = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    return [(line["request_id"], line["tokens"]) for line in lines]
+
+
+def assert_done(job, out, codes):
+    assert codes == [0, 0, 0, 0], logs(job, out)
+    summary = json.loads((job / out / "summary.json").read_text())
+    assert (summary["verified"], summary["mismatches"], summary["requests"]) == (True, 0, 16)
+
+
+def test_the_main_job_runs_over_two_hosts(hosts, job):
+    codes, _ = wait_all(start(job, "healthy", 29511), 150)
+    assert_done(job, "healthy", codes)
+
+
+def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
+    processes = start(job, "cut", 29512)
+    until_some_are_finished(job, "cut", processes)
+    ip("-n", hosts[1], "link", "set", "v1", "down")
+    try:
+        codes, ended = wait_all(processes, 60)
+    finally:
+        ip("-n", hosts[1], "link", "set", "v1", "up")
+    texts = logs(job, "cut")
+    assert codes == [1, 1, 1, 1], texts
+    assert max(ended) < DEADLINE_S + 1 + 1, ended  # the second of grace, and one for a busy host
+    for text in texts:
+        assert "RankAbsentError" in text
+    for text in texts[:2]:  # where the store is
+        assert "ranks 2, 3 absent: rank 2 was last seen " in text
+    for text in texts[2:]:
+        assert "could not be found out" in text
+    assert not (job / "cut" / "outputs.jsonl").exists()
+
+
+def test_a_cable_that_heals_within_the_deadline_costs_nothing(hosts, job):
+    processes = start(job, "healed", 29513)
+    until_some_are_finished(job, "healed", processes)
+    ip("-n", hosts[1], "link", "set", "v1", "down")
+    time.sleep(0.8)
+    ip("-n", hosts[1], "link", "set", "v1", "up")
+    codes, _ = wait_all(processes, 120)
+    assert_done(job, "healed", codes)
+
+
+def test_a_loose_contact_slows_the_run_and_changes_nothing(hosts, job):
+    processes = start(job, "loose", 29515)
+    until_some_are_finished(job, "loose", processes)
+    for _ in range(12):
+        ip("-n", hosts[1], "link", "set", "v1", "down")
+        time.sleep(0.1)
+        ip("-n", hosts[1], "link", "set", "v1", "up")
+        time.sleep(0.3)
+    codes, _ = wait_all(processes, 120)
+    assert_done(job, "loose", codes)
+
+
+def test_a_slow_cable_that_loses_packets(hosts, job):
+    tc = ["ip", "netns", "exec", hosts[0], "tc", "qdisc", "add", "dev", "v0", "root"]
+    added = subprocess.run([*tc, "netem", "delay", "50ms", "loss", "5%"], capture_output=True, text=True, check=False)
+    if added.returncode != 0:
+        pytest.skip(f"no netem here: {added.stderr.strip()}")
+    try:
+        codes, _ = wait_all(start(job, "slow", 29514), 160)
+    finally:
+        subprocess.run(["ip", "netns", "exec", hosts[0], "tc", "qdisc", "del", "dev", "v0", "root"], check=False)
+    assert_done(job, "slow", codes)
