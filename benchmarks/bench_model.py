@@ -1,9 +1,9 @@
-"""A whole model over the GPUs at hand: decode and prefill with uneven batches, against Transformers and our own backends.
+"""A whole model over the GPUs at hand: decode and prefill with uneven batches, against Transformers and our backends.
 
 Qwen3-30B-A3B's shape with random weights. Every rank first runs its own batch on the whole model, alone, and the logits
-of the parallel model are held against that. Then, in one run: our `allgather` (NCCL), our `nvlink`, eager and with decode
-steps as CUDA graphs, and Transformers' own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands;
-fewer layers, since it needs a checkpoint on disk). bfloat16, the slowest rank counts, medians.
+of the parallel model are held against that. Then, in one run: our `allgather` (NCCL), our `nvlink`, eager and with
+decode steps as CUDA graphs, and Transformers' own expert parallelism (`all_to_all`, FSDP on the dense weights as it
+demands; fewer layers, since it needs a checkpoint on disk). bfloat16, the slowest rank counts, medians.
 
     torchrun --nproc-per-node 2 benchmarks/bench_model.py --out results.jsonl
 """

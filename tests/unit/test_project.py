@@ -96,7 +96,7 @@ def test_the_first_example_of_the_readme_gives_what_it_says():
     metadata = names["metadata"]
     assert repr(metadata.cu_tokens_across_sp(1)) in block
     with metadata.sp_local_sizes(2) as sizes:
-        assert f"sizes                                                       # {sizes}" in block
+        assert f"sizes  # {sizes}" in block
     with metadata.chunked_sizes(1, 256, 1) as sizes:
         assert f"# {sizes}" in block
         assert metadata.get_chunk_sizes_across_dp_rank() == sizes
