@@ -463,6 +463,12 @@ class NvlinkDispatcher:
         channel.num_rows = None
         return output
 
+    def forget_capture(self) -> None:
+        """Free the channels after a capture that failed: what it recorded has not run and will not."""
+        for channel in self._channels:
+            channel.num_rows = None
+        self._next_channel = 0  # where a model begins each step, since every dispatch of it is combined in turn
+
     def check(self, *, wait: bool = False) -> None:
         """Raise if a kernel has ended because a rank did not come or brought too many tokens.
 
