@@ -28,7 +28,7 @@ _PRELOAD = (
 )
 # How long the other ranks may go on once one has failed: they need it to notice, and to say so.
 _AFTER_FAILURE_S = 3.0
-_AFTER_INTERRUPT_S = 1.0
+_AFTER_INTERRUPT_S = 0.5
 _INTERRUPTED = 130
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
