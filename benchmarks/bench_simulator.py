@@ -111,7 +111,7 @@ def plot(rows, path):
     figure.update_xaxes(type="log", title="ranks", tickvals=[row["ranks"] for row in rows])
     figure.update_yaxes(title="CPU time per rank-step (us)", rangemode="tozero")
     figure.update_layout(title="Cost of simulating one rank for one step", template="plotly_white")
-    figure.write_html(path)
+    figure.write_html(path, config={"displayModeBar": False})
 
 
 def main():
