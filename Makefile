@@ -25,6 +25,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for name in dp_metadata agreement alltoall generate simulator; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
+# Random faults, about half an hour; SEED=... for another half hour.
+SEED ?= 1
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
+
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 

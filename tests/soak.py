@@ -47,14 +47,16 @@ def random_case(rng):
     return kind, replace(case, fault=fault)
 
 
-def run_batch(path, cases, folder):
+def run_batch(path, cases, folder, deadline_s):
     """Run survivable cases in one spawn; return `(case, sentences, results)` of each."""
+    if not cases:
+        return []
     try:
-        results = run_ranks(3, matrix.run_survivable, path, cases, folder, deadline_s=60 + 8 * len(cases))
+        results = run_ranks(3, matrix.run_survivable, path, cases, folder, deadline_s, deadline_s=60 + 8 * len(cases))
     except RankFailure as failure:
         return [(cases[0], [f"a rank hung or died in a batch of {len(cases)}: {failure}"], [])]
     rows = zip(cases, zip(*results, strict=True), strict=True)
-    return [(case, matrix.verdict(case, ranks), ranks) for case, ranks in rows]
+    return [(case, matrix.verdict(case, ranks, deadline_s), ranks) for case, ranks in rows]
 
 
 def run_one(path, case, folder):
@@ -73,7 +75,8 @@ def soak(path, folder, seed, num_cases, minutes):
     figures = {"seed": seed, "cases": 0, "survivable": 0, "late": 0, "lethal": 0, "hangs": 0, "wrong": 0}
     while figures["cases"] < num_cases and time.monotonic() < until:
         drawn = [random_case(rng) for _ in range(min(CASES_PER_SPAWN, num_cases - figures["cases"]))]
-        outcomes = run_batch(path, [case for kind, case in drawn if kind != "lethal"], folder)
+        outcomes = run_batch(path, [case for kind, case in drawn if kind == "survivable"], folder, matrix.DEADLINE_S)
+        outcomes += run_batch(path, [case for kind, case in drawn if kind == "late"], folder, matrix.SHORT_DEADLINE_S)
         outcomes += [run_one(path, case, folder) for kind, case in drawn if kind == "lethal"]
         for kind, _ in drawn:
             figures[kind] += 1
@@ -91,10 +94,13 @@ def soak(path, folder, seed, num_cases, minutes):
 
 def every_case(path, folder):
     """Run every case of the table once."""
-    survivable = matrix.survivable_cases() + matrix.late_cases()
     outcomes = []
-    for start in range(0, len(survivable), CASES_PER_SPAWN):
-        outcomes += run_batch(path, survivable[start : start + CASES_PER_SPAWN], folder)
+    for cases, deadline_s in (
+        (matrix.survivable_cases(), matrix.DEADLINE_S),
+        (matrix.late_cases(), matrix.SHORT_DEADLINE_S),
+    ):
+        for start in range(0, len(cases), CASES_PER_SPAWN):
+            outcomes += run_batch(path, cases[start : start + CASES_PER_SPAWN], folder, deadline_s)
     return outcomes + [run_one(path, case, folder) for case in matrix.lethal_cases()]
 
 

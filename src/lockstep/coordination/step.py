@@ -26,13 +26,14 @@ Wire = tuple[Words, Words]
 
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
-_REDUCERS: dict[str, Callable[[tuple[int, ...]], Any]] = {
+_FIRST = itemgetter(0)
+_REDUCERS: dict[str, Callable[[Sequence[int]], Any]] = {
     "gather": tuple,
     "max": max,
     "min": min,
     "all": all,
     "any": any,
-    "equal": itemgetter(0),
+    "equal": _FIRST,
 }
 
 
@@ -147,8 +148,8 @@ class _Layout:
         self.record_class = record_class
         self.names = tuple(item.name for item in items)
         self.reducers = tuple(item.metadata["decided_by"] for item in items)
-        self.reduce = tuple((name, _REDUCERS[by]) for name, by in zip(self.names, self.reducers, strict=True))
-        self.equal = tuple(index for index, by in enumerate(self.reducers) if by == "equal")
+        pairs = zip(self.names, self.reducers, strict=True)
+        self.fields = tuple((name, attrgetter(name), _REDUCERS[by]) for name, by in pairs)
         self.values_of: Callable[[StepRecord], tuple[int, ...]] = attrgetter(*self.names)
         # Unlike classes are told apart by it.
         self.fingerprint = zlib.crc32(repr(tuple(zip(self.names, self.reducers, strict=True))).encode())
@@ -208,19 +209,21 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
             f"{len(records)} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
         )
     record_class = type(records[0])
-    if len(set(map(type, records))) > 1:
-        rank, other = next((i, type(r).__name__) for i, r in enumerate(records) if type(r) is not record_class)
-        raise RankMismatchError(f"rank {rank} sent a {other} where rank 0 sent a {record_class.__name__}")
+    for record in records:
+        if record.__class__ is not record_class:
+            rank, other = next((i, type(r).__name__) for i, r in enumerate(records) if type(r) is not record_class)
+            raise RankMismatchError(f"rank {rank} sent a {other} where rank 0 sent a {record_class.__name__}")
     layout = _layout(record_class)
-    columns = list(zip(*map(layout.values_of, records), strict=True))
-    num_tokens = columns[0]
+    values: dict[str, Any] = {}
+    for name, value_of, reduce in layout.fields:
+        column = [*map(value_of, records)]
+        if reduce is _FIRST and len(set(column)) > 1:
+            raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
+        values[name] = reduce(column)
+    num_tokens: tuple[int, ...] = values["num_tokens"]
     if min(num_tokens) < 0:
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
-    for index in layout.equal:
-        if len(set(columns[index])) > 1:
-            raise RankMismatchError(f"ranks disagree about {layout.names[index]}: {_by_rank(columns[index])}")
-    values = {name: reduce(column) for (name, reduce), column in zip(layout.reduce, columns, strict=True)}
 
     if values["paused"] or values["failed"]:
         counts = (0,) * (len(records) // tensor_parallel_size)
