@@ -167,15 +167,18 @@ COST_CONSTANTS = {
         expert_share=0.0625,
         source="h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic",
     ),
-    # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it; measure your
-    # own.
+    # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it to repeated runs
+    # of three workloads; measure your own.
     "cpu": CostConstants(
-        step_us=23_480,
-        token_us=11.8,
-        decode_context_us=2.82,
-        prefill_context_us=0.0282,
-        expert_row_us=37.3,
-        source="cpu: fitted to a run of the tiny model over 2 ranks on 2 cores that others used too",
+        step_us=21_680,
+        token_us=31.0,
+        decode_context_us=0.322,
+        prefill_context_us=0.00778,
+        expert_row_us=30.4,
+        request_us=523,
+        weights_us=10_270,
+        expert_share=0.25,
+        source="cpu: fitted to runs of the tiny model over 2 ranks on 2 cores that others used too",
     ),
     # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
     "linear": CostConstants(step_us=15_000, token_us=30, source="assumed: 15 ms and 30 us per row of the longest rank"),
