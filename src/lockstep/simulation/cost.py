@@ -167,8 +167,8 @@ COST_CONSTANTS = {
         expert_share=0.0625,
         source="h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic",
     ),
-    # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it to repeated runs
-    # of three workloads; measure your own.
+    # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it to 29 runs of
+    # three workloads; measure your own.
     "cpu": CostConstants(
         step_us=21_680,
         token_us=31.0,
