@@ -156,7 +156,7 @@ def main() -> int:
     document = {"benchmark": "agreement", "machine": about, "pinned": options.pin, "rows": rows}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        hardware = f"{about['cores']}cores"
+        hardware = f"cpu-{about['cores']}-cores"
         path = options.out / f"agreement_{hardware}_{about['date']}_{about['commit']}.jsonl"
         path.write_text("".join(json.dumps({**about, "pinned": options.pin, **row}) + "\n" for row in rows))
     print(json.dumps(document))

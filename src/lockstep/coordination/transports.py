@@ -19,7 +19,7 @@ CHECK_S = 0.1
 
 # A wait in shared memory looks without pause for the first time, gives way to other threads up to the second, and then
 # sleeps between looks, longer and longer.
-_SPIN_NS = 60_000
+_SPIN_NS = 20_000
 _YIELD_NS = 400_000
 _SLEEP_S = (0.00002, 0.001)
 
@@ -181,8 +181,7 @@ class _PendingBoard:
             now = time.monotonic_ns()
             if now >= spin_until:
                 if now < yield_until:
-                    os.sched_yield()  # to other processes
-                    time.sleep(0)  # to other threads of this one
+                    os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
                 else:
                     time.sleep(sleep_s)
                     sleep_s = min(1.3 * sleep_s, _SLEEP_S[1])
