@@ -1,6 +1,7 @@
 """One of three ranks breaks, in every phase and way: no hang, no wrong output, the right rank named, in time."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fault_matrix import (
@@ -70,3 +71,10 @@ def test_every_case_is_another_one():
     names = [case.name for case in survivable_cases() + late_cases() + lethal_cases()]
     assert len(set(names)) == len(names)
     assert len(names) >= 100
+
+
+def test_the_published_table_has_every_case():
+    table = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text().split("<!-- cases: begin -->")[1]
+    published = [line.split("|")[1].strip() for line in table.splitlines()[3:] if line.startswith("|")]
+    assert published == [case.name for case in survivable_cases() + late_cases() + lethal_cases()]
+    assert "WRONG" not in table
