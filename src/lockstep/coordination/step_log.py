@@ -123,7 +123,11 @@ def read_step_log(*paths: str | Path) -> StepLog:
     torn = False
     for path in paths:
         if _is_parquet(path):
-            records.extend(_parquet_records(path))
+            try:
+                records.extend(_parquet_records(path))
+            except (ValueError, TypeError, OSError) as error:  # PyArrow's own errors are ValueErrors or OSErrors
+                first = str(error).strip().split("\n", 1)[0]
+                raise ConfigurationError(f"{path} is not a step log in Parquet: {first}") from None
             continue
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):

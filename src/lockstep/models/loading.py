@@ -167,10 +167,12 @@ def check_files(folder: Path) -> None:
     expected: dict[str, set[str]] = {}
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigurationError(f"{index} is not an index of safetensors files: {error!r}") from error
         for tensor, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ConfigurationError(f"{index} names {file!r:.80}, which is no file of its folder")
             expected.setdefault(file, set()).add(tensor)
     else:
         expected = {file.name: set() for file in sorted(folder.glob("*.safetensors"))}
@@ -195,9 +197,9 @@ def _tensors_of(file: Path) -> set[str]:
         try:
             header = json.loads(stream.read(header_size))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            needed = 8 + header_size + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ConfigurationError(f"{file} has no readable safetensors header: {error!r}") from error
-    needed = 8 + header_size + max(ends, default=0)
     if size != needed:
         raise ConfigurationError(f"{file} is truncated or damaged: {size} bytes, its header says {needed}")
     return set(header) - {"__metadata__"}
