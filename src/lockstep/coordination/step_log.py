@@ -125,7 +125,7 @@ def read_step_log(*paths: str | Path) -> StepLog:
         if _is_parquet(path):
             try:
                 records.extend(_parquet_records(path))
-            except (ValueError, TypeError, OSError) as error:  # PyArrow's own errors are ValueErrors or OSErrors
+            except (ValueError, TypeError, OSError, RuntimeError) as error:  # PyArrow raises any of them
                 first = str(error).strip().split("\n", 1)[0]
                 raise ConfigurationError(f"{path} is not a step log in Parquet: {first}") from None
             continue
