@@ -88,7 +88,8 @@ def execute(command: RunCommand) -> int:
         return _finish(command, options, result, console)
     except KeyboardInterrupt:
         _say_how_far(out, console, time.perf_counter() - started)
-        return 130
+        sys.stderr.flush()
+        os._exit(130)  # nothing is left to write, and unloading torch takes most of a second
 
 
 def run_one_rank(options: RunOptions) -> dict[str, Any]:
