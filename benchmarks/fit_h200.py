@@ -25,7 +25,7 @@ from lockstep.simulation.cost import CostConstants
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, HEAD_US = 48, 145.0
-STEPS, WARM_STEPS = 20, 3  # of benchmarks/bench_model.py: the context grows while it measures
+STEPS, WARM_STEPS = 20, 3  # where a record of benchmarks/bench_model.py does not say how far it had decoded
 SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic"
 
 
@@ -56,8 +56,10 @@ def experts():
 def decode_steps():
     """Return the measured decode steps: rows and KV entries of each rank, `[steps, ranks]`, and us with 8 layers."""
     rows = read("model_h200x2_*", backend="lockstep nvlink graph", layers=8)
+    rows = [row for row in rows if not isinstance(row["prompt"], list)]  # prompts of one length
     tokens = np.array([row["batches"] for row in rows])
-    context = tokens * (np.array([[row["prompt"]] for row in rows]) + WARM_STEPS + (STEPS + 1) / 2)
+    decoded = [[row.get("decoded", WARM_STEPS + (STEPS + 1) / 2)] for row in rows]
+    context = tokens * (np.array([[row["prompt"]] for row in rows]) + decoded)
     return tokens, context, 1e3 * np.array([row["decode_ms"] for row in rows])
 
 
