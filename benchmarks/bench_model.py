@@ -104,14 +104,17 @@ class Run:
         }
 
     def say(self, text):
+        """Print on rank 0, with the time since the start."""
         if self.rank == 0:
             print(f"{time.time() - self.started:6.1f} s: {text}", flush=True)
 
     def sync(self):
+        """Wait for this rank's GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def barrier(self):
+        """Wait for all ranks."""
         dist.barrier(self.control)
 
     def largest(self, *values):
@@ -133,6 +136,7 @@ class Run:
         return torch.cuda.max_memory_allocated(), total - free
 
     def write(self, record):
+        """Print a record and append it to the file, on rank 0."""
         if self.rank == 0:
             record = record | self.fields
             self.say(record)
