@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,9 @@ def make_mapped_dispatcher(
     top_k: int,
     max_rows_per_rank: int,
     deadline_s: float = DEADLINE_S,
+    fp8: bool = False,
+    num_channels: int = 1,
+    blocks: int | None = None,
 ) -> Dispatcher:
     """Make the `nvlink` dispatcher, whose buffers need to know their sizes. Collective.
 
@@ -143,21 +146,32 @@ def make_mapped_dispatcher(
         top_k: experts per row.
         max_rows_per_rank: most rows of one rank in one call.
         deadline_s: longest wait for any rank, in seconds.
+        fp8: send rows as float8_e4m3fn, with a scale per 128 values.
+        num_channels: how many dispatches may be under way before the first is combined.
+        blocks: of each launch, >= 2; None for as many as make it fastest when nothing runs beside it.
 
     Raises:
         ConfigurationError: on a machine without GPUs, or sizes that cannot work.
     """
     if not torch.cuda.is_available():
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
-    from lockstep.dispatch.nvlink import NvlinkDispatcher
+    from lockstep.dispatch.nvlink import NvlinkDispatcher, launch_sizes
 
+    launch = None
+    if blocks is not None:
+        ranks = process_group.size()
+        launch = launch_sizes(blocks, ranks, num_experts // ranks, hidden_size, max_rows_per_rank)
+        launch = replace(launch, plan_blocks=blocks // 2, push_blocks=blocks - blocks // 2, combine_blocks=blocks)
     return NvlinkDispatcher(
         process_group,
         num_experts=num_experts,
         hidden_size=hidden_size,
         top_k=top_k,
         max_tokens_per_rank=max_rows_per_rank,
+        fp8=fp8,
+        num_channels=num_channels,
         deadline_s=deadline_s,
+        launch=launch,
     )
 
 
@@ -297,6 +311,31 @@ class AutoDispatcher:
         return Exchange(tuple(sizes), self.num_experts, top_k, states + 8 * top_k, states)
 
 
+def goes_to(
+    name: str,
+    dispatcher: Dispatcher,
+    sizes: Sequence[int],
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device_type: str,
+) -> bool:
+    """Say whether one call with these agreed sizes goes to a backend.
+
+    Args:
+        name: of the backend.
+        dispatcher: of the layer.
+        sizes: rows of every rank, `[ranks]`.
+        hidden_size: of a row.
+        top_k: experts per row.
+        dtype: of the rows.
+        device_type: "cpu" or "cuda".
+    """
+    if isinstance(dispatcher, AutoDispatcher):
+        return dispatcher.picks(sizes, hidden_size, top_k, dtype, device_type) == name
+    return dispatcher.name == name
+
+
 def captures(dispatcher: Dispatcher, sizes: Sequence[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> bool:
     """Say whether dispatch and combine of these agreed sizes may be part of a CUDA graph.
 
@@ -311,5 +350,5 @@ def captures(dispatcher: Dispatcher, sizes: Sequence[int], hidden_size: int, top
         return False
     # A replay does not choose anew: the graph must be of the backend that all other ranks take for these sizes.
     return not isinstance(dispatcher, AutoDispatcher) or (
-        dispatcher.picks(sizes, hidden_size, top_k, dtype, "cuda") == "nvlink"
+        goes_to("nvlink", dispatcher, sizes, hidden_size, top_k, dtype, "cuda")
     )

@@ -47,8 +47,11 @@ from lockstep.models.graphs import StepGraphs
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
+from lockstep.moe.overlap import Overlap, chunk_size
 
 _MAPPED_ROWS = 4096  # rows of each rank that fit into buffers mapped by all peers, where no chunk size is given
+_OVERLAP_FROM: int | None = None  # see `ModelParallel.overlap_from`
+_OVERLAP_MULTIPROCESSORS = 16  # for dispatch and combine, where they run under experts
 EXPERTS_IMPLEMENTATION = "lockstep"
 """Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
 
@@ -59,6 +62,7 @@ def from_pretrained(
     tensor_parallel_size: int = 1,
     max_chunk_size_per_rank: int | None = None,
     dispatcher: str = "allgather",
+    fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
@@ -75,6 +79,8 @@ def from_pretrained(
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
+            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
@@ -88,7 +94,7 @@ def from_pretrained(
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
-    _check_options(max_chunk_size_per_rank, dispatcher, deadline_s)
+    _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
     group = _process_group(process_group)
     config = _parallel_config(group, tensor_parallel_size)
     if device is None:
@@ -106,7 +112,7 @@ def from_pretrained(
     )
     if group is None:
         return model
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug))
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
     return model
 
 
@@ -115,6 +121,7 @@ def parallelize(
     *,
     max_chunk_size_per_rank: int | None = None,
     dispatcher: str = "allgather",
+    fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
@@ -127,6 +134,8 @@ def parallelize(
         model: the model, whole; changed in place.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
+            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
@@ -137,7 +146,7 @@ def parallelize(
     Raises:
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
-    _check_options(max_chunk_size_per_rank, dispatcher, deadline_s)
+    _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
     group = _process_group(process_group)
     if group is None:
         find_experts(model)
@@ -147,7 +156,7 @@ def parallelize(
     config = _parallel_config(group, 1)
     shard_experts(model, config.rank, config.world_size)
     model.eval()
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug))
+    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
     return model
 
 
@@ -217,8 +226,12 @@ class ModelParallel:
         dispatcher: name of the backend.
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
+        fp8_dispatch: send rows to their experts in fp8.
 
     Attributes:
+        overlap_from: steps in which a rank has so many rows or more are cut into two chunks or more, and those of
+            several chunks run with one's dispatch under another's experts, where `nvlink` takes them. None: chunks run
+            one after another. Equal on all ranks; read by `open`.
         layers: the MoE layers in forward order; filled by `open`.
         coordinator: filled by `open`.
         recorder: what this rank did last; filled by `open`.
@@ -234,6 +247,7 @@ class ModelParallel:
         dispatcher: str,
         deadline_s: float,
         debug: bool = False,
+        fp8_dispatch: bool = False,
     ) -> None:
         self.model = model
         self.config = config
@@ -243,6 +257,8 @@ class ModelParallel:
         self.dispatcher_name = dispatcher
         self.deadline_s = deadline_s
         self.debug = debug
+        self.fp8_dispatch = fp8_dispatch
+        self.overlap_from: int | None = _OVERLAP_FROM
         self.layers: list[MoELayer] = []
         self.coordinator: Coordinator
         self.recorder: FlightRecorder
@@ -251,7 +267,8 @@ class ModelParallel:
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
         self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
         self._groups: list[dist.ProcessGroup] = []
-        self._mapped: dict[tuple[int, int, int], Dispatcher] = {}
+        self._mapped: dict[tuple[int, ...], Dispatcher] = {}
+        self._overlaps: dict[tuple[int, int, int], Overlap] = {}
         self._can_map = False
         self._constants: DispatchConstants | None = None  # for `auto`, which chooses by them
         self._epoch = -1
@@ -308,7 +325,7 @@ class ModelParallel:
             # Not destroyed before the process ends: torch gives a destroyed group's name to the next one of the same
             # ranks, which then finds the old addresses in the store and connects to nobody (seen on gloo).
             watch_group(group, None)
-        self._groups, self._mapped = [], {}
+        self._groups, self._mapped, self._overlaps = [], {}, {}
         self._epoch = -1
 
     @contextlib.contextmanager
@@ -382,14 +399,17 @@ class ModelParallel:
         if self._last_step is not None:
             self._last_step.wait()  # steps run one after another, whichever stream each is on
         counts, tp_size, rank = decision.num_tokens_across_dp, self.config.tensor_parallel_size, self.config.rank
-        self._plan = ChunkPlan(counts, tp_size, self.max_chunk_size_per_rank, rank)
-        dispatcher, shape = self.layers[0].dispatcher, self._shapes[0]
-        if isinstance(dispatcher, AutoDispatcher) and dispatcher.has_limits:
+        limit = self.max_chunk_size_per_rank
+        self._plan = ChunkPlan(counts, tp_size, limit, rank)
+        first = self.layers[0]
+        if isinstance(first.dispatcher, AutoDispatcher) and first.dispatcher.has_limits:
             # Its fastest backend may take fewer rows at a time than this step has; from agreed counts all cut alike.
-            kind = (shape.hidden_size, shape.top_k, shape.dtype, shape.device.type)
-            choice = dispatcher.choose(self._plan.sp_rows, *kind, self.max_chunk_size_per_rank)
-            if choice.max_chunk_size != self.max_chunk_size_per_rank:
-                self._plan = ChunkPlan(counts, tp_size, choice.max_chunk_size, rank)
+            kind = (first.hidden_size, first.top_k, first.dtype, first.device.type)
+            limit = first.dispatcher.choose(self._plan.sp_rows, *kind, limit).max_chunk_size
+        if first.overlap is not None and limit is not None:  # without a limit `auto` has not chosen `nvlink`
+            limit = chunk_size(max(self._plan.sp_rows), limit, self.overlap_from)
+        if limit != self.max_chunk_size_per_rank:
+            self._plan = ChunkPlan(counts, tp_size, limit, rank)
         return self._plan
 
     def _end_step(self, plan: ChunkPlan, failure: BaseException | None) -> None:
@@ -502,6 +522,7 @@ class ModelParallel:
                 deadline_s=self.deadline_s,
                 recorder=self.recorder,
                 index=index,
+                overlap=self._make_overlap(experts, shape, data),
             )
             for index, (experts, shape) in enumerate(zip(self._experts, self._shapes, strict=True))
         ]
@@ -521,9 +542,11 @@ class ModelParallel:
         experts.check_device_kernels()
         return self._mapped_dispatcher(num_experts, shape, group)
 
-    def _mapped_dispatcher(self, num_experts: int, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
+    def _mapped_dispatcher(
+        self, num_experts: int, shape: "_Shape", group: dist.ProcessGroup, **options: int
+    ) -> Dispatcher:
         # Its buffers are mapped by all peers, and layers run one after another: those of one shape share them.
-        key = (num_experts, shape.hidden_size, shape.top_k)
+        key = (num_experts, shape.hidden_size, shape.top_k, *options.values())
         if key not in self._mapped:
             self._mapped[key] = make_mapped_dispatcher(
                 group,
@@ -532,8 +555,21 @@ class ModelParallel:
                 top_k=shape.top_k,
                 max_rows_per_rank=self.max_chunk_size_per_rank or _MAPPED_ROWS,
                 deadline_s=self.deadline_s,
+                fp8=self.fp8_dispatch,
+                **options,
             )
         return self._mapped[key]
+
+    def _make_overlap(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Overlap | None:
+        """What takes steps of several chunks where `nvlink` does: its buffers once more, for two chunks under way."""
+        key = (experts.num_local_experts * self.config.world_size, shape.hidden_size, shape.top_k)
+        if self.overlap_from is None or key not in self._mapped:
+            return None
+        if key not in self._overlaps:
+            blocks = _OVERLAP_MULTIPROCESSORS
+            dispatcher = self._mapped_dispatcher(key[0], shape, group, num_channels=2, blocks=blocks)
+            self._overlaps[key] = Overlap(dispatcher, self.device, blocks)
+        return self._overlaps[key]
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks; small, so that it can be compared by name."""
@@ -543,6 +579,8 @@ class ModelParallel:
             "tensor_parallel_size": self.config.tensor_parallel_size,
             "max_chunk_size_per_rank": self.max_chunk_size_per_rank,
             "dispatcher": self.dispatcher_name,
+            "fp8 dispatch": self.fp8_dispatch,
+            "overlap from": self.overlap_from,
             "dispatch constants": self._constants.summary if self._constants is not None else "",
             "MoE layers": len(self._experts),
             "local experts": [experts.num_local_experts for experts in self._experts],
@@ -689,12 +727,14 @@ def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return int(embeds.shape[:-1].numel())
 
 
-def _check_options(max_chunk_size_per_rank: int | None, dispatcher: str, deadline_s: float) -> None:
+def _check_options(max_chunk_size_per_rank: int | None, dispatcher: str, fp8_dispatch: bool, deadline_s: float) -> None:
     """Before anything is loaded."""
     if max_chunk_size_per_rank is not None:
         check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
     if dispatcher not in DISPATCHERS:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {dispatcher!r}")
+    if fp8_dispatch and dispatcher != "nvlink":
+        raise ConfigurationError(f"fp8_dispatch needs dispatcher 'nvlink', got {dispatcher!r}")
     if not 0 < deadline_s < float("inf"):
         raise ConfigurationError(f"deadline_s must be a number > 0, got {deadline_s}")
 

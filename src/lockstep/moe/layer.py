@@ -1,5 +1,6 @@
 """One MoE layer over all ranks: split, chunk, dispatch, experts, combine, gather."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch.distributed as dist
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.forward_context import get_forward_context
 from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, rows_to_send
+from lockstep.dispatch.choose import goes_to
 from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv
 from lockstep.errors import ConfigurationError, TokenCountError
-from lockstep.metadata.chunks import ChunkPlan
+from lockstep.metadata.chunks import Chunk, ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import LocalExperts
+from lockstep.moe.overlap import Overlap, call_order, one_lane
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`(hidden_states [rows, hidden], gather_index [pairs], tokens_per_expert [num_local_experts]) -> [pairs, hidden]`"""
@@ -38,6 +41,7 @@ class MoELayer:
         deadline_s: longest wait for any rank, in seconds.
         recorder: is told where this rank is, if given.
         index: number of this layer, for the recorder.
+        overlap: takes the steps of several chunks that `dispatcher` would take by the backend of this one.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class MoELayer:
         deadline_s: float = DEADLINE_S,
         recorder: FlightRecorder | None = None,
         index: int = 0,
+        overlap: Overlap | None = None,
     ) -> None:
         if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
             raise ConfigurationError(
@@ -74,6 +79,7 @@ class MoELayer:
         self._deadline_s = deadline_s
         self._recorder = recorder or FlightRecorder(config.rank, config.world_size)
         self.index = index
+        self.overlap = overlap
 
     def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run this rank's rows through their experts, wherever those are. Collective.
@@ -136,34 +142,53 @@ class MoELayer:
         topk_ids, topk_weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
         output = torch.empty_like(rows)
         failure: Exception | None = None
-        for chunk in plan:
-            span = slice(chunk.start, chunk.stop)
-            sizes, _ = rows_to_send(chunk.sizes, self.dispatcher.abilities)
-            extra = sizes[self.config.rank] - (chunk.stop - chunk.start)
-            self._recorder.mark(Phase.DISPATCH, self.index, chunk.index)
-            handle = self.dispatcher.dispatch(
-                _extend(rows[span], extra, 0), _extend(topk_ids[span], extra, NO_EXPERT),
-                _extend(topk_weights[span], extra, 0), sizes,
-            )  # fmt: skip
-            try:
-                self._recorder.mark(Phase.EXPERTS, self.index, chunk.index)
-                expert_output = self._run_experts(handle, sum(sizes))
-            except Exception as error:
-                # The others are already on their way into `combine`. Meet them there, with what nobody takes for a
-                # result, then say what happened.
-                failure = failure or error
-                self._recorder.spoil_step()
-                shape = (handle.gather_index.shape[0], self.hidden_size)
-                expert_output = rows.new_full(shape, float("nan"))
-            self._recorder.mark(Phase.COMBINE, self.index, chunk.index)
-            combined = self.dispatcher.combine(expert_output, handle)
-            output[span] = combined[: chunk.stop - chunk.start]
+        chunks = list(plan)
+        overlap = self.overlap if self._overlaps(chunks) else None
+        dispatcher, in_flight = (overlap.dispatcher, overlap.in_flight) if overlap else (self.dispatcher, 1)
+        handles: dict[int, DispatchHandle] = {}
+        outputs: dict[int, torch.Tensor] = {}
+        with overlap.step() if overlap else contextlib.nullcontext(one_lane) as lane:
+            for part, index in call_order(len(chunks), in_flight):
+                chunk = chunks[index]
+                span = slice(chunk.start, chunk.stop)
+                sizes, _ = rows_to_send(chunk.sizes, dispatcher.abilities)
+                with lane(part, index):
+                    if part == "dispatch":
+                        self._recorder.mark(Phase.DISPATCH, self.index, index)
+                        extra = sizes[self.config.rank] - (chunk.stop - chunk.start)
+                        handles[index] = dispatcher.dispatch(
+                            _extend(rows[span], extra, 0), _extend(topk_ids[span], extra, NO_EXPERT),
+                            _extend(topk_weights[span], extra, 0), sizes,
+                        )  # fmt: skip
+                    elif part == "experts":
+                        self._recorder.mark(Phase.EXPERTS, self.index, index)
+                        outputs.pop(index - in_flight, None)  # not before its combine is over, see `Overlap.step`
+                        try:
+                            outputs[index] = self._run_experts(handles[index], sum(sizes))
+                        except Exception as error:
+                            # The others are already on their way into `combine`. Meet them there, with what nobody
+                            # takes for a result, then say what happened.
+                            failure = failure or error
+                            self._recorder.spoil_step()
+                            shape = (handles[index].gather_index.shape[0], self.hidden_size)
+                            outputs[index] = rows.new_full(shape, float("nan"))
+                    else:
+                        self._recorder.mark(Phase.COMBINE, self.index, index)
+                        combined = dispatcher.combine(outputs[index], handles.pop(index))
+                        output[span] = combined[: chunk.stop - chunk.start]
         gathered = self._gather(plan, output)
         self._recorder.mark(Phase.MODEL, self.index)
         self.in_step = True
         if failure is not None:
             raise failure
         return gathered
+
+    def _overlaps(self, chunks: list[Chunk]) -> bool:
+        """Whether these chunks go through `overlap`; told from agreed sizes only."""
+        if self.overlap is None or len(chunks) < 2:
+            return False
+        kind = (self.hidden_size, self.top_k, self.dtype, self.device.type)
+        return all(goes_to(self.overlap.dispatcher.name, self.dispatcher, chunk.sizes, *kind) for chunk in chunks)
 
     def _run_experts(self, handle: DispatchHandle, num_rows: int) -> torch.Tensor:
         offsets = getattr(handle.state, "expert_offsets", None)
