@@ -237,7 +237,9 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
         if options.hidden and hidden not in options.hidden:
             continue
         cases = [((t,) * world, 0.0) for t in (options.tokens or EVEN)]
-        if not options.tokens:
+        if options.counts:
+            cases = [(tuple(map(int, counts.split(","))), 0.0) for counts in options.counts]
+        elif not options.tokens:
             cases += [(c, 0.0) for c in UNEVEN.get(world, [])] + [((t,) * world, 1.0) for t in (32, 1024)]
             cases += [((t,) * world, 0.0) for t in (2, 4, 16, 64, 256, 2048, 8192)] if options.growth else []
         capacity = max(max(c) for c, _ in cases)
@@ -273,6 +275,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--hidden", type=int, nargs="*")
     parser.add_argument("--tokens", type=int, nargs="*", help="tokens per rank, instead of all cases")
+    parser.add_argument("--counts", nargs="*", help="tokens of every rank, such as 4096,512, instead of all cases")
     parser.add_argument("--dtypes", nargs="*", default=["bf16", "fp8"])
     parser.add_argument("--growth", action="store_true", help="also 2 to 8192 tokens in powers of two")
     parser.add_argument("--graph-only", action="store_true")

@@ -1,5 +1,6 @@
 """The one-sided kernels on real GPUs: all GPUs of this host, one process each."""
 
+import dataclasses
 import os
 import random
 import threading
@@ -50,6 +51,7 @@ def _own(this, rank):
 
 def _rounds(rank, ranks):
     """Random counts, zeros among them; every tenth round twice: the same bits."""
+    from lockstep.dispatch.nvlink import launch_sizes
     from lockstep.testing.dispatch_rounds import check_combine, check_dispatch, made_up_experts
 
     for number, (local, top_k, hidden, capacity, fp8, channels, rounds) in enumerate(SHAPES):
@@ -59,11 +61,17 @@ def _rounds(rank, ranks):
         dispatcher = _dispatcher(
             num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
             num_channels=channels, deadline_s=20,
+            launch=dataclasses.replace(
+                launch_sizes(132, ranks, local, hidden, capacity), skew_tokens=20, chain_round=1 + number % 3
+            ),
         )  # fmt: skip
         began = time.time()
         for seed in range(rounds):
             most = draw.choice([1, 4, 32, capacity])
             counts = [draw.choice([0, 1, most, draw.randint(0, most)]) for _ in range(ranks)]
+            if draw.random() < 0.3:  # one rank with many more than the others: its rows are passed on
+                counts = [count * 10 // capacity for count in counts]
+                counts[draw.randrange(ranks)] = draw.choice([20, 33, capacity // 2, capacity])
             this = _round(
                 rank, counts, seed, num_experts, top_k, hidden, zipf=draw.choice([0.0, 1.5]),
                 missing=draw.choice([0.0, 0.3, 1.0]),

@@ -30,6 +30,10 @@ CASES = [  # ranks, experts, top_k, hidden, capacity, fp8
     (2, 4, 4, 260, 6, True),
     (1, 4, 2, 32, 4, False),
 ]
+SKEWED = [  # the same, with one rank that has many more tokens than the others
+    (3, 6, 2, 300, 16, True),
+    (4, 8, 3, 136, 20, False),
+]
 
 
 def _interpreted(folder, rank):
@@ -67,7 +71,7 @@ def _launch(nvlink, seed):
     # One plan block: the interpreter runs blocks one after another, and a plan block waits for what all of them send.
     return nvlink.LaunchSizes(
         plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
-        small_tile=[8, 64][seed % 2], slice=32, pairs=8, round=1 + seed % 2,
+        small_tile=[8, 64][seed % 2], slice=32, pairs=8, round=1 + seed % 2, skew_tokens=6, chain_round=2 - seed % 2,
     )  # fmt: skip
 
 
@@ -83,7 +87,10 @@ def _rounds(rank, folder, case, seed):
     draw = random.Random(seed)
     for number in range(4):
         counts = [draw.choice([0, 1, 2, capacity - 1, capacity]) for _ in range(ranks)]
-        if number == 2:
+        if case in SKEWED:
+            counts = [draw.choice([0, 1, 3]) for _ in range(ranks)]
+            counts[draw.randrange(ranks)] = [capacity, 6, capacity - 1, capacity][number]
+        elif number == 2:
             counts = [0] * ranks
         this = Round.make(
             counts, num_experts=num_experts, top_k=top_k, hidden=hidden, seed=100 * seed + number, missing=0.2
@@ -132,6 +139,70 @@ def _absent(rank, folder, case, seed):
         assert torch.equal(output, rows[0])
 
 
+def _plan_blocks(rank, folder, case, seed):
+    """Several blocks plan together. They run one after another here, so all words lie there, and they run twice."""
+    from types import SimpleNamespace
+
+    from lockstep.testing.dispatch_rounds import Round, check_dispatch
+
+    nvlink = _interpreted(folder, rank)
+    nvlink.kernels._meet = lambda *arguments: None
+    nvlink.NvlinkDispatcher._settle = nvlink.NvlinkDispatcher._warm_up = lambda self: None
+    ranks, top_k, capacity, hidden = 3, 3, 90, 32
+    draw = random.Random(seed)
+    for number in range(12):
+        local, blocks = draw.choice([1, 5, 40]), draw.choice([1, 2, 5, 8])
+        num_experts = ranks * local
+        buffers = []
+
+        def map_buffer(nbytes, device, group, buffers=buffers):
+            buffers.extend(torch.zeros(nbytes, dtype=torch.uint8) for _ in range(ranks))
+            return buffers[1], [buffer.data_ptr() for buffer in buffers], buffers
+
+        nvlink._map_buffer = map_buffer
+        dispatcher = nvlink.NvlinkDispatcher(
+            SimpleNamespace(rank=lambda: 1, size=lambda: ranks), num_experts=num_experts, hidden_size=hidden,
+            top_k=min(top_k, num_experts), max_tokens_per_rank=capacity, device=torch.device("cpu"),
+            launch=nvlink.LaunchSizes(
+                plan_blocks=blocks, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
+                small_tile=1, slice=draw.choice([32, 64]), skew_tokens=1000,
+            ),
+        )  # fmt: skip
+        counts = [draw.choice([0, 1, 11, 64, capacity]) for _ in range(ranks)]
+        counts[1] = max(counts[1], 1)
+        this = Round.make(
+            counts, num_experts=num_experts, top_k=dispatcher.top_k, hidden=hidden, seed=number, missing=0.2
+        )
+        layout, slots = dispatcher.layout, (ranks, capacity, dispatcher.top_k)
+        words = {
+            name: buffers[1][offset : offset + 8 * torch.Size(slots).numel()].view(torch.int64).view(slots)
+            for name, offset in (("ids", layout.ids), ("weights", layout.weights))
+        }
+        flags = buffers[1][layout.counts : layout.abort].view(torch.int64)
+        flags[:] = 2**62
+        copies = flags[: ranks * (blocks + 2)].view(ranks, blocks + 2)
+        for source, count in enumerate(counts):
+            copies[source] = (1 << 20) | count
+            words["ids"][source, :count] = (1 << 32) | (this.topk_ids[source].long() & 0xFFFFFFFF)
+            words["weights"][source, :count] = (1 << 32) | this.topk_weights[source].view(torch.int32).long()
+            rows = dispatcher._channels[0].rows.view(ranks, capacity, hidden)
+            rows[source, :count] = this.hidden_states[source]
+        for _ in range(2):  # the first time, blocks wrote their counts for blocks that had not read them yet
+            dispatcher._channels[0].num_rows = None
+            handle = dispatcher.dispatch(this.hidden_states[1], this.topk_ids[1], this.topk_weights[1])
+        check_dispatch(this, handle, 1, ranks, capacity)
+        pairs = int(handle.tokens_per_expert.sum())
+        owner = torch.arange(local).repeat_interleave(handle.tokens_per_expert)
+        order = owner * ranks * capacity + handle.gather_index[:pairs]
+        assert bool((order[1:] > order[:-1]).all()), "pairs of an expert are not in the order of source and token"
+        inverse = dispatcher._channels[0].inverse.view(slots)
+        for source, count in enumerate(counts):
+            at, ids = inverse[source, :count], this.topk_ids[source]
+            mine = (ids >= local) & (ids < 2 * local)
+            assert torch.equal(at >= 0, mine)
+            assert torch.equal(owner[at[mine].long()], ids[mine].long() - local)
+
+
 def _child(rank, ranks, folder, name, case, seed):
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
@@ -156,10 +227,14 @@ def _run(tmp_path, name, ranks, case=None, seed=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES + SKEWED, ids=lambda case: "-".join(map(str, case)))
 def test_random_rounds_equal_the_reference(tmp_path, case, seed):
     _run(tmp_path, "_rounds", case[0], case, seed)
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_group_can_be_reset(tmp_path):
     _run(tmp_path, "_absent", 3)
+
+
+def test_many_blocks_plan_together(tmp_path):
+    _run(tmp_path, "_plan_blocks", 1)

@@ -288,6 +288,24 @@ def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABO
 
 
 @triton.jit
+def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
+    """Return how many earlier pairs of a slice go to the same expert, `[slice]`, and the pairs per expert.
+
+    Eight experts share a 64-bit word, one byte each, so that one short scan counts them all. A slice has 256 pairs at
+    most: the count that a pair reads, its own not included, fits its byte.
+
+    Returns:
+        Orders `[slice]` int32.
+    """
+    words = tl.arange(0, GROUPS_OF_EXPERTS)[None, :]
+    shift = ((local & 7) * 8).to(tl.int64)
+    own_word = mine[:, None] & ((local >> 3)[:, None] == words)
+    ones = tl.where(own_word, (tl.full((), 1, tl.int64) << shift)[:, None], tl.zeros((), tl.int64))
+    before = tl.cumsum(ones, 0) - ones
+    return (tl.sum(tl.where(own_word, before, 0), 1) >> shift).to(tl.int32) & 255
+
+
+@triton.jit
 def _plan_slices(
     own,
     limits,
@@ -318,7 +336,8 @@ def _plan_slices(
 ):
     """The plan for any number of pairs: each block counts its slices, all meet, each writes its slices.
 
-    `scratch` holds a row of counts per slice and, after those, a row of positions per block.
+    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit. `scratch`
+    holds each block's pairs per expert; `inverse` holds, between the two passes, a pair's order among its block's.
     """
     sources = tl.arange(0, WORLD_POW2)
     experts = tl.arange(0, EXPERTS_POW2)
@@ -327,76 +346,65 @@ def _plan_slices(
     ends = tl.cumsum(slices, 0)
     total_slices = tl.sum(slices, 0)
     each = tl.cdiv(total_slices, BLOCKS)
+    busy = tl.cdiv(total_slices, each)
     first = block * each
     last = tl.minimum(first + each, total_slices)
     ids_words = _words(own + IDS)
     weight_words = _words(own + WEIGHTS)
-    most_slices: tl.constexpr = WORLD * ((CAPACITY * TOPK + SLICE - 1) // SLICE)
-    positions = scratch + (most_slices + block) * EXPERTS_POW2
-    for number in range(first, last):
-        source = tl.sum((ends <= number).to(tl.int32), 0)
-        pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
-        mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
-        index = source * (CAPACITY * TOPK) + pair
-        ids, _ = _arrived_words(
-            ids_words,
-            weight_words,
-            index[None, :],
-            mask[None, :],
-            tag,
-            peers,
-            status,
-            rank,
-            source,
-            budget_ns,
-            WORLD,
-            ABORT,
-        )
-        local = tl.where(mask, tl.reshape(ids, [SLICE]) - rank * EXPERTS, -1)
-        counts = tl.sum((local[:, None] == experts[None, :]).to(tl.int32), 0)
-        tl.store(scratch + number * EXPERTS_POW2 + experts, tl.where(experts < EXPERTS, counts, 0))
-        tl.store(inverse + index, -1, mask & ((local < 0) | (local >= EXPERTS)))
-    _meet(cells + 2, BLOCKS, peers, status, rank, budget_ns, WORLD, ABORT)
-    total = tl.zeros((EXPERTS_POW2,), tl.int32)
-    before = tl.zeros((EXPERTS_POW2,), tl.int32)
-    for start in range(0, total_slices, 32):
-        row = start + tl.arange(0, 32)[:, None]
-        counts = tl.load(scratch + row * EXPERTS_POW2 + experts[None, :], row < total_slices, other=0, volatile=True)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where(row < first, counts, 0), 0)
-    starts = tl.cumsum(total, 0) - total
-    if block == 0:
-        tl.store(tokens_per_expert + experts, total, experts < EXPERTS)
-        tl.store(expert_offsets + 1 + experts, starts + total, experts < EXPERTS)
-    position = starts + before
-    for number in range(first, last):
-        tl.store(positions + experts, position)
-        tl.debug_barrier()
-        source = tl.sum((ends <= number).to(tl.int32), 0)
-        begin = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE
-        limit = tl.sum(tl.where(sources == source, limits, 0), 0)
-        pair = begin + lanes
-        index = source * (CAPACITY * TOPK) + pair
-        local = tl.load(ids_words + index, pair < limit, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
-        mine = (pair < limit) & (local >= 0) & (local < EXPERTS)
-        earlier = tl.zeros((SLICE,), tl.int32)
-        for chunk in range(0, SLICE, 32):
-            other = begin + chunk + tl.arange(0, 32)
-            theirs = (
-                tl.load(ids_words + source * (CAPACITY * TOPK) + other, other < limit, other=-1, volatile=True).to(
-                    tl.int32
-                )
-                - rank * EXPERTS
+    if first < last:
+        counts = tl.zeros((EXPERTS_POW2,), tl.int32)
+        for number in range(first, last):
+            source = tl.sum((ends <= number).to(tl.int32), 0)
+            pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
+            mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
+            index = source * (CAPACITY * TOPK) + pair
+            ids, _ = _arrived_words(
+                ids_words,
+                weight_words,
+                index[None, :],
+                mask[None, :],
+                tag,
+                peers,
+                status,
+                rank,
+                source,
+                budget_ns,
+                WORLD,
+                ABORT,
             )
-            same = (local[:, None] == theirs[None, :]) & (other[None, :] < pair[:, None]) & (other < limit)[None, :]
-            earlier += tl.sum(same.to(tl.int32), 1)
-        at = tl.load(positions + local, mine, other=0, volatile=True) + earlier
-        bits = tl.load(weight_words + index, mine, other=0, volatile=True).to(tl.int32)
-        tl.store(gather_index + at, source * CAPACITY + pair // TOPK, mine)
-        tl.store(pair_weights + at, bits.to(tl.float32, bitcast=True), mine)
-        tl.store(inverse + index, at, mine)
-        position += tl.load(scratch + number * EXPERTS_POW2 + experts, volatile=True)
-        tl.debug_barrier()
+            local = tl.reshape(ids, [SLICE]) - rank * EXPERTS
+            mine = mask & (local >= 0) & (local < EXPERTS)
+            local = tl.where(mine, local, 0)
+            order = _orders_in_slice(local, mine, (EXPERTS_POW2 + 7) // 8) + tl.gather(counts, local, 0)
+            tl.store(inverse + index, tl.where(mine, order, -1), mask)
+            counts += tl.histogram(local, EXPERTS_POW2, mask=mine)
+        tl.store(scratch + block * EXPERTS_POW2 + experts, counts)
+        _meet(cells + 2, busy, peers, status, rank, budget_ns, WORLD, ABORT)
+        total = tl.zeros((EXPERTS_POW2,), tl.int32)
+        before = tl.zeros((EXPERTS_POW2,), tl.int32)
+        for start in range(0, busy, 32):
+            row = start + tl.arange(0, 32)[:, None]
+            others = tl.load(scratch + row * EXPERTS_POW2 + experts[None, :], row < busy, other=0, volatile=True)
+            total += tl.sum(others, 0)
+            before += tl.sum(tl.where(row < block, others, 0), 0)
+        starts = tl.cumsum(total, 0) - total
+        if block == 0:
+            tl.store(tokens_per_expert + experts, total, experts < EXPERTS)
+            tl.store(expert_offsets + 1 + experts, starts + total, experts < EXPERTS)
+        begin = starts + before
+        for number in range(first, last):
+            source = tl.sum((ends <= number).to(tl.int32), 0)
+            pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
+            mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
+            index = source * (CAPACITY * TOPK) + pair
+            local = tl.load(ids_words + index, mask, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
+            bits = tl.load(weight_words + index, mask, other=0, volatile=True).to(tl.int32)
+            order = tl.load(inverse + index, mask, other=-1, volatile=True)
+            mine = order >= 0
+            at = tl.gather(begin, tl.where(mine, local, 0), 0) + order
+            tl.store(gather_index + at, source * CAPACITY + pair // TOPK, mine)
+            tl.store(pair_weights + at, bits.to(tl.float32, bitcast=True), mine)
+            tl.store(inverse + index, at, mine)
 
 
 @triton.jit
@@ -413,6 +421,8 @@ def _send_routing(
     CAPACITY: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    COPIES: tl.constexpr,
+    COPIES_POW2: tl.constexpr,
     PAIRS: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -420,9 +430,12 @@ def _send_routing(
 ):
     """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
     if block == 0:
+        # A copy of the count for each block that will poll it: one word for all would be asked for in turn.
+        copies = tl.arange(0, COPIES_POW2)
+        word = ((epoch << COUNT_BITS) | num_tokens) + tl.zeros((COPIES_POW2,), tl.int64)
         for i in range(WORLD):
             base = tl.load(peers + (rank + 1 + i) % WORLD)
-            tl.store(_words(base + COUNTS) + rank, (epoch << COUNT_BITS) | num_tokens)
+            tl.store(_words(base + COUNTS) + rank * COPIES + copies, word, copies < COPIES)
     for start in range(block * PAIRS, num_tokens * TOPK, BLOCKS * PAIRS):
         pair = start + tl.arange(0, PAIRS)
         mask = pair < num_tokens * TOPK
@@ -437,6 +450,125 @@ def _send_routing(
 
 
 @triton.jit
+def _skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
+    """Return the rank whose rows go along a chain, or -1: it has many tokens, and twice as many as any other."""
+    source = tl.arange(0, WORLD_POW2)
+    largest = tl.max(counts, 0)
+    rank = tl.max(tl.where(counts == largest, source, -1), 0)
+    second = tl.max(tl.where(source == rank, 0, counts), 0)
+    return tl.where((largest >= SKEW_TOKENS) & (2 * second <= largest), rank, -1)
+
+
+@triton.jit
+def _chain(target, token, source, rank, WORLD: tl.constexpr):
+    """Where `rank` stands in the chains along which `source`'s tokens go from one rank that needs them to the next.
+
+    Token t's chain takes the ranks that hold one of its experts in cyclic order, beginning `t % (WORLD - 1)` ranks
+    after the source, so that every rank passes on an equal share. The source itself is not a member.
+
+    Args:
+        target: ranks of the tokens' experts, `[tokens, k]`; -1 for none.
+
+    Returns:
+        The next member after `rank` (the first, for the source; -1 at the end), the number of members before it, the
+        last member (-1 for an empty chain), each `[tokens]`.
+    """
+    begin = token % (WORLD - 1)
+    own = ((rank + WORLD - source - 1) % WORLD + WORLD - 1 - begin) % (WORLD - 1)
+    own = tl.where(rank == source, -1, own)
+    nearest = tl.full(token.shape, WORLD, tl.int32)
+    farthest = tl.full(token.shape, -1, tl.int32)
+    before = tl.zeros(token.shape, tl.int32)
+    for i in tl.static_range(1, WORLD):
+        place = (i - 1 + WORLD - 1 - begin) % (WORLD - 1)
+        member = tl.max((target == (source + i) % WORLD).to(tl.int32), 1) > 0
+        nearest = tl.where(member & (place > own), tl.minimum(nearest, place), nearest)
+        farthest = tl.where(member, tl.maximum(farthest, place), farthest)
+        before += (member & (place < own)).to(tl.int32)
+    after = tl.where(nearest < WORLD, (source + 1 + (begin + nearest) % (WORLD - 1)) % WORLD, -1)
+    last = tl.where(farthest >= 0, (source + 1 + (begin + farthest) % (WORLD - 1)) % WORLD, -1)
+    return after, before, last
+
+
+@triton.jit
+def _forward_rows(
+    own,
+    tag,
+    longest,
+    peers,
+    status,
+    rank,
+    source,
+    stage,
+    first,
+    end,
+    stride,
+    budget_ns,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Pass `source`'s rows that came to this rank as the `stage`-th of their chains on to the next, same slot."""
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    per_token: tl.constexpr = BLOCK_COLUMNS // 128
+    # As wide as the block has threads, so that no word is loaded twice; see `_arrived_words`.
+    width: tl.constexpr = max(256 // BLOCK_TOKENS, 8)
+    choice = tl.arange(0, width)[None, :]
+    words = tl.int8 if FP8 else tl.int16
+    mine = tl.multiple_of((own + ROWS).to(tl.pointer_type(words)), 16)
+    for task in range(first, end, stride):
+        token = (task // column_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        column = (task % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        slot = source * CAPACITY + token
+        named = (token < longest)[:, None] & (choice < TOPK)
+        ids, _ = _arrived_words(
+            _words(own + IDS),
+            _words(own + WEIGHTS),
+            slot[:, None] * TOPK + choice,
+            named,
+            tag,
+            peers,
+            status,
+            rank,
+            source,
+            budget_ns,
+            WORLD,
+            ABORT,
+        )
+        target = tl.where(named & (ids >= 0), ids // EXPERTS, -1)
+        after, before, _ = _chain(target, token, source, rank, WORLD)
+        member = tl.max((target == rank).to(tl.int32), 1) > 0
+        after = tl.where(member & (before == stage - 1), after, -1)
+        at = slot[:, None] * HIDDEN_STRIDE + column
+        values = tl.load(mine + at, (after >= 0)[:, None] & (column < HIDDEN), other=0)
+        if FP8:
+            group = (task % column_blocks) * per_token + tl.arange(0, per_token)[None, :]
+            scales = tl.multiple_of((own + SCALES).to(tl.pointer_type(tl.float32)), 16)
+            scale = tl.load(scales + slot[:, None] * GROUPS + group, (after >= 0)[:, None] & (group < GROUPS), other=0)
+        for i in range(1, WORLD):
+            peer = (rank + i) % WORLD
+            base = tl.load(peers + peer)
+            keep = (after == peer)[:, None]
+            rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(words)), 16)
+            tl.store(rows + at, values, keep & (column < HIDDEN))
+            if FP8:
+                scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
+                tl.store(scales + slot[:, None] * GROUPS + group, scale, keep & (group < GROUPS))
+
+
+@triton.jit
 def _push_rows(
     hidden_states,
     topk_ids,
@@ -444,6 +576,7 @@ def _push_rows(
     peers,
     rank,
     first,
+    end,
     stride,
     WORLD: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -454,19 +587,23 @@ def _push_rows(
     HIDDEN_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     FP8: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token)."""
+    """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token).
+
+    With `CHAINED` into the first rank of the token's chain only, and into this rank's own slots.
+    """
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     # In fp8 a tile's row is one scale group of a token, otherwise it is the token.
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
     per_token: tl.constexpr = BLOCK_COLUMNS // width
     row = tl.arange(0, BLOCK_TOKENS * per_token)
     choice = tl.arange(0, TOPK_POW2)[None, :]
-    for task in range(first, tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, stride):
+    for task in range(first, end, stride):
         token = (task // column_blocks) * BLOCK_TOKENS + row // per_token
         group = (task % column_blocks) * per_token + row % per_token
         column = group[:, None] * width + tl.arange(0, width)[None, :]
@@ -475,6 +612,8 @@ def _push_rows(
         ids = tl.load(topk_ids + token[:, None] * TOPK + choice, here & (choice < TOPK), other=-1).to(tl.int32)
         target = tl.where(ids >= 0, ids // EXPERTS, -1)
         slot = rank * CAPACITY + token
+        if CHAINED:
+            after, _, _ = _chain(target, token, rank, rank, WORLD)
         if FP8:
             largest = tl.max(tl.abs(values.to(tl.float32)), 1)
             scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
@@ -483,6 +622,8 @@ def _push_rows(
             peer = (rank + 1 + i) % WORLD
             base = tl.load(peers + peer)
             wanted = tl.max((target == peer).to(tl.int32), 1) > 0
+            if CHAINED:
+                wanted = tl.where(peer == rank, wanted, after == peer)
             keep = wanted[:, None] & (column < HIDDEN)
             at = slot[:, None] * HIDDEN_STRIDE + column
             if FP8:
@@ -542,6 +683,9 @@ def dispatch_kernel(
     PUSH_BLOCKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    SKEW_TOKENS: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr,
+    COPIES_POW2: tl.constexpr,
     SMALL_TILE: tl.constexpr,
     SLICE: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -555,8 +699,13 @@ def dispatch_kernel(
 ):
     """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
 
-    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan, one local expert each at a time; the others
-    push rows, so that the plan is made while the links are busy. All blocks must be resident at once.
+    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is made
+    while the links are busy. All blocks must be resident at once.
+
+    Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
+    each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through
+    the turns together: in turn k the source pushes its round k, and the ranks that stand at place s of a chain pass on
+    round k - s.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)
@@ -574,10 +723,14 @@ def dispatch_kernel(
     # With many tiles the plan's blocks push too, once the plan is made. The bound is known to the receivers.
     many: tl.constexpr = 4 * PUSH_BLOCKS
     tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
-    want_flags = tl.full((WORLD_POW2,), 0, tl.int64) + epoch
+    zero = tl.zeros((WORLD_POW2,), tl.int64)
+    want = (epoch << COUNT_BITS) + zero
+    want_flags = want + 1
     first = block - PLAN_BLOCKS
     stride = tl.where(tiles > many, blocks, PUSH_BLOCKS)
     flags = 1
+    source = tl.arange(0, WORLD_POW2)
+    arrived = tl.zeros((WORLD_POW2,), tl.int32)
     if block < PLAN_BLOCKS:
         _send_routing(
             topk_ids,
@@ -592,14 +745,16 @@ def dispatch_kernel(
             CAPACITY,
             TOPK,
             PLAN_BLOCKS,
+            blocks,
+            COPIES_POW2,
             PAIRS,
             IDS,
             WEIGHTS,
             COUNTS,
         )
-        source = tl.arange(0, WORLD_POW2)
-        want = (epoch << COUNT_BITS) + tl.zeros((WORLD_POW2,), tl.int64)
-        words = _wait_at_least(own + COUNTS, 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
+        words = _wait_at_least(
+            own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+        )
         arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
         if block == 0:
             tl.store(cells + 1, epoch)
@@ -664,57 +819,163 @@ def dispatch_kernel(
             )
         first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
         flags = (tiles > many).to(tl.int32)
-        want_flags = tl.where(tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks > many, epoch, 0)
-    if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
-        # Few tokens: a tile of one token each, so that more blocks share the latency of their stores.
-        _push_rows(
-            hidden_states,
-            topk_ids,
-            num_tokens,
-            peers,
-            rank,
-            first,
-            PUSH_BLOCKS,
-            WORLD,
-            CAPACITY,
-            TOPK,
-            TOPK_POW2,
-            EXPERTS,
-            HIDDEN,
-            HIDDEN_STRIDE,
-            GROUPS,
-            FP8,
-            1,
-            BLOCK_COLUMNS,
-            ROWS,
-            SCALES,
+        want_flags = tl.where(tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks > many, want + 1, 0)
+    skewed = tl.full((), -1, tl.int32)
+    if WORLD > 2:
+        # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
+        if (block >= PLAN_BLOCKS) & (num_tokens >= SKEW_TOKENS):
+            words = _wait_at_least(
+                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+            )
+            arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+        skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+    if skewed != rank:
+        if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
+            # Few tokens: a tile of one token each, so that more blocks share the latency of their stores.
+            _push_rows(
+                hidden_states,
+                topk_ids,
+                num_tokens,
+                peers,
+                rank,
+                first,
+                num_tokens * column_blocks,
+                PUSH_BLOCKS,
+                WORLD,
+                CAPACITY,
+                TOPK,
+                TOPK_POW2,
+                EXPERTS,
+                HIDDEN,
+                HIDDEN_STRIDE,
+                GROUPS,
+                FP8,
+                False,
+                1,
+                BLOCK_COLUMNS,
+                ROWS,
+                SCALES,
+            )
+        else:
+            _push_rows(
+                hidden_states,
+                topk_ids,
+                num_tokens,
+                peers,
+                rank,
+                first,
+                tiles,
+                stride,
+                WORLD,
+                CAPACITY,
+                TOPK,
+                TOPK_POW2,
+                EXPERTS,
+                HIDDEN,
+                HIDDEN_STRIDE,
+                GROUPS,
+                FP8,
+                False,
+                BLOCK_TOKENS,
+                BLOCK_COLUMNS,
+                ROWS,
+                SCALES,
+            )
+    if WORLD > 2:
+        if (block >= PLAN_BLOCKS) & (num_tokens < SKEW_TOKENS):
+            words = _wait_at_least(
+                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+            )
+            arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+            skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+        longest = tl.max(arrived, 0)
+        tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
+        first = tl.where(
+            block >= PLAN_BLOCKS, block - PLAN_BLOCKS, tl.where(tasks > many, PUSH_BLOCKS + block, 1 << 30)
         )
-    else:
-        _push_rows(
-            hidden_states,
-            topk_ids,
-            num_tokens,
-            peers,
-            rank,
-            first,
-            stride,
-            WORLD,
-            CAPACITY,
-            TOPK,
-            TOPK_POW2,
-            EXPERTS,
-            HIDDEN,
-            HIDDEN_STRIDE,
-            GROUPS,
-            FP8,
-            BLOCK_TOKENS,
-            BLOCK_COLUMNS,
-            ROWS,
-            SCALES,
-        )
+        stride = tl.where(tasks > many, blocks, PUSH_BLOCKS)
+        rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - first, 0), stride), CHAIN_ROUND)
+        turns = tl.where((skewed >= 0) & (rounds > 0), rounds + WORLD - 2, 0)
+        for turn in range(turns):
+            begin = first + turn * CHAIN_ROUND * stride
+            if rank == skewed:
+                _push_rows(
+                    hidden_states,
+                    topk_ids,
+                    num_tokens,
+                    peers,
+                    rank,
+                    begin,
+                    tl.minimum(tasks, begin + CHAIN_ROUND * stride),
+                    stride,
+                    WORLD,
+                    CAPACITY,
+                    TOPK,
+                    TOPK_POW2,
+                    EXPERTS,
+                    HIDDEN,
+                    HIDDEN_STRIDE,
+                    GROUPS,
+                    FP8,
+                    True,
+                    BLOCK_TOKENS,
+                    BLOCK_COLUMNS,
+                    ROWS,
+                    SCALES,
+                )
+            else:
+                if turn > 0:
+                    _wait_at_least(
+                        own + FLAGS + block * 8,
+                        blocks * 8,
+                        want + turn,
+                        0,
+                        peers,
+                        status,
+                        rank,
+                        budget_ns,
+                        WORLD,
+                        WORLD_POW2,
+                        ABORT,
+                    )
+                for stage in range(1, tl.minimum(turn, WORLD - 2) + 1):
+                    begin = first + (turn - stage) * CHAIN_ROUND * stride
+                    _forward_rows(
+                        own,
+                        tag,
+                        longest,
+                        peers,
+                        status,
+                        rank,
+                        skewed,
+                        stage,
+                        begin,
+                        tl.minimum(tasks, begin + CHAIN_ROUND * stride),
+                        stride,
+                        budget_ns,
+                        WORLD,
+                        CAPACITY,
+                        TOPK,
+                        EXPERTS,
+                        HIDDEN,
+                        HIDDEN_STRIDE,
+                        GROUPS,
+                        FP8,
+                        BLOCK_TOKENS,
+                        BLOCK_COLUMNS,
+                        ROWS,
+                        SCALES,
+                        IDS,
+                        WEIGHTS,
+                        ABORT,
+                    )
+            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, blocks)
+        if turns > 0:
+            flags = 0
+            want_flags = want + turns
     if WORLD > 1:
         if flags != 0:
-            _raise_flags(peers, rank, FLAGS, block, epoch, WORLD, blocks)
+            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, blocks)
         _wait_at_least(
             own + FLAGS + block * 8,
             blocks * 8,
@@ -902,6 +1163,189 @@ def _combine_rounds(
                 tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)
 
 
+@triton.jit
+def _combine_chained(
+    expert_output,
+    output,
+    inverse,
+    peers,
+    counts,
+    status,
+    rank,
+    skewed,
+    block,
+    epoch,
+    own,
+    longest,
+    num_tokens,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr,
+    REDUCED: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    RETURNED: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """As `_combine_rounds`, but `skewed`'s rows come back along their chains, each rank adding its own partial sum.
+
+    In turn k the ranks at place s of a chain send round k - s, so a round has come back `WORLD - 1` turns after it
+    began. What is passed to a rank waits in the part of `returned` that would hold its own rows.
+    """
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
+    rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS), ROUND)
+    rounds = tl.where(block == 0, tl.maximum(rounds, 1), rounds)
+    turns = tl.where(rounds > 0, rounds + WORLD - 1, 0)
+    lanes = tl.arange(0, BLOCK_TOKENS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    choice = tl.arange(0, TOPK_POW2)[None, :]
+    id_words = _words(own + IDS)
+    weight_words = _words(own + WEIGHTS)
+    returned = tl.multiple_of((own + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+    for turn in range(turns):
+        for i in range(1, WORLD):
+            peer = (rank + i) % WORLD
+            theirs = tl.where(peer == skewed, 0, tl.load(counts + peer))
+            base = tl.load(peers + peer)
+            inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+            end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, block + (turn + 1) * ROUND * BLOCKS)
+            for task in range(block + turn * ROUND * BLOCKS, end, BLOCKS):
+                token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                rows, wanted = _partial_rows(
+                    expert_output,
+                    inverse,
+                    weight_words,
+                    peer,
+                    token,
+                    token < theirs,
+                    column,
+                    CAPACITY,
+                    TOPK,
+                    HIDDEN,
+                    REDUCED,
+                    False,
+                )
+                at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
+        stages = tl.where(rank == skewed, 0, tl.minimum(turn + 1, WORLD - 1))
+        for stage in range(0, stages):
+            if stage == 1:
+                # The first of a chain need nobody; those after them, what came in the turn before.
+                _wait_at_least(
+                    own + FLAGS + block * 8,
+                    BLOCKS * 8,
+                    (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
+                    0,
+                    peers,
+                    status,
+                    rank,
+                    budget_ns,
+                    WORLD,
+                    WORLD_POW2,
+                    ABORT,
+                )
+            begin = block + (turn - stage) * ROUND * BLOCKS
+            for task in range(begin, tl.minimum(tasks, begin + ROUND * BLOCKS), BLOCKS):
+                token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                inside = (column < HIDDEN)[None, :]
+                slot = skewed * CAPACITY + token
+                named = (token < longest)[:, None] & (choice < TOPK)
+                ids = tl.load(id_words + slot[:, None] * TOPK + choice, named, other=0xFFFFFFFF).to(tl.int32)
+                target = tl.where(ids >= 0, ids // EXPERTS, -1)
+                after, before, _ = _chain(target, token, skewed, rank, WORLD)
+                here = (token < longest) & (before == stage)
+                rows, wanted = _partial_rows(
+                    expert_output,
+                    inverse,
+                    weight_words,
+                    skewed,
+                    token,
+                    here,
+                    column,
+                    CAPACITY,
+                    TOPK,
+                    HIDDEN,
+                    REDUCED,
+                    False,
+                )
+                came = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                earlier = tl.load(returned + came, (wanted & (before > 0))[:, None] & inside, other=0.0)
+                rows = (earlier.to(tl.float32) + rows.to(tl.float32)).to(tl.bfloat16)
+                next_rank = tl.where(after < 0, skewed, after)
+                # At the source a row stands where its last rank's rows stand; on the way, where the receiver's would.
+                place = tl.where(after < 0, rank, after)
+                at = (place * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                for i in range(1, WORLD):
+                    peer = (rank + i) % WORLD
+                    inbox = tl.multiple_of((tl.load(peers + peer) + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+                    tl.store(inbox + at, rows, (wanted & (next_rank == peer))[:, None] & inside)
+        if turn < turns - 1:
+            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
+        if turn >= WORLD - 1:
+            _wait_at_least(
+                own + FLAGS + block * 8,
+                BLOCKS * 8,
+                (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
+                0,
+                peers,
+                status,
+                rank,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                ABORT,
+            )
+            begin = block + (turn - (WORLD - 1)) * ROUND * BLOCKS
+            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, begin + ROUND * BLOCKS)
+            for task in range(begin, end, BLOCKS):
+                token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                inside = (column < HIDDEN)[None, :]
+                here = token < num_tokens
+                slot = rank * CAPACITY + token
+                named = here[:, None] & (choice < TOPK)
+                ids = tl.load(id_words + slot[:, None] * TOPK + choice, named, other=0xFFFFFFFF).to(tl.int32)
+                target = tl.where(ids >= 0, ids // EXPERTS, -1)
+                _, _, last = _chain(target, token, skewed, rank, WORLD)
+                mine, _ = _partial_rows(
+                    expert_output,
+                    inverse,
+                    weight_words,
+                    rank,
+                    token,
+                    here,
+                    column,
+                    CAPACITY,
+                    TOPK,
+                    HIDDEN,
+                    REDUCED,
+                    False,
+                )
+                total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
+                for peer in tl.static_range(WORLD):
+                    wanted = tl.max((target == peer).to(tl.int32), 1) > 0
+                    wanted = tl.where(rank == skewed, last == peer, wanted) & (peer != rank)
+                    at = (peer * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                    rows = tl.load(returned + at, wanted[:, None] & inside, other=0.0).to(tl.float32)
+                    total += tl.where(rank == peer, mine.to(tl.float32), rows)
+                at = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+                tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)
+
+
 @triton.jit(do_not_specialize=["rank", "budget_ns"])
 def combine_kernel(
     expert_output,
@@ -926,6 +1370,8 @@ def combine_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROUND: tl.constexpr,
+    SKEW_TOKENS: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr,
     REDUCED: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -938,7 +1384,7 @@ def combine_kernel(
     A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
     link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
     all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
-    the next dispatch counts on.
+    the next dispatch counts on. The rows of a skewed rank come back along their chains; see `dispatch_kernel`.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)
@@ -946,13 +1392,53 @@ def combine_kernel(
         gdc_wait()
         gdc_launch_dependents()
     epoch = tl.load(cells + 1)
-    longest = tl.max(tl.load(counts + tl.arange(0, WORLD_POW2)), 0)
+    arrived = tl.load(counts + tl.arange(0, WORLD_POW2))
+    longest = tl.max(arrived, 0)
     num_tokens = tl.load(counts + rank)
     if block == 0:
         tl.store(cells, epoch + 1)
         tl.store(cells + 2, 0)
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    if longest * column_blocks <= BLOCKS:
+    skewed = tl.full((), -1, tl.int32)
+    if WORLD > 2:
+        skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+    if skewed >= 0:
+        if WORLD > 2:
+            _combine_chained(
+                expert_output,
+                output,
+                inverse,
+                peers,
+                counts,
+                status,
+                rank,
+                skewed,
+                block,
+                epoch,
+                own,
+                longest,
+                num_tokens,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                CAPACITY,
+                TOPK,
+                TOPK_POW2,
+                EXPERTS,
+                HIDDEN,
+                HIDDEN_STRIDE,
+                BLOCKS,
+                BLOCK_TOKENS,
+                BLOCK_COLUMNS,
+                CHAIN_ROUND,
+                REDUCED,
+                IDS,
+                WEIGHTS,
+                RETURNED,
+                FLAGS,
+                ABORT,
+            )
+    elif longest * column_blocks <= BLOCKS:
         # Few tokens: a tile of one token each, so that more blocks share the latency.
         _combine_rounds(
             expert_output,

@@ -39,9 +39,12 @@ class LaunchSizes:
         combine_blocks: of the combine kernel.
         dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
         small_tile: most routing words per source that the plan holds in registers at once; a power of two.
-        slice: routing words that a block of a larger plan counts at a time; a power of two, >= 32.
+        slice: routing words that a block of a larger plan counts at a time; a power of two, at most 256.
         pairs: routing words that a block sends at a time; a power of two.
         round: tiles that a combine block pushes to each peer between two flags.
+        skew_tokens: from how many tokens on the rows of one rank are passed on from peer to peer, if no other rank has
+            more than half as many; of three ranks or more.
+        chain_round: tiles of such a rank that a block handles between two flags.
     """
 
     plan_blocks: int
@@ -52,8 +55,10 @@ class LaunchSizes:
     columns: int
     small_tile: int
     slice: int = 256
-    pairs: int = 512
+    pairs: int = 256
     round: int = 4
+    skew_tokens: int = 1024
+    chain_round: int = 2
 
 
 def launch_sizes(
@@ -77,7 +82,8 @@ def launch_sizes(
     dispatch_tokens = min(16, 8192 // columns)
     combine_tokens = min(8, 4096 // columns)
     ranks = triton.next_power_of_2(num_ranks)
-    plan_blocks = min(num_local_experts, num_multiprocessors)
+    # Few pairs are planned by a block per expert, many by a block per slice of them.
+    plan_blocks = min(max(num_local_experts, num_ranks * max_tokens_per_rank // 32), num_multiprocessors)
     column_blocks = -(-hidden_size // columns)
     return LaunchSizes(
         plan_blocks=plan_blocks,
@@ -87,6 +93,7 @@ def launch_sizes(
         combine_tokens=combine_tokens,
         columns=columns,
         small_tile=2048 // ranks,
+        skew_tokens=max(256, 2**22 // hidden_size),
     )
 
 
@@ -98,7 +105,7 @@ class Layout:
         rows: received rows, `[ranks, capacity, hidden_stride]`.
         scales: of fp8 rows, `[ranks, capacity, groups]` float32.
         ids, weights: routing words, `[ranks, capacity, top_k]` int64.
-        counts: count words, `[ranks]` int64.
+        counts: count words, a copy per block, `[ranks, blocks]` int64.
         dispatch_flags, combine_flags: `[ranks, blocks]` int64.
         abort: one int64.
         returned: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16.
@@ -125,7 +132,7 @@ def make_layout(
     sizes = {
         "ids": slots * top_k * 8,
         "weights": slots * top_k * 8,
-        "counts": num_ranks * 8,
+        "counts": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
         "dispatch_flags": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
@@ -160,9 +167,8 @@ class _Channel:
         self.returned = section(layout.returned, (slots, dispatcher.hidden_stride), torch.bfloat16)
         self.peers = torch.tensor(list(peer_addresses), dtype=torch.int64, device=device)
         self.cells = torch.tensor(_FIRST_CELLS, dtype=torch.int64, device=device)
-        slices = ranks * -(-capacity * dispatcher.top_k // dispatcher.launch.slice) + dispatcher.launch.plan_blocks
-        width = triton.next_power_of_2(dispatcher.num_local_experts)
-        self.scratch = torch.zeros(slices * width, dtype=torch.int32, device=device)
+        width = _expert_lanes(dispatcher.num_local_experts)
+        self.scratch = torch.zeros(dispatcher.launch.plan_blocks * width, dtype=torch.int32, device=device)
         self.counts = torch.zeros(triton.next_power_of_2(ranks), dtype=torch.int32, device=device)
         self.gather_index = torch.zeros(pairs, dtype=torch.int32, device=device)
         self.pair_weights = torch.zeros(pairs, dtype=torch.float32, device=device)
@@ -295,6 +301,8 @@ class NvlinkDispatcher:
             "IDS": self.layout.ids,
             "WEIGHTS": self.layout.weights,
             "ABORT": self.layout.abort,
+            "SKEW_TOKENS": self.launch.skew_tokens,
+            "CHAIN_ROUND": self.launch.chain_round,
             "PDL": early,
             "num_warps": _THREADS // 32,
             "maxnreg": _REGISTERS,
@@ -309,7 +317,8 @@ class NvlinkDispatcher:
             BLOCK_TOKENS=self.launch.dispatch_tokens,
             SMALL_TILE=self.launch.small_tile,
             SLICE=self.launch.slice,
-            EXPERTS_POW2=triton.next_power_of_2(self.num_local_experts),
+            EXPERTS_POW2=_expert_lanes(self.num_local_experts),
+            COPIES_POW2=triton.next_power_of_2(self.launch.plan_blocks + self.launch.push_blocks),
             PAIRS=self.launch.pairs,
             ROWS=self.layout.rows,
             SCALES=self.layout.scales,
@@ -554,6 +563,11 @@ class NvlinkDispatcher:
                 raise ConfigurationError(
                     f"{name} must be [{rows}, {self.top_k}], got {tuple(tensor.shape)} on rank {self.rank}"
                 )
+
+
+def _expert_lanes(num_local_experts: int) -> int:
+    """Return the length of the plan's vectors of counts: a power of two, and at least a warp."""
+    return int(max(32, triton.next_power_of_2(num_local_experts)))
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
