@@ -463,11 +463,9 @@ def _skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
 def _chain(target, token, source, rank, WORLD: tl.constexpr):
     """Where `rank` stands in the chains along which `source`'s tokens go from one rank that needs them to the next.
 
-    Token t's chain takes the ranks that hold one of its experts in cyclic order, beginning `t % (WORLD - 1)` ranks
-    after the source, so that every rank passes on an equal share. The source itself is not a member.
-
-    Args:
-        target: ranks of the tokens' experts, `[tokens, k]`; -1 for none.
+    Token t's chain takes the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic order,
+    beginning `t % (WORLD - 1)` ranks after the source, so that every rank passes on an equal share. The source itself
+    is not a member.
 
     Returns:
         The next member after `rank` (the first, for the source; -1 at the end), the number of members before it, the
@@ -699,8 +697,8 @@ def dispatch_kernel(
 ):
     """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
 
-    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is made
-    while the links are busy. All blocks must be resident at once.
+    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
+    made while the links are busy. All blocks must be resident at once.
 
     Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
     each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through
@@ -1241,7 +1239,7 @@ def _combine_chained(
                 at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                 tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
         stages = tl.where(rank == skewed, 0, tl.minimum(turn + 1, WORLD - 1))
-        for stage in range(0, stages):
+        for stage in range(stages):
             if stage == 1:
                 # The first of a chain need nobody; those after them, what came in the turn before.
                 _wait_at_least(
