@@ -197,7 +197,7 @@ class MoELayer:
         # This backend leaves the counts on the device; what the host knows is how many rows all ranks have together.
         assert isinstance(self.experts, LocalExperts)
         rows_per_expert = num_rows * self.top_k / self.dispatcher.num_experts
-        if torch.cuda.is_current_stream_capturing():
+        if handle.hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             rows_per_expert = 0  # a graph is of a decode step, whatever others run while it is captured
         return self.experts.on_device(
             handle.hidden_states, handle.state.scales, handle.gather_index, offsets, rows_per_expert
