@@ -1,7 +1,9 @@
 """In which order chunks are called, and what waits for what on the GPU's streams. CUDA is stood in for."""
 
 import contextlib
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,28 @@ def test_experts_leave_room_for_the_kernels_beside_them(monkeypatch, cuda):
         with lane("experts", 0):
             assert asked == [16]
         assert asked == [16, 3]
+
+
+def test_what_a_profile_says_of_the_overlap():
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_overlap.py"
+    spec = importlib.util.spec_from_file_location("bench_overlap", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+
+    def kernel(name, stream, start, end):
+        return {"cat": "kernel", "name": name, "ts": start, "dur": end - start, "args": {"stream": stream}}
+
+    events = [
+        kernel("dispatch_kernel", 20, 0, 10),  # nothing beside it
+        kernel("dispatch_kernel", 20, 10, 40),
+        kernel("gather_kernel", 7, 12, 20),
+        kernel("grouped", 7, 18, 30),  # begins before the one before it has ended
+        kernel("combine_kernel", 20, 40, 50),
+        kernel("grouped", 7, 49, 60),
+        kernel("silu", 20, 41, 45),  # on the same stream
+        {"cat": "gpu_memcpy", "name": "copy", "ts": 0, "dur": 100, "args": {"stream": 7}},
+    ]
+    assert bench.overlapping_us(events) == {
+        "dispatch": {"kernels": 2, "us": 40, "beside_experts_us": 18},
+        "combine": {"kernels": 1, "us": 10, "beside_experts_us": 1},
+    }
