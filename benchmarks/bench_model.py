@@ -3,8 +3,8 @@
 Qwen3-30B-A3B's shape with random weights, bfloat16. Every rank first runs its own prompts on the whole model, alone,
 and the logits of the parallel model are held against those. Then, in one run:
 
-* with few layers: our `allgather` (NCCL), our `nvlink`, eager and with decode steps as CUDA graphs, also with rows sent
-  as fp8, and Transformers' own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands)
+* with few layers: our `allgather` (NCCL), our `nvlink`, eager and with decode steps as CUDA graphs, and Transformers'
+  own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands)
 * with all layers: `nvlink` with graphs first, then eager, then `allgather`, as far as the time goes
 
     python benchmarks/bench_model.py --gpus 2 --limit-s 270 --commit abc1234 --out results.jsonl
@@ -292,14 +292,17 @@ def measure_lockstep(run, model, layers, cases, references, names):
 
     for name in names:
         words = name.split()
-        if words[0] != opened:
+        settings = words[0], "fp8" in words, 2048 if "overlap" in words else None
+        if settings != opened:
             parallel.close()
-            parallel.dispatcher_name = opened = words[0]
+            opened = settings
+            parallel.dispatcher_name, parallel.fp8_dispatch, parallel.overlap_from = settings
             parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size
-            if opened == "nvlink":
+            if words[0] == "nvlink":
                 parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size or 4096
             parallel.open()
             step_graphs = parallel._graphs
+            run.say(f"{name}: open")
 
         @contextlib.contextmanager
         def joined(with_graphs, step_graphs=step_graphs):
@@ -354,7 +357,7 @@ def worker(rank, arguments, store, started):
         measure_lockstep(run, model, layers, cases, references, arguments.backends)
         del model
         gc.collect()
-        if run.has_time(0):
+        if arguments.transformers and run.has_time(0):
             model = make_expert_parallel(make_config(layers, arguments.tiny), arguments.gpus, run.device)
             run.say("Transformers' own, spread")
             measure_cases(run, "transformers all_to_all", model, layers, cases, references)
@@ -379,8 +382,13 @@ def main():
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="of prefill")
     parser.add_argument("--max-chunk-size", type=int, help="rows of a rank per chunk; nvlink's own default otherwise")
-    parser.add_argument("--backends", nargs="*", default=["allgather", "nvlink", "nvlink graph"])
+    parser.add_argument(
+        "--backends", nargs="*", default=["allgather", "nvlink", "nvlink graph"],
+        help='of the first part: a dispatcher, and any of "graph" (decode steps as graphs), "fp8" (rows sent in fp8), '
+        '"overlap" (prompts in chunks, dispatch under experts)',
+    )  # fmt: skip
     parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink", "allgather"])
+    parser.add_argument("--no-transformers", dest="transformers", action="store_false")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script on a CPU")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)

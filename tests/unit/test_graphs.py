@@ -106,6 +106,7 @@ def make_layer(dispatcher=None, tensor_parallel_size=1):
         hidden_size=64,
         top_k=2,
         dtype=torch.bfloat16,
+        rows_per_expert=lambda num_rows: num_rows * 2 / 8,
     )
 
 
@@ -296,6 +297,8 @@ def test_a_step_may_be_a_graph_if_the_backend_can_and_all_rows_go_at_once(cuda):
     assert steps.serves(plan(3, 0, limit=3))
     assert not steps.serves(plan(4, 0, limit=3))  # two chunks
     assert not steps.serves(plan(0, 0))  # none
+    assert steps.serves(plan(100, 28))
+    assert not steps.serves(plan(100, 29))  # more rows for each expert than a graph's kernels are good for
     eager = SimpleNamespace(abilities=Abilities())
     assert not StepGraphs([make_layer(), make_layer(eager)]).serves(plan(3, 0))
     assert not StepGraphs([make_layer(tensor_parallel_size=2)]).serves(plan(3, 0))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lockstep.dispatch.choose import captures
 from lockstep.metadata.chunks import ChunkPlan
+from lockstep.moe.experts import FEW_ROWS
 from lockstep.moe.layer import MoELayer
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,18 @@ class StepGraphs:
         self._idle: torch.cuda.CUDAGraph | None = None
 
     def serves(self, plan: ChunkPlan) -> bool:
-        """Whether a step can be a graph on this rank: the backend allows it, and all rows go through in one chunk."""
+        """Whether a step may be a graph on this rank: the backend allows it, and few rows go through, in one chunk.
+
+        A graph's experts run by the kernels for few rows. Where another rank brings a long prompt, this one's experts
+        would keep all ranks waiting with them.
+        """
         if not self._possible or len(plan) != 1:
             return False
         sizes = next(iter(plan)).sizes
         return all(
-            captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype) for layer in self._layers
+            layer.rows_per_expert(sum(sizes)) <= FEW_ROWS
+            and captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype)
+            for layer in self._layers
         )
 
     def run_idle(self, eager: Callable[[], None]) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 
-# Up to so many rows per expert the kernels that stream each expert's weights once beat `grouped_mm` (docs/gpu.md).
-_FEW_ROWS = 32
+FEW_ROWS = 32
+"""Up to so many rows per expert the kernels that stream each expert's weights once beat `grouped_mm` (docs/gpu.md)."""
 # The dtypes that `torch.nn.functional.grouped_mm` takes on a CPU and on a GPU alike (torch 2.13: float64 is refused).
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,7 +165,7 @@ class LocalExperts:
         """
         from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
 
-        run = few_rows_experts if rows_per_expert <= _FEW_ROWS else many_rows_experts
+        run = few_rows_experts if rows_per_expert <= FEW_ROWS else many_rows_experts
         weights = (self.module.gate_up_proj, self.module.down_proj)
         return run(hidden_states, scales, gather_index, expert_offsets, *weights)
 

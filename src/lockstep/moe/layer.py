@@ -196,12 +196,16 @@ class MoELayer:
             return self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
         # This backend leaves the counts on the device; what the host knows is how many rows all ranks have together.
         assert isinstance(self.experts, LocalExperts)
-        rows_per_expert = num_rows * self.top_k / self.dispatcher.num_experts
+        rows_per_expert = self.rows_per_expert(num_rows)
         if handle.hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             rows_per_expert = 0  # a graph is of a decode step, whatever others run while it is captured
         return self.experts.on_device(
             handle.hidden_states, handle.state.scales, handle.gather_index, offsets, rows_per_expert
         )
+
+    def rows_per_expert(self, num_rows: int) -> float:
+        """Return how many rows an expert gets on average where all ranks together bring so many."""
+        return num_rows * self.top_k / self.dispatcher.num_experts
 
     def _gather(self, plan: ChunkPlan, own: torch.Tensor) -> torch.Tensor:
         """Give every rank of a tensor-parallel group the rows of all of them."""
