@@ -4,6 +4,7 @@ Each namespace has shared memory of its own, as hosts have, so the ranks agree o
 are not allowed the tests skip themselves.
 """
 
+import ctypes
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import time
 
 import pytest
 
+from lockstep import cli
 from lockstep.models.tiny import make_tiny
+from lockstep.testing.ranks import ranks_context
 
 pytestmark = [pytest.mark.timeout(170), pytest.mark.ranks(4)]
 HOSTS = ("lockstep-a", "lockstep-b")
@@ -62,21 +65,37 @@ def start(job, out, port):
     """The ranks of the main job, two on each host, as torchrun would start them."""
     processes = []
     for rank in range(4):
-        host = rank // 2
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": f"v{host}",
-            "HF_HUB_OFFLINE": "1", "LOCKSTEP_RECORDER_DIR": str(job),
+            "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": f"v{rank // 2}", "LOCKSTEP_RECORDER_DIR": str(job),
         }  # fmt: skip
-        command = [
-            sys.executable, "-m", "lockstep.cli", "run", "--model", job / "tiny", "--workload", job / "prompts.jsonl",
-            "--data-parallel-size", 4, "--out", job / out, "--deadline", DEADLINE_S, "--json",
+        arguments = [
+            "run", "--model", job / "tiny", "--workload", job / "prompts.jsonl", "--data-parallel-size", 4,
+            "--out", job / out, "--deadline", DEADLINE_S, "--json",
         ]  # fmt: skip
-        own_memory = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
-        command = ["ip", "netns", "exec", HOSTS[host], "unshare", "-m", "sh", "-c", own_memory, "sh", *command]
-        log = (job / f"{out}-{rank}.log").open("w")
-        processes.append(subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log))
+        process = ranks_context().Process(
+            target=run_on_host,
+            args=(HOSTS[rank // 2], environment, [str(part) for part in arguments], job / f"{out}-{rank}.log"),
+        )
+        process.start()
+        processes.append(process)
     return processes
+
+
+def run_on_host(host, environment, arguments, log):
+    """One rank: into the host's network, with shared memory of its own, and then what the command does."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host}") as namespace:
+        assert libc.setns(namespace.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNET
+    assert libc.unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNS
+    own_memory = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm"
+    subprocess.run(own_memory, shell=True, check=True)
+    os.environ.update(environment)
+    sys.argv = ["lockstep", *arguments]
+    cli.main()
 
 
 def logs(job, out):
@@ -88,12 +107,12 @@ def wait_all(processes, seconds):
     started, codes, ended = time.monotonic(), [None] * len(processes), [None] * len(processes)
     while None in codes and time.monotonic() < started + seconds:
         for index, process in enumerate(processes):
-            if codes[index] is None and process.poll() is not None:
-                codes[index], ended[index] = process.returncode, time.monotonic() - started
+            if codes[index] is None and process.exitcode is not None:
+                codes[index], ended[index] = process.exitcode, time.monotonic() - started
         time.sleep(0.02)
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
     return codes, ended
 
 
@@ -103,7 +122,7 @@ def until_some_are_finished(job, out, processes):
         parts = list((job / out / "parts").glob("outputs-rank*.jsonl")) if (job / out / "parts").exists() else []
         if sum(part.read_text().count("\n") for part in parts) >= 2:
             return
-        assert all(process.poll() is None for process in processes), logs(job, out)
+        assert all(process.exitcode is None for process in processes), logs(job, out)
         time.sleep(0.01)
     raise AssertionError(logs(job, out))
 

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from command import Command
 
 from lockstep.coordination.step_log import read_step_log
 from lockstep.models.tiny import make_tiny
@@ -16,7 +17,7 @@ from lockstep.runner.run import mend_lines
 
 pytestmark = pytest.mark.timeout(180)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-REQUESTS = 14
+REQUESTS, RANKS = 14, 3
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,15 @@ def setting(tmp_path_factory):
     return folder, outputs_of(folder / "undisturbed")
 
 
-def start(folder, out, *more, launcher=()):
-    command = [
-        sys.executable, *launcher, "-m", "lockstep.cli", "run", "--model", folder / "tiny", "--workload",
-        folder / "prompts.jsonl", "--data-parallel-size", 3, "--out", folder / out, "--json", "--deadline", 10, *more,
+def arguments(folder, out, num_ranks):
+    return [
+        "run", "--model", folder / "tiny", "--workload", folder / "prompts.jsonl", "--data-parallel-size", num_ranks,
+        "--out", folder / out, "--json", "--deadline", 10,
     ]  # fmt: skip
-    log = (folder / f"{out.replace(chr(47), chr(45))}.log").open("w")
-    return subprocess.Popen([str(part) for part in command], env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def start(folder, out, *more):
+    return Command(*arguments(folder, out, RANKS), *more)
 
 
 def outputs_of(out):
@@ -54,10 +57,10 @@ def finished(out):
             if line.endswith("\n")}  # fmt: skip
 
 
-def pid_of_rank(process, out, rank):
-    """The rank that has its part open."""
+def pid_of_rank(out, rank):
+    """The rank that has its part open, if it is there."""
     path = str(out / "parts" / f"outputs-rank{rank}.jsonl")
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in psutil.Process().children(recursive=True):
         try:
             if any(file.path == path for file in child.open_files()):
                 return child.pid
@@ -66,22 +69,22 @@ def pid_of_rank(process, out, rank):
     return None
 
 
-def kill_in_the_middle(process, out, rank, torn=b""):
+def kill_in_the_middle(has_ended, out, rank, torn=b""):
     """Kill a rank once some requests are finished, in the middle of a line if `torn`; return which were."""
-    until = time.monotonic() + 100
+    until, pid = time.monotonic() + 100, None
     while time.monotonic() < until:
-        if (out / "parts").exists() and len(finished(out)) >= 3:
-            pid = pid_of_rank(process, out, rank)
-            if pid is not None:
-                os.kill(pid, signal.SIGSTOP)
-                done = finished(out)
-                if torn:
-                    with (out / "parts" / f"outputs-rank{rank}.jsonl").open("ab") as file:
-                        file.write(torn)
-                os.kill(pid, signal.SIGKILL)
-                return done
-        assert process.poll() is None, "the run ended too early"
-        time.sleep(0.01)
+        if pid is None and (out / "parts").exists():
+            pid = pid_of_rank(out, rank)
+        if pid is not None and len(finished(out)) >= 3:
+            os.kill(pid, signal.SIGSTOP)
+            done = finished(out)
+            if torn:
+                with (out / "parts" / f"outputs-rank{rank}.jsonl").open("ab") as file:
+                    file.write(torn)
+            os.kill(pid, signal.SIGKILL)
+            return done
+        assert not has_ended(), "the run ended too early"
+        time.sleep(0.005)
     raise AssertionError("no requests were finished in time")
 
 
@@ -95,56 +98,57 @@ def times_written(out):
     return counts
 
 
-def check(folder, name, expected, done):
-    out = folder / name
-    log = (folder / f"{name}.log").read_text()
-    assert outputs_of(out) == expected, log
+def check(out, expected, done, num_ranks):
+    assert outputs_of(out) == expected
     assert times_written(out) == dict.fromkeys(range(REQUESTS), 1)
     records = read_step_log(out / "steps.jsonl").records
-    assert [record.rank for record in records] == [0, 1, 2] * (len(records) // 3)
+    assert [record.rank for record in records] == list(range(num_ranks)) * (len(records) // num_ranks)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["requests"], summary["verified"], summary["mismatches"]) == (REQUESTS, True, 0)
     assert not list(out.glob("*.part"))
     assert len(done) >= 3
-    return log
 
 
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize(("rank", "torn"), [(1, b""), (0, b""), (2, b'{"request_id": 5, "tok')])
-def test_kill_minus_nine_costs_a_restart_and_no_output(setting, rank, torn):
+def test_kill_minus_nine_costs_a_restart_and_no_output(setting, caplog, rank, torn):
     folder, expected = setting
-    name = f"killed{rank}"
-    process = start(folder, name)
-    done = kill_in_the_middle(process, folder / name, rank, torn)
-    assert process.wait(120) == 0, (folder / f"{name}.log").read_text()
-    log = check(folder, name, expected, done)
-    assert "starting all ranks again, 1 of 3 times" in log
-    assert f"rank {rank} failed: its process ended with exit code -9" in log
+    out = folder / f"killed{rank}"
+    command = start(folder, out.name)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, rank, torn)
+    assert command.wait(120) == 0
+    check(out, expected, done, RANKS)
+    assert "starting all ranks again, 1 of 3 times" in caplog.text
+    assert f"rank {rank} failed: its process ended with exit code -9" in caplog.text
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(2)
 def test_under_torchrun_elastic_restarts_do_the_same(setting):
     folder, expected = setting
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=2")
-    process = start(folder, "torchrun", launcher=launcher)
-    done = kill_in_the_middle(process, folder / "torchrun", 1)
-    assert process.wait(150) == 0, (folder / "torchrun.log").read_text()
-    assert "restart 1:" in check(folder, "torchrun", expected, done)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    command = [*launcher, "-m", "lockstep.cli", *map(str, arguments(folder, "torchrun", 2))]
+    log = folder / "torchrun.log"
+    with log.open("w") as file, subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file) as process:
+        done = kill_in_the_middle(lambda: process.poll() is not None, folder / "torchrun", 1)
+        assert process.wait(150) == 0, log.read_text()
+    check(folder / "torchrun", expected, done, 2)
+    assert "restart 1:" in log.read_text()
 
 
 @pytest.mark.ranks(3)
-def test_without_restarts_the_rank_is_named_and_what_was_done_is_whole(setting):
+def test_without_restarts_the_rank_is_named_and_what_was_done_is_whole(setting, capsys):
     folder, _ = setting
-    process = start(folder, "once", "--max-restarts", 0)
-    done = kill_in_the_middle(process, folder / "once", 1)
-    assert process.wait(60) == 1
-    assert "PeerFailedError: rank 1 failed: its process ended with exit code -9" in (folder / "once.log").read_text()
-    assert done <= finished(folder / "once")
-    assert not (folder / "once" / "outputs.jsonl").exists()
+    out = folder / "once"
+    command = start(folder, out.name, "--max-restarts", 0)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, 1)
+    assert command.wait(60) == 1
+    assert "PeerFailedError: rank 1 failed: its process ended with exit code -9" in capsys.readouterr().err
+    assert done <= finished(out)
+    assert not (out / "outputs.jsonl").exists()
 
 
 @pytest.mark.ranks(3)
-def test_a_full_disk_ends_the_run_with_what_was_done_intact(setting):
+def test_a_full_disk_ends_the_run_with_what_was_done_intact(setting, capsys):
     folder, expected = setting
     disk = folder / "disk"
     disk.mkdir()
@@ -153,10 +157,8 @@ def test_a_full_disk_ends_the_run_with_what_was_done_intact(setting):
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
         started = time.monotonic()
-        process = start(folder, "disk/out")
-        code = process.wait(100)
-        log = (folder / "disk-out.log").read_text()
-        assert code in (1, 2), log
+        code = start(folder, "disk/out").wait(100)
+        assert code in (1, 2), capsys.readouterr().err
         assert time.monotonic() - started < 60
         by_id = {request_id: rest for request_id, *rest in expected}
         for part in (disk / "out" / "parts").glob("outputs-rank*.jsonl"):

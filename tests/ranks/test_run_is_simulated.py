@@ -1,16 +1,12 @@
 """The same workload and options give the same counts, step by step, in a real run and in the simulator."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from command import Command
 
 from lockstep.coordination.step_log import StepColumns, read_step_log
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.workload import SchedulerConfig, WorkloadOptions, synthetic_requests
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NAMES = (
     *(
         "step",
@@ -30,14 +26,13 @@ NAMES = (
 def test_counts_of_a_run_are_those_of_the_simulator(tmp_path):
     options = WorkloadOptions(rate_scale=6, length_scale=0.05, num_requests=30)
     scheduler = SchedulerConfig("least-tokens", max_num_batched_tokens=48, max_num_seqs=6, max_prefill_delay_steps=4)
-    command = [
-        *(sys.executable, "-m", "lockstep.cli", "run", "--no-verify", "--out", str(tmp_path / "run"), "--seed", "3"),
+    command = Command(
+        *("run", "--no-verify", "--out", tmp_path / "run", "--seed", "3"),
         *("--data-parallel-size", "4", "--requests", "30", "--rate-scale", "6", "--max-chunk-size", "20"),
         *("--load-balancing", "least-tokens", "--max-num-batched-tokens", "48", "--max-num-seqs", "6"),
         *("--max-prefill-delay-steps", "4", "--length-scale", "0.05"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=170)
-    assert result.returncode == 0, result.stderr
+    )
+    assert command.wait(150) == 0
     config = SimulationConfig(4, scheduler, max_chunk_size=20, clock="steps")
     with StepColumns(tmp_path / "simulated") as log:
         simulate(synthetic_requests(None, options, seed=3), config, log)

@@ -59,8 +59,7 @@ def run_ranks(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context = ranks_context()
     with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
         processes, receivers = [], []
         for rank in range(num_ranks):
@@ -81,6 +80,13 @@ def run_ranks(
                 process.join()
             for receiver in receivers:
                 receiver.close()
+
+
+def ranks_context() -> Any:
+    """Return the context whose processes are forked from the server in which everything is imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    return context
 
 
 def _collect(
