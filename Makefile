@@ -8,13 +8,16 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Two files of tests at a time: half of the time of one is waiting. Never more than cores; the long files stand first.
+IN_PARALLEL := --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: run test lint bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def check(cases, results, deadline_s=DEADLINE_S):
 @pytest.mark.parametrize("part", range(3))
 def test_ranks_that_raise_disagree_or_leave(tiny, tmp_path, part):
     cases = survivable_cases()[part::3]
-    check(cases, run_ranks(3, run_survivable, tiny, cases, str(tmp_path), deadline_s=110))
+    check(cases, run_ranks(3, run_survivable, tiny, cases, str(tmp_path), deadline_s=280))
 
 
 @pytest.mark.ranks(9)
@@ -51,7 +51,7 @@ def test_a_rank_that_is_late_is_named_and_never_added_into_a_later_operation(tin
     parts = [LATE[part::3] for part in range(3)]
 
     def run(cases):
-        return run_ranks(3, run_survivable, tiny, cases, str(tmp_path), SHORT_DEADLINE_S, deadline_s=110)
+        return run_ranks(3, run_survivable, tiny, cases, str(tmp_path), SHORT_DEADLINE_S, deadline_s=280)
 
     with ThreadPoolExecutor(3) as pool:
         for cases, results in zip(parts, pool.map(run, parts), strict=True):
@@ -61,7 +61,7 @@ def test_a_rank_that_is_late_is_named_and_never_added_into_a_later_operation(tin
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("case", LETHAL, ids=lambda case: case.name)
 def test_a_rank_whose_process_ends(tiny, tmp_path, case):
-    results = run_ranks(3, run_lethal, tiny, case, str(tmp_path), deadline_s=30, may_die=[1])
+    results = run_ranks(3, run_lethal, tiny, case, str(tmp_path), deadline_s=60, may_die=[1])
     assert results[1] is None
     assert verdict(case, results) == []
     assert all("is gone" in result["message"] for result in (results[0], results[2]))

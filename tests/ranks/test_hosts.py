@@ -17,8 +17,8 @@ from lockstep import cli
 from lockstep.models.tiny import make_tiny
 from lockstep.testing.ranks import ranks_context
 
-pytestmark = [pytest.mark.timeout(170), pytest.mark.ranks(4)]
-HOSTS = ("lockstep-a", "lockstep-b")
+pytestmark = pytest.mark.ranks(4)
+HOSTS = (f"lockstep-{os.getpid()}-a", f"lockstep-{os.getpid()}-b")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 DEADLINE_S = 4.0
 

@@ -15,7 +15,6 @@ from lockstep.coordination.step_log import read_step_log
 from lockstep.models.tiny import make_tiny
 from lockstep.runner.run import mend_lines
 
-pytestmark = pytest.mark.timeout(180)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 REQUESTS, RANKS = 14, 3
 

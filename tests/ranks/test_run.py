@@ -14,7 +14,6 @@ from command import Command
 import lockstep
 from lockstep.coordination.step_log import read_step_log
 
-pytestmark = pytest.mark.timeout(180)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -28,7 +27,7 @@ def _lockstep(*arguments, launcher=(), folder=None):
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=150,
+        timeout=250,
         cwd=folder,
     )
 
@@ -118,7 +117,7 @@ def test_verification_finds_a_changed_token(run_folder, tmp_path):
 
 @pytest.mark.ranks(2)
 def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     result = _lockstep(
         "run", "--data-parallel-size", 2, "--requests", 4, "--max-new-tokens", 3, "--max-prompt-tokens", 40,
         "--dtype", "bfloat16", "--json", "--out", tmp_path / "out", launcher=torchrun,

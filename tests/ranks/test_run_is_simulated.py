@@ -22,7 +22,6 @@ NAMES = (
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.timeout(180)
 def test_counts_of_a_run_are_those_of_the_simulator(tmp_path):
     options = WorkloadOptions(rate_scale=6, length_scale=0.05, num_requests=30)
     scheduler = SchedulerConfig("least-tokens", max_num_batched_tokens=48, max_num_seqs=6, max_prefill_delay_steps=4)
@@ -32,7 +31,7 @@ def test_counts_of_a_run_are_those_of_the_simulator(tmp_path):
         *("--load-balancing", "least-tokens", "--max-num-batched-tokens", "48", "--max-num-seqs", "6"),
         *("--max-prefill-delay-steps", "4", "--length-scale", "0.05"),
     )
-    assert command.wait(150) == 0
+    assert command.wait(250) == 0
     config = SimulationConfig(4, scheduler, max_chunk_size=20, clock="steps")
     with StepColumns(tmp_path / "simulated") as log:
         simulate(synthetic_requests(None, options, seed=3), config, log)

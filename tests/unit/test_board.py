@@ -247,12 +247,11 @@ def test_a_link_in_place_of_a_board_is_not_followed(tmp_path):
 
 def test_a_maker_that_was_killed_half_way_leaves_nothing_after_the_next_board():
     code = (
-        "import os, signal; from lockstep.coordination.board import Board; "
-        "print(Board.create(2).name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from lockstep.coordination.board import Board; name = Board.create(2).name; "
+        "assert os.path.exists(f'/dev/shm/{name}'); print(name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert child.returncode == -signal.SIGKILL
+    assert child.returncode == -signal.SIGKILL, child.stderr
     left = f"/dev/shm/{child.stdout.strip()}"
-    assert os.path.exists(left)
     Board.create(2).unlink()
     assert not os.path.exists(left)

@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(
         numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
     ),
-    pytest.mark.timeout(300),
 ]
 
 CASES = [  # ranks, experts, top_k, hidden, capacity, fp8
