@@ -40,7 +40,7 @@ def test_every_rank_receives_what_every_rank_sent_over_many_rounds(board):
         wires = [encode(HEADER, index, record) for record in said]
         pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
         for mine, exchange in zip(wires, pending, strict=True):
-            assert decode(exchange.wait(1.0), mine, StepRecord) == tuple(said)
+            assert decode(exchange.wait(1.0), mine, StepRecord).records == tuple(said)
 
 
 def test_a_rank_that_does_not_come_is_named_and_may_still_come(board):
@@ -54,7 +54,7 @@ def test_a_rank_that_does_not_come_is_named_and_may_still_come(board):
     assert caught.value.ranks_missing == (2,)
     assert 0.1 <= time.monotonic() - started < 0.6
     group[2].begin(wires[2])
-    assert len(decode(first.wait(0.1), wires[0], StepRecord)) == 3
+    assert decode(first.wait(0.1), wires[0], StepRecord).column("num_tokens") == (0, 1, 2)
 
 
 def test_a_check_ends_the_wait(board):
@@ -72,6 +72,15 @@ def test_unlike_records_are_received_and_named_on_both_ranks(board):
     for mine, exchange in list(zip(wires, pending, strict=True))[:2]:
         with pytest.raises(RankMismatchError, match="rank 2 sent a record that is damaged"):
             decode(exchange.wait(1.0), mine, StepRecord)
+
+
+def test_records_of_unlike_lengths_are_received(board):
+    group = transports(board)
+    said = [StepRecord(1), StepRecord(2**40), StepRecord(3)]
+    wires = [encode(HEADER, 0, record) for record in said]
+    pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
+    for mine, exchange in zip(wires, pending, strict=True):
+        assert decode(exchange.wait(1.0), mine, StepRecord).records == tuple(said)
 
 
 def test_a_wish_is_seen_before_one_begins(board):
@@ -93,10 +102,10 @@ def test_the_sequence_number_wraps(board):
         wires = [encode(HEADER, step, StepRecord(rank)) for rank in range(3)]
         pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
         for mine, exchange in zip(wires, pending, strict=True):
-            assert [record.num_tokens for record in decode(exchange.wait(1.0), mine, StepRecord)] == [0, 1, 2]
+            assert decode(exchange.wait(1.0), mine, StepRecord).column("num_tokens") == (0, 1, 2)
 
 
-@given(st.integers(0, 16), st.integers(0, 2**32 - 1))
+@given(st.integers(0, 12), st.integers(0, 2**32 - 1))
 def test_a_record_of_which_one_word_is_missing_is_not_taken(index, stale_tag):
     board = Board.create(2)
     board.unlink()
@@ -110,7 +119,7 @@ def test_a_record_of_which_one_word_is_missing_is_not_taken(index, stale_tag):
     with pytest.raises(RanksMissing):
         pending.wait(0.0)
     board.words[word] = whole
-    assert decode(pending.wait(0.5), wires[0], StepRecord)[1].num_tokens == 6
+    assert decode(pending.wait(0.5), wires[0], StepRecord).column("num_tokens") == (5, 6)
 
 
 @given(st.binary(min_size=8 * WORDS, max_size=8 * WORDS))
@@ -135,8 +144,8 @@ def test_threads_of_many_ranks_agree_ten_thousand_times():
         transport = SharedMemoryTransport(board, rank)
         for step in range(2500):
             mine = encode(HEADER, step, StepRecord(step * 4 + rank))
-            counts = [record.num_tokens for record in decode(transport.begin(mine).wait(20), mine, StepRecord)]
-            if counts != [step * 4 + other for other in range(4)]:
+            counts = decode(transport.begin(mine).wait(20), mine, StepRecord).column("num_tokens")
+            if counts != tuple(step * 4 + other for other in range(4)):
                 wrong.append((rank, step, counts))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
@@ -192,6 +201,17 @@ def test_process_states(board):
     assert board.process_state(1) == "gone"
     board.words[base + 2] += 1  # numbers of another container mean nothing here
     assert board.process_state(1) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("cores", "suffice"),
+    [([{0}, {1}, {2}], True), ([{0, 1, 2}] * 3, True), ([{0, 1}] * 3, False), ([{4}, {5}, {4}], False)],
+)
+def test_whether_every_rank_can_have_a_core(board, monkeypatch, cores, suffice):
+    for rank, mine in enumerate(cores):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, mine=mine: mine)
+        board.register(rank)
+    assert board.cores_suffice() == suffice
 
 
 # names, files, orphans

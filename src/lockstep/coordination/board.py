@@ -29,7 +29,9 @@ _MAGIC = 0x3144524F4142534C
 _HEADER_BYTES = 64
 _STATUS_BYTES = 64
 _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
-_PID, _STARTED, _NAMESPACE, _PLACE, _PLACE_NS, _LAST_WORDS, _SPOILED = range(7)
+_PID, _STARTED, _NAMESPACE, _PLACE, _PLACE_NS, _LAST_WORDS, _SPOILED, _CORES = range(8)
+GIVEN_UP_WORD = 2
+"""Index in `Board.words` of the word that is 0 until any rank has said its last words."""
 
 ProcessState = Literal["alive", "stopped", "gone", "unknown"]
 
@@ -109,11 +111,21 @@ class Board:
             os.unlink(f"{FOLDER}/{self.name}")
 
     def register(self, rank: int) -> None:
-        """Write down which process this rank is, so that the others can tell whether it lives."""
+        """Write down which process this rank is, so that the others can tell whether it lives, and on which cores."""
         base = self._status(rank)
         self.words[base + _STARTED] = _started(os.getpid()) or 0
         self.words[base + _NAMESPACE] = _namespace()
+        cores = os.sched_getaffinity(0)
+        self.words[base + _CORES] = min(cores) + 1 << 32 | len(cores)
         self.words[base + _PID] = os.getpid()
+
+    def cores_suffice(self) -> bool:
+        """Return whether every rank can have a core of its own: each may use many enough, or others than the rest."""
+        entries = [self.words[self._status(rank) + _CORES] for rank in range(self.num_ranks)]
+        if 0 in entries:  # a rank that has not registered
+            return len(os.sched_getaffinity(0)) >= self.num_ranks
+        many = min(entry & 0xFFFFFFFF for entry in entries) >= self.num_ranks
+        return many or len({entry >> 32 for entry in entries}) == self.num_ranks
 
     def process_state(self, rank: int) -> ProcessState:
         """Return what the operating system says about a rank's process."""
@@ -154,10 +166,7 @@ class Board:
         self.bytes[start : start + len(message)] = message
         # Length and checksum in one word, so that a reader sees all of the message or none.
         self.words[base + _LAST_WORDS] = zlib.crc32(message) << 32 | len(message)
-
-    def last_words_word(self, rank: int) -> int:
-        """Return the index in `words` that is 0 until a rank has said its last words."""
-        return self._status(rank) + _LAST_WORDS
+        self.words[GIVEN_UP_WORD] = 1
 
     def last_words(self, rank: int) -> bytes | None:
         """Return why a rank has stopped, or None if it has not said so."""

@@ -117,10 +117,12 @@ class Coordinator:
             RankAbsentError: ranks did not come before the deadline; the coordinator is unusable from then on.
             TokenCountError: a negative number of tokens.
         """
-        self.recorder.step = self.step
-        self.recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
-        self._collectives = self.recorder.fingerprint
-        return self.begin(record).result()
+        step, recorder = self.step, self.recorder
+        recorder.step = step
+        recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
+        self._collectives = recorder.fingerprint
+        words, pending = self._send(record)
+        return self._conclude(step, words, record, pending)
 
     def begin(self, record: StepRecord) -> "PendingDecision":
         """Send `record` and return at once; `.result()` waits. One agreement may be under way at a time.
@@ -131,21 +133,25 @@ class Coordinator:
             RankAbsentError: the coordinator is unusable since an earlier error.
             TokenCountError: a negative number of tokens.
         """
+        step = self.step
+        words, pending = self._send(record)
+        return PendingDecision(self, step, words, record, pending)
+
+    def _send(self, record: StepRecord) -> tuple[Wire, Pending]:
         if self._closed_by:
             raise RankAbsentError(
                 f"rank {self.rank}: these groups ended in an error and are not used again: {self._closed_by}"
             )
         if record.num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {self.rank}")
-        words = encode(self._header, self.step, record, self._collectives)
-        self.under_way = True
         step = self.step
-        self.step += 1
+        words = encode(self._header, step, record, self._collectives)
+        self.under_way = True
+        self.step = step + 1
         try:
-            pending = self.transport.begin(words)
+            return words, self.transport.begin(words)
         except ConnectionError as error:
             raise self._absent(f"the agreement of step {step} could not be begun ({error})") from error
-        return PendingDecision(self, step, words, record, pending)
 
     def announce_failure(self, error: BaseException) -> None:
         """Keep `error` for the next agreement whose record says `failed`, where its message goes to all ranks."""

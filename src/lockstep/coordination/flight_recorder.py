@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.coordination.board import Board
+from lockstep.coordination.board import GIVEN_UP_WORD, Board
 from lockstep.coordination.step import MESSAGE_BYTES, decode_message, encode_message, odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
@@ -113,7 +113,6 @@ class FlightRecorder:
         if board is not None:
             self._comparisons = SharedMemoryTransport(board, rank, lane=1)
             self._place, self._place_ns = board.place_words(rank)
-            self._last_words = [board.last_words_word(other) for other in range(num_ranks) if other != rank]
         elif store is not None:
             threading.Thread(target=self._publish, name="lockstep-recorder", daemon=True).start()
 
@@ -178,11 +177,8 @@ class FlightRecorder:
 
     def check_last_words(self) -> None:
         """Look whether another rank has given up; cheap enough for every agreement. Raises as `check`."""
-        if self._board is not None:
-            words = self._board.words
-            for index in self._last_words:
-                if words[index]:
-                    self.check()
+        if self._board is not None and self._board.words[GIVEN_UP_WORD]:
+            self.check()
 
     def check(self) -> None:
         """Look whether a rank that this one waits for will never come; called from time to time in every wait.
@@ -320,7 +316,7 @@ class FlightRecorder:
         except (TimeoutError, ConnectionError) as error:
             ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
             raise self.absent(f"not all ranks came to {mine} within {deadline_s:g} s: {error}", ranks) from error
-        if all(other == wire for other in received):
+        if all(other == received[0] for other in received):
             return
         texts = [decode_message(other).decode(errors="replace") for other in received]
         listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(texts))

@@ -1,11 +1,11 @@
 """What one rank says before a step, and what all ranks then know. Pure Python: no torch, no clocks."""
 
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from operator import attrgetter, itemgetter
-from typing import Any, Literal
+from operator import attrgetter, call, index, itemgetter
+from typing import Any, Literal, NamedTuple, SupportsIndex
+from zlib import crc32
 
 from lockstep._version import __version__
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
@@ -14,15 +14,16 @@ PROTOCOL_VERSION = 1
 HEAD_WORDS = 8
 MAX_FIELDS = 24
 WORDS = HEAD_WORDS + 1 + 2 * MAX_FIELDS
-"""Longest record on the wire, in words of 32 bits: a head, a checksum, then two words per field."""
+"""Longest record on the wire, in words: a head, two per field, or one if all values are small, and a checksum."""
+WORD_BYTES = 8
+HEAD_BYTES = WORD_BYTES * HEAD_WORDS
 
 _MAGIC = 0x4C53 << 16  # "LS"; the low half of the first word is the record's length in words
 _MASK = 0xFFFFFFFF
-_MAX_CACHED_RECORDS = 4096
 
-Words = tuple[int, ...]
-Wire = tuple[Words, Words]
-"""A record on the wire: its head, which must be equal on all ranks, and its body."""
+Wire = bytes
+"""A record on the wire: words of 8 bytes, lowest byte first, of which the lower halves count. The upper ones are 0, and
+a transport's own while they travel. The head must be equal on all ranks, but for the record's length."""
 
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
@@ -97,20 +98,62 @@ class Header:
     package: int = sum(int(part) * 1000 ** (2 - i) for i, part in enumerate(__version__.split(".")[:3]))
 
 
-@dataclass(frozen=True, slots=True)
-class StepDecision:
+class Said(NamedTuple):
+    """What all ranks said, field by field: records are made of it only where somebody asks for them.
+
+    Attributes:
+        record_class: of every rank's record.
+        columns: each field's values, in the order of the fields, `[fields][ranks]`.
+    """
+
+    record_class: type[StepRecord]
+    columns: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> "Said":
+        """Return what records say, at least one, of one class.
+
+        Raises:
+            RankMismatchError: records of different classes.
+        """
+        record_class = type(records[0])
+        for rank, record in enumerate(records):
+            if record.__class__ is not record_class:
+                raise RankMismatchError(
+                    f"rank {rank} sent a {type(record).__name__} where rank 0 sent a {record_class.__name__}"
+                )
+        return cls(record_class, tuple(zip(*map(_layout(record_class).values_of, records), strict=True)))
+
+    def column(self, name: str) -> tuple[int, ...]:
+        """Return every rank's value of a field, `[ranks]`."""
+        return self.columns[_layout(self.record_class).names.index(name)]
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """Each rank's record, `[ranks]`."""
+        pairs = zip(self.columns, _layout(self.record_class).decided_by, strict=True)
+        columns = [map(bool, column) if by in ("any", "all") else column for column, by in pairs]
+        return tuple(self.record_class(*row) for row in zip(*columns, strict=True))
+
+
+class StepDecision(NamedTuple):
     """What all ranks know after an agreement; equal on all of them, whatever each had said.
 
     Attributes:
-        records: what each rank said, `[ranks]`.
+        said: what each rank said.
         num_tokens_across_dp: rows that each data-parallel rank takes into the step, `[data_parallel_size]`. Not always
             what it asked for: see `decide`.
         values: every field's decided value by name (a tuple `[ranks]` for `gather`).
     """
 
-    records: tuple[StepRecord, ...]
+    said: Said
     num_tokens_across_dp: tuple[int, ...]
     values: dict[str, Any]
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """What each rank said, `[ranks]`."""
+        return self.said.records
 
     @property
     def runs_step(self) -> bool:
@@ -130,7 +173,7 @@ class StepDecision:
     @property
     def failed_ranks(self) -> tuple[int, ...]:
         """Ranks that have raised, ascending."""
-        return tuple(rank for rank, record in enumerate(self.records) if record.failed)
+        return tuple(rank for rank, failed in enumerate(self.said.column("failed")) if failed)
 
 
 class _Layout:
@@ -145,34 +188,29 @@ class _Layout:
                 )
         if len(items) > MAX_FIELDS:
             raise ConfigurationError(f"{record_class.__name__} has {len(items)} fields; at most {MAX_FIELDS} travel")
-        self.record_class = record_class
         self.names = tuple(item.name for item in items)
-        self.reducers = tuple(item.metadata["decided_by"] for item in items)
-        pairs = zip(self.names, self.reducers, strict=True)
-        self.fields = tuple((name, attrgetter(name), _REDUCERS[by]) for name, by in pairs)
+        self.decided_by: tuple[Reducer, ...] = tuple(item.metadata["decided_by"] for item in items)
+        self.reducers = tuple(_REDUCERS[by] for by in self.decided_by)
+        self.must_be_equal = [place for place, by in enumerate(self.decided_by) if by == "equal"]
         self.values_of: Callable[[StepRecord], tuple[int, ...]] = attrgetter(*self.names)
         # Unlike classes are told apart by it.
-        self.fingerprint = zlib.crc32(repr(tuple(zip(self.names, self.reducers, strict=True))).encode())
-        self.num_words = HEAD_WORDS + 1 + 2 * len(items)
-        self.as_longs = struct.Struct(f"<{len(items)}q")
-        self.as_words = struct.Struct(f"<{2 * len(items)}I")
-        self.records: dict[Words, StepRecord] = {}
-        """By body. Records never change and few differ, so they are kept."""
+        self.fingerprint = crc32(repr(tuple(zip(self.names, self.decided_by, strict=True))).encode())
+        # Nearly all values fit into 32 bits: then one word carries each, otherwise two.
+        self.num_words = HEAD_WORDS + len(items) + 1
+        self.num_words_large = self.num_words + len(items)
+        self.small = struct.Struct("<" + HEAD_WORDS * "I4x" + len(items) * "i4x")
+        self.large = struct.Struct("<" + HEAD_WORDS * "I4x" + len(items) * "I4xi4x")
+        self.columns_of: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = itemgetter(
+            *[slice(place, None, len(items)) for place in range(len(items))]
+        )
+        self._tables: dict[int, struct.Struct] = {}
 
-    def record(self, body: Words) -> StepRecord:
-        """Return the record of a body, and keep it.
-
-        Raises:
-            ValueError: the body is damaged.
-        """
-        if len(body) != self.num_words - HEAD_WORDS or body[0] != _checksum(body[1:]):
-            raise ValueError("damaged")
-        longs = self.as_longs.unpack(self.as_words.pack(*body[1:]))
-        values = [bool(v) if r in ("any", "all") else v for v, r in zip(longs, self.reducers, strict=True)]
-        if len(self.records) >= _MAX_CACHED_RECORDS:
-            self.records.clear()
-        record = self.records[body] = self.record_class(*values)
-        return record
+    def table(self, num_ranks: int) -> struct.Struct:
+        """All values of all ranks, rank by rank, where one word carries each; the checksums are passed over."""
+        table = self._tables.get(num_ranks)
+        if table is None:
+            table = self._tables[num_ranks] = struct.Struct("<" + num_ranks * (len(self.names) * "i4x" + "8x"))
+        return table
 
 
 _layouts: dict[type[StepRecord], _Layout] = {}
@@ -185,7 +223,7 @@ def _layout(record_class: type[StepRecord]) -> _Layout:
     return layout
 
 
-def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> StepDecision:
+def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) -> StepDecision:
     """Turn what all ranks said into what all ranks do. Pure: the same records give the same decision everywhere.
 
     The ranks of one tensor-parallel group share their requests, so they run them together or not at all: until all of
@@ -204,46 +242,41 @@ def decide(records: Sequence[StepRecord], tensor_parallel_size: int = 1) -> Step
         RankMismatchError: records of different classes, an `equal` field whose values differ, or a tensor-parallel
             group whose ranks are about to run different numbers of rows.
     """
-    if not records or tensor_parallel_size < 1 or len(records) % tensor_parallel_size:
+    num_ranks = len(records.columns[0]) if isinstance(records, Said) else len(records)
+    if not num_ranks or tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
         raise ConfigurationError(
-            f"{len(records)} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
+            f"{num_ranks} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
         )
-    record_class = type(records[0])
-    for record in records:
-        if record.__class__ is not record_class:
-            rank, other = next((i, type(r).__name__) for i, r in enumerate(records) if type(r) is not record_class)
-            raise RankMismatchError(f"rank {rank} sent a {other} where rank 0 sent a {record_class.__name__}")
-    layout = _layout(record_class)
-    values: dict[str, Any] = {}
-    for name, value_of, reduce in layout.fields:
-        column = [*map(value_of, records)]
-        if reduce is _FIRST and len(set(column)) > 1:
-            raise RankMismatchError(f"ranks disagree about {name}: {_by_rank(column)}")
-        values[name] = reduce(column)
+    said = records if isinstance(records, Said) else Said.of(records)
+    layout, columns = _layout(said.record_class), said.columns
+    for place in layout.must_be_equal:
+        if len(set(columns[place])) > 1:
+            raise RankMismatchError(f"ranks disagree about {layout.names[place]}: {_by_rank(columns[place])}")
+    values: dict[str, Any] = dict(zip(layout.names, map(call, layout.reducers, columns), strict=True))
     num_tokens: tuple[int, ...] = values["num_tokens"]
     if min(num_tokens) < 0:
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
 
     if values["paused"] or values["failed"]:
-        counts = (0,) * (len(records) // tensor_parallel_size)
+        counts = (0,) * (num_ranks // tensor_parallel_size)
     elif tensor_parallel_size == 1:
         counts = num_tokens
     else:
-        groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, len(records), tensor_parallel_size)]
-        for index, group in enumerate(groups):
+        groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, num_ranks, tensor_parallel_size)]
+        for number, group in enumerate(groups):
             if min(group) > 0 and len(set(group)) > 1:
-                first = index * tensor_parallel_size
+                first = number * tensor_parallel_size
                 raise RankMismatchError(
-                    f"the ranks of tensor-parallel group {index} share their requests but are about to run "
+                    f"the ranks of tensor-parallel group {number} share their requests but are about to run "
                     f"{list(group)} rows (ranks {first} to {first + tensor_parallel_size - 1})"
                 )
         counts = tuple([min(group) for group in groups])
-    return StepDecision(tuple(records), counts, values)
+    return StepDecision(said, counts, values)
 
 
 def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> Wire:
-    """Return a record as words of 32 bits, at most `WORDS`: a head, and a body that begins with its checksum.
+    """Return a record as words, at most `WORDS`: a head, the values, and their checksum.
 
     Args:
         header: of this rank.
@@ -254,30 +287,54 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
     Raises:
         TokenCountError: a value that does not fit into 64 bits.
     """
-    layout = _layout(type(record))
-    try:
-        fields = layout.as_words.unpack(layout.as_longs.pack(*layout.values_of(record)))
-    except struct.error:
-        name, value = next(
-            (name, value)
-            for name, value in zip(layout.names, layout.values_of(record), strict=True)
-            if not isinstance(value, int) or not -(2**63) <= value < 2**63
-        )
-        raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
+    layout = _layout(record.__class__)
+    values = layout.values_of(record)
     head = (
-        _MAGIC | layout.num_words, header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint,
-        layout.fingerprint, collectives,
+        header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, layout.fingerprint,
+        collectives,
     )  # fmt: skip
-    return head, (_checksum(fields), *fields)
+    try:
+        words = layout.small.pack(_MAGIC | layout.num_words, *head, *values)
+    except struct.error:
+        halves: list[int] = []
+        for name, value in zip(layout.names, values, strict=True):
+            if not isinstance(value, SupportsIndex) or not -(2**63) <= index(value) < 2**63:
+                raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
+            halves += (index(value) & _MASK, index(value) >> 32)
+        words = layout.large.pack(_MAGIC | layout.num_words_large, *head, *halves)
+    return words + crc32(words[HEAD_BYTES:]).to_bytes(WORD_BYTES, "little")
 
 
-def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord]) -> tuple[StepRecord, ...]:
-    """Check every rank's head against the others' and return the records, in rank order.
+class Alike(Sequence[Wire]):
+    """Records of all ranks that begin with the same head.
+
+    Attributes:
+        head: of all.
+        bodies: what follows in each, `[ranks]`, all of one length.
+        joined: the bodies one after another.
+    """
+
+    __slots__ = ("bodies", "head", "joined")
+
+    def __init__(self, head: bytes, bodies: Sequence[bytes], joined: bytes) -> None:
+        self.head = head
+        self.bodies = bodies
+        self.joined = joined
+
+    def __len__(self) -> int:
+        return len(self.bodies)
+
+    def __getitem__(self, rank: Any) -> Any:
+        return self.head + self.bodies[rank]
+
+
+def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord]) -> Said:
+    """Check every rank's head against the others' and return what the records say.
 
     Every rank checks all heads, so either all ranks raise or none does.
 
     Args:
-        received: what each rank sent, `[ranks]`.
+        received: what each rank sent, `[ranks]`; `Alike` only with the head of `mine`.
         mine: what this rank sent.
         record_class: the class of this rank's record.
 
@@ -285,30 +342,46 @@ def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord])
         RankMismatchError: naming the first part of the head that differs and each rank's value of it.
     """
     layout = _layout(record_class)
-    my_head, known, records = mine[0], layout.records, []
-    for head, body in received:
-        if head is not my_head and head != my_head:
+    if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
+        # A CRC behind its data makes the CRC of both a constant, which what a transport adds to all words changes for
+        # all ranks alike; and one of these records is this rank's own.
+        if len({*map(crc32, received.bodies)}) > 1:
             raise _mismatch(received, mine)
-        record = known.get(body)
-        if record is None:
-            try:
-                record = layout.record(body)
-            except (ValueError, struct.error):
-                raise _mismatch(received, mine) from None
-        records.append(record)
-    return tuple(records)
+        return Said(record_class, layout.columns_of(layout.table(len(received.bodies)).unpack(received.joined)))
+    rows = []
+    my_head = (_words(mine) or ())[1:HEAD_WORDS]
+    for wire in received:
+        words = _words(wire)
+        if words is None or words[1:HEAD_WORDS] != my_head:
+            raise _mismatch(received, mine)
+        body = words[HEAD_WORDS:-1]
+        if len(words) == layout.num_words:
+            rows.append([_signed(word) for word in body])
+        elif len(words) == layout.num_words_large:
+            rows.append([low | _signed(high) << 32 for low, high in zip(body[::2], body[1::2], strict=True)])
+        else:
+            raise _mismatch(received, mine)
+    return Said(record_class, tuple(zip(*rows, strict=True)))
 
 
-def split(words: Sequence[int]) -> Wire:
-    """Return words of a transport that knows nothing of their meaning as head and body; what follows is dropped."""
-    words = tuple(words)
-    length = words[0] & 0xFFFF if words else 0
-    return words[:HEAD_WORDS], words[HEAD_WORDS : max(length, HEAD_WORDS)]
+def cut(words: bytes) -> Wire:
+    """Return the record at the beginning of words of a transport that knows nothing of their meaning."""
+    return words[: WORD_BYTES * max(int.from_bytes(words[:2], "little"), HEAD_WORDS)]
 
 
-def _checksum(fields: Words) -> int:
-    # Words on their way are guarded by TCP or the memory; this one tells that something else altogether has come.
-    return (sum(fields) * 0x9E3779B1 + len(fields)) & _MASK
+def _words(wire: Wire) -> tuple[int, ...] | None:
+    """A record's words, or None if it is damaged or no record."""
+    count, rest = divmod(len(wire), WORD_BYTES)
+    if rest or not HEAD_WORDS < count <= WORDS:
+        return None
+    words = struct.unpack("<" + count * "I4x", wire)
+    # Words on their way are guarded by TCP or the memory; the checksum tells that something else altogether has come.
+    fields = struct.pack("<" + (count - HEAD_WORDS - 1) * "I4x", *words[HEAD_WORDS:-1])
+    return words if words[0] == _MAGIC | count and words[-1] == crc32(fields) else None
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 31 << 32)
 
 
 _HEAD_NAMES = (
@@ -319,43 +392,41 @@ _HEAD_NAMES = (
 
 def _mismatch(received: Sequence[Wire], mine: Wire) -> RankMismatchError:
     """Say what is wrong with the ranks' words. Something is."""
-    for rank, (head, body) in enumerate(received):
-        words = (*head, *body)
-        if (
-            len(head) != HEAD_WORDS
-            or not body
-            or not all(0 <= word <= _MASK for word in words)
-            or head[0] != _MAGIC | len(words)
-            or body[0] != _checksum(body[1:])
-        ):
+    heads = []
+    for rank, wire in enumerate(received):
+        words = _words(wire)
+        if words is None:
             return RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's")
-    for index in (1, 2, 3, 4, 5, 6, 0, 7):
-        column = [head[index] for head, _ in received]
+        heads.append(words[:HEAD_WORDS])
+    for part in (1, 2, 3, 4, 5, 6, 7, 0):  # unlike lengths of records that are otherwise alike are no fault
+        column = [head[part] for head in heads]
         if len(set(column)) > 1:
-            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[index]}: {_by_rank(column)}")
+            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[part]}: {_by_rank(column)}")
     # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
-    return RankMismatchError(f"the exchange returned head {received[0][0]}, this rank sent {mine[0]}")
+    sent = struct.unpack("<" + HEAD_WORDS * "I4x", mine[:HEAD_BYTES])
+    return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
 
 
 MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)
 """Bytes of a message that travel in one exchange."""
-_message_words = struct.Struct(f"<{MESSAGE_BYTES // 4}I")
+_message = struct.Struct("<" + WORDS * "I4x")
+_message_body = struct.Struct(f"<{MESSAGE_BYTES // 4}I")
+_MESSAGE_HEAD = (WORDS,) * HEAD_WORDS
 
 
 def encode_message(part: bytes) -> Wire:
     """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
-    return (WORDS,) * HEAD_WORDS, (len(part), *_message_words.unpack(part.ljust(MESSAGE_BYTES, b"\0")))
+    return _message.pack(*_MESSAGE_HEAD, len(part), *_message_body.unpack(part.ljust(MESSAGE_BYTES, b"\0")))
 
 
 def decode_message(wire: Wire) -> bytes:
     """Return the bytes of `encode_message`; nothing where the words are of something else."""
-    head, body = wire
-    try:
-        if head != (WORDS,) * HEAD_WORDS:
-            return b""
-        return _message_words.pack(*body[1:])[: max(0, min(body[0], MESSAGE_BYTES))]
-    except struct.error:
+    if len(wire) != _message.size:
         return b""
+    words = _message.unpack(wire)
+    if words[:HEAD_WORDS] != _MESSAGE_HEAD:
+        return b""
+    return _message_body.pack(*words[HEAD_WORDS + 1 :])[: min(words[HEAD_WORDS], MESSAGE_BYTES)]
 
 
 def odd_ones_out(values: Sequence[Any]) -> str:

@@ -11,16 +11,17 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.board import Board
-from lockstep.coordination.step import HEAD_WORDS, WORDS, Wire, Words, decode_message, encode_message, split
+from lockstep.coordination.board import EXCHANGE_BYTES, Board
+from lockstep.coordination.step import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wire, cut, decode_message, encode_message
 
 CHECK_S = 0.1
 """How often a wait looks whether the others are still there, in seconds."""
 
 # A wait in shared memory looks without pause for the first time, gives way to other threads up to the second, and then
-# sleeps between looks, longer and longer.
+# sleeps between looks: for a share of what it has waited, so that it ends late by no more than that.
 _SPIN_NS = 20_000
 _YIELD_NS = 400_000
+_SLEEP_SHARE = 0.02
 _SLEEP_S = (0.00002, 0.001)
 
 
@@ -53,7 +54,7 @@ class Transport(Protocol):
     can_watch: bool
 
     def begin(self, wire: Wire) -> Pending:
-        """Send this rank's words, `HEAD_WORDS` and at most `WORDS` in all, of 32 bits, and return at once."""
+        """Send this rank's words, at most `WORDS`, and return at once."""
         ...
 
     def wanted(self) -> bool:
@@ -85,9 +86,9 @@ class ProcessGroupTransport:
 
     def begin(self, wire: Wire) -> "_PendingAllGather":
         """See `Transport`."""
-        words = (*wire[0], *wire[1])
         # Always the same length, so that even two unlike records can be told apart.
-        mine = torch.tensor([*words, *[0] * (WORDS - len(words))], dtype=torch.int64, device=self._device)
+        words = bytearray(wire.ljust(WORD_BYTES * WORDS, b"\0"))
+        mine = torch.frombuffer(words, dtype=torch.int64).to(self._device)
         everyones = torch.empty(self.num_ranks, WORDS, dtype=torch.int64, device=self._device)
         try:
             work = dist.all_gather(list(everyones), mine, group=self.process_group, async_op=True)
@@ -108,18 +109,18 @@ class _PendingAllGather:
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
         wait_for(self._work, timeout_s, check)
-        return [split(words) for words in self._everyones.tolist()]
+        return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self._everyones.tolist()]
 
 
 class SharedMemoryTransport:
     """Exchange through a board in shared memory, for ranks of one host.
 
-    Each rank writes its words, each with the number of the exchange beside it, and looks until the words of all others
-    carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has seen all
-    others in the next, so nobody reads the old one any more.
+    Each rank writes its words with the number of the exchange in the upper half of each, and looks until the words of
+    all others carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has
+    seen all others in the next, so nobody reads the old one any more.
 
     Args:
-        board: shared by all ranks.
+        board: shared by all ranks, which have registered.
         rank: this rank.
         lane: of the board; one for each kind of exchange that may be under way.
     """
@@ -133,20 +134,21 @@ class SharedMemoryTransport:
         self._sequence = 0
         self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
         self._others = [r for r in range(board.num_ranks) if r != rank]
-        # With fewer cores than ranks a rank that looks without pause keeps another from answering.
-        self._spin_ns = _SPIN_NS if len(os.sched_getaffinity(0)) >= board.num_ranks else 0
-        self._bodies: dict[int, Words] = {}
-        """Bodies that came before, by their bytes as one integer: few differ."""
+        # A rank that looks without pause must not keep another from answering.
+        self._spin_ns = _SPIN_NS if board.cores_suffice() else 0
+        self._shapes: dict[int, _Shape] = {}
 
     def begin(self, wire: Wire) -> "_PendingBoard":
         """See `Transport`."""
         sequence = self._sequence = self._sequence + 1 & _MASK
-        count = len(wire[0]) + len(wire[1])
-        payload = int.from_bytes(_QUADS[count].pack(*wire[0], *wire[1]), "little")
-        raw = (payload | sequence * _TAGS[count]).to_bytes(8 * count, "little")
+        size = len(wire)
+        shape = self._shapes.get(size)
+        if shape is None:
+            shape = self._shapes[size] = _Shape(self.num_ranks, size)
+        stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
         start = self._starts[sequence & 1][self.rank]
-        self.board.bytes[start : start + len(raw)] = raw
-        return _PendingBoard(self, wire, raw, sequence)
+        self.board.bytes[start : start + size] = stamped
+        return _PendingBoard(self, shape, sequence, stamped[:HEAD_BYTES])
 
     def wanted(self) -> bool:
         """See `Transport`."""
@@ -155,93 +157,88 @@ class SharedMemoryTransport:
         return any(words[starts[rank] >> 3] >> 32 == following for rank in self._others)
 
 
-class _PendingBoard:
-    __slots__ = ("_head", "_missing", "_raw_head", "_received", "_sequence", "_starts", "_stop", "_tags", "_transport")
+class _Shape:
+    """What is worked out once for records of one size, from all ranks."""
 
-    def __init__(self, transport: SharedMemoryTransport, wire: Wire, raw: bytes, sequence: int) -> None:
+    def __init__(self, num_ranks: int, size: int) -> None:
+        self.size = size
+        self.on_board = struct.Struct(num_ranks * f"{HEAD_BYTES}s{size - HEAD_BYTES}s{EXCHANGE_BYTES - size}x")
+        self.stamp = int.from_bytes(_ONE_ABOVE * (size // WORD_BYTES), "little")
+        self.stamps = int.from_bytes(_ONE_ABOVE * (num_ranks * (size - HEAD_BYTES) // WORD_BYTES), "little")
+        self.upper_halves = self.stamps * _MASK
+
+
+class _PendingBoard:
+    __slots__ = ("_head", "_sequence", "_shape", "_transport")
+
+    def __init__(self, transport: SharedMemoryTransport, shape: _Shape, sequence: int, head: bytes) -> None:
         self._transport = transport
+        self._shape = shape
         self._sequence = sequence
-        self._starts = transport._starts[sequence & 1]
-        self._head = wire[0]
-        self._raw_head = raw[: 8 * HEAD_WORDS]
-        self._stop = len(raw)
-        self._tags = sequence * _TAGS[len(wire[1])]
-        self._received: list[Wire] = [wire] * transport.num_ranks
-        self._missing = transport._others
+        self._head = head
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
-        if self._look():
-            return self._received
+        received: Sequence[Wire] | None = self._take()
+        if received is not None:
+            return received
         started = time.monotonic_ns()
         deadline = started + int(timeout_s * 1e9)
         next_check = started + int(CHECK_S * 1e9)
         spin_until, yield_until = started + self._transport._spin_ns, started + _YIELD_NS
-        sleep_s = _SLEEP_S[0]
+        words, sequence = self._transport.board.words, self._sequence
+        last_word = self._shape.size // WORD_BYTES - 1
+        awaited = [start // WORD_BYTES + last_word for start in self._transport._starts[sequence & 1]]
         while True:
             now = time.monotonic_ns()
-            if now >= spin_until:
-                if now < yield_until:
-                    os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
-                else:
-                    time.sleep(sleep_s)
-                    sleep_s = min(1.3 * sleep_s, _SLEEP_S[1])
-                    self._look_for_others()
-            if self._look():
-                return self._received
+            sleeps = now >= yield_until
+            if sleeps:
+                time.sleep(min(max(_SLEEP_SHARE * (now - started) / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
+            elif now >= spin_until:
+                os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
+            while awaited and words[awaited[-1]] >> 32 == sequence:
+                awaited.pop()
+            if not awaited or sleeps:
+                received = self._take() or (self._take_all() if sleeps else None)
+                if received is not None:
+                    return received
             if now >= next_check:
                 next_check = now + int(CHECK_S * 1e9)
                 if check is not None:
                     check()
             if now >= deadline:
-                raise RanksMissing(f"no answer within {timeout_s:.3g} s", tuple(self._missing))
+                missing = tuple(rank for rank, wire in enumerate(self._whole()) if wire is None)
+                raise RanksMissing(f"no answer within {timeout_s:.3g} s", missing)
 
-    def _look(self) -> bool:
-        """Take the records that have come with this rank's head; return whether that is all."""
-        data, starts, stop, tags = self._transport.board.bytes, self._starts, self._stop, self._tags
-        raw_head, bodies = self._raw_head, self._transport._bodies
-        missing = []
-        for rank in self._missing:
-            start = starts[rank]
-            raw = data[start : start + stop].tobytes()
-            if raw[: 8 * HEAD_WORDS] == raw_head:
-                # What is left without the tags is the payload, if every word has the tag.
-                payload = int.from_bytes(raw[8 * HEAD_WORDS :], "little") ^ tags
-                body = bodies.get(payload)
-                if body is None:
-                    body = self._new_body(payload)
-                if body is not None:
-                    self._received[rank] = (self._head, body)
-                    continue
-            missing.append(rank)
-        self._missing = missing
-        return not missing
+    def _take(self) -> Alike | None:
+        """Return the records of all ranks, if all have come with this rank's head."""
+        shape, transport = self._shape, self._transport
+        parts = shape.on_board.unpack_from(transport.board.bytes, transport._starts[self._sequence & 1][0])
+        if parts[::2].count(self._head) != transport.num_ranks:
+            return None
+        bodies = parts[1::2]
+        joined = b"".join(bodies)
+        # All words at once: what is left in the upper halves is of an earlier exchange.
+        if (int.from_bytes(joined, "little") ^ self._sequence * shape.stamps) & shape.upper_halves:
+            return None
+        return Alike(self._head, bodies, joined)
 
-    def _new_body(self, payload: int) -> Words | None:
-        count = self._stop // 8 - HEAD_WORDS
-        words = _QUADS[count].unpack(payload.to_bytes(8 * count, "little"))
-        if max(words) > _MASK:
-            return None  # a word of an earlier exchange is still there
-        bodies = self._transport._bodies
-        if len(bodies) >= _MAX_CACHED_BODIES:
-            bodies.clear()
-        bodies[payload] = words
-        return words
+    def _take_all(self) -> Sequence[Wire] | None:
+        """Return the records of all ranks whatever they are: if their heads differ, the ranks will say in what."""
+        wires = [wire for wire in self._whole() if wire is not None]
+        return wires if len(wires) == self._transport.num_ranks else None
 
-    def _look_for_others(self) -> None:
-        """Take records with other heads too, of any length: then the ranks disagree, and will say about what."""
-        for rank in list(self._missing):
-            start = self._starts[rank]
-            words = _QUADS[WORDS].unpack(self._transport.board.bytes[start : start + 8 * WORDS].tobytes())
-            length = words[0] & 0xFFFF
-            if HEAD_WORDS < length <= WORDS and all(word >> 32 == self._sequence for word in words[:length]):
-                self._received[rank] = split([word & _MASK for word in words[:length]])
-                self._missing = [other for other in self._missing if other != rank]
+    def _whole(self) -> list[Wire | None]:
+        """Return each rank's record as far as it has come whole."""
+        wires: list[Wire | None] = []
+        for start in self._transport._starts[self._sequence & 1]:
+            wire = cut(bytes(self._transport.board.bytes[start : start + WORD_BYTES * WORDS]))
+            uppers = struct.unpack(f"<{len(wire) // 4}I", wire)[1::2]
+            wires.append(wire if uppers.count(self._sequence) == len(uppers) else None)
+        return wires
 
 
 _MASK = 0xFFFFFFFF
-_MAX_CACHED_BODIES = 4096
-_QUADS = [struct.Struct(f"={count}Q") for count in range(WORDS + 1)]
-_TAGS = [int.from_bytes(b"\0\0\0\0\1\0\0\0" * count, "little") for count in range(WORDS + 1)]
+_ONE_ABOVE = b"\0\0\0\0\1\0\0\0"  # a word with 1 in its upper half
 
 
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:

@@ -13,7 +13,7 @@ import torch
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
-from lockstep.coordination.step import StepRecord, Wire
+from lockstep.coordination.step import WORD_BYTES, StepRecord, Wire
 from lockstep.dispatch import collectives
 from lockstep.errors import ConfigurationError
 from lockstep.models.huggingface import parallel_of
@@ -120,8 +120,8 @@ def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fau
     finally:
         recorder.on_mark = before
         collectives._exchange = exchange
-        for changed in (coordinator, coordinator.transport):
-            vars(changed).pop("begin", None)
+        vars(coordinator).pop("_send", None)
+        vars(coordinator.transport).pop("begin", None)
 
 
 def _break(fault: Fault, coordinator: Coordinator) -> None:
@@ -146,28 +146,30 @@ def _break(fault: Fault, coordinator: Coordinator) -> None:
         case "wrong_count":
             _next_record(coordinator, lambda record: type(record)(record.num_tokens + 1, record.unfinished))
         case "corrupted_header":
-            _next_wire(coordinator, lambda wire: ((*wire[0][:3], wire[0][3] ^ 1 << 20, *wire[0][4:]), wire[1]))
+            _next_wire(coordinator, 3, 1 << 20)
         case "other_protocol":
-            _next_wire(coordinator, lambda wire: ((wire[0][0], wire[0][1] + 1, *wire[0][2:]), wire[1]))
+            _next_wire(coordinator, 1, 3)
 
 
 def _next_record(coordinator: Coordinator, change: Callable[[StepRecord], StepRecord]) -> None:
-    begin = coordinator.begin
+    send = coordinator._send
 
     def changed(record: StepRecord) -> Any:
-        del coordinator.begin
-        return begin(change(record))
+        del coordinator._send
+        return send(change(record))
 
-    coordinator.begin = changed  # type: ignore[method-assign]
+    coordinator._send = changed  # type: ignore[method-assign]
 
 
-def _next_wire(coordinator: Coordinator, change: Callable[[Wire], Wire]) -> None:
+def _next_wire(coordinator: Coordinator, word: int, bits: int) -> None:
+    """Flip bits in a word of the next record's head."""
     transport: Any = coordinator.transport
     begin = transport.begin
 
     def changed(wire: Wire) -> Any:
         del transport.begin
-        return begin(change(wire))
+        flipped = int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word
+        return begin(flipped.to_bytes(len(wire), "little"))
 
     transport.begin = changed
 
