@@ -94,6 +94,9 @@ class Model:
         return Output(logits=logits, past_key_values=past_key_values)
 
 
+STEP = ChunkPlan([3, 0])
+
+
 def make_layer(dispatcher=None, tensor_parallel_size=1):
     forgotten = []
     dispatcher = dispatcher or SimpleNamespace(
@@ -122,10 +125,10 @@ def ids(*values):
 def test_a_step_is_captured_at_its_second_time_and_replayed_from_then_on(cuda):
     steps, _, model = make(cuda)
     cache = Cache()
-    assert steps.run_forward(model, (), {"input_ids": ids(1, 2), "past_key_values": cache}) is None
+    assert steps.run_forward(STEP, model, (), {"input_ids": ids(1, 2), "past_key_values": cache}) is None
     assert (model.calls, cuda.captures) == (0, 0)
     for number in (5, 7, 9):
-        output = steps.run_forward(model, (), {"input_ids": ids(number, 2), "past_key_values": cache})
+        output = steps.run_forward(STEP, model, (), {"input_ids": ids(number, 2), "past_key_values": cache})
         assert output["logits"].tolist() == [[number], [2]]
         assert output["past_key_values"] is cache
     assert (model.calls, cuda.captures, cuda.replays) == (1, 1, 3)
@@ -137,11 +140,11 @@ def test_inputs_are_copied_into_the_graphs_own_and_outputs_out_of_it(cuda):
     cache, mask = Cache(), torch.ones(3)
     mine = ids(1, 2)
     kwargs = {"input_ids": mine, "past_key_values": cache, "attention_mask": mask}
-    steps.run_forward(model, (), kwargs)
-    first = steps.run_forward(model, (), kwargs)["logits"]
+    steps.run_forward(STEP, model, (), kwargs)
+    first = steps.run_forward(STEP, model, (), kwargs)["logits"]
     assert first.tolist() == [[4], [5]]
     mine.fill_(100)  # the caller's own tensor, in place: the graph has another
-    second = steps.run_forward(model, (), {**kwargs, "input_ids": ids(7, 8), "attention_mask": torch.zeros(3)})[
+    second = steps.run_forward(STEP, model, (), {**kwargs, "input_ids": ids(7, 8), "attention_mask": torch.zeros(3)})[
         "logits"
     ]
     assert second.tolist() == [[7], [8]]
@@ -165,14 +168,14 @@ def test_a_step_of_another_kind_has_a_graph_of_its_own(cuda, other):
     steps, _, model = make(cuda)
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache(), "scale": 1}
     for _ in range(3):
-        steps.run_forward(model, (), kwargs)
+        steps.run_forward(STEP, model, (), kwargs)
     changed = {**kwargs, **other}
-    assert steps.run_forward(model, (), changed) is None
-    output = steps.run_forward(model, (), changed)
+    assert steps.run_forward(STEP, model, (), changed) is None
+    output = steps.run_forward(STEP, model, (), changed)
     expected = changed["input_ids"] * changed["scale"] + changed.get("attention_mask", torch.zeros(1)).sum()
     assert output["logits"].tolist() == expected.tolist()
     assert cuda.captures == 2
-    assert steps.run_forward(model, (), kwargs)["logits"].tolist() == [[1], [2]]  # the first is still there
+    assert steps.run_forward(STEP, model, (), kwargs)["logits"].tolist() == [[1], [2]]  # the first is still there
     assert cuda.captures == 2
 
 
@@ -192,7 +195,7 @@ def test_what_is_no_decode_step_over_a_fixed_cache_is_left_to_the_caller(cuda, a
     steps, _, model = make(cuda)
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache(), **other}
     for _ in range(4):
-        assert steps.run_forward(model, args, kwargs) is None
+        assert steps.run_forward(STEP, model, args, kwargs) is None
     assert cuda.captures == 0
 
 
@@ -201,15 +204,15 @@ def test_a_capture_that_fails_is_undone_and_not_tried_again(cuda):
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache()}
     cuda.fails = True
     for _ in range(4):
-        assert steps.run_forward(model, (), kwargs) is None
+        assert steps.run_forward(STEP, model, (), kwargs) is None
     assert (cuda.captures, cuda.ended, cuda.capturing, cuda.replays) == (1, 1, False, 0)
     for layer in layers:
         assert layer.in_step  # nothing has run, so no rank is ahead of another
         assert layer.dispatcher.forgotten == [True]
     cuda.fails = False
     other = {**kwargs, "past_key_values": Cache()}
-    assert steps.run_forward(model, (), other) is None
-    assert steps.run_forward(model, (), other)["logits"].tolist() == [[1], [2]]
+    assert steps.run_forward(STEP, model, (), other) is None
+    assert steps.run_forward(STEP, model, (), other)["logits"].tolist() == [[1], [2]]
 
 
 def test_an_error_that_is_not_about_the_capture_reaches_the_caller(cuda):
@@ -219,9 +222,9 @@ def test_an_error_that_is_not_about_the_capture_reaches_the_caller(cuda):
         raise ValueError("a layer that is wrong")
 
     kwargs = {"input_ids": ids(1), "past_key_values": Cache()}
-    assert steps.run_forward(broken, (), kwargs) is None
+    assert steps.run_forward(STEP, broken, (), kwargs) is None
     with pytest.raises(ValueError, match="a layer that is wrong"):
-        steps.run_forward(broken, (), kwargs)
+        steps.run_forward(STEP, broken, (), kwargs)
     assert not cuda.capturing
     assert all(layer.dispatcher.forgotten for layer in layers)
 
@@ -231,7 +234,7 @@ def test_graphs_are_forgotten_with_their_cache(cuda):
     kept, cache = Cache(), Cache()
     for one in (kept, cache):
         for _ in range(2):
-            steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": one})
+            steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": one})
     model.caches.clear()
     assert len(steps._forwards) == 2
     del cache, one
@@ -240,7 +243,7 @@ def test_graphs_are_forgotten_with_their_cache(cuda):
     cuda.fails = True
     failing = Cache()
     for _ in range(2):
-        steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": failing})
+        steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": failing})
     assert steps._failed
     model.caches.clear()
     del failing
@@ -253,12 +256,12 @@ def test_the_oldest_of_many_graphs_goes_first(cuda):
     caches = [Cache() for _ in range(graphs._MOST_GRAPHS + 1)]
     for cache in caches:
         for _ in range(2):
-            steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": cache})
+            steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": cache})
     assert len(steps._forwards) == graphs._MOST_GRAPHS
     captures = cuda.captures
-    steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": caches[-1]})
+    steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": caches[-1]})
     assert cuda.captures == captures
-    steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": caches[0]})
+    steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": caches[0]})
     assert cuda.captures == captures + 1
 
 
@@ -271,7 +274,7 @@ def test_idle_steps_are_captured_at_their_second_time(cuda):
         cuda.launch(lambda: ran.append(True))
 
     for number in range(1, 5):
-        steps.run_idle(eager)
+        steps.run_idle(STEP, eager)
         assert len(ran) == number
     assert (len(issued), cuda.captures, cuda.replays) == (2, 1, 3)
 
@@ -281,7 +284,7 @@ def test_idle_steps_run_all_the_same_where_they_cannot_be_captured(cuda):
     ran = []
     cuda.fails = True
     for number in range(1, 5):
-        steps.run_idle(lambda: cuda.launch(lambda: ran.append(True)))
+        steps.run_idle(STEP, lambda: cuda.launch(lambda: ran.append(True)))
         assert len(ran) == number  # the other ranks count on each of them
     assert (cuda.captures, cuda.replays) == (1, 0)
     assert layers[0].dispatcher.forgotten == [True]
@@ -297,8 +300,6 @@ def test_a_step_may_be_a_graph_if_the_backend_can_and_all_rows_go_at_once(cuda):
     assert steps.serves(plan(3, 0, limit=3))
     assert not steps.serves(plan(4, 0, limit=3))  # two chunks
     assert not steps.serves(plan(0, 0))  # none
-    assert steps.serves(plan(100, 28))
-    assert not steps.serves(plan(100, 29))  # more rows for each expert than a graph's kernels are good for
     eager = SimpleNamespace(abilities=Abilities())
     assert not StepGraphs([make_layer(), make_layer(eager)]).serves(plan(3, 0))
     assert not StepGraphs([make_layer(tensor_parallel_size=2)]).serves(plan(3, 0))
@@ -311,3 +312,18 @@ def test_with_auto_only_steps_that_all_ranks_give_to_the_one_sided_backend(cuda)
     assert steps.serves(plan(8, 0))
     assert not steps.serves(plan(9, 0))  # more than its buffers hold: another backend's, on every rank
     assert not StepGraphs([make_layer(AutoDispatcher(group, 8))]).serves(plan(8, 0))
+
+
+def test_a_step_in_which_others_bring_many_rows_has_a_graph_of_its_own(cuda):
+    steps, _, model = make(cuda)
+    kwargs, issued = {"input_ids": ids(1), "past_key_values": Cache()}, []
+    few, many = plan(100, 28), plan(100, 29)  # 32 rows for each expert, and more
+    for one in (few, many):
+        for _ in range(3):
+            steps.run_forward(one, model, (), kwargs)
+            steps.run_idle(one, lambda: issued.append(True))
+    assert model.calls == 2
+    assert len(issued) == 4
+    assert (cuda.captures, cuda.replays) == (4, 8)
+    steps.run_forward(few, model, (), kwargs)
+    assert (cuda.captures, cuda.replays) == (4, 9)

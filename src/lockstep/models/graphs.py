@@ -41,45 +41,44 @@ class StepGraphs:
         self._seen: set[Any] = set()
         self._failed: set[Any] = set()
         self._forwards: dict[Any, _CapturedForward] = {}
-        self._idle: torch.cuda.CUDAGraph | None = None
+        self._idle: dict[Any, torch.cuda.CUDAGraph] = {}
 
     def serves(self, plan: ChunkPlan) -> bool:
-        """Whether a step may be a graph on this rank: the backend allows it, and few rows go through, in one chunk.
-
-        A graph's experts run by the kernels for few rows. Where another rank brings a long prompt, this one's experts
-        would keep all ranks waiting with them.
-        """
+        """Whether a step can be a graph on this rank: the backend allows it, and all rows go through in one chunk."""
         if not self._possible or len(plan) != 1:
             return False
         sizes = next(iter(plan)).sizes
         return all(
-            layer.rows_per_expert(sum(sizes)) <= FEW_ROWS
-            and captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype)
-            for layer in self._layers
+            captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype) for layer in self._layers
         )
 
-    def run_idle(self, eager: Callable[[], None]) -> None:
+    def run_idle(self, plan: ChunkPlan, eager: Callable[[], None]) -> None:
         """Take part in a step without rows, by a graph from the second time on; without one if that cannot be captured.
 
         Args:
+            plan: of the step.
             eager: issues the exchanges of all layers, with zero rows.
         """
-        if self._idle is None and "idle" in self._seen and "idle" not in self._failed:
+        key = ("idle", *self._experts_kernels(plan))
+        if key not in self._idle and key in self._seen and key not in self._failed:
             try:
-                self._idle = self._capture(eager)
+                self._idle[key] = self._capture(eager)
             except RuntimeError as error:
                 logger.info("an idle step cannot be a CUDA graph: %s", error)
-                self._failed.add("idle")
-        if self._idle is None:
-            self._seen.add("idle")
+                self._failed.add(key)
+        if key not in self._idle:
+            self._seen.add(key)
             eager()
             return
-        self._idle.replay()
+        self._idle[key].replay()
 
-    def run_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    def run_forward(
+        self, plan: ChunkPlan, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any | None:
         """Run a forward pass by a graph, if it is of a kind that was seen before.
 
         Args:
+            plan: of the step.
             forward: the model's own.
             args: its positional arguments; with any, no graph is used.
             kwargs: its keyword arguments.
@@ -96,7 +95,7 @@ class StepGraphs:
         inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         leaves, structure = pytree.tree_flatten(inputs)
         # What is no tensor is part of the graph; of tensors only the shape is.
-        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves))
+        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves), *self._experts_kernels(plan))
         if key in self._failed:
             return None
         captured = self._forwards.get(key)
@@ -119,6 +118,11 @@ class StepGraphs:
                 self._forwards.pop(next(iter(self._forwards)))
             captured = self._forwards[key] = _CapturedForward(graph, static, outputs[0])
         return captured.replay(leaves, cache)
+
+    def _experts_kernels(self, plan: ChunkPlan) -> tuple[bool, ...]:
+        """Which kernels each layer's experts run by in a step: a graph that has the others would be slow, not wrong."""
+        num_rows = sum(next(iter(plan)).sizes)
+        return tuple(layer.rows_per_expert(num_rows) <= FEW_ROWS for layer in self._layers)
 
     def _capture(self, issue: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         """Record what `issue` launches without running it.

@@ -356,7 +356,7 @@ class ModelParallel:
             try:
                 self.recorder.mark(Phase.MODEL)
                 if self._graphs is not None and self._graphs.serves(plan):
-                    self._graphs.run_idle(lambda: self._run_idle_layers(plan))
+                    self._graphs.run_idle(plan, lambda: self._run_idle_layers(plan))
                     self._layers_done = len(self.layers)
             except BaseException as error:
                 failure = error
@@ -369,7 +369,7 @@ class ModelParallel:
     ) -> Any:
         """Run the model's forward pass inside `step`, as a CUDA graph where that is possible."""
         if self._graphs is not None and self._graphs.serves(plan):
-            output = self._graphs.run_forward(forward, args, kwargs)
+            output = self._graphs.run_forward(plan, forward, args, kwargs)
             if output is not None:
                 self._layers_done = len(self.layers)
                 return output
@@ -509,6 +509,7 @@ class ModelParallel:
             epoch=epoch,
             recorder=self.recorder,
         )
+        pairs = list(zip(self._experts, self._shapes, strict=True))
         self.layers = [
             MoELayer(
                 experts,
@@ -524,8 +525,12 @@ class ModelParallel:
                 index=index,
                 overlap=self._make_overlap(experts, shape, data),
             )
-            for index, (experts, shape) in enumerate(zip(self._experts, self._shapes, strict=True))
+            for index, (experts, shape) in enumerate(pairs)
         ]
+        if self._mapped and self.device.type == "cuda":
+            capacity = config.world_size * (self.max_chunk_size_per_rank or _MAPPED_ROWS)
+            for experts, shape in {(e.module.down_proj.shape, s.top_k): (e, s) for e, s in pairs}.values():
+                experts.warm_up(capacity * shape.top_k, self.fp8_dispatch)
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
 
     def _make_dispatcher(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:

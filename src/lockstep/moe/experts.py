@@ -169,6 +169,27 @@ class LocalExperts:
         weights = (self.module.gate_up_proj, self.module.down_proj)
         return run(hidden_states, scales, gather_index, expert_offsets, *weights)
 
+    def warm_up(self, capacity: int, fp8: bool) -> None:
+        """Compile and load the kernels of `on_device`, with one pair, so that no step has to.
+
+        A kernel is loaded when it is first launched, and that may wait for one that waits for a peer.
+
+        Args:
+            capacity: length of the gather index that steps will bring, on which `grouped_mm`'s choice depends.
+            fp8: whether rows will come in fp8.
+        """
+        weight = self.module.down_proj
+        num_local_experts, hidden, _ = weight.shape
+        stride = -(-hidden // 16) * 16
+        rows = torch.zeros(1, stride * (1 if fp8 else 2), dtype=torch.uint8, device=weight.device)
+        rows = rows.view(torch.float8_e4m3fn if fp8 else torch.bfloat16)[:, :hidden]
+        scales = torch.ones(1, -(-hidden // 128), device=weight.device) if fp8 else None
+        index = torch.zeros(capacity, dtype=torch.int32, device=weight.device)
+        offsets = torch.ones(num_local_experts + 1, dtype=torch.int32, device=weight.device)
+        offsets[0] = 0
+        for rows_per_expert in (0, FEW_ROWS + 1):
+            self.on_device(rows, scales, index, offsets, rows_per_expert)
+
 
 class _Groups:
     """Where each expert's pairs lie, in whichever form is asked for, computed once per call."""

@@ -196,11 +196,8 @@ class MoELayer:
             return self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
         # This backend leaves the counts on the device; what the host knows is how many rows all ranks have together.
         assert isinstance(self.experts, LocalExperts)
-        rows_per_expert = self.rows_per_expert(num_rows)
-        if handle.hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
-            rows_per_expert = 0  # a graph is of a decode step, whatever others run while it is captured
         return self.experts.on_device(
-            handle.hidden_states, handle.state.scales, handle.gather_index, offsets, rows_per_expert
+            handle.hidden_states, handle.state.scales, handle.gather_index, offsets, self.rows_per_expert(num_rows)
         )
 
     def rows_per_expert(self, num_rows: int) -> float:
