@@ -1,19 +1,29 @@
 """The long version of tests/ranks/test_faults.py: random faults from one seed, bounded in number and time.
 
     python tests/soak.py --cases 2000 --minutes 30 --seed 1     # `make soak`
+    python tests/soak.py --cases 1000 --minutes 4 --seed 1 --jobs 8     # eight at once, with seeds 1 to 8
     python tests/soak.py --write-table                          # every case once, into docs/reliability.md
 
-Prints what went wrong as it happens, and as its last line one JSON document. Exit status 1 if anything went wrong.
+Runs on CPUs and talks over loopback only. Prints what went wrong as it happens, and as its last line one JSON document.
+Exit status 1 if anything went wrong.
 """
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+# Before torch is imported: ranks on CPUs, also on a machine with GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT / "ranks"), str(ROOT / "unit")]
@@ -25,7 +35,7 @@ from lockstep.models.tiny import make_tiny  # noqa: E402
 from lockstep.testing import RankFailure, run_ranks  # noqa: E402
 
 DOCUMENT = ROOT.parent / "docs" / "reliability.md"
-CASES_PER_SPAWN = 40
+CASES_PER_SPAWN = 20
 BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 
 
@@ -68,11 +78,26 @@ def run_one(path, case, folder):
     return case, matrix.verdict(case, results), results
 
 
-def soak(path, folder, seed, num_cases, minutes):
+def kind_of(sentence):
+    """What a sentence of a verdict complains of."""
+    if "hung" in sentence:
+        return "hangs"
+    if "wrong output" in sentence or "outputs differ" in sentence:
+        return "wrong outputs"
+    return "wrong names" if "does not name" in sentence else "other"
+
+
+def soak(path, seed, num_cases, minutes):
     """Run random cases until one of the limits; return the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        return soak_in(folder, path, seed, num_cases, minutes)
+
+
+def soak_in(folder, path, seed, num_cases, minutes):
     rng = random.Random(seed)
     until = time.monotonic() + 60 * minutes
-    figures = {"seed": seed, "cases": 0, "survivable": 0, "late": 0, "lethal": 0, "hangs": 0, "wrong": 0}
+    kinds = ("cases", "survivable", "late", "lethal", "wrong", "hangs", "wrong outputs", "wrong names", "other")
+    figures = dict.fromkeys(kinds, 0)
     while figures["cases"] < num_cases and time.monotonic() < until:
         drawn = [random_case(rng) for _ in range(min(CASES_PER_SPAWN, num_cases - figures["cases"]))]
         outcomes = run_batch(path, [case for kind, case in drawn if kind == "survivable"], folder, matrix.DEADLINE_S)
@@ -82,11 +107,12 @@ def soak(path, folder, seed, num_cases, minutes):
             figures[kind] += 1
         figures["cases"] += len(drawn)
         for case, sentences, _ in outcomes:
-            figures["hangs"] += any("hung" in sentence for sentence in sentences)
             figures["wrong"] += bool(sentences)
+            for complaint in {kind_of(sentence) for sentence in sentences}:
+                figures[complaint] += 1
             if sentences:
                 print(f"seed {seed}: {case}: {sentences}", flush=True)
-        print(f"{figures['cases']} cases, {figures['wrong']} wrong, {figures['hangs']} hangs", flush=True)
+        print(f"seed {seed}: {figures['cases']} cases, {figures['wrong']} wrong, {figures['hangs']} hangs", flush=True)
         for file in Path(folder).glob("*.jsonl"):
             file.unlink()
     return figures
@@ -122,7 +148,8 @@ def table(outcomes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=2000, help="of each job")
+    parser.add_argument("--jobs", type=int, default=1, help="so many groups of three ranks at once, each with its seed")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--write-table", action="store_true", help="run every case once and write the table")
     parser.add_argument("--protocol", action="store_true", help="also explore the large settings of the protocol")
@@ -139,7 +166,13 @@ def main():
             figures = {"cases": len(outcomes), "wrong": len(wrong), "which": wrong}
         else:
             started = time.monotonic()
-            figures = soak(path, folder, options.seed, options.cases, options.minutes)
+            seeds = range(options.seed, options.seed + options.jobs)
+            with ThreadPoolExecutor(options.jobs) as pool:
+                jobs = pool.map(lambda seed: soak(path, seed, options.cases, options.minutes), seeds)
+                totals = Counter()
+                for job in jobs:
+                    totals.update(job)
+            figures = {"seeds": [*seeds], **totals}
             figures["minutes"] = round((time.monotonic() - started) / 60, 1)
     if options.protocol:
         figures["states"] = {}
