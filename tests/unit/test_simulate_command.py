@@ -19,7 +19,8 @@ from lockstep.report.perfetto import write_trace
 from lockstep.report.simulate_command import parse_list, parse_seconds
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
-from lockstep.simulation.sweep import Grid, best, join_runs, setting, sweep, validate
+from lockstep.simulation.sweep import Grid, best, setting, sweep
+from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
 from lockstep.workload import SyntheticParameters, synthetic_requests
 
 SYNTHETIC = "num_requests=150,rate=40,prompt_median=300,output_median=40"
@@ -184,20 +185,60 @@ def write_run(folder, records):
     return folder
 
 
+def test_a_step_goes_from_one_agreement_to_the_next():
+    # Rank 0 ends the first step at 10 and waits for rank 1 until 12; both have agreed at 13 and end the second at 20.
+    # Rank 1's clock started 5 later: only differences count. The wait of 1 before the first agreement is no step's.
+    found = [
+        StepLogRecord(0, 0, 8, start_s=0, duration_s=10, agreement_s=1),
+        StepLogRecord(0, 1, 9, start_s=5, duration_s=12, agreement_s=1),
+        StepLogRecord(1, 0, 1, start_s=10, duration_s=10, agreement_s=3),
+        StepLogRecord(1, 1, 1, start_s=17, duration_s=8, agreement_s=1),
+    ]
+    assert cost_columns(found)["duration_us"].tolist() == [12e6, 7e6]
+    with pytest.raises(ConfigurationError, match="not of a measured run"):
+        cost_columns([StepLogRecord(0, 0, 1)])
+    with pytest.raises(ConfigurationError, match="not the same number of each of 2 ranks"):
+        cost_columns(found[:-1])
+
+
 def test_validation_compares_step_by_step(tmp_path):
     found, cost = records()
-    result = validate(found, cost)
-    assert result["total_error"] == pytest.approx(0, abs=1e-9)
+    result = validate(cost_columns(found), cost)
+    assert result["total_error"] == pytest.approx(0, abs=0.01)  # the first agreement is left out
     assert result["median_step_error"] == pytest.approx(0, abs=1e-9)
+    assert result["undisturbed"] is None  # it was not recorded
     cost.save(tmp_path / "cost.json")
     run = write_run(tmp_path / "run", found)
     shown = invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json"), "--json")
     assert json.loads(shown.stdout)["steps"] == 50
-    assert invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json")).exit_code == 0
-    with pytest.raises(ConfigurationError, match="not of a measured run"):
-        validate([StepLogRecord(0, 0, 1)], cost)
-    with pytest.raises(ConfigurationError, match="not the same number of each of 2 ranks"):
-        validate(found[:-1], cost)
+    shown = invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json"))
+    assert "was not recorded" in shown.output
+
+
+def test_steps_in_which_a_rank_stood_still_are_told_apart(tmp_path):
+    # In every third step something else ran in rank 1's place, for half of the time that it then took.
+    found, cost = records(300)
+    slow = [
+        replace(
+            record,
+            duration_s=record.duration_s * (2 if record.step % 3 == 0 else 1),
+            off_cpu_s=record.duration_s if record.step % 3 == 0 and record.rank == 1 else 0.0,
+        )
+        for record in found
+    ]
+    columns = cost_columns(slow)
+    result = validate(columns, cost)
+    assert result["total_error"] == pytest.approx(-0.25, abs=0.02)
+    assert result["undisturbed"]["steps"] == 200
+    assert result["undisturbed"]["total_error"] == pytest.approx(0, abs=1e-3)
+    assert validate(cost_columns(found), fit_runs(columns))["total_error"] == pytest.approx(0, abs=1e-3)
+    # One repeat without the disturbance is enough for a step's time.
+    quiet = [replace(record, off_cpu_s=0.0) for record in found]
+    joined = join_runs([columns, cost_columns(quiet)])
+    assert np.array_equal(joined["undisturbed_us"], cost_columns(quiet)["duration_us"])
+    run = write_run(tmp_path / "run", slow)
+    shown = invoke("simulate", "--validate", str(run)).output.replace("\n", " ")
+    assert "in 100 of 300 steps the machine ran something else" in shown
 
 
 def test_constants_fitted_to_one_run_predict_another(tmp_path):
@@ -205,7 +246,8 @@ def test_constants_fitted_to_one_run_predict_another(tmp_path):
     shown = invoke("bench", "calibrate", str(run), "--out", str(tmp_path / "cost.json"), "--json")
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["fit"]["steps"] == 300
-    result = validate(records(300, seed=2, noise=0.05)[0], CostConstants.load(str(tmp_path / "cost.json")))
+    other = cost_columns(records(300, seed=2, noise=0.05)[0])
+    result = validate(other, CostConstants.load(str(tmp_path / "cost.json")))
     assert abs(result["total_error"]) < 0.02
     assert result["median_step_error"] < 0.06
     assert invoke("bench", "calibrate", str(run), str(run), "--out", str(tmp_path / "cost.json")).exit_code == 0
@@ -215,13 +257,15 @@ def test_repeats_count_with_the_median_time_of_each_step():
     found, _ = records(20)
     slow = [replace(record, duration_s=record.duration_s * (1 + 4 * (record.step == 3))) for record in found]
     slower = [replace(record, duration_s=record.duration_s * (1 + 9 * (record.step in (3, 4)))) for record in found]
-    joined = join_runs([found, slower, slow])
-    assert [record.step for record in joined] == [record.step for record in found]
-    assert [record.duration_s for record in joined] == [record.duration_s for record in slow]
-    others = records(20, seed=1)[0]
-    assert [record.step for record in join_runs([found, others, slow])[::2]] == list(range(40))
+    runs = [cost_columns(run) for run in (found, slower, slow)]
+    joined = join_runs(runs)
+    assert all(np.array_equal(joined[name], runs[2][name], equal_nan=True) for name in joined)
+    others = cost_columns(records(20, seed=1)[0])
+    assert len(join_runs([runs[0], others, runs[2]])["duration_us"]) == 40
     with pytest.raises(ConfigurationError, match="must have the same ranks"):
-        join_runs([found, [record for record in found if record.rank == 0]])
+        join_runs([runs[0], cost_columns([record for record in found if record.rank == 0])])
+    with pytest.raises(ConfigurationError, match="without dummy or padding rows"):
+        fit_runs(cost_columns([replace(record, dummy_rows=1) for record in found]))
 
 
 def test_calibration_makes_its_own_runs(monkeypatch, tmp_path):

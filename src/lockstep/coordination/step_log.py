@@ -38,6 +38,8 @@ class StepLogRecord:
         duration_s: how long it took there, from this rank's start to the start of its next step.
         agreement_s: of that, the wait for all ranks' records.
         busy_s: of that, this rank's own work; the rest it stood idle. None where it was not measured.
+        off_cpu_s: of that work, the time in which the machine ran something else in this rank's place. None where it
+            was not measured, or the work was a GPU's.
     """
 
     step: int
@@ -56,9 +58,11 @@ class StepLogRecord:
     duration_s: float = 0.0
     agreement_s: float = 0.0
     busy_s: float | None = None
+    off_cpu_s: float | None = None
 
 
 FIELDS = tuple(item.name for item in fields(StepLogRecord))
+_OPTIONAL = tuple(item.name for item in fields(StepLogRecord) if item.default is None)
 
 
 class StepLogWriter:
@@ -208,7 +212,7 @@ class StepColumns:
         self._writer = pyarrow.parquet.ParquetWriter(str(path), self._schema, compression="zstd")
 
     def write(self, columns: dict[str, Any]) -> None:
-        """Append records as columns of equal length (arrays or lists); fields left out are 0, or None for `busy_s`."""
+        """Append records as columns of equal length (arrays or lists); fields left out have their default, or 0."""
         import pyarrow
 
         length = len(columns["step"])
@@ -216,7 +220,7 @@ class StepColumns:
         for field in self._schema:
             values = columns.get(field.name)
             if values is None:
-                values = pyarrow.nulls(length, field.type) if field.name == "busy_s" else [0] * length
+                values = pyarrow.nulls(length, field.type) if field.name in _OPTIONAL else [0] * length
             arrays.append(pyarrow.array(values).cast(field.type))
         self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
@@ -259,7 +263,7 @@ def _record(row: Any) -> StepLogRecord:
     record = StepLogRecord(**{name: row[name] for name in FIELDS if name in row})
     for name in FIELDS:
         value = getattr(record, name)
-        if value is None and name == "busy_s":
+        if value is None and name in _OPTIONAL:
             continue
         if not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{name} is {value!r}")

@@ -37,10 +37,12 @@ def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
         _recorders.remove(log)
 
 
-def waited_s() -> float:
-    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
-    seconds: float = getattr(_waited, "seconds", 0.0)
-    return seconds
+def waited_s() -> tuple[float, float]:
+    """Return how long this thread has waited in collectives so far, and its CPU time in these waits, in seconds.
+
+    A difference tells of one step.
+    """
+    return getattr(_waited, "seconds", (0.0, 0.0))
 
 
 def all_gatherv(
@@ -185,10 +187,11 @@ def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: fl
         work.wait()  # orders streams; the host goes on, and NCCL's own watchdog keeps the group's deadline
         return
     recorder = recorder_of(group)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.thread_time()
     try:
         wait_for(work, deadline_s, recorder.check if recorder is not None else None)
-        _waited.seconds = waited_s() + time.perf_counter() - started
+        seconds, cpu_s = waited_s()
+        _waited.seconds = seconds + time.perf_counter() - started, cpu_s + time.thread_time() - cpu_started
     except LockstepError:  # another rank has ended the wait
         raise
     except (TimeoutError, ConnectionError) as error:

@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lockstep.coordination.step_log import StepLogRecord, read_step_log
+import numpy as np
+
+from lockstep.coordination.step_log import read_step_log
 from lockstep.errors import ConfigurationError, LockstepError
-from lockstep.simulation.cost import CostConstants, fit
-from lockstep.simulation.sweep import cost_columns, join_runs, validate
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
 
 _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
 
@@ -41,7 +43,7 @@ def calibrate(
         LockstepError: if a run failed.
     """
     if run_folders:
-        runs = [read_step_log(folder / "steps.jsonl").records for folder in run_folders]
+        runs = [read_columns(folder) for folder in run_folders]
         source = "fitted to " + ", ".join(str(folder) for folder in run_folders)
     else:
         runs = [_run(model, data_parallel_size, requests) for _ in range(repeats)]
@@ -49,12 +51,14 @@ def calibrate(
         source = (
             f"fitted to {repeats} runs of {model} over {data_parallel_size} ranks on {platform.node()} ({processor})"
         )
-    records = join_runs(runs)
-    columns: dict[str, Any] = cost_columns(records)
-    if columns.pop("filler_rows").any():
-        raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
-    constants = fit(**columns, source=source)
-    return constants, {name: value for name, value in validate(records, constants).items() if not name.endswith("_us")}
+    columns = join_runs(runs)
+    constants = fit_runs(columns, source)
+    return constants, validate(columns, constants)
+
+
+def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
+    """Return a recorded run as `cost_columns` does."""
+    return cost_columns(read_step_log(run_folder / "steps.jsonl").records)
 
 
 def execute_calibration(
@@ -84,7 +88,7 @@ def execute_calibration(
     return 0
 
 
-def _run(model: str, data_parallel_size: int, requests: int) -> list[StepLogRecord]:
+def _run(model: str, data_parallel_size: int, requests: int) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
         command = [
@@ -95,4 +99,4 @@ def _run(model: str, data_parallel_size: int, requests: int) -> list[StepLogReco
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
         if done.returncode:
             raise LockstepError(f"the run to be fitted ended with exit status {done.returncode}")
-        return read_step_log(out / "steps.jsonl").records
+        return read_columns(out)

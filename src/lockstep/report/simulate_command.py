@@ -16,14 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lockstep.coordination.step_log import StepColumns, StepLogRecord, read_step_log
+from lockstep.coordination.step_log import StepColumns, StepLogRecord
 from lockstep.errors import ConfigurationError
+from lockstep.report.calibrate import read_columns
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
-from lockstep.simulation.sweep import Grid, best, join_runs, lost_fraction, setting, sweep, validate
+from lockstep.simulation.sweep import Grid, best, lost_fraction, setting, sweep
+from lockstep.simulation.validation import join_runs, validate
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000
@@ -97,14 +99,12 @@ def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json
 
     Of runs that did the same steps, each step's median time counts.
     """
-    records = join_runs([read_step_log(folder / "steps.jsonl").records for folder in run_folders])
-    result = validate(records, cost)
-    shown = {name: value for name, value in result.items() if not name.endswith("_us")}
+    result = validate(join_runs([read_columns(folder) for folder in run_folders]), cost)
     name = ", ".join(str(folder) for folder in run_folders)
     if as_json:
-        sys.stdout.write(json.dumps({"run": name, "cost": cost.source, **shown}) + "\n")
+        sys.stdout.write(json.dumps({"run": name, "cost": cost.source, **result}) + "\n")
     else:
-        print_validation(name, cost.source, shown)
+        print_validation(name, cost.source, result)
     return 0
 
 

@@ -125,7 +125,7 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
 
 
 def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
-    """Print how well the cost formula predicts a recorded run, on stdout."""
+    """Print how well the cost formula predicts a recorded run, on stdout; see `validate`."""
     table = Table(title=f"{run}: measured and predicted")
     for heading in (
         "steps",
@@ -136,16 +136,28 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
         "90 % of steps within",
     ):
         table.add_column(heading, justify="right")
-    table.add_row(
-        f"{result['steps']:,}",
-        _seconds(result["measured_s"]),
-        _seconds(result["predicted_s"]),
-        f"{result['total_error']:+.1%}",
-        f"{result['median_step_error']:.1%}",
-        f"{result['p90_step_error']:.1%}",
-    )
+    undisturbed = result["undisturbed"]
+    for name, errors in (("all", result), ("undisturbed", undisturbed)):
+        if errors is None or (name == "undisturbed" and errors["steps"] == result["steps"]):
+            continue
+        table.add_row(
+            f"{name} {errors['steps']:,}",
+            _seconds(errors["measured_s"]),
+            _seconds(errors["predicted_s"]),
+            f"{errors['total_error']:+.1%}",
+            f"{errors['median_step_error']:.1%}",
+            f"{errors['p90_step_error']:.1%}",
+        )
     console = Console(file=sys.stdout)
     console.print(table)
+    disturbed = result["steps"] - (undisturbed["steps"] if undisturbed else 0)
+    if undisturbed is None:
+        console.print("whether the machine ran something else in a rank's place was not recorded, or it always did")
+    elif disturbed:
+        console.print(
+            f"in {disturbed:,} of {result['steps']:,} steps the machine ran something else in a rank's place for more "
+            "than 5 % of the step"
+        )
     console.print(f"cost: {source}")
 
 

@@ -238,6 +238,7 @@ class _Run:
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
         self.engine = PackedEngine(model)
+        self.on_cpu = model.device.type == "cpu"
         self.vocab_size = model.config.get_text_config().vocab_size
         self.open_requests: dict[int, dict[str, Any]] = {}
         parts = Path(options.out, PARTS)
@@ -278,13 +279,21 @@ class _Run:
             num_assigned = len(self.scheduler.assigned)
             waited_before = collectives.waited_s()
             counts, states, decision = self._agree(plan)
-            agreed = time.perf_counter()
+            agreed, agreed_cpu = time.perf_counter(), time.thread_time()
             self._run_step(plan, decision)
             rows_done += sum(counts)
-            ended = time.perf_counter()
-            idle_s = (agreed - began) + collectives.waited_s() - waited_before
-            start_s = self.started_s + began - run_began
-            dummy, padding = self._log(plan, counts, step, start_s, ended - began, agreed - began, idle_s)
+            ended, waited = time.perf_counter(), collectives.waited_s()
+            waited_s, waited_cpu_s = (after - before for after, before in zip(waited, waited_before, strict=True))
+            cpu_s = time.thread_time() - agreed_cpu - waited_cpu_s
+            times = {
+                "start_s": self.started_s + began - run_began,
+                "duration_s": ended - began,
+                "agreement_s": agreed - began,
+                "busy_s": max(0.0, ended - agreed - waited_s),
+            }
+            if self.on_cpu:
+                times["off_cpu_s"] = max(0.0, times["busy_s"] - cpu_s)
+            dummy, padding = self._log(plan, counts, step, times)
             if on_progress is not None and self.rank == 0:
                 on_progress(Progress(step + 1, rows_done, self.rows_total, counts, dummy, padding, agreed - began))
             began, step = ended, step + 1
@@ -358,16 +367,7 @@ class _Run:
             line["logits"] = notes["logits"]
         self._outputs.write(json.dumps(line) + "\n")
 
-    def _log(
-        self,
-        plan: StepPlan,
-        counts: tuple[int, ...],
-        step: int,
-        start_s: float,
-        duration_s: float,
-        agreement_s: float,
-        idle_s: float,
-    ) -> tuple[int, int]:
+    def _log(self, plan: StepPlan, counts: tuple[int, ...], step: int, times: dict[str, float]) -> tuple[int, int]:
         """Write this rank's record; return the dummy and padding rows of all ranks."""
         chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
         abilities = self.parallel.layers[0].dispatcher.abilities if self.parallel is not None else Abilities()
@@ -389,10 +389,7 @@ class _Run:
                 num_waiting=plan.num_waiting,
                 prefills_held=plan.prefills_held,
                 num_chunks=len(chunks),
-                start_s=round(start_s, 6),
-                duration_s=round(duration_s, 6),
-                agreement_s=round(agreement_s, 6),
-                busy_s=round(max(0.0, duration_s - idle_s), 6),
+                **{name: round(seconds, 6) for name, seconds in times.items()},
             )
         )
         everything = [rows for chunk_rows in sent_by_all for rows in chunk_rows]

@@ -10,11 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from lockstep.coordination.step_log import StepLogRecord
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.workload.request import Request
 
@@ -158,91 +154,6 @@ def best(
 def lost_fraction(summary: dict[str, Any]) -> float:
     """Return the share of the ranks' time that uneven work costs: imbalance, and dummy and padding rows."""
     return float(summary["imbalance_fraction"] + summary["lost"]["padding"])
-
-
-def validate(records: Sequence[StepLogRecord], cost: CostConstants) -> dict[str, Any]:
-    """Compare a recorded run with what the cost formula says of its steps.
-
-    Args:
-        records: the run's step log.
-        cost: the constants, fitted to another run.
-
-    Returns:
-        `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
-        `p90_step_error` (relative, absolute values), and per step `measured_us` and `predicted_us`.
-    """
-    columns = cost_columns(records)
-    measured = columns.pop("duration_us")
-    predicted = cost.step_times_us(**columns)
-    errors = np.sort(np.abs(predicted - measured) / np.maximum(measured, 1e-9))
-    return {
-        "steps": len(measured),
-        "measured_s": float(measured.sum() * 1e-6),
-        "predicted_s": float(predicted.sum() * 1e-6),
-        "total_error": float(predicted.sum() / measured.sum() - 1),
-        "median_step_error": float(np.median(errors)),
-        "p90_step_error": float(errors[int(0.9 * (len(errors) - 1))]),
-        "measured_us": measured,
-        "predicted_us": predicted,
-    }
-
-
-def join_runs(runs: Sequence[Sequence[StepLogRecord]]) -> list[StepLogRecord]:
-    """Put the step logs of several runs into one: repeats of the same steps become one run, others are numbered on.
-
-    A step of repeated runs takes their median time: what else a machine did meanwhile touches some of them.
-
-    Args:
-        runs: step logs of the same ranks, in order of step, then rank.
-
-    Raises:
-        ConfigurationError: if the runs have other ranks.
-    """
-    if len({tuple(sorted({record.rank for record in run})) for run in runs}) > 1:
-        raise ConfigurationError("runs to be put together must have the same ranks")
-    joined: list[StepLogRecord] = []
-    repeats: dict[tuple[Any, ...], list[Sequence[StepLogRecord]]] = {}
-    for run in runs:
-        counts = (
-            (r.step, r.rank, r.real_rows, r.decode_tokens, r.decode_context_tokens, r.prefill_context_tokens)
-            for r in run
-        )
-        repeats.setdefault(tuple(counts), []).append(run)
-    for group in repeats.values():
-        first = joined[-1].step + 1 if joined else 0
-        for same in zip(*group, strict=True):
-            duration_s = float(np.median([record.duration_s for record in same]))
-            joined.append(replace(same[0], step=same[0].step + first, duration_s=duration_s))
-    return joined
-
-
-def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
-    """Return a step log as `CostConstants.step_times_us` and `fit` take it, with `duration_us` of the slowest rank.
-
-    Raises:
-        ConfigurationError: if a rank is missing in a step, or no durations were recorded.
-    """
-    ranks = sorted({record.rank for record in records})
-    if not records or len(records) % len(ranks):
-        raise ConfigurationError(
-            f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
-        )
-
-    def grid(name: str) -> np.ndarray:
-        return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
-
-    duration = grid("duration_s").max(axis=1) * 1e6
-    if not duration.all():
-        raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
-    return {
-        "tokens": grid("real_rows"),
-        "decode_tokens": grid("decode_tokens"),
-        "decode_context": grid("decode_context_tokens"),
-        "prefill_context": grid("prefill_context_tokens"),
-        "num_chunks": grid("num_chunks").max(axis=1),
-        "filler_rows": grid("dummy_rows") + grid("padding_rows"),
-        "duration_us": duration,
-    }
 
 
 _workload: list[Request] = []

@@ -1,0 +1,142 @@
+"""Recorded runs as the cost formula takes them: steps and their times, repeats put together, prediction beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lockstep.coordination.step_log import StepLogRecord
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.cost import CostConstants, fit
+
+_COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_chunks", "filler_rows")
+# A rank that stood still for longer than this share of a step has disturbed it.
+_MAX_OFF_CPU = 0.05
+
+
+def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
+    """Return a run's step log as `CostConstants.step_times_us` takes it, with what each step took.
+
+    All ranks are at the same place when they have agreed, and nowhere else. So a step's time goes from its own
+    agreement to the next one's, or to the end of the run; the mean of the ranks, which hardly differ in it.
+
+    Args:
+        records: in order of step, then rank.
+
+    Returns:
+        `tokens`, `decode_tokens`, `decode_context`, `prefill_context`, `filler_rows`, `[steps, ranks]`; `num_chunks`
+        and `duration_us`, `[steps]`; `undisturbed_us`, the same with NaN in steps in which the machine ran something
+        else in the place of a rank (in all steps, where that was not recorded).
+
+    Raises:
+        ConfigurationError: if a rank is missing in a step, no durations were recorded.
+    """
+    ranks = sorted({record.rank for record in records})
+    if not records or len(records) % len(ranks):
+        raise ConfigurationError(
+            f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
+        )
+
+    def grid(name: str) -> np.ndarray:
+        return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
+
+    if not grid("duration_s").all():
+        raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
+    agreement_s = grid("agreement_s")
+    following_s = np.vstack([agreement_s[1:], np.zeros(len(ranks))])
+    duration_us = 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1)
+    off_cpu_us = 1e6 * grid("off_cpu_s").max(axis=1)  # None becomes NaN, which is not less than anything
+    return {
+        "tokens": grid("real_rows"),
+        "decode_tokens": grid("decode_tokens"),
+        "decode_context": grid("decode_context_tokens"),
+        "prefill_context": grid("prefill_context_tokens"),
+        "num_chunks": grid("num_chunks").max(axis=1),
+        "filler_rows": grid("dummy_rows") + grid("padding_rows"),
+        "duration_us": duration_us,
+        "undisturbed_us": np.where(off_cpu_us <= _MAX_OFF_CPU * duration_us, duration_us, np.nan),
+    }
+
+
+def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Put several runs' columns into one: repeats of the same steps become one run, others are added to it.
+
+    A step of repeats took the median of their times: what else a machine did meanwhile touches some of them.
+
+    Args:
+        runs: of each, what `cost_columns` returns.
+
+    Raises:
+        ConfigurationError: if the runs have other numbers of ranks.
+    """
+    if len({run["tokens"].shape[1] for run in runs}) > 1:
+        raise ConfigurationError("runs to be put together must have the same ranks")
+    repeats: dict[tuple[bytes, ...], list[dict[str, np.ndarray]]] = {}
+    for run in runs:
+        repeats.setdefault(tuple(run[name].tobytes() for name in _COUNTS), []).append(run)
+    joined = []
+    for group in repeats.values():
+        times = {name: np.stack([run[name] for run in group]) for name in ("duration_us", "undisturbed_us")}
+        joined.append({**group[0], **{name: _medians(values) for name, values in times.items()}})
+    return {name: np.concatenate([run[name] for run in joined]) for name in runs[0]}
+
+
+def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
+    """Fit the cost constants to the undisturbed steps, or to all where fewer than half of them are.
+
+    Args:
+        columns: see `cost_columns`.
+        source: what to say about where the constants come from.
+
+    Raises:
+        ConfigurationError: for runs with dummy or padding rows, or too few steps.
+    """
+    if columns["filler_rows"].any():
+        raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
+    used = ~np.isnan(columns["undisturbed_us"])
+    name = "undisturbed_us" if 2 * used.sum() >= len(used) else "duration_us"
+    used = ~np.isnan(columns[name])
+    counts = {key: columns[key][used] for key in _COUNTS if key != "filler_rows"}
+    return fit(**counts, duration_us=columns[name][used], source=source)
+
+
+def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
+    """Compare what steps took with what the cost formula says of them.
+
+    Args:
+        columns: see `cost_columns`.
+        cost: the constants, fitted to another run.
+
+    Returns:
+        `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
+        `p90_step_error` (relative, absolute values), of all steps; and in `undisturbed` the same of those in which no
+        rank stood still for something else on the machine, None where there are none.
+    """
+    predicted = cost.step_times_us(**{name: columns[name] for name in _COUNTS})
+    quiet = ~np.isnan(columns["undisturbed_us"])
+    return {
+        **_errors(columns["duration_us"], predicted),
+        "undisturbed": _errors(columns["undisturbed_us"][quiet], predicted[quiet]) if quiet.any() else None,
+    }
+
+
+def _errors(measured: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    errors = np.sort(np.abs(predicted / measured - 1))
+    return {
+        "steps": len(measured),
+        "measured_s": float(measured.sum() * 1e-6),
+        "predicted_s": float(predicted.sum() * 1e-6),
+        "total_error": float(predicted.sum() / measured.sum() - 1),
+        "median_step_error": float(np.median(errors)),
+        "p90_step_error": float(errors[int(0.9 * (len(errors) - 1))]),
+    }
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """Return the median over the first axis, of those that are no NaN; NaN where all are."""
+    known = ~np.isnan(values).all(axis=0)
+    medians = np.full(values.shape[1:], np.nan)
+    medians[known] = np.nanmedian(values[:, known], axis=0)
+    return medians
