@@ -52,28 +52,30 @@ def workloads(folder, trace):
 
 
 def run(folder, model, options):
-    """Do one run; return its steps, and how many cores other programs used meanwhile (None where nothing says so)."""
-    before = others_s()
-    started = time.perf_counter()
+    """Do one run; return its steps, and how many cores other programs used just before (None where nothing says so)."""
+    others = cores_in_use()
     command = (
         *(sys.executable, "-m", "lockstep.cli", "run", "--model", str(model), *options, *SCALED, "--no-verify"),
         *("--data-parallel-size", str(RANKS), "--json", "--out", str(folder)),
     )
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - started, others_s()
-    return read_columns(folder), None if before is None else (after - before) / seconds
+    return read_columns(folder), others
 
 
-def others_s():
-    """Return the CPU seconds of everything on this machine but this process's finished children; None where unknown."""
+def cores_in_use(seconds=1.0):
+    """Return how many of this machine's cores are at work while this program sleeps; None where nothing says so."""
     try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        before = busy_ticks()
+        time.sleep(seconds)
+        return (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
     except OSError:
         return None
+
+
+def busy_ticks():
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[:8])
-    mine = os.times()
-    total = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return total - mine.children_user - mine.children_system
+    return user + nice + system + irq + softirq + steal
 
 
 def rows_of(runs, others_cores):
@@ -146,8 +148,8 @@ def main():
                 quiet = (~numpy.isnan(columns["undisturbed_us"])).sum()
                 print(
                     f"{name}: {len(columns['duration_us'])} steps in {columns['duration_us'].sum() / 1e6:.2f} s, "
-                    f"{quiet} undisturbed; others used "
-                    + ("an unknown part" if others is None else f"{others:.2f} of {os.cpu_count()} cores"),
+                    f"{quiet} undisturbed; others had "
+                    + ("an unknown part" if others is None else f"{others:.2f} of {os.cpu_count()} cores before"),
                     file=sys.stderr,
                 )
     known = [share for share in shares if share is not None]

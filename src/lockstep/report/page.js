@@ -7,7 +7,8 @@ const WAITING = 0, PREFILL = 1, DECODE = 2, FILLER = 3, SERVING = 4, KINDS = 5;
 // Okabe and Ito's colours, which colour-blind people tell apart, and lighter ones of the same hues for a dark page.
 const LIGHT = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6d1f", "#666666"];
 const DARK = ["#56b4e9", "#f0b429", "#2fc79a", "#ff8a5c", "#9fd4f5", "#e08fbd", "#cbb26a", "#b0b0b0"];
-const lineColor = (index) => (matchMedia("print").matches || !matchMedia("(prefers-color-scheme: dark)").matches ? LIGHT : DARK)[index % 8];
+const PRINT = matchMedia("print"), PRINT_WIDTH = 690;  // page.css gives a printed page 185 mm, which is a little more
+const lineColor = (index) => (PRINT.matches || !matchMedia("(prefers-color-scheme: dark)").matches ? LIGHT : DARK)[index % 8];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "solid", "dash", "dot"];
 const $ = (id) => document.getElementById(id);
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -23,8 +24,10 @@ async function unpack(packed) {
 }
 
 function layout(extra) {
-  const axis = { gridcolor: color("rule"), linecolor: color("rule"), zerolinecolor: color("rule"), automargin: true };
+  const axis = { gridcolor: color("rule"), linecolor: color("rule"), zerolinecolor: color("rule"), automargin: true,
+    exponentformat: "none", separatethousands: true };
   return Object.assign({
+    autosize: !PRINT.matches, width: PRINT.matches ? PRINT_WIDTH : undefined,
     paper_bgcolor: color("paper"), plot_bgcolor: color("paper"), dragmode: "zoom",
     font: { color: color("ink"), size: 13, family: "system-ui, sans-serif" },
     margin: { l: 70, r: 15, t: 34, b: 45 }, hoverlabel: { font: { size: 13 } },
@@ -200,15 +203,16 @@ function drawLatencies() {
 function drawSettings() {
   if (!$("settings")) return;
   const groups = [...new Set(DATA.settings.map((item) => item.group))];
-  // Lines lie close together: the lowest point of each name bears it for all of them, with nothing below it.
+  // Lines lie close together: the lowest point of each name bears it for all of them, with nothing below and left of it.
+  const x = DATA.settings.map((item) => item.x), least = Math.min(...x), span = Math.max(...x) - least || least;
   const named = (item) => !DATA.settings.some((other) => other.label === item.label && other.y < item.y);
   Plotly.react("settings", groups.map((group, index) => {
     const items = DATA.settings.filter((item) => item.group === group);
     return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),
-      text: items.map((item) => named(item) ? item.label : ""), textposition: "bottom center", customdata: items.map((item) => item.name),
+      text: items.map((item) => named(item) ? item.label : ""), textposition: "bottom left", cliponaxis: false, customdata: items.map((item) => item.name),
       line: { color: lineColor(index), dash: DASHES[index % 8] }, marker: { size: 9, symbol: index % 8 },
       hovertemplate: "%{customdata}<br>%{y:.1f} % lost, %{x:.3g} s<extra></extra>" };
-  }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] } },
+  }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] }, range: [least - 0.15 * span, least + 1.05 * span] },
     yaxis: { title: { text: DATA.settings_axes[1] }, rangemode: "tozero" } }), CONFIG);
 }
 
@@ -235,7 +239,7 @@ async function main() {
     }
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  matchMedia("print").addEventListener("change", drawAll);
+  PRINT.addEventListener("change", drawAll);
   document.documentElement.dataset.drawn = "yes";
 }
 main().catch((error) => {

@@ -9,13 +9,28 @@ from typing import Any
 
 from lockstep.coordination.step_log import StepLogRecord, by_step
 
+# The words of the report. chrome://tracing takes these colours; Perfetto makes its own of the names.
+_COLORS = {
+    "prompts": "thread_state_iowait",
+    "prompts, generating": "thread_state_iowait",
+    "generating tokens": "thread_state_running",
+    "serving other ranks": "rail_response",
+    "dummy or padding rows": "terrible",
+    "waiting for other ranks": "grey",
+    "agreement": "generic_work",
+}
+
+# Numbers as an operating system gives them: viewers show them behind the names. Perfetto takes thread 0, or that of its
+# process's number, for the main one.
+_PROCESS, _FIRST_THREAD = 100_000, 100_001
+
 
 def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: int = 100_000) -> int:
     """Write a trace file.
 
     Each rank is a thread. Its slices are the wait for the agreement, its own work (named by what it was) and the wait
-    for the longest rank; rows and queue lengths are counters. Where a rank's own work was not measured, it is taken to
-    be in proportion to the longest rank's rows.
+    for other ranks; rows and waiting requests are counters. Where a rank's own work was not measured, it is taken to be
+    in proportion to the longest rank's rows.
 
     Args:
         path: the file, replaced where it exists.
@@ -26,62 +41,76 @@ def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: i
         How many steps were written.
     """
     written = 0
-    ranks: set[int] = set()
+    ends_ns: dict[int, int] = {}  # of each rank's last slice
     with Path(path).open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        first = True
+        separator = ""
         for group in by_step(records):
             if written == max_steps:
                 break
+            names = [] if written else _names([record.rank for record in group])
+            for event in (*names, *_events(group, ends_ns)):
+                file.write(separator + json.dumps(event, separators=(",", ":")))
+                separator = ",\n"
             written += 1
-            ranks.update(record.rank for record in group)
-            for event in _events(group):
-                file.write(("" if first else ",\n") + json.dumps(event, separators=(",", ":")))
-                first = False
-        for rank in sorted(ranks):
-            name = {"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}}
-            file.write(("" if first else ",\n") + json.dumps(name, separators=(",", ":")))
-            first = False
         file.write("\n]}\n")
     return written
 
 
-def _events(group: list[StepLogRecord]) -> Iterator[dict[str, Any]]:
+def _names(ranks: list[int]) -> Iterator[dict[str, Any]]:
+    yield {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": "Lockstep"}}
+    for rank in ranks:
+        named = {"ph": "M", "pid": _PROCESS, "tid": _FIRST_THREAD + rank}
+        yield {**named, "name": "thread_name", "args": {"name": f"rank {rank}"}}
+        yield {**named, "name": "thread_sort_index", "args": {"sort_index": rank}}
+
+
+def _events(group: list[StepLogRecord], ends_ns: dict[int, int]) -> Iterator[dict[str, Any]]:
     longest = max(max(record.real_rows for record in group), 1)
     for record in group:
-        start, duration, agreement = record.start_s * 1e6, record.duration_s * 1e6, record.agreement_s * 1e6
         share = record.real_rows / longest
-        busy = (duration - agreement) * share if record.busy_s is None else record.busy_s * 1e6
-        busy = min(busy, duration - agreement)
-        if agreement > 0:
-            yield _slice("agreement", record, start, agreement)
-        if busy > 0:
-            yield _slice(_kind(record), record, start + agreement, busy)
-        if duration - agreement - busy > 0:
-            yield _slice("waiting", record, start + agreement + busy, duration - agreement - busy)
-    time = group[0].start_s * 1e6
-    for counter, name in (("rows", "real_rows"), ("queue", "num_waiting")):
-        values = {f"rank {record.rank}": getattr(record, name) for record in group}
-        yield {"ph": "C", "pid": 0, "ts": round(time, 3), "name": counter, "args": values}
+        busy_s = (record.duration_s - record.agreement_s) * share if record.busy_s is None else record.busy_s
+        # The log's clocks are rounded, and Perfetto leaves out a slice that begins a nanosecond before the last ended.
+        start = max(round(record.start_s * 1e9), ends_ns.get(record.rank, 0))
+        end = max(start, round((record.start_s + record.duration_s) * 1e9))
+        agreed = min(end, start + round(record.agreement_s * 1e9))
+        done = min(end, agreed + round(busy_s * 1e9))
+        ends_ns[record.rank] = end
+        for name, first, last in (
+            ("agreement", start, agreed),
+            (_kind(record), agreed, done),
+            ("waiting for other ranks", done, end),
+        ):
+            if last > first:
+                times = {"ts": first / 1e3, "dur": (last - first) / 1e3}
+                of_rank = {
+                    "ph": "X",
+                    "pid": _PROCESS,
+                    "tid": _FIRST_THREAD + record.rank,
+                    "name": name,
+                    "cname": _COLORS[name],
+                }
+                yield {**of_rank, **times, "args": _details(record)}
+    for counter, field in (("rows", "real_rows"), ("requests waiting", "num_waiting")):
+        values = {f"rank {record.rank}": getattr(record, field) for record in group}
+        yield {"ph": "C", "pid": _PROCESS, "ts": round(group[0].start_s * 1e9) / 1e3, "name": counter, "args": values}
 
 
 def _kind(record: StepLogRecord) -> str:
     if not record.real_rows:
-        return "dummy" if record.dummy_rows + record.padding_rows else "serving"
+        return "dummy or padding rows" if record.dummy_rows + record.padding_rows else "serving other ranks"
     if not record.prefill_tokens:
-        return "decode"
-    return "prefill + decode" if record.decode_tokens else "prefill"
+        return "generating tokens"
+    return "prompts, generating" if record.decode_tokens else "prompts"
 
 
-def _slice(name: str, record: StepLogRecord, start_us: float, duration_us: float) -> dict[str, Any]:
-    details = {
+def _details(record: StepLogRecord) -> dict[str, int]:
+    return {
         "step": record.step,
-        "real rows": record.real_rows,
-        "prefill": record.prefill_tokens,
-        "decode": record.decode_tokens,
-        "dummy": record.dummy_rows,
-        "padding": record.padding_rows,
+        "rows of requests": record.real_rows,
+        "prompt tokens": record.prefill_tokens,
+        "generating": record.decode_tokens,
+        "dummy rows": record.dummy_rows,
+        "padding rows": record.padding_rows,
         "chunks": record.num_chunks,
     }
-    times = {"ts": round(start_us, 3), "dur": round(duration_us, 3)}
-    return {"ph": "X", "pid": 0, "tid": record.rank, "name": name, **times, "args": details}
