@@ -19,6 +19,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -338,6 +339,8 @@ def spread(run, layers, cases):
 
 def worker(rank, arguments, store, started):
     faulthandler.dump_traceback_later(arguments.limit_s + 20 - (time.time() - started), exit=True)
+    logging.getLogger("lockstep").addHandler(logging.StreamHandler())
+    logging.getLogger("lockstep").setLevel(logging.INFO)  # why a step could not be captured
     cuda = torch.cuda.is_available()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(arguments.gpus))
     if cuda:

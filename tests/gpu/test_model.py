@@ -1,10 +1,14 @@
-"""A whole model over 2 GPUs: decode steps replayed from CUDA graphs against eager ones, whatever the other rank does.
+"""A whole model over GPUs: decode steps replayed from CUDA graphs against eager ones, whatever other ranks do.
 
-The same script is run on 2 CPU ranks as well, where no step is a graph: what it checks besides must hold there too.
+The same script is run on CPU ranks as well, where no step is a graph: what it checks besides must hold there too.
 """
 
+import faulthandler
+import logging
 import os
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +18,20 @@ import torch.multiprocessing as mp
 from lockstep.testing import run_ranks
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+NUM_RANKS = 4 if NUM_GPUS >= 4 else 2
 STEPS, PROMPT = 12, 9
 # Of logits, whose standard deviation is about 1 here; bfloat16 keeps 8 bits.
 TOLERANCE = 0.06
+LIMIT_S = 110  # after which each rank shows where it stands
 
 
 def _prompt(rank, size, length, seed=0):
     return torch.randint(0, 256, (size, length), generator=torch.Generator().manual_seed(100 * seed + rank))
+
+
+def _off(found, expected):
+    """By how much each row of logits is off, relative to the expected row's length."""
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 class _Decoder:
@@ -50,20 +61,20 @@ class _Decoder:
 
 
 class _Script:
-    """What both ranks run."""
+    """What all ranks run."""
 
-    def __init__(self, folder, device, dispatcher):
+    def __init__(self, folder, device, dispatcher, fp8=False):
         from transformers import AutoModelForCausalLM
 
         import lockstep
         from lockstep.models import graphs
 
-        self.rank, self.cuda, self.join = dist.get_rank(), device.type == "cuda", lockstep.join
+        self.rank, self.cuda, self.join, self.fp8 = dist.get_rank(), device.type == "cuda", lockstep.join, fp8
         self.whole, model = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval() for _ in range(2)
         )
         self.model = lockstep.parallelize(
-            model, dispatcher=dispatcher, max_chunk_size_per_rank=256, deadline_s=60 if self.cuda else 20
+            model, dispatcher=dispatcher, fp8_dispatch=fp8, max_chunk_size_per_rank=256, deadline_s=30
         )
         self.parallel = self.model.__dict__["_lockstep_parallel"]
         self.replays = 0
@@ -84,15 +95,17 @@ class _Script:
         self.parallel._graphs = kept
         return result
 
-    def check(self, batches, *, meanwhile=None, after=None):
-        """Decode eagerly, then three times with graphs; rank 1 does `meanwhile` instead, if that is given.
+    def check(self, title, batches, *, meanwhile=None, after=None):
+        """Decode eagerly, then three times with graphs; ranks without requests do `meanwhile` instead, if it is given.
 
         Args:
+            title: for messages.
             batches: requests of each rank.
             meanwhile: what a rank with no requests does.
             after: what a rank with requests does when it has decoded.
         """
-        size = batches[self.rank]
+        began, size = time.time(), batches[self.rank]
+        title = f"{title}, rank {self.rank} of {batches}"
         decoder = _Decoder(self.model, _prompt(self.rank, size, PROMPT)) if size else None
 
         def body(tokens=None):
@@ -107,23 +120,43 @@ class _Script:
         before = self.replays
         assert before == 0 or self.cuda
         runs = [self.run(lambda: body(eager[1] if size else None), graph=True) for _ in range(3)]
+        if self.rank == 0:
+            print(f"{title}: {time.time() - began:.1f} s", flush=True)
         if not size:
-            if self.cuda:
-                assert self.parallel._graphs._idle is not None, "idle steps were not captured"
+            assert not self.cuda or self.parallel._graphs._idle, (
+                f"{title}: idle steps were not captured; failed: {self.parallel._graphs._failed}"
+            )
             return
         alone, _ = _Decoder(self.whole, decoder.ids)(eager[1])
-        apart = (alone - eager[0]).norm(dim=-1) / alone.norm(dim=-1)
-        # A router that wavers between two experts may fall to the other side; most rows' do not.
-        assert apart.median() < 0.03, apart
-        for logits, _ in runs:
-            torch.testing.assert_close(logits, eager[0], rtol=TOLERANCE, atol=TOLERANCE)
-            margin = eager[0].topk(2).values.diff().abs()[..., 0]
-            same = logits.argmax(-1) == eager[0].argmax(-1)
-            assert bool((same | (margin < TOLERANCE)).all())
+        apart = _off(eager[0], alone)
+        # A router that wavers between two experts may fall to the other side; most rows' do not. Fp8 keeps 4 bits.
+        limit = 0.12 if self.fp8 else 0.03
+        assert apart.median() < limit, (
+            f"{title}: eager logits are off from the whole model's by {apart.median():.3f} in the median, at most "
+            f"{limit} were expected; by step: {apart.amax(1).tolist()}"
+        )
         if self.cuda:
             # Of the first run the first step is eager and the second captured; of the others all are replayed.
-            assert self.replays - before == 3 * STEPS - 1
-        assert torch.equal(runs[1][0], runs[2][0]), "two replays of the same steps differ"
+            replays, wanted, graphs = self.replays - before, 3 * STEPS - 1, self.parallel._graphs
+            assert replays == wanted, (
+                f"{title}: {replays} steps were replayed, {wanted} were expected; kinds seen {len(graphs._seen)}, "
+                f"captured {len(graphs._forwards)}, failed {graphs._failed}"
+            )
+        for number, (logits, _) in enumerate(runs):
+            apart = _off(logits, eager[0])
+            worst = (logits - eager[0]).abs().amax(-1)
+            margin = eager[0].topk(2).values.diff().abs()[..., 0]
+            other = (logits.argmax(-1) != eager[0].argmax(-1)) & (margin >= TOLERANCE)
+            assert worst.max() <= TOLERANCE * (1 + eager[0].abs().max()) and not other.any(), (
+                f"{title}: run {number} with graphs differs from eager by {worst.max():.3f}, relatively by step (0 is "
+                f"the prompt) {[round(value, 4) for value in apart.amax(1).tolist()]}, other tokens in steps "
+                f"{other.any(1).nonzero().flatten().tolist()}"
+            )
+        same = (runs[1][0] == runs[2][0]).flatten(1).all(1)
+        # What others bring meanwhile may put a row into another tile of the experts' products.
+        assert meanwhile == self.prefill or bool(same.all()), (
+            f"{title}: two replays of the same steps have other bits, in steps {(~same).nonzero().flatten().tolist()}"
+        )
 
     def barrier(self):
         dist.barrier(device_ids=[self.rank] if self.cuda else None)  # NCCL's, on GPUs
@@ -131,7 +164,7 @@ class _Script:
             torch.cuda.synchronize()
 
     def prefill(self):
-        """Prompts of many rows, one after another, while the other rank decodes; each must come out as on its own."""
+        """Prompts of many rows, one after another, while other ranks decode; each must come out as on its own."""
         for seed in range(5):
             # So few that experts run by the same kernel, and so with the same bits, whichever steps come together.
             ids = _prompt(self.rank, 2, 40, seed).to(self.model.device)
@@ -139,34 +172,43 @@ class _Script:
                 logits, alone = (
                     model(input_ids=ids, use_cache=False).logits.float() for model in (self.model, self.whole)
                 )
-            apart = (logits - alone).norm(dim=-1) / alone.norm(dim=-1)
-            assert apart.median() < 0.03, apart
+            apart = _off(logits, alone)
+            assert apart.median() < 0.03, (
+                f"rank {self.rank}: prompt {seed} is off from the whole model's logits by {apart.median():.3f} in the "
+                "median, 0.03 were expected"
+            )
 
 
 def _play(folder, device_type, dispatcher):
-    rank = dist.get_rank()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     script = _Script(folder, device, dispatcher)
-    script.check((3, 1))  # uneven batches
-    script.check((0, 2))  # an idle rank that does nothing at all
-    script.check((2, 0), meanwhile=script.prefill)
-    # The rank without requests stands in the script's own barrier, to which the other comes after it has decoded.
-    script.check((2, 0), meanwhile=script.barrier, after=script.barrier)
+    script.check("uneven batches", (3, 1, 2, 1)[:ranks])
+    script.check("an idle rank that does nothing at all", (0, 2, 0, 1)[:ranks])
+    script.check("a rank that prefills meanwhile", (2, 0, 1, 1)[:ranks], meanwhile=script.prefill)
+    # A rank without requests stands in the script's own barrier, to which others come after they have decoded.
+    script.check("a rank in an NCCL barrier", (2, 0, 1, 0)[:ranks], meanwhile=script.barrier, after=script.barrier)
+    if device_type == "cuda":
+        script.parallel.close()
+        _Script(folder, device, dispatcher, fp8=True).check("rows in fp8", (2, 1, 0, 2)[:ranks])
     return script.replays
 
 
 def _child(rank, ranks, folder):
-    torch.cuda.set_device(rank)
-    store = dist.FileStore(os.path.join(folder, "store"), ranks)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=ranks)
-    try:
-        replays = _play(os.path.join(folder, "tiny"), "cuda", "nvlink")
-        print(f"rank {rank}: {replays} replays", flush=True)
-    except BaseException:
-        with open(os.path.join(folder, f"error{rank}"), "w") as file:
-            file.write(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)
+    with Path(folder, f"stack{rank}").open("w") as stack:
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=stack)
+        logging.basicConfig(level=logging.INFO)  # why a step could not be captured
+        torch.cuda.set_device(rank)
+        store = dist.FileStore(os.path.join(folder, "store"), ranks)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=ranks)
+        try:
+            replays = _play(os.path.join(folder, "tiny"), "cuda", "nvlink")
+            print(f"rank {rank}: {replays} replays", flush=True)
+        except BaseException:
+            Path(folder, f"error{rank}").write_text(traceback.format_exc())
+            time.sleep(2)  # for what the others have to say of it
+            os._exit(1)
+        os._exit(0)
 
 
 @pytest.fixture
@@ -179,12 +221,13 @@ def folder(tmp_path):
 
 @pytest.mark.gpu(2)
 @pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs 2 GPUs of one host, found {NUM_GPUS}")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(150)
 def test_decode_steps_from_graphs_equal_eager_ones(folder):
     try:
-        mp.spawn(_child, (2, str(folder)), nprocs=2)
+        mp.spawn(_child, (NUM_RANKS, str(folder)), nprocs=NUM_RANKS)
     except Exception as error:
-        text = "\n".join(f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob("error*")))
+        found = [path for name in ("error", "stack") for path in sorted(folder.glob(f"{name}*"))]
+        text = "\n".join(f"{path.name}\n{path.read_text()}" for path in found if path.stat().st_size)
         raise AssertionError(text or str(error)) from None
 
 
