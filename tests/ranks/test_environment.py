@@ -1,6 +1,8 @@
 """`lockstep env` and `lockstep bench calibrate --dispatch` on this machine, and what they say where something fails."""
 
+import functools
 import json
+import time
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_env_tries_each_backend_and_says_what_to_do_where_one_is_not_to_be_had()
 
 @pytest.mark.ranks(2)
 def test_a_backend_that_fails_is_reported_with_advice(monkeypatch):
-    result = environment._try_backend("carrier pigeon", "cpu")
+    result = environment._try_backend("carrier pigeon", "cpu", time.monotonic() + 60)
     assert result["works"] is False
     assert "dispatcher must be one of" in result["detail"]
     assert "GLOO_SOCKET_IFNAME" in result["advice"]
@@ -54,12 +56,29 @@ def test_a_backend_that_fails_is_reported_with_advice(monkeypatch):
     assert CliRunner().invoke(app, ["env", "--json"]).exit_code == 1
 
 
+@pytest.mark.ranks(2)
+def test_a_backend_that_does_not_end_is_ended_and_the_rest_of_the_time_is_the_others(monkeypatch):
+    monkeypatch.setattr(environment, "prove", functools.partial(sleep_in_place_of_a_proof, 60))
+    monkeypatch.setitem(environment._LIMIT_S, "gloo", 6.0)
+    began = time.monotonic()
+    result = environment._try_backend("allgather", "cpu", began + 60)
+    assert (result["works"], result["detail"]) == (False, "rank 0, 1 did not end within 6 s")
+    assert time.monotonic() - began < 9
+    result = environment._try_backend("alltoall", "cpu", time.monotonic() + 4)
+    assert result["works"] is None
+    assert "used up the 75 s for all" in result["detail"]
+
+
+def sleep_in_place_of_a_proof(seconds, *_):
+    time.sleep(seconds)
+
+
 def run_proof_with_a_wrong_reference():
     from lockstep.moe import reference
 
     correct = reference.moe_reference
     reference.moe_reference = lambda *args: [rows + 0.01 for rows in correct(*args)]
-    return environment.prove("allgather", "cpu", 30.0)
+    return environment.prove("allgather", "cpu")
 
 
 @pytest.mark.ranks(2)

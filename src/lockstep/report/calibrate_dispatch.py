@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
+from lockstep.errors import LockstepError
 from lockstep.runner.dispatch_times import measure
 from lockstep.runner.launcher import launch
 
 _SAMPLES = 9  # timed calls of each case
+_LIMIT_S = 120.0
+_PRELOAD = ("lockstep.runner.dispatch_times",)  # of the ranks' server; not Transformers, which takes long to import
 
 
 def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool) -> int:
@@ -26,7 +29,11 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
     """
     device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks else "cpu"
     path = out or stored_path(device_type)
-    measured: list[tuple[str, Exchange, float]] = launch(num_ranks, measure, device_type, _SAMPLES)
+    measured: list[tuple[str, Exchange, float]]
+    try:
+        measured = launch(num_ranks, measure, device_type, _SAMPLES, limit_s=_LIMIT_S, preload=_PRELOAD)
+    except LockstepError as error:
+        raise LockstepError(f"{error}; `lockstep env` tries the backends one by one") from error
     by_backend = {
         name: [(exchange, us) for other, exchange, us in measured if other == name]
         for name in BACKENDS

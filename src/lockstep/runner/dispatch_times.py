@@ -13,8 +13,8 @@ from lockstep.dispatch.choose import can_map, make_dispatcher, make_mapped_dispa
 from lockstep.dispatch.constants import Exchange
 
 NUM_EXPERTS = 64
-HIDDEN = {"cpu": (256, 2048), "cuda": (2048, 7168)}
-TOP_K = (1, 8)
+# Size of a row and experts per row. On GPUs each pair's kernels are compiled first, which takes most of the time.
+SHAPES = {"cpu": ((256, 1), (256, 8), (2048, 1), (2048, 8)), "cuda": ((2048, 1), (2048, 8), (7168, 8))}
 # Rows of the first rank, and of each other. Not none at all: ranks that agreed on that exchange nothing.
 ROWS = ((1, 0), (1, 1), (16, 16), (128, 128), (512, 0), (512, 512), (1024, 128))
 
@@ -39,31 +39,26 @@ def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]
     everyones: list[Any] = [None] * num_ranks
     _gather_json(everyones, mapping_facts(device), control)
     found: list[tuple[str, Exchange, float]] = []
-    for hidden in HIDDEN[device_type]:
-        for top_k in TOP_K:
-            num_experts = NUM_EXPERTS * num_ranks
-            dispatchers: dict[str, Any] = {
-                name: make_dispatcher(name, group, num_experts) for name in ("allgather", "alltoall")
-            }
-            if can_map(everyones):
-                dispatchers["nvlink"] = make_mapped_dispatcher(
-                    group, num_experts=num_experts, hidden_size=hidden, top_k=top_k,
-                    max_rows_per_rank=max(map(max, ROWS)),
-                )  # fmt: skip
-            for first, others in ROWS:
-                sizes = (first, *[others] * (num_ranks - 1))
-                states = hidden * dtype.itemsize
-                exchange = Exchange(sizes, num_experts, top_k, states + 8 * top_k, states)
-                generator = torch.Generator().manual_seed(rank)
-                rows = torch.randn(sizes[rank], hidden, generator=generator).to(device, dtype)
-                ids = (
-                    torch.rand(sizes[rank], num_experts, generator=generator)
-                    .topk(top_k)
-                    .indices.to(device, torch.int32)
-                )
-                weights = torch.full((sizes[rank], top_k), 1 / top_k, device=device)
-                times = _time_us(dispatchers, (rows, ids, weights, sizes), samples, control)
-                found.extend((name, exchange, us) for name, us in times.items())
+    for hidden, top_k in SHAPES[device_type]:
+        num_experts = NUM_EXPERTS * num_ranks
+        dispatchers: dict[str, Any] = {
+            name: make_dispatcher(name, group, num_experts) for name in ("allgather", "alltoall")
+        }
+        if can_map(everyones):
+            dispatchers["nvlink"] = make_mapped_dispatcher(
+                group, num_experts=num_experts, hidden_size=hidden, top_k=top_k,
+                max_rows_per_rank=max(map(max, ROWS)),
+            )  # fmt: skip
+        for first, others in ROWS:
+            sizes = (first, *[others] * (num_ranks - 1))
+            states = hidden * dtype.itemsize
+            exchange = Exchange(sizes, num_experts, top_k, states + 8 * top_k, states)
+            generator = torch.Generator().manual_seed(rank)
+            rows = torch.randn(sizes[rank], hidden, generator=generator).to(device, dtype)
+            ids = torch.rand(sizes[rank], num_experts, generator=generator).topk(top_k).indices.to(device, torch.int32)
+            weights = torch.full((sizes[rank], top_k), 1 / top_k, device=device)
+            times = _time_us(dispatchers, (rows, ids, weights, sizes), samples, control)
+            found.extend((name, exchange, us) for name, us in times.items())
     return found
 
 

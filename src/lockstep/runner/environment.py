@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib.metadata
 import importlib.util
-import multiprocessing.forkserver
 import os
 import platform
 import shutil
@@ -23,7 +21,10 @@ from lockstep.errors import ConfigurationError, LockstepError
 _COUNTS = ((5, 3), (4, 0), (0, 1))  # rows of two ranks: uneven, and none
 _NUM_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE = 8, 2, 128, 128
 _DEADLINE_S = 10.0
-_LIMIT_S = {"cpu": 15.0, "cuda": 120.0}  # of one proof; on GPUs kernels are compiled first
+# Of one proof: the first starts the server of all, those on GPUs open them, and nvlink's compiles kernels.
+_LIMIT_S = {"gloo": 20.0, "nccl": 25.0, "GPU memory": 45.0}
+_ALL_S = 75.0  # of all proofs together
+_PRELOAD = (__name__, "lockstep.moe.layer")  # without Transformers, which takes longer to import than all proofs
 _COPY_BYTES = 256 * 2**20
 _ADVICE = {
     "gpus": "nvlink and NCCL need two or more NVIDIA GPUs of one host; between processes of this one gloo serves",
@@ -31,6 +32,7 @@ _ADVICE = {
     "peers": "these GPUs cannot reach each other's memory: use dispatcher allgather or alltoall, which go through NCCL",
     "nccl": "this build of torch has no NCCL: install one for CUDA",
     "gloo": "ranks talk over the loopback interface: see that it is up and that GLOO_SOCKET_IFNAME names it",
+    "time": "see to those first, then look again",
     "cuda": "see that NCCL works at all (NCCL_DEBUG=INFO), then that GPUs may map each other's memory in containers",
 }
 
@@ -44,11 +46,12 @@ def examine() -> dict[str, Any]:
         `works` (None: could not be tried), `detail`, `seconds`, and `advice` where it does not.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    backends = [_try_backend(name, "cpu") for name in ("allgather", "alltoall")]
+    until = time.monotonic() + _ALL_S
+    backends = [_try_backend(name, "cpu", until) for name in ("allgather", "alltoall")]
     for name in ("allgather", "alltoall", "nvlink"):
         missing = _missing(name, num_gpus)
         if missing is None:
-            backends.append(_try_backend(name, "cuda"))
+            backends.append(_try_backend(name, "cuda", until))
         else:
             transport = "GPU memory" if name == "nvlink" else "nccl"
             backends.append(_result(name, transport, None, missing[0], 0.0, _ADVICE[missing[1]]))
@@ -106,13 +109,12 @@ def describe(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prove(name: str, device_type: str, limit_s: float) -> float:
+def prove(name: str, device_type: str) -> float:
     """Run an MoE layer of two ranks through one backend, and compare with the reference. Runs on each rank.
 
     Args:
         name: of the backend.
         device_type: "cpu" (float32, gloo) or "cuda" (bfloat16, NCCL or mapped memory).
-        limit_s: after so many seconds this process shows where it stands and ends.
 
     Returns:
         The largest error of this rank, absolute.
@@ -128,7 +130,6 @@ def prove(name: str, device_type: str, limit_s: float) -> float:
     from lockstep.moe.layer import MoELayer
     from lockstep.moe.reference import moe_reference
 
-    faulthandler.dump_traceback_later(limit_s, exit=True)
     rank, cuda = dist.get_rank(), device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -149,8 +150,11 @@ def prove(name: str, device_type: str, limit_s: float) -> float:
     down = (random(_NUM_EXPERTS, _HIDDEN, _INTERMEDIATE) / _INTERMEDIATE**0.5).to(dtype)
     mine = slice(rank * _NUM_EXPERTS // 2, (rank + 1) * _NUM_EXPERTS // 2)
     config = ParallelConfig(data_parallel_size=2, data_parallel_rank=rank)
+    experts = LocalExperts.from_tensors(gate_up[mine].to(device), down[mine].to(device))
+    if name == "nvlink":
+        experts.warm_up(2 * 64 * _TOP_K, fp8=False)
     layer = MoELayer(
-        LocalExperts.from_tensors(gate_up[mine].to(device), down[mine].to(device)), dispatcher, config,
+        experts, dispatcher, config,
         hidden_size=_HIDDEN, top_k=_TOP_K, dtype=dtype, device=device, deadline_s=_DEADLINE_S,
     )  # fmt: skip
     worst = 0.0
@@ -168,22 +172,20 @@ def prove(name: str, device_type: str, limit_s: float) -> float:
         tolerance = 0.05 if cuda else 1e-4
         if not torch.allclose(output.float(), expected.float(), rtol=tolerance, atol=tolerance):
             raise LockstepError(f"rank {rank}: results for {counts} rows are off by up to {worst:g}")
-    faulthandler.cancel_dump_traceback_later()
     return worst
 
 
-def _try_backend(name: str, device_type: str) -> dict[str, Any]:
+def _try_backend(name: str, device_type: str, until: float) -> dict[str, Any]:
     from lockstep.runner.launcher import launch
 
-    # The server that ranks are forked from starts here, before `launch` has it import Transformers, which takes longer
-    # than all proofs together.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "lockstep.moe.layer"])
-    multiprocessing.forkserver.ensure_running()
     transport = "GPU memory" if name == "nvlink" else "gloo" if device_type == "cpu" else "nccl"
     started = time.perf_counter()
+    limit_s = min(_LIMIT_S[transport], until - time.monotonic())
+    if limit_s < 5:
+        return _result(name, transport, None, f"the others have used up the {_ALL_S:g} s for all", 0.0, _ADVICE["time"])
     advice = ""
     try:
-        error = launch(2, prove, name, device_type, _LIMIT_S[device_type])
+        error = launch(2, prove, name, device_type, limit_s=limit_s, preload=_PRELOAD)
         works, detail = True, f"{len(_COUNTS)} uneven exchanges equal the reference, off by at most {error:.1g}"
     except (LockstepError, OSError) as failure:
         works, detail = False, str(failure)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,14 @@ class _Lost(Exception):
         self.error = error
 
 
-def launch(num_ranks: int, function: Callable[..., Any], *args: Any, max_restarts: int = 0) -> Any:
+def launch(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    max_restarts: int = 0,
+    limit_s: float | None = None,
+    preload: Sequence[str] = _PRELOAD,
+) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
     The ranks meet through a file and talk over loopback only. They end with this process, however it ends.
@@ -53,17 +61,21 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any, max_restart
         *args: its arguments.
         max_restarts: how often all ranks are started again after one of them died or did not answer before its
             deadline. The function finds the number of restarts in `RESTARTS_VARIABLE`, as under torchrun.
+        limit_s: how long all of it may take, in seconds; None for as long as it takes.
+        preload: modules that the server imports from which ranks are forked. It is started once per process.
 
     Raises:
-        LockstepError: what the first failing rank raised, if it was one.
+        LockstepError: what the first failing rank raised, if it was one; ranks that did not end within `limit_s`.
         PeerFailedError: for any other exception of a rank, or its death; carries message and rank.
         KeyboardInterrupt: after Ctrl-C, when all ranks have ended (within two seconds).
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
+    # Looking for GPUs must not make the server open one, which its children could not use then.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for restarts in range(max_restarts + 1):
         try:
-            return _launch_once(num_ranks, function, args, restarts)
+            return _launch_once(num_ranks, function, args, restarts, limit_s, preload)
         except _Lost as lost:
             if restarts == max_restarts:
                 raise lost.error from None
@@ -71,9 +83,17 @@ def launch(num_ranks: int, function: Callable[..., Any], *args: Any, max_restart
     raise AssertionError
 
 
-def _launch_once(num_ranks: int, function: Callable[..., Any], args: tuple[Any, ...], restarts: int) -> Any:
+def _launch_once(
+    num_ranks: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    restarts: int,
+    limit_s: float | None,
+    preload: Sequence[str],
+) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context.set_forkserver_preload(list(preload))
+    ends = None if limit_s is None else time.monotonic() + limit_s
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         ranks: list[tuple[Any, Connection]] = []
         try:
@@ -90,7 +110,7 @@ def _launch_once(num_ranks: int, function: Callable[..., Any], args: tuple[Any, 
                 sender.close()
                 ranks.append((process, receiver))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            return _watch(ranks)
+            return _watch(ranks, ends, limit_s)
         except KeyboardInterrupt:
             for process, _ in ranks:
                 if process.is_alive():
@@ -109,12 +129,12 @@ def _launch_once(num_ranks: int, function: Callable[..., Any], args: tuple[Any, 
                 receiver.close()
 
 
-def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
+def _watch(ranks: list[tuple[Any, Connection]], ends: float | None, limit_s: float | None) -> Any:
     """Wait for all ranks; once one has failed, only a little longer for the others."""
     result: Any = None
     failures: list[tuple[int, str, str]] = []
     waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
-    until: float | None = None
+    until = ends
     while waiting:
         ready = wait(list(waiting), timeout=None if until is None else max(0.0, until - time.monotonic()))
         if not ready:
@@ -134,7 +154,10 @@ def _watch(ranks: list[tuple[Any, Connection]]) -> Any:
                 result = value if rank == 0 else result
             else:
                 failures.append((rank, kind, value))
-                until = until or time.monotonic() + _AFTER_FAILURE_S
+                until = min(until or math.inf, time.monotonic() + _AFTER_FAILURE_S)
+    if not failures and waiting:
+        late = ", ".join(map(str, sorted(waiting.values())))
+        raise LockstepError(f"rank {late} did not end within {limit_s:g} s")
     if not failures:
         return result
     # The cause, not its echoes: a rank that reports another's failure comes last.
