@@ -1045,131 +1045,6 @@ def _combine_rounds(
     counts,
     status,
     rank,
-    block,
-    epoch,
-    own,
-    longest,
-    num_tokens,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROUND: tl.constexpr,
-    REDUCED: tl.constexpr,
-    EARLY: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    RETURNED: tl.constexpr,
-    FLAGS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
-    """Push, flag, and sum what came in the round before, round by round; see `combine_kernel`."""
-    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
-    rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS), ROUND)
-    rounds = tl.where(block == 0, tl.maximum(rounds, 1), rounds)
-    lanes = tl.arange(0, BLOCK_TOKENS)
-    columns = tl.arange(0, BLOCK_COLUMNS)
-    choice = tl.arange(0, TOPK_POW2)[None, :]
-    weight_words = _words(own + WEIGHTS)
-    returned = tl.multiple_of((own + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
-    for turn in range(rounds + 1):
-        if (turn < rounds) & (WORLD > 1):
-            for i in range(1, WORLD):
-                peer = (rank + i) % WORLD
-                theirs = tl.load(counts + peer)
-                base = tl.load(peers + peer)
-                inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
-                end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, block + (turn + 1) * ROUND * BLOCKS)
-                for task in range(block + turn * ROUND * BLOCKS, end, BLOCKS):
-                    token = (task // column_blocks) * BLOCK_TOKENS + lanes
-                    column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                    rows, wanted = _partial_rows(
-                        expert_output,
-                        inverse,
-                        weight_words,
-                        peer,
-                        token,
-                        token < theirs,
-                        column,
-                        CAPACITY,
-                        TOPK,
-                        HIDDEN,
-                        REDUCED,
-                        EARLY,
-                    )
-                    at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
-                    tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
-            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
-        if turn > 0:
-            if WORLD > 1:
-                _wait_at_least(
-                    own + FLAGS + block * 8,
-                    BLOCKS * 8,
-                    (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
-                    0,
-                    peers,
-                    status,
-                    rank,
-                    budget_ns,
-                    WORLD,
-                    WORLD_POW2,
-                    ABORT,
-                )
-            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, block + turn * ROUND * BLOCKS)
-            for task in range(block + (turn - 1) * ROUND * BLOCKS, end, BLOCKS):
-                token = (task // column_blocks) * BLOCK_TOKENS + lanes
-                column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                here = token < num_tokens
-                slot = rank * CAPACITY + token
-                ids = tl.load(
-                    _words(own + IDS) + slot[:, None] * TOPK + choice,
-                    here[:, None] & (choice < TOPK),
-                    other=0xFFFFFFFF,
-                ).to(tl.int32)
-                target = tl.where(ids >= 0, ids // EXPERTS, -1)
-                mine, _ = _partial_rows(
-                    expert_output,
-                    inverse,
-                    weight_words,
-                    rank,
-                    token,
-                    here,
-                    column,
-                    CAPACITY,
-                    TOPK,
-                    HIDDEN,
-                    REDUCED,
-                    EARLY,
-                )
-                inside = (column < HIDDEN)[None, :]
-                total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
-                for peer in tl.static_range(WORLD):
-                    wanted = (tl.max((target == peer).to(tl.int32), 1) > 0) & (peer != rank)
-                    at = (peer * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
-                    rows = tl.load(returned + at, wanted[:, None] & inside, other=0.0).to(tl.float32)
-                    total += tl.where(rank == peer, mine.to(tl.float32), rows)
-                at = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-                tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)
-
-
-@triton.jit
-def _combine_chained(
-    expert_output,
-    output,
-    inverse,
-    peers,
-    counts,
-    status,
-    rank,
     skewed,
     block,
     epoch,
@@ -1189,59 +1064,120 @@ def _combine_chained(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROUND: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr,
+    CHAINS: tl.constexpr,
     REDUCED: tl.constexpr,
+    EARLY: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     RETURNED: tl.constexpr,
     FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
-    """As `_combine_rounds`, but `skewed`'s rows come back along their chains, each rank adding its own partial sum.
+    """Push, flag, and sum what came in the round before, round by round; see `combine_kernel`.
 
-    In turn k the ranks at place s of a chain send round k - s, so a round has come back `WORLD - 1` turns after it
-    began. What is passed to a rank waits in the part of `returned` that would hold its own rows.
+    With `CHAINS` there may be a `skewed` rank: in turn k the ranks at place s of a chain of its tokens send round
+    k - s, each adding its own partial sum, so that a round has come back `WORLD - 1` turns after it began. What is on
+    its way waits in the part of `returned` that would hold the waiting rank's own rows.
     """
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
-    rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS), ROUND)
+    mine_first = tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS)
+    hops = tl.zeros((), tl.int32)
+    tiles = tl.full((), ROUND, tl.int32)
+    first_source = rank
+    if CHAINS:
+        hops = tl.where((skewed >= 0) & ((mine_first > 0) | (block == 0)), WORLD - 2, 0)
+        tiles = tl.where(skewed >= 0, CHAIN_ROUND, ROUND)
+        first_source = tl.where(skewed >= 0, skewed, rank)
+    rounds = tl.cdiv(mine_first, tiles)
     rounds = tl.where(block == 0, tl.maximum(rounds, 1), rounds)
-    turns = tl.where(rounds > 0, rounds + WORLD - 1, 0)
     lanes = tl.arange(0, BLOCK_TOKENS)
     columns = tl.arange(0, BLOCK_COLUMNS)
     choice = tl.arange(0, TOPK_POW2)[None, :]
     id_words = _words(own + IDS)
     weight_words = _words(own + WEIGHTS)
     returned = tl.multiple_of((own + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
-    for turn in range(turns):
-        for i in range(1, WORLD):
-            peer = (rank + i) % WORLD
-            theirs = tl.where(peer == skewed, 0, tl.load(counts + peer))
-            base = tl.load(peers + peer)
-            inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
-            end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, block + (turn + 1) * ROUND * BLOCKS)
-            for task in range(block + turn * ROUND * BLOCKS, end, BLOCKS):
-                token = (task // column_blocks) * BLOCK_TOKENS + lanes
-                column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                rows, wanted = _partial_rows(
-                    expert_output,
-                    inverse,
-                    weight_words,
-                    peer,
-                    token,
-                    token < theirs,
-                    column,
-                    CAPACITY,
-                    TOPK,
-                    HIDDEN,
-                    REDUCED,
-                    False,
-                )
-                at = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
-                tl.store(inbox + at, rows, wanted[:, None] & (column < HIDDEN)[None, :])
-        stages = tl.where(rank == skewed, 0, tl.minimum(turn + 1, WORLD - 1))
-        for stage in range(stages):
-            if stage == 1:
-                # The first of a chain need nobody; those after them, what came in the turn before.
+    for turn in range(rounds + 1 + hops):
+        if (turn < rounds + hops) & (WORLD > 1):
+            for i in range(1, WORLD + 1):
+                # A skewed rank's rows come last: they may wait for what other ranks send in this turn.
+                source = (first_source + i) % WORLD
+                stages = tl.where(source == rank, 0, 1)
+                if CHAINS:
+                    stages = tl.where((source == skewed) & (stages > 0), tl.minimum(turn + 1, WORLD - 1), stages)
+                theirs = tl.load(counts + source)
+                base = tl.load(peers + source)
+                for stage in range(stages):
+                    if CHAINS:  # noqa: SIM102 - a constexpr, so that what follows is not even compiled
+                        if stage == 1:
+                            _wait_at_least(
+                                own + FLAGS + block * 8,
+                                BLOCKS * 8,
+                                (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
+                                0,
+                                peers,
+                                status,
+                                rank,
+                                budget_ns,
+                                WORLD,
+                                WORLD_POW2,
+                                ABORT,
+                            )
+                    begin = block + (turn - stage) * tiles * BLOCKS
+                    end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, begin + tiles * BLOCKS)
+                    for task in range(begin, end, BLOCKS):
+                        token = (task // column_blocks) * BLOCK_TOKENS + lanes
+                        column = (task % column_blocks) * BLOCK_COLUMNS + columns
+                        inside = (column < HIDDEN)[None, :]
+                        here = token < theirs
+                        after = tl.full((BLOCK_TOKENS,), -1, tl.int32)
+                        before = tl.zeros((BLOCK_TOKENS,), tl.int32)
+                        if CHAINS:  # noqa: SIM102
+                            if source == skewed:
+                                at = (source * CAPACITY + token)[:, None] * TOPK + choice
+                                named = here[:, None] & (choice < TOPK)
+                                ids = tl.load(id_words + at, named, other=0xFFFFFFFF).to(tl.int32)
+                                target = tl.where(ids >= 0, ids // EXPERTS, -1)
+                                after, before, _ = _chain(target, token, source, rank, WORLD)
+                                here = here & (before == stage)
+                        rows, wanted = _partial_rows(
+                            expert_output,
+                            inverse,
+                            weight_words,
+                            source,
+                            token,
+                            here,
+                            column,
+                            CAPACITY,
+                            TOPK,
+                            HIDDEN,
+                            REDUCED,
+                            EARLY,
+                        )
+                        inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+                        own_place = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                        if CHAINS:
+                            if source == skewed:
+                                came = (wanted & (before > 0))[:, None] & inside
+                                earlier = tl.load(returned + own_place, came, other=0.0)
+                                rows = (earlier.to(tl.float32) + rows.to(tl.float32)).to(tl.bfloat16)
+                                # On the way a row waits at the receiver's own place, at the end at its last sender's.
+                                place = tl.where(after < 0, rank, after)
+                                at = (place * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
+                                for j in range(1, WORLD):
+                                    peer = (rank + j) % WORLD
+                                    to_peer = wanted & (tl.where(after < 0, source, after) == peer)
+                                    base = tl.load(peers + peer)
+                                    inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
+                                    tl.store(inbox + at, rows, to_peer[:, None] & inside)
+                            else:
+                                tl.store(inbox + own_place, rows, wanted[:, None] & inside)
+                        else:
+                            tl.store(inbox + own_place, rows, wanted[:, None] & inside)
+            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
+        if turn > hops:
+            if WORLD > 1:
                 _wait_at_least(
                     own + FLAGS + block * 8,
                     BLOCKS * 8,
@@ -1255,70 +1191,19 @@ def _combine_chained(
                     WORLD_POW2,
                     ABORT,
                 )
-            begin = block + (turn - stage) * ROUND * BLOCKS
-            for task in range(begin, tl.minimum(tasks, begin + ROUND * BLOCKS), BLOCKS):
-                token = (task // column_blocks) * BLOCK_TOKENS + lanes
-                column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                inside = (column < HIDDEN)[None, :]
-                slot = skewed * CAPACITY + token
-                named = (token < longest)[:, None] & (choice < TOPK)
-                ids = tl.load(id_words + slot[:, None] * TOPK + choice, named, other=0xFFFFFFFF).to(tl.int32)
-                target = tl.where(ids >= 0, ids // EXPERTS, -1)
-                after, before, _ = _chain(target, token, skewed, rank, WORLD)
-                here = (token < longest) & (before == stage)
-                rows, wanted = _partial_rows(
-                    expert_output,
-                    inverse,
-                    weight_words,
-                    skewed,
-                    token,
-                    here,
-                    column,
-                    CAPACITY,
-                    TOPK,
-                    HIDDEN,
-                    REDUCED,
-                    False,
-                )
-                came = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
-                earlier = tl.load(returned + came, (wanted & (before > 0))[:, None] & inside, other=0.0)
-                rows = (earlier.to(tl.float32) + rows.to(tl.float32)).to(tl.bfloat16)
-                next_rank = tl.where(after < 0, skewed, after)
-                # At the source a row stands where its last rank's rows stand; on the way, where the receiver's would.
-                place = tl.where(after < 0, rank, after)
-                at = (place * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
-                for i in range(1, WORLD):
-                    peer = (rank + i) % WORLD
-                    inbox = tl.multiple_of((tl.load(peers + peer) + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
-                    tl.store(inbox + at, rows, (wanted & (next_rank == peer))[:, None] & inside)
-        if turn < turns - 1:
-            _raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
-        if turn >= WORLD - 1:
-            _wait_at_least(
-                own + FLAGS + block * 8,
-                BLOCKS * 8,
-                (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
-                0,
-                peers,
-                status,
-                rank,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                ABORT,
-            )
-            begin = block + (turn - (WORLD - 1)) * ROUND * BLOCKS
-            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, begin + ROUND * BLOCKS)
+            begin = block + (turn - 1 - hops) * tiles * BLOCKS
+            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, begin + tiles * BLOCKS)
             for task in range(begin, end, BLOCKS):
                 token = (task // column_blocks) * BLOCK_TOKENS + lanes
                 column = (task % column_blocks) * BLOCK_COLUMNS + columns
-                inside = (column < HIDDEN)[None, :]
                 here = token < num_tokens
                 slot = rank * CAPACITY + token
-                named = here[:, None] & (choice < TOPK)
-                ids = tl.load(id_words + slot[:, None] * TOPK + choice, named, other=0xFFFFFFFF).to(tl.int32)
+                ids = tl.load(
+                    id_words + slot[:, None] * TOPK + choice,
+                    here[:, None] & (choice < TOPK),
+                    other=0xFFFFFFFF,
+                ).to(tl.int32)
                 target = tl.where(ids >= 0, ids // EXPERTS, -1)
-                _, _, last = _chain(target, token, skewed, rank, WORLD)
                 mine, _ = _partial_rows(
                     expert_output,
                     inverse,
@@ -1331,12 +1216,17 @@ def _combine_chained(
                     TOPK,
                     HIDDEN,
                     REDUCED,
-                    False,
+                    EARLY,
                 )
+                inside = (column < HIDDEN)[None, :]
+                last = tl.full((BLOCK_TOKENS,), -1, tl.int32)
+                if CHAINS:
+                    _, _, last = _chain(target, token, rank, rank, WORLD)
                 total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
                 for peer in tl.static_range(WORLD):
-                    wanted = tl.max((target == peer).to(tl.int32), 1) > 0
-                    wanted = tl.where(rank == skewed, last == peer, wanted) & (peer != rank)
+                    wanted = (tl.max((target == peer).to(tl.int32), 1) > 0) & (peer != rank)
+                    if CHAINS:
+                        wanted = wanted & ((rank != skewed) | (last == peer))
                     at = (peer * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                     rows = tl.load(returned + at, wanted[:, None] & inside, other=0.0).to(tl.float32)
                     total += tl.where(rank == peer, mine.to(tl.float32), rows)
@@ -1400,43 +1290,7 @@ def combine_kernel(
     skewed = tl.full((), -1, tl.int32)
     if WORLD > 2:
         skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
-    if skewed >= 0:
-        if WORLD > 2:
-            _combine_chained(
-                expert_output,
-                output,
-                inverse,
-                peers,
-                counts,
-                status,
-                rank,
-                skewed,
-                block,
-                epoch,
-                own,
-                longest,
-                num_tokens,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                CAPACITY,
-                TOPK,
-                TOPK_POW2,
-                EXPERTS,
-                HIDDEN,
-                HIDDEN_STRIDE,
-                BLOCKS,
-                BLOCK_TOKENS,
-                BLOCK_COLUMNS,
-                CHAIN_ROUND,
-                REDUCED,
-                IDS,
-                WEIGHTS,
-                RETURNED,
-                FLAGS,
-                ABORT,
-            )
-    elif longest * column_blocks <= BLOCKS:
+    if (skewed < 0) & (longest * column_blocks <= BLOCKS):
         # Few tokens: a tile of one token each, so that more blocks share the latency.
         _combine_rounds(
             expert_output,
@@ -1446,6 +1300,7 @@ def combine_kernel(
             counts,
             status,
             rank,
+            skewed,
             block,
             epoch,
             own,
@@ -1464,6 +1319,8 @@ def combine_kernel(
             1,
             BLOCK_COLUMNS,
             1,
+            1,
+            False,
             REDUCED,
             True,
             IDS,
@@ -1481,6 +1338,7 @@ def combine_kernel(
             counts,
             status,
             rank,
+            skewed,
             block,
             epoch,
             own,
@@ -1499,6 +1357,8 @@ def combine_kernel(
             BLOCK_TOKENS,
             BLOCK_COLUMNS,
             ROUND,
+            CHAIN_ROUND,
+            WORLD > 2,
             REDUCED,
             False,
             IDS,
