@@ -8,8 +8,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# Two files of tests at a time: half of the time of one is waiting. Never more than cores; the long files stand first.
-IN_PARALLEL := --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+# Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
+IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test lint bench clean elixir soak
 

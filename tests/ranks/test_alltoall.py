@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from said import say, sleep_until_said
 
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher, expected_ranks_per_row, ranks_needed, row_bytes
@@ -72,16 +73,15 @@ def test_same_bits_as_the_all_gather_and_each_row_once_per_rank(num_ranks, top_k
 
 
 def one_is_late():
-    import time
-
     dispatcher = AllToAllDispatcher(dist.group.WORLD, NUM_EXPERTS, deadline_s=0.5)
     inputs = MoEInputs.make([2, 2])
     if dist.get_rank() == 1:
-        time.sleep(3)
+        sleep_until_said("absent")
         return "late"
     try:
         dispatcher.dispatch(inputs.hidden_states[0], inputs.topk_ids[0], inputs.topk_weights[0], [2, 2])
     except RankAbsentError as error:
+        say("absent")
         return str(error)
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from said import say, sleep_until_said
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
@@ -14,7 +15,7 @@ from lockstep.errors import LockstepError
 from lockstep.testing import run_ranks
 
 
-def coordinator(shared, deadline_s=5.0, **options):
+def coordinator(shared, deadline_s=20.0, **options):
     """A coordinator of all ranks on groups of its own."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(list(range(num_ranks)))
@@ -91,12 +92,13 @@ def failure(shared):
 def absence(shared, deadline_s, folder):
     os.environ["LOCKSTEP_RECORDER_DIR"] = folder
     rank = dist.get_rank()
-    agree = coordinator(shared, deadline_s)
+    agree = coordinator(shared, 20.0)
     for _ in range(3):
         agree.agree(StepRecord(rank))
+    agree.deadline_s = deadline_s
     if rank == 1:
         agree.recorder.mark(Phase.EXPERTS, layer=17)
-        time.sleep(deadline_s + 1.5)
+        sleep_until_said(0, 2)
         late = outcome(lambda: agree.agree(StepRecord(1)))
         return type(late).__name__, str(late), getattr(late, "absent_ranks", None), 0.0, agree.usable
     if not shared:
@@ -104,6 +106,7 @@ def absence(shared, deadline_s, folder):
     started = time.monotonic()
     error = outcome(lambda: agree.agree(StepRecord(rank)))
     seconds = time.monotonic() - started
+    say(rank)
     again = outcome(lambda: agree.agree(StepRecord(rank)))
     assert "not used again" in str(again)
     return type(error).__name__, str(error), getattr(error, "absent_ranks", None), seconds, agree.usable

@@ -20,7 +20,8 @@ from lockstep.testing.ranks import ranks_context
 pytestmark = pytest.mark.ranks(4)
 HOSTS = (f"lockstep-{os.getpid()}-a", f"lockstep-{os.getpid()}-b")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-DEADLINE_S = 4.0
+DEADLINE_S = 6.0
+"""Of the run whose cable is cut; the others have the usual one."""
 
 
 def ip(*arguments):
@@ -61,7 +62,7 @@ def job(tmp_path_factory):
     return folder
 
 
-def start(job, out, port):
+def start(job, out, port, *more):
     """The ranks of the main job, two on each host, as torchrun would start them."""
     processes = []
     for rank in range(4):
@@ -71,7 +72,7 @@ def start(job, out, port):
         }  # fmt: skip
         arguments = [
             "run", "--model", job / "tiny", "--workload", job / "prompts.jsonl", "--data-parallel-size", 4,
-            "--out", job / out, "--deadline", DEADLINE_S, "--json",
+            "--out", job / out, "--json", *more,
         ]  # fmt: skip
         process = ranks_context().Process(
             target=run_on_host,
@@ -144,7 +145,7 @@ def test_the_main_job_runs_over_two_hosts(hosts, job):
 
 
 def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
-    processes = start(job, "cut", 29512)
+    processes = start(job, "cut", 29512, "--deadline", DEADLINE_S)
     until_some_are_finished(job, "cut", processes)
     ip("-n", hosts[1], "link", "set", "v1", "down")
     try:
@@ -153,7 +154,7 @@ def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
         ip("-n", hosts[1], "link", "set", "v1", "up")
     texts = logs(job, "cut")
     assert codes == [1, 1, 1, 1], texts
-    assert max(ended) < DEADLINE_S + 1 + 10, ended  # the second of grace, and more for a busy host
+    assert max(ended) < DEADLINE_S + 1 + 10, ended  # the second of grace, and more for a busy machine
     for text in texts:
         assert "RankAbsentError" in text
     # Where the store is; if rank 0, which keeps it, ends first, rank 1 cannot ask it any more.

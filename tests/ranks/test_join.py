@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from said import say, sleep_until_said
 
 import lockstep
 from lockstep.errors import PeerFailedError
@@ -91,23 +92,23 @@ def one_sleeps(path):
     rank = dist.get_rank()
     with lockstep.join(model):
         _generate(model, _prompts(rank, 1))
-        started = time.monotonic()
         if rank == 1:
-            time.sleep(2.0)
-        else:
-            _generate(model, _prompts(rank, 3))
-        return time.monotonic() - started
+            sleep_until_said("three calls are done")
+            return None
+        outputs = _generate(model, _prompts(rank, 3))
+        say("three calls are done")
+        return outputs
 
 
 @pytest.mark.ranks(2)
 def test_a_rank_that_sleeps_does_not_hold_the_others_up(tiny):
-    # Three short calls in well under the sleep: the other rank's experts answered while its script slept.
-    assert run_ranks(2, one_sleeps, tiny)[0] < 1.9
+    # Its script does not wake up before the calls of the other are done: its experts answered meanwhile.
+    assert run_ranks(2, one_sleeps, tiny)[0] == _generate(_whole_model(tiny), _prompts(0, 3))
 
 
 def one_raises(path, where):
     rank = dist.get_rank()
-    model = lockstep.from_pretrained(path, deadline_s=10)
+    model = lockstep.from_pretrained(path, deadline_s=40)
     if where == "in a step" and rank == 1:
         attention = model.model.layers[1].self_attn
         original = attention.forward
@@ -152,7 +153,7 @@ def test_a_rank_that_raises_ends_all_sessions_and_the_model_works_again(tiny, wh
             assert f"rank {rank} stops" in message
             if where != "in idle experts":
                 assert "ValueError: rank 1 broke" in message
-        assert seconds < 8
+        assert seconds < 20  # half of the deadline
         assert outputs == _generate(whole, _prompts(rank, 2))
 
 
@@ -237,8 +238,9 @@ def one_never_comes(path):
                 pass
         except lockstep.RankAbsentError as error:
             message = str(error)
+            say("given up")
     else:
-        time.sleep(2)
+        sleep_until_said("given up")
     return message, time.monotonic() - started
 
 

@@ -36,7 +36,7 @@ def setting(tmp_path_factory):
 def arguments(folder, out, num_ranks):
     return [
         "run", "--model", folder / "tiny", "--workload", folder / "prompts.jsonl", "--data-parallel-size", num_ranks,
-        "--out", folder / out, "--json", "--deadline", 10,
+        "--out", folder / out, "--json",
     ]  # fmt: skip
 
 

@@ -202,9 +202,9 @@ def test_ctrl_c_ends_all_ranks_within_two_seconds_and_says_how_far_it_came(tmp_p
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT, start_new_session=True,
     )  # fmt: skip
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 200
         while not any(part.stat().st_size for part in out.glob("parts/outputs-rank*.jsonl")):
-            assert time.monotonic() < until, "no request finished in 90 s"
+            assert time.monotonic() < until, "no request finished in 200 s"
             time.sleep(0.1)
         interrupted = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)

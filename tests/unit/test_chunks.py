@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import ChunkPlan, ConfigurationError, DPMetadata, TokenCountError
@@ -68,7 +68,6 @@ def test_a_plan_of_many_chunks_is_not_written_out():
     assert plan[len(plan) - 1] == Chunk(2**31 - 2, (1, 0), 2**31 - 2, 2**31 - 1)
 
 
-@settings(deadline=None)
 @given(counts_of_ranks, sp_of_ranks, limits)
 def test_every_real_row_is_in_exactly_one_chunk(counts, sp, limit):
     plans = [ChunkPlan(counts, sp, limit, rank) for rank in range(len(counts) * sp)]
@@ -83,7 +82,6 @@ def test_every_real_row_is_in_exactly_one_chunk(counts, sp, limit):
         assert rows == list(range(count))
 
 
-@settings(deadline=None)
 @given(counts_of_ranks, sp_of_ranks, limits, st.integers(0, 1))
 def test_sizes_do_not_depend_on_the_rank_and_keep_the_limit(counts, sp, limit, min_rows):
     plans = [ChunkPlan(counts, sp, limit, rank, min_rows=min_rows) for rank in range(len(counts) * sp)]
@@ -94,7 +92,6 @@ def test_sizes_do_not_depend_on_the_rank_and_keep_the_limit(counts, sp, limit, m
     assert all(any(chunk.stop > chunk.start for chunk in chunks) for chunks in zip(*plans, strict=True))
 
 
-@settings(deadline=None)
 @given(counts_of_ranks, sp_of_ranks, st.integers(1, 450))
 def test_metadata_shows_the_plan_with_dummy_rows(counts, sp, limit):
     metadata = DPMetadata(max(counts), counts)

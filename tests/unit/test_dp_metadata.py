@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import ConfigurationError, DPMetadata, ParallelConfig, TokenCountError
@@ -81,7 +81,6 @@ def test_the_fields_are_tensors_on_the_cpu():
 # Laws.
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=12), st.integers(1, 8))
 def test_sizes_are_those_of_the_straightforward_tensor_arithmetic(counts, sp):
     metadata = DPMetadata(torch.tensor(max(counts)), torch.tensor(counts))
@@ -91,7 +90,6 @@ def test_sizes_are_those_of_the_straightforward_tensor_arithmetic(counts, sp):
     assert torch.equal(metadata.cu_tokens_across_sp(sp), straightforward.cumsum(0))
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["enter", "leave", "leave other"]), max_size=12), st.data())
 def test_once_all_contexts_are_left_no_sizes_are_set(steps, data):
     metadata = make([500, 200, 256])

@@ -20,14 +20,14 @@ def store(request, tmp_path):
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def meet_all(store, num_ranks, waits, deadline_s):
-    """Each rank comes after its wait, as often as it has waits; what each got every time."""
+def meet_all(store, num_ranks, waits, deadlines_s):
+    """Each rank comes after its wait, a time or an event, as often as it has waits; what each got every time."""
     outcomes = [[] for _ in range(num_ranks)]
 
     def run(rank):
         place = MeetingPlace(store, rank, num_ranks)
-        for wait_s in waits[rank]:
-            time.sleep(wait_s)
+        for wait, deadline_s in zip(waits[rank], deadlines_s[-len(waits[rank]) :], strict=True):
+            wait() if callable(wait) else time.sleep(wait)
             try:
                 outcomes[rank].append([facts["rank"] for facts in place.meet({"rank": rank}, deadline_s)])
             except RankAbsentError as error:
@@ -37,21 +37,21 @@ def meet_all(store, num_ranks, waits, deadline_s):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
     return outcomes
 
 
 def test_all_come_again_and_again(store):
-    assert meet_all(store, 3, [[0.0] * 4] * 3, 10.0) == [[[0, 1, 2]] * 4] * 3
+    assert meet_all(store, 3, [[0.0] * 4] * 3, [20.0] * 4) == [[[0, 1, 2]] * 4] * 3
 
 
 def test_who_does_not_come_is_named_and_who_comes_late_is_in_the_next_meeting(store):
-    outcomes = meet_all(store, 3, [[0.0, 0.1], [0.0, 0.1], [1.2]], 0.6)
+    given_up = threading.Barrier(3, timeout=30)
+    outcomes = meet_all(store, 3, [[0.0, given_up.wait]] * 2 + [[given_up.wait]], [0.6, 20.0])
     for rank in (0, 1):
         assert outcomes[rank][0].absent_ranks == (2,)
         assert "ranks [2] did not enter join() within 0.6 s" in str(outcomes[rank][0])
-    # The second meeting of 0 and 1 begins at 0.7 s and waits until 1.3 s: there the late one finds them.
     assert [outcome[-1] for outcome in outcomes] == [[0, 1, 2]] * 3
 
 
@@ -59,7 +59,7 @@ def test_who_does_not_come_is_named_and_who_comes_late_is_in_the_next_meeting(st
 def test_whoever_comes_when_a_meeting_is_complete_for_all_or_for_none(seed):
     rng = random.Random(seed)
     waits = [[rng.choice((0.0, 0.02, 0.1, 0.15)) for _ in range(6)] for _ in range(3)]
-    outcomes = meet_all(dist.HashStore(), 3, waits, 0.1)
+    outcomes = meet_all(dist.HashStore(), 3, waits, [0.1] * 6)
     met = [sum(isinstance(outcome, list) for outcome in mine) for mine in outcomes]
     assert met[0] == met[1] == met[2]
 
@@ -83,6 +83,6 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
     started = time.monotonic()
     with pytest.raises(RankAbsentError, match=r"did not answer within 0\.6 s: the process that keeps it"):
         MeetingPlace(StoppedStore(), 0, 2).meet({}, 0.1)
-    assert time.monotonic() - started < 1.1
+    assert time.monotonic() - started < 20
     with pytest.raises(RankAbsentError, match=r"does not answer: Broken pipe$"):
         MeetingPlace(LostStore(), 0, 2).meet({}, 0.1)

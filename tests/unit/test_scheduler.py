@@ -196,7 +196,7 @@ def test_steps_may_be_left_out_only_where_nothing_happens():
         scheduler.next_step(5)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(requests_of_a_workload, configs, st.integers(1, 4))
 def test_every_token_is_computed_once_in_order_and_no_limit_is_exceeded(requests, config, num_ranks):
     steps, ranks = run_cluster(requests, config, num_ranks)
@@ -230,13 +230,13 @@ def test_every_token_is_computed_once_in_order_and_no_limit_is_exceeded(requests
     assert sampled == {r.request_id: r.max_new_tokens for r in requests}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(requests_of_a_workload, configs, st.integers(1, 4))
 def test_the_same_workload_gives_the_same_steps(requests, config, num_ranks):
     assert run_cluster(requests, config, num_ranks)[0] == run_cluster(requests, config, num_ranks)[0]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(requests_of_a_workload, st.sampled_from([1, 3, 10]), st.integers(1, 4))
 def test_a_prompt_that_could_run_is_held_at_most_so_many_steps(requests, delay, num_ranks):
     # Without other limits every prompt could run on arrival: what it waits is what the policy holds it.
@@ -246,7 +246,7 @@ def test_a_prompt_that_could_run_is_held_at_most_so_many_steps(requests, delay, 
     assert all(step - arrival[request_id] <= delay for request_id, step in first_steps(steps).items())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(requests_of_a_workload, configs, st.integers(1, 4))
 def test_no_rank_is_held_once_its_first_prompt_is_old_enough(requests, config, num_ranks):
     # A prompt of many steps, too, is held in at most so many of them all in all.
@@ -262,7 +262,7 @@ def test_no_rank_is_held_once_its_first_prompt_is_old_enough(requests, config, n
             assert first != request_id or not any(plan.prefills_held for plan in late)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(requests_of_a_workload, configs)
 def test_state_describes_the_rank_after_the_step(requests, config):
     config = replace(config, max_prefill_delay_steps=0, kv_capacity_tokens=None)

@@ -19,14 +19,14 @@ class Steps:
 
     def __init__(self, num_ranks):
         self.ran = [[] for _ in range(num_ranks)]
-        self.barrier = threading.Barrier(num_ranks, timeout=10)
+        self.barrier = threading.Barrier(num_ranks, timeout=30)
 
     def run(self, rank, decision):
         self.ran[rank].append(decision.num_tokens_across_dp)
         self.barrier.wait()
 
 
-def session(board, rank, steps, deadline_s=10.0, tensor_parallel_size=1, **options):
+def session(board, rank, steps, deadline_s=30.0, tensor_parallel_size=1, **options):
     transport = SharedMemoryTransport(board, rank)
     coordinator = Coordinator(
         transport=transport, rank=rank, deadline_s=deadline_s, tensor_parallel_size=tensor_parallel_size
@@ -60,7 +60,7 @@ def run_scripts(scripts, **options):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), outcomes
     return outcomes, steps.ran
 
@@ -128,10 +128,11 @@ def test_a_script_that_goes_on_after_the_end_gets_the_same_error_again():
 
 
 def test_a_pause_holds_all_ranks_until_it_is_resumed():
-    order = []
+    order, paused = [], threading.Event()
 
     def holder(this, step):
         this.pause()
+        paused.set()
         time.sleep(0.1)
         order.append("going")
         time.sleep(0.3)
@@ -140,9 +141,9 @@ def test_a_pause_holds_all_ranks_until_it_is_resumed():
         step(1)
 
     def worker(this, step):
-        time.sleep(0.1)
+        assert paused.wait(20)
         order.append("going")
-        time.sleep(0.05)
+        time.sleep(0.15)
         step(2)
         order.append("step")
 
@@ -256,26 +257,26 @@ def test_ctrl_c_at_any_moment_of_a_script_ends_both_sessions(delay_s):
     def run_other():
         try:
             with other:
-                for _ in range(2000):
+                while True:
                     decision = other.begin_step(1)
                     steps.run(1, decision)
                     other.end_step()
         except LockstepError as error:
             caught.append(error)
 
-    thread = threading.Thread(target=run_other)
+    thread = threading.Thread(target=run_other, daemon=True)
     thread.start()
-    timer = threading.Timer(0.05 + delay_s, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
     mine = session(board, 0, steps)
     with pytest.raises(KeyboardInterrupt), mine:
+        timer.start()
         while True:
             decision = mine.begin_step(1)
             try:
                 steps.run(0, decision)
             finally:
                 mine.end_step()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert [type(error) for error in caught] == [PeerFailedError]
     assert "KeyboardInterrupt" in str(caught[0])

@@ -74,7 +74,7 @@ def check_equal(requests, config, num_ranks, tmp_path, chunk):
     return len(steps)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(requests_of_a_workload, scheduler_configs, st.integers(1, 5), st.sampled_from([None, 1, 7]))
 def test_counts_are_those_of_the_real_run_step_by_step(tmp_path_factory, requests, config, num_ranks, chunk):
     check_equal(requests, config, num_ranks, tmp_path_factory.mktemp("s"), chunk)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import ConfigurationError, TokenCountError
@@ -67,7 +67,6 @@ def test_row_spans_stand_one_after_another():
     assert row_spans(()) == ()
 
 
-@settings(deadline=None)
 @given(counts_of_ranks, sp_of_ranks)
 def test_real_rows_add_up_to_the_counts_and_never_exceed_the_padded(counts, sp):
     real, padded = sp_rows(counts, sp), sp_sizes(counts, sp)
@@ -76,7 +75,6 @@ def test_real_rows_add_up_to_the_counts_and_never_exceed_the_padded(counts, sp):
     assert all(size * sp - count < sp for size, count in zip(padded[::sp], counts, strict=True))
 
 
-@settings(deadline=None)
 @given(counts_of_ranks, st.integers(1, 6000), st.integers(0, 1))
 def test_chunks_cover_every_row_once(sizes, limit, min_rows):
     chunks = [chunk_sizes(sizes, limit, i, min_rows=0) for i in range(num_chunks(max(sizes), limit))]
@@ -85,7 +83,6 @@ def test_chunks_cover_every_row_once(sizes, limit, min_rows):
     assert all(min_rows <= size <= limit for size in chunk_sizes(sizes, limit, 1, min_rows))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 100), max_size=8))
 def test_row_spans_match_the_running_sum(sizes):
     assert tuple(stop for _, stop in row_spans(sizes)) == cu_sizes(sizes)

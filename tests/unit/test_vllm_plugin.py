@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
@@ -83,7 +83,6 @@ def test_sizes_of_five_and_seven_tokens(arguments, sizes):
     assert metadata.local_sizes is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_sizes_are_those_of_the_straightforward_tensor_arithmetic(counts, sp, pcp, use_ep):
     tensor = torch.tensor(counts)
