@@ -146,6 +146,7 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--workload", "."], "no workload at ."),
         (["--data-parallel-size", "100000"], "100000 ranks on this host, but at most"),
         (["--load-balancing", "luck"], "load_balancing must be one of"),
+        (["--metrics-port", "99999"], "metrics_port must be in 0..65535, got 99999"),
         (["--out", "."], "the output folder . exists"),
         (["--out", ".", "--overwrite"], "is not the folder of an earlier run"),
     ],

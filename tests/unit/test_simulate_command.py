@@ -125,6 +125,11 @@ def test_full_exchange_buffers_are_said():
         (("--cost", "nosuch"), "cost must be one of"),
         (("--ttft-p99", "soon"), "ttft_p99 must be a time > 0 such as 2s or 500ms, got 'soon'"),
         (("--synthetic", "rat=3"), "synthetic parameters are name=number"),
+        (
+            ("--synthetic", "rate=3", "--workload", "trace.csv"),
+            "for the workload `synthetic`, not for the file trace.csv",
+        ),
+        (("--validate", "nowhere"), "nowhere is not the folder of a recorded run: it has no steps.jsonl"),
         (("--rate-scale", "0"), "rate_scale must be a number > 0, got 0"),
         (("--kv-capacity-tokens", "10"), "kv_capacity_tokens=10"),
     ],

@@ -57,8 +57,15 @@ def calibrate(
 
 
 def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
-    """Return a recorded run as `cost_columns` does."""
-    return cost_columns(read_step_log(run_folder / "steps.jsonl").records)
+    """Return a recorded run as `cost_columns` does.
+
+    Raises:
+        ConfigurationError: for a folder of something else.
+    """
+    path = run_folder / "steps.jsonl"
+    if not path.is_file():
+        raise ConfigurationError(f"{run_folder} is not the folder of a recorded run: it has no steps.jsonl")
+    return cost_columns(read_step_log(path).records)
 
 
 def execute_calibration(

@@ -64,9 +64,11 @@ def _figures(table: StepTable, folder: Path) -> dict[str, float]:
         "dummy_rows": int(table.dummy_rows.sum()),
         "padding_rows": int(table.padding_rows.sum()),
     }
-    lost = table.lost_by_cause()
+    lost = dict(table.lost_by_cause())
+    unused = lost.pop("no_requests")
     figures["lost_fraction"] = sum(lost.values())
     figures.update({f"lost_{cause}": share for cause, share in lost.items()})
+    figures["lost_no_requests"] = unused
     for name, values in _latencies(folder).items():
         ordered = np.sort(np.array([value for value in values if value is not None and not math.isnan(value)]))
         if len(ordered):

@@ -203,9 +203,11 @@ function drawLatencies() {
 function drawSettings() {
   if (!$("settings")) return;
   const groups = [...new Set(DATA.settings.map((item) => item.group))];
-  // Lines lie close together: the lowest point of each name bears it for all of them, with nothing below and left of it.
   const x = DATA.settings.map((item) => item.x), least = Math.min(...x), span = Math.max(...x) - least || least;
-  const named = (item) => !DATA.settings.some((other) => other.label === item.label && other.y < item.y);
+  const height = Math.max(...DATA.settings.map((item) => item.y)) || 1;
+  // Where lines lie close together, the lowest of the points with one name bears it for all of them.
+  const named = (item) => !DATA.settings.some((other) => other.label === item.label && other.y < item.y &&
+    Math.abs(other.x - item.x) < 0.08 * span && item.y - other.y < 0.12 * height);
   Plotly.react("settings", groups.map((group, index) => {
     const items = DATA.settings.filter((item) => item.group === group);
     return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),

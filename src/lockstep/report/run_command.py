@@ -149,6 +149,8 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
     if options.workload != "synthetic" and not Path(options.workload).is_file():
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
+    if options.metrics_port is not None and os.environ.get("RANK", "0") == "0":
+        RunMetrics(options.metrics_port).close()  # a port that cannot be used is said now, not when ranks have started
     most_ranks = _RANKS_PER_CORE * (os.cpu_count() or 1)
     if "RANK" not in os.environ and options.world_size > most_ranks:
         raise ConfigurationError(

@@ -85,7 +85,7 @@ def execute(command: SimulateCommand) -> int:
     if command.as_json:
         sys.stdout.write(json.dumps(document) + "\n")
     else:
-        print_settings(document["settings"], chosen, command.limits)
+        print_settings(document["settings"], chosen, command.limits, document["cost"])
     if out is not None:
         console.print(f"writing {out}", style="dim")
         _write(command, out, document, configs[chosen or 0], chosen)

@@ -65,13 +65,16 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     return f"[red]NOT verified[/red]: {summary['mismatches']} of {summary['requests']} requests differ from one process"
 
 
-def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None]) -> None:
+def print_settings(
+    settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None], cost: str
+) -> None:
     """Print simulated settings, a line each, on stdout, and name the best.
 
     Args:
         settings: their values and what came out, as `lockstep simulate --json` shows them.
         best: index of the best setting within the limits; None where none keeps to them.
         limits: what the user asked for, by name; None for no limit.
+        cost: where the cost constants come from.
     """
     names = {
         "data_parallel_size": "ranks",
@@ -85,7 +88,8 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
     headings = [names[name] for name in shown] + ["tok/s", "lost", "unused"]
     headings += [name.replace("_", " ") for name in counted]
-    title = f"{settings[0]['requests']:,} requests, {len(settings)} settings; times in ms, half/99 % within"
+    count = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
+    title = f"{settings[0]['requests']:,} requests, {count}; times in ms, half/99 % within"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for heading in (*headings, "TTFT", "TPOT", "queue"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -108,6 +112,7 @@ def print_settings(settings: Sequence[Mapping[str, Any]], best: int | None, limi
         "lost: ranks waited for others, or computed dummy and padding rows; unused: ranks had no request; "
         "TTFT: time to the first token; TPOT: time per further token; queue: mean wait before the first step"
     )
+    console.print(f"cost: {cost}")
     waits = sum(item["kv_waits"] for item in settings)
     if waits:
         console.print(f"requests waited because the KV cache was full in {waits:,} steps of ranks")
@@ -161,6 +166,29 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     console.print(f"cost: {source}")
 
 
+_SHARES = {
+    "lost_fraction": "time lost to uneven work",
+    "lost_other_prompts": "  while another rank ran a prompt",
+    "lost_uneven_generation": "  while one had more that generate",
+    "lost_padding": "  to dummy and padding rows",
+    "lost_agreement": "  to the agreement",
+    "lost_no_requests": "time without requests",
+}
+_FIGURES = {
+    "duration_s": "duration (s)",
+    "real_rows": "rows of requests",
+    "prefill_tokens": "prompt tokens",
+    "decode_tokens": "tokens that generate",
+    "dummy_rows": "dummy rows",
+    "padding_rows": "padding rows",
+    "ttft_s_p50": "first token: half within (s)",
+    "ttft_s_p99": "first token: 99 % within (s)",
+    "tpot_s_p50": "per further token: half within (s)",
+    "tpot_s_p99": "per further token: 99 % within (s)",
+    **_SHARES,
+}
+
+
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """Print two runs side by side, on stdout; see `compare_runs`."""
     a, b = comparison["a"], comparison["b"]
@@ -172,7 +200,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     for name in a:
         if name == "folder" or name not in b:
             continue
-        shares = name.startswith("lost_")
+        shares = name in _SHARES
         if shares:
             cells = [f"{run[name]:.1%}" for run in (a, b)]
         else:
@@ -182,13 +210,16 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
             change = f"{100 * (b[name] - a[name]):+.1f} points"
         elif a[name]:
             change = f"{b[name] / a[name] - 1:+.1%}"
-        table.add_row(name.replace("_", " "), *cells, change)
+        table.add_row(_FIGURES.get(name, name), *cells, change)
     console = Console(file=sys.stdout)
     console.print(table)
     step = comparison["first_different_step"]
-    console.print(
-        "every rank had the same counts in every step" if step is None else f"counts differ from step {step} on"
-    )
+    if a["ranks"] != b["ranks"]:
+        console.print("other numbers of ranks: their steps are not compared")
+    else:
+        console.print(
+            "every rank had the same counts in every step" if step is None else f"counts differ from step {step} on"
+        )
     if comparison["different_outputs"] is not None:
         console.print(f"requests with other tokens: {comparison['different_outputs']}")
 
@@ -216,7 +247,9 @@ def print_description(source: str, kind: str, malformed: Sequence[Any], descript
     )
     if malformed:
         console.print(
-            f"[red]{len(malformed)} malformed lines[/red]: " + "; ".join(map(str, malformed[:3])), soft_wrap=True
+            f"[red]{len(malformed)} malformed line{'s' * (len(malformed) > 1)}[/red]: "
+            + "; ".join(map(str, malformed[:3])),
+            soft_wrap=True,
         )
     options = ",".join(f"{name}={value:g}" for name, value in description["synthetic"].items())
     console.print("a synthetic workload that resembles it:", style="dim")

@@ -1,5 +1,6 @@
 """Workloads: where requests come from, and how they become steps."""
 
+from lockstep.errors import ConfigurationError
 from lockstep.workload.policies import SchedulerState
 from lockstep.workload.request import Request, random_prompt_ids
 from lockstep.workload.scheduler import SchedulerConfig, StepEntry, StepPlan, WorkloadScheduler
@@ -38,9 +39,11 @@ def load_workload(
         synthetic: its parameters.
 
     Raises:
-        ConfigurationError: for a file that cannot be used, see `load_trace`.
+        ConfigurationError: for a file that cannot be used, see `load_trace`, or one with synthetic parameters.
         OSError: if the file cannot be opened.
     """
     if workload == "synthetic":
         return Trace(workload, workload, synthetic_requests(synthetic, options, seed))
+    if synthetic is not None:
+        raise ConfigurationError(f"synthetic parameters are for the workload `synthetic`, not for the file {workload}")
     return load_trace(workload, options)

@@ -194,7 +194,8 @@ class _Reader:
                 f"max_malformed_share={self._options.max_malformed_share}: {named}"
             )
         if self._num_malformed:
-            _logger.warning("%s: left out %d malformed lines: %s", self._source, self._num_malformed, named)
+            lines = "1 malformed line" if self._num_malformed == 1 else f"{self._num_malformed} malformed lines"
+            _logger.warning("%s: left out %s: %s", self._source, lines, named)
         # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
         rows = sorted(self._rows, key=lambda row: row[0])
         first = rows[0][0]
