@@ -1,13 +1,13 @@
 """The simulator's shipped `h200` constants, from the measurements in `benchmarks/results/`.
 
-    python benchmarks/fit_h200.py
+    python benchmarks/fit_h200.py            # writes src/lockstep/simulation/h200.json, from the newest results
 
-Qwen3-30B-A3B's shape (hidden 2048, 128 experts of which a row chooses 8, 48 layers, bf16) over 2 H200s. Prints the
-constants as JSON, then each measured decode step beside what they say of it. Per layer:
+Qwen3-30B-A3B's shape (hidden 2048, 128 experts of which a row chooses 8, 48 layers, bf16) over 2 H200s. Prints each
+measured decode step beside what the constants say of it; those of all 48 layers are not fitted to. Per layer:
 
 measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row per rank (`dispatch_*`, nvlink_pairs)
           weights_us, expert_row_us: all 64 local experts with 4 rows and with 64 rows each (`experts_*`)
-fitted    step_us, request_us, decode_context_us: to what is left of the six decode steps of `model_*`, as CUDA graphs
+fitted    step_us, request_us, decode_context_us: to what is left of the decode steps of `model_*`, 8 layers as graphs
 assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP/s of a large product;
           the output head once a step (622 MB read at 4.3 TB/s), which the 8 measured layers share and 48 share as well;
           steps with prompts start as fast as graphs (ours are eager: about 4 ms per layer, see docs/gpu.md);
@@ -15,7 +15,6 @@ assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP
 """
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,16 +23,25 @@ import numpy as np
 from lockstep.simulation.cost import CostConstants
 
 RESULTS = Path(__file__).parent / "results"
-LAYERS, HEAD_US = 48, 145.0
-STEPS, WARM_STEPS = 20, 3  # where a record of benchmarks/bench_model.py does not say how far it had decoded
+SHIPPED = Path(__file__).parents[1] / "src" / "lockstep" / "simulation" / "h200.json"
+LAYERS, FITTED_LAYERS, HEAD_US = 48, 8, 145.0
+DECODED = 13.5  # tokens of a request that is decoded, in the middle of what was timed; for results that do not say it
 SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic"
 
 
 def read(pattern, **wanted):
     """Return the rows of the newest result file of a pattern that have all wanted values."""
-    path = sorted(RESULTS.glob(pattern))[-1]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = max((rows_of(path) for path in sorted(RESULTS.glob(pattern))), key=age)
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def rows_of(path):
+    return [{"file": path.name, **json.loads(line)} for line in path.read_text().splitlines()]
+
+
+def age(rows):
+    """Order files by their day; of one day, the one that says more of what was measured is the later one."""
+    return rows[0]["file"].split("_")[2], rows[0].get("date", ""), "decoded" in rows[0], rows[0]["file"]
 
 
 def exchange():
@@ -53,14 +61,13 @@ def experts():
     return few - 8 * 4 * expert_row_us, expert_row_us
 
 
-def decode_steps():
-    """Return the measured decode steps: rows and KV entries of each rank, `[steps, ranks]`, and us with 8 layers."""
-    rows = read("model_h200x2_*", backend="lockstep nvlink graph", layers=8)
-    rows = [row for row in rows if not isinstance(row["prompt"], list)]  # prompts of one length
-    tokens = np.array([row["batches"] for row in rows])
-    decoded = [[row.get("decoded", WARM_STEPS + (STEPS + 1) / 2)] for row in rows]
-    context = tokens * (np.array([[row["prompt"]] for row in rows]) + decoded)
-    return tokens, context, 1e3 * np.array([row["decode_ms"] for row in rows])
+def decode_steps(layers):
+    """Return the measured decode steps: rows and KV entries of each rank, `[steps, ranks]`, and us."""
+    rows = read("model_h200x2_*", backend="lockstep nvlink graph", layers=layers)
+    tokens = np.array([row["batches"] for row in rows]).reshape(-1, 2)
+    prompts = np.array([np.broadcast_to(row["prompt"], 2) for row in rows]).reshape(-1, 2)
+    decoded = np.array([row.get("decoded", DECODED) for row in rows]).reshape(-1, 1)
+    return tokens, tokens * (prompts + decoded), 1e3 * np.array([row["decode_ms"] for row in rows])
 
 
 def predicted(constants, tokens, context):
@@ -72,11 +79,12 @@ def constants_of(layers):
     """Return the constants of a model of so many layers."""
     chunk_us, row_us = exchange()
     weights_us, expert_row_us = experts()
-    tokens, context, measured = decode_steps()
+    tokens, context, measured = decode_steps(FITTED_LAYERS)
     parts = CostConstants(1e-6, 0.057, chunk_us, 0.0, 2.47e-5, row_us, expert_row_us, 0.0, weights_us, 8 / 128)
-    left = (measured - HEAD_US) / 8 - predicted(parts, tokens, context)
-    features = np.column_stack([np.ones(len(left)), tokens.max(axis=1), context.max(axis=1)]) * (8 / measured)[:, None]
-    step_us, request_us, context_us = np.linalg.lstsq(features, left * 8 / measured, rcond=None)[0]
+    left = (measured - HEAD_US) / FITTED_LAYERS - predicted(parts, tokens, context)
+    scale = FITTED_LAYERS / measured  # errors count relatively
+    features = np.column_stack([np.ones(len(left)), tokens.max(axis=1), context.max(axis=1)]) * scale[:, None]
+    step_us, request_us, context_us = np.linalg.lstsq(features, left * scale, rcond=None)[0]
     one = replace(parts, step_us=step_us, request_us=request_us, decode_context_us=context_us)
     scaled = {name: float(f"{layers * value:.4g}") for name, value in asdict(one).items() if name != "source"}
     scaled["step_us"] = float(f"{layers * step_us + HEAD_US:.5g}")
@@ -84,12 +92,16 @@ def constants_of(layers):
 
 
 def main():
-    print(json.dumps(asdict(constants_of(LAYERS)), indent=1))
-    tokens, context, measured = decode_steps()
-    for counts, us, found in zip(tokens, measured, predicted(constants_of(8), tokens, context), strict=True):
-        print(
-            f"{counts.tolist()}: measured {us:.0f} us, formula {found:.0f} us, {found / us - 1:+.1%}", file=sys.stderr
-        )
+    for layers, word in ((FITTED_LAYERS, "fitted"), (LAYERS, "not fitted")):
+        tokens, context, measured = decode_steps(layers)
+        formula = predicted(constants_of(layers), tokens, context)
+        for counts, us, found in zip(tokens, measured, formula, strict=True):
+            print(
+                f"{layers} layers, {word}, {counts.tolist()}: measured {us:.0f} us, formula {found:.0f} us, "
+                f"{found / us - 1:+.1%}"
+            )
+    constants_of(LAYERS).save(SHIPPED)
+    print(SHIPPED.read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -153,20 +153,8 @@ class CostConstants:
 
 COST_CONSTANTS = {
     # Qwen3-30B-A3B (hidden 2048, 128 experts of which 8 run per token, 48 layers, bf16) over 2 H200s.
-    # `benchmarks/fit_h200.py` derives it from stored results and says which constant is measured, fitted or assumed.
-    "h200": CostConstants(
-        step_us=9250.3,
-        token_us=2.736,
-        chunk_us=652.0,
-        decode_context_us=0.1259,
-        prefill_context_us=0.001186,
-        row_us=2.232,
-        expert_row_us=8.42,
-        request_us=28.07,
-        weights_us=6839.0,
-        expert_share=0.0625,
-        source="h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic",
-    ),
+    # `benchmarks/fit_h200.py` writes it from stored results and says which constant is measured, fitted or assumed.
+    "h200": CostConstants(**json.loads((Path(__file__).parent / "h200.json").read_text(encoding="utf-8"))),
     # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it to 29 runs of
     # three workloads; measure your own.
     "cpu": CostConstants(
