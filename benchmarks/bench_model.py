@@ -7,7 +7,7 @@ and the logits of the parallel model are held against those. Then, in one run:
   own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands)
 * with all layers: `nvlink` with graphs first, then eager, then `allgather`, as far as the time goes
 
-    python benchmarks/bench_model.py --gpus 2 --limit-s 270 --commit abc1234 --out results.jsonl
+    python benchmarks/bench_model.py --gpus 2 --limit-s 255 --commit abc1234 --out results.jsonl
 
 Each record is written when its case is done. The slowest rank counts; medians of rounds (prefill) and of blocks of
 steps (decode). `relative_error` is of the logits after the prompt; `replayed_error` of those of decode steps that were
@@ -395,7 +395,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script on a CPU")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--limit-s", type=float, default=270, help="no case begins that would end later; all in all")
+    parser.add_argument("--limit-s", type=float, default=255, help="no case begins that would end later; all in all")
     arguments = parser.parse_args()
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

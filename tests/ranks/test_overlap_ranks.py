@@ -91,7 +91,7 @@ def test_with_two_dispatches_under_way_results_are_the_same_bits_and_ranks_call_
     for cases in zip(*results, strict=True):
         assert all(equal for equal, *_ in cases)
         _, num_chunks, calls, log = cases[0]
-        assert calls == call_order(num_chunks, 2 if num_chunks > 1 else 1)
+        assert calls == call_order(num_chunks, num_chunks > 1)
         for _, _, other_calls, other_log in cases[1:]:
             assert other_calls == calls
             assert other_log == log

@@ -14,23 +14,22 @@ from lockstep.moe import overlap
 from lockstep.moe.overlap import Overlap, call_order, chunk_size
 
 
-@given(st.integers(0, 20), st.integers(1, 4))
-def test_each_part_of_each_chunk_is_called_once_and_after_what_it_needs(num_chunks, in_flight):
-    order = call_order(num_chunks, in_flight)
+@given(st.integers(0, 20), st.booleans())
+def test_each_part_of_each_chunk_is_called_once_and_after_what_it_needs(num_chunks, overlap):
+    order = call_order(num_chunks, overlap)
     at = {call: number for number, call in enumerate(order)}
     assert len(at) == len(order) == 3 * num_chunks
     for chunk in range(num_chunks):
         assert at["dispatch", chunk] < at["experts", chunk] < at["combine", chunk]
-        if chunk + 1 < num_chunks:
-            assert all(at[part, chunk] < at[part, chunk + 1] for part in ("dispatch", "experts", "combine"))
-        if 0 < chunk < num_chunks and in_flight > 1:
-            assert at["dispatch", chunk] < at["experts", chunk - 1]
+        if chunk:
+            assert all(at[part, chunk - 1] < at[part, chunk] for part in ("dispatch", "experts", "combine"))
+            assert (at["dispatch", chunk] < at["combine", chunk - 1]) == overlap
     under_way = itertools.accumulate({"dispatch": 1, "experts": 0, "combine": -1}[part] for part, _ in order)
-    assert max(under_way, default=0) <= in_flight
+    assert max(under_way, default=0) <= 1 + overlap
 
 
 def test_two_chunks_under_way_by_hand():
-    calls = [f"{part[0].upper()}{chunk}" for part, chunk in call_order(4, 2)]
+    calls = [f"{part[0].upper()}{chunk}" for part, chunk in call_order(4, True)]
     assert [call for call in calls if call[0] != "E"] == ["D0", "D1", "C0", "D2", "C1", "D3", "C2", "C3"]
 
 
@@ -93,7 +92,7 @@ def test_what_waits_for_what(cuda, num_chunks):
     for step in range(2):
         mine.run(f"before {step}")
         with beside.step() as lane:
-            for part, chunk in call_order(num_chunks, beside.in_flight):
+            for part, chunk in call_order(num_chunks, True):
                 with lane(part, chunk):
                     cuda.current.run((step, part, chunk))
         assert cuda.current is mine
@@ -114,7 +113,7 @@ def test_what_waits_for_what(cuda, num_chunks):
                 assert (step, "dispatch", chunk + 1) not in after[step, "experts", chunk]
                 assert (step, "combine", chunk) not in after[step, "experts", chunk + 1]
     # On the dispatcher's stream all comes one after another, in the order of the calls.
-    calls = [(step, *call) for step in range(2) for call in call_order(num_chunks, 2) if call[0] != "experts"]
+    calls = [(step, *call) for step in range(2) for call in call_order(num_chunks, True) if call[0] != "experts"]
     assert all(first in after[second] for first, second in itertools.pairwise(calls))
 
 

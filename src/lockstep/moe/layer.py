@@ -144,11 +144,11 @@ class MoELayer:
         failure: Exception | None = None
         chunks = list(plan)
         overlap = self.overlap if self._overlaps(chunks) else None
-        dispatcher, in_flight = (overlap.dispatcher, overlap.in_flight) if overlap else (self.dispatcher, 1)
+        dispatcher = overlap.dispatcher if overlap else self.dispatcher
         handles: dict[int, DispatchHandle] = {}
         outputs: dict[int, torch.Tensor] = {}
         with overlap.step() if overlap else contextlib.nullcontext(one_lane) as lane:
-            for part, index in call_order(len(chunks), in_flight):
+            for part, index in call_order(len(chunks), overlap is not None):
                 chunk = chunks[index]
                 span = slice(chunk.start, chunk.stop)
                 sizes, _ = rows_to_send(chunk.sizes, dispatcher.abilities)
@@ -162,7 +162,7 @@ class MoELayer:
                         )  # fmt: skip
                     elif part == "experts":
                         self._recorder.mark(Phase.EXPERTS, self.index, index)
-                        outputs.pop(index - in_flight, None)  # not before its combine is over, see `Overlap.step`
+                        outputs.pop(index - 2, None)  # not before its combine is over, see `Overlap.step`
                         try:
                             outputs[index] = self._run_experts(handles[index], sum(sizes))
                         except Exception as error:
@@ -176,6 +176,8 @@ class MoELayer:
                         self._recorder.mark(Phase.COMBINE, self.index, index)
                         combined = dispatcher.combine(outputs[index], handles.pop(index))
                         output[span] = combined[: chunk.stop - chunk.start]
+                        if overlap is None:
+                            del outputs[index]
         gathered = self._gather(plan, output)
         self._recorder.mark(Phase.MODEL, self.index)
         self.in_step = True

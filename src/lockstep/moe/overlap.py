@@ -14,27 +14,33 @@ Lane = Callable[[str, int], contextlib.AbstractContextManager[Any]]
 """`lane(part, chunk)`: in this context a chunk's "dispatch", "experts" or "combine" is called."""
 
 
-def call_order(num_chunks: int, in_flight: int) -> list[tuple[str, int]]:
+def call_order(num_chunks: int, overlap: bool) -> list[tuple[str, int]]:
     """Return what a rank calls for the chunks of a step, in order; the same on every rank.
+
+    With overlap experts are called before the dispatch that is to run under them, so that it does even where kernels
+    take less time than their calls.
 
     Args:
         num_chunks: of the step.
-        in_flight: most dispatches under way before the first is combined, >= 1.
+        overlap: whether a chunk is dispatched before the one before it is combined.
 
     Returns:
         `("dispatch" | "experts" | "combine", chunk)`, each part of each chunk once.
 
     Example:
-        >>> " ".join(f"{part[0].upper()}{chunk}" for part, chunk in call_order(3, 2))
-        'D0 D1 E0 C0 D2 E1 C1 E2 C2'
-        >>> " ".join(f"{part[0].upper()}{chunk}" for part, chunk in call_order(2, 1))
+        >>> " ".join(f"{part[0].upper()}{chunk}" for part, chunk in call_order(3, True))
+        'D0 E0 D1 C0 E1 D2 C1 E2 C2'
+        >>> " ".join(f"{part[0].upper()}{chunk}" for part, chunk in call_order(2, False))
         'D0 E0 C0 D1 E1 C1'
     """
-    order = [("dispatch", chunk) for chunk in range(min(in_flight, num_chunks))]
+    order = []
     for chunk in range(num_chunks):
-        order += [("experts", chunk), ("combine", chunk)]
-        if chunk + in_flight < num_chunks:
-            order.append(("dispatch", chunk + in_flight))
+        if chunk == 0 or not overlap:
+            order.append(("dispatch", chunk))
+        order.append(("experts", chunk))
+        if overlap and chunk + 1 < num_chunks:
+            order.append(("dispatch", chunk + 1))
+        order.append(("combine", chunk))
     return order
 
 
@@ -72,8 +78,6 @@ class Overlap:
         device: of the rows.
         multiprocessors: that its kernels take, one block each.
     """
-
-    in_flight = 2
 
     def __init__(self, dispatcher: Dispatcher, device: torch.device, multiprocessors: int = 0) -> None:
         self.dispatcher = dispatcher
