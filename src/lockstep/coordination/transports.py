@@ -17,8 +17,7 @@ from lockstep.coordination.step import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wir
 CHECK_S = 0.1
 """How often a wait looks whether the others are still there, in seconds."""
 
-# A wait in shared memory looks without pause for the first time, gives way to other threads up to the second, and then
-# sleeps between looks: for a share of what it has waited, so that it ends late by no more than that.
+# See _pause.
 _SPIN_NS = 20_000
 _YIELD_NS = 400_000
 _SLEEP_SHARE = 0.02
@@ -184,21 +183,16 @@ class _PendingBoard:
         started = time.monotonic_ns()
         deadline = started + int(timeout_s * 1e9)
         next_check = started + int(CHECK_S * 1e9)
-        spin_until, yield_until = started + self._transport._spin_ns, started + _YIELD_NS
         words, sequence = self._transport.board.words, self._sequence
         last_word = self._shape.size // WORD_BYTES - 1
         awaited = [start // WORD_BYTES + last_word for start in self._transport._starts[sequence & 1]]
         while True:
             now = time.monotonic_ns()
-            sleeps = now >= yield_until
-            if sleeps:
-                time.sleep(min(max(_SLEEP_SHARE * (now - started) / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
-            elif now >= spin_until:
-                os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
+            slept = _pause(now - started, self._transport._spin_ns)
             while awaited and words[awaited[-1]] >> 32 == sequence:
                 awaited.pop()
-            if not awaited or sleeps:
-                received = self._take() or (self._take_all() if sleeps else None)
+            if not awaited or slept:
+                received = self._take() or (self._take_all() if slept else None)
                 if received is not None:
                     return received
             if now >= next_check:
@@ -314,6 +308,46 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
                 raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
         if check is not None:
             check()
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
+    """Look at most `timeout_s` seconds until something is done for which any other wait would have no limit.
+
+    Args:
+        done: asks an event, or a collective, of a GPU.
+        timeout_s: longest wait, in seconds.
+        check: called every `CHECK_S` seconds; ends the wait by raising.
+
+    Raises:
+        TimeoutError: it was not done in time.
+    """
+    if done():
+        return
+    started = time.monotonic_ns()
+    next_check = started + int(CHECK_S * 1e9)
+    while not done():
+        now = time.monotonic_ns()
+        if now >= started + timeout_s * 1e9:
+            raise TimeoutError(f"not done within {timeout_s:.3g} s")
+        if now >= next_check:
+            next_check = now + int(CHECK_S * 1e9)
+            if check is not None:
+                check()
+        _pause(now - started, _SPIN_NS)
+
+
+def _pause(waited_ns: int, spin_ns: int) -> bool:
+    """Let some time pass between two looks; return whether that was a sleep.
+
+    A wait looks without pause for the first time, then gives way to other threads, and then sleeps between looks: for a
+    share of what it has waited, so that it ends late by no more than that.
+    """
+    if waited_ns >= _YIELD_NS:
+        time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
+        return True
+    if waited_ns >= spin_ns:
+        os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import recorder_of
-from lockstep.coordination.transports import wait_for
+from lockstep.coordination.transports import wait_for, wait_until
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 DEADLINE_S = 30.0
@@ -183,13 +183,15 @@ def _exchange(
 
 
 def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
-    if dist.get_backend(group) == "nccl":
-        work.wait()  # orders streams; the host goes on, and NCCL's own watchdog keeps the group's deadline
-        return
     recorder = recorder_of(group)
+    check = recorder.check if recorder is not None else None
     started, cpu_started = time.perf_counter(), time.thread_time()
     try:
-        wait_for(work, deadline_s, recorder.check if recorder is not None else None)
+        if dist.get_backend(group) == "nccl":
+            work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
+            wait_until(work.is_completed, deadline_s, check)
+            return  # most of that wait was for this rank's own GPU
+        wait_for(work, deadline_s, check)
         seconds, cpu_s = waited_s()
         _waited.seconds = seconds + time.perf_counter() - started, cpu_s + time.thread_time() - cpu_started
     except LockstepError:  # another rank has ended the wait

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import triton
 
+from lockstep.coordination.flight_recorder import recorder_of
 from lockstep.dispatch import kernels
 from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
@@ -501,11 +502,11 @@ class NvlinkDispatcher:
             )
         if code != kernels.FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
-        raise RankAbsentError(
-            f"rank {absent} did not come within {self._deadline_s:g} s; rank {reporter} gave up first; "
-            f"call reset() on all ranks to go on",
-            (absent,),
-        )
+        late = f"rank {absent} did not come within {self._deadline_s:g} s; rank {reporter} gave up first"
+        recorder = recorder_of(self._group)
+        if recorder is not None:
+            raise recorder.absent(late, (absent,))
+        raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
 
     def reset(self) -> None:
         """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""

@@ -6,6 +6,7 @@ import datetime
 import functools
 import itertools
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group, within
 from lockstep.coordination.forward_context import ForwardContext, in_forward_context, set_forward_context
 from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
-from lockstep.coordination.transports import first_line, open_transport
+from lockstep.coordination.transports import first_line, open_transport, wait_until
 from lockstep.dispatch.base import Dispatcher
 from lockstep.dispatch.choose import (
     DISPATCHERS,
@@ -34,6 +35,7 @@ from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.dispatch.constants import DispatchConstants, constants_for
 from lockstep.errors import (
     ConfigurationError,
+    LockstepError,
     PeerFailedError,
     RankAbsentError,
     RankMismatchError,
@@ -207,9 +209,15 @@ def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
         parallel.session = None
 
 
+logger = logging.getLogger(__name__)
+
 _models = itertools.count()
 
 _OPEN_S = 5.0
+# Kernels that wait for a rank end at the deadline by themselves, and then say for which: until then, and a little more.
+_KERNELS_S = 0.5
+# NCCL's watchdog ends the process: only where all else has failed.
+_WATCHDOG_S = 10.0
 
 
 class ModelParallel:
@@ -347,6 +355,7 @@ class ModelParallel:
             raise
         finally:
             self._end_step(plan, failure)
+        self._await_step()
 
     def run_idle_step(self, decision: StepDecision) -> None:
         """Take part in a step without rows: this rank's experts run for the others, nothing else does."""
@@ -425,10 +434,40 @@ class ModelParallel:
         if self.device.type == "cuda":
             self._last_step = torch.cuda.current_stream().record_event()
         if not self._in_step():
-            self.coordinator.give_up(failure or own or RuntimeError("a collective did not end"))
+            self._give_up(failure or own or RuntimeError("a collective did not end"))
         self.recorder.mark(Phase.END)
         if own is not None and failure is None:
             raise own
+
+    def _await_step(self) -> None:
+        """Wait until the GPU has done this rank's step: nobody takes for a result what a missing rank has spoiled."""
+        if self._last_step is None:
+            return
+        failure: BaseException
+        try:
+            wait_until(self._last_step.query, self.deadline_s + _KERNELS_S, self.recorder.check)
+            for dispatcher in self._mapped.values():
+                dispatcher.check()  # type: ignore[attr-defined]  # all that map memory have it
+        except TimeoutError as error:
+            text = f"step {self.recorder.step} did not end on the GPU: {error}"
+            failure = error if isinstance(error, LockstepError) else self.recorder.absent(text)
+        except (LockstepError, RuntimeError) as error:
+            failure = error
+        else:
+            return
+        self._give_up(failure)
+        raise failure
+
+    def _give_up(self, failure: BaseException) -> None:
+        """Use the groups no more, tell the others why, and end what waits for them on the GPU."""
+        self.coordinator.give_up(failure)
+        for group in self._groups:
+            if dist.get_backend(group) != "nccl":
+                continue
+            try:  # otherwise the end of this process would wait for its kernels
+                within(group._get_backend(self.device).abort, _OPEN_S)
+            except (RuntimeError, TimeoutError) as error:
+                logger.warning("rank %d: a group of NCCL's did not end: %s", self.config.rank, first_line(error))
 
     def _in_step(self) -> bool:
         return all(layer.in_step for layer in self.layers)
@@ -474,11 +513,15 @@ class ModelParallel:
         config = self.config
         ranks = dist.get_process_group_ranks(self._process_group)
         # One group per purpose. All ranks have just met, but connecting takes some time, however short the deadline.
-        timeout = datetime.timedelta(seconds=max(self.deadline_s, _OPEN_S))
+        timeout_s = max(self.deadline_s, _OPEN_S)
 
         def new_group(members: list[int], backend: str) -> dist.ProcessGroup:
-            group = dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
+            limit = datetime.timedelta(seconds=timeout_s + (_WATCHDOG_S if backend == "nccl" else 0))
+            group = dist.new_group(members, timeout=limit, backend=backend, use_local_synchronization=True)
             self._groups.append(group)
+            if backend == "nccl":  # its ranks connect at the first collective, where they would wait without a limit
+                connected = dist.all_reduce(torch.zeros(1, device=self.device), group=group, async_op=True)
+                wait_until(connected.is_completed, timeout_s)
             return group
 
         device_backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -487,11 +530,11 @@ class ModelParallel:
             tp_size = config.tensor_parallel_size
             first = config.data_parallel_rank * tp_size
             tp_group = new_group(ranks[first : first + tp_size], device_backend) if tp_size > 1 else None
-            transport, board = open_transport(control, timeout.total_seconds())
+            transport, board = open_transport(control, timeout_s)
         except (RuntimeError, TimeoutError, ConnectionError) as error:
             raise RankAbsentError(
                 f"rank {config.rank}: groups of epoch {epoch} could not be opened within "
-                f"{timeout.total_seconds():g} s: {first_line(error)}"
+                f"{timeout_s:g} s: {first_line(error)}"
             ) from error
         self.recorder = FlightRecorder(
             config.rank, config.world_size, board=board, store=self._store, epoch=epoch, debug=self.debug

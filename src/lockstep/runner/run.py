@@ -307,14 +307,16 @@ class _Run:
         return decision.num_tokens_across_dp, [SchedulerState(*row) for row in zip(*columns, strict=True)], decision
 
     def _run_step(self, plan: StepPlan, decision: StepDecision | None) -> None:
+        chosen: dict[int, int] = {}
         try:
             if self.parallel is None or decision is None:
-                self._run_own_rows(plan)
+                chosen = self._run_own_rows(plan)
             elif plan.num_tokens:
                 with self.parallel.step(decision):
-                    self._run_own_rows(plan)
+                    chosen = self._run_own_rows(plan)
             elif decision.runs_step:
                 self.parallel.run_idle_step(decision)
+            self._take(plan, chosen)  # after the step: only its end shows whether all ranks took part to the last
         except Exception as error:
             # This rank has taken part in all that the step had planned; now the others learn why it stops.
             if self.parallel is not None and self.parallel.coordinator.usable:
@@ -322,7 +324,8 @@ class _Run:
                 self.parallel.coordinator.agree(RunRecord(failed=True))
             raise
 
-    def _run_own_rows(self, plan: StepPlan) -> None:
+    def _run_own_rows(self, plan: StepPlan) -> dict[int, int]:
+        """Return the token chosen for each request that samples one."""
         step = self.first_step + plan.step
         for entry in plan.entries:
             if entry.start == 0:
@@ -331,8 +334,11 @@ class _Run:
                 seed = self.options.seed + request.request_id
                 self.engine.add_request(request.request_id, ids, request.max_new_tokens, seed)
                 self.open_requests[request.request_id].update(first_step=step, logits=[])
-        chosen = self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
-        now = time.perf_counter()
+        return self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
+
+    def _take(self, plan: StepPlan, chosen: dict[int, int]) -> None:
+        """Note what a step has given, and write down requests that it finished."""
+        step, now = self.first_step + plan.step, time.perf_counter()
         for entry in plan.entries:
             if not entry.samples:
                 continue

@@ -86,6 +86,8 @@ def ranks_context() -> Any:
     """Return the context whose processes are forked from the server in which everything is imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
+    # Asked in another way, the number of GPUs would be found out by a call after which no forked rank could use one.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return context
 
 

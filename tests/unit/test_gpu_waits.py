@@ -1,0 +1,165 @@
+"""Waits for a GPU end at the deadline, name who is missing, and end what still waits there. With GPUs stood in for."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lockstep.coordination.board import Board
+from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, watch_group
+from lockstep.coordination.transports import SharedMemoryTransport, wait_until
+from lockstep.dispatch import collectives
+from lockstep.errors import PeerFailedError, RankAbsentError
+from lockstep.models.huggingface import ModelParallel
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")
+DEADLINE_S = 0.3
+
+
+class Event:
+    """Done after some seconds; None: never."""
+
+    def __init__(self, seconds):
+        self.until = time.monotonic() + seconds if seconds is not None else float("inf")
+
+    def query(self):
+        return time.monotonic() >= self.until
+
+    is_completed = query
+
+    def wait(self):
+        pass
+
+
+class Group:
+    """A group of NCCL's."""
+
+    group_name = "nccl of test_gpu_waits"
+
+    def __init__(self):
+        self.aborted = 0
+
+    def _get_backend(self, device):
+        return self
+
+    def abort(self):
+        self.aborted += 1
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    """Two ranks in step 7: rank 0 in combine of layer 3, rank 1 in its experts."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    board = Board.create(2)
+    board.unlink()
+    for rank in range(2):
+        board.register(rank)
+    recorders = [FlightRecorder(rank, 2, board=board) for rank in range(2)]
+    for recorder, phase in zip(recorders, (Phase.COMBINE, Phase.EXPERTS), strict=True):
+        recorder.step = 7
+        recorder.mark(phase, 3)
+    return SimpleNamespace(board=board, recorders=recorders)
+
+
+def model_of(ranks, event, *dispatchers):
+    """Rank 0's side of a model, at the end of a step."""
+    model = object.__new__(ModelParallel)
+    model.recorder, model.deadline_s, model.device = ranks.recorders[0], DEADLINE_S, torch.device("cpu")
+    model.config = SimpleNamespace(rank=0)
+    model.coordinator = Coordinator(transport=SharedMemoryTransport(ranks.board, 0), rank=0, recorder=model.recorder)
+    model._last_step, model._mapped, model._groups = event, dict(enumerate(dispatchers)), [Group()]
+    return model
+
+
+def test_what_is_done_in_time_is_waited_for():
+    started = time.monotonic()
+    wait_until(Event(0.1).query, 5.0)
+    assert 0.1 <= time.monotonic() - started < 1.0
+    with pytest.raises(TimeoutError, match=r"not done within 0\.2 s"):
+        wait_until(Event(None).query, 0.2)
+
+
+def test_a_check_ends_the_wait():
+    def check():
+        raise KeyError("a peer has gone")
+
+    with pytest.raises(KeyError):
+        wait_until(Event(None).query, 5.0, check)
+
+
+def test_a_collective_whose_peer_never_comes_names_it(ranks):
+    group = Group()
+    watch_group(group, ranks.recorders[0])
+    try:
+        with pytest.raises(RankAbsentError, match="rank 1 was last seen in experts of layer 3 in step 7") as caught:
+            collectives._finish(Event(None), "reduce_scatterv", group, DEADLINE_S)
+    finally:
+        watch_group(group, None)
+    assert caught.value.absent_ranks == (1,)
+    assert "reduce_scatterv did not end after 0.3" in str(caught.value)
+    collectives._finish(Event(0.05), "reduce_scatterv", group, DEADLINE_S)
+
+
+def test_a_step_that_ends_is_no_error(ranks):
+    model = model_of(ranks, Event(0.05))
+    model._await_step()
+    model._last_step = None  # on a CPU
+    model._await_step()
+    assert model.coordinator.usable
+    assert model._groups[0].aborted == 0
+
+
+def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
+    model = model_of(ranks, Event(None))
+    started = time.monotonic()
+    match = "step 7 did not end on the GPU.*rank 1 was last seen in experts"
+    with pytest.raises(RankAbsentError, match=match) as caught:
+        model._await_step()
+    assert time.monotonic() - started < DEADLINE_S + 1
+    assert caught.value.absent_ranks == (1,)
+    assert not model.coordinator.usable
+    assert model._groups[0].aborted == 1
+    with pytest.raises(RankAbsentError, match="rank 0 has given up"):  # and rank 1 learns it
+        ranks.recorders[1].check()
+
+
+def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
+    ranks.board.words[ranks.board._status(1)] = 2**22 + 1  # a process number that nobody has
+    model = model_of(ranks, Event(None))
+    model.deadline_s = 30.0
+    started = time.monotonic()
+    with pytest.raises(RankAbsentError, match="is gone"):
+        model._await_step()
+    assert time.monotonic() - started < 1.0
+    assert model._groups[0].aborted == 1
+
+
+def test_what_a_kernel_has_noticed_is_raised_before_anybody_takes_the_results(ranks):
+    def late():
+        raise ranks.recorders[0].absent("rank 1 did not come within 0.3 s", (1,))
+
+    model = model_of(ranks, Event(0.0), SimpleNamespace(check=late))
+    with pytest.raises(RankAbsentError, match=r"rank 1 did not come.*was last seen in experts of layer 3"):
+        model._await_step()
+    assert model._groups[0].aborted == 1
+
+
+def test_anothers_reason_counts(ranks):
+    ranks.recorders[1].give_up("failed", "ValueError: broke", (1,))
+    model = model_of(ranks, Event(None))
+    with pytest.raises(PeerFailedError, match="ValueError: broke"):
+        model._await_step()
+    assert model._groups[0].aborted == 1
+
+
+def test_a_group_that_does_not_end_is_left_behind(ranks, monkeypatch):
+    monkeypatch.setattr("lockstep.models.huggingface._OPEN_S", 0.2)
+    model = model_of(ranks, Event(None))
+    model._groups[0].abort = lambda: time.sleep(60)
+    with pytest.raises(RankAbsentError):
+        model._await_step()
