@@ -188,10 +188,14 @@ def _play(folder, device_type, dispatcher):
     script.check("a rank that prefills meanwhile", (2, 0, 1, 1)[:ranks], meanwhile=script.prefill)
     # A rank without requests stands in the script's own barrier, to which others come after they have decoded.
     script.check("a rank in an NCCL barrier", (2, 0, 1, 0)[:ranks], meanwhile=script.barrier, after=script.barrier)
+    replays = script.replays
     if device_type == "cuda":
-        script.parallel.close()
-        _Script(folder, device, dispatcher, fp8=True).check("rows in fp8", (2, 1, 0, 2)[:ranks])
-    return script.replays
+        for title, name, fp8 in (("rows in fp8", "nvlink", True), ("the backend chosen by itself", "auto", False)):
+            script.parallel.close()
+            script = _Script(folder, device, name, fp8)
+            script.check(title, (2, 1, 0, 2)[:ranks])
+            replays += script.replays
+    return replays
 
 
 def _child(rank, ranks, folder):
