@@ -3,6 +3,7 @@
 Set CUDA_MODULE_LOADING=EAGER: a kernel of PyTorch that is loaded lazily while another rank's kernel spins waits for it.
 """
 
+import dataclasses
 import os
 import threading
 import traceback
@@ -75,8 +76,9 @@ def run(monkeypatch, size, *names):
         rank = ranks.rank.value
         group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
         experts, hidden, capacity = (options[name] for name in ("num_experts", "hidden_size", "max_tokens_per_rank"))
-        launch = nvlink.launch_sizes(132 // size, size, experts // size, hidden, capacity)
-        return nvlink.NvlinkDispatcher(group, launch=launch, share_device=True, **options)
+        sizes = nvlink.launch_sizes(132 // size, size, experts // size, hidden, capacity)
+        options["launch"] = dataclasses.replace(sizes, skew_tokens=20, chain_round=1)
+        return nvlink.NvlinkDispatcher(group, share_device=True, **options)
 
     monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
     monkeypatch.setattr(nvlink.NvlinkDispatcher, "_warm_up", lambda dispatcher: ranks.warm_up(dispatcher))
