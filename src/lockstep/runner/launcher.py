@@ -71,8 +71,6 @@ def launch(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
-    # Looking for GPUs must not make the server open one, which its children could not use then.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for restarts in range(max_restarts + 1):
         try:
             return _launch_once(num_ranks, function, args, restarts, limit_s, preload)
