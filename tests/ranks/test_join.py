@@ -247,8 +247,27 @@ def one_never_comes(path):
 @pytest.mark.ranks(2)
 def test_a_rank_that_never_enters_is_named(tiny):
     message, seconds = run_ranks(2, one_never_comes, tiny)[0]
-    assert "ranks [1] did not enter join() within 0.7 s" in message
+    assert "ranks [1] did not enter join() of Qwen3MoeForCausalLM (model 0) within 0.7 s" in message
     assert seconds < 1.7
+
+
+def two_models_in_opposite_order(path):
+    models = [lockstep.from_pretrained(path, deadline_s=0.8) for _ in range(2)]
+    if dist.get_rank() == 1:
+        models.reverse()
+    try:
+        with lockstep.join(models[0]), lockstep.join(models[1]):
+            return "no error"
+    except lockstep.RankAbsentError as error:
+        return str(error)
+
+
+@pytest.mark.ranks(2)
+def test_models_joined_in_opposite_order_are_named(tiny):
+    results = run_ranks(2, two_models_in_opposite_order, tiny)
+    for rank, message in enumerate(results):
+        assert f"ranks [{1 - rank}] did not enter join() of Qwen3MoeForCausalLM (model {rank}) within 0.8 s" in message
+        assert f"rank {1 - rank} was last seen entering join() of Qwen3MoeForCausalLM (model {1 - rank})" in message
 
 
 def test_a_single_process_is_left_alone(tiny):

@@ -1,6 +1,7 @@
 """Ranks meet through a store: all or none, and who comes too late is in the next meeting."""
 
 import random
+import socket
 import threading
 import time
 
@@ -8,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.coordination.meeting import MeetingPlace
-from lockstep.errors import RankAbsentError
+from lockstep.errors import ConfigurationError, RankAbsentError
+from lockstep.models.huggingface import _process_group
 
 
 @pytest.fixture(params=["hash", "file", "tcp"])
@@ -86,3 +88,16 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
     assert time.monotonic() - started < 20
     with pytest.raises(RankAbsentError, match=r"does not answer: Broken pipe$"):
         MeetingPlace(LostStore(), 0, 2).meet({}, 0.1)
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        # As torchrun and srun set them; torchrun's agent has its own port, and says itself if that is in use.
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
+            _process_group(None)
+    assert not dist.is_initialized()

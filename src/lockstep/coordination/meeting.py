@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.coordination.flight_recorder import within
@@ -24,12 +25,27 @@ class MeetingPlace:
         store: of all ranks; keys of its own.
         rank: this rank.
         num_ranks: all ranks.
+        name: of what the ranks meet for, to tell it from another.
+        entrances: a store that all places share; there each rank writes at which it is waiting.
+        processes: each rank's key in it, `[num_ranks]`; by default its number here.
     """
 
-    def __init__(self, store: "dist.Store", rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        store: "dist.Store",
+        rank: int,
+        num_ranks: int,
+        *,
+        name: str = "",
+        entrances: "dist.Store | None" = None,
+        processes: Sequence[int] | None = None,
+    ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
+        self.name = name
         self._store = store
+        self._entrances = entrances
+        self._keys = [str(process) for process in processes or range(num_ranks)]
 
     def meet(self, facts: dict[str, Any], deadline_s: float) -> list[dict[str, Any]]:
         """Wait for all ranks and return what each said, `[num_ranks]`. Collective.
@@ -58,6 +74,7 @@ class MeetingPlace:
 
     def _meet(self, facts: dict[str, Any], deadline_s: float) -> list[dict[str, Any]]:
         until = time.monotonic() + deadline_s
+        self._wait_here(True)
         number = self._current()
         self._store.set(f"{number}/{self.rank}", json.dumps(facts))
         while True:
@@ -69,17 +86,37 @@ class MeetingPlace:
             else:
                 verdict = self._verdict(number)
             if verdict == "complete":
+                self._wait_here(False)
                 return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self.num_ranks)]
             if verdict:
                 absent = json.loads(verdict)
                 if self.rank not in absent:
+                    here = f"join() of {self.name}" if self.name else "join()"
                     raise RankAbsentError(
-                        f"rank {self.rank}: ranks {absent} did not enter join() within {deadline_s:g} s", tuple(absent)
+                        f"rank {self.rank}: ranks {absent} did not enter {here} within {deadline_s:g} s"
+                        f"{self._seen_elsewhere(absent)}",
+                        tuple(absent),
                     )
                 # It ended just before this rank came: to the next one, with what is left of the time.
                 number = self._current()
                 self._store.set(f"{number}/{self.rank}", json.dumps(facts))
             time.sleep(_POLL_S)
+
+    def _wait_here(self, waits: bool) -> None:
+        if self._entrances is not None:
+            self._entrances.set(self._keys[self.rank], self.name if waits else "")
+
+    def _seen_elsewhere(self, absent: list[int]) -> str:
+        """Return which of these ranks wait, or have waited in vain, at another entrance."""
+        seen = ""
+        if self._entrances is None:
+            return seen
+        for rank in absent:
+            key = self._keys[rank]
+            name = self._entrances.get(key).decode() if self._entrances.check([key]) else ""
+            if name and name != self.name:
+                seen += f"; rank {rank} was last seen entering join() of {name}: models are joined in one order"
+        return seen
 
     def _current(self) -> int:
         """The number of the first meeting that has not ended."""

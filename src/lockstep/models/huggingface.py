@@ -273,14 +273,22 @@ class ModelParallel:
         self.session: Session | None = None
         self._process_group = process_group
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
-        self._store = dist.PrefixStore(f"lockstep/{next(_models)}", dist.distributed_c10d._get_default_store())
+        number, store = next(_models), dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"lockstep/{number}", store)
         self._groups: list[dist.ProcessGroup] = []
         self._mapped: dict[tuple[int, ...], Dispatcher] = {}
         self._overlaps: dict[tuple[int, int, int], Overlap] = {}
         self._can_map = False
         self._constants: DispatchConstants | None = None  # for `auto`, which chooses by them
         self._epoch = -1
-        self._meeting = MeetingPlace(self._store, config.rank, config.world_size)
+        self._meeting = MeetingPlace(
+            self._store,
+            config.rank,
+            config.world_size,
+            name=f"{type(model).__name__} (model {number})",
+            entrances=dist.PrefixStore("lockstep/entrances", store),
+            processes=dist.get_process_group_ranks(process_group),
+        )
         self._plan: ChunkPlan | None = None
         self._layers_done = 0
         self._stream: torch.cuda.Stream | None = None

@@ -92,8 +92,6 @@ def _launch_once(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     ends = None if limit_s is None else time.monotonic() + limit_s
-    # Asked in another way, the number of GPUs would be found out by a call after which no forked rank could use one.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         ranks: list[tuple[Any, Connection]] = []
         try:

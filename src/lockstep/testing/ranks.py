@@ -86,7 +86,7 @@ def ranks_context() -> Any:
     """Return the context whose processes are forked from the server in which everything is imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
-    # Asked in another way, the number of GPUs would be found out by a call after which no forked rank could use one.
+    # Looking for GPUs must not make the server open one, which its children could not use then.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return context
 
