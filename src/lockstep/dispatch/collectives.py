@@ -192,8 +192,7 @@ def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: fl
             wait_until(work.is_completed, deadline_s, check)
             return  # most of that wait was for this rank's own GPU
         wait_for(work, deadline_s, check)
-        seconds, cpu_s = waited_s()
-        _waited.seconds = seconds + time.perf_counter() - started, cpu_s + time.thread_time() - cpu_started
+        _count_wait(started, cpu_started)
     except LockstepError:  # another rank has ended the wait
         raise
     except (TimeoutError, ConnectionError) as error:
@@ -240,4 +239,11 @@ def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_
     recorder = recorder_of(group)
     # Groups of some ranks have collectives of their own.
     if recorder is not None and recorder.num_ranks == group.size():
-        recorder.collective(name, sizes, group, deadline_s, on_cpu)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        recorder.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
+        _count_wait(started, cpu_started)
+
+
+def _count_wait(started: float, cpu_started: float) -> None:
+    seconds, cpu_s = waited_s()
+    _waited.seconds = seconds + time.perf_counter() - started, cpu_s + time.thread_time() - cpu_started
