@@ -761,31 +761,32 @@ def dispatch_kernel(
                 _report(peers, status, rank, 2, rank, WORLD, ABORT)
         limits = arrived * TOPK
         if tl.max(limits, 0) <= SMALL_TILE:
-            _plan_one_tile(
-                own,
-                limits,
-                tag,
-                peers,
-                status,
-                rank,
-                block,
-                gather_index,
-                pair_weights,
-                tokens_per_expert,
-                expert_offsets,
-                inverse,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                CAPACITY,
-                TOPK,
-                EXPERTS,
-                PLAN_BLOCKS,
-                SMALL_TILE,
-                IDS,
-                WEIGHTS,
-                ABORT,
-            )
+            if block < EXPERTS:  # a block more would only poll
+                _plan_one_tile(
+                    own,
+                    limits,
+                    tag,
+                    peers,
+                    status,
+                    rank,
+                    block,
+                    gather_index,
+                    pair_weights,
+                    tokens_per_expert,
+                    expert_offsets,
+                    inverse,
+                    budget_ns,
+                    WORLD,
+                    WORLD_POW2,
+                    CAPACITY,
+                    TOPK,
+                    EXPERTS,
+                    PLAN_BLOCKS,
+                    SMALL_TILE,
+                    IDS,
+                    WEIGHTS,
+                    ABORT,
+                )
         else:
             _plan_slices(
                 own,
