@@ -174,8 +174,11 @@ class MoELayer:
                             outputs[index] = rows.new_full(shape, float("nan"))
                     else:
                         self._recorder.mark(Phase.COMBINE, self.index, index)
-                        combined = dispatcher.combine(outputs[index], handles.pop(index))
-                        output[span] = combined[: chunk.stop - chunk.start]
+                        combined = dispatcher.combine(outputs[index], handles.pop(index))[: chunk.stop - chunk.start]
+                        if len(chunks) == 1:
+                            output = combined
+                        else:
+                            output[span] = combined
                         if overlap is None:
                             del outputs[index]
         gathered = self._gather(plan, output)
