@@ -3,9 +3,10 @@
 Qwen3-30B-A3B's shape with random weights, bfloat16. Every rank first runs its own prompts on the whole model, alone,
 and the logits of the parallel model are held against those. Then, in one run:
 
-* with few layers: our `allgather` (NCCL), our `nvlink`, eager and with decode steps as CUDA graphs, and Transformers'
-  own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands)
-* with all layers: `nvlink` with graphs first, then eager, then `allgather`, as far as the time goes
+* with few layers: our `allgather` (NCCL), our `nvlink`, eager and with decode steps as CUDA graphs
+* with all layers: `nvlink` with graphs, then eager
+* with few layers: Transformers' own expert parallelism (`all_to_all`, FSDP on the dense weights as it demands)
+* with all layers: `allgather`, as far as the time goes
 
     python benchmarks/bench_model.py --gpus 2 --limit-s 255 --commit abc1234 --out results.jsonl
 
@@ -93,6 +94,7 @@ class Run:
     def __init__(self, arguments, rank, started):
         self.arguments, self.rank, self.started = arguments, rank, started
         self.ranks = dist.get_world_size()
+        self.kept_s = 0.0  # for what is still to come
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", rank) if cuda else torch.device("cpu")
         self.control = dist.new_group(backend="gloo")  # ours alone: the measured groups carry nothing of it
@@ -127,7 +129,7 @@ class Run:
     def has_time(self, seconds):
         """Say whether so much time is left; the same on every rank."""
         (spent,) = self.largest(time.time() - self.started)
-        return spent + seconds < self.arguments.limit_s
+        return spent + seconds + self.kept_s < self.arguments.limit_s
 
     def memory(self):
         """Return the peak of this rank's tensors and all that its GPU holds now, bytes."""
@@ -354,23 +356,29 @@ def worker(rank, arguments, store, started):
     if arguments.tiny:
         cases = [(tuple(min(n, 3) for n in sizes), tuple(min(m, 8) for m in lengths)) for sizes, lengths in cases]
     run.say("ranks have met")
-    if arguments.baseline_layers:
-        layers = arguments.baseline_layers
+    layers, all_layers = arguments.baseline_layers, arguments.layers
+    if layers:
         model, references = spread(run, layers, cases)
         measure_lockstep(run, model, layers, cases, references, arguments.backends)
         del model
         gc.collect()
-        if arguments.transformers and run.has_time(0):
-            model = make_expert_parallel(make_config(layers, arguments.tiny), arguments.gpus, run.device)
+    if all_layers and run.has_time(20):
+        model, references_all = spread(run, all_layers, cases)
+        run.kept_s = 40.0 if layers and arguments.transformers else 0.0
+        measure_lockstep(run, model, all_layers, cases, references_all, arguments.backends_all_layers)
+        run.kept_s = 0.0
+    if layers and arguments.transformers and run.has_time(10):
+        try:
+            baseline = make_expert_parallel(make_config(layers, arguments.tiny), arguments.gpus, run.device)
+        except (ImportError, AttributeError, TypeError) as error:  # of a Transformers that has it in another form
+            run.say(f"Transformers' own expert parallelism is not to be had: {error!r}")
+        else:
             run.say("Transformers' own, spread")
-            measure_cases(run, "transformers all_to_all", model, layers, cases, references)
-            del model
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-    if arguments.layers and run.has_time(20):
-        model, references = spread(run, arguments.layers, cases)
-        measure_lockstep(run, model, arguments.layers, cases, references, arguments.backends_all_layers)
+            measure_cases(run, "transformers all_to_all", baseline, layers, cases, references)
+            del baseline
+            gc.collect()
+    if all_layers and run.has_time(20):
+        measure_lockstep(run, model, all_layers, cases, references_all, arguments.backends_last)
     run.barrier()
     run.say("done")
     os._exit(0)  # groups of the session and of FSDP are in no state to be waited for
@@ -390,7 +398,8 @@ def main():
         help='of the first part: a dispatcher, and any of "graph" (decode steps as graphs), "fp8" (rows sent in fp8), '
         '"overlap" (prompts in chunks, dispatch under experts)',
     )  # fmt: skip
-    parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink", "allgather"])
+    parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink"])
+    parser.add_argument("--backends-last", nargs="*", default=["allgather"], help="likewise, if time is left")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script on a CPU")
     parser.add_argument("--commit", default="unknown")
