@@ -1,5 +1,6 @@
 """Chunks with one's dispatch under another's experts on real GPUs: the bits of one after another, and a profile."""
 
+import faulthandler
 import importlib.util
 import os
 import random
@@ -22,6 +23,7 @@ pytestmark = [
 
 SHAPE = (2048, 768, 128)  # hidden, inner, experts
 BLOCKS = 16
+LIMIT_S = 120  # after which each rank shows where it stands
 
 
 def _bench():
@@ -118,29 +120,33 @@ def _profile(rank, ranks):
 
 
 def _child(rank, ranks, folder, names):
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device_id=torch.device("cuda", rank)
-    )
-    try:
-        for name in names:
-            began = time.time()
-            globals()[name](rank, ranks)
-            dist.barrier()
-            if rank == 0:
-                print(f"{name} passed in {time.time() - began:.1f} s", flush=True)
-    except BaseException:
-        Path(folder, f"error{rank}").write_text(traceback.format_exc())
-        time.sleep(1)  # for what the others have to say of it
-        os._exit(1)
-    os._exit(0)
+    with Path(folder, f"stack{rank}").open("w") as stack:
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=stack)
+        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+        dist.init_process_group(
+            "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device_id=device
+        )
+        try:
+            for name in names:
+                began = time.time()
+                globals()[name](rank, ranks)
+                dist.barrier()
+                if rank == 0:
+                    print(f"{name} passed in {time.time() - began:.1f} s", flush=True)
+        except BaseException:
+            Path(folder, f"error{rank}").write_text(traceback.format_exc())
+            time.sleep(1)  # for what the others have to say of it
+            os._exit(1)
+        os._exit(0)
 
 
 def _run(tmp_path, *names):
     try:
         mp.spawn(_child, (NUM_GPUS, str(tmp_path), names), nprocs=NUM_GPUS)
     except Exception as error:
-        text = "\n".join(f"{path.name}\n{path.read_text()}" for path in sorted(tmp_path.glob("error*")))
+        found = [path for name in ("error", "stack") for path in sorted(tmp_path.glob(f"{name}*"))]
+        text = "\n".join(f"{path.name}\n{path.read_text()}" for path in found if path.stat().st_size)
         raise AssertionError(text or str(error)) from None
 
 
