@@ -20,6 +20,10 @@ HEAD_BYTES = WORD_BYTES * HEAD_WORDS
 
 _MAGIC = 0x4C53 << 16  # "LS"; the low half of the first word is the record's length in words
 _MASK = 0xFFFFFFFF
+# Words on their way are guarded by TCP or the memory; the checksum tells that something else altogether has come. The
+# value of a CRC after data and their own CRC does not depend on the data. Each body's begins with that value and so
+# comes back to it: the bodies of all ranks, one after another, are checked at once.
+_CRC = crc32(bytes(WORD_BYTES))
 
 Wire = bytes
 """A record on the wire: words of 8 bytes, lowest byte first, of which the lower halves count. The upper ones are 0, and
@@ -302,30 +306,32 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
                 raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
             halves += (index(value) & _MASK, index(value) >> 32)
         words = layout.large.pack(_MAGIC | layout.num_words_large, *head, *halves)
-    return words + crc32(words[HEAD_BYTES:]).to_bytes(WORD_BYTES, "little")
+    return words + crc32(words[HEAD_BYTES:], _CRC).to_bytes(WORD_BYTES, "little")
 
 
 class Alike(Sequence[Wire]):
-    """Records of all ranks that begin with the same head.
+    """Records of all ranks that begin with the same head and are of one length.
 
     Attributes:
         head: of all.
-        bodies: what follows in each, `[ranks]`, all of one length.
-        joined: the bodies one after another.
+        bodies: what follows in each, one after another.
+        num_ranks: how many.
     """
 
-    __slots__ = ("bodies", "head", "joined")
+    __slots__ = ("bodies", "head", "num_ranks")
 
-    def __init__(self, head: bytes, bodies: Sequence[bytes], joined: bytes) -> None:
+    def __init__(self, head: bytes, bodies: bytes, num_ranks: int) -> None:
         self.head = head
         self.bodies = bodies
-        self.joined = joined
+        self.num_ranks = num_ranks
 
     def __len__(self) -> int:
-        return len(self.bodies)
+        return self.num_ranks
 
     def __getitem__(self, rank: Any) -> Any:
-        return self.head + self.bodies[rank]
+        size = len(self.bodies) // self.num_ranks
+        start = size * range(self.num_ranks)[rank]
+        return self.head + self.bodies[start : start + size]
 
 
 def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord]) -> Said:
@@ -343,11 +349,9 @@ def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord])
     """
     layout = _layout(record_class)
     if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
-        # A CRC behind its data makes the CRC of both a constant, which what a transport adds to all words changes for
-        # all ranks alike; and one of these records is this rank's own.
-        if len({*map(crc32, received.bodies)}) > 1:
+        if crc32(received.bodies, _CRC) != _CRC:
             raise _mismatch(received, mine)
-        return Said(record_class, layout.columns_of(layout.table(len(received.bodies)).unpack(received.joined)))
+        return Said(record_class, layout.columns_of(layout.table(received.num_ranks).unpack(received.bodies)))
     rows = []
     my_head = (_words(mine) or ())[1:HEAD_WORDS]
     for wire in received:
@@ -375,9 +379,8 @@ def _words(wire: Wire) -> tuple[int, ...] | None:
     if rest or not HEAD_WORDS < count <= WORDS:
         return None
     words = struct.unpack("<" + count * "I4x", wire)
-    # Words on their way are guarded by TCP or the memory; the checksum tells that something else altogether has come.
     fields = struct.pack("<" + (count - HEAD_WORDS - 1) * "I4x", *words[HEAD_WORDS:-1])
-    return words if words[0] == _MAGIC | count and words[-1] == crc32(fields) else None
+    return words if words[0] == _MAGIC | count and words[-1] == crc32(fields, _CRC) else None
 
 
 def _signed(word: int) -> int:

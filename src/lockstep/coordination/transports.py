@@ -147,7 +147,7 @@ class SharedMemoryTransport:
         stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
         start = self._starts[sequence & 1][self.rank]
         self.board.bytes[start : start + size] = stamped
-        return _PendingBoard(self, shape, sequence, stamped[:HEAD_BYTES])
+        return _PendingBoard(self, shape, sequence, wire[:HEAD_BYTES], stamped[:HEAD_BYTES])
 
     def wanted(self) -> bool:
         """See `Transport`."""
@@ -162,19 +162,23 @@ class _Shape:
     def __init__(self, num_ranks: int, size: int) -> None:
         self.size = size
         self.on_board = struct.Struct(num_ranks * f"{HEAD_BYTES}s{size - HEAD_BYTES}s{EXCHANGE_BYTES - size}x")
+        self.body_bytes = num_ranks * (size - HEAD_BYTES)
         self.stamp = int.from_bytes(_ONE_ABOVE * (size // WORD_BYTES), "little")
-        self.stamps = int.from_bytes(_ONE_ABOVE * (num_ranks * (size - HEAD_BYTES) // WORD_BYTES), "little")
+        self.stamps = int.from_bytes(_ONE_ABOVE * (self.body_bytes // WORD_BYTES), "little")
         self.upper_halves = self.stamps * _MASK
 
 
 class _PendingBoard:
-    __slots__ = ("_head", "_sequence", "_shape", "_transport")
+    __slots__ = ("_own_head", "_sequence", "_shape", "_stamped_head", "_transport")
 
-    def __init__(self, transport: SharedMemoryTransport, shape: _Shape, sequence: int, head: bytes) -> None:
+    def __init__(
+        self, transport: SharedMemoryTransport, shape: _Shape, sequence: int, head: bytes, stamped: bytes
+    ) -> None:
         self._transport = transport
         self._shape = shape
         self._sequence = sequence
-        self._head = head
+        self._own_head = head
+        self._stamped_head = stamped
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         received: Sequence[Wire] | None = self._take()
@@ -207,14 +211,13 @@ class _PendingBoard:
         """Return the records of all ranks, if all have come with this rank's head."""
         shape, transport = self._shape, self._transport
         parts = shape.on_board.unpack_from(transport.board.bytes, transport._starts[self._sequence & 1][0])
-        if parts[::2].count(self._head) != transport.num_ranks:
+        if parts[::2].count(self._stamped_head) != transport.num_ranks:
             return None
-        bodies = parts[1::2]
-        joined = b"".join(bodies)
         # All words at once: what is left in the upper halves is of an earlier exchange.
-        if (int.from_bytes(joined, "little") ^ self._sequence * shape.stamps) & shape.upper_halves:
+        words = int.from_bytes(b"".join(parts[1::2]), "little") ^ self._sequence * shape.stamps
+        if words & shape.upper_halves:
             return None
-        return Alike(self._head, bodies, joined)
+        return Alike(self._own_head, words.to_bytes(shape.body_bytes, "little"), transport.num_ranks)
 
     def _take_all(self) -> Sequence[Wire] | None:
         """Return the records of all ranks whatever they are: if their heads differ, the ranks will say in what."""
