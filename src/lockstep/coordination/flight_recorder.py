@@ -220,8 +220,11 @@ class FlightRecorder:
             words = self._board.last_words(rank) if rank != self.rank else None
             if words is not None:
                 return self._after_last_words(rank, words)
-        ranks = ranks or self._missing_ranks()
-        if ranks:
+        alone = self._has_gone_on_alone()
+        ranks = (self.rank,) if alone else ranks or self._missing_ranks()
+        if alone:
+            who = f"rank {self.rank} itself has left a collective out: all others still wait in one before"
+        elif ranks:
             seen = "; ".join(f"rank {rank} {self.last_seen(rank)}" for rank in ranks)
             who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} absent: {seen}"
         else:
@@ -349,6 +352,18 @@ class FlightRecorder:
         behind = tuple(rank for rank in others if places[rank] < mine)
         # Nobody is behind: then somebody has gone on although this rank had not come.
         return behind or tuple(rank for rank in others if places[rank] > mine)
+
+    def _has_gone_on_alone(self) -> bool:
+        """Whether all others, two at least, stand in one and the same collective, which this rank has behind it."""
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        if self._board is None or len(others) < 2:
+            return False
+        places = {self._board.place(rank)[0] for rank in others}
+        if len(places) > 1 or any(self._board.process_state(rank) in ("gone", "stopped") for rank in others):
+            return False
+        (place,) = places
+        mine = _pack_place(self.step, self.phase, self.layer)
+        return _unpack_place(place)[1] in (Phase.DISPATCH, Phase.COMBINE) and _order(place) < _order(mine)
 
     def _roll_call(self) -> tuple[int, ...]:
         """Ask through the store: all ranks that have ended their wait, or still publish, are there."""
