@@ -89,7 +89,7 @@ def one_is_late(debug):
     if rank == 1:
         time.sleep(0.5)
     whole = all_gatherv([torch.full((1, 2), float(rank))], [1, 1, 1], data, 20.0)[0][:, 0].tolist()
-    waited = waited_s()[0]
+    waited = waited_s()
     started = time.monotonic()
     if rank == 1:
         sleep_until_said(0, 2)
@@ -117,11 +117,10 @@ def different_sizes(on_board):
 @pytest.mark.ranks(3)
 def test_every_size_and_dtype():
     results = run_ranks(3, gathers_and_scatters)
-    for wrong, logs, (seconds, cpu_s) in results:
+    for wrong, logs, waited in results:
         assert wrong == []
         assert logs == results[0][1]
-        assert seconds > 0
-        assert 0 <= cpu_s <= seconds + 0.1
+        assert waited > 0
 
 
 @pytest.mark.ranks(3)

@@ -37,12 +37,10 @@ def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
         _recorders.remove(log)
 
 
-def waited_s() -> tuple[float, float]:
-    """Return how long this thread has waited in collectives so far, and its CPU time in these waits, in seconds.
-
-    A difference tells of one step.
-    """
-    return getattr(_waited, "seconds", (0.0, 0.0))
+def waited_s() -> float:
+    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
+    seconds: float = getattr(_waited, "seconds", 0.0)
+    return seconds
 
 
 def all_gatherv(
@@ -185,14 +183,14 @@ def _exchange(
 def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
     recorder = recorder_of(group)
     check = recorder.check if recorder is not None else None
-    started, cpu_started = time.perf_counter(), time.thread_time()
+    started = time.perf_counter()
     try:
         if dist.get_backend(group) == "nccl":
             work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
             wait_until(work.is_completed, deadline_s, check)
             return  # most of that wait was for this rank's own GPU
         wait_for(work, deadline_s, check)
-        _count_wait(started, cpu_started)
+        _count_wait(started)
     except LockstepError:  # another rank has ended the wait
         raise
     except (TimeoutError, ConnectionError) as error:
@@ -239,11 +237,10 @@ def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_
     recorder = recorder_of(group)
     # Groups of some ranks have collectives of their own.
     if recorder is not None and recorder.num_ranks == group.size():
-        started, cpu_started = time.perf_counter(), time.thread_time()
+        started = time.perf_counter()
         recorder.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
-        _count_wait(started, cpu_started)
+        _count_wait(started)
 
 
-def _count_wait(started: float, cpu_started: float) -> None:
-    seconds, cpu_s = waited_s()
-    _waited.seconds = seconds + time.perf_counter() - started, cpu_s + time.thread_time() - cpu_started
+def _count_wait(started: float) -> None:
+    _waited.seconds = waited_s() + time.perf_counter() - started

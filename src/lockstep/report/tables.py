@@ -157,11 +157,11 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     console.print(table)
     disturbed = result["steps"] - (undisturbed["steps"] if undisturbed else 0)
     if undisturbed is None:
-        console.print("whether the machine ran something else in a rank's place was not recorded, or it always did")
+        console.print("whether the machine had enough CPUs in these steps was not recorded, or it never had")
     elif disturbed:
         console.print(
-            f"in {disturbed:,} of {result['steps']:,} steps the machine ran something else in a rank's place for more "
-            "than 5 % of the step"
+            f"in {disturbed:,} of {result['steps']:,} steps something on the machine waited for a CPU "
+            "for more than 10 % of the step"
         )
     console.print(f"cost: {source}")
 

@@ -12,8 +12,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants, fit
 
 _COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_chunks", "filler_rows")
-# A rank that stood still for longer than this share of a step has disturbed it.
-_MAX_OFF_CPU = 0.05
+# Steps in which something was ready to run and had no CPU for longer than this share count as disturbed.
+_MAX_CONTENTION = 0.1
 
 
 def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
@@ -27,8 +27,8 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
     Returns:
         `tokens`, `decode_tokens`, `decode_context`, `prefill_context`, `filler_rows`, `[steps, ranks]`; `num_chunks`
-        and `duration_us`, `[steps]`; `undisturbed_us`, the same with NaN in steps in which the machine ran something
-        else in the place of a rank (in all steps, where that was not recorded).
+        and `duration_us`, `[steps]`; `undisturbed_us`, the same with NaN in steps in which something on the machine
+        was ready to run and had no CPU (in all steps, where that was not recorded).
 
     Raises:
         ConfigurationError: if a rank is missing in a step, no durations were recorded.
@@ -47,7 +47,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     agreement_s = grid("agreement_s")
     following_s = np.vstack([agreement_s[1:], np.zeros(len(ranks))])
     duration_us = 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1)
-    off_cpu_us = 1e6 * grid("off_cpu_s").max(axis=1)  # None becomes NaN, which is not less than anything
+    contention_s = grid("contention_s").max(axis=1)  # None becomes NaN, which is not less than anything
     return {
         "tokens": grid("real_rows"),
         "decode_tokens": grid("decode_tokens"),
@@ -56,7 +56,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         "num_chunks": grid("num_chunks").max(axis=1),
         "filler_rows": grid("dummy_rows") + grid("padding_rows"),
         "duration_us": duration_us,
-        "undisturbed_us": np.where(off_cpu_us <= _MAX_OFF_CPU * duration_us, duration_us, np.nan),
+        "undisturbed_us": np.where(contention_s <= 1e-6 * _MAX_CONTENTION * duration_us, duration_us, np.nan),
     }
 
 
@@ -111,8 +111,8 @@ def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, A
 
     Returns:
         `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
-        `p90_step_error` (relative, absolute values), of all steps; and in `undisturbed` the same of those in which no
-        rank stood still for something else on the machine, None where there are none.
+        `p90_step_error` (relative, absolute values), of all steps; and in `undisturbed` the same of those in which the
+        machine had a CPU for everything, None where there are none.
     """
     predicted = cost.step_times_us(**{name: columns[name] for name in _COUNTS})
     quiet = ~np.isnan(columns["undisturbed_us"])
