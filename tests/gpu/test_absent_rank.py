@@ -34,7 +34,7 @@ def broken_steps(folder, dispatcher):
     torch.cuda.set_device(rank)
     os.environ["LOCKSTEP_RECORDER_DIR"] = folder
     model = lockstep.from_pretrained(
-        f"{folder}/tiny", dispatcher=dispatcher, deadline_s=DEADLINE_S, dtype=torch.bfloat16,
+        f"{folder}/tiny", dispatcher=dispatcher, deadline_s=60, dtype=torch.bfloat16,
         max_chunk_size_per_rank=64, device=torch.device("cuda", rank),
     )  # fmt: skip
     ids = torch.randint(0, 256, (2 + rank, 5), generator=torch.Generator().manual_seed(rank)).to(model.device)
@@ -55,8 +55,10 @@ def broken_steps(folder, dispatcher):
             return str(error), error.absent_ranks, time.monotonic() - started
         return "no error", (), 0.0
 
-    with lockstep.join(model):
+    with lockstep.join(model):  # one rank may compile for longer than the other
         first = step()
+    parallel_of(model).deadline_s = DEADLINE_S
+    parallel_of(model).close()
     late = broken_step("delay")
     torch.cuda.synchronize()  # nothing on the GPU waits any more
     dist.barrier()
