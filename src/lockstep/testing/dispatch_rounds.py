@@ -69,12 +69,29 @@ class Round:
         return 1.0 + expert.float() / self.num_experts
 
 
-def received_rows(handle: DispatchHandle, scales: torch.Tensor | None) -> torch.Tensor:
-    """Return the handle's rows in float32, undoing fp8's scales, `[received, hidden]`."""
-    rows = handle.hidden_states.float()
-    if scales is not None:
-        rows = rows * scales.repeat_interleave(128, dim=1)[:, : rows.shape[1]]
-    return rows
+def round_to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round rows as they are sent in fp8: each run of 128 values by a scale that makes its largest 448, e4m3's largest.
+
+    Args:
+        rows: `[rows, hidden]`.
+
+    Returns:
+        float8_e4m3fn values `[rows, hidden]`, and float32 scales `[rows, ceil(hidden / 128)]`.
+    """
+    num_rows, hidden = rows.shape
+    grouped = torch.nn.functional.pad(rows.float(), (0, -hidden % 128)).view(num_rows, -1, 128)
+    largest = grouped.abs().amax(-1)
+    # Multiplied as by the kernel: divided, values halfway between two others may fall to the other side.
+    scales = torch.where(largest > 0, largest * (1 / 448), 1.0)
+    values = (grouped * (1 / scales)[..., None]).to(torch.float8_e4m3fn)
+    return values.view(num_rows, -1)[:, :hidden], scales
+
+
+def undo_scales(rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Return rows in float32, times fp8's scales where there are any, `[rows, hidden]`."""
+    if scales is None:
+        return rows.float()
+    return rows.float() * scales.repeat_interleave(128, dim=1)[:, : rows.shape[1]]
 
 
 def made_up_experts(
@@ -85,7 +102,7 @@ def made_up_experts(
     counts = handle.tokens_per_expert.long()
     pairs = int(counts.sum())
     experts = torch.arange(per_rank, device=counts.device).repeat_interleave(counts) + rank * per_rank
-    rows = received_rows(handle, scales)[handle.gather_index[:pairs].long()]
+    rows = undo_scales(handle.hidden_states, scales)[handle.gather_index[:pairs].long()]
     output = torch.full(
         (handle.gather_index.shape[0], rows.shape[1]), float("nan"), dtype=torch.bfloat16, device=rows.device
     )
@@ -128,7 +145,7 @@ def check_dispatch(
     sent = torch.cat(this.hidden_states).float()
     starts = torch.tensor([0, *(len(h) for h in this.hidden_states)], device=sent.device).cumsum(0)
     used = torch.unique(slots[mine])
-    rows, truth = received_rows(handle, scales)[used], sent[starts[used // capacity] + used % capacity]
+    rows, truth = undo_scales(handle.hidden_states, scales)[used], sent[starts[used // capacity] + used % capacity]
     # fp8 e4m3 keeps 3 bits after the first: half a step is 1/16 of a value, and 2**-10 of the largest below normals.
     limit = 0.0 if scales is None else truth.abs() / 16 + truth.abs().amax(1, keepdim=True) / 400
     if not bool(((rows - truth).abs() <= limit).all()):
