@@ -105,6 +105,53 @@ def test_a_collective_whose_peer_never_comes_names_it(ranks):
     collectives._finish(Event(0.05), "reduce_scatterv", group, DEADLINE_S)
 
 
+@pytest.fixture
+def combined(ranks, monkeypatch):
+    """`combined(event)`: rank 0's host went on after a combine that ends with the event."""
+    group = Group()
+    watch_group(group, ranks.recorders[0])
+    yield lambda event: collectives._finish(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False)
+    watch_group(group, None)
+
+
+def test_the_host_goes_on_after_combine_and_waits_once(ranks, combined):
+    started = time.monotonic()
+    for seconds in (0.1, 0.15, 0.2):  # of three layers
+        combined(Event(seconds))
+    assert time.monotonic() - started < 0.1
+    collectives.await_last(ranks.recorders[0])
+    assert 0.2 <= time.monotonic() - started < 1.0
+    assert ranks.recorders[0].unfinished is None
+    collectives.await_last(ranks.recorders[0])
+
+
+def test_a_wait_for_a_later_collective_is_one_for_those_before_it(ranks, combined):
+    combined(Event(None))
+    group = Group()
+    watch_group(group, ranks.recorders[0])
+    collectives._finish(Event(0.05), "all_gatherv", group, DEADLINE_S)
+    watch_group(group, None)
+    collectives.await_last(ranks.recorders[0])
+
+
+def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ranks, combined):
+    combined(Event(None))
+    model = model_of(ranks, Event(None))
+    with pytest.raises(
+        RankAbsentError, match=r"reduce_scatterv did not end after 0\.3.*rank 1 was last seen"
+    ) as caught:
+        model._await_layers()
+    assert caught.value.absent_ranks == (1,)
+    assert not model.coordinator.usable
+    assert model._groups[0].aborted == 1
+
+
+def test_without_a_recorder_nobody_would_wait_later(ranks, monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    with pytest.raises(RankAbsentError, match="rank 0: reduce_scatterv did not end"):
+        collectives._finish(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False)
+
+
 def test_a_step_that_ends_is_no_error(ranks):
     model = model_of(ranks, Event(0.05))
     model._await_step()

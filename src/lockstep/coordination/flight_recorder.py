@@ -79,6 +79,7 @@ class FlightRecorder:
         step: number of the present step.
         phase, layer: where in it this rank is.
         fingerprint: hash of all collectives noted so far.
+        unfinished: waits for the last collective on this rank's GPU after which the host went on; None: there is none.
         on_mark: called with the recorder at every mark; for tests that break things on purpose.
     """
 
@@ -101,6 +102,7 @@ class FlightRecorder:
         self.phase = Phase.END
         self.layer = -1
         self.on_mark: Callable[[FlightRecorder], None] | None = None
+        self.unfinished: Callable[[], None] | None = None
         self.fingerprint = 0
         self._spoiled_step = -2
         self._ring: deque[tuple[int, int, int, int, Any]] = deque(maxlen=capacity)

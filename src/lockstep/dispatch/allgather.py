@@ -40,4 +40,5 @@ class AllGatherDispatcher:
         """See `Dispatcher.combine`."""
         rows = handle.hidden_states
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0])
-        return reduce_scatterv(partial.to(rows.dtype), handle.sizes, self._group, self._deadline_s)
+        sums = partial.to(rows.dtype)
+        return reduce_scatterv(sums, handle.sizes, self._group, self._deadline_s, host_waits=False)

@@ -58,14 +58,15 @@ class AllToAllDispatcher:
     ) -> DispatchHandle:
         """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
         needed = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks)
-        # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits.
-        rows = needed.t().nonzero()[:, 1]
         send_sizes = needed.sum(dim=0)
         if sum(sizes) == 0:  # agreed, so no rank sends anything
             recv_sizes = [0] * self._num_ranks
         else:
             ones = [1] * self._num_ranks
             recv_sizes = all_to_allv(send_sizes[:, None], ones, ones, self._group, self._deadline_s)[:, 0].tolist()
+        # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits. It waits for
+        # the GPU, so it comes after a wait that has a limit.
+        rows = needed.t().nonzero()[:, 1]
         sent = _Sent(rows, send_sizes.tolist(), recv_sizes, hidden_states.shape[0])
         # Ids and weights travel in the same message, as more columns of the states' dtype.
         routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[rows]
@@ -84,7 +85,7 @@ class AllToAllDispatcher:
         sent: _Sent = handle.state
         dtype, received = handle.hidden_states.dtype, handle.hidden_states.shape[0]
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
-        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.sizes)
+        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.sizes, host_waits=False)
         total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
         for rows, part in zip(sent.rows.split(sent.send_sizes), parts.split(sent.send_sizes), strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
@@ -92,11 +93,17 @@ class AllToAllDispatcher:
         return total.to(dtype)
 
     def _exchange(
-        self, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], sizes: Sequence[int]
+        self,
+        rows: torch.Tensor,
+        send_sizes: list[int],
+        recv_sizes: list[int],
+        sizes: Sequence[int],
+        *,
+        host_waits: bool = True,
     ) -> torch.Tensor:
         if sum(sizes) == 0:
             return rows.new_empty((0, *rows.shape[1:]))
-        return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s)
+        return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s, host_waits=host_waits)
 
 
 def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:

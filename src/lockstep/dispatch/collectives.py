@@ -3,6 +3,7 @@
 Sizes are known on all ranks beforehand (they were agreed), so no call exchanges them first.
 """
 
+import functools
 import math
 import threading
 import time
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.flight_recorder import recorder_of
+from lockstep.coordination.flight_recorder import FlightRecorder, recorder_of
 from lockstep.coordination.transports import wait_for, wait_until
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
@@ -48,6 +49,8 @@ def all_gatherv(
     sizes: Sequence[int],
     group: dist.ProcessGroup,
     deadline_s: float = DEADLINE_S,
+    *,
+    host_waits: bool = True,
 ) -> list[torch.Tensor]:
     """Gather the rows of all ranks, in rank order, of several tensors in one exchange.
 
@@ -56,6 +59,7 @@ def all_gatherv(
         sizes: rows of every rank, `[ranks]`; 0 is allowed.
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
+        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
 
     Returns:
         For each tensor the rows of all ranks, `[sum(sizes), ...]`.
@@ -74,7 +78,7 @@ def all_gatherv(
     if mine.device.type == "cuda":
         _record("all_gatherv", sizes, group, deadline_s, on_cpu=False)
         work = dist.all_gather(list(everyones.split(list(sizes))), mine, group=group, async_op=True)
-        _finish(work, "all_gatherv", group, deadline_s)
+        _finish(work, "all_gatherv", group, deadline_s, host_waits)
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
         repeated = mine.repeat(len(sizes), 1)
@@ -91,6 +95,8 @@ def reduce_scatterv(
     sizes: Sequence[int],
     group: dist.ProcessGroup,
     deadline_s: float = DEADLINE_S,
+    *,
+    host_waits: bool = True,
 ) -> torch.Tensor:
     """Sum every rank's rows over all ranks and give each rank its own: the inverse of `all_gatherv`.
 
@@ -102,6 +108,7 @@ def reduce_scatterv(
         sizes: rows of every rank, `[ranks]`; 0 is allowed.
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
+        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
 
     Returns:
         The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`.
@@ -116,7 +123,8 @@ def reduce_scatterv(
         raise TokenCountError(
             f"reduce_scatterv needs sum(sizes) = {sum(sizes)} rows, got {rows.shape[0]} on rank {rank}"
         )
-    received = all_to_allv(rows, sizes, [sizes[rank]] * len(sizes), group, deadline_s, name="reduce_scatterv")
+    mine = [sizes[rank]] * len(sizes)
+    received = all_to_allv(rows, sizes, mine, group, deadline_s, name="reduce_scatterv", host_waits=host_waits)
     parts = received.view(len(sizes), sizes[rank], *rows.shape[1:])
     total = parts[0].to(torch.float32)
     for part in parts[1:]:
@@ -132,6 +140,7 @@ def all_to_allv(
     deadline_s: float = DEADLINE_S,
     *,
     name: str = "all_to_allv",
+    host_waits: bool = True,
 ) -> torch.Tensor:
     """Send each rank its slice of the rows and receive a slice of each, in rank order.
 
@@ -142,6 +151,7 @@ def all_to_allv(
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
         name: what messages and records call the operation.
+        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
 
     Returns:
         The received rows, ordered by source, `[sum(recv_sizes), ...]`.
@@ -160,8 +170,25 @@ def all_to_allv(
     # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
     noted = send_sizes if name != "all_to_allv" else ()
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
-    _exchange(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s)
+    _exchange(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits)
     return received
+
+
+def await_last(recorder: FlightRecorder) -> None:
+    """Wait for the last collective after which the host went on, and so for all before it; nothing if there is none.
+
+    Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit. A
+    later collective that the host waits for does as well.
+
+    Args:
+        recorder: of this rank; that of the group that the collective ran in.
+
+    Raises:
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    unfinished, recorder.unfinished = recorder.unfinished, None
+    if unfinished is not None:
+        unfinished()
 
 
 def _exchange(
@@ -173,20 +200,32 @@ def _exchange(
     send_sizes: Sequence[int],
     group: dist.ProcessGroup,
     deadline_s: float,
+    host_waits: bool = True,
 ) -> None:
     """Note, issue and end one all-to-all into `received`."""
     _record(name, noted_sizes, group, deadline_s, sent.device.type == "cpu")
     work = dist.all_to_all_single(received, sent, list(recv_sizes), list(send_sizes), group=group, async_op=True)
-    _finish(work, name, group, deadline_s)
+    _finish(work, name, group, deadline_s, host_waits)
 
 
-def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
+def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float, host_waits: bool = True) -> None:
+    recorder = recorder_of(group)
+    if dist.get_backend(group) == "nccl":
+        work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
+        if recorder is not None:
+            recorder.unfinished = None
+            if not host_waits:
+                recorder.unfinished = functools.partial(_await, work, name, group, deadline_s)
+                return
+    _await(work, name, group, deadline_s)
+
+
+def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
     recorder = recorder_of(group)
     check = recorder.check if recorder is not None else None
     started = time.perf_counter()
     try:
         if dist.get_backend(group) == "nccl":
-            work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
             wait_until(work.is_completed, deadline_s, check)
             return  # most of that wait was for this rank's own GPU
         wait_for(work, deadline_s, check)

@@ -31,7 +31,7 @@ from lockstep.dispatch.choose import (
     make_mapped_dispatcher,
     mapping_facts,
 )
-from lockstep.dispatch.collectives import DEADLINE_S
+from lockstep.dispatch.collectives import DEADLINE_S, await_last
 from lockstep.dispatch.constants import DispatchConstants, constants_for
 from lockstep.errors import (
     ConfigurationError,
@@ -438,6 +438,11 @@ class ModelParallel:
                 self.layers[self._layers_done - 1].take_part(plan)
             except Exception as error:  # the local experts broke; the other ranks still count on the layers after this
                 own = own or error
+        if self._in_step():
+            try:
+                self._await_layers()
+            except Exception as error:
+                own = own or error
         self._plan = None
         if self.device.type == "cuda":
             self._last_step = torch.cuda.current_stream().record_event()
@@ -446,6 +451,14 @@ class ModelParallel:
         self.recorder.mark(Phase.END)
         if own is not None and failure is None:
             raise own
+
+    def _await_layers(self) -> None:
+        """Wait for the last layer's collectives, before anybody needs the model's output on the host."""
+        try:
+            await_last(self.recorder)
+        except Exception as error:
+            self._give_up(error)
+            raise
 
     def _await_step(self) -> None:
         """Wait until the GPU has done this rank's step: nobody takes for a result what a missing rank has spoiled."""
@@ -511,6 +524,7 @@ class ModelParallel:
         ids, weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
         output = layer(rows.to(layer.dtype), ids, weights).to(rows.dtype)
         if index == len(self.layers) - 1:
+            self._await_layers()
             spoiled_by = self.recorder.spoiled_by()
             if spoiled_by is not None:
                 text = f"rank {self.config.rank} stops in step {self.recorder.step}"

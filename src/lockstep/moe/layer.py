@@ -217,7 +217,7 @@ class MoELayer:
         assert self._tensor_parallel_group is not None
         first = self.config.data_parallel_rank * tp_size
         sizes = plan.sp_rows[first : first + tp_size]
-        return all_gatherv([own], sizes, self._tensor_parallel_group, self._deadline_s)[0]
+        return all_gatherv([own], sizes, self._tensor_parallel_group, self._deadline_s, host_waits=False)[0]
 
 
 def _extend(rows: torch.Tensor, num_rows: int, value: int) -> torch.Tensor:

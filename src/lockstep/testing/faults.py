@@ -184,20 +184,20 @@ def _next_collectives(action: str) -> None:
         if action == "swap" and not held:
             # Issue what follows a dispatch, a combine of the same sizes, before it.
             held.append(call)
-            name, noted, received, sent, recv_sizes, send_sizes, group, deadline_s = call
+            name, noted, received, sent, recv_sizes, send_sizes, group, *waits = call
             exchange(
                 "reduce_scatterv" if name == "all_gatherv" else "all_gatherv", noted, torch.empty_like(sent),
-                torch.zeros_like(received), send_sizes, recv_sizes, group, deadline_s,
+                torch.zeros_like(received), send_sizes, recv_sizes, group, *waits,
             )  # fmt: skip
             return
         module._exchange = exchange
         if action == "swap":
             exchange(*held[0])
         elif action == "wrong_size":
-            name, noted, received, sent, recv_sizes, send_sizes, group, deadline_s = call
+            name, noted, received, sent, recv_sizes, send_sizes, group, *waits = call
             more = torch.cat([sent, sent.new_zeros((1, *sent.shape[1:]))])
             noted = [size + (rank == group.rank()) for rank, size in enumerate(noted)]
             send_sizes = [*send_sizes[:-1], send_sizes[-1] + 1]
-            exchange(name, noted, received, more, recv_sizes, send_sizes, group, deadline_s)
+            exchange(name, noted, received, more, recv_sizes, send_sizes, group, *waits)
 
     module._exchange = changed
