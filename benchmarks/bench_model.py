@@ -282,7 +282,7 @@ def measure_lockstep(run, model, layers, cases, references, names):
     """Measure our backends, one after another, on one model that is spread once."""
     import lockstep
     from lockstep.models import graphs as lockstep_graphs
-    from lockstep.models.huggingface import parallel_of
+    from lockstep.models.parallel import parallel_of
 
     parallel, opened = parallel_of(model), None
     replays = 0

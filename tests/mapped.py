@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.models import huggingface
+from lockstep.models import parallel
 from lockstep.moe.experts import LocalExperts
 from lockstep.testing.dispatch_rounds import round_to_fp8, undo_scales
 
@@ -47,6 +47,6 @@ def stand_in():
         made.append(MappedDispatcher(process_group, num_experts, fp8, **options))
         return made[-1]
 
-    huggingface.make_mapped_dispatcher = make
+    parallel.make_mapped_dispatcher = make
     LocalExperts.on_device = on_device
     return made

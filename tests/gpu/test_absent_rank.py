@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import lockstep
 from lockstep.errors import RankAbsentError
-from lockstep.models.huggingface import parallel_of
+from lockstep.models.parallel import parallel_of
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import Fault, inject, run_ranks
 

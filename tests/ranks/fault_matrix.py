@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import lockstep
 from lockstep.errors import LockstepError
-from lockstep.models.huggingface import parallel_of
+from lockstep.models.parallel import parallel_of
 from lockstep.testing import Fault, InjectedFault, inject
 
 GUILTY = 1

@@ -65,7 +65,7 @@ def run_model(folder, other_constants):
 
     import lockstep
     from lockstep.errors import RankMismatchError
-    from lockstep.models import huggingface
+    from lockstep.models import parallel
 
     rank, made = dist.get_rank(), []
 
@@ -74,8 +74,8 @@ def run_model(folder, other_constants):
         assert max_rows_per_rank == 4096
         return made[-1]
 
-    huggingface.can_map = lambda everyones: len(everyones) == 2
-    huggingface.make_mapped_dispatcher = make_small
+    parallel.can_map = lambda everyones: len(everyones) == 2
+    parallel.make_mapped_dispatcher = make_small
     path = Path(folder, f"constants{rank if other_constants else 0}.json")
     if rank == 0 or other_constants:
         backends = {**CONSTANTS.backends, "nvlink": BackendConstants(5.5 + rank)}

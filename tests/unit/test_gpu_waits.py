@@ -14,7 +14,7 @@ from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorde
 from lockstep.coordination.transports import SharedMemoryTransport, wait_until
 from lockstep.dispatch import collectives
 from lockstep.errors import PeerFailedError, RankAbsentError
-from lockstep.models.huggingface import ModelParallel
+from lockstep.models.parallel import ModelParallel
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")
 DEADLINE_S = 0.3
@@ -205,7 +205,7 @@ def test_anothers_reason_counts(ranks):
 
 
 def test_a_group_that_does_not_end_is_left_behind(ranks, monkeypatch):
-    monkeypatch.setattr("lockstep.models.huggingface._OPEN_S", 0.2)
+    monkeypatch.setattr("lockstep.models.groups._OPEN_S", 0.2)
     model = model_of(ranks, Event(None))
     model._groups[0].abort = lambda: time.sleep(60)
     with pytest.raises(RankAbsentError):

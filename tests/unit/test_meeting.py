@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lockstep.coordination.meeting import MeetingPlace
 from lockstep.errors import ConfigurationError, RankAbsentError
-from lockstep.models.huggingface import _process_group
+from lockstep.models.groups import find_group
 
 
 @pytest.fixture(params=["hash", "file", "tcp"])
@@ -99,5 +99,5 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
         for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
-            _process_group(None)
+            find_group(None)
     assert not dist.is_initialized()

@@ -20,8 +20,9 @@ from lockstep.dispatch import collectives
 from lockstep.dispatch.base import Abilities, rows_to_send
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
-from lockstep.models.huggingface import ModelParallel, from_pretrained, parallel_of
+from lockstep.models.huggingface import from_pretrained
 from lockstep.models.packed import PackedEngine
+from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.workload import (
     Request,

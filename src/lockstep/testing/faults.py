@@ -16,7 +16,7 @@ from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.step import WORD_BYTES, StepRecord, Wire
 from lockstep.dispatch import collectives
 from lockstep.errors import ConfigurationError
-from lockstep.models.huggingface import parallel_of
+from lockstep.models.parallel import parallel_of
 
 FaultPhase = Literal["agreement", "model", "dispatch", "experts", "combine", "end"]
 Action = Literal[
