@@ -158,7 +158,7 @@ def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
     for text in texts:
         assert "RankAbsentError" in text
     # Where the store is; if rank 0, which keeps it, ends first, rank 1 cannot ask it any more.
-    assert any("ranks 2, 3 absent: rank 2 was last seen " in text for text in texts[:2]), texts[:2]
+    assert any("ranks 2, 3 absent: rank 2 was last seen " in text for text in texts[:2]), "\n".join(texts[:2])
     for text in texts[2:]:
         assert "could not be found out" in text
     assert not (job / "cut" / "outputs.jsonl").exists()

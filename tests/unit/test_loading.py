@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.models import loading
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.models.tiny import make_tiny
 
@@ -215,3 +216,13 @@ def test_a_hub_id_and_its_revision_from_the_offline_cache(whole, tmp_path, monke
     assert_is_part_of(model, whole[1], 1, 2)
     with pytest.raises(ConfigurationError, match=r"'someone/tiny-moe'.*revision v2"):
         load_pretrained("someone/tiny-moe", revision="v2", local_files_only=True)
+
+
+def test_experts_are_split_where_the_weights_are_to_be():
+    # A DTensor on a mesh of CPUs would take weights that were read to a GPU back to the CPU.
+    module = torch.nn.Module()
+    with torch.device("meta"):
+        module.down_proj = torch.nn.Parameter(torch.empty(4, 3, 5))
+    loading._shard_empty(module, 1, 2, "cuda")
+    assert module.down_proj.device_mesh.device_type == "cuda"
+    assert module.down_proj.to_local().shape == (2, 3, 5)

@@ -135,7 +135,7 @@ def load_pretrained(
     folder, config, model_class = _together(look, process_group)
 
     def load() -> Any:
-        loading_class = _sharding_class(model_class, ep_rank, ep_size, tp_mesh)
+        loading_class = _sharding_class(model_class, ep_rank, ep_size, tp_mesh, torch.device(device).type)
         with _progress_bar(ep_rank == 0), _one_after_another(), _as_configuration_error(folder):
             model = loading_class.from_pretrained(
                 folder,
@@ -274,7 +274,7 @@ def _dequantisation(config: Any, folder: Path) -> Any:
     return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
 
 
-def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None) -> Any:
+def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None, device_type: str) -> Any:
     """A subclass whose `from_pretrained` shards the empty model in Transformers' own place for that.
 
     Transformers' loader asks of each parameter whether it is a DTensor and then reads only its local part, for every
@@ -298,7 +298,7 @@ def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: Devic
                 _split_attention(model, tp_mesh, expert_names)
             if ep_size > 1:
                 for _, module in found:
-                    _shard_empty(module, ep_rank, ep_size)
+                    _shard_empty(module, ep_rank, ep_size, device_type)
             return model
 
         def get_parameter(self, target: str) -> Any:
@@ -334,8 +334,11 @@ def _split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: list[str]) -
     apply_tensor_parallelism(model, tp_mesh, plan)
 
 
-def _shard_empty(module: Any, ep_rank: int, ep_size: int) -> None:
-    """Make each expert parameter of a model on the meta device a DTensor of this rank's part."""
+def _shard_empty(module: Any, ep_rank: int, ep_size: int, device_type: str) -> None:
+    """Make each expert parameter of a model on the meta device a DTensor of this rank's part.
+
+    A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -346,7 +349,9 @@ def _shard_empty(module: Any, ep_rank: int, ep_size: int) -> None:
             return ep_rank
 
     # The name tells the places of one process apart: torch keeps the local shapes of equal meshes, whatever their rank.
-    mesh = Place("cpu", torch.arange(ep_size), mesh_dim_names=(f"ep{ep_rank}",), _init_backend=False, _rank=ep_rank)
+    mesh = Place(
+        device_type, torch.arange(ep_size), mesh_dim_names=(f"ep{ep_rank}",), _init_backend=False, _rank=ep_rank
+    )
     for name, parameter in _expert_parameters(module):
         size = parameter.shape[0] // ep_size
         local = parameter.detach()[ep_rank * size : (ep_rank + 1) * size]
