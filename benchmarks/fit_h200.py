@@ -3,13 +3,15 @@
     python benchmarks/fit_h200.py            # writes src/lockstep/simulation/h200.json, from the newest results
 
 Qwen3-30B-A3B's shape (hidden 2048, 128 experts of which a row chooses 8, 48 layers, bf16) over 2 H200s. Prints each
-measured decode step beside what the constants say of it; those of all 48 layers are not fitted to. Per layer:
+measured decode step beside what the constants say of it; those of 8 layers are not fitted to, nor the
+step of two lone requests of which one is long: its attention runs on few multiprocessors, which no term knows. Per
+layer:
 
 measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row per rank (`dispatch_*`, nvlink_pairs)
           weights_us, expert_row_us: all 64 local experts with 4 rows and with 64 rows each (`experts_*`)
-fitted    step_us, request_us, decode_context_us: to what is left of the decode steps of `model_*`, 8 layers as graphs
+fitted    step_us, request_us, decode_context_us: to what is left of the decode steps of `model_*`, 48 layers as graphs
 assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP/s of a large product;
-          the output head once a step (622 MB read at 4.3 TB/s), which the 8 measured layers share and 48 share as well;
+          the output head once a step (622 MB read at 4.3 TB/s);
           steps with prompts start as fast as graphs (ours are eager: about 4 ms per layer, see docs/gpu.md);
           other numbers of ranks: the constants are those of 2
 """
@@ -24,9 +26,9 @@ from lockstep.simulation.cost import CostConstants
 
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(__file__).parents[1] / "src" / "lockstep" / "simulation" / "h200.json"
-LAYERS, FITTED_LAYERS, HEAD_US = 48, 8, 145.0
+LAYERS, FEW_LAYERS, HEAD_US = 48, 8, 145.0
 DECODED = 13.5  # tokens of a request that is decoded, in the middle of what was timed; for results that do not say it
-SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured on 8 layers, prompts from arithmetic"
+SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured, prompts from arithmetic"
 
 
 def read(pattern, **wanted):
@@ -46,7 +48,7 @@ def age(rows):
 
 def exchange():
     """Return `chunk_us` and `row_us` of a layer."""
-    rows = read("dispatch_h200x2_*", hidden=2048, dtype="bf16", routing="uniform", backend="nvlink_pairs")
+    rows = read("dispatch_h200x2_*", hidden=2048, dtype="bf16", routing="uniform", backend="nvlink_pairs", mode="graph")
     time_us = {tuple(row["counts"]): row["us"] for row in rows}
     row_us = (time_us[4096, 4096] - time_us[1, 1]) / 4095
     return time_us[1, 1] - row_us, row_us
@@ -61,9 +63,10 @@ def experts():
     return few - 8 * 4 * expert_row_us, expert_row_us
 
 
-def decode_steps(layers):
-    """Return the measured decode steps: rows and KV entries of each rank, `[steps, ranks]`, and us."""
+def decode_steps(layers, even=True):
+    """Return the measured decode steps after even prompts, or the others: rows and KV entries of each rank, and us."""
     rows = read("model_h200x2_*", backend="lockstep nvlink graph", layers=layers)
+    rows = [row for row in rows if isinstance(row["prompt"], int) == even]
     tokens = np.array([row["batches"] for row in rows]).reshape(-1, 2)
     prompts = np.array([np.broadcast_to(row["prompt"], 2) for row in rows]).reshape(-1, 2)
     decoded = np.array([row.get("decoded", DECODED) for row in rows]).reshape(-1, 1)
@@ -79,10 +82,10 @@ def constants_of(layers):
     """Return the constants of a model of so many layers."""
     chunk_us, row_us = exchange()
     weights_us, expert_row_us = experts()
-    tokens, context, measured = decode_steps(FITTED_LAYERS)
+    tokens, context, measured = decode_steps(LAYERS)
     parts = CostConstants(1e-6, 0.057, chunk_us, 0.0, 2.47e-5, row_us, expert_row_us, 0.0, weights_us, 8 / 128)
-    left = (measured - HEAD_US) / FITTED_LAYERS - predicted(parts, tokens, context)
-    scale = FITTED_LAYERS / measured  # errors count relatively
+    left = (measured - HEAD_US) / LAYERS - predicted(parts, tokens, context)
+    scale = LAYERS / measured  # errors count relatively
     features = np.column_stack([np.ones(len(left)), tokens.max(axis=1), context.max(axis=1)]) * scale[:, None]
     step_us, request_us, context_us = np.linalg.lstsq(features, left * scale, rcond=None)[0]
     one = replace(parts, step_us=step_us, request_us=request_us, decode_context_us=context_us)
@@ -92,8 +95,12 @@ def constants_of(layers):
 
 
 def main():
-    for layers, word in ((FITTED_LAYERS, "fitted"), (LAYERS, "not fitted")):
-        tokens, context, measured = decode_steps(layers)
+    for layers, even, word in (
+        (LAYERS, True, "fitted"),
+        (LAYERS, False, "not fitted"),
+        (FEW_LAYERS, True, "not fitted"),
+    ):
+        tokens, context, measured = decode_steps(layers, even)
         formula = predicted(constants_of(layers), tokens, context)
         for counts, us, found in zip(tokens, measured, formula, strict=True):
             print(

@@ -84,7 +84,8 @@ def test_a_rank_that_stops_inside_a_step_is_named_and_the_other_ends(tmp_path, d
         assert seconds < DEADLINE_S + 1, message
     assert "its process is alive" in late[0]
     assert "is gone" in gone[0]
-    assert gone[2] < 2.0  # its death is seen, not waited for
+    if dispatcher == "allgather":
+        assert gone[2] < 2.0  # its death is seen; a kernel that waits on the GPU does so until the deadline
     assert equal
     assert end_s < 5.0
 

@@ -240,15 +240,14 @@ SHIPPED = {
         "shipped, for gloo on one host",
     ),
     # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted by `fit` to
-    # benchmarks/results/dispatch_h200x2_*.jsonl (tests/unit/test_choose.py does it again): `allgather` to agv_rsv and
-    # `alltoall` to a2av, both of 1eae565; `nvlink` to nvlink of 3f9ace2, whose kernels are the present ones, so of
-    # another run. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its copy to the host,
-    # which is what the exchange of counts comes to, took 104 us on such a host.
+    # benchmarks/results/dispatch_h200x2_2026-11-22_b35f95f.jsonl (tests/unit/test_choose.py does it again): `allgather`
+    # to agv_rsv, `alltoall` to a2av. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its
+    # copy to the host, which is what the exchange of counts comes to, took 104 us on such a host.
     "cuda": DispatchConstants(
         {
-            "allgather": BackendConstants(23.71, 0.0, 0.005525, 1.454, 1.503, 2.051),
-            "alltoall": BackendConstants(33.57, 104.0, 0.001530, 2.365, 2.531, 0.7227),
-            "nvlink": BackendConstants(11.88, 0.0, 0.01211, 1.867, 3.307, 0.0),
+            "allgather": BackendConstants(23.48, 0.0, 0.005633, 1.448, 1.594, 2.051),
+            "alltoall": BackendConstants(33.58, 104.0, 0.001180, 2.438, 2.591, 0.7095),
+            "nvlink": BackendConstants(11.28, 0.0, 0.002525, 1.941, 3.545, 0.1930),
         },
         "shipped, for H200",
     ),

@@ -149,6 +149,18 @@ def _wait_at_least(
 
 
 @triton.jit
+def _counts_in(words, want, WORLD: tl.constexpr, CAPACITY: tl.constexpr):
+    """Return the tokens of every rank from its count word, and 0 for a rank that is epochs ahead.
+
+    A rank can be ahead only after a wait was ended by the abort cell: then no result counts, but no address may be made
+    of what it sent.
+    """
+    counts = words - want
+    valid = (tl.arange(0, words.shape[0]) < WORLD) & (counts <= CAPACITY)
+    return tl.where(valid, counts, 0).to(tl.int32)
+
+
+@triton.jit
 def _arrived_words(
     ids_words,
     weight_words,
@@ -400,8 +412,10 @@ def _plan_slices(
             local = tl.load(ids_words + index, mask, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
             bits = tl.load(weight_words + index, mask, other=0, volatile=True).to(tl.int32)
             order = tl.load(inverse + index, mask, other=-1, volatile=True)
-            mine = order >= 0
+            # Words can have changed meanwhile after a wait that was ended by the abort cell.
+            mine = (order >= 0) & (local >= 0) & (local < EXPERTS)
             at = tl.gather(begin, tl.where(mine, local, 0), 0) + order
+            mine = mine & (at < WORLD * CAPACITY * TOPK)
             tl.store(gather_index + at, source * CAPACITY + pair // TOPK, mine)
             tl.store(pair_weights + at, bits.to(tl.float32, bitcast=True), mine)
             tl.store(inverse + index, at, mine)
@@ -753,7 +767,7 @@ def dispatch_kernel(
         words = _wait_at_least(
             own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
         )
-        arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+        arrived = _counts_in(words, want, WORLD, CAPACITY)
         if block == 0:
             tl.store(cells + 1, epoch)
             tl.store(counts + source, arrived)
@@ -826,7 +840,7 @@ def dispatch_kernel(
             words = _wait_at_least(
                 own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
             )
-            arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+            arrived = _counts_in(words, want, WORLD, CAPACITY)
         skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
     if skewed != rank:
         if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
@@ -885,7 +899,7 @@ def dispatch_kernel(
             words = _wait_at_least(
                 own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
             )
-            arrived = tl.where(source < WORLD, (words - want).to(tl.int32), 0)
+            arrived = _counts_in(words, want, WORLD, CAPACITY)
             skewed = _skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
         longest = tl.max(arrived, 0)
         tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks

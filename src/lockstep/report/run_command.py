@@ -231,7 +231,10 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     report = out / "report.html"
     write_trace(out / "trace.json", records)
-    write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
+    try:
+        write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
+    except ModuleNotFoundError as error:
+        console.print(f"no report.html: {error.name} is not installed (pip install 'lockstep-moe\\[report]')")
     if command.as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
