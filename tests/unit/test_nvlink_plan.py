@@ -41,12 +41,13 @@ def _interpreted(folder, rank):
 
     import triton.language as tl
 
-    from lockstep.dispatch import kernels, nvlink
+    from lockstep.dispatch import kernels_plan, kernels_wire, nvlink
 
-    kernels._now_ns = time.monotonic_ns
-    kernels._load_acquire = lambda addresses: tl.load(addresses.to(tl.pointer_type(tl.int64)))
-    kernels._fence = lambda token: token
-    kernels._store_flag = lambda address, word: tl.store(address.to(tl.pointer_type(tl.int64)), word)
+    for kernels in (kernels_wire, kernels_plan):
+        kernels.now_ns = time.monotonic_ns
+        kernels.load_acquire = lambda addresses: tl.load(addresses.to(tl.pointer_type(tl.int64)))
+    kernels_wire._fence = lambda token: token
+    kernels_wire._store_flag = lambda address, word: tl.store(address.to(tl.pointer_type(tl.int64)), word)
 
     def map_buffer(nbytes, device, group):
         number = len(kept)
@@ -142,10 +143,11 @@ def _plan_blocks(rank, folder, case, seed):
     """Several blocks plan together. They run one after another here, so all words lie there, and they run twice."""
     from types import SimpleNamespace
 
+    from lockstep.dispatch import kernels_plan
     from lockstep.testing.dispatch_rounds import Round, check_dispatch
 
     nvlink = _interpreted(folder, rank)
-    nvlink.kernels._meet = lambda *arguments: None
+    kernels_plan._meet = lambda *arguments: None
     nvlink.NvlinkDispatcher._settle = nvlink.NvlinkDispatcher._warm_up = lambda self: None
     ranks, top_k, capacity, hidden = 3, 3, 90, 32
     draw = random.Random(seed)

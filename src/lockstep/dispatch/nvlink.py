@@ -1,7 +1,7 @@
 """Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each way, no host wait.
 
-The kernels are in `kernels.py`. This file owns what they work on: buffers that all ranks have mapped, epochs, and the
-word in host memory through which a kernel says that a rank did not come.
+The kernels are in `kernels_dispatch.py` and `kernels_combine.py`. This file owns what they work on: buffers that all
+ranks have mapped, epochs, and the word in host memory through which a kernel says that a rank did not come.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.distributed as dist
 import triton
 
 from lockstep.coordination.flight_recorder import recorder_of
-from lockstep.dispatch import kernels
 from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts
+from lockstep.dispatch.kernels_combine import combine_kernel
+from lockstep.dispatch.kernels_dispatch import dispatch_kernel
+from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 FP8_GROUP = 128
@@ -275,7 +277,7 @@ class NvlinkDispatcher:
         self._group = process_group
         self._deadline_s = deadline_s
         self._status = _host_word(self.device)
-        self._all_tokens = torch.full((1,), kernels.ALL_TOKENS.value, dtype=torch.int32, device=self.device)
+        self._all_tokens = torch.full((1,), ALL_TOKENS.value, dtype=torch.int32, device=self.device)
         buffer, addresses, self._mapping = _map_buffer(self.layout.nbytes * num_channels, self.device, process_group)
         buffer.zero_()
         self._channels = [
@@ -389,7 +391,7 @@ class NvlinkDispatcher:
                 f"combine one first, or raise num_channels"
             )
         hidden_states = _aligned(hidden_states)
-        kernels.dispatch_kernel[(self.launch.plan_blocks + self.launch.push_blocks,)](
+        dispatch_kernel[(self.launch.plan_blocks + self.launch.push_blocks,)](
             hidden_states,
             topk_ids.contiguous(),
             topk_weights.contiguous(),
@@ -457,7 +459,7 @@ class NvlinkDispatcher:
             )
         if output is None:
             output = expert_output.new_empty((channel.num_rows, self.hidden_size))
-        kernels.combine_kernel[(self.launch.combine_blocks,)](
+        combine_kernel[(self.launch.combine_blocks,)](
             _aligned(expert_output),
             output,
             channel.inverse,
@@ -495,12 +497,12 @@ class NvlinkDispatcher:
         if word == 0:
             return
         code, reporter, absent = word >> 32, (word >> 16) & 0xFFFF, (word & 0xFFFF) - 1
-        if code == kernels.TOO_MANY_TOKENS.value:
+        if code == TOO_MANY_TOKENS.value:
             raise TokenCountError(
                 f"rank {reporter} set num_tokens above the rows that it handed in, or above the capacity of "
                 f"{self.max_tokens_per_rank}; call reset() on all ranks to go on"
             )
-        if code != kernels.FLAG_LATE.value:
+        if code != FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
         late = f"rank {absent} did not come within {self._deadline_s:g} s; rank {reporter} gave up first"
         recorder = recorder_of(self._group)

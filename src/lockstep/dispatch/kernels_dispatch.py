@@ -1,0 +1,557 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The Triton kernel that carries tokens to their experts; see `kernels_wire.py` for the rules."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lockstep.dispatch.kernels_plan import arrived_words, plan_one_tile, plan_slices
+from lockstep.dispatch.kernels_wire import (
+    ALL_TOKENS,
+    COUNT_BITS,
+    PAYLOAD_MASK,
+    as_words,
+    chain,
+    counts_in,
+    raise_flags,
+    report,
+    skewed_rank,
+    wait_at_least,
+)
+
+
+@triton.jit
+def _send_routing(
+    topk_ids,
+    topk_weights,
+    num_tokens,
+    epoch,
+    tag,
+    peers,
+    rank,
+    block,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COPIES: tl.constexpr,
+    COPIES_POW2: tl.constexpr,
+    PAIRS: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
+    if block == 0:
+        # A copy of the count for each block that will poll it: one word for all would be asked for in turn.
+        copies = tl.arange(0, COPIES_POW2)
+        word = ((epoch << COUNT_BITS) | num_tokens) + tl.zeros((COPIES_POW2,), tl.int64)
+        for i in range(WORLD):
+            base = tl.load(peers + (rank + 1 + i) % WORLD)
+            tl.store(as_words(base + COUNTS) + rank * COPIES + copies, word, copies < COPIES)
+    for start in range(block * PAIRS, num_tokens * TOPK, BLOCKS * PAIRS):
+        pair = start + tl.arange(0, PAIRS)
+        mask = pair < num_tokens * TOPK
+        ids = tl.load(topk_ids + pair, mask, other=0).to(tl.int64) & PAYLOAD_MASK
+        weights = tl.load(topk_weights + pair, mask, other=0).to(tl.float32)
+        bits = weights.to(tl.int32, bitcast=True).to(tl.int64) & PAYLOAD_MASK
+        for i in range(WORLD):
+            base = tl.load(peers + (rank + 1 + i) % WORLD)
+            at = rank * (CAPACITY * TOPK) + pair
+            tl.store(as_words(base + IDS) + at, (tag << 32) | ids, mask)
+            tl.store(as_words(base + WEIGHTS) + at, (tag << 32) | bits, mask)
+
+
+@triton.jit
+def _forward_rows(
+    own,
+    tag,
+    longest,
+    peers,
+    status,
+    rank,
+    source,
+    stage,
+    first,
+    end,
+    stride,
+    budget_ns,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Pass `source`'s rows that came to this rank as the `stage`-th of their chains on to the next, same slot."""
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    per_token: tl.constexpr = BLOCK_COLUMNS // 128
+    # As wide as the block has threads, so that no word is loaded twice; see `arrived_words`.
+    width: tl.constexpr = max(256 // BLOCK_TOKENS, 8)
+    choice = tl.arange(0, width)[None, :]
+    words = tl.int8 if FP8 else tl.int16
+    mine = tl.multiple_of((own + ROWS).to(tl.pointer_type(words)), 16)
+    for task in range(first, end, stride):
+        token = (task // column_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        column = (task % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        slot = source * CAPACITY + token
+        named = (token < longest)[:, None] & (choice < TOPK)
+        ids, _ = arrived_words(
+            as_words(own + IDS),
+            as_words(own + WEIGHTS),
+            slot[:, None] * TOPK + choice,
+            named,
+            tag,
+            peers,
+            status,
+            rank,
+            source,
+            budget_ns,
+            WORLD,
+            ABORT,
+        )
+        target = tl.where(named & (ids >= 0), ids // EXPERTS, -1)
+        after, before, _ = chain(target, token, source, rank, WORLD)
+        member = tl.max((target == rank).to(tl.int32), 1) > 0
+        after = tl.where(member & (before == stage - 1), after, -1)
+        at = slot[:, None] * HIDDEN_STRIDE + column
+        values = tl.load(mine + at, (after >= 0)[:, None] & (column < HIDDEN), other=0)
+        if FP8:
+            group = (task % column_blocks) * per_token + tl.arange(0, per_token)[None, :]
+            scales = tl.multiple_of((own + SCALES).to(tl.pointer_type(tl.float32)), 16)
+            scale = tl.load(scales + slot[:, None] * GROUPS + group, (after >= 0)[:, None] & (group < GROUPS), other=0)
+        for i in range(1, WORLD):
+            peer = (rank + i) % WORLD
+            base = tl.load(peers + peer)
+            keep = (after == peer)[:, None]
+            rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(words)), 16)
+            tl.store(rows + at, values, keep & (column < HIDDEN))
+            if FP8:
+                scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
+                tl.store(scales + slot[:, None] * GROUPS + group, scale, keep & (group < GROUPS))
+
+
+@triton.jit
+def _push_rows(
+    hidden_states,
+    topk_ids,
+    num_tokens,
+    peers,
+    rank,
+    first,
+    end,
+    stride,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    CHAINED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token).
+
+    With `CHAINED` into the first rank of the token's chain only, and into this rank's own slots.
+    """
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    # In fp8 a tile's row is one scale group of a token, otherwise it is the token.
+    width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
+    per_token: tl.constexpr = BLOCK_COLUMNS // width
+    row = tl.arange(0, BLOCK_TOKENS * per_token)
+    choice = tl.arange(0, TOPK_POW2)[None, :]
+    for task in range(first, end, stride):
+        token = (task // column_blocks) * BLOCK_TOKENS + row // per_token
+        group = (task % column_blocks) * per_token + row % per_token
+        column = group[:, None] * width + tl.arange(0, width)[None, :]
+        here = (token < num_tokens)[:, None]
+        values = tl.load(hidden_states + token[:, None] * HIDDEN + column, here & (column < HIDDEN), other=0.0)
+        ids = tl.load(topk_ids + token[:, None] * TOPK + choice, here & (choice < TOPK), other=-1).to(tl.int32)
+        target = tl.where(ids >= 0, ids // EXPERTS, -1)
+        slot = rank * CAPACITY + token
+        if CHAINED:
+            after, _, _ = chain(target, token, rank, rank, WORLD)
+        if FP8:
+            largest = tl.max(tl.abs(values.to(tl.float32)), 1)
+            scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+            packed = (values.to(tl.float32) * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+        for i in range(WORLD):
+            peer = (rank + 1 + i) % WORLD
+            base = tl.load(peers + peer)
+            wanted = tl.max((target == peer).to(tl.int32), 1) > 0
+            if CHAINED:
+                wanted = tl.where(peer == rank, wanted, after == peer)
+            keep = wanted[:, None] & (column < HIDDEN)
+            at = slot[:, None] * HIDDEN_STRIDE + column
+            if FP8:
+                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.float8e4nv)), 16)
+                tl.store(rows + at, packed, keep)
+                scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
+                tl.store(scales + slot * GROUPS + group, scale, wanted & (group < GROUPS))
+            else:
+                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.bfloat16)), 16)
+                tl.store(rows + at, values, keep)
+
+
+@triton.jit(
+    do_not_specialize=["max_tokens", "rank", "budget_ns"],
+    do_not_specialize_on_alignment=["topk_ids", "topk_weights", "num_tokens_cell"],
+)
+def dispatch_kernel(
+    hidden_states,
+    topk_ids,
+    topk_weights,
+    num_tokens_cell,
+    peers,
+    cells,
+    counts,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    scratch,
+    status,
+    max_tokens,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+    PLAN_BLOCKS: tl.constexpr,
+    PUSH_BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SKEW_TOKENS: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr,
+    COPIES_POW2: tl.constexpr,
+    SMALL_TILE: tl.constexpr,
+    SLICE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
+
+    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
+    made while the links are busy. All blocks must be resident at once.
+
+    Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
+    each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through
+    the turns together: in turn k the source pushes its round k, and the ranks that stand at place s of a chain pass on
+    round k - s.
+    """
+    block = tl.program_id(0)
+    own = tl.load(peers + rank)
+    if PDL:
+        # The launch may begin while the kernel before is still ending; nothing it wrote is read above this line.
+        gdc_wait()
+        gdc_launch_dependents()
+    epoch = tl.load(cells)
+    tag = epoch & PAYLOAD_MASK
+    tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
+    asked = tl.load(num_tokens_cell)
+    num_tokens = tl.minimum(asked, max_tokens)
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    blocks: tl.constexpr = PLAN_BLOCKS + PUSH_BLOCKS
+    # With many tiles the plan's blocks push too, once the plan is made. The bound is known to the receivers.
+    many: tl.constexpr = 4 * PUSH_BLOCKS
+    tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
+    zero = tl.zeros((WORLD_POW2,), tl.int64)
+    want = (epoch << COUNT_BITS) + zero
+    want_flags = want + 1
+    first = block - PLAN_BLOCKS
+    stride = tl.where(tiles > many, blocks, PUSH_BLOCKS)
+    flags = 1
+    source = tl.arange(0, WORLD_POW2)
+    arrived = tl.zeros((WORLD_POW2,), tl.int32)
+    if block < PLAN_BLOCKS:
+        _send_routing(
+            topk_ids,
+            topk_weights,
+            num_tokens,
+            epoch,
+            tag,
+            peers,
+            rank,
+            block,
+            WORLD,
+            CAPACITY,
+            TOPK,
+            PLAN_BLOCKS,
+            blocks,
+            COPIES_POW2,
+            PAIRS,
+            IDS,
+            WEIGHTS,
+            COUNTS,
+        )
+        words = wait_at_least(
+            own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+        )
+        arrived = counts_in(words, want, WORLD, CAPACITY)
+        if block == 0:
+            tl.store(cells + 1, epoch)
+            tl.store(counts + source, arrived)
+            if (asked > max_tokens) & (asked != ALL_TOKENS):
+                report(peers, status, rank, 2, rank, WORLD, ABORT)
+        limits = arrived * TOPK
+        if tl.max(limits, 0) <= SMALL_TILE:
+            if block < EXPERTS:  # a block more would only poll
+                plan_one_tile(
+                    own,
+                    limits,
+                    tag,
+                    peers,
+                    status,
+                    rank,
+                    block,
+                    gather_index,
+                    pair_weights,
+                    tokens_per_expert,
+                    expert_offsets,
+                    inverse,
+                    budget_ns,
+                    WORLD,
+                    WORLD_POW2,
+                    CAPACITY,
+                    TOPK,
+                    EXPERTS,
+                    PLAN_BLOCKS,
+                    SMALL_TILE,
+                    IDS,
+                    WEIGHTS,
+                    ABORT,
+                )
+        else:
+            plan_slices(
+                own,
+                limits,
+                tag,
+                peers,
+                cells,
+                status,
+                rank,
+                block,
+                gather_index,
+                pair_weights,
+                tokens_per_expert,
+                expert_offsets,
+                inverse,
+                scratch,
+                budget_ns,
+                WORLD,
+                WORLD_POW2,
+                CAPACITY,
+                TOPK,
+                EXPERTS,
+                EXPERTS_POW2,
+                PLAN_BLOCKS,
+                SLICE,
+                IDS,
+                WEIGHTS,
+                ABORT,
+            )
+        first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
+        flags = (tiles > many).to(tl.int32)
+        want_flags = tl.where(tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks > many, want + 1, 0)
+    skewed = tl.full((), -1, tl.int32)
+    if WORLD > 2:
+        # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
+        if (block >= PLAN_BLOCKS) & (num_tokens >= SKEW_TOKENS):
+            words = wait_at_least(
+                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+            )
+            arrived = counts_in(words, want, WORLD, CAPACITY)
+        skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+    if skewed != rank:
+        if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
+            # Few tokens: a tile of one token each, so that more blocks share the latency of their stores.
+            _push_rows(
+                hidden_states,
+                topk_ids,
+                num_tokens,
+                peers,
+                rank,
+                first,
+                num_tokens * column_blocks,
+                PUSH_BLOCKS,
+                WORLD,
+                CAPACITY,
+                TOPK,
+                TOPK_POW2,
+                EXPERTS,
+                HIDDEN,
+                HIDDEN_STRIDE,
+                GROUPS,
+                FP8,
+                False,
+                1,
+                BLOCK_COLUMNS,
+                ROWS,
+                SCALES,
+            )
+        else:
+            _push_rows(
+                hidden_states,
+                topk_ids,
+                num_tokens,
+                peers,
+                rank,
+                first,
+                tiles,
+                stride,
+                WORLD,
+                CAPACITY,
+                TOPK,
+                TOPK_POW2,
+                EXPERTS,
+                HIDDEN,
+                HIDDEN_STRIDE,
+                GROUPS,
+                FP8,
+                False,
+                BLOCK_TOKENS,
+                BLOCK_COLUMNS,
+                ROWS,
+                SCALES,
+            )
+    if WORLD > 2:
+        if (block >= PLAN_BLOCKS) & (num_tokens < SKEW_TOKENS):
+            words = wait_at_least(
+                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
+            )
+            arrived = counts_in(words, want, WORLD, CAPACITY)
+            skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+        longest = tl.max(arrived, 0)
+        tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
+        first = tl.where(
+            block >= PLAN_BLOCKS, block - PLAN_BLOCKS, tl.where(tasks > many, PUSH_BLOCKS + block, 1 << 30)
+        )
+        stride = tl.where(tasks > many, blocks, PUSH_BLOCKS)
+        rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - first, 0), stride), CHAIN_ROUND)
+        turns = tl.where((skewed >= 0) & (rounds > 0), rounds + WORLD - 2, 0)
+        for turn in range(turns):
+            begin = first + turn * CHAIN_ROUND * stride
+            if rank == skewed:
+                _push_rows(
+                    hidden_states,
+                    topk_ids,
+                    num_tokens,
+                    peers,
+                    rank,
+                    begin,
+                    tl.minimum(tasks, begin + CHAIN_ROUND * stride),
+                    stride,
+                    WORLD,
+                    CAPACITY,
+                    TOPK,
+                    TOPK_POW2,
+                    EXPERTS,
+                    HIDDEN,
+                    HIDDEN_STRIDE,
+                    GROUPS,
+                    FP8,
+                    True,
+                    BLOCK_TOKENS,
+                    BLOCK_COLUMNS,
+                    ROWS,
+                    SCALES,
+                )
+            else:
+                if turn > 0:
+                    wait_at_least(
+                        own + FLAGS + block * 8,
+                        blocks * 8,
+                        want + turn,
+                        0,
+                        peers,
+                        status,
+                        rank,
+                        budget_ns,
+                        WORLD,
+                        WORLD_POW2,
+                        ABORT,
+                    )
+                for stage in range(1, tl.minimum(turn, WORLD - 2) + 1):
+                    begin = first + (turn - stage) * CHAIN_ROUND * stride
+                    _forward_rows(
+                        own,
+                        tag,
+                        longest,
+                        peers,
+                        status,
+                        rank,
+                        skewed,
+                        stage,
+                        begin,
+                        tl.minimum(tasks, begin + CHAIN_ROUND * stride),
+                        stride,
+                        budget_ns,
+                        WORLD,
+                        CAPACITY,
+                        TOPK,
+                        EXPERTS,
+                        HIDDEN,
+                        HIDDEN_STRIDE,
+                        GROUPS,
+                        FP8,
+                        BLOCK_TOKENS,
+                        BLOCK_COLUMNS,
+                        ROWS,
+                        SCALES,
+                        IDS,
+                        WEIGHTS,
+                        ABORT,
+                    )
+            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, blocks)
+        if turns > 0:
+            flags = 0
+            want_flags = want + turns
+    if WORLD > 1:
+        if flags != 0:
+            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, blocks)
+        wait_at_least(
+            own + FLAGS + block * 8,
+            blocks * 8,
+            want_flags,
+            0,
+            peers,
+            status,
+            rank,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            ABORT,
+        )

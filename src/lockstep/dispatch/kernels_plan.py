@@ -1,0 +1,281 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The plan for the experts, made on the GPU while rows are on the link: which pair goes where."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lockstep.dispatch.kernels_wire import POLLS_PER_CLOCK, as_words, give_up, load_acquire, now_ns
+
+
+@triton.jit
+def arrived_words(
+    ids_words,
+    weight_words,
+    index,
+    mask,
+    tag,
+    peers,
+    status,
+    rank,
+    source,
+    budget_ns,
+    WORLD: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Load routing words until all of this epoch are there; returns expert ids (int32) and weights (float32)."""
+    ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+    weights = tl.load(weight_words + index, mask, other=0, volatile=True)
+    stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
+    late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
+    ended = tl.full((), 0, tl.int32)
+    if late > 0:
+        started = now_ns()
+        while (late > 0) & (ended == 0):
+            polls = 0
+            while (late > 0) & (polls < POLLS_PER_CLOCK):
+                ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+                weights = tl.load(weight_words + index, mask, other=0, volatile=True)
+                stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
+                late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
+                polls += 1
+            if late > 0:
+                absent = tl.max(tl.max(tl.where(stale, source, -1), 1), 0)
+                ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+    if index.shape[0] * index.shape[1] < 256:
+        # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
+        # the copies: the others may be older. After the barrier all see what one saw.
+        tl.debug_barrier()
+        ids = tl.load(ids_words + index, mask, other=0, volatile=True)
+        weights = tl.load(weight_words + index, mask, other=0, volatile=True)
+    return ids.to(tl.int32), weights.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write_pairs(
+    local,
+    weights,
+    valid,
+    index,
+    slot,
+    expert,
+    first,
+    gather_index,
+    pair_weights,
+    inverse,
+    EXPERTS: tl.constexpr,
+):
+    """Write one expert's pairs of a tile, which begin at position `first`; returns how many there were.
+
+    The order is by source, then by (token, k): fixed by the counts alone, so results repeat bit for bit.
+    """
+    mine = valid & (local == expert)
+    ones = mine.to(tl.int32)
+    per_source = tl.sum(ones, 1)
+    before = tl.cumsum(per_source, 0) - per_source
+    position = first + before[:, None] + tl.cumsum(ones, 1) - 1
+    tl.store(gather_index + position, slot, mine)
+    tl.store(pair_weights + position, weights, mine)
+    # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
+    foreign = valid & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
+    tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
+    return tl.sum(per_source, 0)
+
+
+@triton.jit
+def plan_one_tile(
+    own,
+    limits,
+    tag,
+    peers,
+    status,
+    rank,
+    first_expert,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
+    source = tl.arange(0, WORLD_POW2)[:, None]
+    pair = tl.arange(0, TILE)[None, :]
+    mask = pair < limits[:, None]
+    index = source * (CAPACITY * TOPK) + pair
+    ids, weights = arrived_words(
+        as_words(own + IDS),
+        as_words(own + WEIGHTS),
+        index,
+        mask,
+        tag,
+        peers,
+        status,
+        rank,
+        source,
+        budget_ns,
+        WORLD,
+        ABORT,
+    )
+    local = ids - rank * EXPERTS
+    slot = source * CAPACITY + pair // TOPK
+    for expert in range(first_expert, EXPERTS, STEP):
+        lower = mask & (local >= 0) & (local < expert)
+        first = tl.sum(tl.sum(lower.to(tl.int32), 1), 0)
+        count = _write_pairs(
+            local, weights, mask, index, slot, expert, first, gather_index, pair_weights, inverse, EXPERTS
+        )
+        tl.store(tokens_per_expert + expert, count)
+        tl.store(expert_offsets + expert + 1, first + count)
+
+
+@triton.jit
+def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """A barrier among the first `blocks` blocks of this launch; `cell` counts them and is zeroed by combine."""
+    tl.debug_barrier()
+    tl.atomic_add(cell, 1, sem="acq_rel", scope="gpu")
+    address = cell.to(tl.int64)
+    came = load_acquire(address)
+    ended = tl.full((), 0, tl.int32)
+    started = now_ns()
+    while (came < blocks) & (ended == 0):
+        polls = 0
+        while (came < blocks) & (polls < POLLS_PER_CLOCK):
+            came = load_acquire(address)
+            polls += 1
+        if came < blocks:
+            ended = give_up(started, peers, status, rank, rank, budget_ns, WORLD, ABORT)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
+    """Return how many earlier pairs of a slice go to the same expert, `[slice]`, and the pairs per expert.
+
+    Eight experts share a 64-bit word, one byte each, so that one short scan counts them all. A slice has 256 pairs at
+    most: the count that a pair reads, its own not included, fits its byte.
+
+    Returns:
+        Orders `[slice]` int32.
+    """
+    words = tl.arange(0, GROUPS_OF_EXPERTS)[None, :]
+    shift = ((local & 7) * 8).to(tl.int64)
+    own_word = mine[:, None] & ((local >> 3)[:, None] == words)
+    ones = tl.where(own_word, (tl.full((), 1, tl.int64) << shift)[:, None], tl.zeros((), tl.int64))
+    before = tl.cumsum(ones, 0) - ones
+    return (tl.sum(tl.where(own_word, before, 0), 1) >> shift).to(tl.int32) & 255
+
+
+@triton.jit
+def plan_slices(
+    own,
+    limits,
+    tag,
+    peers,
+    cells,
+    status,
+    rank,
+    block,
+    gather_index,
+    pair_weights,
+    tokens_per_expert,
+    expert_offsets,
+    inverse,
+    scratch,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLICE: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """The plan for any number of pairs: each block counts its slices, all meet, each writes its slices.
+
+    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit. `scratch`
+    holds each block's pairs per expert; `inverse` holds, between the two passes, a pair's order among its block's.
+    """
+    sources = tl.arange(0, WORLD_POW2)
+    experts = tl.arange(0, EXPERTS_POW2)
+    lanes = tl.arange(0, SLICE)
+    slices = tl.cdiv(limits, SLICE)
+    ends = tl.cumsum(slices, 0)
+    total_slices = tl.sum(slices, 0)
+    each = tl.cdiv(total_slices, BLOCKS)
+    busy = tl.cdiv(total_slices, each)
+    first = block * each
+    last = tl.minimum(first + each, total_slices)
+    ids_words = as_words(own + IDS)
+    weight_words = as_words(own + WEIGHTS)
+    if first < last:
+        counts = tl.zeros((EXPERTS_POW2,), tl.int32)
+        for number in range(first, last):
+            source = tl.sum((ends <= number).to(tl.int32), 0)
+            pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
+            mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
+            index = source * (CAPACITY * TOPK) + pair
+            ids, _ = arrived_words(
+                ids_words,
+                weight_words,
+                index[None, :],
+                mask[None, :],
+                tag,
+                peers,
+                status,
+                rank,
+                source,
+                budget_ns,
+                WORLD,
+                ABORT,
+            )
+            local = tl.reshape(ids, [SLICE]) - rank * EXPERTS
+            mine = mask & (local >= 0) & (local < EXPERTS)
+            local = tl.where(mine, local, 0)
+            order = _orders_in_slice(local, mine, (EXPERTS_POW2 + 7) // 8) + tl.gather(counts, local, 0)
+            tl.store(inverse + index, tl.where(mine, order, -1), mask)
+            counts += tl.histogram(local, EXPERTS_POW2, mask=mine)
+        tl.store(scratch + block * EXPERTS_POW2 + experts, counts)
+        _meet(cells + 2, busy, peers, status, rank, budget_ns, WORLD, ABORT)
+        total = tl.zeros((EXPERTS_POW2,), tl.int32)
+        before = tl.zeros((EXPERTS_POW2,), tl.int32)
+        for start in range(0, busy, 32):
+            row = start + tl.arange(0, 32)[:, None]
+            others = tl.load(scratch + row * EXPERTS_POW2 + experts[None, :], row < busy, other=0, volatile=True)
+            total += tl.sum(others, 0)
+            before += tl.sum(tl.where(row < block, others, 0), 0)
+        starts = tl.cumsum(total, 0) - total
+        if block == 0:
+            tl.store(tokens_per_expert + experts, total, experts < EXPERTS)
+            tl.store(expert_offsets + 1 + experts, starts + total, experts < EXPERTS)
+        begin = starts + before
+        for number in range(first, last):
+            source = tl.sum((ends <= number).to(tl.int32), 0)
+            pair = (number - tl.sum(tl.where(sources < source, slices, 0), 0)) * SLICE + lanes
+            mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
+            index = source * (CAPACITY * TOPK) + pair
+            local = tl.load(ids_words + index, mask, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
+            bits = tl.load(weight_words + index, mask, other=0, volatile=True).to(tl.int32)
+            order = tl.load(inverse + index, mask, other=-1, volatile=True)
+            # Words can have changed meanwhile after a wait that was ended by the abort cell.
+            mine = (order >= 0) & (local >= 0) & (local < EXPERTS)
+            at = tl.gather(begin, tl.where(mine, local, 0), 0) + order
+            mine = mine & (at < WORLD * CAPACITY * TOPK)
+            tl.store(gather_index + at, source * CAPACITY + pair // TOPK, mine)
+            tl.store(pair_weights + at, bits.to(tl.float32, bitcast=True), mine)
+            tl.store(inverse + index, at, mine)

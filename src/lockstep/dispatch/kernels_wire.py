@@ -1,0 +1,207 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What the kernels of dispatch and combine share: words, flags and waits over peer-mapped memory of one host.
+
+Two launches make a round: `dispatch_kernel` and `combine_kernel`. Each is one-sided: a rank stores into its peers'
+buffers and raises flags there; nobody asks the host anything. Three rules keep the buffers free of races without a
+barrier of their own:
+
+1.  Every rank always runs both kernels, with zero tokens too, so a finished dispatch means that every peer has left its
+    previous combine, and a finished combine means that every peer's experts have read their rows.
+2.  Whatever a *later* launch of a peer may overwrite is not read after the flag to that peer was raised; what later
+    blocks still need (the token counts) is copied to memory that only this rank writes.
+3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine reads `cells[1]` and writes
+    `cells[0]`: no block can see a value of its own launch, and a replayed graph counts on. `cells[2]` counts the blocks
+    of a dispatch that have met; combine zeroes it.
+
+Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
+one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows are covered by a flag per sending block, which the
+block of the same number waits for on the receiver.
+
+A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank, so the
+sender and the receiver of a row agree on its block without a word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+COUNT_BITS = tl.constexpr(20)  # a count word is (epoch << 20) | num_tokens; so at most 2**20 - 1 tokens per rank
+PAYLOAD_MASK = tl.constexpr(0xFFFFFFFF)
+POLLS_PER_CLOCK = tl.constexpr(64)  # polls between two looks at the clock and the abort cell
+ALL_TOKENS = tl.constexpr(2**31 - 1)  # in the cell of the token count: as many as there are rows
+FLAG_LATE = tl.constexpr(1)
+TOO_MANY_TOKENS = tl.constexpr(2)
+
+
+@triton.jit
+def now_ns():
+    """Return the device's wall clock, ns."""
+    return globaltimer()
+
+
+@triton.jit
+def load_acquire(addresses):
+    """Load 64-bit words at integer `addresses`, with acquire order at system scope."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [addresses], dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fence(token):
+    """Make all stores of this block visible at system scope; one thread pays, after a block barrier."""
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p fence.acq_rel.sys; mov.u32 $0, $1; }",
+        "=r,r",
+        [token],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store_flag(address, word):
+    """Store one 64-bit word at integer `address`, by the thread that fenced."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,l",
+        [address, word],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def as_words(address):
+    """Return integer `address` as a pointer to int64."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 8)
+
+
+@triton.jit
+def report(peers, status, rank, code, absent, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """End every spin of this group: tell all ranks who was missing, and this rank's host."""
+    word = (tl.full((), code, tl.int64) << 32) | (rank.to(tl.int64) << 16) | (absent.to(tl.int64) + 1)
+    for p in range(WORLD):
+        tl.store(as_words(tl.load(peers + p) + ABORT), word)
+    tl.store(as_words(status), word)
+
+
+@triton.jit
+def give_up(started, peers, status, rank, absent, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
+    """Return 1 if the wait must end: a peer said so, or the clock did (then say so to all)."""
+    word = tl.load(as_words(tl.load(peers + rank) + ABORT), volatile=True)
+    ended = (word != 0).to(tl.int32)
+    if word != 0:
+        tl.store(as_words(status), word)
+    else:
+        if now_ns() - started > budget_ns:
+            report(peers, status, rank, 1, absent, WORLD, ABORT)
+            ended = tl.full((), 1, tl.int32)
+    return ended
+
+
+@triton.jit
+def wait_at_least(
+    section,
+    stride,
+    want,
+    include_self,
+    peers,
+    status,
+    rank,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`.
+
+    Returns:
+        The words `[WORLD_POW2]`. Those of a source that did not come, and those beyond the world, are `want`.
+    """
+    source = tl.arange(0, WORLD_POW2)
+    counted = (source < WORLD) & ((source != rank) | (include_self != 0))
+    addresses = section + tl.minimum(source, WORLD - 1).to(tl.int64) * stride
+    words = tl.where(counted, load_acquire(addresses), want)
+    late = tl.sum((words < want).to(tl.int32), 0)
+    ended = tl.full((), 0, tl.int32)
+    if late > 0:
+        started = now_ns()
+        while (late > 0) & (ended == 0):
+            polls = 0
+            while (late > 0) & (polls < POLLS_PER_CLOCK):
+                words = tl.where(counted, load_acquire(addresses), want)
+                late = tl.sum((words < want).to(tl.int32), 0)
+                polls += 1
+            if late > 0:
+                absent = tl.max(tl.where(words < want, source, -1), 0)
+                ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+    # Each thread acquired only its own source's word; the barrier shares that with the block.
+    tl.debug_barrier()
+    return tl.maximum(words, want)
+
+
+@triton.jit
+def counts_in(words, want, WORLD: tl.constexpr, CAPACITY: tl.constexpr):
+    """Return the tokens of every rank from its count word, and 0 for a rank that is epochs ahead.
+
+    A rank can be ahead only after a wait was ended by the abort cell: then no result counts, but no address may be made
+    of what it sent.
+    """
+    counts = words - want
+    valid = (tl.arange(0, words.shape[0]) < WORLD) & (counts <= CAPACITY)
+    return tl.where(valid, counts, 0).to(tl.int32)
+
+
+@triton.jit
+def raise_flags(peers, rank, section, block, word, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
+    """After all stores of this block: raise its flag on every other rank."""
+    zero = _fence(tl.full((), 0, tl.int32))
+    for i in range(1, WORLD):
+        base = tl.load(peers + (rank + i) % WORLD)
+        _store_flag(base + section + (rank * BLOCKS + block).to(tl.int64) * 8, word + zero)
+
+
+@triton.jit
+def skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
+    """Return the rank whose rows go along a chain, or -1: it has many tokens, and twice as many as any other."""
+    source = tl.arange(0, WORLD_POW2)
+    largest = tl.max(counts, 0)
+    rank = tl.max(tl.where(counts == largest, source, -1), 0)
+    second = tl.max(tl.where(source == rank, 0, counts), 0)
+    return tl.where((largest >= SKEW_TOKENS) & (2 * second <= largest), rank, -1)
+
+
+@triton.jit
+def chain(target, token, source, rank, WORLD: tl.constexpr):
+    """Where `rank` stands in the chains along which `source`'s tokens go from one rank that needs them to the next.
+
+    Token t's chain takes the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic order,
+    beginning `t % (WORLD - 1)` ranks after the source, so that every rank passes on an equal share. The source itself
+    is not a member.
+
+    Returns:
+        The next member after `rank` (the first, for the source; -1 at the end), the number of members before it, the
+        last member (-1 for an empty chain), each `[tokens]`.
+    """
+    begin = token % (WORLD - 1)
+    own = ((rank + WORLD - source - 1) % WORLD + WORLD - 1 - begin) % (WORLD - 1)
+    own = tl.where(rank == source, -1, own)
+    nearest = tl.full(token.shape, WORLD, tl.int32)
+    farthest = tl.full(token.shape, -1, tl.int32)
+    before = tl.zeros(token.shape, tl.int32)
+    for i in tl.static_range(1, WORLD):
+        place = (i - 1 + WORLD - 1 - begin) % (WORLD - 1)
+        member = tl.max((target == (source + i) % WORLD).to(tl.int32), 1) > 0
+        nearest = tl.where(member & (place > own), tl.minimum(nearest, place), nearest)
+        farthest = tl.where(member, tl.maximum(farthest, place), farthest)
+        before += (member & (place < own)).to(tl.int32)
+    after = tl.where(nearest < WORLD, (source + 1 + (begin + nearest) % (WORLD - 1)) % WORLD, -1)
+    last = tl.where(farthest >= 0, (source + 1 + (begin + farthest) % (WORLD - 1)) % WORLD, -1)
+    return after, before, last
