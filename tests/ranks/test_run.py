@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from command import Command
 
 import lockstep
@@ -140,6 +141,7 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--requests", "-1"], "num_requests must be >= 1, got -1"),
         (["--dtype", "int3"], "dtype must be one of float32, bfloat16, float16, got 'int3'"),
         (["--dispatcher", "pigeon"], "got 'pigeon'"),
+        (["--device", "pigeon"], "device must be cpu or cuda, got 'pigeon'"),
         (["--workload", "nowhere.csv"], "nowhere.csv"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--deadline", "0"], "deadline must be a number > 0"),
@@ -167,6 +169,50 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, tmp_path, mo
     assert stderr.count("\n") <= 2
     assert "Traceback" not in stderr
     assert (tmp_path / "something").read_text() == "of mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--device", "cuda:1"], ["--dispatcher", "nvlink"]])
+def test_gpus_that_are_not_there_are_missed_before_anything_starts(arguments, tmp_path, monkeypatch, capsys):
+    from lockstep import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lockstep", "run", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert " needs " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_gpus_without_a_number_each_rank_takes_its_own(monkeypatch):
+    from lockstep.models.groups import own_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for meant, device in ((None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert str(own_device(meant)) == device
+
+
+def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(monkeypatch):
+    from lockstep.models import parallel
+
+    class Met(Exception):
+        pass
+
+    def meet(_device):
+        raise Met
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(parallel, "mapping_facts", meet)
+    rank = object.__new__(parallel.ModelParallel)
+    rank.device, rank.dispatcher_name, rank._epoch, rank._probed_dtype = torch.device("cuda", 1), "nvlink", -1, None
+    rank._weights_dtype = lambda: None
+    with pytest.raises(Met):
+        rank.open()
+    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):

@@ -153,6 +153,27 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
 
 
+def own_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs.
+
+    Args:
+        device: such as `cpu`, `cuda` or `cuda:1`, or None.
+
+    Raises:
+        ConfigurationError: for what is no device, and for a GPU where there is none.
+    """
+    has_gpus = torch.cuda.is_available()
+    try:
+        meant = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)
+    except RuntimeError:
+        raise ConfigurationError(f"device must be cpu or cuda, got {str(device)!r}") from None
+    if meant.type != "cuda":
+        return meant
+    if not has_gpus:
+        raise ConfigurationError(f"device {str(device)!r} needs a GPU that PyTorch can use; it finds none here")
+    return torch.device("cuda", local_rank()) if meant.index is None else meant
+
+
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:
     """Return this rank's place: ranks that share their requests have numbers that follow each other.
 

@@ -14,7 +14,7 @@ from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
-from lockstep.models.groups import find_group, local_rank, parallel_config, tensor_parallel_mesh
+from lockstep.models.groups import find_group, own_device, parallel_config, tensor_parallel_mesh
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
 
@@ -51,7 +51,7 @@ def from_pretrained(
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
         dtype: of the weights; "auto" is what the checkpoint says.
-        device: where to put them; by default this rank's GPU, or the CPU where there is none.
+        device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
         **kwargs: for `lockstep.models.loading.load_pretrained`: `revision`, `local_files_only`, `trust_remote_code`.
 
     Returns:
@@ -63,9 +63,8 @@ def from_pretrained(
     _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
     group = find_group(process_group)
     config = parallel_config(group, tensor_parallel_size)
-    if device is None:
-        device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    tp_mesh = tensor_parallel_mesh(config, group, torch.device(device).type) if tensor_parallel_size > 1 else None
+    device = own_device(device)
+    tp_mesh = tensor_parallel_mesh(config, group, device.type) if tensor_parallel_size > 1 else None
     model = load_pretrained(
         path,
         ep_rank=config.rank,

@@ -146,6 +146,8 @@ class ModelParallel:
         if self._weights_dtype() is not self._probed_dtype:  # the model was cast since
             self._probe()
             self.close()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # torchrun leaves all ranks of a host on the first GPU
         usable = self._epoch >= 0 and self.coordinator.usable
         self._constants = constants_for(self.device.type) if self.dispatcher_name == "auto" else None
         facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), **self._settings()}

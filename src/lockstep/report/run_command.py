@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
 from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.errors import ConfigurationError, LockstepError
+from lockstep.models.groups import own_device
 from lockstep.report.html import write_report
 from lockstep.report.metrics import RunMetrics
 from lockstep.report.perfetto import write_trace
@@ -71,11 +72,11 @@ def execute(command: RunCommand) -> int:
             f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
             f"is {options.world_size}"
         )
+    _check_checkpoint(options)
     out = _prepare_folder(command.options.out, command.overwrite, keep=under_torchrun)
     options = replace(options, out=str(out))
     if options.model == "tiny":
         options = replace(options, model=_tiny(out, rank, options))
-    _check_checkpoint(options)
     started = time.perf_counter()
     try:
         if under_torchrun:
@@ -143,6 +144,9 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     if options.dispatcher not in DISPATCHERS:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {options.dispatcher!r}")
+    own_device(options.device)
+    if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
+        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
     if not 0 < options.deadline_s < float("inf"):
         raise ConfigurationError(f"deadline must be a number > 0, got {options.deadline_s}")
     if not 0 <= options.seed < 2**32:
@@ -182,13 +186,15 @@ def _tiny(out: Path, rank: int, options: RunOptions) -> str:
     from lockstep.models.tiny import make_tiny
 
     _quiet_transformers()
-    if _TINY_EXPERTS % options.world_size:
-        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
     return str(make_tiny(out / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS))
 
 
 def _check_checkpoint(options: RunOptions) -> None:
-    """What can be said of a checkpoint before any rank has started."""
+    """What can be said of a checkpoint before any rank has started, and a folder made."""
+    if options.model == "tiny":
+        if _TINY_EXPERTS % options.world_size:
+            raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
+        return
     path = Path(options.model)
     if not path.exists():
         if path.is_absolute() or len(path.parts) > 2 or options.model.startswith("."):
