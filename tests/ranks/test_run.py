@@ -142,6 +142,7 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--dtype", "int3"], "dtype must be one of float32, bfloat16, float16, got 'int3'"),
         (["--dispatcher", "pigeon"], "got 'pigeon'"),
         (["--device", "pigeon"], "device must be cpu or cuda, got 'pigeon'"),
+        (["--device", "meta"], "device must be cpu or cuda, got 'meta'"),
         (["--workload", "nowhere.csv"], "nowhere.csv"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--deadline", "0"], "deadline must be a number > 0"),

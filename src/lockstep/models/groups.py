@@ -164,10 +164,12 @@ def own_device(device: torch.device | str | None) -> torch.device:
     """
     has_gpus = torch.cuda.is_available()
     try:
-        meant = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)
+        meant: torch.device | None = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)
     except RuntimeError:
-        raise ConfigurationError(f"device must be cpu or cuda, got {str(device)!r}") from None
-    if meant.type != "cuda":
+        meant = None
+    if meant is None or meant.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device must be cpu or cuda, got {str(device)!r}")
+    if meant.type == "cpu":
         return meant
     if not has_gpus:
         raise ConfigurationError(f"device {str(device)!r} needs a GPU that PyTorch can use; it finds none here")

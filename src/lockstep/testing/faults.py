@@ -26,8 +26,6 @@ Action = Literal[
 PHASES: tuple[FaultPhase, ...] = get_args(FaultPhase)
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
-_ANY_PHASE = ("raise", "exit", "kill", "stop", "delay", "ctrl_c")
-
 
 class InjectedFault(Exception):
     """What an injected `raise` raises."""
