@@ -153,6 +153,8 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--load-balancing", "luck"], "load_balancing must be one of"),
         (["--metrics-port", "99999"], "metrics_port must be in 0..65535, got 99999"),
         (["--out", "."], "the output folder . exists"),
+        (["--out", "something/below"], "the output folder something/below cannot be written: Not a directory"),
+        (["--out", "something", "--overwrite"], "something is no folder, so it is not overwritten"),
         (["--out", ".", "--overwrite"], "is not the folder of an earlier run"),
     ],
 )

@@ -171,13 +171,18 @@ def _prepare_folder(name: str, overwrite: bool, keep: bool) -> Path:
     if out.exists() and not keep:
         if not overwrite:
             raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+        if not out.is_dir():
+            raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
         if any(out.iterdir()) and not (out / _MARKER).is_file():
             raise ConfigurationError(f"{out} is not the folder of an earlier run, so it is not overwritten")
         for pattern in _WRITTEN:  # nothing that somebody else has put there
             for path in out.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).write_text("lockstep run --overwrite may replace what a run writes into this folder\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARKER).write_text("lockstep run --overwrite may replace what a run writes into this folder\n")
+    except OSError as error:
+        raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
     return out
 
 
