@@ -348,9 +348,11 @@ def calibrate(
     if dispatch:
         if run_folders:
             raise typer.BadParameter("recorded runs do not say what a backend takes: --dispatch measures by itself")
+        if data_parallel_size < 2:
+            raise typer.BadParameter(f"--dispatch measures between ranks: 2 at least, got {data_parallel_size}")
         from lockstep.report.calibrate_dispatch import execute_dispatch_calibration
 
-        raise typer.Exit(execute_dispatch_calibration(max(2, data_parallel_size), out, as_json))
+        raise typer.Exit(execute_dispatch_calibration(data_parallel_size, out, as_json))
     from lockstep.report.calibrate import execute_calibration
 
     out = out or Path("cost.json")

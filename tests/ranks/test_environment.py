@@ -130,6 +130,9 @@ def test_calibration_is_stored_where_auto_finds_it(monkeypatch):
     from lockstep.report import calibrate_dispatch
 
     monkeypatch.setattr(calibrate_dispatch, "_SAMPLES", 1)
+    alone = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--data-parallel-size", "1"])
+    assert alone.exit_code == 2
+    assert "2 at least" in alone.stderr
     shown = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--json"], catch_exceptions=False)
     assert shown.exit_code == 0
     document = json.loads(shown.stdout)
