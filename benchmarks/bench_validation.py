@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy
 import torch
 
 from lockstep.models.tiny import make_tiny
@@ -96,10 +95,7 @@ def rows_of(runs, others_cores):
 
 
 def rounded(values):
-    return {
-        name: rounded(value) if isinstance(value, dict) else round(value, 4) if isinstance(value, float) else value
-        for name, value in values.items()
-    }
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def within(errors):
@@ -114,15 +110,13 @@ def table(rows):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for kind, errors in (("all", row), ("undisturbed", row["undisturbed"])):
-            if errors is not None:
-                cells = (
-                    *(row["validated_on"], row["what"], f"{kind} {errors['steps']}", f"{errors['measured_s']:.1f} s"),
-                    *(f"{errors['predicted_s']:.1f} s", f"{errors['total_error']:+.1%}"),
-                    *(f"{errors[name]:.1%}" for name in ("median_step_error", "p90_step_error")),
-                    "yes" if within(errors) else "**no**",
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+        cells = (
+            *(row["validated_on"], row["what"], str(row["steps"]), f"{row['measured_s']:.1f} s"),
+            *(f"{row['predicted_s']:.1f} s", f"{row['total_error']:+.1%}"),
+            *(f"{row[name]:.1%}" for name in ("median_step_error", "p90_step_error")),
+            "yes" if within(row) else "**no**",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -145,10 +139,9 @@ def main():
                 columns, others = run(folder / f"run-{number}-{repeat}", model, options)
                 runs.setdefault(name, []).append(columns)
                 shares.append(others)
-                quiet = (~numpy.isnan(columns["undisturbed_us"])).sum()
                 print(
-                    f"{name}: {len(columns['duration_us'])} steps in {columns['duration_us'].sum() / 1e6:.2f} s, "
-                    f"{quiet} undisturbed; others had "
+                    f"{name}: {len(columns['duration_us'])} steps in {columns['duration_us'].sum() / 1e6:.2f} s; "
+                    "others had "
                     + ("an unknown part" if others is None else f"{others:.2f} of {os.cpu_count()} cores before"),
                     file=sys.stderr,
                 )

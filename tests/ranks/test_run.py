@@ -87,8 +87,6 @@ def test_what_was_executed_is_what_was_planned(run_folder):
     assert max(record.num_chunks for record in records) > 1
     for record in records:
         assert 0 <= record.busy_s <= record.duration_s
-        assert 0 <= (record.contention_s or 0) <= record.duration_s + 0.01
-    assert len({record.contention_s is None for record in records}) == 1  # the system says it, or it does not
     assert {output["rank"] for output in outputs} == {0, 1, 2, 3}
     assert all(output["text"] for output in outputs)
 

@@ -211,39 +211,13 @@ def test_validation_compares_step_by_step(tmp_path):
     result = validate(cost_columns(found), cost)
     assert result["total_error"] == pytest.approx(0, abs=0.01)  # the first agreement is left out
     assert result["median_step_error"] == pytest.approx(0, abs=1e-9)
-    assert result["undisturbed"] is None  # it was not recorded
     cost.save(tmp_path / "cost.json")
     run = write_run(tmp_path / "run", found)
     shown = invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json"), "--json")
     assert json.loads(shown.stdout)["steps"] == 50
     shown = invoke("simulate", "--validate", str(run), "--cost", str(tmp_path / "cost.json"))
-    assert "was not recorded" in shown.output
-
-
-def test_steps_in_which_something_waited_for_a_cpu_are_told_apart(tmp_path):
-    # In every third step something waited for a CPU on rank 1's host, and it took twice as long.
-    found, cost = records(300)
-    slow = [
-        replace(
-            record,
-            duration_s=record.duration_s * (2 if record.step % 3 == 0 else 1),
-            contention_s=record.duration_s if record.step % 3 == 0 and record.rank == 1 else 0.0,
-        )
-        for record in found
-    ]
-    columns = cost_columns(slow)
-    result = validate(columns, cost)
-    assert result["total_error"] == pytest.approx(-0.25, abs=0.02)
-    assert result["undisturbed"]["steps"] == 200
-    assert result["undisturbed"]["total_error"] == pytest.approx(0, abs=1e-3)
-    assert validate(cost_columns(found), fit_runs(columns))["total_error"] == pytest.approx(0, abs=1e-3)
-    # One repeat without the disturbance is enough for a step's time.
-    quiet = [replace(record, contention_s=0.0) for record in found]
-    joined = join_runs([columns, cost_columns(quiet)])
-    assert np.array_equal(joined["undisturbed_us"], cost_columns(quiet)["duration_us"])
-    run = write_run(tmp_path / "run", slow)
-    shown = invoke("simulate", "--validate", str(run)).output.replace("\n", " ")
-    assert "in 100 of 300 steps something on the machine waited for a CPU" in shown
+    assert shown.exit_code == 0
+    assert "50" in shown.stdout
 
 
 def test_constants_fitted_to_one_run_predict_another(tmp_path):

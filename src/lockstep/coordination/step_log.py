@@ -38,8 +38,6 @@ class StepLogRecord:
         duration_s: how long it took there, from this rank's start to the start of its next step.
         agreement_s: of that, the wait for all ranks' records.
         busy_s: of that, this rank's own work; the rest it stood idle. None where it was not measured.
-        contention_s: of the duration, the time in which anything on this rank's host was ready to run and had no CPU.
-            None where the system does not say: Linux does, in `/proc/pressure/cpu`.
     """
 
     step: int
@@ -58,7 +56,6 @@ class StepLogRecord:
     duration_s: float = 0.0
     agreement_s: float = 0.0
     busy_s: float | None = None
-    contention_s: float | None = None
 
 
 FIELDS = tuple(item.name for item in fields(StepLogRecord))

@@ -141,28 +141,16 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
         "90 % of steps within",
     ):
         table.add_column(heading, justify="right")
-    undisturbed = result["undisturbed"]
-    for name, errors in (("all", result), ("undisturbed", undisturbed)):
-        if errors is None or (name == "undisturbed" and errors["steps"] == result["steps"]):
-            continue
-        table.add_row(
-            f"{name} {errors['steps']:,}",
-            _seconds(errors["measured_s"]),
-            _seconds(errors["predicted_s"]),
-            f"{errors['total_error']:+.1%}",
-            f"{errors['median_step_error']:.1%}",
-            f"{errors['p90_step_error']:.1%}",
-        )
+    table.add_row(
+        f"{result['steps']:,}",
+        _seconds(result["measured_s"]),
+        _seconds(result["predicted_s"]),
+        f"{result['total_error']:+.1%}",
+        f"{result['median_step_error']:.1%}",
+        f"{result['p90_step_error']:.1%}",
+    )
     console = Console(file=sys.stdout)
     console.print(table)
-    disturbed = result["steps"] - (undisturbed["steps"] if undisturbed else 0)
-    if undisturbed is None:
-        console.print("whether the machine had enough CPUs in these steps was not recorded, or it never had")
-    elif disturbed:
-        console.print(
-            f"in {disturbed:,} of {result['steps']:,} steps something on the machine waited for a CPU "
-            "for more than 10 % of the step"
-        )
     console.print(f"cost: {source}")
 
 

@@ -1,6 +1,5 @@
 """One rank's loop: requests become steps, all ranks agree on each, run it, and write down what happened."""
 
-import contextlib
 import json
 import logging
 import os
@@ -240,7 +239,6 @@ class _Run:
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
         self.engine = PackedEngine(model)
-        self.contention = _Contention()
         self.vocab_size = model.config.get_text_config().vocab_size
         self.open_requests: dict[int, dict[str, Any]] = {}
         parts = Path(options.out, PARTS)
@@ -269,7 +267,6 @@ class _Run:
     def close(self) -> None:
         self._outputs.close()
         self._steps.close()
-        self.contention.close()
 
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
         states = self.scheduler.initial_states()
@@ -280,7 +277,7 @@ class _Run:
             for request in self.scheduler.assigned[num_assigned:]:
                 self.open_requests[request.request_id] = {"assigned_step": step, "assigned_at": began}
             num_assigned = len(self.scheduler.assigned)
-            waited_before, contention_before = collectives.waited_s(), self.contention.seconds()
+            waited_before = collectives.waited_s()
             counts, states, decision = self._agree(plan)
             agreed = time.perf_counter()
             self._run_step(plan, decision)
@@ -292,9 +289,6 @@ class _Run:
                 "agreement_s": agreed - began,
                 "busy_s": max(0.0, ended - agreed - (collectives.waited_s() - waited_before)),
             }
-            contention = self.contention.seconds()
-            if contention is not None and contention_before is not None:
-                times["contention_s"] = contention - contention_before
             dummy, padding = self._log(plan, counts, step, times)
             if on_progress is not None and self.rank == 0:
                 on_progress(Progress(step + 1, rows_done, self.rows_total, counts, dummy, padding, agreed - began))
@@ -444,27 +438,3 @@ class _Run:
             )[0]
             data = bytes(gathered.flatten().tolist())
         return data.decode().splitlines()
-
-
-class _Contention:
-    """For how long anything on this host has been ready to run and had no CPU, as Linux says (pressure stall)."""
-
-    def __init__(self) -> None:
-        self._file: int | None = None
-        with contextlib.suppress(OSError):
-            self._file = os.open("/proc/pressure/cpu", os.O_RDONLY)
-
-    def seconds(self) -> float | None:
-        """Return the time so far, in seconds; None where the system does not say."""
-        if self._file is None:
-            return None
-        try:
-            # some avg10=0.00 avg60=0.00 avg300=0.00 total=5704534066
-            return int(os.pread(self._file, 256, 0).split(b"\n", 1)[0].rpartition(b"=")[2]) * 1e-6
-        except (OSError, ValueError):
-            return None
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None

@@ -155,18 +155,16 @@ COST_CONSTANTS = {
     # Qwen3-30B-A3B (hidden 2048, 128 experts of which 8 run per token, 48 layers, bf16) over 2 H200s.
     # `benchmarks/fit_h200.py` writes it from stored results and says which constant is measured, fitted or assumed.
     "h200": CostConstants(**json.loads((Path(__file__).parent / "h200.json").read_text(encoding="utf-8"))),
-    # The small made-up model over 2 ranks that share 2 busy cores, as `lockstep bench calibrate` fits it to 29 runs of
-    # three workloads; measure your own.
+    # The small made-up model over 2 ranks that share 2 cores, as `lockstep bench calibrate` fits it to 9 runs of three
+    # workloads while little else ran; measure your own.
     "cpu": CostConstants(
-        step_us=21_680,
-        token_us=31.0,
-        decode_context_us=0.322,
-        prefill_context_us=0.00778,
-        expert_row_us=30.4,
-        request_us=523,
-        weights_us=10_270,
+        step_us=14_140,
+        token_us=22.7,
+        decode_context_us=1.93,
+        expert_row_us=6.29,
+        weights_us=3_501,
         expert_share=0.25,
-        source="cpu: fitted to runs of the tiny model over 2 ranks on 2 cores that others used too",
+        source="cpu: fitted to runs of the tiny model over 2 ranks on 2 cores",
     ),
     # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
     "linear": CostConstants(step_us=15_000, token_us=30, source="assumed: 15 ms and 30 us per row of the longest rank"),

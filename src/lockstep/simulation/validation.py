@@ -12,8 +12,6 @@ from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants, fit
 
 _COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_chunks", "filler_rows")
-# Steps in which something was ready to run and had no CPU for longer than this share count as disturbed.
-_MAX_CONTENTION = 0.1
 
 
 def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
@@ -27,8 +25,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
     Returns:
         `tokens`, `decode_tokens`, `decode_context`, `prefill_context`, `filler_rows`, `[steps, ranks]`; `num_chunks`
-        and `duration_us`, `[steps]`; `undisturbed_us`, the same with NaN in steps in which something on the machine
-        was ready to run and had no CPU (in all steps, where that was not recorded).
+        and `duration_us`, `[steps]`.
 
     Raises:
         ConfigurationError: if a rank is missing in a step, no durations were recorded.
@@ -47,7 +44,6 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     agreement_s = grid("agreement_s")
     following_s = np.vstack([agreement_s[1:], np.zeros(len(ranks))])
     duration_us = 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1)
-    contention_s = grid("contention_s").max(axis=1)  # None becomes NaN, which is not less than anything
     return {
         "tokens": grid("real_rows"),
         "decode_tokens": grid("decode_tokens"),
@@ -56,7 +52,6 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         "num_chunks": grid("num_chunks").max(axis=1),
         "filler_rows": grid("dummy_rows") + grid("padding_rows"),
         "duration_us": duration_us,
-        "undisturbed_us": np.where(contention_s <= 1e-6 * _MAX_CONTENTION * duration_us, duration_us, np.nan),
     }
 
 
@@ -78,13 +73,12 @@ def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         repeats.setdefault(tuple(run[name].tobytes() for name in _COUNTS), []).append(run)
     joined = []
     for group in repeats.values():
-        times = {name: np.stack([run[name] for run in group]) for name in ("duration_us", "undisturbed_us")}
-        joined.append({**group[0], **{name: _medians(values) for name, values in times.items()}})
+        joined.append({**group[0], "duration_us": np.median([run["duration_us"] for run in group], axis=0)})
     return {name: np.concatenate([run[name] for run in joined]) for name in runs[0]}
 
 
 def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
-    """Fit the cost constants to the undisturbed steps, or to all where fewer than half of them are.
+    """Fit the cost constants to recorded runs.
 
     Args:
         columns: see `cost_columns`.
@@ -95,11 +89,8 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
     """
     if columns["filler_rows"].any():
         raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
-    used = ~np.isnan(columns["undisturbed_us"])
-    name = "undisturbed_us" if 2 * used.sum() >= len(used) else "duration_us"
-    used = ~np.isnan(columns[name])
-    counts = {key: columns[key][used] for key in _COUNTS if key != "filler_rows"}
-    return fit(**counts, duration_us=columns[name][used], source=source)
+    counts = {name: columns[name] for name in _COUNTS if name != "filler_rows"}
+    return fit(**counts, duration_us=columns["duration_us"], source=source)
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
@@ -111,18 +102,9 @@ def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, A
 
     Returns:
         `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
-        `p90_step_error` (relative, absolute values), of all steps; and in `undisturbed` the same of those in which the
-        machine had a CPU for everything, None where there are none.
+        `p90_step_error` (relative, absolute values).
     """
-    predicted = cost.step_times_us(**{name: columns[name] for name in _COUNTS})
-    quiet = ~np.isnan(columns["undisturbed_us"])
-    return {
-        **_errors(columns["duration_us"], predicted),
-        "undisturbed": _errors(columns["undisturbed_us"][quiet], predicted[quiet]) if quiet.any() else None,
-    }
-
-
-def _errors(measured: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    predicted, measured = cost.step_times_us(**{name: columns[name] for name in _COUNTS}), columns["duration_us"]
     errors = np.sort(np.abs(predicted / measured - 1))
     return {
         "steps": len(measured),
@@ -132,11 +114,3 @@ def _errors(measured: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
         "median_step_error": float(np.median(errors)),
         "p90_step_error": float(errors[int(0.9 * (len(errors) - 1))]),
     }
-
-
-def _medians(values: np.ndarray) -> np.ndarray:
-    """Return the median over the first axis, of those that are no NaN; NaN where all are."""
-    known = ~np.isnan(values).all(axis=0)
-    medians = np.full(values.shape[1:], np.nan)
-    medians[known] = np.nanmedian(values[:, known], axis=0)
-    return medians
