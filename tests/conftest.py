@@ -3,9 +3,14 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says more about what else a machine does than about us. Under CI hypothesis draws the same
-# examples every time, and that is kept.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says more about what else a machine does than about us. The same examples are drawn every
+# time, so that what is red is red for everybody; LOCKSTEP_EXPLORE=1 draws others.
+settings.register_profile(
+    "untimed",
+    deadline=None,
+    derandomize="LOCKSTEP_EXPLORE" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("untimed")
 
 

@@ -6,7 +6,7 @@ import shutil
 import tracemalloc
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lockstep.coordination.step_log import FIELDS, read_step_log
@@ -92,6 +92,13 @@ def load(folder):
     return load_pretrained(str(folder), ep_rank=0, ep_size=1, dtype="auto", device="cpu", process_group=None)
 
 
+@example(b"0", "config.json")
+@example(b"[]", "config.json")
+@example(b"null", "config.json")
+@example(b'"qwen3_moe"', "config.json")
+@example(b'{"model_type": 5}', "config.json")
+@example(b"0", "model.safetensors.index.json")
+@example(b"[]", "model.safetensors.index.json")
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.sampled_from(["config.json", "model.safetensors.index.json"]))
 def test_checkpoints_of_any_bytes(checkpoint, tmp_path_factory, data, name):

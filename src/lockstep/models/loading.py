@@ -237,7 +237,7 @@ def _config_and_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config that is a list, a number, ... : whatever comes of taking it for a mapping
         raise ConfigurationError(f"{folder} has no config.json that Transformers reads: {error}") from error
     reference = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in reference:
