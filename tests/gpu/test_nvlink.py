@@ -62,7 +62,8 @@ def _rounds(rank, ranks):
             num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
             num_channels=channels, deadline_s=20,
             launch=dataclasses.replace(
-                launch_sizes(132, ranks, local, hidden, capacity), skew_tokens=20, chain_round=1 + number % 3
+                launch_sizes(132, ranks, local, hidden, capacity), skew_tokens=20, chain_round=1 + number % 3,
+                word_tokens=(4, 19, 0)[number % 3],
             ),
         )  # fmt: skip
         began = time.time()

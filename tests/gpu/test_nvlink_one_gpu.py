@@ -50,16 +50,15 @@ class Ranks:
         ids = torch.empty(0, dispatcher.top_k, dtype=torch.int32, device=dispatcher.device)
         for rank in range(self.size):
             if rank == self.rank.value:
-                for kind in (ids, ids.long()):
-                    for channel in dispatcher._channels:
-                        channel.buffer[dispatcher.layout.abort :][:8] = 1
-                    for _ in dispatcher._channels:
-                        handle = dispatcher.dispatch(rows, kind, ids.float())
-                        torch.cuda.current_stream().synchronize()
-                        dispatcher._status.zero_()
-                        dispatcher.combine(rows, handle)
-                        torch.cuda.current_stream().synchronize()
-                        dispatcher._status.zero_()
+                for channel in dispatcher._channels:
+                    channel.buffer[dispatcher.layout.abort :][:8] = 1
+                for _ in dispatcher._channels:
+                    handle = dispatcher.dispatch(rows, ids, ids.float())
+                    torch.cuda.current_stream().synchronize()
+                    dispatcher._status.zero_()
+                    dispatcher.combine(rows, handle)
+                    torch.cuda.current_stream().synchronize()
+                    dispatcher._status.zero_()
             self.met.wait()
         dispatcher.reset()
 
@@ -74,10 +73,12 @@ def run(monkeypatch, size, *names):
 
     def dispatcher(**options):
         rank = ranks.rank.value
-        group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+        group = SimpleNamespace(rank=lambda: rank, size=lambda: size, group_name="ranks on one GPU")
         experts, hidden, capacity = (options[name] for name in ("num_experts", "hidden_size", "max_tokens_per_rank"))
-        sizes = nvlink.launch_sizes(132 // size, size, experts // size, hidden, capacity)
-        options["launch"] = dataclasses.replace(sizes, skew_tokens=20, chain_round=1)
+        # All ranks' waiting blocks together leave multiprocessors free: others' kernels may need a whole one.
+        sizes = nvlink.launch_sizes(66 // size, size, experts // size, hidden, capacity)
+        word_tokens = options["launch"].word_tokens if "launch" in options else 8
+        options["launch"] = dataclasses.replace(sizes, skew_tokens=20, chain_round=1, word_tokens=word_tokens)
         return nvlink.NvlinkDispatcher(group, share_device=True, **options)
 
     monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
@@ -105,7 +106,7 @@ def run(monkeypatch, size, *names):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_random_rounds(monkeypatch, size):
-    few = [(*shape[:3], min(shape[3], 400), *shape[4:6], 40) for shape in test_nvlink.SHAPES[:4]]
+    few = [(*shape[:3], min(shape[3], 400), *shape[4:6], 40) for shape in test_nvlink.SHAPES[1:3]]  # each is compiled
     monkeypatch.setattr(test_nvlink, "SHAPES", few)
     run(monkeypatch, size, "_rounds")
 

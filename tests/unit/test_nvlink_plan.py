@@ -71,7 +71,8 @@ def _launch(nvlink, seed):
     # One plan block: the interpreter runs blocks one after another, and a plan block waits for what all of them send.
     return nvlink.LaunchSizes(
         plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
-        small_tile=[8, 64][seed % 2], slice=32, pairs=8, round=1 + seed % 2, skew_tokens=6, chain_round=2 - seed % 2,
+        tiny_tile=[2, 8][seed % 2], tiles=[3, 4][seed % 2], word_tokens=[2, 5][seed % 2], slice=32, pairs=8,
+        round=1 + seed % 2, skew_tokens=6, chain_round=2 - seed % 2,
     )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def _plan_blocks(rank, folder, case, seed):
             top_k=min(top_k, num_experts), max_tokens_per_rank=capacity, device=torch.device("cpu"),
             launch=nvlink.LaunchSizes(
                 plan_blocks=blocks, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
-                small_tile=1, slice=draw.choice([32, 64]), skew_tokens=1000,
+                tiny_tile=1, tiles=1, word_tokens=0, slice=draw.choice([32, 64]), skew_tokens=1000,
             ),
         )  # fmt: skip
         counts = [draw.choice([0, 1, 11, 64, capacity]) for _ in range(ranks)]

@@ -7,7 +7,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lockstep.dispatch.kernels_wire import COUNT_BITS, as_words, chain, raise_flags, skewed_rank, wait_at_least
+from lockstep.dispatch.kernels_wire import (
+    COUNT_BITS,
+    PAYLOAD_MASK,
+    arrived_words,
+    as_words,
+    chain,
+    first_task,
+    pack_row,
+    raise_flags,
+    skewed_rank,
+    unpack_row,
+    wait_at_least,
+)
 
 
 @triton.jit
@@ -58,6 +70,134 @@ def _partial_rows(
 
 
 @triton.jit
+def _combine_words(
+    expert_output,
+    output,
+    inverse,
+    peers,
+    counts,
+    status,
+    rank,
+    block,
+    epoch,
+    own,
+    num_tokens,
+    budget_ns,
+    WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WORD_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    RETURNED_AS_WORDS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Few tokens on every rank: send partial sums as words that prove their arrival, and sum what comes.
+
+    Tasks are single tokens. Which block has which follows from the counts, alike on all ranks. That a peer's experts
+    have read their rows, on which the next dispatch counts, is said by a flag of block 0, which no store waits for.
+    """
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    lane = tl.arange(0, 1)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    pairs = tl.arange(0, BLOCK_COLUMNS // 2)
+    choice = tl.arange(0, TOPK_POW2)
+    weight_words = as_words(own + WEIGHTS)
+    returned = as_words(own + RETURNED_AS_WORDS, 16)
+    tag = epoch & PAYLOAD_MASK
+    tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
+    if (block == 0) & (WORLD > 1):
+        raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, BLOCKS, False)
+    for i in range(1, WORLD):
+        source = (rank + i) % WORLD
+        inbox = as_words(tl.load(peers + source) + RETURNED_AS_WORDS, 16)
+        end = tl.load(counts + source) * column_blocks
+        for task in range(first_task(block, source, WORLD, BLOCKS), end, BLOCKS):
+            token = task // column_blocks
+            rows, wanted = _partial_rows(
+                expert_output,
+                inverse,
+                weight_words,
+                source,
+                token + lane,
+                lane == 0,
+                (task % column_blocks) * BLOCK_COLUMNS + columns,
+                CAPACITY,
+                TOPK,
+                HIDDEN,
+                REDUCED,
+                True,
+            )
+            pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + pairs
+            at = (rank * WORD_TOKENS + token) * ROW_WORDS + pair
+            tl.store(inbox + at[None, :], pack_row(rows, tag), wanted[:, None] & (pair < ROW_WORDS)[None, :])
+    for task in range(first_task(block, rank, WORLD, BLOCKS), num_tokens * column_blocks, BLOCKS):
+        token = task // column_blocks
+        column = (task % column_blocks) * BLOCK_COLUMNS + columns
+        at = (rank * CAPACITY + token) * TOPK + choice
+        ids = tl.load(as_words(own + IDS) + at, choice < TOPK, other=0xFFFFFFFF).to(tl.int32)
+        target = tl.where(ids >= 0, ids // EXPERTS, -1)
+        mine, _ = _partial_rows(
+            expert_output,
+            inverse,
+            weight_words,
+            rank,
+            token + lane,
+            lane == 0,
+            column,
+            CAPACITY,
+            TOPK,
+            HIDDEN,
+            REDUCED,
+            True,
+        )
+        pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + pairs
+        total = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
+        for peer in tl.static_range(WORLD):
+            wanted = (tl.max((target == peer).to(tl.int32), 0) > 0) & (peer != rank)
+            payload, _ = arrived_words(
+                returned,
+                (peer * WORD_TOKENS + token) * ROW_WORDS + pair,
+                wanted & (pair < ROW_WORDS),
+                tag,
+                peers,
+                status,
+                rank,
+                peer,
+                budget_ns,
+                WORLD,
+                ABORT,
+            )
+            rows = tl.where(wanted, unpack_row(tl.reshape(payload, [1, BLOCK_COLUMNS // 2])), 0.0)
+            total += tl.where(rank == peer, mine, rows).to(tl.float32)
+        at = token.to(tl.int64) * HIDDEN + column[None, :]
+        tl.store(output + at, total.to(tl.bfloat16), (column < HIDDEN)[None, :])
+    if (block == 0) & (WORLD > 1):
+        wait_at_least(
+            own + FLAGS,
+            BLOCKS * 8,
+            (epoch << COUNT_BITS) + 1 + tl.zeros((WORLD_POW2,), tl.int64),
+            0,
+            peers,
+            status,
+            rank,
+            budget_ns,
+            WORLD,
+            WORLD_POW2,
+            ABORT,
+        )
+
+
+@triton.jit
 def _combine_rounds(
     expert_output,
     output,
@@ -88,7 +228,6 @@ def _combine_rounds(
     CHAIN_ROUND: tl.constexpr,
     CHAINS: tl.constexpr,
     REDUCED: tl.constexpr,
-    EARLY: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     RETURNED: tl.constexpr,
@@ -174,7 +313,7 @@ def _combine_rounds(
                             TOPK,
                             HIDDEN,
                             REDUCED,
-                            EARLY,
+                            False,
                         )
                         inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
                         own_place = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
@@ -237,7 +376,7 @@ def _combine_rounds(
                     TOPK,
                     HIDDEN,
                     REDUCED,
-                    EARLY,
+                    False,
                 )
                 inside = (column < HIDDEN)[None, :]
                 last = tl.full((BLOCK_TOKENS,), -1, tl.int32)
@@ -281,15 +420,19 @@ def combine_kernel(
     ROUND: tl.constexpr,
     SKEW_TOKENS: tl.constexpr,
     CHAIN_ROUND: tl.constexpr,
+    WORD_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
     REDUCED: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     RETURNED: tl.constexpr,
+    RETURNED_AS_WORDS: tl.constexpr,
     FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
+    Where no rank has more than `WORD_TOKENS` tokens the rows travel as words, see `_combine_words`. Otherwise:
     A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
     link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
     all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
@@ -307,13 +450,11 @@ def combine_kernel(
     if block == 0:
         tl.store(cells, epoch + 1)
         tl.store(cells + 2, 0)
-    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     skewed = tl.full((), -1, tl.int32)
     if WORLD > 2:
         skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
-    if (skewed < 0) & (longest * column_blocks <= BLOCKS):
-        # Few tokens: a tile of one token each, so that more blocks share the latency.
-        _combine_rounds(
+    if longest <= WORD_TOKENS:
+        _combine_words(
             expert_output,
             output,
             inverse,
@@ -321,11 +462,9 @@ def combine_kernel(
             counts,
             status,
             rank,
-            skewed,
             block,
             epoch,
             own,
-            longest,
             num_tokens,
             budget_ns,
             WORLD,
@@ -335,18 +474,14 @@ def combine_kernel(
             TOPK_POW2,
             EXPERTS,
             HIDDEN,
-            HIDDEN_STRIDE,
             BLOCKS,
-            1,
             BLOCK_COLUMNS,
-            1,
-            1,
-            False,
+            WORD_TOKENS,
+            ROW_WORDS,
             REDUCED,
-            True,
             IDS,
             WEIGHTS,
-            RETURNED,
+            RETURNED_AS_WORDS,
             FLAGS,
             ABORT,
         )
@@ -381,7 +516,6 @@ def combine_kernel(
             CHAIN_ROUND,
             WORLD > 2,
             REDUCED,
-            False,
             IDS,
             WEIGHTS,
             RETURNED,

@@ -7,17 +7,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lockstep.dispatch.kernels_plan import arrived_words, plan_one_tile, plan_slices
+from lockstep.dispatch.kernels_plan import plan_one_tile, plan_slices
 from lockstep.dispatch.kernels_wire import (
     ALL_TOKENS,
     COUNT_BITS,
     PAYLOAD_MASK,
+    arrived_words,
     as_words,
     chain,
     counts_in,
+    first_task,
+    pack_row,
     raise_flags,
     report,
     skewed_rank,
+    unpack_row,
     wait_at_least,
 )
 
@@ -44,7 +48,7 @@ def _send_routing(
     COUNTS: tl.constexpr,
 ):
     """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
-    if block == 0:
+    if block == BLOCKS - 1:  # which has the fewest pairs to send
         # A copy of the count for each block that will poll it: one word for all would be asked for in turn.
         copies = tl.arange(0, COPIES_POW2)
         word = ((epoch << COUNT_BITS) | num_tokens) + tl.zeros((COPIES_POW2,), tl.int64)
@@ -91,7 +95,6 @@ def _forward_rows(
     ROWS: tl.constexpr,
     SCALES: tl.constexpr,
     IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
     """Pass `source`'s rows that came to this rank as the `stage`-th of their chains on to the next, same slot."""
@@ -109,9 +112,8 @@ def _forward_rows(
         named = (token < longest)[:, None] & (choice < TOPK)
         ids, _ = arrived_words(
             as_words(own + IDS),
-            as_words(own + WEIGHTS),
-            slot[:, None] * TOPK + choice,
-            named,
+            tl.reshape(slot[:, None] * TOPK + choice, [BLOCK_TOKENS * width]),
+            tl.reshape(named, [BLOCK_TOKENS * width]),
             tag,
             peers,
             status,
@@ -121,6 +123,7 @@ def _forward_rows(
             WORLD,
             ABORT,
         )
+        ids = tl.reshape(ids, [BLOCK_TOKENS, width])
         target = tl.where(named & (ids >= 0), ids // EXPERTS, -1)
         after, before, _ = chain(target, token, source, rank, WORLD)
         member = tl.max((target == rank).to(tl.int32), 1) > 0
@@ -140,6 +143,143 @@ def _forward_rows(
             if FP8:
                 scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
                 tl.store(scales + slot[:, None] * GROUPS + group, scale, keep & (group < GROUPS))
+
+
+@triton.jit
+def _as_sent(values, FP8: tl.constexpr):
+    """Return bfloat16 rows as they lie in the buffers, and in fp8 the scale of each row of 128 values, float32."""
+    if FP8:
+        largest = tl.max(tl.abs(values.to(tl.float32)), 1)
+        scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+        values = (values.to(tl.float32) * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+    else:
+        scale = tl.zeros((values.shape[0],), tl.float32)
+    return values, scale
+
+
+@triton.jit
+def _store_tile(
+    base,
+    values,
+    scale,
+    slot,
+    group,
+    column,
+    wanted,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Store a tile of rows, see `_as_sent`, at its slots of the buffer at `base`."""
+    keep = wanted[:, None] & (column < HIDDEN)
+    at = slot[:, None] * HIDDEN_STRIDE + column
+    if FP8:
+        rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.float8e4nv)), 16)
+        tl.store(rows + at, values, keep)
+        scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
+        tl.store(scales + slot * GROUPS + group, scale, wanted & (group < GROUPS))
+    else:
+        rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.bfloat16)), 16)
+        tl.store(rows + at, values, keep)
+
+
+@triton.jit
+def _push_words(
+    hidden_states,
+    num_tokens,
+    tag,
+    peers,
+    own,
+    rank,
+    first,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WORD_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROWS_AS_WORDS: tl.constexpr,
+):
+    """Store few tokens' rows as words into every rank, whether it needs them or not: the routing need not be read.
+
+    In fp8 too the words are bfloat16: where they arrive they are rounded, to the same bits.
+    """
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS  # in fp8 a tile's row is one scale group
+    rows: tl.constexpr = BLOCK_COLUMNS // width
+    for task in range(first, num_tokens * column_blocks, BLOCKS):
+        token = task // column_blocks
+        group = (task % column_blocks) * rows + tl.arange(0, rows)
+        column = group[:, None] * width + tl.arange(0, width)[None, :]
+        values = tl.load(hidden_states + token * HIDDEN + column, column < HIDDEN, other=0.0)
+        words = pack_row(values, tag)
+        pair = group[:, None] * (width // 2) + tl.arange(0, width // 2)[None, :]
+        at = (rank * WORD_TOKENS + token) * ROW_WORDS + pair
+        for i in range(1, WORLD):
+            base = tl.load(peers + (rank + i) % WORLD)
+            tl.store(as_words(base + ROWS_AS_WORDS, 16) + at, words, pair < ROW_WORDS)
+        slot = rank * CAPACITY + token + tl.zeros((rows,), tl.int32)
+        sent, scale = _as_sent(values, FP8)
+        _store_tile(
+            own, sent, scale, slot, group, column, slot >= 0, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, ROWS, SCALES
+        )  # fmt: skip
+
+
+@triton.jit
+def _receive_words(
+    count,
+    tag,
+    peers,
+    status,
+    own,
+    rank,
+    source,
+    first,
+    budget_ns,
+    WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WORD_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROWS_AS_WORDS: tl.constexpr,
+    ABORT: tl.constexpr,
+):
+    """Wait for the words of `source`'s rows, and put the rows where those that come without words are."""
+    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
+    rows: tl.constexpr = BLOCK_COLUMNS // width
+    words = as_words(own + ROWS_AS_WORDS, 16)
+    for task in range(first, count * column_blocks, BLOCKS):
+        token = task // column_blocks
+        pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + tl.arange(0, BLOCK_COLUMNS // 2)
+        at = (source * WORD_TOKENS + token) * ROW_WORDS + pair
+        payload, _ = arrived_words(
+            words, at, pair < ROW_WORDS, tag, peers, status, rank, source, budget_ns, WORLD, ABORT
+        )
+        values = unpack_row(tl.reshape(payload, [rows, width // 2]))
+        group = (task % column_blocks) * rows + tl.arange(0, rows)
+        column = group[:, None] * width + tl.arange(0, width)[None, :]
+        slot = source * CAPACITY + token + tl.zeros((rows,), tl.int32)
+        sent, scale = _as_sent(values, FP8)
+        _store_tile(
+            own, sent, scale, slot, group, column, slot >= 0, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, ROWS, SCALES
+        )  # fmt: skip
 
 
 @triton.jit
@@ -188,26 +328,16 @@ def _push_rows(
         slot = rank * CAPACITY + token
         if CHAINED:
             after, _, _ = chain(target, token, rank, rank, WORLD)
-        if FP8:
-            largest = tl.max(tl.abs(values.to(tl.float32)), 1)
-            scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
-            packed = (values.to(tl.float32) * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+        sent, scale = _as_sent(values, FP8)
         for i in range(WORLD):
             peer = (rank + 1 + i) % WORLD
             base = tl.load(peers + peer)
             wanted = tl.max((target == peer).to(tl.int32), 1) > 0
             if CHAINED:
                 wanted = tl.where(peer == rank, wanted, after == peer)
-            keep = wanted[:, None] & (column < HIDDEN)
-            at = slot[:, None] * HIDDEN_STRIDE + column
-            if FP8:
-                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.float8e4nv)), 16)
-                tl.store(rows + at, packed, keep)
-                scales = tl.multiple_of((base + SCALES).to(tl.pointer_type(tl.float32)), 16)
-                tl.store(scales + slot * GROUPS + group, scale, wanted & (group < GROUPS))
-            else:
-                rows = tl.multiple_of((base + ROWS).to(tl.pointer_type(tl.bfloat16)), 16)
-                tl.store(rows + at, values, keep)
+            _store_tile(
+                base, sent, scale, slot, group, column, wanted, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, ROWS, SCALES
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -251,11 +381,15 @@ def dispatch_kernel(
     SKEW_TOKENS: tl.constexpr,
     CHAIN_ROUND: tl.constexpr,
     COPIES_POW2: tl.constexpr,
-    SMALL_TILE: tl.constexpr,
+    WORD_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    TINY_TILE: tl.constexpr,
+    TILES: tl.constexpr,
     SLICE: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     SCALES: tl.constexpr,
+    ROWS_AS_WORDS: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     COUNTS: tl.constexpr,
@@ -266,6 +400,8 @@ def dispatch_kernel(
 
     The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
     made while the links are busy. All blocks must be resident at once.
+
+    Up to `WORD_TOKENS` tokens of a rank go as words that prove their own arrival, which its peers know from its count.
 
     Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
     each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through
@@ -327,33 +463,37 @@ def dispatch_kernel(
             if (asked > max_tokens) & (asked != ALL_TOKENS):
                 report(peers, status, rank, 2, rank, WORLD, ABORT)
         limits = arrived * TOPK
-        if tl.max(limits, 0) <= SMALL_TILE:
-            if block < EXPERTS:  # a block more would only poll
-                plan_one_tile(
-                    own,
-                    limits,
-                    tag,
-                    peers,
-                    status,
-                    rank,
-                    block,
-                    gather_index,
-                    pair_weights,
-                    tokens_per_expert,
-                    expert_offsets,
-                    inverse,
-                    budget_ns,
-                    WORLD,
-                    WORLD_POW2,
-                    CAPACITY,
-                    TOPK,
-                    EXPERTS,
-                    PLAN_BLOCKS,
-                    SMALL_TILE,
-                    IDS,
-                    WEIGHTS,
-                    ABORT,
-                )
+        most = tl.max(limits, 0)
+        if most <= TINY_TILE * 2 ** (TILES - 1):
+            for i in tl.static_range(TILES):
+                fits = (most <= TINY_TILE * 2**i) & ((most > TINY_TILE * 2**i // 2) | (i == 0))
+                if fits & (block < EXPERTS):  # a block more would only poll
+                    plan_one_tile(
+                        own,
+                        limits,
+                        tag,
+                        peers,
+                        status,
+                        rank,
+                        block,
+                        gather_index,
+                        pair_weights,
+                        tokens_per_expert,
+                        expert_offsets,
+                        inverse,
+                        budget_ns,
+                        WORLD,
+                        WORLD_POW2,
+                        CAPACITY,
+                        TOPK,
+                        EXPERTS,
+                        PLAN_BLOCKS,
+                        TINY_TILE * 2**i,
+                        PAIRS,
+                        IDS,
+                        WEIGHTS,
+                        ABORT,
+                    )
         else:
             plan_slices(
                 own,
@@ -385,8 +525,10 @@ def dispatch_kernel(
             )
         first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
         flags = (tiles > many).to(tl.int32)
-        want_flags = tl.where(tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks > many, want + 1, 0)
+        theirs = tl.where(arrived > WORD_TOKENS, tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks, 0)
+        want_flags = tl.where(theirs > many, want + 1, 0)
     skewed = tl.full((), -1, tl.int32)
+    turns = tl.full((), 0, tl.int32)
     if WORLD > 2:
         # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
         if (block >= PLAN_BLOCKS) & (num_tokens >= SKEW_TOKENS):
@@ -396,32 +538,31 @@ def dispatch_kernel(
             arrived = counts_in(words, want, WORLD, CAPACITY)
         skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
     if skewed != rank:
-        if num_tokens * column_blocks <= 2 * PUSH_BLOCKS:
-            # Few tokens: a tile of one token each, so that more blocks share the latency of their stores.
-            _push_rows(
-                hidden_states,
-                topk_ids,
-                num_tokens,
-                peers,
-                rank,
-                first,
-                num_tokens * column_blocks,
-                PUSH_BLOCKS,
-                WORLD,
-                CAPACITY,
-                TOPK,
-                TOPK_POW2,
-                EXPERTS,
-                HIDDEN,
-                HIDDEN_STRIDE,
-                GROUPS,
-                FP8,
-                False,
-                1,
-                BLOCK_COLUMNS,
-                ROWS,
-                SCALES,
-            )
+        if (num_tokens <= WORD_TOKENS) & (WORLD > 1):
+            flags = 0
+            if block >= PLAN_BLOCKS:
+                _push_words(
+                    hidden_states,
+                    num_tokens,
+                    tag,
+                    peers,
+                    own,
+                    rank,
+                    first_task(first, rank, WORLD, PUSH_BLOCKS),
+                    WORLD,
+                    CAPACITY,
+                    HIDDEN,
+                    HIDDEN_STRIDE,
+                    GROUPS,
+                    FP8,
+                    PUSH_BLOCKS,
+                    BLOCK_COLUMNS,
+                    WORD_TOKENS,
+                    ROW_WORDS,
+                    ROWS,
+                    SCALES,
+                    ROWS_AS_WORDS,
+                )
         else:
             _push_rows(
                 hidden_states,
@@ -532,7 +673,6 @@ def dispatch_kernel(
                         ROWS,
                         SCALES,
                         IDS,
-                        WEIGHTS,
                         ABORT,
                     )
             raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, blocks)
@@ -542,6 +682,53 @@ def dispatch_kernel(
     if WORLD > 1:
         if flags != 0:
             raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, blocks)
+        if block >= PLAN_BLOCKS:
+            if WORLD == 2:
+                words = wait_at_least(
+                    own + COUNTS + block * 8,
+                    blocks * 8,
+                    want,
+                    1,
+                    peers,
+                    status,
+                    rank,
+                    budget_ns,
+                    WORLD,
+                    WORLD_POW2,
+                    ABORT,
+                )
+                arrived = counts_in(words, want, WORLD, CAPACITY)
+            if turns == 0:
+                want_flags = tl.where(arrived <= WORD_TOKENS, 0, want + 1)
+            for i in range(1, WORLD):
+                peer = (rank + i) % WORLD
+                count = tl.sum(tl.where(source == peer, arrived, 0), 0)
+                if count <= WORD_TOKENS:
+                    _receive_words(
+                        count,
+                        tag,
+                        peers,
+                        status,
+                        own,
+                        rank,
+                        peer,
+                        first_task(block - PLAN_BLOCKS, peer, WORLD, PUSH_BLOCKS),
+                        budget_ns,
+                        WORLD,
+                        CAPACITY,
+                        HIDDEN,
+                        HIDDEN_STRIDE,
+                        GROUPS,
+                        FP8,
+                        PUSH_BLOCKS,
+                        BLOCK_COLUMNS,
+                        WORD_TOKENS,
+                        ROW_WORDS,
+                        ROWS,
+                        SCALES,
+                        ROWS_AS_WORDS,
+                        ABORT,
+                    )
         wait_at_least(
             own + FLAGS + block * 8,
             blocks * 8,

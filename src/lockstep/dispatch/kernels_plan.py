@@ -6,81 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lockstep.dispatch.kernels_wire import POLLS_PER_CLOCK, as_words, give_up, load_acquire, now_ns
-
-
-@triton.jit
-def arrived_words(
-    ids_words,
-    weight_words,
-    index,
-    mask,
-    tag,
-    peers,
-    status,
-    rank,
-    source,
-    budget_ns,
-    WORLD: tl.constexpr,
-    ABORT: tl.constexpr,
-):
-    """Load routing words until all of this epoch are there; returns expert ids (int32) and weights (float32)."""
-    ids = tl.load(ids_words + index, mask, other=0, volatile=True)
-    weights = tl.load(weight_words + index, mask, other=0, volatile=True)
-    stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
-    late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
-    ended = tl.full((), 0, tl.int32)
-    if late > 0:
-        started = now_ns()
-        while (late > 0) & (ended == 0):
-            polls = 0
-            while (late > 0) & (polls < POLLS_PER_CLOCK):
-                ids = tl.load(ids_words + index, mask, other=0, volatile=True)
-                weights = tl.load(weight_words + index, mask, other=0, volatile=True)
-                stale = mask & (((ids >> 32) != tag) | ((weights >> 32) != tag))
-                late = tl.max(tl.max(stale.to(tl.int32), 1), 0)
-                polls += 1
-            if late > 0:
-                absent = tl.max(tl.max(tl.where(stale, source, -1), 1), 0)
-                ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-    if index.shape[0] * index.shape[1] < 256:
-        # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
-        # the copies: the others may be older. After the barrier all see what one saw.
-        tl.debug_barrier()
-        ids = tl.load(ids_words + index, mask, other=0, volatile=True)
-        weights = tl.load(weight_words + index, mask, other=0, volatile=True)
-    return ids.to(tl.int32), weights.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _write_pairs(
-    local,
-    weights,
-    valid,
-    index,
-    slot,
-    expert,
-    first,
-    gather_index,
-    pair_weights,
-    inverse,
-    EXPERTS: tl.constexpr,
-):
-    """Write one expert's pairs of a tile, which begin at position `first`; returns how many there were.
-
-    The order is by source, then by (token, k): fixed by the counts alone, so results repeat bit for bit.
-    """
-    mine = valid & (local == expert)
-    ones = mine.to(tl.int32)
-    per_source = tl.sum(ones, 1)
-    before = tl.cumsum(per_source, 0) - per_source
-    position = first + before[:, None] + tl.cumsum(ones, 1) - 1
-    tl.store(gather_index + position, slot, mine)
-    tl.store(pair_weights + position, weights, mine)
-    # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
-    foreign = valid & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
-    tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
-    return tl.sum(per_source, 0)
+from lockstep.dispatch.kernels_wire import POLLS_PER_CLOCK, arrived_words, as_words, give_up, load_acquire, now_ns
 
 
 @triton.jit
@@ -105,37 +31,60 @@ def plan_one_tile(
     EXPERTS: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
     IDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ABORT: tl.constexpr,
 ):
-    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
-    source = tl.arange(0, WORLD_POW2)[:, None]
-    pair = tl.arange(0, TILE)[None, :]
-    mask = pair < limits[:, None]
+    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers.
+
+    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit.
+    """
+    lane = tl.arange(0, WORLD_POW2 * TILE)
+    source, pair = lane // TILE, lane % TILE
+    limit = tl.reshape(tl.broadcast_to(limits[:, None], [WORLD_POW2, TILE]), [WORLD_POW2 * TILE])
+    words = as_words(own + IDS)
+    if TILE > PAIRS:
+        # Many words that are asked for again and again hold up those that are to come: ask for the last of each
+        # sending block first.
+        parts: tl.constexpr = TILE // PAIRS
+        part = tl.arange(0, WORLD_POW2 * parts)
+        most = tl.reshape(tl.broadcast_to(limits[:, None], [WORLD_POW2, parts]), [WORLD_POW2 * parts])
+        last = tl.minimum((part % parts + 1) * PAIRS, most) - 1
+        arrived_words(
+            words,
+            (part // parts) * (CAPACITY * TOPK) + last,
+            last >= (part % parts) * PAIRS,
+            tag,
+            peers,
+            status,
+            rank,
+            part // parts,
+            budget_ns,
+            WORLD,
+            ABORT,
+            (WEIGHTS - IDS) // 8,
+        )
+    mask = pair < limit
     index = source * (CAPACITY * TOPK) + pair
-    ids, weights = arrived_words(
-        as_words(own + IDS),
-        as_words(own + WEIGHTS),
-        index,
-        mask,
-        tag,
-        peers,
-        status,
-        rank,
-        source,
-        budget_ns,
-        WORLD,
-        ABORT,
+    ids, bits = arrived_words(
+        words, index, mask, tag, peers, status, rank, source, budget_ns, WORLD, ABORT, (WEIGHTS - IDS) // 8
     )
     local = ids - rank * EXPERTS
-    slot = source * CAPACITY + pair // TOPK
     for expert in range(first_expert, EXPERTS, STEP):
+        mine = mask & (local == expert)
         lower = mask & (local >= 0) & (local < expert)
-        first = tl.sum(tl.sum(lower.to(tl.int32), 1), 0)
-        count = _write_pairs(
-            local, weights, mask, index, slot, expert, first, gather_index, pair_weights, inverse, EXPERTS
-        )
+        # Pairs of this expert in the lower half, of the experts before it in the upper: one scan, one sum.
+        ones = mine.to(tl.int32) + (lower.to(tl.int32) << 16)
+        before = tl.cumsum(ones, 0)
+        total = tl.sum(ones, 0)
+        first, count = total >> 16, total & 0xFFFF
+        position = first + (before & 0xFFFF) - 1
+        tl.store(gather_index + position, source * CAPACITY + pair // TOPK, mine)
+        tl.store(pair_weights + position, bits.to(tl.float32, bitcast=True), mine)
+        # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
+        foreign = mask & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
+        tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
         tl.store(tokens_per_expert + expert, count)
         tl.store(expert_offsets + expert + 1, first + count)
 
@@ -232,9 +181,8 @@ def plan_slices(
             index = source * (CAPACITY * TOPK) + pair
             ids, _ = arrived_words(
                 ids_words,
-                weight_words,
-                index[None, :],
-                mask[None, :],
+                index,
+                mask,
                 tag,
                 peers,
                 status,
@@ -243,8 +191,9 @@ def plan_slices(
                 budget_ns,
                 WORLD,
                 ABORT,
+                (WEIGHTS - IDS) // 8,
             )
-            local = tl.reshape(ids, [SLICE]) - rank * EXPERTS
+            local = ids - rank * EXPERTS
             mine = mask & (local >= 0) & (local < EXPERTS)
             local = tl.where(mine, local, 0)
             order = _orders_in_slice(local, mine, (EXPERTS_POW2 + 7) // 8) + tl.gather(counts, local, 0)

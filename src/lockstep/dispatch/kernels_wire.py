@@ -14,8 +14,9 @@ barrier of their own:
     of a dispatch that have met; combine zeroes it.
 
 Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
-one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows are covered by a flag per sending block, which the
-block of the same number waits for on the receiver.
+one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows of few tokens go as such words too, two bfloat16
+values in each: twice the bytes, but one trip over the link where rows and a flag behind a fence take three. Rows of
+many tokens are covered by a flag per sending block, which the block of the same number waits for on the receiver.
 
 A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank, so the
 sender and the receiver of a row agree on its block without a word.
@@ -78,9 +79,9 @@ def _store_flag(address, word):
 
 
 @triton.jit
-def as_words(address):
-    """Return integer `address` as a pointer to int64."""
-    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 8)
+def as_words(address, ALIGNED: tl.constexpr = 8):
+    """Return integer `address`, a multiple of `ALIGNED`, as a pointer to int64."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), ALIGNED)
 
 
 @triton.jit
@@ -148,6 +149,75 @@ def wait_at_least(
 
 
 @triton.jit
+def arrived_words(
+    words,
+    index,
+    mask,
+    tag,
+    peers,
+    status,
+    rank,
+    source,
+    budget_ns,
+    WORLD: tl.constexpr,
+    ABORT: tl.constexpr,
+    SECOND: tl.constexpr = 0,
+):
+    """Load the words at `index` (`[n]`) that `mask` names until all are of this epoch; return their payloads, int32.
+
+    With `SECOND`, a distance in words, there are two words per index, and both payloads are returned; else the same
+    one twice. `source` is the rank that sends them, `[n]` or one for all: it is named if they do not come.
+    """
+    first = tl.load(words + index, mask, other=0, volatile=True)
+    second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
+    stale = mask & (((first >> 32) != tag) | ((second >> 32) != tag))
+    late = tl.max(stale.to(tl.int32), 0)
+    ended = tl.full((), 0, tl.int32)
+    if late > 0:
+        started = now_ns()
+        while (late > 0) & (ended == 0):
+            polls = 0
+            while (late > 0) & (polls < POLLS_PER_CLOCK):
+                first = tl.load(words + index, mask, other=0, volatile=True)
+                second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
+                stale = mask & (((first >> 32) != tag) | ((second >> 32) != tag))
+                late = tl.max(stale.to(tl.int32), 0)
+                polls += 1
+            if late > 0:
+                absent = tl.max(tl.where(stale, source, -1), 0)
+                ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+    if index.shape[0] < 256:
+        # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
+        # the copies: the others may be older. After the barrier all see what one saw.
+        tl.debug_barrier()
+        first = tl.load(words + index, mask, other=0, volatile=True)
+        second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
+    return first.to(tl.int32), second.to(tl.int32)
+
+
+@triton.jit
+def pack_row(values, tag):
+    """Return bfloat16 values `[rows, columns]` as words that prove their arrival, `[rows, columns / 2]` int64."""
+    bits = values.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    low, high = tl.split(tl.reshape(bits, [bits.shape[0], bits.shape[1] // 2, 2]))
+    return (tag << 32) | ((low | (high << 16)).to(tl.int64) & PAYLOAD_MASK)
+
+
+@triton.jit
+def unpack_row(payload):
+    """Return the bfloat16 values `[rows, columns]` of payloads `[rows, columns / 2]` int32; see `pack_row`."""
+    pairs = tl.join(payload & 0xFFFF, (payload >> 16) & 0xFFFF)
+    bits = tl.reshape(pairs, [payload.shape[0], 2 * payload.shape[1]])
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def first_task(block, source, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return the first task of `source`'s rows that is `block`'s: few rows of several ranks fall to other blocks."""
+    return (block + BLOCKS - (source * (BLOCKS // WORLD)) % BLOCKS) % BLOCKS
+
+
+@triton.jit
 def counts_in(words, want, WORLD: tl.constexpr, CAPACITY: tl.constexpr):
     """Return the tokens of every rank from its count word, and 0 for a rank that is epochs ahead.
 
@@ -160,9 +230,13 @@ def counts_in(words, want, WORLD: tl.constexpr, CAPACITY: tl.constexpr):
 
 
 @triton.jit
-def raise_flags(peers, rank, section, block, word, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
-    """After all stores of this block: raise its flag on every other rank."""
-    zero = _fence(tl.full((), 0, tl.int32))
+def raise_flags(
+    peers, rank, section, block, word, WORLD: tl.constexpr, BLOCKS: tl.constexpr, FENCE: tl.constexpr = True
+):
+    """Raise this block's flag on every other rank: with `FENCE` after all its stores, else whenever those arrive."""
+    zero = tl.full((), 0, tl.int32)
+    if FENCE:
+        zero = _fence(zero)
     for i in range(1, WORLD):
         base = tl.load(peers + (rank + i) % WORLD)
         _store_flag(base + section + (rank * BLOCKS + block).to(tl.int64) * 8, word + zero)

@@ -41,7 +41,10 @@ class LaunchSizes:
         plan_blocks, push_blocks: of the dispatch kernel.
         combine_blocks: of the combine kernel.
         dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
-        small_tile: most routing words per source that the plan holds in registers at once; a power of two.
+        tiny_tile, tiles: how many routing words per source the plan holds in registers at once: `tiny_tile`, a power of
+            two, or twice as many, and so on, `tiles` sizes in all. Beyond the largest it goes by slices.
+        word_tokens: most tokens of a rank whose rows travel as words that prove their own arrival: twice the bytes, but
+            no flag behind a fence.
         slice: routing words that a block of a larger plan counts at a time; a power of two, at most 256.
         pairs: routing words that a block sends at a time; a power of two.
         round: tiles that a combine block pushes to each peer between two flags.
@@ -56,7 +59,9 @@ class LaunchSizes:
     dispatch_tokens: int
     combine_tokens: int
     columns: int
-    small_tile: int
+    tiny_tile: int
+    tiles: int
+    word_tokens: int
     slice: int = 256
     pairs: int = 256
     round: int = 4
@@ -95,7 +100,9 @@ def launch_sizes(
         dispatch_tokens=dispatch_tokens,
         combine_tokens=combine_tokens,
         columns=columns,
-        small_tile=2048 // ranks,
+        tiny_tile=256 // ranks,
+        tiles=4,
+        word_tokens=min(max_tokens_per_rank, 2**19 // (num_ranks * hidden_size)),
         skew_tokens=max(256, 2**22 // hidden_size),
     )
 
@@ -107,6 +114,8 @@ class Layout:
     Attributes:
         rows: received rows, `[ranks, capacity, hidden_stride]`.
         scales: of fp8 rows, `[ranks, capacity, groups]` float32.
+        rows_as_words, returned_as_words: rows of few tokens and their partial sums, `[ranks, word_tokens, row_words]`
+            int64, two bfloat16 values in each.
         ids, weights: routing words, `[ranks, capacity, top_k]` int64.
         counts: count words, a copy per block, `[ranks, blocks]` int64.
         dispatch_flags, combine_flags: `[ranks, blocks]` int64.
@@ -117,6 +126,8 @@ class Layout:
 
     rows: int
     scales: int
+    rows_as_words: int
+    returned_as_words: int
     ids: int
     weights: int
     counts: int
@@ -132,6 +143,7 @@ def make_layout(
 ) -> Layout:
     """Lay out one channel; see `Layout` for the sections."""
     slots = num_ranks * capacity
+    words = num_ranks * launch.word_tokens * (hidden_stride // 2) * 8
     sizes = {
         "ids": slots * top_k * 8,
         "weights": slots * top_k * 8,
@@ -139,6 +151,8 @@ def make_layout(
         "dispatch_flags": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
+        "rows_as_words": words,
+        "returned_as_words": words,
         "scales": slots * groups * 4 if fp8 else 0,
         "rows": slots * hidden_stride * (1 if fp8 else 2),
         "returned": slots * hidden_stride * 2,
@@ -207,7 +221,7 @@ class NvlinkDispatcher:
     The tensors of a handle belong to the dispatcher and hold until its channel's next dispatch. In them
 
     * `hidden_states` has a slot for every token of every rank, `[ranks * max_tokens_per_rank, hidden]`: slot
-      `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` are written.
+      `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` mean anything.
     * `gather_index` (int32) and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
       `tokens_per_expert.sum()` entries count, the others are valid slots of no meaning.
 
@@ -271,12 +285,18 @@ class NvlinkDispatcher:
         self.launch = launch or launch_sizes(
             _num_multiprocessors(self.device), self.num_ranks, self.num_local_experts, hidden_size, max_tokens_per_rank
         )
+        if self.launch.word_tokens >= self.launch.skew_tokens:
+            raise ConfigurationError(
+                f"word_tokens {self.launch.word_tokens} must be below skew_tokens {self.launch.skew_tokens}"
+            )
         self.layout = make_layout(
             self.num_ranks, max_tokens_per_rank, top_k, self.hidden_stride, self.groups, fp8, self.launch
         )
         self._group = process_group
         self._deadline_s = deadline_s
         self._status = _host_word(self.device)
+        self._status_word = self._status.numpy()  # the same memory, read ten times as fast
+        self._compiled: dict[Any, Any] = {}
         self._all_tokens = torch.full((1,), ALL_TOKENS.value, dtype=torch.int32, device=self.device)
         buffer, addresses, self._mapping = _map_buffer(self.layout.nbytes * num_channels, self.device, process_group)
         buffer.zero_()
@@ -304,6 +324,8 @@ class NvlinkDispatcher:
             "IDS": self.layout.ids,
             "WEIGHTS": self.layout.weights,
             "ABORT": self.layout.abort,
+            "WORD_TOKENS": self.launch.word_tokens,
+            "ROW_WORDS": self.hidden_stride // 2,
             "SKEW_TOKENS": self.launch.skew_tokens,
             "CHAIN_ROUND": self.launch.chain_round,
             "PDL": early,
@@ -318,13 +340,15 @@ class NvlinkDispatcher:
             PLAN_BLOCKS=self.launch.plan_blocks,
             PUSH_BLOCKS=self.launch.push_blocks,
             BLOCK_TOKENS=self.launch.dispatch_tokens,
-            SMALL_TILE=self.launch.small_tile,
+            TINY_TILE=self.launch.tiny_tile,
+            TILES=self.launch.tiles,
             SLICE=self.launch.slice,
             EXPERTS_POW2=_expert_lanes(self.num_local_experts),
             COPIES_POW2=triton.next_power_of_2(self.launch.plan_blocks + self.launch.push_blocks),
             PAIRS=self.launch.pairs,
             ROWS=self.layout.rows,
             SCALES=self.layout.scales,
+            ROWS_AS_WORDS=self.layout.rows_as_words,
             COUNTS=self.layout.counts,
             FLAGS=self.layout.dispatch_flags,
         )
@@ -334,6 +358,7 @@ class NvlinkDispatcher:
             BLOCK_TOKENS=self.launch.combine_tokens,
             ROUND=self.launch.round,
             RETURNED=self.layout.returned,
+            RETURNED_AS_WORDS=self.layout.returned_as_words,
             FLAGS=self.layout.combine_flags,
         )
         self._settle()
@@ -391,7 +416,7 @@ class NvlinkDispatcher:
                 f"combine one first, or raise num_channels"
             )
         hidden_states = _aligned(hidden_states)
-        dispatch_kernel[(self.launch.plan_blocks + self.launch.push_blocks,)](
+        arguments = (
             hidden_states,
             topk_ids.contiguous(),
             topk_weights.contiguous(),
@@ -409,8 +434,10 @@ class NvlinkDispatcher:
             rows,
             self.rank,
             int(self._deadline_s * 1e9),
-            **self._dispatch_options,
         )
+        blocks = self.launch.plan_blocks + self.launch.push_blocks
+        kind = (topk_ids.dtype, topk_weights.dtype)
+        self._run(dispatch_kernel, blocks, kind, arguments, self._dispatch_options)
         channel.num_rows = rows
         index = self._next_channel
         self._next_channel = (index + 1) % len(self._channels)
@@ -459,7 +486,7 @@ class NvlinkDispatcher:
             )
         if output is None:
             output = expert_output.new_empty((channel.num_rows, self.hidden_size))
-        combine_kernel[(self.launch.combine_blocks,)](
+        arguments = (
             _aligned(expert_output),
             output,
             channel.inverse,
@@ -469,11 +496,34 @@ class NvlinkDispatcher:
             self._status.data_ptr(),
             self.rank,
             int(self._deadline_s * 1e9),
-            REDUCED=reduced,
-            **self._combine_options,
         )
+        kind = (reduced, output.data_ptr() % 16)
+        options = self._combine_options | {"REDUCED": reduced}
+        self._run(combine_kernel, self.launch.combine_blocks, kind, arguments, options)
         channel.num_rows = None
         return output
+
+    def _run(
+        self, kernel: Any, blocks: int, kind: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Launch a kernel: by Triton's own call the first time, then without its look at every argument's kind.
+
+        Args:
+            kernel: to launch; its compile-time arguments come last.
+            blocks: of the launch.
+            kind: what may differ from call to call and makes it another binary; all else is this dispatcher's own.
+            arguments: of run time, in order.
+            options: compile-time arguments and Triton's options, by name.
+        """
+        compiled = self._compiled.get((kernel, kind))
+        if compiled is None:
+            compiled = kernel[(blocks,)](*arguments, **options)
+            if compiled is not None:  # as under Triton's interpreter
+                constants = tuple(options[name] for name in kernel.arg_names if name in options)
+                self._compiled[kernel, kind] = compiled[(blocks, 1, 1)], constants
+            return
+        launch, constants = compiled
+        launch(*arguments, *constants)
 
     def forget_capture(self) -> None:
         """Free the channels after a capture that failed: what it recorded has not run and will not."""
@@ -493,7 +543,7 @@ class NvlinkDispatcher:
         """
         if wait:
             _synchronize(self.device)
-        word = int(self._status[0])
+        word = int(self._status_word[0])
         if word == 0:
             return
         code, reporter, absent = word >> 32, (word >> 16) & 0xFFFF, (word & 0xFFFF) - 1
