@@ -101,7 +101,7 @@ def launch_sizes(
         combine_tokens=combine_tokens,
         columns=columns,
         tiny_tile=256 // ranks,
-        tiles=4,
+        tiles=3,
         word_tokens=min(max_tokens_per_rank, 2**19 // (num_ranks * hidden_size)),
         skew_tokens=max(256, 2**22 // hidden_size),
     )
