@@ -72,7 +72,7 @@ def _launch(nvlink, seed):
     return nvlink.LaunchSizes(
         plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
         tiny_tile=[2, 8][seed % 2], tiles=[3, 4][seed % 2], word_tokens=[2, 5][seed % 2], slice=32, pairs=8,
-        round=1 + seed % 2, skew_tokens=6, chain_round=2 - seed % 2,
+        round=1 + 2 * (seed % 2), skew_tokens=6, chain_round=2 - seed % 2,
     )  # fmt: skip
 
 

@@ -244,11 +244,12 @@ def _combine_rounds(
     tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
     mine_first = tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS)
     hops = tl.zeros((), tl.int32)
-    tiles = tl.full((), ROUND, tl.int32)
+    # Of two rounds the first has nothing beside it and the second nothing after it: rather four, of half the size.
+    tiles = tl.where((mine_first > ROUND) & (mine_first <= 2 * ROUND), (ROUND + 1) // 2, ROUND)
     first_source = rank
     if CHAINS:
         hops = tl.where((skewed >= 0) & ((mine_first > 0) | (block == 0)), WORLD - 2, 0)
-        tiles = tl.where(skewed >= 0, CHAIN_ROUND, ROUND)
+        tiles = tl.where(skewed >= 0, CHAIN_ROUND, tiles)
         first_source = tl.where(skewed >= 0, skewed, rank)
     rounds = tl.cdiv(mine_first, tiles)
     rounds = tl.where(block == 0, tl.maximum(rounds, 1), rounds)
@@ -433,10 +434,10 @@ def combine_kernel(
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
     Where no rank has more than `WORD_TOKENS` tokens the rows travel as words, see `_combine_words`. Otherwise:
-    A block pushes `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before: the
-    link carries one round while memory is read for another. The number of rounds follows from the longest rank, which
-    all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier that
-    the next dispatch counts on. The rows of a skewed rank come back along their chains; see `dispatch_kernel`.
+    A block pushes up to `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before:
+    the link carries one round while memory is read for another. The number of rounds follows from the longest rank,
+    which all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier
+    that the next dispatch counts on. The rows of a skewed rank come back along their chains; see `dispatch_kernel`.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)

@@ -47,7 +47,7 @@ class LaunchSizes:
             no flag behind a fence.
         slice: routing words that a block of a larger plan counts at a time; a power of two, at most 256.
         pairs: routing words that a block sends at a time; a power of two.
-        round: tiles that a combine block pushes to each peer between two flags.
+        round: most tiles that a combine block pushes to each peer between two flags.
         skew_tokens: from how many tokens on the rows of one rank are passed on from peer to peer, if no other rank has
             more than half as many; of three ranks or more.
         chain_round: tiles of such a rank that a block handles between two flags.
@@ -101,7 +101,7 @@ def launch_sizes(
         combine_tokens=combine_tokens,
         columns=columns,
         tiny_tile=256 // ranks,
-        tiles=3,
+        tiles=4,
         word_tokens=min(max_tokens_per_rank, 2**19 // (num_ranks * hidden_size)),
         skew_tokens=max(256, 2**22 // hidden_size),
     )
