@@ -7,7 +7,8 @@ measured decode step beside what the constants say of it; those of 8 layers are 
 step of two lone requests of which one is long: its attention runs on few multiprocessors, which no term knows. Per
 layer:
 
-measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row per rank (`dispatch_*`, nvlink_pairs)
+measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row per rank (`dispatch_*`, nvlink_pairs,
+          of the version that the whole model was measured with)
           weights_us, expert_row_us: all 64 local experts with 4 rows and with 64 rows each (`experts_*`)
 fitted    step_us, request_us, decode_context_us: to what is left of the decode steps of `model_*`, 48 layers as graphs
 assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP/s of a large product;
@@ -46,10 +47,16 @@ def age(rows):
     return rows[0]["file"].split("_")[2], rows[0].get("date", ""), "decoded" in rows[0], rows[0]["file"]
 
 
+def exchange_times():
+    """Return the time of dispatch and combine by the tokens of every rank, us: of the version of the newest model."""
+    commit = read("model_h200x2_*")[0]["commit"]
+    wanted = {"hidden": 2048, "dtype": "bf16", "routing": "uniform", "backend": "nvlink_pairs", "mode": "graph"}
+    return {tuple(row["counts"]): row["us"] for row in read(f"dispatch_h200x2_*_{commit}.jsonl", **wanted)}
+
+
 def exchange():
     """Return `chunk_us` and `row_us` of a layer."""
-    rows = read("dispatch_h200x2_*", hidden=2048, dtype="bf16", routing="uniform", backend="nvlink_pairs", mode="graph")
-    time_us = {tuple(row["counts"]): row["us"] for row in rows}
+    time_us = exchange_times()
     row_us = (time_us[4096, 4096] - time_us[1, 1]) / 4095
     return time_us[1, 1] - row_us, row_us
 

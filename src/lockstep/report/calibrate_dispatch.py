@@ -58,7 +58,8 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
     for name, one in constants.backends.items():
         sys.stdout.write(
             f"  {name:<10} {one.latency_us:,.1f} + {one.row_us:.3g} per row + {one.dispatch_us_per_mb:,.3g} per MB to "
-            f"experts + {one.combine_us_per_mb:,.3g} per MB back + {one.total_us_per_mb:,.3g} per MB of all ranks; "
+            f"experts + {one.combine_us_per_mb:,.3g} per MB back + {one.total_us_per_mb:,.3g} per MB of all ranks + "
+            f"{one.first_us_per_mb:,.3g} per MB of the first 2; "
             f"half of the {len(by_backend[name])} times within {100 * median_error[name]:.0f} %\n"
         )
     sys.stdout.write(f"constants: {path}; dispatcher `auto` chooses by them from now on\n" if out is None else "")
