@@ -314,7 +314,7 @@ def describe(
         malformed = {"num_malformed": trace.num_malformed, "malformed": [str(line) for line in trace.malformed]}
         typer.echo(json.dumps({"source": trace.source, "format": trace.format, **malformed, **description}))
     else:
-        print_description(trace.source, trace.format, trace.malformed, description)
+        print_description(trace, description)
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")

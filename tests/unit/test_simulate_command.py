@@ -21,7 +21,7 @@ from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.sweep import Grid, best, setting, sweep
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
-from lockstep.workload import SyntheticParameters, synthetic_requests
+from lockstep.workload import Request, SyntheticParameters, synthetic_requests
 
 SYNTHETIC = "num_requests=150,rate=40,prompt_median=300,output_median=40"
 
@@ -55,7 +55,30 @@ def test_all_cores_give_what_one_gives():
     configs = Grid([2, 3], max_prefill_delay_steps=[0, 5]).configs(SimulationConfig(1))
     done = []
     assert sweep(requests, configs, 2, done.append) == sweep(requests, configs, 1)
-    assert done == [1, 2, 3, 4]
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(4)
+
+
+def test_long_simulations_say_how_far_they_are(monkeypatch, tmp_path):
+    # Two buffers and a half of the recorder: at each full one, and at the end, the share of the rows is known.
+    requests = [Request(0, 0.0, 1, 500_001)]
+    shares = []
+    simulate(requests, SimulationConfig(1), on_progress=shares.append)
+    assert shares == pytest.approx([2**18 / 500_001, 1], rel=1e-4)
+    monkeypatch.setattr("lockstep.report.simulate_command._LINE_EVERY_S", 0.0)
+    options = ("--synthetic", "num_requests=1,output_median=300000,output_sigma=0,output_max=300000")
+    result = invoke("simulate", *options, "--data-parallel-size", "1", "--workers", "1", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "simulating 1 setting: 87." in result.stderr
+    assert f"writing {tmp_path / 'out'}: 87." in result.stderr
+
+
+def test_a_trace_with_a_bad_row_is_said_once(tmp_path):
+    (tmp_path / "trace").write_text('{"timestamp": 0, "input_length": 9, "output_length": 3}\n[/red]\n')
+    for command in (("simulate", "--workers", "1", "--workload"), ("workload", "describe")):
+        result = invoke(*command, str(tmp_path / "trace"))
+        assert result.exit_code == 0, result.output
+        assert result.output.count(f"{tmp_path / 'trace'}: left out 1 malformed line: line 2: not JSON") == 1
 
 
 def test_the_best_setting_keeps_to_the_limits():
@@ -118,7 +141,7 @@ def test_full_exchange_buffers_are_said():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data-parallel-size", "0"), "num_ranks must be >= 1, got 0"),
+        (("--data-parallel-size", "0"), "num_ranks must be in 1..100000, got 0"),
         (("--data-parallel-size", "two"), "data_parallel_size must be numbers with commas between them, got 'two'"),
         (("--max-chunk-size", "0"), "max_chunk_size must be >= 1, got 0"),
         (("--load-balancing", "best"), "load_balancing must be one of"),
@@ -130,12 +153,20 @@ def test_full_exchange_buffers_are_said():
             "for the workload `synthetic`, not for the file trace.csv",
         ),
         (("--validate", "nowhere"), "nowhere is not the folder of a recorded run: it has no steps.jsonl"),
-        (("--rate-scale", "0"), "rate_scale must be a number > 0, got 0"),
+        (("--rate-scale", "0"), "rate_scale must be in 1e-9..1e9, got 0"),
+        (("--rate-scale", "1e308"), "rate_scale must be in 1e-9..1e9, got 1e+308"),
+        (("--synthetic", "rate=1e308"), "rate must be in 1e-9..1e9 requests per second, got 1e+308"),
+        (("--length-scale", "1e9"), "length_scale=1e+09 makes a request of "),
+        (("--length-scale", "1e308"), "length_scale=1e+308 makes a request of inf tokens, more than 2147483647"),
+        (("--data-parallel-size", "8,1000000"), "num_ranks must be in 1..100000, got 1000000"),
+        (("--requests", "10000000000"), "num_requests of a synthetic workload must be <= 10000000, got 10000000000"),
+        (("--cost", "{folder}/cost.json"), "cost.json: cost constant step_us is missing"),
         (("--kv-capacity-tokens", "10"), "kv_capacity_tokens=10"),
     ],
 )
-def test_bad_options_name_value_and_limit(options, message):
-    result = invoke("simulate", "--requests", "5", *options)
+def test_bad_options_name_value_and_limit(options, message, tmp_path):
+    (tmp_path / "cost.json").write_text("{}")
+    result = invoke("simulate", "--requests", "5", *(option.replace("{folder}", str(tmp_path)) for option in options))
     assert isinstance(result.exception, ConfigurationError), result.output
     assert message in str(result.exception)
 
@@ -160,6 +191,13 @@ def test_describe_prints_parameters_that_make_the_same_kind_of_workload(tmp_path
     assert SyntheticParameters.parse(options).prompt_median == pytest.approx(124.5)
     document = json.loads(invoke("workload", "describe", str(tmp_path / "trace"), "--json").stdout)
     assert (document["num_requests"], document["num_malformed"], document["requests_per_s"]) == (50, 1, 1)
+
+
+def test_described_lengths_of_many_digits_can_be_given_back(tmp_path):
+    (tmp_path / "trace").write_text('{"timestamp": 0, "input_length": 12345678, "output_length": 1}\n')
+    result = invoke("workload", "describe", str(tmp_path / "trace"))
+    options = result.output.replace("\n", "").split("--synthetic ")[1].strip()
+    assert SyntheticParameters.parse(options).prompt_max == 12_345_678
 
 
 def records(num_steps=50, seed=0, noise=0.0):

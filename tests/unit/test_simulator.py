@@ -256,7 +256,35 @@ def test_constants_are_saved_loaded_and_checked(tmp_path):
     assert CostConstants.load("linear") is COST_CONSTANTS["linear"]
     with pytest.raises(ConfigurationError, match=r"cost must be one of .* got 'nosuch'"):
         CostConstants.load("nosuch")
-    for text in ("[]", "{", '{"step_us": 1}', '{"step_us": -1, "token_us": 1}', '{"step_us": 1, "token_us": "x"}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(ConfigurationError):
-            CostConstants.load(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", ": cost constants must be a JSON object, got []"),
+        (b"7", ": cost constants must be a JSON object, got 7"),
+        (b"{}", ": cost constant step_us is missing"),
+        (b'{"step_us": 1}', ": cost constant token_us is missing"),
+        (b'{"step_us": 1, "token_us": 1, "steps": 1}', ": 'steps' is no cost constant; there are step_us, token_us,"),
+        (b'{"step_us": -1, "token_us": 1}', ": cost constant step_us must be a number >= 0 and < 1e12, got -1"),
+        (b'{"step_us": 1, "token_us": "x"}', ": cost constant token_us must be a number >= 0 and < 1e12, got 'x'"),
+        (b'{"step_us": 1, "token_us": NaN}', ": cost constant token_us must be a number >= 0 and < 1e12, got nan"),
+        (
+            b'{"step_us": 1, "token_us": 1e12}',
+            ": cost constant token_us must be a number >= 0 and < 1e12, got 1000000000000.0",
+        ),
+        (b'{"step_us": true, "token_us": 1}', ": cost constant step_us must be a number >= 0 and < 1e12, got True"),
+        (b'{"step_us": 0, "token_us": 1}', ": cost constant step_us must be > 0, got 0"),
+        (b'{"step_us": 1, "token_us": 1, "source": 5}', ": source of cost constants must be text, got 5"),
+    ],
+)
+def test_a_file_of_other_constants_names_file_field_and_what_was_expected(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(text)
+    with pytest.raises(ConfigurationError) as error:
+        CostConstants.load(str(path))
+    assert str(error.value).startswith(f"{path}{message}" if message[0] == ":" else f"{path} {message}")
+    assert "__init__" not in str(error.value)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_rate_lengths_and_limits(tmp_path):
         (b"\xff\xfe,1,2", "not UTF-8"),
     ],
 )
-def test_a_malformed_line_is_named_and_the_rows_around_it_are_kept(tmp_path, line, problem, caplog):
+def test_a_malformed_line_is_named_and_the_rows_around_it_are_kept(tmp_path, line, problem):
     text = AZURE.encode() + (line if isinstance(line, bytes) else line.encode()) + b"\n2023-11-16 19:00:00,1,2\n"
     trace = load_trace(write(tmp_path, text))
     assert len(trace.requests) == 4
@@ -86,7 +87,8 @@ def test_a_malformed_line_is_named_and_the_rows_around_it_are_kept(tmp_path, lin
     assert trace.malformed[0].line == 5
     assert problem in str(trace.malformed[0])
     assert "integers >= 1" in str(trace.malformed[0])
-    assert "line 5" in caplog.text
+    assert "trace: left out 1 malformed line: line 5: " in trace.left_out
+    assert load_trace(write(tmp_path, AZURE)).left_out == ""
 
 
 @pytest.mark.parametrize(
@@ -137,9 +139,17 @@ def test_an_archive_that_breaks_off_keeps_the_rows_before(tmp_path):
 
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("lockstep.workload.traces._MAX_LINE_BYTES", 200)
-    trace = load_trace(write(tmp_path, AZURE + "x" * 1000 + "\n2023-11-16 19:00:00,1,2\n"))
-    assert (len(trace.requests), trace.num_malformed) == (4, 1)
-    assert "longer than 200 bytes" in str(trace.malformed[0])
+    text = AZURE + "x" * 1000 + "\n2023-11-16 19:00:00,1,2\n"
+    for content in (text, gzip.compress(text.encode())):
+        with pytest.raises(ConfigurationError, match=r"trace: line 5 is longer than 200 bytes, the most"):
+            load_trace(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe"])
+def test_what_can_be_read_once_or_for_ever_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")  # nobody writes into it: opening it would wait
+    with pytest.raises(ConfigurationError, match="is a pipe or a device: a workload is read several times"):
+        load_trace(tmp_path / name)
 
 
 def test_a_missing_file_is_an_os_error():

@@ -27,6 +27,7 @@ from lockstep.runner import run as runner
 from lockstep.runner.launcher import launch
 from lockstep.runner.run import DTYPES, PARTS, RunOptions
 from lockstep.runner.verify import Verification, verify
+from lockstep.workload import load_workload
 
 _LINE_EVERY_S = 5.0
 _MARKER = ".lockstep-run"
@@ -66,7 +67,7 @@ def execute(command: RunCommand) -> int:
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "RANK" in os.environ
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
     console = Console(stderr=True)
-    options = _checked(command.options)
+    options = _checked(command.options, console)
     if under_torchrun and int(os.environ["WORLD_SIZE"]) != options.world_size:
         raise ConfigurationError(
             f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
@@ -135,7 +136,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         return runner.run_rank(options, show)
 
 
-def _checked(options: RunOptions) -> RunOptions:
+def _checked(options: RunOptions, console: Console) -> RunOptions:
     for name in ("data_parallel_size", "tensor_parallel_size", "max_chunk_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -151,7 +152,7 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ConfigurationError(f"deadline must be a number > 0, got {options.deadline_s}")
     if not 0 <= options.seed < 2**32:
         raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
-    if options.workload != "synthetic" and not Path(options.workload).is_file():
+    if options.workload != "synthetic" and (not Path(options.workload).exists() or Path(options.workload).is_dir()):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
     if options.metrics_port is not None and os.environ.get("RANK", "0") == "0":
         RunMetrics(options.metrics_port).close()  # a port that cannot be used is said now, not when ranks have started
@@ -161,7 +162,10 @@ def _checked(options: RunOptions) -> RunOptions:
             f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
             f"{os.cpu_count()} cores: use torchrun on several hosts"
         )
-    options.scheduler.check_fits(runner.load_requests(options))
+    trace = load_workload(options.workload, options.workload_options, options.seed)
+    options.scheduler.check_fits(trace.requests)
+    if trace.left_out and os.environ.get("RANK", "0") == "0":
+        console.print(trace.left_out, style="yellow", markup=False, soft_wrap=True)
     return options
 
 

@@ -8,13 +8,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.coordination.step_log import StepColumns, StepLogRecord
 from lockstep.errors import ConfigurationError
@@ -29,6 +30,7 @@ from lockstep.simulation.validation import join_runs, validate
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000
+_LINE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,12 @@ def execute(command: SimulateCommand) -> int:
     console = Console(stderr=True)
     configs = command.grid.configs(command.base)
     out = _prepared(command.out, command.overwrite)
+    if command.trace.left_out:
+        console.print(command.trace.left_out, style="yellow", markup=False, soft_wrap=True)
     started = time.perf_counter()
-    with Progress(
-        TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-        disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("settings", total=len(configs))
-        summaries = sweep(
-            command.trace.requests, configs, command.workers, lambda done: bar.update(task, completed=done)
-        )
+    count = "1 setting" if len(configs) == 1 else f"{len(configs)} settings"
+    with _progress(console, f"simulating {count}", len(configs)) as show:
+        summaries = sweep(command.trace.requests, configs, command.workers, show)
     chosen = best(summaries, **command.limits)
     document: dict[str, Any] = {
         "workload": command.trace.source,
@@ -87,8 +86,8 @@ def execute(command: SimulateCommand) -> int:
     else:
         print_settings(document["settings"], chosen, command.limits, document["cost"])
     if out is not None:
-        console.print(f"writing {out}", style="dim")
-        _write(command, out, document, configs[chosen or 0], chosen)
+        with _progress(console, f"writing {out}", 1) as show:
+            _write(command, out, document, configs[chosen or 0], chosen, show)
         if not command.as_json:
             Console(file=sys.stdout).print(f"report: {out / 'report.html'}", soft_wrap=True)
     return 0
@@ -143,6 +142,24 @@ def parse_seconds(name: str, text: str | None) -> float | None:
     return value
 
 
+@contextmanager
+def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Give a function that shows how much of `total` is done: a bar on a terminal, elsewhere a line now and then."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>5.1f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        last_line = time.monotonic()
+
+        def show(done: float) -> None:
+            nonlocal last_line
+            bar.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
+                last_line = time.monotonic()
+                console.print(f"{what}: {done / total:.1%} done", style="dim", markup=False, soft_wrap=True)
+
+        yield show
+
+
 def _prepared(name: str, overwrite: bool) -> Path | None:
     if not name:
         return None
@@ -158,7 +175,12 @@ def _prepared(name: str, overwrite: bool) -> Path | None:
 
 
 def _write(
-    command: SimulateCommand, out: Path, document: dict[str, Any], config: SimulationConfig, chosen: int | None
+    command: SimulateCommand,
+    out: Path,
+    document: dict[str, Any],
+    config: SimulationConfig,
+    chosen: int | None,
+    on_progress: Callable[[float], None],
 ) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -172,7 +194,7 @@ def _write(
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "settings.parquet")
     # The best setting once more, this time with every step written down.
     with StepColumns(out / "steps.parquet") as log:
-        result = simulate(command.trace.requests, config, log)
+        result = simulate(command.trace.requests, config, log, on_progress)
     columns = _request_columns(command, result)
     pyarrow.parquet.write_table(pyarrow.table(columns), out / "requests.parquet")
     write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * config.num_ranks))

@@ -7,9 +7,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lockstep.coordination.step_log import StepLogRecord
+from lockstep.workload import Trace
 
 
 def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path) -> None:
@@ -212,17 +214,15 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         console.print(f"requests with other tokens: {comparison['different_outputs']}")
 
 
-def print_description(source: str, kind: str, malformed: Sequence[Any], description: Mapping[str, Any]) -> None:
+def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
     """Print what a workload is like, on stdout.
 
     Args:
-        source: where it came from.
-        kind: its format.
-        malformed: lines left out.
+        trace: the workload.
         description: see `describe`.
     """
     console = Console(file=sys.stdout)
-    table = Table(title=f"{source} ({kind})")
+    table = Table(title=escape(f"{trace.source} ({trace.format})"))
     for heading in ("", "total", "mean", "p50", "p90", "p99", "max"):
         table.add_column(heading, justify="right" if heading else "left")
     for name in ("prompt_tokens", "output_tokens"):
@@ -233,13 +233,9 @@ def print_description(source: str, kind: str, malformed: Sequence[Any], descript
         f"{description['requests_per_s']:g} per second, {description['peak_requests_per_s']:g} in the busiest 10 s; "
         f"burstiness {description['burstiness']:g} (1 is a Poisson process)"
     )
-    if malformed:
-        console.print(
-            f"[red]{len(malformed)} malformed line{'s' * (len(malformed) > 1)}[/red]: "
-            + "; ".join(map(str, malformed[:3])),
-            soft_wrap=True,
-        )
-    options = ",".join(f"{name}={value:g}" for name, value in description["synthetic"].items())
+    if trace.left_out:
+        console.print(trace.left_out, style="red", markup=False, soft_wrap=True)
+    options = ",".join(f"{name}={value}" for name, value in description["synthetic"].items())
     console.print("a synthetic workload that resembles it:", style="dim")
     console.print(f"--workload synthetic --synthetic {options}", soft_wrap=True)
 

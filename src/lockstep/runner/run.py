@@ -117,17 +117,18 @@ class Progress:
     agreement_s: float = 0.0
 
 
-def load_requests(options: RunOptions, tokenizer: Any = None) -> list[Request]:
+def load_requests(options: RunOptions, tokenizer: Any) -> list[Request]:
     """Read or make the workload.
 
     Args:
         options: of the run.
-        tokenizer: counts the tokens of prompts given as text; without it their bytes are counted.
+        tokenizer: counts the tokens of prompts given as text.
     """
     if options.workload == "synthetic":
         return synthetic_requests(None, options.workload_options, options.seed)
-    count = (lambda text: len(tokenizer(text)["input_ids"])) if tokenizer is not None else None
-    return load_trace(options.workload, options.workload_options, count).requests
+    return load_trace(
+        options.workload, options.workload_options, lambda text: len(tokenizer(text)["input_ids"])
+    ).requests
 
 
 def prompt_ids(request: Request, tokenizer: Any, vocab_size: int, seed: int) -> list[int]:

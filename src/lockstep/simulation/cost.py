@@ -61,9 +61,13 @@ class CostConstants:
             if item.name != "source" and not (
                 isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
             ):
-                raise ConfigurationError(f"cost constant {item.name} must be a number >= 0, got {value!r}")
+                raise ConfigurationError(
+                    f"cost constant {item.name} must be a number >= 0 and < 1e12, got {value!r:.60}"
+                )
             if item.name != "source":
                 object.__setattr__(self, item.name, float(value))
+        if not isinstance(self.source, str):
+            raise ConfigurationError(f"source of cost constants must be text, got {self.source!r:.60}")
         if self.step_us <= 0:
             raise ConfigurationError(f"cost constant step_us must be > 0, got {self.step_us}: no step takes no time")
         if self.expert_share > 1:
@@ -134,7 +138,7 @@ class CostConstants:
         """Return a shipped set by its name, or read one from a JSON file.
 
         Raises:
-            ConfigurationError: if it is neither, or the file holds something else.
+            ConfigurationError: if it is neither, or the file holds something else; names the file and the constant.
         """
         if name in COST_CONSTANTS:
             return COST_CONSTANTS[name]
@@ -143,12 +147,23 @@ class CostConstants:
             raise ConfigurationError(f"cost must be one of {sorted(COST_CONSTANTS)} or a JSON file, got {name!r}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(f"{path} is not JSON: {error}") from None
+        names = [item.name for item in fields(cls)]
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"{path}: cost constants must be a JSON object, got {json.dumps(values):.60}")
+        for name in ("step_us", "token_us"):
+            if name not in values:
+                raise ConfigurationError(
+                    f"{path}: cost constant {name} is missing; `lockstep bench calibrate` writes it"
+                )
+        for name in values:
+            if name not in names:
+                raise ConfigurationError(f"{path}: {name!r:.60} is no cost constant; there are {', '.join(names)}")
+        try:
             return cls(**values)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(
-                f"{path}: not a set of cost constants ({error}); expected a JSON object with "
-                f"{[item.name for item in fields(cls)]}"
-            ) from None
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from None
 
 
 COST_CONSTANTS = {

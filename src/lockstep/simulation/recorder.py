@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lockstep.coordination.step_log import StepColumns
@@ -50,6 +52,7 @@ class StepRecorder:
         row_shapes: see `filler_rows`.
         step_log: takes every step, if given.
         max_cells: most cells (step x rank) of the table.
+        on_flush: called with all rows of requests so far, whenever full buffers have been handed on.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepRecorder:
         row_shapes: str,
         step_log: StepColumns | None,
         max_cells: int,
+        on_flush: Callable[[int], None] | None = None,
     ) -> None:
         # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
         self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
@@ -74,6 +78,7 @@ class StepRecorder:
         self._cost, self._max_chunk_size, self._row_shapes = cost, max_chunk_size, row_shapes
         self._asked_chunk_size = asked_chunk_size
         self._step_log = step_log
+        self._on_flush = on_flush
         self._used = 0
         self._first_step = 0
         self._seconds = 0.0
@@ -111,6 +116,8 @@ class StepRecorder:
         self._used = 0
         for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held):
             buffer[:used] = 0
+        if self._on_flush is not None:
+            self._on_flush(self.totals["real_rows"])
 
     def lost(self) -> dict[str, float]:
         """Return the lost share of all ranks' time by cause."""

@@ -28,6 +28,7 @@ ROW_SHAPES = ("ragged", "dummy", "equal")
 for all."""
 
 _FEW_RANKS = 32
+_MAX_RANKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SimulationConfig:
     """What is simulated.
 
     Attributes:
-        num_ranks: data-parallel ranks, >= 1.
+        num_ranks: data-parallel ranks, 1..100,000.
         scheduler: how requests become steps.
         cost: what a step costs.
         max_chunk_size: most rows that one rank sends at a time, >= 1; None for no limit.
@@ -56,8 +57,8 @@ class SimulationConfig:
     buffer_capacity_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1:
-            raise ConfigurationError(f"num_ranks must be >= 1, got {self.num_ranks}")
+        if not 1 <= self.num_ranks <= _MAX_RANKS:
+            raise ConfigurationError(f"num_ranks must be in 1..{_MAX_RANKS}, got {self.num_ranks}")
         if self.max_chunk_size is not None and self.max_chunk_size < 1:
             raise ConfigurationError(f"max_chunk_size must be >= 1, got {self.max_chunk_size}")
         if self.row_shapes not in ROW_SHAPES:
@@ -112,7 +113,7 @@ def simulate(
         requests: in order of arrival.
         config: ranks, policies, cost.
         step_log: takes every step and rank, if given.
-        on_progress: called now and then with the share of requests that have arrived.
+        on_progress: called now and then, and at the end, with the share of all rows that have been computed.
         max_report_cells: most cells (step x rank) of `SimulationResult.steps`; memory does not grow beyond them.
 
     Returns:
@@ -127,14 +128,19 @@ def simulate(
         ConfigurationError: for a request that can never fit into a rank's KV cache.
     """
     config.scheduler.check_fits(requests)
-    return _Simulation(requests, config, step_log, max_report_cells).run(on_progress)
+    return _Simulation(requests, config, step_log, max_report_cells, on_progress).run()
 
 
 class _Simulation:
     """The state of one simulation. Arrays have one entry per rank, or per request where they say so."""
 
     def __init__(
-        self, requests: Sequence[Request], config: SimulationConfig, step_log: StepColumns | None, max_cells: int
+        self,
+        requests: Sequence[Request],
+        config: SimulationConfig,
+        step_log: StepColumns | None,
+        max_cells: int,
+        on_progress: Callable[[float], None] | None,
     ) -> None:
         self.requests = requests
         self.config = config
@@ -159,6 +165,7 @@ class _Simulation:
         self.rank_of: list[int] = []
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
+        total_rows = sum(request.num_computed_tokens for request in requests)
         self.recorder = StepRecorder(
             num_ranks,
             config.cost,
@@ -167,9 +174,11 @@ class _Simulation:
             config.row_shapes,
             step_log,
             max_cells,
+            # Only where the buffers are handed on: a step knows nothing of it.
+            None if on_progress is None else lambda rows: on_progress(rows / total_rows),
         )
 
-    def run(self, on_progress: Callable[[float], None] | None) -> SimulationResult:
+    def run(self) -> SimulationResult:
         config, cost, recorder, requests = self.config, self.config.cost, self.recorder, self.requests
         delay = config.scheduler.max_prefill_delay_steps
         in_steps = config.clock == "steps"
@@ -194,8 +203,6 @@ class _Simulation:
                 if arrivals[following] <= clock:
                     visited = visited | self._arrive(following, step, now_s, arrivals, clock)
                     following += len(self.arrived)
-                    if on_progress is not None:
-                        on_progress(following / count)
             if run_prefills and self.queued:
                 visited = visited | self.queued
 

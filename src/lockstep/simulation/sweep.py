@@ -6,13 +6,15 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.workload.request import Request
+
+_PROGRESS_EVERY_S = 0.5
 
 SETTING_NAMES = (
     "data_parallel_size",
@@ -87,7 +89,7 @@ def sweep(
     requests: Sequence[Request],
     configs: Sequence[SimulationConfig],
     workers: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Simulate every configuration.
 
@@ -96,7 +98,7 @@ def sweep(
         configs: what to simulate.
         workers: processes, >= 1; by default one for each core, and none besides this one where there is one
             configuration.
-        on_progress: called with how many are done, whenever one is.
+        on_progress: called now and then with how many are done, parts of them counted too; at the end with all.
 
     Returns:
         The `SimulationResult.summary` of each, `[len(configs)]`.
@@ -107,19 +109,22 @@ def sweep(
     summaries: list[dict[str, Any]] = [{}] * len(configs)
     if workers <= 1:
         for index, config in enumerate(configs):
-            summaries[index] = simulate(requests, config, max_report_cells=1).summary
-            if on_progress is not None:
-                on_progress(index + 1)
+            show = None if on_progress is None else lambda share, before=index: on_progress(before + share)
+            summaries[index] = simulate(requests, config, on_progress=show, max_report_cells=1).summary
         return summaries
     # The workload goes to each process once, not with each task.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _take_workload, (list(requests),)) as pool:
-        tasks = {pool.submit(_simulate, config): index for index, config in enumerate(configs)}
+    shares = context.Array("d", len(configs), lock=False)  # of each configuration, written by its process
+    with ProcessPoolExecutor(workers, context, _take_workload, (list(requests), shares)) as pool:
+        tasks = {pool.submit(_simulate, index, config): index for index, config in enumerate(configs)}
+        left = set(tasks)
         try:
-            for done, task in enumerate(as_completed(tasks), 1):
-                summaries[tasks[task]] = task.result()
+            while left:
+                done, left = wait(left, _PROGRESS_EVERY_S, FIRST_COMPLETED)
+                for task in done:
+                    summaries[tasks[task]] = task.result()
                 if on_progress is not None:
-                    on_progress(done)
+                    on_progress(sum(shares))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -157,11 +162,16 @@ def lost_fraction(summary: dict[str, Any]) -> float:
 
 
 _workload: list[Request] = []
+_shares: Any = None
 
 
-def _take_workload(requests: list[Request]) -> None:
-    _workload[:] = requests
+def _take_workload(requests: list[Request], shares: Any) -> None:
+    global _shares
+    _workload[:], _shares = requests, shares
 
 
-def _simulate(config: SimulationConfig) -> dict[str, Any]:
-    return simulate(_workload, config, max_report_cells=1).summary
+def _simulate(index: int, config: SimulationConfig) -> dict[str, Any]:
+    def show(share: float) -> None:
+        _shares[index] = share
+
+    return simulate(_workload, config, on_progress=show, max_report_cells=1).summary

@@ -14,6 +14,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
 from lockstep.workload.traces import WorkloadOptions
 
+_MAX_REQUESTS = 10_000_000
+
 
 @dataclass(frozen=True)
 class SyntheticParameters:
@@ -21,7 +23,7 @@ class SyntheticParameters:
 
     Attributes:
         num_requests: how many, >= 1.
-        rate: mean arrivals per second, > 0.
+        rate: mean arrivals per second, 1e-9..1e9.
         burstiness: standard deviation of the gaps between arrivals over their mean, >= 0 (gamma-distributed gaps): 0 is
             a clock, 1 a Poisson process, above 1 bursts and lulls.
         prompt_median: median prompt length in tokens, >= 1.
@@ -67,9 +69,9 @@ class SyntheticParameters:
     def __post_init__(self) -> None:
         for name in ("num_requests", "prompt_median", "prompt_max", "output_median", "output_max"):
             if not 1 <= getattr(self, name) < 2**31:
-                raise ConfigurationError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise ConfigurationError(f"rate must be a number > 0 (requests per second), got {self.rate}")
+                raise ConfigurationError(f"{name} must be >= 1 and < 2**31, got {getattr(self, name)}")
+        if not 1e-9 <= self.rate <= 1e9:
+            raise ConfigurationError(f"rate must be in 1e-9..1e9 requests per second, got {self.rate}")
         for name in ("burstiness", "prompt_sigma", "output_sigma"):
             if not 0 <= getattr(self, name) <= 100:
                 raise ConfigurationError(f"{name} must be in 0..100, got {getattr(self, name)}")
@@ -87,14 +89,20 @@ def synthetic_requests(
 
     Returns:
         Requests in order of arrival, the first at 0 s.
+
+    Raises:
+        ConfigurationError: for more than 10,000,000 requests.
     """
     parameters = parameters or SyntheticParameters()
     options = options or WorkloadOptions()
+    num_requests = options.num_requests or parameters.num_requests
+    if num_requests > _MAX_REQUESTS:
+        raise ConfigurationError(f"num_requests of a synthetic workload must be <= {_MAX_REQUESTS}, got {num_requests}")
     generator = random.Random(seed)
     mean_gap = 1 / (parameters.rate * options.rate_scale)
     requests = []
     arrival = 0.0
-    for index in range(options.num_requests or parameters.num_requests):
+    for index in range(num_requests):
         if index:
             if parameters.burstiness < 1e-3:
                 arrival += mean_gap
@@ -132,7 +140,7 @@ def resembling(requests: Sequence[Request]) -> SyntheticParameters:
     outputs = [request.max_new_tokens for request in requests]
     return SyntheticParameters(
         num_requests=len(requests),
-        rate=_round(1 / mean_gap) if mean_gap > 0 else 1e6,
+        rate=_round(min(1e9, max(1e-9, 1 / mean_gap))) if mean_gap > 0 else 1e6,
         burstiness=_round(min(100.0, statistics.pstdev(gaps) / mean_gap)) if mean_gap > 0 else 1.0,
         prompt_median=statistics.median(prompts),
         prompt_sigma=_round(_log_sigma(prompts)),

@@ -1,7 +1,8 @@
 """Request traces from files: Azure CSV, Mooncake JSON lines, prompts as JSON lines; plain or gzip.
 
 The format is recognised from the content, never from the name. A malformed line is counted and named (file, line, what
-was expected) and the rows around it are kept; a file in which more than a share of the lines is malformed is refused.
+was expected) and the rows around it are kept; a file in which more than a share of the lines is malformed is refused,
+and so is one with a line so long that no trace has it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 import math
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +21,8 @@ from pathlib import Path
 from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
 
-_logger = logging.getLogger(__name__)
-
 _MAX_LINE_BYTES = 16 * 2**20
+_LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _EXPECTED = {
@@ -38,7 +38,7 @@ class WorkloadOptions:
     """How a workload is read and scaled.
 
     Attributes:
-        rate_scale: arrivals come this many times as fast, > 0.
+        rate_scale: arrivals come this many times as fast, 1e-9..1e9.
         length_scale: the lengths of a trace are multiplied by this and rounded, to at least 1; > 0. Prompts given as
             text, and what they ask for, keep their lengths.
         max_prompt_tokens: longer prompts are cut to this, >= 1; None for no limit.
@@ -56,10 +56,10 @@ class WorkloadOptions:
     max_malformed_share: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("rate_scale", "length_scale"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigurationError(f"{name} must be a number > 0, got {value}")
+        if not 1e-9 <= self.rate_scale <= 1e9:
+            raise ConfigurationError(f"rate_scale must be in 1e-9..1e9, got {self.rate_scale}")
+        if not (self.length_scale > 0 and math.isfinite(self.length_scale)):
+            raise ConfigurationError(f"length_scale must be a number > 0, got {self.length_scale}")
         for name in ("max_prompt_tokens", "max_new_tokens", "num_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -68,13 +68,20 @@ class WorkloadOptions:
             raise ConfigurationError(f"max_malformed_share must be in 0..1, got {self.max_malformed_share}")
 
     def lengths(self, num_prompt_tokens: int, max_new_tokens: int, *, scaled: bool = True) -> tuple[int, int]:
-        """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each >= 1."""
+        """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each in 1..2**31 - 1.
+
+        Raises:
+            ConfigurationError: where they are longer than that.
+        """
         scale = self.length_scale if scaled else 1.0
-        prompt, output = max(1, round(num_prompt_tokens * scale)), max(1, round(max_new_tokens * scale))
-        return (
-            prompt if self.max_prompt_tokens is None else min(prompt, self.max_prompt_tokens),
-            output if self.max_new_tokens is None else min(output, self.max_new_tokens),
-        )
+        prompt = min(num_prompt_tokens * scale, self.max_prompt_tokens or math.inf)
+        output = min(max_new_tokens * scale, self.max_new_tokens or math.inf)
+        if not max(prompt, output) < _LENGTH_LIMIT - 1:
+            raise ConfigurationError(
+                f"length_scale={self.length_scale:g} makes a request of {max(prompt, output):.4g} tokens, "
+                f"more than {_LENGTH_LIMIT - 1}"
+            )
+        return max(1, round(prompt)), max(1, round(output))
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,14 @@ class Trace:
     num_malformed: int = 0
     malformed: list[MalformedLine] = field(default_factory=list)
 
+    @property
+    def left_out(self) -> str:
+        """What was left out, in a sentence that names the first three lines; empty where nothing was."""
+        if not self.num_malformed:
+            return ""
+        lines = "1 malformed line" if self.num_malformed == 1 else f"{self.num_malformed:,} malformed lines"
+        return f"{self.source}: left out {lines}: {'; '.join(map(str, self.malformed[:3]))}"
+
 
 class _LineError(ValueError):
     """What is wrong with one line."""
@@ -129,8 +144,9 @@ def load_trace(
         The trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
 
     Raises:
-        ConfigurationError: if the format is not recognised, no row can be read, or too many lines are malformed; the
-            message names the file, the first such lines and what was expected.
+        ConfigurationError: if the format is not recognised, no row can be read, a line is longer than 16 MiB, or too
+            many lines are malformed; the message names the file, the first such lines and what was expected. Also for a
+            pipe or a device.
         OSError: if the file cannot be opened.
     """
     options = options or WorkloadOptions()
@@ -193,9 +209,6 @@ class _Reader:
                 f"{self._source}: {self._num_malformed} of {num_lines} lines are malformed, more than the share "
                 f"max_malformed_share={self._options.max_malformed_share}: {named}"
             )
-        if self._num_malformed:
-            lines = "1 malformed line" if self._num_malformed == 1 else f"{self._num_malformed} malformed lines"
-            _logger.warning("%s: left out %s: %s", self._source, lines, named)
         # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
         rows = sorted(self._rows, key=lambda row: row[0])
         first = rows[0][0]
@@ -233,6 +246,12 @@ class _Reader:
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
     """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
+        raise ConfigurationError(
+            f"{path} is a pipe or a device: a workload is read several times, so it must be a file"
+        )
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -243,10 +262,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
             try:
                 line = stream.readline(_MAX_LINE_BYTES)
                 if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    while (rest := stream.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    yield number, _LineError(f"longer than {_MAX_LINE_BYTES} bytes")
-                    continue
+                    raise ConfigurationError(
+                        f"{path}: line {number} is longer than {_MAX_LINE_BYTES} bytes, the most that a line of a "
+                        "trace may have"
+                    )
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield number, _LineError(f"the gzip data ends or breaks here ({error})")
                 return
@@ -295,7 +314,7 @@ def _length(value: object, name: str) -> int:
         number = int(value) if isinstance(value, str) else value
     except ValueError:
         number = None
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
         raise _LineError(f"{name} is {_short(value)}")
     return number
 
