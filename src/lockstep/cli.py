@@ -1,7 +1,7 @@
 """The command `lockstep`. Each command imports what it needs when it runs, so that help is instant.
 
 Exit status: 0 done (and, where outputs were compared, all equal); 1 the run failed or outputs differ; 2 bad input;
-130 interrupted (what was written is kept).
+130 interrupted, 143 terminated (what was written is kept).
 """
 
 import json

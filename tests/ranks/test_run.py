@@ -245,10 +245,21 @@ def test_experts_that_the_ranks_do_not_divide_are_named_by_all_at_once(tmp_path,
 
 
 @pytest.mark.ranks(2)
-def test_ctrl_c_ends_all_ranks_within_two_seconds_and_says_how_far_it_came(tmp_path):
+@pytest.mark.parametrize(
+    ("ends", "number", "status", "word"),
+    [
+        (os.killpg, signal.SIGINT, 130, "interrupted"),
+        (os.killpg, signal.SIGTERM, 143, "terminated"),
+        (os.kill, signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_ctrl_c_and_sigterm_end_all_ranks_and_say_how_far_it_came(tmp_path, ends, number, status, word):
     out = tmp_path / "out"
+    trace = tmp_path / "trace"
+    lines = [f'{{"timestamp": {i}, "input_length": 30, "output_length": 5}}' for i in range(500)]
+    trace.write_text("\n".join([*lines, "broken"]))
     process = subprocess.Popen(
-        _command("run", "--data-parallel-size", 2, "--requests", 500, "--out", out),
+        _command("run", "--workload", trace, "--data-parallel-size", 2, "--length-scale", 1, "--out", out),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT, start_new_session=True,
     )  # fmt: skip
     try:
@@ -257,13 +268,22 @@ def test_ctrl_c_ends_all_ranks_within_two_seconds_and_says_how_far_it_came(tmp_p
             assert time.monotonic() < until, "no request finished in 200 s"
             time.sleep(0.1)
         interrupted = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
+        ends(process.pid, number)
         _, stderr = process.communicate(timeout=20)
         seconds = time.monotonic() - interrupted
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == status
+    assert f"{word} after" in stderr
     assert "requests were finished" in stderr
+    assert "Traceback" not in stderr
+    # Each rank has read the workload as well.
+    assert stderr.count("left out 1 malformed line") == 1
     assert seconds < 10  # two on an idle machine: ranks that do not end by themselves are ended after one
     finished = [line for part in out.glob("parts/outputs-rank*.jsonl") for line in part.read_text().splitlines()]
     assert all(json.loads(line)["tokens"] for line in finished)
+    with pytest.raises(ProcessLookupError):  # its session is empty: no rank is left, nor the server of ranks
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

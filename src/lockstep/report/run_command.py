@@ -5,12 +5,13 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,7 +59,9 @@ class RunCommand:
 
 
 def execute(command: RunCommand) -> int:
-    """Do it all, and return the exit status: 0 done and equal, 1 outputs differ, 130 interrupted.
+    """Do it all, and return the exit status: 0 done and equal, 1 outputs differ.
+
+    Ends the process with 130 when interrupted, and with 143 when asked to end by SIGTERM, once all ranks have ended.
 
     Raises:
         ConfigurationError: options that cannot work; before any rank is started, and under torchrun on every rank.
@@ -79,6 +82,9 @@ def execute(command: RunCommand) -> int:
     if options.model == "tiny":
         options = replace(options, model=_tiny(out, rank, options))
     started = time.perf_counter()
+    if not under_torchrun:  # which sends it to ranks as well whose peer has failed: they need not say anything
+        with suppress(ValueError):  # only the main thread takes signals
+            signal.signal(signal.SIGTERM, _terminated)
     try:
         if under_torchrun:
             result = run_one_rank(options)
@@ -88,10 +94,19 @@ def execute(command: RunCommand) -> int:
             console.print(f"starting {options.world_size} ranks on this host", style="dim")
             result = launch(options.world_size, run_one_rank, options, max_restarts=command.max_restarts)
         return _finish(command, options, result, console)
-    except KeyboardInterrupt:
-        _say_how_far(out, console, time.perf_counter() - started)
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, _Terminated)
+        _say_how_far("terminated" if terminated else "interrupted", out, console, time.perf_counter() - started)
         sys.stderr.flush()
-        os._exit(130)  # nothing is left to write, and unloading torch takes most of a second
+        os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but for the word and the exit status."""
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def run_one_rank(options: RunOptions) -> dict[str, Any]:
@@ -290,11 +305,9 @@ def _summary(
     }
 
 
-def _say_how_far(out: Path, console: Console, seconds: float) -> None:
+def _say_how_far(how: str, out: Path, console: Console, seconds: float) -> None:
     try:
         finished = sum(len(part.read_bytes().splitlines()) for part in (out / PARTS).glob("outputs-rank*.jsonl"))
     except (OSError, LockstepError):
         finished = 0
-    console.print(
-        f"interrupted after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}"
-    )
+    console.print(f"{how} after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}")
