@@ -1,7 +1,12 @@
+import contextlib
 import csv
 import itertools
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +74,7 @@ def test_long_simulations_say_how_far_they_are(monkeypatch, tmp_path):
     options = ("--synthetic", "num_requests=1,output_median=300000,output_sigma=0,output_max=300000")
     result = invoke("simulate", *options, "--data-parallel-size", "1", "--workers", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
-    assert "simulating 1 setting: 87." in result.stderr
+    assert "simulating 1 setting: 87.4 % of all rows done" in result.stderr
     assert f"writing {tmp_path / 'out'}: 87." in result.stderr
 
 
@@ -79,6 +84,36 @@ def test_a_trace_with_a_bad_row_is_said_once(tmp_path):
         result = invoke(*command, str(tmp_path / "trace"))
         assert result.exit_code == 0, result.output
         assert result.output.count(f"{tmp_path / 'trace'}: left out 1 malformed line: line 2: not JSON") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
+def test_a_command_that_is_killed_leaves_no_simulation_behind():
+    arguments = ("--length-scale", "1e5", "--data-parallel-size", "2,4", "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lockstep.cli", "simulate", *arguments], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        # The line comes after 5 s at the earliest, when both processes have begun.
+        assert process.stderr.readline().startswith(b"simulating 2 settings: ")
+        process.terminate()
+        process.wait(20)
+        until = time.monotonic() + 20
+        while _running(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not _running(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _running(session):
+    """Return the processes of a session that are no zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of_session = stat.read_text().rsplit(")", 1)[1].split()[:4]
+            found += [stat.parent.name] if int(of_session) == session and state != "Z" else []
+    return found
 
 
 def test_the_best_setting_keeps_to_the_limits():
@@ -160,6 +195,8 @@ def test_full_exchange_buffers_are_said():
         (("--length-scale", "1e308"), "length_scale=1e+308 makes a request of inf tokens, more than 2147483647"),
         (("--data-parallel-size", "8,1000000"), "num_ranks must be in 1..100000, got 1000000"),
         (("--requests", "10000000000"), "num_requests of a synthetic workload must be <= 10000000, got 10000000000"),
+        (("--out", "{folder}/cost.json", "--overwrite"), "cost.json is no folder, so it is not overwritten"),
+        (("--out", "{folder}/cost.json/below"), "cost.json/below cannot be written: Not a directory"),
         (("--cost", "{folder}/cost.json"), "cost.json: cost constant step_us is missing"),
         (("--kv-capacity-tokens", "10"), "kv_capacity_tokens=10"),
     ],

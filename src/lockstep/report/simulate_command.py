@@ -155,7 +155,8 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[flo
             bar.update(task, completed=done)
             if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
                 last_line = time.monotonic()
-                console.print(f"{what}: {done / total:.1%} done", style="dim", markup=False, soft_wrap=True)
+                share = int(1000 * done / total) / 10  # the last steps have few rows: they are no 100 %
+                console.print(f"{what}: {share} % of all rows done", style="dim", markup=False, soft_wrap=True)
 
         yield show
 
@@ -167,10 +168,15 @@ def _prepared(name: str, overwrite: bool) -> Path | None:
     if out.exists():
         if not overwrite:
             raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+        if not out.is_dir():
+            raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
         if any(out.iterdir()) and not (out / "settings.json").is_file():
             raise ConfigurationError(f"{out} is not the folder of an earlier simulation, so it is not overwritten")
         shutil.rmtree(out)
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -168,6 +169,15 @@ _shares: Any = None
 def _take_workload(requests: list[Request], shares: Any) -> None:
     global _shares
     _workload[:], _shares = requests, shares
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # However it ends: one that was killed would leave simulations of hours behind.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _simulate(index: int, config: SimulationConfig) -> dict[str, Any]:
