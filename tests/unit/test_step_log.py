@@ -57,11 +57,21 @@ def test_every_place_where_the_last_line_can_tear(tmp_path):
         assert log.torn == (first < end and not whole)
 
 
-@pytest.mark.parametrize("line", ["x", "[1]", "{}", '{"step": 0, "rank": 0, "real_rows": -1}'])
-def test_a_broken_line_before_the_last_is_an_error(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("x", "Expecting value"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("[1]", "not an object"),
+        ("{}", "step is missing"),
+        ('{"step": 0, "rank": 0}', "real_rows is missing"),
+        ('{"step": 0, "rank": 0, "real_rows": -1}', "real_rows is -1"),
+    ],
+)
+def test_a_broken_line_before_the_last_is_an_error(tmp_path, line, problem):
     path = tmp_path / "log"
     path.write_text(line + "\n" + json.dumps({"step": 0, "rank": 0, "real_rows": 1}) + "\n")
-    with pytest.raises(ConfigurationError, match=r"log: line 1 is not a step record"):
+    with pytest.raises(ConfigurationError, match=rf"log: line 1 is not a step record \({problem}"):
         read_step_log(path)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def read_step_log(*paths: str | Path) -> StepLog:
             for number, line in enumerate(file, 1):
                 try:
                     records.append(_record(json.loads(line)))
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     # Only the last line can lack its end: its writer was interrupted there.
                     if not line.endswith(b"\n"):
                         torn = True
@@ -256,6 +256,9 @@ def _parquet_records(path: str | Path) -> Iterator[StepLogRecord]:
 def _record(row: Any) -> StepLogRecord:
     if not isinstance(row, dict):
         raise ValueError("not an object")
+    for item in fields(StepLogRecord):
+        if item.default is MISSING and item.name not in row:
+            raise ValueError(f"{item.name} is missing")
     # Fields of a later version are left out, so that its logs can be read; missing ones have their default.
     record = StepLogRecord(**{name: row[name] for name in FIELDS if name in row})
     for name in FIELDS:
