@@ -186,6 +186,8 @@ def arrived_words(
             if late > 0:
                 absent = tl.max(tl.where(stale, source, -1), 0)
                 ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
+                # Each warp looked for itself. Warps that part here would meet in the wrong barriers of what follows.
+                ended = tl.max(ended + tl.zeros(index.shape, tl.int32), 0)
     if index.shape[0] < 256:
         # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
         # the copies: the others may be older. After the barrier all see what one saw.
