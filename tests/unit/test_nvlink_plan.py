@@ -112,6 +112,57 @@ def _rounds(rank, folder, case, seed):
         check_combine(this, output, rank, ranks, fp8)
 
 
+def _words_or_flags(rank, folder, case, seed):
+    """The same bits whether rows travel as words or behind flags, counts on either side of the border, and after reset.
+
+    What a caller hands in is checked: a kernel that is launched directly takes it for what it was compiled for.
+    """
+    import dataclasses
+
+    from lockstep.errors import ConfigurationError
+    from lockstep.testing.dispatch_rounds import Round, made_up_experts
+
+    nvlink = _interpreted(folder, rank)
+    capacity, hidden, top_k, ranks, fp8 = 5, 140, 3, 2, seed == 1
+    launch = dataclasses.replace(_launch(nvlink, 0), word_tokens=3)
+    both = [
+        nvlink.NvlinkDispatcher(
+            dist.group.WORLD, num_experts=6, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
+            deadline_s=60, launch=dataclasses.replace(launch, word_tokens=words), device=torch.device("cpu"),
+        )
+        for words in (3, 0)
+    ]  # fmt: skip
+    for number, counts in enumerate([(3, 2), (3, 4), (0, 3), (5, 1)]):
+        if number == 2:  # epochs begin again: words of before must not count
+            for dispatcher in both:
+                dispatcher.reset()
+        this = Round.make(counts, num_experts=6, top_k=top_k, hidden=hidden, seed=number, missing=0.2)
+        rows, ids, weights = this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
+        results = []
+        for dispatcher in both:
+            count = torch.tensor([counts[rank]], dtype=torch.int32)
+            with pytest.raises(ConfigurationError, match=r"num_tokens must be int32 \[1\], got torch.int64"):
+                dispatcher.dispatch(rows, ids, weights, num_tokens=count.long())
+            handle = dispatcher.dispatch(rows, ids, weights, num_tokens=count)
+            pairs = int(handle.tokens_per_expert.sum())
+            slots = handle.gather_index[:pairs].long()
+            scales = handle.state.scales
+            expert_output = made_up_experts(this, handle, rank, ranks, scales)
+            with pytest.raises(ConfigurationError, match="a row for each of the 10 slots, got 9"):
+                dispatcher.combine(expert_output[:9], handle, reduced=True)
+            for bad in (rows.float(), rows.new_empty(counts[rank], hidden + 1), rows.new_empty(hidden, capacity).T):
+                with pytest.raises(ConfigurationError, match="output must be bfloat16"):
+                    dispatcher.combine(expert_output, handle, output=bad)
+            received = handle.hidden_states[slots].contiguous().view(torch.uint8)
+            sums = dispatcher.combine(expert_output, handle).view(torch.int16)
+            dispatcher.check(wait=True)
+            results.append([slots, handle.pair_weights[:pairs].clone(), received, sums])
+            if fp8:
+                results[-1].append(scales[slots])
+        for by_words, by_flags in zip(*results, strict=True):
+            assert torch.equal(by_words, by_flags)
+
+
 def _absent(rank, folder, case, seed):
     from lockstep.errors import ConfigurationError, RankAbsentError
 
@@ -264,6 +315,11 @@ def _run(tmp_path, name, ranks, case=None, seed=0):
 @pytest.mark.parametrize("case", CASES + SKEWED, ids=lambda case: "-".join(map(str, case)))
 def test_random_rounds_equal_the_reference(tmp_path, case, seed):
     _run(tmp_path, "_rounds", case[0], case, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["bf16", "fp8"])
+def test_words_and_flags_give_the_same_bits(tmp_path, seed):
+    _run(tmp_path, "_words_or_flags", 2, seed=seed)
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_group_can_be_reset(tmp_path):

@@ -403,7 +403,7 @@ class NvlinkDispatcher:
             The handle; `state` is a `NvlinkState`. Shapes are capacities, see the class.
 
         Raises:
-            ConfigurationError: more rows than the capacity, wrong shapes, or all channels under way.
+            ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or all channels under way.
             RankAbsentError: an earlier call ended because a rank did not come.
         """
         self.check()
@@ -466,13 +466,13 @@ class NvlinkDispatcher:
                 this rank's experts.
             handle: of the same dispatch.
             reduced: see `expert_output`.
-            output: where to put the result; None makes a new tensor.
+            output: where to put the result, contiguous; None makes a new tensor.
 
         Returns:
             `[n, hidden]` bfloat16, the rows beyond `num_tokens` unwritten. The same inputs give the same bits.
 
         Raises:
-            ConfigurationError: a handle that is not under way, or wrong shapes.
+            ConfigurationError: a handle that is not under way, or wrong shapes or dtypes.
             RankAbsentError: an earlier call ended because a rank did not come.
         """
         self.check()
@@ -484,8 +484,23 @@ class NvlinkDispatcher:
                 f"expert_output must be bfloat16 [rows, {self.hidden_size}], got {expert_output.dtype} "
                 f"{tuple(expert_output.shape)} on rank {self.rank}"
             )
+        if reduced and expert_output.shape[0] < self.num_ranks * self.max_tokens_per_rank:
+            raise ConfigurationError(
+                f"reduced expert_output must have a row for each of the {self.num_ranks * self.max_tokens_per_rank} "
+                f"slots, got {expert_output.shape[0]} on rank {self.rank}"
+            )
         if output is None:
             output = expert_output.new_empty((channel.num_rows, self.hidden_size))
+        elif (
+            output.dtype is not torch.bfloat16
+            or output.shape[0] < channel.num_rows
+            or output.shape[1:] != (self.hidden_size,)
+            or not output.is_contiguous()
+        ):
+            raise ConfigurationError(
+                f"output must be bfloat16 [>= {channel.num_rows}, {self.hidden_size}] and contiguous, got "
+                f"{output.dtype} {tuple(output.shape)} on rank {self.rank}"
+            )
         arguments = (
             _aligned(expert_output),
             output,
@@ -497,7 +512,7 @@ class NvlinkDispatcher:
             self.rank,
             int(self._deadline_s * 1e9),
         )
-        kind = (reduced, output.data_ptr() % 16)
+        kind = (reduced, output.data_ptr() % 16 == 0)
         options = self._combine_options | {"REDUCED": reduced}
         self._run(combine_kernel, self.launch.combine_blocks, kind, arguments, options)
         channel.num_rows = None
@@ -511,7 +526,8 @@ class NvlinkDispatcher:
         Args:
             kernel: to launch; its compile-time arguments come last.
             blocks: of the launch.
-            kind: what may differ from call to call and makes it another binary; all else is this dispatcher's own.
+            kind: what may differ from call to call and makes it another binary; all else is this dispatcher's own, or
+                was checked: a binary that is launched directly takes any tensor for what it was compiled for.
             arguments: of run time, in order.
             options: compile-time arguments and Triton's options, by name.
         """
@@ -610,6 +626,10 @@ class NvlinkDispatcher:
             raise ConfigurationError(
                 f"hidden_states must be bfloat16 [rows, {self.hidden_size}], got {hidden_states.dtype} "
                 f"{tuple(hidden_states.shape)} on rank {self.rank}"
+            )
+        if num_tokens is not None and (num_tokens.dtype is not torch.int32 or num_tokens.numel() != 1):
+            raise ConfigurationError(
+                f"num_tokens must be int32 [1], got {num_tokens.dtype} {list(num_tokens.shape)} on rank {self.rank}"
             )
         for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
             if tensor.shape != (rows, self.top_k):
