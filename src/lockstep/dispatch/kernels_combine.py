@@ -24,19 +24,9 @@ from lockstep.dispatch.kernels_wire import (
 
 @triton.jit
 def _partial_rows(
-    expert_output,
-    inverse,
-    weight_words,
-    source,
-    token,
-    here,
-    column,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    REDUCED: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    expert_output, inverse, weight_words, source, token, here, column, CAPACITY: tl.constexpr, TOPK: tl.constexpr,
+    HIDDEN: tl.constexpr, REDUCED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Sum a tile of one source's tokens over this rank's experts, weighted, in float32.
 
     Returns:
@@ -71,36 +61,13 @@ def _partial_rows(
 
 @triton.jit
 def _combine_words(
-    expert_output,
-    output,
-    inverse,
-    peers,
-    counts,
-    status,
-    rank,
-    block,
-    epoch,
-    own,
-    num_tokens,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WORD_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    RETURNED_AS_WORDS: tl.constexpr,
-    FLAGS: tl.constexpr,
+    expert_output, output, inverse, peers, counts, status, rank, block, epoch, own, num_tokens, budget_ns,
+    WORLD: tl.constexpr, WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr, TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr, REDUCED: tl.constexpr,
+    IDS: tl.constexpr, WEIGHTS: tl.constexpr, RETURNED_AS_WORDS: tl.constexpr, FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
-):
+):  # fmt: skip
     """Few tokens on every rank: send partial sums as words that prove their arrival, and sum what comes.
 
     Tasks are single tokens. Which block has which follows from the counts, alike on all ranks. That a peer's experts
@@ -124,19 +91,9 @@ def _combine_words(
         for task in range(first_task(block, source, WORLD, BLOCKS), end, BLOCKS):
             token = task // column_blocks
             rows, wanted = _partial_rows(
-                expert_output,
-                inverse,
-                weight_words,
-                source,
-                token + lane,
-                lane == 0,
-                (task % column_blocks) * BLOCK_COLUMNS + columns,
-                CAPACITY,
-                TOPK,
-                HIDDEN,
-                REDUCED,
-                True,
-            )
+                expert_output, inverse, weight_words, source, token + lane, lane == 0,
+                (task % column_blocks) * BLOCK_COLUMNS + columns, CAPACITY, TOPK, HIDDEN, REDUCED, True,
+            )  # fmt: skip
             pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + pairs
             at = (rank * WORD_TOKENS + token) * ROW_WORDS + pair
             tl.store(inbox + at[None, :], pack_row(rows, tag), wanted[:, None] & (pair < ROW_WORDS)[None, :])
@@ -147,36 +104,17 @@ def _combine_words(
         ids = tl.load(as_words(own + IDS) + at, choice < TOPK, other=0xFFFFFFFF).to(tl.int32)
         target = tl.where(ids >= 0, ids // EXPERTS, -1)
         mine, _ = _partial_rows(
-            expert_output,
-            inverse,
-            weight_words,
-            rank,
-            token + lane,
-            lane == 0,
-            column,
-            CAPACITY,
-            TOPK,
-            HIDDEN,
-            REDUCED,
-            True,
-        )
+            expert_output, inverse, weight_words, rank, token + lane, lane == 0, column, CAPACITY, TOPK, HIDDEN,
+            REDUCED, True,
+        )  # fmt: skip
         pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + pairs
         total = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
         for peer in tl.static_range(WORLD):
             wanted = (tl.max((target == peer).to(tl.int32), 0) > 0) & (peer != rank)
             payload, _ = arrived_words(
-                returned,
-                (peer * WORD_TOKENS + token) * ROW_WORDS + pair,
-                wanted & (pair < ROW_WORDS),
-                tag,
-                peers,
-                status,
-                rank,
-                peer,
-                budget_ns,
-                WORLD,
-                ABORT,
-            )
+                returned, (peer * WORD_TOKENS + token) * ROW_WORDS + pair, wanted & (pair < ROW_WORDS), tag, peers,
+                status, rank, peer, budget_ns, WORLD, ABORT,
+            )  # fmt: skip
             rows = tl.where(wanted, unpack_row(tl.reshape(payload, [1, BLOCK_COLUMNS // 2])), 0.0)
             total += tl.where(rank == peer, mine, rows).to(tl.float32)
         at = token.to(tl.int64) * HIDDEN + column[None, :]
@@ -199,41 +137,13 @@ def _combine_words(
 
 @triton.jit
 def _combine_rounds(
-    expert_output,
-    output,
-    inverse,
-    peers,
-    counts,
-    status,
-    rank,
-    skewed,
-    block,
-    epoch,
-    own,
-    longest,
-    num_tokens,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROUND: tl.constexpr,
-    CHAIN_ROUND: tl.constexpr,
-    CHAINS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    RETURNED: tl.constexpr,
-    FLAGS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    expert_output, output, inverse, peers, counts, status, rank, skewed, block, epoch, own, longest, num_tokens,
+    budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr, TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROUND: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr, CHAINS: tl.constexpr, REDUCED: tl.constexpr, IDS: tl.constexpr,
+    WEIGHTS: tl.constexpr, RETURNED: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Push, flag, and sum what came in the round before, round by round; see `combine_kernel`.
 
     With `CHAINS` there may be a `skewed` rank: in turn k the ranks at place s of a chain of its tokens send round
@@ -303,19 +213,9 @@ def _combine_rounds(
                                 after, before, _ = chain(target, token, source, rank, WORLD)
                                 here = here & (before == stage)
                         rows, wanted = _partial_rows(
-                            expert_output,
-                            inverse,
-                            weight_words,
-                            source,
-                            token,
-                            here,
-                            column,
-                            CAPACITY,
-                            TOPK,
-                            HIDDEN,
-                            REDUCED,
-                            False,
-                        )
+                            expert_output, inverse, weight_words, source, token, here, column, CAPACITY, TOPK,
+                            HIDDEN, REDUCED, False,
+                        )  # fmt: skip
                         inbox = tl.multiple_of((base + RETURNED).to(tl.pointer_type(tl.bfloat16)), 16)
                         own_place = (rank * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                         if CHAINS:
@@ -366,19 +266,9 @@ def _combine_rounds(
                 ).to(tl.int32)
                 target = tl.where(ids >= 0, ids // EXPERTS, -1)
                 mine, _ = _partial_rows(
-                    expert_output,
-                    inverse,
-                    weight_words,
-                    rank,
-                    token,
-                    here,
-                    column,
-                    CAPACITY,
-                    TOPK,
-                    HIDDEN,
-                    REDUCED,
-                    False,
-                )
+                    expert_output, inverse, weight_words, rank, token, here, column, CAPACITY, TOPK, HIDDEN,
+                    REDUCED, False,
+                )  # fmt: skip
                 inside = (column < HIDDEN)[None, :]
                 last = tl.full((BLOCK_TOKENS,), -1, tl.int32)
                 if CHAINS:
@@ -397,40 +287,14 @@ def _combine_rounds(
 
 @triton.jit(do_not_specialize=["rank", "budget_ns"])
 def combine_kernel(
-    expert_output,
-    output,
-    inverse,
-    peers,
-    cells,
-    counts,
-    status,
-    rank,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROUND: tl.constexpr,
-    SKEW_TOKENS: tl.constexpr,
-    CHAIN_ROUND: tl.constexpr,
-    WORD_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    RETURNED: tl.constexpr,
-    RETURNED_AS_WORDS: tl.constexpr,
-    FLAGS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    expert_output, output, inverse, peers, cells, counts, status, rank, budget_ns, WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, PDL: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROUND: tl.constexpr,
+    SKEW_TOKENS: tl.constexpr, CHAIN_ROUND: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    REDUCED: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, RETURNED: tl.constexpr,
+    RETURNED_AS_WORDS: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
     Where no rank has more than `WORD_TOKENS` tokens the rows travel as words, see `_combine_words`. Otherwise:
@@ -456,70 +320,14 @@ def combine_kernel(
         skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
     if longest <= WORD_TOKENS:
         _combine_words(
-            expert_output,
-            output,
-            inverse,
-            peers,
-            counts,
-            status,
-            rank,
-            block,
-            epoch,
-            own,
-            num_tokens,
-            budget_ns,
-            WORLD,
-            WORLD_POW2,
-            CAPACITY,
-            TOPK,
-            TOPK_POW2,
-            EXPERTS,
-            HIDDEN,
-            BLOCKS,
-            BLOCK_COLUMNS,
-            WORD_TOKENS,
-            ROW_WORDS,
-            REDUCED,
-            IDS,
-            WEIGHTS,
-            RETURNED_AS_WORDS,
-            FLAGS,
-            ABORT,
-        )
+            expert_output, output, inverse, peers, counts, status, rank, block, epoch, own, num_tokens, budget_ns,
+            WORLD, WORLD_POW2, CAPACITY, TOPK, TOPK_POW2, EXPERTS, HIDDEN, BLOCKS, BLOCK_COLUMNS, WORD_TOKENS,
+            ROW_WORDS, REDUCED, IDS, WEIGHTS, RETURNED_AS_WORDS, FLAGS, ABORT,
+        )  # fmt: skip
     else:
         _combine_rounds(
-            expert_output,
-            output,
-            inverse,
-            peers,
-            counts,
-            status,
-            rank,
-            skewed,
-            block,
-            epoch,
-            own,
-            longest,
-            num_tokens,
-            budget_ns,
-            WORLD,
-            WORLD_POW2,
-            CAPACITY,
-            TOPK,
-            TOPK_POW2,
-            EXPERTS,
-            HIDDEN,
-            HIDDEN_STRIDE,
-            BLOCKS,
-            BLOCK_TOKENS,
-            BLOCK_COLUMNS,
-            ROUND,
-            CHAIN_ROUND,
-            WORLD > 2,
-            REDUCED,
-            IDS,
-            WEIGHTS,
-            RETURNED,
-            FLAGS,
-            ABORT,
-        )
+            expert_output, output, inverse, peers, counts, status, rank, skewed, block, epoch, own, longest,
+            num_tokens, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, TOPK_POW2, EXPERTS, HIDDEN, HIDDEN_STRIDE,
+            BLOCKS, BLOCK_TOKENS, BLOCK_COLUMNS, ROUND, CHAIN_ROUND, WORLD > 2, REDUCED, IDS, WEIGHTS, RETURNED,
+            FLAGS, ABORT,
+        )  # fmt: skip

@@ -28,25 +28,10 @@ from lockstep.dispatch.kernels_wire import (
 
 @triton.jit
 def _send_routing(
-    topk_ids,
-    topk_weights,
-    num_tokens,
-    epoch,
-    tag,
-    peers,
-    rank,
-    block,
-    WORLD: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COPIES: tl.constexpr,
-    COPIES_POW2: tl.constexpr,
-    PAIRS: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COUNTS: tl.constexpr,
-):
+    topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD: tl.constexpr, CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr, BLOCKS: tl.constexpr, COPIES: tl.constexpr, COPIES_POW2: tl.constexpr, PAIRS: tl.constexpr,
+    IDS: tl.constexpr, WEIGHTS: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
     """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
     if block == BLOCKS - 1:  # which has the fewest pairs to send
         # A copy of the count for each block that will poll it: one word for all would be asked for in turn.
@@ -70,33 +55,11 @@ def _send_routing(
 
 @triton.jit
 def _forward_rows(
-    own,
-    tag,
-    longest,
-    peers,
-    status,
-    rank,
-    source,
-    stage,
-    first,
-    end,
-    stride,
-    budget_ns,
-    WORLD: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
-    IDS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    own, tag, longest, peers, status, rank, source, stage, first, end, stride, budget_ns, WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr, SCALES: tl.constexpr, IDS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Pass `source`'s rows that came to this rank as the `stage`-th of their chains on to the next, same slot."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     per_token: tl.constexpr = BLOCK_COLUMNS // 128
@@ -159,20 +122,9 @@ def _as_sent(values, FP8: tl.constexpr):
 
 @triton.jit
 def _store_tile(
-    base,
-    values,
-    scale,
-    slot,
-    group,
-    column,
-    wanted,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    base, values, scale, slot, group, column, wanted, HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Store a tile of rows, see `_as_sent`, at its slots of the buffer at `base`."""
     keep = wanted[:, None] & (column < HIDDEN)
     at = slot[:, None] * HIDDEN_STRIDE + column
@@ -188,27 +140,11 @@ def _store_tile(
 
 @triton.jit
 def _push_words(
-    hidden_states,
-    num_tokens,
-    tag,
-    peers,
-    own,
-    rank,
-    first,
-    WORLD: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WORD_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ROWS_AS_WORDS: tl.constexpr,
-):
+    hidden_states, num_tokens, tag, peers, own, rank, first, WORLD: tl.constexpr, CAPACITY: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    ROWS: tl.constexpr, SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr,
+):  # fmt: skip
     """Store few tokens' rows as words into every rank, whether it needs them or not: the routing need not be read.
 
     In fp8 too the words are bfloat16: where they arrive they are rounded, to the same bits.
@@ -236,30 +172,11 @@ def _push_words(
 
 @triton.jit
 def _receive_words(
-    count,
-    tag,
-    peers,
-    status,
-    own,
-    rank,
-    source,
-    first,
-    budget_ns,
-    WORLD: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WORD_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ROWS_AS_WORDS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    count, tag, peers, status, own, rank, source, first, budget_ns, WORLD: tl.constexpr, CAPACITY: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    ROWS: tl.constexpr, SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Wait for the words of `source`'s rows, and put the rows where those that come without words are."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
@@ -284,29 +201,12 @@ def _receive_words(
 
 @triton.jit
 def _push_rows(
-    hidden_states,
-    topk_ids,
-    num_tokens,
-    peers,
-    rank,
-    first,
-    end,
-    stride,
-    WORLD: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    CHAINED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    hidden_states, topk_ids, num_tokens, peers, rank, first, end, stride, WORLD: tl.constexpr,
+    CAPACITY: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr, EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    CHAINED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     SCALES: tl.constexpr,
-):
+):  # fmt: skip
     """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token).
 
     With `CHAINED` into the first rank of the token's chain only, and into this rank's own slots.
@@ -345,57 +245,17 @@ def _push_rows(
     do_not_specialize_on_alignment=["topk_ids", "topk_weights", "num_tokens_cell"],
 )
 def dispatch_kernel(
-    hidden_states,
-    topk_ids,
-    topk_weights,
-    num_tokens_cell,
-    peers,
-    cells,
-    counts,
-    gather_index,
-    pair_weights,
-    tokens_per_expert,
-    expert_offsets,
-    inverse,
-    scratch,
-    status,
-    max_tokens,
-    rank,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FP8: tl.constexpr,
-    PDL: tl.constexpr,
-    PLAN_BLOCKS: tl.constexpr,
-    PUSH_BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SKEW_TOKENS: tl.constexpr,
-    CHAIN_ROUND: tl.constexpr,
-    COPIES_POW2: tl.constexpr,
-    WORD_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    TINY_TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    SLICE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ROWS_AS_WORDS: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COUNTS: tl.constexpr,
-    FLAGS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    hidden_states, topk_ids, topk_weights, num_tokens_cell, peers, cells, counts, gather_index, pair_weights,
+    tokens_per_expert, expert_offsets, inverse, scratch, status, max_tokens, rank, budget_ns, WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr, PLAN_BLOCKS: tl.constexpr,
+    PUSH_BLOCKS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SKEW_TOKENS: tl.constexpr,
+    CHAIN_ROUND: tl.constexpr, COPIES_POW2: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    TINY_TILE: tl.constexpr, TILES: tl.constexpr, SLICE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
+    COUNTS: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
 
     The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
@@ -434,25 +294,9 @@ def dispatch_kernel(
     arrived = tl.zeros((WORLD_POW2,), tl.int32)
     if block < PLAN_BLOCKS:
         _send_routing(
-            topk_ids,
-            topk_weights,
-            num_tokens,
-            epoch,
-            tag,
-            peers,
-            rank,
-            block,
-            WORLD,
-            CAPACITY,
-            TOPK,
-            PLAN_BLOCKS,
-            blocks,
-            COPIES_POW2,
-            PAIRS,
-            IDS,
-            WEIGHTS,
-            COUNTS,
-        )
+            topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD, CAPACITY, TOPK, PLAN_BLOCKS,
+            blocks, COPIES_POW2, PAIRS, IDS, WEIGHTS, COUNTS,
+        )  # fmt: skip
         words = wait_at_least(
             own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
         )
@@ -469,60 +313,16 @@ def dispatch_kernel(
                 fits = (most <= TINY_TILE * 2**i) & ((most > TINY_TILE * 2**i // 2) | (i == 0))
                 if fits & (block < EXPERTS):  # a block more would only poll
                     plan_one_tile(
-                        own,
-                        limits,
-                        tag,
-                        peers,
-                        status,
-                        rank,
-                        block,
-                        gather_index,
-                        pair_weights,
-                        tokens_per_expert,
-                        expert_offsets,
-                        inverse,
-                        budget_ns,
-                        WORLD,
-                        WORLD_POW2,
-                        CAPACITY,
-                        TOPK,
-                        EXPERTS,
-                        PLAN_BLOCKS,
-                        TINY_TILE * 2**i,
-                        PAIRS,
-                        IDS,
-                        WEIGHTS,
-                        ABORT,
-                    )
+                        own, limits, tag, peers, status, rank, block, gather_index, pair_weights, tokens_per_expert,
+                        expert_offsets, inverse, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS, PLAN_BLOCKS,
+                        TINY_TILE * 2**i, PAIRS, IDS, WEIGHTS, ABORT,
+                    )  # fmt: skip
         else:
             plan_slices(
-                own,
-                limits,
-                tag,
-                peers,
-                cells,
-                status,
-                rank,
-                block,
-                gather_index,
-                pair_weights,
-                tokens_per_expert,
-                expert_offsets,
-                inverse,
-                scratch,
-                budget_ns,
-                WORLD,
-                WORLD_POW2,
-                CAPACITY,
-                TOPK,
-                EXPERTS,
-                EXPERTS_POW2,
-                PLAN_BLOCKS,
-                SLICE,
-                IDS,
-                WEIGHTS,
-                ABORT,
-            )
+                own, limits, tag, peers, cells, status, rank, block, gather_index, pair_weights, tokens_per_expert,
+                expert_offsets, inverse, scratch, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS,
+                EXPERTS_POW2, PLAN_BLOCKS, SLICE, IDS, WEIGHTS, ABORT,
+            )  # fmt: skip
         first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
         flags = (tiles > many).to(tl.int32)
         theirs = tl.where(arrived > WORD_TOKENS, tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks, 0)
@@ -542,52 +342,16 @@ def dispatch_kernel(
             flags = 0
             if block >= PLAN_BLOCKS:
                 _push_words(
-                    hidden_states,
-                    num_tokens,
-                    tag,
-                    peers,
-                    own,
-                    rank,
-                    first_task(first, rank, WORLD, PUSH_BLOCKS),
-                    WORLD,
-                    CAPACITY,
-                    HIDDEN,
-                    HIDDEN_STRIDE,
-                    GROUPS,
-                    FP8,
-                    PUSH_BLOCKS,
-                    BLOCK_COLUMNS,
-                    WORD_TOKENS,
-                    ROW_WORDS,
-                    ROWS,
-                    SCALES,
-                    ROWS_AS_WORDS,
-                )
+                    hidden_states, num_tokens, tag, peers, own, rank, first_task(first, rank, WORLD, PUSH_BLOCKS),
+                    WORLD, CAPACITY, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, PUSH_BLOCKS, BLOCK_COLUMNS, WORD_TOKENS,
+                    ROW_WORDS, ROWS, SCALES, ROWS_AS_WORDS,
+                )  # fmt: skip
         else:
             _push_rows(
-                hidden_states,
-                topk_ids,
-                num_tokens,
-                peers,
-                rank,
-                first,
-                tiles,
-                stride,
-                WORLD,
-                CAPACITY,
-                TOPK,
-                TOPK_POW2,
-                EXPERTS,
-                HIDDEN,
-                HIDDEN_STRIDE,
-                GROUPS,
-                FP8,
-                False,
-                BLOCK_TOKENS,
-                BLOCK_COLUMNS,
-                ROWS,
+                hidden_states, topk_ids, num_tokens, peers, rank, first, tiles, stride, WORLD, CAPACITY, TOPK,
+                TOPK_POW2, EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, False, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS,
                 SCALES,
-            )
+            )  # fmt: skip
     if WORLD > 2:
         if (block >= PLAN_BLOCKS) & (num_tokens < SKEW_TOKENS):
             words = wait_at_least(
@@ -607,74 +371,24 @@ def dispatch_kernel(
             begin = first + turn * CHAIN_ROUND * stride
             if rank == skewed:
                 _push_rows(
-                    hidden_states,
-                    topk_ids,
-                    num_tokens,
-                    peers,
-                    rank,
-                    begin,
-                    tl.minimum(tasks, begin + CHAIN_ROUND * stride),
-                    stride,
-                    WORLD,
-                    CAPACITY,
-                    TOPK,
-                    TOPK_POW2,
-                    EXPERTS,
-                    HIDDEN,
-                    HIDDEN_STRIDE,
-                    GROUPS,
-                    FP8,
-                    True,
-                    BLOCK_TOKENS,
-                    BLOCK_COLUMNS,
-                    ROWS,
-                    SCALES,
-                )
+                    hidden_states, topk_ids, num_tokens, peers, rank, begin,
+                    tl.minimum(tasks, begin + CHAIN_ROUND * stride), stride, WORLD, CAPACITY, TOPK, TOPK_POW2,
+                    EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, True, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS, SCALES,
+                )  # fmt: skip
             else:
                 if turn > 0:
                     wait_at_least(
-                        own + FLAGS + block * 8,
-                        blocks * 8,
-                        want + turn,
-                        0,
-                        peers,
-                        status,
-                        rank,
-                        budget_ns,
-                        WORLD,
-                        WORLD_POW2,
-                        ABORT,
-                    )
+                        own + FLAGS + block * 8, blocks * 8, want + turn, 0, peers, status, rank, budget_ns, WORLD,
+                        WORLD_POW2, ABORT,
+                    )  # fmt: skip
                 for stage in range(1, tl.minimum(turn, WORLD - 2) + 1):
                     begin = first + (turn - stage) * CHAIN_ROUND * stride
                     _forward_rows(
-                        own,
-                        tag,
-                        longest,
-                        peers,
-                        status,
-                        rank,
-                        skewed,
-                        stage,
-                        begin,
-                        tl.minimum(tasks, begin + CHAIN_ROUND * stride),
-                        stride,
-                        budget_ns,
-                        WORLD,
-                        CAPACITY,
-                        TOPK,
-                        EXPERTS,
-                        HIDDEN,
-                        HIDDEN_STRIDE,
-                        GROUPS,
-                        FP8,
-                        BLOCK_TOKENS,
-                        BLOCK_COLUMNS,
-                        ROWS,
-                        SCALES,
-                        IDS,
+                        own, tag, longest, peers, status, rank, skewed, stage, begin,
+                        tl.minimum(tasks, begin + CHAIN_ROUND * stride), stride, budget_ns, WORLD, CAPACITY, TOPK,
+                        EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS, SCALES, IDS,
                         ABORT,
-                    )
+                    )  # fmt: skip
             raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, blocks)
         if turns > 0:
             flags = 0
@@ -685,18 +399,9 @@ def dispatch_kernel(
         if block >= PLAN_BLOCKS:
             if WORLD == 2:
                 words = wait_at_least(
-                    own + COUNTS + block * 8,
-                    blocks * 8,
-                    want,
-                    1,
-                    peers,
-                    status,
-                    rank,
-                    budget_ns,
-                    WORLD,
-                    WORLD_POW2,
-                    ABORT,
-                )
+                    own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD,
+                    WORLD_POW2, ABORT,
+                )  # fmt: skip
                 arrived = counts_in(words, want, WORLD, CAPACITY)
             if turns == 0:
                 want_flags = tl.where(arrived <= WORD_TOKENS, 0, want + 1)
@@ -705,40 +410,12 @@ def dispatch_kernel(
                 count = tl.sum(tl.where(source == peer, arrived, 0), 0)
                 if count <= WORD_TOKENS:
                     _receive_words(
-                        count,
-                        tag,
-                        peers,
-                        status,
-                        own,
-                        rank,
-                        peer,
-                        first_task(block - PLAN_BLOCKS, peer, WORLD, PUSH_BLOCKS),
-                        budget_ns,
-                        WORLD,
-                        CAPACITY,
-                        HIDDEN,
-                        HIDDEN_STRIDE,
-                        GROUPS,
-                        FP8,
-                        PUSH_BLOCKS,
-                        BLOCK_COLUMNS,
-                        WORD_TOKENS,
-                        ROW_WORDS,
-                        ROWS,
-                        SCALES,
-                        ROWS_AS_WORDS,
-                        ABORT,
-                    )
+                        count, tag, peers, status, own, rank, peer,
+                        first_task(block - PLAN_BLOCKS, peer, WORLD, PUSH_BLOCKS), budget_ns, WORLD, CAPACITY,
+                        HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, PUSH_BLOCKS, BLOCK_COLUMNS, WORD_TOKENS, ROW_WORDS,
+                        ROWS, SCALES, ROWS_AS_WORDS, ABORT,
+                    )  # fmt: skip
         wait_at_least(
-            own + FLAGS + block * 8,
-            blocks * 8,
-            want_flags,
-            0,
-            peers,
-            status,
-            rank,
-            budget_ns,
-            WORLD,
-            WORLD_POW2,
+            own + FLAGS + block * 8, blocks * 8, want_flags, 0, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
             ABORT,
-        )
+        )  # fmt: skip

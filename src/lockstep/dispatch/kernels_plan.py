@@ -11,31 +11,11 @@ from lockstep.dispatch.kernels_wire import POLLS_PER_CLOCK, arrived_words, as_wo
 
 @triton.jit
 def plan_one_tile(
-    own,
-    limits,
-    tag,
-    peers,
-    status,
-    rank,
-    first_expert,
-    gather_index,
-    pair_weights,
-    tokens_per_expert,
-    expert_offsets,
-    inverse,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    STEP: tl.constexpr,
-    TILE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    own, limits, tag, peers, status, rank, first_expert, gather_index, pair_weights, tokens_per_expert,
+    expert_offsets, inverse, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr,
+    TOPK: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+    IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers.
 
     The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit.
@@ -52,19 +32,9 @@ def plan_one_tile(
         most = tl.reshape(tl.broadcast_to(limits[:, None], [WORLD_POW2, parts]), [WORLD_POW2 * parts])
         last = tl.minimum((part % parts + 1) * PAIRS, most) - 1
         arrived_words(
-            words,
-            (part // parts) * (CAPACITY * TOPK) + last,
-            last >= (part % parts) * PAIRS,
-            tag,
-            peers,
-            status,
-            rank,
-            part // parts,
-            budget_ns,
-            WORLD,
-            ABORT,
-            (WEIGHTS - IDS) // 8,
-        )
+            words, (part // parts) * (CAPACITY * TOPK) + last, last >= (part % parts) * PAIRS, tag, peers, status,
+            rank, part // parts, budget_ns, WORLD, ABORT, (WEIGHTS - IDS) // 8,
+        )  # fmt: skip
     mask = pair < limit
     index = source * (CAPACITY * TOPK) + pair
     ids, bits = arrived_words(
@@ -128,33 +98,11 @@ def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
 
 @triton.jit
 def plan_slices(
-    own,
-    limits,
-    tag,
-    peers,
-    cells,
-    status,
-    rank,
-    block,
-    gather_index,
-    pair_weights,
-    tokens_per_expert,
-    expert_offsets,
-    inverse,
-    scratch,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TOPK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLICE: tl.constexpr,
-    IDS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    own, limits, tag, peers, cells, status, rank, block, gather_index, pair_weights, tokens_per_expert,
+    expert_offsets, inverse, scratch, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr,
+    BLOCKS: tl.constexpr, SLICE: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """The plan for any number of pairs: each block counts its slices, all meet, each writes its slices.
 
     The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit. `scratch`
@@ -180,19 +128,9 @@ def plan_slices(
             mask = pair < tl.sum(tl.where(sources == source, limits, 0), 0)
             index = source * (CAPACITY * TOPK) + pair
             ids, _ = arrived_words(
-                ids_words,
-                index,
-                mask,
-                tag,
-                peers,
-                status,
-                rank,
-                source,
-                budget_ns,
-                WORLD,
-                ABORT,
+                ids_words, index, mask, tag, peers, status, rank, source, budget_ns, WORLD, ABORT,
                 (WEIGHTS - IDS) // 8,
-            )
+            )  # fmt: skip
             local = ids - rank * EXPERTS
             mine = mask & (local >= 0) & (local < EXPERTS)
             local = tl.where(mine, local, 0)

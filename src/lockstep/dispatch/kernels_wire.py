@@ -109,18 +109,9 @@ def give_up(started, peers, status, rank, absent, budget_ns, WORLD: tl.constexpr
 
 @triton.jit
 def wait_at_least(
-    section,
-    stride,
-    want,
-    include_self,
-    peers,
-    status,
-    rank,
-    budget_ns,
-    WORLD: tl.constexpr,
-    WORLD_POW2: tl.constexpr,
-    ABORT: tl.constexpr,
-):
+    section, stride, want, include_self, peers, status, rank, budget_ns, WORLD: tl.constexpr,
+    WORLD_POW2: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
     """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`.
 
     Returns:
@@ -150,19 +141,9 @@ def wait_at_least(
 
 @triton.jit
 def arrived_words(
-    words,
-    index,
-    mask,
-    tag,
-    peers,
-    status,
-    rank,
-    source,
-    budget_ns,
-    WORLD: tl.constexpr,
-    ABORT: tl.constexpr,
+    words, index, mask, tag, peers, status, rank, source, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr,
     SECOND: tl.constexpr = 0,
-):
+):  # fmt: skip
     """Load the words at `index` (`[n]`) that `mask` names until all are of this epoch; return their payloads, int32.
 
     With `SECOND`, a distance in words, there are two words per index, and both payloads are returned; else the same
