@@ -218,7 +218,8 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
     dist.init_process_group(
         "nccl", init_method=f"file://{store}", rank=rank, world_size=world, device_id=torch.device("cuda", rank)
     )
-    from lockstep.dispatch.nvlink import NvlinkDispatcher, launch_sizes
+    from lockstep.dispatch.mapped_layout import launch_sizes
+    from lockstep.dispatch.nvlink import NvlinkDispatcher
 
     began, records = time.time(), []
     versions = {

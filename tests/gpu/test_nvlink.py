@@ -51,7 +51,7 @@ def _own(this, rank):
 
 def _rounds(rank, ranks):
     """Random counts, zeros among them; every tenth round twice: the same bits."""
-    from lockstep.dispatch.nvlink import launch_sizes
+    from lockstep.dispatch.mapped_layout import launch_sizes
     from lockstep.testing.dispatch_rounds import check_combine, check_dispatch, made_up_experts
 
     for number, (local, top_k, hidden, capacity, fp8, channels, rounds) in enumerate(SHAPES):

@@ -155,7 +155,8 @@ def make_mapped_dispatcher(
     """
     if not torch.cuda.is_available():
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
-    from lockstep.dispatch.nvlink import NvlinkDispatcher, launch_sizes
+    from lockstep.dispatch.mapped_layout import launch_sizes
+    from lockstep.dispatch.nvlink import NvlinkDispatcher
 
     launch = None
     if blocks is not None:

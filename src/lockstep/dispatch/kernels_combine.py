@@ -9,7 +9,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lockstep.dispatch.kernels_wire import (
     COUNT_BITS,
-    PAYLOAD_MASK,
     arrived_words,
     as_words,
     chain,
@@ -17,6 +16,7 @@ from lockstep.dispatch.kernels_wire import (
     pack_row,
     raise_flags,
     skewed_rank,
+    tag_of,
     unpack_row,
     wait_at_least,
 )
@@ -80,8 +80,7 @@ def _combine_words(
     choice = tl.arange(0, TOPK_POW2)
     weight_words = as_words(own + WEIGHTS)
     returned = as_words(own + RETURNED_AS_WORDS, 16)
-    tag = epoch & PAYLOAD_MASK
-    tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
+    tag = tag_of(epoch)
     if (block == 0) & (WORLD > 1):
         raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, BLOCKS, False)
     for i in range(1, WORLD):

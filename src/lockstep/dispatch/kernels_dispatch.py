@@ -12,15 +12,16 @@ from lockstep.dispatch.kernels_wire import (
     ALL_TOKENS,
     COUNT_BITS,
     PAYLOAD_MASK,
+    arrived_counts,
     arrived_words,
     as_words,
     chain,
-    counts_in,
     first_task,
     pack_row,
     raise_flags,
     report,
     skewed_rank,
+    tag_of,
     unpack_row,
     wait_at_least,
 )
@@ -275,8 +276,7 @@ def dispatch_kernel(
         gdc_wait()
         gdc_launch_dependents()
     epoch = tl.load(cells)
-    tag = epoch & PAYLOAD_MASK
-    tag = tl.where(tag >= 2147483648, tag - 4294967296, tag)  # as it comes back from an arithmetic shift
+    tag = tag_of(epoch)
     asked = tl.load(num_tokens_cell)
     num_tokens = tl.minimum(asked, max_tokens)
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -297,10 +297,10 @@ def dispatch_kernel(
             topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD, CAPACITY, TOPK, PLAN_BLOCKS,
             blocks, COPIES_POW2, PAIRS, IDS, WEIGHTS, COUNTS,
         )  # fmt: skip
-        words = wait_at_least(
-            own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
-        )
-        arrived = counts_in(words, want, WORLD, CAPACITY)
+        arrived = arrived_counts(
+            own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2, CAPACITY,
+            ABORT,
+        )  # fmt: skip
         if block == 0:
             tl.store(cells + 1, epoch)
             tl.store(counts + source, arrived)
@@ -332,10 +332,10 @@ def dispatch_kernel(
     if WORLD > 2:
         # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
         if (block >= PLAN_BLOCKS) & (num_tokens >= SKEW_TOKENS):
-            words = wait_at_least(
-                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
-            )
-            arrived = counts_in(words, want, WORLD, CAPACITY)
+            arrived = arrived_counts(
+                own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2, CAPACITY,
+                ABORT,
+            )  # fmt: skip
         skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
     if skewed != rank:
         if (num_tokens <= WORD_TOKENS) & (WORLD > 1):
@@ -354,10 +354,10 @@ def dispatch_kernel(
             )  # fmt: skip
     if WORLD > 2:
         if (block >= PLAN_BLOCKS) & (num_tokens < SKEW_TOKENS):
-            words = wait_at_least(
-                own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT
-            )
-            arrived = counts_in(words, want, WORLD, CAPACITY)
+            arrived = arrived_counts(
+                own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2, CAPACITY,
+                ABORT,
+            )  # fmt: skip
             skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
         longest = tl.max(arrived, 0)
         tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
@@ -398,11 +398,10 @@ def dispatch_kernel(
             raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, blocks)
         if block >= PLAN_BLOCKS:
             if WORLD == 2:
-                words = wait_at_least(
-                    own + COUNTS + block * 8, blocks * 8, want, 1, peers, status, rank, budget_ns, WORLD,
-                    WORLD_POW2, ABORT,
+                arrived = arrived_counts(
+                    own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
+                    CAPACITY, ABORT,
                 )  # fmt: skip
-                arrived = counts_in(words, want, WORLD, CAPACITY)
             if turns == 0:
                 want_flags = tl.where(arrived <= WORD_TOKENS, 0, want + 1)
             for i in range(1, WORLD):

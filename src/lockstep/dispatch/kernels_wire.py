@@ -201,15 +201,26 @@ def first_task(block, source, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def counts_in(words, want, WORLD: tl.constexpr, CAPACITY: tl.constexpr):
-    """Return the tokens of every rank from its count word, and 0 for a rank that is epochs ahead.
+def arrived_counts(
+    section, stride, want, peers, status, rank, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr,
+    CAPACITY: tl.constexpr, ABORT: tl.constexpr,
+):  # fmt: skip
+    """Wait for every rank's count word; return their tokens, and 0 for a rank that is epochs ahead.
 
     A rank can be ahead only after a wait was ended by the abort cell: then no result counts, but no address may be made
     of what it sent.
     """
+    words = wait_at_least(section, stride, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
     counts = words - want
     valid = (tl.arange(0, words.shape[0]) < WORLD) & (counts <= CAPACITY)
     return tl.where(valid, counts, 0).to(tl.int32)
+
+
+@triton.jit
+def tag_of(epoch):
+    """Return an epoch as the upper half of a word comes back from an arithmetic shift."""
+    tag = epoch & PAYLOAD_MASK
+    return tl.where(tag >= 2147483648, tag - 4294967296, tag)
 
 
 @triton.jit
