@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-FP8_GROUP = 128
-
 
 @triton.jit
 def _load_rows(rows, scales, index, k, inside, stride, groups, FP8: tl.constexpr):
