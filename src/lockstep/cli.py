@@ -386,7 +386,10 @@ def main() -> None:
     try:
         app()
     except (ConfigurationError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError) as error:
-        typer.echo(f"lockstep: error: {error}", err=True)
+        says = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            says = f"{error.filename}: {error.strerror}"
+        typer.echo(f"lockstep: error: {says}", err=True)
         sys.exit(2)
     except (LockstepError, OSError) as error:  # a disk that is full, say: what was written is kept
         typer.echo(f"lockstep: error: {type(error).__name__}: {error}", err=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from lockstep.cli import app
+from lockstep.cli import app, main
 from lockstep.coordination.step_log import StepColumns, StepLogRecord, StepLogWriter, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.report.compare import compare_runs
@@ -430,3 +430,11 @@ def test_report_of_one_simulation_is_that_of_its_steps():
     result = simulate(requests, SimulationConfig(4))
     assert result.steps.num_steps == result.summary["steps"]
     assert result.steps.lost_by_cause() == result.summary["lost"]
+
+
+def test_a_file_that_is_not_there_is_named_without_numbers_of_the_system(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lockstep", "simulate", "--workload", "nowhere.csv"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "lockstep: error: nowhere.csv: No such file or directory\n"
