@@ -153,8 +153,8 @@ def _combine_rounds(
     tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
     mine_first = tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS)
     hops = tl.zeros((), tl.int32)
-    # Of two rounds the first has nothing beside it and the second nothing after it: rather four, of half the size.
-    tiles = tl.where((mine_first > ROUND) & (mine_first <= 2 * ROUND), (ROUND + 1) // 2, ROUND)
+    # The last round is summed with nothing beside it: one round, or several of half the size.
+    tiles = tl.where(mine_first > ROUND, (ROUND + 1) // 2, ROUND)
     first_source = rank
     if CHAINS:
         hops = tl.where((skewed >= 0) & ((mine_first > 0) | (block == 0)), WORLD - 2, 0)
@@ -235,24 +235,17 @@ def _combine_rounds(
                                 tl.store(inbox + own_place, rows, wanted[:, None] & inside)
                         else:
                             tl.store(inbox + own_place, rows, wanted[:, None] & inside)
-            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
-        if turn > hops:
-            if WORLD > 1:
+        begin = block + (turn - 1 - hops) * tiles * BLOCKS
+        end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, begin + tiles * BLOCKS)
+        sums = (turn > hops) & (begin < end)
+        if WORLD > 1:  # noqa: SIM102
+            if (turn > 0) & (sums | (turn == rounds + hops)):
                 wait_at_least(
-                    own + FLAGS + block * 8,
-                    BLOCKS * 8,
-                    (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
-                    0,
-                    peers,
-                    status,
-                    rank,
-                    budget_ns,
-                    WORLD,
-                    WORLD_POW2,
-                    ABORT,
-                )
-            begin = block + (turn - 1 - hops) * tiles * BLOCKS
-            end = tl.minimum(tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks, begin + tiles * BLOCKS)
+                    own + FLAGS + block * 8, BLOCKS * 8,
+                    (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64), 0, peers, status, rank,
+                    budget_ns, WORLD, WORLD_POW2, ABORT,
+                )  # fmt: skip
+        if sums:
             for task in range(begin, end, BLOCKS):
                 token = (task // column_blocks) * BLOCK_TOKENS + lanes
                 column = (task % column_blocks) * BLOCK_COLUMNS + columns
@@ -282,6 +275,8 @@ def _combine_rounds(
                     total += tl.where(rank == peer, mine.to(tl.float32), rows)
                 at = token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
                 tl.store(output + at, total.to(tl.bfloat16), here[:, None] & inside)
+        if (turn < rounds + hops) & (WORLD > 1):
+            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["rank", "budget_ns"])

@@ -17,12 +17,12 @@ from lockstep.dispatch.kernels_wire import (
     as_words,
     chain,
     first_task,
+    pack_fp8,
     pack_row,
     raise_flags,
     report,
     skewed_rank,
     tag_of,
-    unpack_row,
     wait_at_least,
 )
 
@@ -148,24 +148,29 @@ def _push_words(
 ):  # fmt: skip
     """Store few tokens' rows as words into every rank, whether it needs them or not: the routing need not be read.
 
-    In fp8 too the words are bfloat16: where they arrive they are rounded, to the same bits.
+    A word carries two bfloat16 or four fp8 values; the words of the scales follow those of the row.
     """
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS  # in fp8 a tile's row is one scale group
     rows: tl.constexpr = BLOCK_COLUMNS // width
+    values_per_word: tl.constexpr = 4 if FP8 else 2
+    row_end: tl.constexpr = HIDDEN_STRIDE // values_per_word
     for task in range(first, num_tokens * column_blocks, BLOCKS):
         token = task // column_blocks
         group = (task % column_blocks) * rows + tl.arange(0, rows)
         column = group[:, None] * width + tl.arange(0, width)[None, :]
         values = tl.load(hidden_states + token * HIDDEN + column, column < HIDDEN, other=0.0)
-        words = pack_row(values, tag)
-        pair = group[:, None] * (width // 2) + tl.arange(0, width // 2)[None, :]
-        at = (rank * WORD_TOKENS + token) * ROW_WORDS + pair
-        for i in range(1, WORLD):
-            base = tl.load(peers + (rank + i) % WORLD)
-            tl.store(as_words(base + ROWS_AS_WORDS, 16) + at, words, pair < ROW_WORDS)
-        slot = rank * CAPACITY + token + tl.zeros((rows,), tl.int32)
         sent, scale = _as_sent(values, FP8)
+        words = pack_fp8(sent, tag) if FP8 else pack_row(sent, tag)
+        pair = group[:, None] * (width // values_per_word) + tl.arange(0, width // values_per_word)[None, :]
+        at = (rank * WORD_TOKENS + token) * ROW_WORDS
+        for i in range(1, WORLD):
+            inbox = as_words(tl.load(peers + (rank + i) % WORLD) + ROWS_AS_WORDS, 16)
+            tl.store(inbox + at + pair, words, pair < row_end)
+            if FP8:
+                bits = scale.to(tl.int32, bitcast=True).to(tl.int64) & PAYLOAD_MASK
+                tl.store(inbox + at + row_end + group, (tag << 32) | bits, group < GROUPS)
+        slot = rank * CAPACITY + token + tl.zeros((rows,), tl.int32)
         _store_tile(
             own, sent, scale, slot, group, column, slot >= 0, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, ROWS, SCALES
         )  # fmt: skip
@@ -180,24 +185,28 @@ def _receive_words(
 ):  # fmt: skip
     """Wait for the words of `source`'s rows, and put the rows where those that come without words are."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS
-    rows: tl.constexpr = BLOCK_COLUMNS // width
+    groups: tl.constexpr = BLOCK_COLUMNS // 128 if FP8 else 0  # of one tile
+    values_per_word: tl.constexpr = 4 if FP8 else 2
+    row_end: tl.constexpr = HIDDEN_STRIDE // values_per_word
+    pairs: tl.constexpr = BLOCK_COLUMNS // values_per_word
+    lane = tl.arange(0, BLOCK_COLUMNS // 2)  # in fp8 the upper half is for the scales
     words = as_words(own + ROWS_AS_WORDS, 16)
+    row_words = tl.multiple_of((own + ROWS).to(tl.pointer_type(tl.int32)), 16)
     for task in range(first, count * column_blocks, BLOCKS):
         token = task // column_blocks
-        pair = (task % column_blocks) * (BLOCK_COLUMNS // 2) + tl.arange(0, BLOCK_COLUMNS // 2)
-        at = (source * WORD_TOKENS + token) * ROW_WORDS + pair
+        pair = (task % column_blocks) * pairs + lane
+        of_row = (lane < pairs) & (pair < row_end)
+        group = (task % column_blocks) * groups + lane - pairs
+        of_scales = (lane >= pairs) & (lane < pairs + groups) & (group < GROUPS)
+        at = (source * WORD_TOKENS + token) * ROW_WORDS + tl.where(lane < pairs, pair, row_end + group)
         payload, _ = arrived_words(
-            words, at, pair < ROW_WORDS, tag, peers, status, rank, source, budget_ns, WORLD, ABORT
+            words, at, of_row | of_scales, tag, peers, status, rank, source, budget_ns, WORLD, ABORT
         )
-        values = unpack_row(tl.reshape(payload, [rows, width // 2]))
-        group = (task % column_blocks) * rows + tl.arange(0, rows)
-        column = group[:, None] * width + tl.arange(0, width)[None, :]
-        slot = source * CAPACITY + token + tl.zeros((rows,), tl.int32)
-        sent, scale = _as_sent(values, FP8)
-        _store_tile(
-            own, sent, scale, slot, group, column, slot >= 0, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, ROWS, SCALES
-        )  # fmt: skip
+        slot = source * CAPACITY + token
+        tl.store(row_words + slot * row_end + pair, payload, of_row)
+        if FP8:
+            scales = tl.multiple_of((own + SCALES).to(tl.pointer_type(tl.int32)), 16)
+            tl.store(scales + slot * GROUPS + group, payload, of_scales)
 
 
 @triton.jit
@@ -279,19 +288,9 @@ def dispatch_kernel(
     tag = tag_of(epoch)
     asked = tl.load(num_tokens_cell)
     num_tokens = tl.minimum(asked, max_tokens)
-    column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     blocks: tl.constexpr = PLAN_BLOCKS + PUSH_BLOCKS
-    # With many tiles the plan's blocks push too, once the plan is made. The bound is known to the receivers.
-    many: tl.constexpr = 4 * PUSH_BLOCKS
-    tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
-    zero = tl.zeros((WORLD_POW2,), tl.int64)
-    want = (epoch << COUNT_BITS) + zero
-    want_flags = want + 1
-    first = block - PLAN_BLOCKS
-    stride = tl.where(tiles > many, blocks, PUSH_BLOCKS)
-    flags = 1
     source = tl.arange(0, WORLD_POW2)
-    arrived = tl.zeros((WORLD_POW2,), tl.int32)
+    want = (epoch << COUNT_BITS) + tl.zeros((WORLD_POW2,), tl.int64)
     if block < PLAN_BLOCKS:
         _send_routing(
             topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD, CAPACITY, TOPK, PLAN_BLOCKS,
@@ -323,98 +322,88 @@ def dispatch_kernel(
                 expert_offsets, inverse, scratch, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS,
                 EXPERTS_POW2, PLAN_BLOCKS, SLICE, IDS, WEIGHTS, ABORT,
             )  # fmt: skip
-        first = tl.where(tiles > many, PUSH_BLOCKS + block, 1 << 30)
-        flags = (tiles > many).to(tl.int32)
-        theirs = tl.where(arrived > WORD_TOKENS, tl.cdiv(arrived, BLOCK_TOKENS) * column_blocks, 0)
-        want_flags = tl.where(theirs > many, want + 1, 0)
-    skewed = tl.full((), -1, tl.int32)
-    turns = tl.full((), 0, tl.int32)
-    if WORLD > 2:
-        # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
-        if (block >= PLAN_BLOCKS) & (num_tokens >= SKEW_TOKENS):
-            arrived = arrived_counts(
-                own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2, CAPACITY,
-                ABORT,
-            )  # fmt: skip
-        skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
-    if skewed != rank:
-        if (num_tokens <= WORD_TOKENS) & (WORLD > 1):
-            flags = 0
-            if block >= PLAN_BLOCKS:
+    else:
+        first = block - PLAN_BLOCKS
+        column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+        tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
+        arrived = tl.zeros((WORLD_POW2,), tl.int32)
+        skewed = tl.full((), -1, tl.int32)
+        turns = tl.full((), 0, tl.int32)
+        if WORLD > 2:
+            # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
+            if num_tokens >= SKEW_TOKENS:
+                arrived = arrived_counts(
+                    own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
+                    CAPACITY, ABORT,
+                )  # fmt: skip
+            skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+        if skewed != rank:
+            if (num_tokens <= WORD_TOKENS) & (WORLD > 1):
                 _push_words(
                     hidden_states, num_tokens, tag, peers, own, rank, first_task(first, rank, WORLD, PUSH_BLOCKS),
                     WORLD, CAPACITY, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, PUSH_BLOCKS, BLOCK_COLUMNS, WORD_TOKENS,
                     ROW_WORDS, ROWS, SCALES, ROWS_AS_WORDS,
                 )  # fmt: skip
-        else:
-            _push_rows(
-                hidden_states, topk_ids, num_tokens, peers, rank, first, tiles, stride, WORLD, CAPACITY, TOPK,
-                TOPK_POW2, EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, False, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS,
-                SCALES,
-            )  # fmt: skip
-    if WORLD > 2:
-        if (block >= PLAN_BLOCKS) & (num_tokens < SKEW_TOKENS):
-            arrived = arrived_counts(
-                own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2, CAPACITY,
-                ABORT,
-            )  # fmt: skip
-            skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
-        longest = tl.max(arrived, 0)
-        tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
-        first = tl.where(
-            block >= PLAN_BLOCKS, block - PLAN_BLOCKS, tl.where(tasks > many, PUSH_BLOCKS + block, 1 << 30)
-        )
-        stride = tl.where(tasks > many, blocks, PUSH_BLOCKS)
-        rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - first, 0), stride), CHAIN_ROUND)
-        turns = tl.where((skewed >= 0) & (rounds > 0), rounds + WORLD - 2, 0)
-        for turn in range(turns):
-            begin = first + turn * CHAIN_ROUND * stride
-            if rank == skewed:
-                _push_rows(
-                    hidden_states, topk_ids, num_tokens, peers, rank, begin,
-                    tl.minimum(tasks, begin + CHAIN_ROUND * stride), stride, WORLD, CAPACITY, TOPK, TOPK_POW2,
-                    EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, True, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS, SCALES,
-                )  # fmt: skip
             else:
-                if turn > 0:
-                    wait_at_least(
-                        own + FLAGS + block * 8, blocks * 8, want + turn, 0, peers, status, rank, budget_ns, WORLD,
-                        WORLD_POW2, ABORT,
+                _push_rows(
+                    hidden_states, topk_ids, num_tokens, peers, rank, first, tiles, PUSH_BLOCKS, WORLD, CAPACITY, TOPK,
+                    TOPK_POW2, EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, False, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS,
+                    SCALES,
+                )  # fmt: skip
+        if WORLD > 2:
+            if num_tokens < SKEW_TOKENS:
+                arrived = arrived_counts(
+                    own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
+                    CAPACITY, ABORT,
+                )  # fmt: skip
+                skewed = skewed_rank(arrived, SKEW_TOKENS, WORLD_POW2)
+            longest = tl.max(arrived, 0)
+            tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
+            rounds = tl.cdiv(tl.cdiv(tl.maximum(tasks - first, 0), PUSH_BLOCKS), CHAIN_ROUND)
+            turns = tl.where((skewed >= 0) & (rounds > 0), rounds + WORLD - 2, 0)
+            for turn in range(turns):
+                begin = first + turn * CHAIN_ROUND * PUSH_BLOCKS
+                if rank == skewed:
+                    _push_rows(
+                        hidden_states, topk_ids, num_tokens, peers, rank, begin,
+                        tl.minimum(tasks, begin + CHAIN_ROUND * PUSH_BLOCKS), PUSH_BLOCKS, WORLD, CAPACITY, TOPK,
+                        TOPK_POW2, EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, True, BLOCK_TOKENS, BLOCK_COLUMNS,
+                        ROWS, SCALES,
                     )  # fmt: skip
-                for stage in range(1, tl.minimum(turn, WORLD - 2) + 1):
-                    begin = first + (turn - stage) * CHAIN_ROUND * stride
-                    _forward_rows(
-                        own, tag, longest, peers, status, rank, skewed, stage, begin,
-                        tl.minimum(tasks, begin + CHAIN_ROUND * stride), stride, budget_ns, WORLD, CAPACITY, TOPK,
-                        EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, BLOCK_TOKENS, BLOCK_COLUMNS, ROWS, SCALES, IDS,
-                        ABORT,
-                    )  # fmt: skip
-            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + turn + 1, WORLD, blocks)
-        if turns > 0:
-            flags = 0
-            want_flags = want + turns
-    if WORLD > 1:
-        if flags != 0:
-            raise_flags(peers, rank, FLAGS, block, (epoch << COUNT_BITS) + 1, WORLD, blocks)
-        if block >= PLAN_BLOCKS:
+                else:
+                    if turn > 0:
+                        wait_at_least(
+                            own + FLAGS + first * 8, PUSH_BLOCKS * 8, want + turn, 0, peers, status, rank, budget_ns,
+                            WORLD, WORLD_POW2, ABORT,
+                        )  # fmt: skip
+                    for stage in range(1, tl.minimum(turn, WORLD - 2) + 1):
+                        begin = first + (turn - stage) * CHAIN_ROUND * PUSH_BLOCKS
+                        _forward_rows(
+                            own, tag, longest, peers, status, rank, skewed, stage, begin,
+                            tl.minimum(tasks, begin + CHAIN_ROUND * PUSH_BLOCKS), PUSH_BLOCKS, budget_ns, WORLD,
+                            CAPACITY, TOPK, EXPERTS, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, BLOCK_TOKENS, BLOCK_COLUMNS,
+                            ROWS, SCALES, IDS, ABORT,
+                        )  # fmt: skip
+                raise_flags(peers, rank, FLAGS, first, (epoch << COUNT_BITS) + turn + 1, WORLD, PUSH_BLOCKS)
+        if WORLD > 1:
+            if (num_tokens > WORD_TOKENS) & (turns == 0):
+                raise_flags(peers, rank, FLAGS, first, (epoch << COUNT_BITS) + 1, WORLD, PUSH_BLOCKS)
             if WORLD == 2:
                 arrived = arrived_counts(
                     own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
                     CAPACITY, ABORT,
                 )  # fmt: skip
-            if turns == 0:
-                want_flags = tl.where(arrived <= WORD_TOKENS, 0, want + 1)
             for i in range(1, WORLD):
                 peer = (rank + i) % WORLD
                 count = tl.sum(tl.where(source == peer, arrived, 0), 0)
                 if count <= WORD_TOKENS:
                     _receive_words(
-                        count, tag, peers, status, own, rank, peer,
-                        first_task(block - PLAN_BLOCKS, peer, WORLD, PUSH_BLOCKS), budget_ns, WORLD, CAPACITY,
-                        HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, PUSH_BLOCKS, BLOCK_COLUMNS, WORD_TOKENS, ROW_WORDS,
-                        ROWS, SCALES, ROWS_AS_WORDS, ABORT,
+                        count, tag, peers, status, own, rank, peer, first_task(first, peer, WORLD, PUSH_BLOCKS),
+                        budget_ns, WORLD, CAPACITY, HIDDEN, HIDDEN_STRIDE, GROUPS, FP8, PUSH_BLOCKS, BLOCK_COLUMNS,
+                        WORD_TOKENS, ROW_WORDS, ROWS, SCALES, ROWS_AS_WORDS, ABORT,
                     )  # fmt: skip
-        wait_at_least(
-            own + FLAGS + block * 8, blocks * 8, want_flags, 0, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
-            ABORT,
-        )  # fmt: skip
+            flags = tl.where(turns > 0, want + turns, tl.where(arrived > WORD_TOKENS, want + 1, 0))
+            wait_at_least(
+                own + FLAGS + first * 8, PUSH_BLOCKS * 8, flags, 0, peers, status, rank, budget_ns, WORLD, WORLD_POW2,
+                ABORT,
+            )  # fmt: skip

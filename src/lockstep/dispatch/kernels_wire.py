@@ -14,9 +14,10 @@ barrier of their own:
     of a dispatch that have met; combine zeroes it.
 
 Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
-one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows of few tokens go as such words too, two bfloat16
-values in each: twice the bytes, but one trip over the link where rows and a flag behind a fence take three. Rows of
-many tokens are covered by a flag per sending block, which the block of the same number waits for on the receiver.
+one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows of few tokens go as such words too, two bfloat16 or
+four fp8 values in each: twice the bytes, but one trip over the link where rows and a flag behind a fence take three.
+Rows of many tokens are covered by a flag per sending block, which the block of the same number waits for on the
+receiver.
 
 A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank, so the
 sender and the receiver of a row agree on its block without a word.
@@ -79,6 +80,19 @@ def _store_flag(address, word):
 
 
 @triton.jit
+def _barrier_any(flag):
+    """A block barrier that returns 1 to all threads if `flag` is not 0 in any of them."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .pred q; setp.ne.u32 p, $1, 0; bar.red.or.pred q, 0, p; selp.u32 $0, 1, 0, q; }",
+        "=r,r",
+        [flag],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def as_words(address, ALIGNED: tl.constexpr = 8):
     """Return integer `address`, a multiple of `ALIGNED`, as a pointer to int64."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), ALIGNED)
@@ -115,7 +129,7 @@ def wait_at_least(
     """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`.
 
     Returns:
-        The words `[WORLD_POW2]`. Those of a source that did not come, and those beyond the world, are `want`.
+        The words `[WORLD_POW2]`; `want` beyond the world, and for all if the wait was given up.
     """
     source = tl.arange(0, WORLD_POW2)
     counted = (source < WORLD) & ((source != rank) | (include_self != 0))
@@ -134,9 +148,9 @@ def wait_at_least(
             if late > 0:
                 absent = tl.max(tl.where(words < want, source, -1), 0)
                 ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-    # Each thread acquired only its own source's word; the barrier shares that with the block.
-    tl.debug_barrier()
-    return tl.maximum(words, want)
+    # Each thread acquired only its own source's word; the barrier shares that with the block. And each warp waited for
+    # itself: if one gave up, nobody came for the whole block, lest its warps go on with different words.
+    return tl.where(_barrier_any(ended) != 0, want, tl.maximum(words, want))
 
 
 @triton.jit
@@ -187,6 +201,14 @@ def pack_row(values, tag):
 
 
 @triton.jit
+def pack_fp8(values, tag):
+    """Return fp8 values `[rows, columns]` as words that prove their arrival, `[rows, columns / 4]` int64."""
+    bits = values.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF
+    shifted = tl.reshape(bits, [bits.shape[0], bits.shape[1] // 4, 4]) << (8 * tl.arange(0, 4))[None, None, :]
+    return (tag << 32) | (tl.sum(shifted, 2).to(tl.int64) & PAYLOAD_MASK)
+
+
+@triton.jit
 def unpack_row(payload):
     """Return the bfloat16 values `[rows, columns]` of payloads `[rows, columns / 2]` int32; see `pack_row`."""
     pairs = tl.join(payload & 0xFFFF, (payload >> 16) & 0xFFFF)
@@ -207,8 +229,8 @@ def arrived_counts(
 ):  # fmt: skip
     """Wait for every rank's count word; return their tokens, and 0 for a rank that is epochs ahead.
 
-    A rank can be ahead only after a wait was ended by the abort cell: then no result counts, but no address may be made
-    of what it sent.
+    A rank can be ahead only after another wait was ended by the abort cell: then no result counts, but no address may
+    be made of what it sent.
     """
     words = wait_at_least(section, stride, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
     counts = words - want

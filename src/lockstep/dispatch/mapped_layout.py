@@ -26,7 +26,7 @@ class LaunchSizes:
         tiny_tile, tiles: how many routing words per source the plan holds in registers at once: `tiny_tile`, a power of
             two, or twice as many, and so on, `tiles` sizes in all. Beyond the largest it goes by slices.
         word_tokens: most tokens of a rank whose rows travel as words that prove their own arrival: twice the bytes, but
-            no flag behind a fence.
+            no flag behind a fence. For rows in fp8, which have half the bytes, twice as many.
         slice: routing words that a block of a larger plan counts at a time; a power of two, at most 256.
         pairs: routing words that a block sends at a time; a power of two.
         round: most tiles that a combine block pushes to each peer between two flags.
@@ -96,14 +96,16 @@ class Layout:
     Attributes:
         rows: received rows, `[ranks, capacity, hidden_stride]`.
         scales: of fp8 rows, `[ranks, capacity, groups]` float32.
-        rows_as_words, returned_as_words: rows of few tokens and their partial sums, `[ranks, word_tokens, row_words]`
-            int64, two bfloat16 values in each.
+        rows_as_words: rows of few tokens, `[ranks, row_word_tokens, words_per_row]` int64: two bfloat16 or four fp8
+            values in each, and one for each scale.
+        returned_as_words: their partial sums, `[ranks, word_tokens, hidden_stride / 2]` int64, two bfloat16 in each.
         ids, weights: routing words, `[ranks, capacity, top_k]` int64.
         counts: count words, a copy per block, `[ranks, blocks]` int64.
-        dispatch_flags, combine_flags: `[ranks, blocks]` int64.
+        dispatch_flags, combine_flags: `[ranks, push_blocks]` and `[ranks, combine_blocks]` int64.
         abort: one int64.
         returned: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16.
         nbytes: of one channel.
+        row_word_tokens, words_per_row: see `rows_as_words`.
     """
 
     rows: int
@@ -118,6 +120,8 @@ class Layout:
     abort: int
     returned: int
     nbytes: int
+    row_word_tokens: int
+    words_per_row: int
 
 
 def make_layout(
@@ -125,16 +129,19 @@ def make_layout(
 ) -> Layout:
     """Lay out one channel; see `Layout` for the sections."""
     slots = num_ranks * capacity
-    words = num_ranks * launch.word_tokens * (hidden_stride // 2) * 8
+    row_word_tokens = launch.word_tokens
+    if fp8:
+        row_word_tokens = min(2 * row_word_tokens, capacity, launch.skew_tokens - 1)
+    words_per_row = -(-(hidden_stride // 4 + groups) // 8) * 8 if fp8 else hidden_stride // 2
     sizes = {
         "ids": slots * top_k * 8,
         "weights": slots * top_k * 8,
         "counts": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
-        "dispatch_flags": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
+        "dispatch_flags": num_ranks * launch.push_blocks * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
-        "rows_as_words": words,
-        "returned_as_words": words,
+        "rows_as_words": num_ranks * row_word_tokens * words_per_row * 8,
+        "returned_as_words": num_ranks * launch.word_tokens * (hidden_stride // 2) * 8,
         "scales": slots * groups * 4 if fp8 else 0,
         "rows": slots * hidden_stride * (1 if fp8 else 2),
         "returned": slots * hidden_stride * 2,
@@ -144,4 +151,4 @@ def make_layout(
     for name, size in sizes.items():
         offsets[name] = end
         end += -(-size // 256) * 256
-    return Layout(**offsets, nbytes=end)
+    return Layout(**offsets, nbytes=end, row_word_tokens=row_word_tokens, words_per_row=words_per_row)
