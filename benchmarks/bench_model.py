@@ -18,7 +18,6 @@ replayed from a graph, against the same steps run eagerly just before; memory is
 import argparse
 import contextlib
 import faulthandler
-import functools
 import gc
 import json
 import logging
@@ -200,23 +199,6 @@ def prompts_of(run, case, vocabulary):
     return torch.randint(0, vocabulary, shape, generator=generator).to(run.device)
 
 
-@contextlib.contextmanager
-def fused_norms(model, wanted):
-    """Run every RMSNorm of the model as one kernel instead of Transformers' seven: all that a user has to write."""
-
-    def forward(norm, rows):
-        return torch.nn.functional.rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-    norms = [module for module in model.modules() if wanted and type(module).__name__.endswith("RMSNorm")]
-    for norm in norms:
-        norm.forward = functools.partial(forward, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
-
-
 def relative(found, expected):
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
@@ -334,8 +316,12 @@ def measure_lockstep(run, model, layers, cases, references, names):
 
         graphs = "graph" in words
         lockstep_graphs._CapturedForward.replay = counted
-        with fused_norms(model, "norms" in words):
-            measure_cases(run, f"lockstep {name}", model, layers, cases, references, joined, graphs)
+        if "norms" in words:
+            run.say(f"{lockstep.fuse_norms(model)} norms fused")
+        measure_cases(run, f"lockstep {name}", model, layers, cases, references, joined, graphs)
+        for module in model.modules() if "norms" in words else ():
+            if type(module).__name__.endswith("RMSNorm"):
+                vars(module).pop("forward", None)
         lockstep_graphs._CapturedForward.replay = replay
     parallel.close()
 
@@ -415,7 +401,7 @@ def main():
     parser.add_argument(
         "--backends", nargs="*", default=["allgather", "nvlink", "nvlink graph"],
         help='of the first part: a dispatcher, and any of "graph" (decode steps as graphs), "fp8" (rows sent in fp8), '
-        '"overlap" (prompts in chunks, dispatch under experts), "norms" (each RMSNorm one kernel of PyTorch)',
+        '"overlap" (prompts in chunks, dispatch under experts), "norms" (by lockstep.fuse_norms)',
     )  # fmt: skip
     parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink graph norms", "nvlink"])
     parser.add_argument("--backends-last", nargs="*", default=["allgather"], help="likewise, if time is left")

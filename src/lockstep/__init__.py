@@ -22,6 +22,7 @@ _PUBLIC = {
     "from_pretrained": "lockstep.models.huggingface",
     "parallelize": "lockstep.models.huggingface",
     "join": "lockstep.models.huggingface",
+    "fuse_norms": "lockstep.models.norms",
     "LockstepError": "lockstep.errors",
     "ConfigurationError": "lockstep.errors",
     "TokenCountError": "lockstep.errors",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lockstep.models.huggingface import from_pretrained as from_pretrained
     from lockstep.models.huggingface import join as join
     from lockstep.models.huggingface import parallelize as parallelize
+    from lockstep.models.norms import fuse_norms as fuse_norms
     from lockstep.moe.layer import MoELayer as MoELayer
 
 

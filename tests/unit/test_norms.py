@@ -1,0 +1,56 @@
+"""Norms as one kernel: the same function, only where it is the same function."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lockstep
+from lockstep.models.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"), num_layers=2)
+
+
+def test_every_norm_is_fused_and_the_logits_stay(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():  # all ones would not show a weight that is forgotten
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.rand(weight.shape) + 0.5)
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids).logits
+    # Per layer two norms of rows, one of queries and one of keys; and the last.
+    assert lockstep.fuse_norms(model) == 2 * 4 + 1
+    assert lockstep.fuse_norms(model) == 2 * 4 + 1
+    seen = []
+    rms_norm = torch.nn.functional.rms_norm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "rms_norm", lambda *a: seen.append(a[0].shape) or rms_norm(*a))
+        found = model(ids).logits
+    assert len(seen) == 9
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_another_dtype_go_the_old_way(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    norm, rows = model.model.norm, torch.randn(3, 64).bfloat16()
+    expected = norm(rows)
+    lockstep.fuse_norms(model)
+    assert torch.equal(norm(rows), expected)
+
+
+def test_another_formula_is_left_alone():
+    class OffsetRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.zeros(8)), 1e-6
+
+        def forward(self, rows):
+            return torch.nn.functional.rms_norm(rows, (8,), 1 + self.weight, 1e-6)
+
+    model = torch.nn.Sequential(OffsetRMSNorm())
+    with pytest.raises(lockstep.ConfigurationError, match="Sequential has no RMSNorm that computes as PyTorch's does"):
+        lockstep.fuse_norms(model)
+    assert "forward" not in vars(model[0])
