@@ -157,7 +157,8 @@ def _errors(rank, ranks):
     dispatcher = _dispatcher(num_experts=ranks, hidden_size=64, top_k=1, max_tokens_per_rank=8, deadline_s=1.0)
     device = torch.device("cuda", torch.cuda.current_device())
     rows = torch.ones(4, 64, dtype=torch.bfloat16, device=device)
-    ids, weights = torch.arange(4, device=device)[:, None] % ranks, torch.ones(4, 1, device=device)
+    ids = torch.arange(4, dtype=torch.int32, device=device)[:, None] % ranks  # of the dtype that was warmed up
+    weights = torch.ones(4, 1, device=device)
     with pytest.raises(ConfigurationError, match="9 rows on rank 1, but max_tokens_per_rank is 8"):
         dispatcher.dispatch(rows, ids, weights, [4, 9] + [4] * (ranks - 2))
     with pytest.raises(ConfigurationError, match="do not fit"):

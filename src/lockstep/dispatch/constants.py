@@ -248,14 +248,14 @@ SHIPPED = {
         "shipped, for gloo on one host",
     ),
     # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted by `fit` to
-    # benchmarks/results/dispatch_h200x2_2026-11-22_fab38ef.jsonl (tests/unit/test_choose.py does it again): `allgather`
+    # benchmarks/results/dispatch_h200x2_2026-11-23_8024bae.jsonl (tests/unit/test_choose.py does it again): `allgather`
     # to agv_rsv, `alltoall` to a2av. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its
     # copy to the host, which is what the exchange of counts comes to, took 104 us on such a host.
     "cuda": DispatchConstants(
         {
-            "allgather": BackendConstants(21.13, 0.0, 0.001905, 1.275, 0.9145, 2.202, 6.172),
-            "alltoall": BackendConstants(32.34, 104.0, 0.0003631, 2.566, 2.110, 0.7936, 1.920),
-            "nvlink": BackendConstants(5.660, 0.0, 0.001578, 1.606, 3.364, 0.2895, 3.781),
+            "allgather": BackendConstants(21.28, 0.0, 0.002366, 0.9758, 1.073, 2.205, 5.902),
+            "alltoall": BackendConstants(32.58, 104.0, 0.0001749, 2.299, 2.330, 0.7942, 2.155),
+            "nvlink": BackendConstants(5.352, 0.0, 0.001785, 2.219, 3.372, 0.08511, 3.710),
         },
         "shipped, for H200",
     ),
