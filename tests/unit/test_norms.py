@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lockstep
 from lockstep.models.tiny import make_tiny
@@ -41,16 +41,43 @@ def test_rows_of_another_dtype_go_the_old_way(checkpoint):
     assert torch.equal(norm(rows), expected)
 
 
-def test_another_formula_is_left_alone():
-    class OffsetRMSNorm(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.zeros(8)), 1e-6
+class MadeUpRMSNorm(torch.nn.Module):
+    def __init__(self, weight, formula):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.formula = torch.nn.Parameter(weight), 1e-6, formula
 
-        def forward(self, rows):
-            return torch.nn.functional.rms_norm(rows, (8,), 1 + self.weight, 1e-6)
+    def forward(self, rows):
+        return self.formula(self, rows)
 
-    model = torch.nn.Sequential(OffsetRMSNorm())
+
+def adds_1_to_the_weight(norm, rows):
+    return torch.nn.functional.rms_norm(rows, (8,), 1 + norm.weight, 1e-6)
+
+
+def adds_epsilon_to_the_root(norm, rows):
+    return norm.weight * rows / (rows.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+@pytest.mark.parametrize("formula", [adds_1_to_the_weight, adds_epsilon_to_the_root])
+def test_another_formula_is_left_alone(formula):
+    model = torch.nn.Sequential(MadeUpRMSNorm(torch.ones(8), formula))
     with pytest.raises(lockstep.ConfigurationError, match="Sequential has no RMSNorm that computes as PyTorch's does"):
         lockstep.fuse_norms(model)
     assert "forward" not in vars(model[0])
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    norm, calls = model.model.norm, []
+    plain = norm.forward
+    norm.forward = lambda rows: calls.append(rows.shape) or plain(rows)
+    assert lockstep.fuse_norms(model) == 2 * 4
+    model(torch.arange(6)[None])
+    assert calls == [(1, 6, 64)]
+
+
+def test_weights_that_are_not_there_yet_are_said(checkpoint):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    with pytest.raises(lockstep.ConfigurationError, match="are not there yet: load it first"):
+        lockstep.fuse_norms(model)
