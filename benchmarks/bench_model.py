@@ -316,12 +316,12 @@ def measure_lockstep(run, model, layers, cases, references, names):
 
         graphs = "graph" in words
         lockstep_graphs._CapturedForward.replay = counted
+        plain = [module for module in model.modules() if "forward" not in vars(module)]
         if "norms" in words:
             run.say(f"{lockstep.fuse_norms(model)} norms fused")
         measure_cases(run, f"lockstep {name}", model, layers, cases, references, joined, graphs)
-        for module in model.modules() if "norms" in words else ():
-            if type(module).__name__.endswith("RMSNorm"):
-                vars(module).pop("forward", None)
+        for module in plain:
+            vars(module).pop("forward", None)
         lockstep_graphs._CapturedForward.replay = replay
     parallel.close()
 

@@ -125,13 +125,13 @@ def _words_or_flags(rank, folder, case, seed):
 
     nvlink = _interpreted(folder, rank)
     capacity, hidden, top_k, ranks, fp8 = 5, 140, 3, 2, seed == 1
-    launch = dataclasses.replace(_launch(nvlink, 0), word_tokens=3)
+    launch = _launch(nvlink, 0)
     both = [
         nvlink.NvlinkDispatcher(
             dist.group.WORLD, num_experts=6, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
             deadline_s=60, launch=dataclasses.replace(launch, word_tokens=words), device=torch.device("cpu"),
         )
-        for words in (3, 0)
+        for words in (2 if fp8 else 3, 0)  # to their experts, fp8 rows go as words for twice as many tokens
     ]  # fmt: skip
     for number, counts in enumerate([(3, 2), (3, 4), (0, 3), (5, 1)]):
         if number == 2:  # epochs begin again: words of before must not count
@@ -280,8 +280,15 @@ def _ahead(rank, folder, case, seed):
     layout, channel = dispatcher.layout, dispatcher._channels[0]
     counts = buffers[1][layout.counts : layout.dispatch_flags].view(torch.int64)
     counts[:9].view(3, 3)[0] = (5 << 20) | 7  # four epochs ahead
+    counts[:9].view(3, 3)[2] = 1 << 20
     buffers[1][layout.abort :][:8].view(torch.int64).fill_((1 << 32) | (2 << 16) | 3)
     rows, ids = torch.ones(4, 32, dtype=torch.bfloat16), torch.tensor([[2, 3], [2, 5], [0, 1], [3, 2]])
+    handle = dispatcher.dispatch(rows, ids, torch.ones(4, 2))
+    assert channel.counts.tolist()[:3] == [0, 4, 0]
+    assert handle.tokens_per_expert.tolist() == [3, 2]
+    dispatcher.check()
+    counts[:9].view(3, 3)[2] = 0  # now there is something to wait for
+    channel.num_rows = None
     handle = dispatcher.dispatch(rows, ids, torch.ones(4, 2))
     assert channel.counts.tolist()[:3] == [0, 0, 0]
     assert handle.tokens_per_expert.tolist() == [0, 0]

@@ -143,7 +143,7 @@ def _combine_rounds(
     CHAIN_ROUND: tl.constexpr, CHAINS: tl.constexpr, REDUCED: tl.constexpr, IDS: tl.constexpr,
     WEIGHTS: tl.constexpr, RETURNED: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Push, flag, and sum what came in the round before, round by round; see `combine_kernel`.
+    """Push, sum what came in the round before, and flag, round by round; see `combine_kernel`.
 
     With `CHAINS` there may be a `skewed` rank: in turn k the ranks at place s of a chain of its tokens send round
     k - s, each adding its own partial sum, so that a round has come back `WORLD - 1` turns after it began. What is on
@@ -292,10 +292,11 @@ def combine_kernel(
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
     Where no rank has more than `WORD_TOKENS` tokens the rows travel as words, see `_combine_words`. Otherwise:
-    A block pushes up to `ROUND` tiles to each peer, raises its flag, and only then sums the tiles of the round before:
-    the link carries one round while memory is read for another. The number of rounds follows from the longest rank,
-    which all ranks know, so every flag that is awaited is raised; block 0 always has a round, and thus is the barrier
-    that the next dispatch counts on. The rows of a skewed rank come back along their chains; see `dispatch_kernel`.
+    A block pushes up to `ROUND` tiles to each peer, sums the tiles of the round before, and only then raises its flag:
+    the link carries one round while memory is read for another, and the flag's fence finds the round's rows there
+    already. The number of rounds follows from the longest rank, which all ranks know, so every flag that is awaited is
+    raised; block 0 always has a round, and thus is the barrier that the next dispatch counts on. The rows of a skewed
+    rank come back along their chains; see `dispatch_kernel`.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)
