@@ -226,6 +226,7 @@ def _versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = str(torch.__version__)  # with the build, such as +cu130, which a wheel's name may leave out
     found["cuda"] = torch.version.cuda
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
