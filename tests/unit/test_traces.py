@@ -53,6 +53,111 @@ def test_mooncake_and_prompts_are_recognised_from_their_keys(tmp_path):
     assert trace.requests[1].arrival_s == 2.5
 
 
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+AT = "2023-11-16 18:15:46"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'hash_ids,{HEADER}\n"[12, 7, 8, 9]",{AT},374,44\n',
+        f'"TIMESTAMP","ContextTokens","GeneratedTokens"\n"{AT}","374","44"\n',
+        f'"TIMESTAMP", "ContextTokens", "GeneratedTokens"\n"{AT}", "374", "44"\n',
+        f"\ufeff{HEADER}\r\n{AT},374,44\r\n",
+        f'\ufeff"TIMESTAMP","ContextTokens","GeneratedTokens"\r\n{AT},374,44',
+        f"{HEADER}\r{AT},374,44\r",  # as old Macintoshes end lines
+        HEADER.replace(",", ";") + f"\n{AT};374;44\n",
+        HEADER.replace(",", "\t") + f'\n{AT}\t374\t"44"\n',
+        f'{HEADER},prompt\n{AT},374,44,"first line\nsecond, ""quoted"", line\n\nlast"\n',
+        f'{HEADER},prompt\r\n{AT},374,44,"{"x" * 200_000}"\r\n',  # beyond what the module csv takes by default
+        f"{HEADER},model,cost\n{AT},374,44,,\n",
+        f"{HEADER}\n{AT},374,44,,\n",
+        f"{HEADER}\n{AT},374.0,44.0\n",  # as pandas writes a column that lacks a value somewhere
+        f"GeneratedTokens,TIMESTAMP,ContextTokens\n44,{AT},374\n",
+        f"{HEADER}\n,,\n{AT},374,44\n\n\n",
+    ],
+)
+def test_a_table_is_read_as_a_spreadsheet_reads_it(tmp_path, text):
+    trace = load_trace(write(tmp_path, text))
+    assert (trace.format, lengths(trace), trace.num_malformed) == ("azure-csv", [(374, 44)], 0)
+
+
+def test_digits_in_groups_are_read_where_commas_separate_cells_and_refused_where_they_may_be_decimals(tmp_path):
+    assert lengths(load_trace(write(tmp_path, f'{HEADER}\n{AT},"14,050","1,374"\n'))) == [(14050, 1374)]
+    for text in (f"{AT};374;1,374", f"{AT};1.374;44", f"{AT};1_374;44", f"{AT};+374;44", f"{AT};３７４;44"):
+        with pytest.raises(ConfigurationError, match="Tokens is "):
+            load_trace(write(tmp_path, HEADER.replace(",", ";") + f"\n{text}\n"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"[12, 7, 8, 9],{AT},374,44",  # without quotes: which cell is which cannot be known
+        f'{AT},374,44,"never closed',
+        f'{AT},"374,44,ab',
+        f'{AT},374,44,"a"b',
+        "1700112312345,374,44,a",  # milliseconds since 1970, of which Python would make the year 1700
+        f"{AT},374,44",
+    ],
+)
+def test_a_row_that_is_no_row_costs_that_row_alone(tmp_path, row):
+    rows = [f"{AT},{n},{n},note" for n in (1, 2)] + [row] + [f"{AT},{n},{n},note" for n in range(3, 9)]
+    trace = load_trace(write(tmp_path, "\n".join([HEADER + ",note", *rows])))
+    assert lengths(trace) == [(n, n) for n in range(1, 9)]
+    assert [line.line for line in trace.malformed] == [4]
+
+
+def test_quotes_that_are_not_closed_swallow_no_rows(tmp_path):
+    rows = [f'{AT},{n},{n},"note' if n in (3, 7) else f"{AT},{n},{n},note" for n in range(1, 10)]
+    trace = load_trace(write(tmp_path, "\n".join([HEADER + ",note", *rows])), WorkloadOptions(max_malformed_share=0.5))
+    assert lengths(trace) == [(n, n) for n in (1, 2, 4, 5, 6, 8, 9)]
+    many = "\n".join([HEADER + ",note", f'{AT},1,1,"note', *[f"{AT},2,2,note"] * 3000])
+    assert load_trace(write(tmp_path, many)).num_malformed == 1
+
+
+def test_a_header_that_comes_again_may_have_another_order_and_none_names_a_column_twice(tmp_path):
+    text = f"{HEADER}\n{AT},1,2\n{HEADER}\n{AT},3,4\nTIMESTAMP,GeneratedTokens,ContextTokens\n{AT},6,5\n"
+    trace = load_trace(write(tmp_path, text))
+    assert (lengths(trace), trace.num_malformed) == ([(1, 2), (3, 4), (5, 6)], 0)
+    with pytest.raises(ConfigurationError, match="trace: the header names ContextTokens 2 times"):
+        load_trace(write(tmp_path, f"{HEADER},ContextTokens\n{AT},1,2,3\n"))
+    with pytest.raises(ConfigurationError, match=r"no request could be read: line 1: .* fits no known format"):
+        load_trace(write(tmp_path, f"{AT},1,2\n"))
+
+
+def test_a_key_that_stands_twice_in_an_object_could_mean_either(tmp_path):
+    trace = load_trace(write(tmp_path, MOONCAKE + '{"timestamp": 0, "input_length": 5, "input_length": 7}\n'))
+    assert "a key stands twice" in str(trace.malformed[0])
+    whole = load_trace(write(tmp_path, '{"timestamp": 0, "input_length": 5.0, "output_length": 7}\n'))
+    assert lengths(whole) == [(5, 7)]
+
+
+def test_lengths_of_thousands_of_digits_are_malformed_lines(tmp_path):
+    digits = "9" * 5000
+    assert "ContextTokens is " in str(load_trace(write(tmp_path, AZURE + f"{AT},{digits},1\n")).malformed[0])
+    line = f'{{"timestamp": 0, "input_length": {digits}, "output_length": 1}}\n'
+    assert load_trace(write(tmp_path, MOONCAKE + line)).num_malformed == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PAR1", "Parquet"), (AZURE.encode("utf-16"), "UTF-16")],
+)
+def test_other_kinds_of_files_are_named(tmp_path, content, what):
+    with pytest.raises(ConfigurationError, match=f"trace is {what}.*; a workload is UTF-8 text"):
+        load_trace(write(tmp_path, content))
+
+
+def test_what_unpacks_to_far_more_than_a_trace_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lockstep.workload.traces._UNPACKED_BYTES_ALLOWED", 2**20)
+    for content in (b"\n", AZURE.encode() + b"x" * 100):
+        with pytest.raises(ConfigurationError, match=r"unpacks to more than .* over 200 times its size"):
+            load_trace(write(tmp_path, gzip.compress(content + b"\n" * 2**23)))
+    monkeypatch.setattr("lockstep.workload.traces._MAX_ROWS", 5)
+    with pytest.raises(ConfigurationError, match="has more than 5 requests"):
+        load_trace(write(tmp_path, MOONCAKE * 3))
+
+
 def test_gzip_is_recognised_from_its_first_bytes(tmp_path):
     plain, packed = load_trace(write(tmp_path, AZURE)), load_trace(write(tmp_path, gzip.compress(AZURE.encode()), "b"))
     assert packed.requests == plain.requests
@@ -72,7 +177,7 @@ def test_rate_lengths_and_limits(tmp_path):
     [
         ("2023-11-16 18:15:46,12", "2 columns"),
         ("yesterday,12,3", "TIMESTAMP is 'yesterday'"),
-        ("2023-11-16 18:15:46,0,3", "ContextTokens is '0'"),
+        ("2023-11-16 18:15:46,0,3", "ContextTokens is 0"),
         ("2023-11-16 18:15:46,12,-3", "GeneratedTokens is '-3'"),
         ("2023-11-16 18:15:46,12,3.5", "GeneratedTokens is '3.5'"),
         ("2023-11-16 18:15:46,12,99999999999", "GeneratedTokens is"),

@@ -1,29 +1,47 @@
 """Request traces from files: Azure CSV, Mooncake JSON lines, prompts as JSON lines; plain or gzip.
 
 The format is recognised from the content, never from the name. A malformed line is counted and named (file, line, what
-was expected) and the rows around it are kept; a file in which more than a share of the lines is malformed is refused,
-and so is one with a line so long that no trace has it.
+was expected) and the rows around it are kept. A file is refused if more than a share of its lines is malformed, if a
+line is longer than any trace has, or if it grows beyond a limit when it is unpacked.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
 import math
+import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
 
 _MAX_LINE_BYTES = 16 * 2**20
+_MAX_CELL_LINES = 1000
+_MAX_ROWS = 10_000_000
+# Text packs to a tenth or a twentieth; what unpacks to more than this was made to fill a memory.
+_MAX_UNPACKED_RATIO, _UNPACKED_BYTES_ALLOWED = 200, 64 * 2**20
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
+_DELIMITERS = (",", ";", "\t", "|")
+_OTHER_FILES = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip (an Excel workbook is one)",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
@@ -43,7 +61,7 @@ class WorkloadOptions:
             text, and what they ask for, keep their lengths.
         max_prompt_tokens: longer prompts are cut to this, >= 1; None for no limit.
         max_new_tokens: longer outputs are cut to this, >= 1; None for no limit.
-        num_requests: only the first so many rows of the file, >= 1; None for all.
+        num_requests: only the first N rows of the file, >= 1; None for all.
         max_malformed_share: a file with a larger share of malformed lines is refused, 0..1. One single malformed line
             is always forgiven.
     """
@@ -146,15 +164,18 @@ def load_trace(
     Raises:
         ConfigurationError: if the format is not recognised, no row can be read, a line is longer than 16 MiB, or too
             many lines are malformed; the message names the file, the first such lines and what was expected. Also for a
-            pipe or a device.
+            pipe or a device, more than 10,000,000 requests, and gzip data that unpacks to over 200 times its size.
         OSError: if the file cannot be opened.
     """
     options = options or WorkloadOptions()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
     reader = _Reader(str(path), options, count_tokens)
-    for number, line in _numbered_lines(Path(path)):
-        if not reader.read(number, line):
-            break
+    # A cell may be as long as a line: prompts stand in some traces. The limit is the process's own, so it is put back.
+    cell_limit = csv.field_size_limit(_MAX_LINE_BYTES)
+    try:
+        reader.read(_numbered_lines(Path(path)))
+    finally:
+        csv.field_size_limit(cell_limit)
     return reader.finish()
 
 
@@ -166,32 +187,65 @@ class _Reader:
         self._options = options
         self._count_tokens = count_tokens
         self._format: str | None = None
-        self._columns: dict[str, int] = {}
         self._rows: list[tuple[float, int, int, str | None]] = []
         self._malformed: list[MalformedLine] = []
         self._num_malformed = 0
 
-    def read(self, number: int, line: str | _LineError) -> bool:
-        """Take one line; return False once enough rows have been read."""
-        if isinstance(line, str) and not line.strip():
-            return True
-        try:
-            if isinstance(line, _LineError):
-                raise line
-            if self._format is None:
-                self._format = _recognise(line)
-                if self._format == "azure-csv":
-                    names = [name.strip() for name in line.split(",")]
-                    self._columns = {name: names.index(name) for name in _AZURE_COLUMNS}
-                    return True
-            self._rows.append(self._parse(line))
-        except _LineError as error:
-            self._num_malformed += 1
-            if len(self._malformed) < _NUM_NAMED_LINES:
-                expected = _EXPECTED[self._format] if self._format else "one of: " + "; ".join(_EXPECTED.values())
-                self._malformed.append(MalformedLine(number, str(error), expected))
+    def read(self, lines: Iterable[tuple[int, str | _LineError]]) -> None:
+        """Take lines until there are no more, or enough rows."""
+        lines = iter(lines)
+        for number, line in lines:
+            if isinstance(line, str) and not line.strip():
+                continue
+            try:
+                if isinstance(line, _LineError):
+                    raise line
+                if self._format is None:
+                    self._format, delimiter = _recognise(line)
+                    if delimiter:
+                        self._read_table(_table_rows(lines, number, line, delimiter), grouped=delimiter == ",")
+                        return
+                self._rows.append(self._request(_json_object(line)))
+            except _LineError as error:
+                self._leave_out(number, error)
+            if self._enough():
+                return
+
+    def _read_table(self, rows: Iterable[tuple[int, list[str] | _LineError]], grouped: bool) -> None:
+        columns: dict[str, int] = {}
+        num_columns = 0
+        for number, cells in rows:
+            try:
+                if isinstance(cells, _LineError):
+                    raise cells
+                # A header may come again, where files were put together, and its columns in another order.
+                if set(_AZURE_COLUMNS) <= set(cells):
+                    columns, num_columns = _columns(self._source, cells), len(cells)
+                    continue
+                if len(cells) < num_columns or any(cells[num_columns:]):
+                    raise _LineError(f"{len(cells)} columns, and {num_columns} in the header")
+                arrival = _timestamp(cells[columns["TIMESTAMP"]])
+                lengths = [_length(_integer(cells[columns[name]], grouped), name) for name in _AZURE_COLUMNS[1:]]
+                self._rows.append((arrival, *self._options.lengths(lengths[0], lengths[1]), None))
+            except _LineError as error:
+                self._leave_out(number, error)
+            if self._enough():
+                return
+
+    def _leave_out(self, number: int, error: _LineError) -> None:
+        self._num_malformed += 1
+        if len(self._malformed) < _NUM_NAMED_LINES:
+            expected = _EXPECTED[self._format] if self._format else "one of: " + "; ".join(_EXPECTED.values())
+            self._malformed.append(MalformedLine(number, str(error), expected))
+
+    def _enough(self) -> bool:
+        if len(self._rows) > _MAX_ROWS:
+            raise ConfigurationError(
+                f"{self._source} has more than {_MAX_ROWS:,} requests, the most that are read: "
+                "num_requests takes the first N"
+            )
         limit = self._options.num_requests
-        return limit is None or len(self._rows) < limit
+        return limit is not None and len(self._rows) >= limit
 
     def finish(self) -> Trace:
         """Check the share of malformed lines and return the trace."""
@@ -218,15 +272,7 @@ class _Reader:
         ]
         return Trace(self._source, self._format, requests, self._num_malformed, self._malformed)
 
-    def _parse(self, line: str) -> tuple[float, int, int, str | None]:
-        if self._format == "azure-csv":
-            cells = [cell.strip() for cell in line.split(",")]
-            if len(cells) <= max(self._columns.values()):
-                raise _LineError(f"{len(cells)} columns")
-            arrival = _timestamp(cells[self._columns["TIMESTAMP"]])
-            lengths = [_length(cells[self._columns[name]], name) for name in _AZURE_COLUMNS[1:]]
-            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None)
-        row = _json_object(line)
+    def _request(self, row: dict[str, object]) -> tuple[float, int, int, str | None]:
         if self._format == "mooncake-jsonl":
             arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
             lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
@@ -244,54 +290,147 @@ class _Reader:
         return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt)
 
 
+class _Unpacked(io.RawIOBase):
+    """A gzip file's content, refused once it is longer than a trace of the file's size can be."""
+
+    def __init__(self, path: Path, packed: io.BufferedIOBase, packed_bytes: int) -> None:
+        self._path = path
+        self._content = gzip.GzipFile(fileobj=packed)
+        self._limit = _UNPACKED_BYTES_ALLOWED + _MAX_UNPACKED_RATIO * packed_bytes
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = self._content.readinto1(buffer)
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limit:
+            raise ConfigurationError(
+                f"{self._path} unpacks to more than {self._limit:,} bytes, over {_MAX_UNPACKED_RATIO} times its size: "
+                "no trace does"
+            )
+        return num_bytes
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
     """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
         raise ConfigurationError(
             f"{path} is a pipe or a device: a workload is read several times, so it must be a file"
         )
     with path.open("rb") as raw:
-        is_gzip = raw.read(2) == b"\x1f\x8b"
+        start = raw.read(6)
         raw.seek(0)
-        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+        for magic, what in _OTHER_FILES.items():
+            if start.startswith(magic):
+                raise ConfigurationError(f"{path} is {what}; a workload is UTF-8 text, plain or packed with gzip")
+        stream: io.BufferedIOBase = raw
+        if start.startswith(b"\x1f\x8b"):
+            stream = io.BufferedReader(_Unpacked(path, raw, status.st_size))
         number = 0
         while True:
-            number += 1
             try:
                 line = stream.readline(_MAX_LINE_BYTES)
-                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    raise ConfigurationError(
-                        f"{path}: line {number} is longer than {_MAX_LINE_BYTES} bytes, the most that a line of a "
-                        "trace may have"
-                    )
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                yield number, _LineError(f"the gzip data ends or breaks here ({error})")
+                yield number + 1, _LineError(f"the gzip data ends or breaks here ({error})")
                 return
             if not line:
                 return
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield number, _LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
+            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                raise ConfigurationError(
+                    f"{path}: line {number + 1} is longer than {_MAX_LINE_BYTES} bytes, the most that a line of a "
+                    "trace may have"
+                )
+            for part in line.splitlines(keepends=True):  # at a carriage return alone as well
+                number += 1
+                try:
+                    yield number, part.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield number, _LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _recognise(line: str) -> str:
+def _recognise(line: str) -> tuple[str, str]:
+    """Return the format, and what separates the columns of a table."""
     if line.lstrip().startswith("{"):
         keys = _json_object(line).keys()
         if "prompt" in keys:
-            return "prompts-jsonl"
+            return "prompts-jsonl", ""
         if "input_length" in keys or "output_length" in keys:
-            return "mooncake-jsonl"
-    elif set(_AZURE_COLUMNS) <= {name.strip() for name in line.split(",")}:
-        return "azure-csv"
+            return "mooncake-jsonl", ""
+    for delimiter in _DELIMITERS:
+        try:
+            (cells,) = (cells for _, cells in _table_rows(iter(()), 1, line, delimiter))
+        except ValueError:
+            continue
+        if not isinstance(cells, _LineError) and set(_AZURE_COLUMNS) <= set(cells):
+            return "azure-csv", delimiter
     raise _LineError(f"{_short(line.strip())} fits no known format")
+
+
+def _table_rows(
+    lines: Iterator[tuple[int, str | _LineError]], number: int, line: str, delimiter: str
+) -> Iterator[tuple[int, list[str] | _LineError]]:
+    """Yield `(line number, cells)` of CSV whose cells may be quoted, and then hold delimiters, quotes and line ends.
+
+    A quote that is never closed would swallow all rows after it. So a row over several lines that is not well-formed is
+    malformed in its first line alone, and reading goes on with the next.
+
+    Args:
+        lines: those after the first.
+        number: the first one's.
+        line: the first one: the header.
+        delimiter: between cells.
+    """
+    ahead: deque[tuple[int, str | _LineError]] = deque([(number, line)])
+    taken: list[tuple[int, str | _LineError]] = []
+
+    def texts() -> Iterator[str]:
+        num_chars = 0
+        while item := ahead.popleft() if ahead else next(lines, None):
+            num_chars = num_chars * bool(taken) + len(str(item[1]))
+            taken.append(item)
+            if isinstance(item[1], _LineError):
+                raise item[1] if len(taken) == 1 else _LineError("a quote is not closed before a line that is no text")
+            if len(taken) > _MAX_CELL_LINES or num_chars > _MAX_LINE_BYTES:
+                raise _LineError(f"a quote is not closed within {_MAX_CELL_LINES} lines")
+            yield item[1]
+
+    def reader() -> Iterator[list[str]]:
+        return csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
+
+    rows = reader()
+    while True:
+        taken.clear()
+        try:
+            row = next(rows, None)
+        except (csv.Error, _LineError) as error:
+            yield taken[0][0], error if isinstance(error, _LineError) else _LineError(f"not CSV ({error})")
+            ahead.extendleft(reversed(taken[1:]))
+            rows = reader()
+            continue
+        if row is None:
+            return
+        cells = [cell.strip() for cell in row]
+        if any(cells):
+            yield taken[0][0], cells
+
+
+def _columns(source: str, header: list[str]) -> dict[str, int]:
+    """Return where the columns are; one that is named twice could be either."""
+    for name in _AZURE_COLUMNS:
+        if header.count(name) > 1:
+            raise ConfigurationError(f"{source}: the header names {name} {header.count(name)} times")
+    return {name: header.index(name) for name in _AZURE_COLUMNS}
 
 
 def _json_object(line: str) -> dict[str, object]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique_keys)
+    except _LineError:
+        raise
     except (ValueError, RecursionError) as error:  # no JSON, or an integer of thousands of digits
         raise _LineError(f"not JSON ({_short(str(error))})") from None
     if not isinstance(row, dict):
@@ -299,8 +438,18 @@ def _json_object(line: str) -> dict[str, object]:
     return row
 
 
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _LineError("a key stands twice in one object")
+    return row
+
+
 def _timestamp(text: str) -> float:
     try:
+        # Python also reads dates of digits alone, and so would take some milliseconds since 1970 for the year 1700.
+        if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
+            raise ValueError
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise _LineError(f"TIMESTAMP is {_short(text)}") from None
@@ -308,12 +457,20 @@ def _timestamp(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+def _integer(text: str, grouped: bool) -> object:
+    """Return a cell as an integer where it is one: `1374`, `1374.0` (as pandas writes them), or `"1,374"`.
+
+    A comma groups digits only where commas separate cells: other tables may have decimal commas.
+    """
+    if grouped and re.fullmatch(r"\d{1,3}(,\d{3})+", text, re.ASCII):
+        text = text.replace(",", "")
+    # More than ten digits are beyond the limit anyway, and thousands of them no integer to Python.
+    return int(text.removesuffix(".0")) if re.fullmatch(r"\d{1,12}(\.0)?", text, re.ASCII) else text
+
+
 def _length(value: object, name: str) -> int:
-    try:
-        # JSON has booleans and fractions, CSV has text; neither a boolean nor 3.7 tokens is a length.
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = None
+    # JSON has booleans and fractions; neither a boolean nor 3.7 tokens is a length. A whole number may be written 3.0.
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
         raise _LineError(f"{name} is {_short(value)}")
     return number
