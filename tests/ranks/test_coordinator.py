@@ -1,4 +1,4 @@
-"""Agreements of real ranks, over gloo and in shared memory: overlap, mismatch, failure, absence, short deadlines."""
+"""Agreements of real ranks, over gloo and in shared memory: mismatch, failure, absence, short deadlines."""
 
 import os
 import time
@@ -40,31 +40,8 @@ def agreements(shared):
     rank = dist.get_rank()
     agree = coordinator(shared)
     plain = [agree.agree(StepRecord(10 * step + rank)).num_tokens_across_dp for step in range(5)]
-    # As a future: the exchange of the next step runs while this one computes.
-    pending = agree.begin(StepRecord(100 + rank))
-    overlapped = []
-    for step in range(1, 5):
-        decision = pending.result()
-        pending = agree.begin(StepRecord(100 * step + rank))
-        time.sleep(0.01 * rank)
-        overlapped.append(decision.num_tokens_across_dp)
-        assert pending is not None
-    last = pending.result()
-    assert pending.result() is last
-    # An early exit between begin and result: the next agreement waits for the one that was begun.
-    abandoned = agree.begin(StepRecord(7))
-    try:
-        raise KeyError("the step before broke")
-    except KeyError:
-        abandoned.result()
     negative = outcome(lambda: agree.agree(StepRecord(-1)))
-    return (
-        plain,
-        overlapped,
-        last.num_tokens_across_dp,
-        str(negative),
-        agree.agree(StepRecord(rank)).num_tokens_across_dp,
-    )
+    return plain, str(negative), agree.agree(StepRecord(rank)).num_tokens_across_dp
 
 
 def mismatch(shared):
@@ -83,8 +60,9 @@ def failure(shared):
     agree = coordinator(shared)
     agree.agree(StepRecord(rank))
     if rank == 2:
-        agree.announce_failure(ValueError("tensor of wrong shape ✗ " * 40))
-    error = outcome(lambda: agree.agree(StepRecord(1, failed=rank == 2)))
+        error = agree.fail(ValueError("tensor of wrong shape ✗ " * 40))
+    else:
+        error = outcome(lambda: agree.agree(StepRecord(1)))
     still = agree.agree(StepRecord(rank)).num_tokens_across_dp  # the ranks are in step, so the group is usable
     return type(error).__name__, str(error), getattr(error, "rank", None), getattr(error, "peer_message", None), still
 
@@ -114,11 +92,9 @@ def absence(shared, deadline_s, folder):
 
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gloo"])
-def test_agreements_one_after_another_and_overlapping(shared):
-    for plain, overlapped, last, negative, counts in run_ranks(3, agreements, shared):
+def test_agreements_one_after_another(shared):
+    for plain, negative, counts in run_ranks(3, agreements, shared):
         assert plain == [(10 * step, 10 * step + 1, 10 * step + 2) for step in range(5)]
-        assert overlapped == [(100, 101, 102), (100, 101, 102), (200, 201, 202), (300, 301, 302)]
-        assert last == (400, 401, 402)
         assert "num_tokens must be >= 0, got -1 on rank" in negative
         assert counts == (0, 1, 2)
 
@@ -145,7 +121,7 @@ def test_a_failure_reaches_the_others_with_its_message(shared):
         assert (name, failed, still) == ("PeerFailedError", 2, (0, 1, 2))
         assert text.startswith(f"rank {rank} stops at step 1: rank 2 raised ValueError: tensor of wrong shape ✗")
         assert len(message) > 600
-    assert results[2][0] == "StepDecision"  # the rank that failed knows
+    assert results[2][0] == "NoneType"  # the rank that failed raises its own error
 
 
 @pytest.mark.ranks(3)

@@ -1,10 +1,10 @@
 """The protocol of sessions, explored exhaustively for two and three ranks, with the code's own `decide`.
 
 A model of `Session` over a board with two places per rank: scripts that want steps, threads that take part for them,
-finish, pause, failure, death, lateness, restart with new groups. Every interleaving is visited. Checked in every state:
+finish, failure, death, lateness, restart with new groups. Every interleaving is visited. Checked in every state:
 
 - ranks that run a step run the same one: same number, same counts, in the same epoch;
-- a rank that brings rows is joined by all, and gets the step that it asked for unless somebody pauses or has failed;
+- a rank that brings rows is joined by all, and gets the step that it asked for unless somebody has failed;
 - a session ends well only when all scripts have finished;
 - nobody waits for ever: some rank can always move, without any deadline if no rank is dead, late or has given up;
 - from every state a state can be reached in which all have finished, and without faults there is no other end;
@@ -34,7 +34,6 @@ class Rank(NamedTuple):
     counts: tuple = ()  # of the step it is in
     finished: bool = False
     failing: bool = False
-    paused: bool = False
 
 
 class State(NamedTuple):
@@ -43,7 +42,6 @@ class State(NamedTuple):
     ranks: tuple
     said: tuple  # [2][ranks] of (number, record) or None
     joined: tuple  # [2][ranks] of (number, counts) or None
-    pauses: int
     raises: int
     kills: int
     lates: int
@@ -54,7 +52,6 @@ class State(NamedTuple):
 class Setting:
     steps: tuple
     tensor_parallel_size: int = 1
-    pauses: int = 0
     raises: int = 0
     kills: int = 0
     lates: int = 0
@@ -66,7 +63,7 @@ def explore(setting):
     nothing = ((None,) * size,) * 2
     start = State(
         tuple(Rank(left) for left in setting.steps), nothing, nothing,
-        setting.pauses, setting.raises, setting.kills, setting.lates,
+        setting.raises, setting.kills, setting.lates,
     )  # fmt: skip
     moves = {start: None}
     queue = deque([start])
@@ -120,10 +117,8 @@ def moves_of(state, setting, index, rank):
 
 def moves_of_free(state, setting, index, rank, with_rank):
     def say(rows):
-        if rank.failing:
-            record = StepRecord(failed=True)
-        else:
-            record = StepRecord(rows, unfinished=rows > 0 or not rank.finished, paused=rank.paused)
+        unfinished = rows > 0 or not rank.finished
+        record = StepRecord(failed=True) if rank.failing else StepRecord(rows, unfinished)
         posted = rank._replace(mode=POSTED, asked=record.num_tokens)
         return with_rank(posted, said=put(state.said, state, index, rank.number, record))
 
@@ -132,20 +127,15 @@ def moves_of_free(state, setting, index, rank, with_rank):
     yield say(0)  # the session's thread takes part
     if not rank.left and not rank.finished:
         yield with_rank(rank._replace(finished=True))
-    if rank.paused:
-        yield with_rank(rank._replace(paused=False))
-    elif state.pauses and not rank.finished:
-        yield with_rank(rank._replace(paused=True), pauses=state.pauses - 1)
     if state.raises and not rank.failing and not rank.finished:  # the script raises between two steps
         yield with_rank(rank._replace(failing=True), raises=state.raises - 1)
 
 
 def after_agreement(rank, index, setting, records, state):
     decision = decide(records, setting.tensor_parallel_size)
-    held = decision.paused or bool(decision.failed_ranks)
     if decision.failed_ranks:
         return rank._replace(mode=ERROR)
-    if setting.tensor_parallel_size == 1 and not held:
+    if setting.tensor_parallel_size == 1:
         assert decision.num_tokens_across_dp[index] == rank.asked, "a rank did not get the step that it asked for"
     if decision.runs_step:
         return rank._replace(mode=STEP, counts=decision.num_tokens_across_dp)
@@ -196,7 +186,6 @@ SETTINGS = {
     "two ranks, two steps each": Setting((2, 2)),
     "two ranks, one has nothing to do": Setting((0, 3)),
     "two ranks that share their requests": Setting((2, 2), tensor_parallel_size=2),
-    "two ranks, pause": Setting((1, 2), pauses=1),
     "two ranks, failure and restart": Setting((1, 2), raises=1),
     "two ranks, death and restart": Setting((2, 1), kills=1),
     "two ranks, one late": Setting((2, 1), lates=1),
@@ -207,10 +196,8 @@ SETTINGS = {
     "three ranks, one late": Setting((1, 0, 0), lates=1),
 }
 LARGE_SETTINGS = {
-    "two ranks, two pauses": Setting((1, 2), pauses=2),
-    "two ranks, everything once": Setting((1, 1), pauses=1, raises=1, kills=1, lates=1),
+    "two ranks, everything once": Setting((1, 1), raises=1, kills=1, lates=1),
     "three ranks, uneven": Setting((1, 0, 2)),
-    "three ranks, pause": Setting((1, 0, 1), pauses=1),
     "three ranks, two at work, failure": Setting((1, 0, 1), raises=1),
     "three ranks, two at work, death": Setting((1, 0, 1), kills=1),
     "three ranks, two at work, one late": Setting((1, 0, 1), lates=1),

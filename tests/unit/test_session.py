@@ -127,32 +127,6 @@ def test_a_script_that_goes_on_after_the_end_gets_the_same_error_again():
     assert isinstance(outcomes[0], PeerFailedError)  # leaving the block says it too
 
 
-def test_a_pause_holds_all_ranks_until_it_is_resumed():
-    order, paused = [], threading.Event()
-
-    def holder(this, step):
-        this.pause()
-        paused.set()
-        time.sleep(0.1)
-        order.append("going")
-        time.sleep(0.3)
-        order.append("resumed")
-        this.resume()
-        step(1)
-
-    def worker(this, step):
-        assert paused.wait(20)
-        order.append("going")
-        time.sleep(0.15)
-        step(2)
-        order.append("step")
-
-    outcomes, ran = run_scripts([holder, worker])
-    assert outcomes == [None, None]
-    assert order.index("resumed") < order.index("step")
-    assert sorted(sum(step) for step in ran[0]) in ([1, 2], [3])
-
-
 def test_an_error_before_an_agreement_is_announced(monkeypatch):
     def broken(this, step):
         this.coordinator._send = lambda record: {}["no memory"]

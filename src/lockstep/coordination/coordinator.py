@@ -1,5 +1,6 @@
 """One agreement: every rank says what it has, checks what the others said, and knows who is missing."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -92,6 +93,7 @@ class Coordinator:
         """Whether an agreement has been begun of which this rank does not know the outcome."""
         self._collectives = 0
         self._failure = ""
+        self._record_class = StepRecord
         self._closed_by = ""
 
     @property
@@ -118,24 +120,12 @@ class Coordinator:
             TokenCountError: a negative number of tokens.
         """
         step, recorder = self.step, self.recorder
+        self._record_class = type(record)
         recorder.step = step
         recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
         self._collectives = recorder.fingerprint
         words, pending = self._send(record)
         return self._conclude(step, words, record, pending)
-
-    def begin(self, record: StepRecord) -> "PendingDecision":
-        """Send `record` and return at once; `.result()` waits. One agreement may be under way at a time.
-
-        It may be begun while the step before it still runs: the exchange then overlaps that step.
-
-        Raises:
-            RankAbsentError: the coordinator is unusable since an earlier error.
-            TokenCountError: a negative number of tokens.
-        """
-        step = self.step
-        words, pending = self._send(record)
-        return PendingDecision(self, step, words, record, pending)
 
     def _send(self, record: StepRecord) -> tuple[Wire, Pending]:
         if self._closed_by:
@@ -153,9 +143,21 @@ class Coordinator:
         except ConnectionError as error:
             raise self._absent(f"the agreement of step {step} could not be begun ({error})") from error
 
-    def announce_failure(self, error: BaseException) -> None:
-        """Keep `error` for the next agreement whose record says `failed`, where its message goes to all ranks."""
+    def fail(self, error: BaseException, record_class: type[StepRecord] | None = None) -> None:
+        """Tell all ranks that this one has failed, in place of its next agreement. Collective.
+
+        The others raise `PeerFailedError` with the error's message. Returns in any case, so that the caller can raise
+        its own error: at once where the groups are unusable, and also where the others cannot be reached any more.
+
+        Args:
+            error: what this rank has raised.
+            record_class: of the ranks' records; that of the last agreement by default.
+        """
+        if not self.usable:
+            return
         self._failure = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(LockstepError):
+            self.agree((record_class or self._record_class)(failed=True))
 
     def give_up(self, error: BaseException) -> None:
         """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the others."""
@@ -170,9 +172,6 @@ class Coordinator:
 
     def _conclude(self, step: int, mine: Wire, record: StepRecord, pending: Pending) -> StepDecision:
         recorder = self.recorder
-        if recorder.step != step:  # begun during the step before
-            recorder.step = step
-            recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
         words = self._wait(pending, step)
         self.under_way = False
         self._collectives = recorder.fingerprint
@@ -228,28 +227,3 @@ class Coordinator:
         absent = self.recorder.absent(waited_for, ranks)
         self._close(absent)
         return absent
-
-
-class PendingDecision:
-    """An agreement that is under way. `result()` may be called more than once; it waits only the first time."""
-
-    __slots__ = ("_coordinator", "_outcome", "_pending", "_record", "_step", "_words")
-
-    def __init__(self, coordinator: Coordinator, step: int, words: Wire, record: StepRecord, pending: Pending) -> None:
-        self._coordinator = coordinator
-        self._step = step
-        self._words = words
-        self._record = record
-        self._pending = pending
-        self._outcome: StepDecision | Exception | None = None
-
-    def result(self) -> StepDecision:
-        """Wait for all ranks and return the decision, or raise as `Coordinator.agree` does."""
-        if self._outcome is None:
-            try:
-                self._outcome = self._coordinator._conclude(self._step, self._words, self._record, self._pending)
-            except Exception as error:
-                self._outcome = error
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome

@@ -62,7 +62,6 @@ class Session:
         self._over = False
         self._failure: BaseException | None = None
         self._earliest_idle_step = 0.0
-        self._paused = False
         self._untold = False
         self._owner: int | None = None
         self._thread: threading.Thread | None = None
@@ -132,9 +131,9 @@ class Session:
         while True:
             try:
                 decision = self._agree(num_tokens)
-                if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens and not decision.paused:
+                if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens:
                     return decision
-                # Not yet: a rank of this one's tensor-parallel group is not there, or someone holds all ranks.
+                # Not yet: a rank of this one's tensor-parallel group is not there.
                 if decision.runs_step:
                     self._idle(decision)
             except BaseException as error:
@@ -164,26 +163,11 @@ class Session:
             if self._failure is None and not self._over:
                 self._failure = error
                 self._untold = True
-                self.coordinator.announce_failure(error)
             self._changed.notify_all()
 
     def break_off(self, error: BaseException) -> None:
         """End the session on this rank at once: its groups are in an unknown state, so nothing can be announced."""
         self._end(error)
-
-    def pause(self) -> None:
-        """Hold all ranks: until `resume`, no rank begins a step. Scripts that want one wait. Not from inside a step."""
-        self._set_paused(True)
-
-    def resume(self) -> None:
-        """End this rank's `pause`. Other ranks may hold all ranks still."""
-        self._set_paused(False)
-
-    def _set_paused(self, paused: bool) -> None:
-        with self._changed:
-            self._paused = paused
-            self._untold = True
-            self._changed.notify_all()
 
     def _take_part(self) -> None:
         """The session's thread: steps with zero rows, until all ranks have finished."""
@@ -250,8 +234,8 @@ class Session:
         with self._changed:
             failure, unfinished, self._untold = self._failure, num_tokens > 0 or not self._finished, False
         if failure is None:
-            return self.coordinator.agree(StepRecord(num_tokens, unfinished, self._paused))
-        self.coordinator.agree(StepRecord(failed=True))
+            return self.coordinator.agree(StepRecord(num_tokens, unfinished))
+        self.coordinator.fail(failure)
         raise failure
 
     def _idle(self, decision: StepDecision) -> None:

@@ -75,13 +75,11 @@ class StepRecord:
     Attributes:
         num_tokens: rows of this rank's requests in the step; 0 for an idle rank.
         unfinished: this rank will or may have more work. The run ends at the first agreement where no rank has.
-        paused: no rank may run a step at present, although there may be work.
         failed: this rank has raised; every rank stops here.
     """
 
     num_tokens: int = decided("gather", 0)
     unfinished: bool = decided("any", False)
-    paused: bool = decided("any", False)
     failed: bool = decided("any", False)
 
 
@@ -170,11 +168,6 @@ class StepDecision(NamedTuple):
         return bool(self.values["unfinished"])
 
     @property
-    def paused(self) -> bool:
-        """Whether any rank holds all of them."""
-        return bool(self.values["paused"])
-
-    @property
     def failed_ranks(self) -> tuple[int, ...]:
         """Ranks that have raised, ascending."""
         return tuple(rank for rank, failed in enumerate(self.said.column("failed")) if failed)
@@ -231,7 +224,7 @@ def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) 
     """Turn what all ranks said into what all ranks do. Pure: the same records give the same decision everywhere.
 
     The ranks of one tensor-parallel group share their requests, so they run them together or not at all: until all of
-    them have said so, the group takes part with zero rows. While any rank is paused or has failed, no rank has rows.
+    them have said so, the group takes part with zero rows. Where any rank has failed, no rank has rows.
 
     Args:
         records: one of each rank, in rank order, `[data_parallel_size * tensor_parallel_size]`, all of one class.
@@ -262,7 +255,7 @@ def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) 
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
 
-    if values["paused"] or values["failed"]:
+    if values["failed"]:
         counts = (0,) * (num_ranks // tensor_parallel_size)
     elif tensor_parallel_size == 1:
         counts = num_tokens
