@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from lockstep import __version__
 from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.alltoall import AllToAllDispatcher, ranks_needed, row_bytes
+from lockstep.dispatch.alltoall import AllToAllDispatcher, ranks_needed
 from lockstep.testing import MoEInputs, run_ranks
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,7 +123,7 @@ def planned_bytes(what, ids, top_k):
     else:
         there = int((ids[rank] // num_local != rank).sum())
         return (there + sum(int((ids[other] // num_local == rank).sum()) for other in others)) * state
-    return there * (row_bytes(HIDDEN, top_k, DTYPE.itemsize) - state) + back * state
+    return there * (state + 8 * top_k) + back * state
 
 
 @torch.no_grad()

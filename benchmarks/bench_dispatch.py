@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,8 @@ def baselines(counts, this, rank, world, hidden, num_experts, fp8):
 
 
 def bench_case(dispatchers, counts, hidden, num_experts, zipf, options, emit):
-    from lockstep.testing.dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
 
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank)

@@ -295,11 +295,11 @@ def measure_lockstep(run, model, layers, cases, references, names):
 
     for name in names:
         words = name.split()
-        settings = words[0], "fp8" in words, 2048 if "overlap" in words else None
+        settings = words[0], "fp8" in words
         if settings != opened:
             parallel.close()
             opened = settings
-            parallel.dispatcher_name, parallel.fp8_dispatch, parallel.overlap_from = settings
+            parallel.dispatcher_name, parallel.fp8_dispatch = settings
             parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size
             if words[0] == "nvlink":
                 parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size or 4096
@@ -401,7 +401,7 @@ def main():
     parser.add_argument(
         "--backends", nargs="*", default=["allgather", "nvlink", "nvlink graph"],
         help='of the first part: a dispatcher, and any of "graph" (decode steps as graphs), "fp8" (rows sent in fp8), '
-        '"overlap" (prompts in chunks, dispatch under experts), "norms" (by lockstep.fuse_norms)',
+        '"norms" (by lockstep.fuse_norms)',
     )  # fmt: skip
     parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink graph norms", "nvlink"])
     parser.add_argument("--backends-last", nargs="*", default=["allgather"], help="likewise, if time is left")

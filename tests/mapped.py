@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
+from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.models import parallel
 from lockstep.moe.experts import LocalExperts
-from lockstep.testing.dispatch_rounds import round_to_fp8, undo_scales
 
 
 class MappedDispatcher(AllGatherDispatcher):

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.models.loading import find_experts
 from lockstep.testing import run_ranks
-from lockstep.testing.dispatch_rounds import round_to_fp8, undo_scales
 from mapped import stand_in
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -39,7 +39,7 @@ def _dispatcher(**options):
 
 
 def _round(rank, counts, seed, num_experts, top_k, hidden, **options):
-    from lockstep.testing.dispatch_rounds import Round
+    from dispatch_rounds import Round
 
     device = torch.device("cuda", torch.cuda.current_device())
     return Round.make(counts, num_experts=num_experts, top_k=top_k, hidden=hidden, seed=seed, device=device, **options)
@@ -51,8 +51,8 @@ def _own(this, rank):
 
 def _rounds(rank, ranks):
     """Random counts, zeros among them; every tenth round twice: the same bits."""
+    from dispatch_rounds import check_combine, check_dispatch, made_up_experts
     from lockstep.dispatch.mapped_layout import launch_sizes
-    from lockstep.testing.dispatch_rounds import check_combine, check_dispatch, made_up_experts
 
     for number, (local, top_k, hidden, capacity, fp8, channels, rounds) in enumerate(SHAPES):
         draw = random.Random(number)

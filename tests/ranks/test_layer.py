@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from lockstep.coordination.forward_context import ForwardContext, set_forward_context
 from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.base import Abilities
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
@@ -35,7 +34,7 @@ def _tensor_parallel_group(config):
     return groups[config.data_parallel_rank]
 
 
-def run_cases(dp_size, tp_size, dispatcher_name, abilities, chunk_sizes, dtypes):
+def run_cases(dp_size, tp_size, dispatcher_name, chunk_sizes, dtypes):
     rank = dist.get_rank()
     config = ParallelConfig(dp_size, rank // tp_size, tp_size, rank % tp_size)
     tp_group = _tensor_parallel_group(config)
@@ -43,8 +42,6 @@ def run_cases(dp_size, tp_size, dispatcher_name, abilities, chunk_sizes, dtypes)
     for seed, (counts, chunk_size, dtype) in enumerate(itertools.product(COUNTS[dp_size], chunk_sizes, dtypes)):
         inputs = MoEInputs.make(counts, seed, dtype=dtype)
         dispatcher = DISPATCHERS[dispatcher_name](dist.group.WORLD, 8)
-        if abilities is not None:
-            dispatcher.abilities = abilities
         local = slice(rank * dispatcher.num_local_experts, (rank + 1) * dispatcher.num_local_experts)
         experts = LocalExperts.from_tensors(inputs.gate_up_proj[local], inputs.down_proj[local])
         layer = MoELayer(
@@ -94,22 +91,10 @@ def _check(all_outcomes, tp_size):
 def test_layer_equals_the_reference_for_every_split_count_and_chunk_size(dp_size, tp_size):
     chunk_sizes = [None, 1, 2, 3, 4, 5, 7, 12, 100]
     outcomes = run_ranks(
-        dp_size * tp_size, run_cases, dp_size, tp_size, "allgather", None, chunk_sizes, [torch.float32, torch.bfloat16]
+        dp_size * tp_size, run_cases, dp_size, tp_size, "allgather", chunk_sizes, [torch.float32, torch.bfloat16]
     )
     _check(outcomes, tp_size)
     assert sum(outcome["chunks"] for outcome in outcomes[0]) > 30
-
-
-@pytest.mark.ranks(4)
-@pytest.mark.parametrize("abilities", [Abilities(zero_rows=False), Abilities(zero_rows=False, uneven_rows=False)])
-def test_a_dispatcher_that_refuses_zero_or_uneven_rows_gets_what_it_needs(abilities):
-    outcomes = run_ranks(4, run_cases, 4, 1, "allgather", abilities, [None, 3], [torch.float32])
-    _check(outcomes, 1)
-    for outcome in outcomes[0]:
-        sizes = [size for _, sizes in outcome["log"] for size in sizes]
-        assert all(size > 0 for size in sizes)
-        if not abilities.uneven_rows:
-            assert all(len(set(sizes)) == 1 for _, sizes in outcome["log"])
 
 
 def fail_in_experts():

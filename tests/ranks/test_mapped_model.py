@@ -1,4 +1,4 @@
-"""A model on dispatchers that stand in for the one-sided GPU one: rows in fp8, and chunks that overlap."""
+"""A model on dispatchers that stand in for the one-sided GPU one: rows in fp8, steps of several chunks."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 import lockstep
+from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.errors import ConfigurationError
 from lockstep.models.loading import find_experts
 from lockstep.moe.experts import FEW_ROWS, LocalExperts
 from lockstep.testing import run_ranks
-from lockstep.testing.dispatch_rounds import round_to_fp8, undo_scales
 from mapped import on_device, stand_in
 
 
@@ -25,9 +25,8 @@ def run_model(folder, prompt):
 
     ids = torch.arange(prompt)[None] + 65
 
-    def logits(overlap_from=None, **options):
+    def logits(**options):
         model = lockstep.parallelize(load(), **options)
-        model.__dict__["_lockstep_parallel"].overlap_from = overlap_from
         with lockstep.join(model), torch.no_grad():  # rank 1 has nothing to run, so that there is one step for certain
             return model(input_ids=ids).logits.float() if rank == 0 else torch.ones(1)
 
@@ -44,17 +43,15 @@ def run_model(folder, prompt):
         return float((found - wanted).norm() / wanted.norm()) if rank == 0 else 0.0
 
     fp8 = logits(dispatcher="nvlink", fp8_dispatch=True)
-    cut = logits(dispatcher="nvlink", overlap_from=8, fp8_dispatch=True, max_chunk_size_per_rank=3)
+    cut = logits(dispatcher="nvlink", fp8_dispatch=True, max_chunk_size_per_rank=3)
     errors = {
         "bf16": error(logits(dispatcher="nvlink")),
         "fp8": error(fp8),
         "fp8, from rounded rows": error(fp8, rounded),
-        "overlap": error(logits(dispatcher="nvlink", overlap_from=8)),
-        "all": error(cut),
-        "all, from rounded rows": error(cut, rounded),
-        "too short": error(logits(dispatcher="nvlink", overlap_from=prompt + 1)),
+        "fp8 in chunks": error(cut),
+        "fp8 in chunks, from rounded rows": error(cut, rounded),
     }
-    return errors, [(one.fp8, one.options.get("num_channels", 1), one.calls) for one in made]
+    return errors, [(one.fp8, one.calls) for one in made]
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +64,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.ranks(2)
-def test_rows_in_fp8_and_chunks_that_overlap(folder):
+def test_rows_in_fp8_and_steps_of_several_chunks(folder):
     (errors, made), (_, made_by_idle_rank) = run_ranks(2, run_model, str(folder), 10)
     assert made == made_by_idle_rank
-    # Of two layers: fp8 or not, dispatches under way, calls.
-    assert made == [
-        (True, 1, 2),
-        (True, 1, 0), (True, 2, 8),  # four of at most 3 rows
-        (False, 1, 2),
-        (False, 1, 0), (False, 2, 4),  # two chunks
-        (False, 1, 2), (False, 2, 0),
-    ]  # fmt: skip
-    for name in ("bf16", "overlap", "too short"):
-        assert errors[name] < 0.02, errors
+    assert made == [(True, 2), (True, 8), (False, 2)]  # fp8 or not, calls of two layers; 10 rows are 4 chunks of 3
+    assert errors["bf16"] < 0.02, errors
     # Four significant bits of each value are kept: the whole model agrees once its experts get rows rounded so.
-    for name in ("fp8", "all"):
+    for name in ("fp8", "fp8 in chunks"):
         assert errors[f"{name}, from rounded rows"] < 0.02 < errors[name], errors
 
 
@@ -106,26 +95,17 @@ def test_fp8_is_refused_where_rows_cannot_be_sent_so():
         lockstep.from_pretrained("nowhere", fp8_dispatch=True)
 
 
-def run_unlike_ranks(folder, name):
+def run_unlike_ranks(folder):
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(Path(folder, "tiny"), dtype=torch.bfloat16)
-    options = {"fp8_dispatch": dist.get_rank() == 0} if name == "fp8" else {}
-    model = lockstep.parallelize(whole, dispatcher="nvlink", **options)
-    if name == "overlap":
-        model.__dict__["_lockstep_parallel"].overlap_from = 100 + dist.get_rank()
+    model = lockstep.parallelize(whole, dispatcher="nvlink", fp8_dispatch=dist.get_rank() == 0)
     with pytest.raises(lockstep.errors.RankMismatchError) as caught, lockstep.join(model):
         pass
     return str(caught.value)
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("fp8", "ranks disagree about fp8 dispatch: rank 0: True, rank 1: False"),
-        ("overlap", "ranks disagree about overlap from: rank 0: 100, rank 1: 101"),
-    ],
-)
-def test_ranks_that_would_cut_or_send_otherwise_are_refused(folder, name, message):
-    assert run_ranks(2, run_unlike_ranks, str(folder), name) == [message] * 2
+def test_ranks_that_would_send_otherwise_are_refused(folder):
+    message = "ranks disagree about fp8 dispatch: rank 0: True, rank 1: False"
+    assert run_ranks(2, run_unlike_ranks, str(folder)) == [message] * 2

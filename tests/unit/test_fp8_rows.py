@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lockstep.testing.dispatch_rounds import round_to_fp8, undo_scales
+from dispatch_rounds import round_to_fp8, undo_scales
 
 
 def test_each_run_of_128_values_has_its_scale():

@@ -78,7 +78,7 @@ def _launch(nvlink, seed):
 
 
 def _rounds(rank, folder, case, seed):
-    from lockstep.testing.dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
+    from dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
 
     ranks, num_experts, top_k, hidden, capacity, fp8 = case
     nvlink = _interpreted(folder, rank)
@@ -120,8 +120,8 @@ def _words_or_flags(rank, folder, case, seed):
     """
     import dataclasses
 
+    from dispatch_rounds import Round, made_up_experts
     from lockstep.errors import ConfigurationError
-    from lockstep.testing.dispatch_rounds import Round, made_up_experts
 
     nvlink = _interpreted(folder, rank)
     capacity, hidden, top_k, ranks, fp8 = 5, 140, 3, 2, seed == 1
@@ -196,8 +196,8 @@ def _plan_blocks(rank, folder, case, seed):
     """Several blocks plan together. They run one after another here, so all words lie there, and they run twice."""
     from types import SimpleNamespace
 
+    from dispatch_rounds import Round, check_dispatch
     from lockstep.dispatch import kernels_plan
-    from lockstep.testing.dispatch_rounds import Round, check_dispatch
 
     nvlink = _interpreted(folder, rank)
     kernels_plan._meet = lambda *arguments: None

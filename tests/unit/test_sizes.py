@@ -14,7 +14,6 @@ from lockstep.metadata.sizes import (
     chunk_sizes,
     cu_sizes,
     num_chunks,
-    row_spans,
     sp_rows,
     sp_sizes,
 )
@@ -62,11 +61,6 @@ def test_chunk_sizes_without_dummy_rows_end_in_zero():
     assert chunk_sizes((500, 200, 256), 256, 10**30, min_rows=0) == (0, 0, 0)
 
 
-def test_row_spans_stand_one_after_another():
-    assert row_spans((3, 0, 4)) == ((0, 3), (3, 3), (3, 7))
-    assert row_spans(()) == ()
-
-
 @given(counts_of_ranks, sp_of_ranks)
 def test_real_rows_add_up_to_the_counts_and_never_exceed_the_padded(counts, sp):
     real, padded = sp_rows(counts, sp), sp_sizes(counts, sp)
@@ -81,12 +75,6 @@ def test_chunks_cover_every_row_once(sizes, limit, min_rows):
     assert [sum(rows) for rows in zip(*chunks, strict=True)] == (sizes if chunks else [])
     assert not any(chunk_sizes(sizes, limit, len(chunks), min_rows=0))
     assert all(min_rows <= size <= limit for size in chunk_sizes(sizes, limit, 1, min_rows))
-
-
-@given(st.lists(st.integers(0, 100), max_size=8))
-def test_row_spans_match_the_running_sum(sizes):
-    assert tuple(stop for _, stop in row_spans(sizes)) == cu_sizes(sizes)
-    assert [stop - start for start, stop in row_spans(sizes)] == sizes
 
 
 @pytest.mark.parametrize("value", [5, np.int64(5), np.uint8(5), np.array(5)])

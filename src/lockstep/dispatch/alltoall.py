@@ -137,8 +137,3 @@ def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> floa
     """
     elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
     return num_ranks * (1 - elsewhere)
-
-
-def row_bytes(hidden_size: int, top_k: int, element_size: int) -> int:
-    """Return what one row weighs there and back, in bytes: states both ways, ids and weights on the way there."""
-    return 2 * hidden_size * element_size + top_k * 8

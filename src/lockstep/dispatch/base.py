@@ -9,26 +9,20 @@ import torch
 from lockstep.errors import ConfigurationError
 
 NO_EXPERT = -1
-"""In `topk_ids`: this row goes to no expert. Dummy and padding rows carry it, so they load no rank."""
+"""In `topk_ids`: this row goes to no expert, and loads no rank."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a backend declares of itself. What it cannot do is arranged for it in `rows_to_send`, and counted.
+    """What a backend declares of itself. All take uneven rows, zero included, and give the same bits every time.
 
     Attributes:
-        zero_rows: a rank may take part with no rows at all.
-        uneven_rows: ranks may have different numbers of rows.
         cuda_graph: dispatch and combine may be captured and replayed with other counts.
-        deterministic: the same inputs give the same bits.
         dtypes: of the hidden states.
         max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
     """
 
-    zero_rows: bool = True
-    uneven_rows: bool = True
     cuda_graph: bool = False
-    deterministic: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     max_rows_per_rank: int | None = None
 
@@ -88,62 +82,6 @@ class Dispatcher(Protocol):
             `[sizes[rank], hidden]`.
         """
         ...
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """Rows that one rank sends in one chunk or step, counted apart.
-
-    Attributes:
-        real: rows of requests.
-        dummy: rows sent only so that a rank with nothing takes part.
-        padding: rows added to make ranks equal.
-    """
-
-    real: int = 0
-    dummy: int = 0
-    padding: int = 0
-
-    def __add__(self, other: "RowCounts") -> "RowCounts":
-        return RowCounts(self.real + other.real, self.dummy + other.dummy, self.padding + other.padding)
-
-
-def rows_to_send(real_sizes: Sequence[int], abilities: Abilities) -> tuple[tuple[int, ...], tuple[RowCounts, ...]]:
-    """Return what each rank sends so that a backend can run, and what of it is real, dummy and padding.
-
-    The only place where dummy or padding rows come into being.
-
-    Args:
-        real_sizes: rows of requests per rank, `[ranks]`.
-        abilities: of the backend.
-
-    Returns:
-        Rows per rank to send, `[ranks]`, and their `RowCounts`, `[ranks]`.
-
-    Raises:
-        ConfigurationError: more rows on a rank than the backend takes.
-
-    Example:
-        >>> rows_to_send([5, 0], Abilities(zero_rows=False))[0]
-        (5, 1)
-        >>> rows_to_send([5, 0], Abilities(uneven_rows=False))[1][1]
-        RowCounts(real=0, dummy=1, padding=4)
-    """
-    sizes = [max(1, size) if not abilities.zero_rows else size for size in real_sizes]
-    if not abilities.uneven_rows:
-        sizes = [max(sizes)] * len(sizes)
-    limit = abilities.max_rows_per_rank
-    for rank, size in enumerate(sizes):
-        if limit is not None and size > limit:
-            raise ConfigurationError(
-                f"{size} rows on rank {rank}, but this dispatcher takes at most {limit} per call: "
-                f"set max_chunk_size_per_rank to {limit} or less"
-            )
-    counts = []
-    for real, size in zip(real_sizes, sizes, strict=True):
-        dummy = 1 if real == 0 and size > 0 else 0
-        counts.append(RowCounts(real, dummy, size - real - dummy))
-    return tuple(sizes), tuple(counts)
 
 
 def pairs_of_local_experts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,6 @@ def make_mapped_dispatcher(
     max_rows_per_rank: int,
     deadline_s: float = DEADLINE_S,
     fp8: bool = False,
-    num_channels: int = 1,
-    blocks: int | None = None,
 ) -> Dispatcher:
     """Make the `nvlink` dispatcher, whose buffers need to know their sizes. Collective.
 
@@ -147,22 +145,14 @@ def make_mapped_dispatcher(
         max_rows_per_rank: most rows of one rank in one call.
         deadline_s: longest wait for any rank, in seconds.
         fp8: send rows as float8_e4m3fn, with a scale per 128 values.
-        num_channels: how many dispatches may be under way before the first is combined.
-        blocks: of each launch, >= 2; None for as many as make it fastest when nothing runs beside it.
 
     Raises:
         ConfigurationError: on a machine without GPUs, or sizes that cannot work.
     """
     if not torch.cuda.is_available():
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
-    from lockstep.dispatch.mapped_layout import launch_sizes
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 
-    launch = None
-    if blocks is not None:
-        ranks = process_group.size()
-        launch = launch_sizes(blocks, ranks, num_experts // ranks, hidden_size, max_rows_per_rank)
-        launch = replace(launch, plan_blocks=blocks // 2, push_blocks=blocks - blocks // 2, combine_blocks=blocks)
     return NvlinkDispatcher(
         process_group,
         num_experts=num_experts,
@@ -170,9 +160,7 @@ def make_mapped_dispatcher(
         top_k=top_k,
         max_tokens_per_rank=max_rows_per_rank,
         fp8=fp8,
-        num_channels=num_channels,
         deadline_s=deadline_s,
-        launch=launch,
     )
 
 

@@ -201,23 +201,6 @@ def cu_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(sizes))
 
 
-def row_spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return where each rank's rows lie when the rows of all ranks stand one after another.
-
-    Args:
-        sizes: rows per rank, `[ep_size]`.
-
-    Returns:
-        `(start, stop)` per rank, `[ep_size]`.
-
-    Example:
-        >>> row_spans([3, 0, 4])
-        ((0, 3), (3, 3), (3, 7))
-    """
-    ends = tuple(accumulate(sizes))
-    return tuple(zip((0, *ends[:-1]), ends, strict=True)) if ends else ()
-
-
 def chunk_sizes(
     sizes: Sequence[int], max_chunk_size_per_rank: int, chunk_idx: int, min_rows: int = 1
 ) -> tuple[int, ...]:

@@ -31,11 +31,8 @@ from lockstep.models.groups import abort, open_groups
 from lockstep.models.loading import find_experts
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
-from lockstep.moe.overlap import Overlap, chunk_size
 
 _MAPPED_ROWS = 4096  # rows of each rank that fit into buffers mapped by all peers, where no chunk size is given
-_OVERLAP_FROM: int | None = None  # see `ModelParallel.overlap_from`
-_OVERLAP_MULTIPROCESSORS = 16  # for dispatch and combine, where they run under experts
 OUTSIDE = (
     "{} is spread over several ranks, so it cannot run alone: call it inside `with lockstep.join(model):`, "
     "on every rank"
@@ -65,9 +62,6 @@ class ModelParallel:
         fp8_dispatch: send rows to their experts in fp8.
 
     Attributes:
-        overlap_from: steps in which a rank has so many rows or more are cut into two chunks or more, and those of
-            several chunks run with one's dispatch under another's experts, where `nvlink` takes them. None: chunks run
-            one after another. Equal on all ranks; read by `open`.
         layers: the MoE layers in forward order; filled by `open`.
         coordinator: filled by `open`.
         recorder: what this rank did last; filled by `open`.
@@ -94,7 +88,6 @@ class ModelParallel:
         self.deadline_s = deadline_s
         self.debug = debug
         self.fp8_dispatch = fp8_dispatch
-        self.overlap_from: int | None = _OVERLAP_FROM
         self.layers: list[MoELayer] = []
         self.coordinator: Coordinator
         self.recorder: FlightRecorder
@@ -105,7 +98,6 @@ class ModelParallel:
         self._store = dist.PrefixStore(f"lockstep/{number}", store)
         self._groups: list[dist.ProcessGroup] = []
         self._mapped: dict[tuple[int, ...], Dispatcher] = {}
-        self._overlaps: dict[tuple[int, int, int], Overlap] = {}
         self._can_map = False
         self._constants: DispatchConstants | None = None  # for `auto`, which chooses by them
         self._epoch = -1
@@ -171,7 +163,7 @@ class ModelParallel:
             # Not destroyed before the process ends: torch gives a destroyed group's name to the next one of the same
             # ranks, which then finds the old addresses in the store and connects to nobody (seen on gloo).
             watch_group(group, None)
-        self._groups, self._mapped, self._overlaps = [], {}, {}
+        self._groups, self._mapped = [], {}
         self._epoch = -1
 
     @contextlib.contextmanager
@@ -253,8 +245,6 @@ class ModelParallel:
             # Its fastest backend may take fewer rows at a time than this step has; from agreed counts all cut alike.
             kind = (first.hidden_size, first.top_k, first.dtype, first.device.type)
             limit = first.dispatcher.choose(self._plan.sp_rows, *kind, limit).max_chunk_size
-        if first.overlap is not None and limit is not None:  # without a limit `auto` has not chosen `nvlink`
-            limit = chunk_size(max(self._plan.sp_rows), limit, self.overlap_from)
         if limit != self.max_chunk_size_per_rank:
             self._plan = ChunkPlan(counts, tp_size, limit, rank)
         return self._plan
@@ -389,7 +379,6 @@ class ModelParallel:
                 deadline_s=self.deadline_s,
                 recorder=self.recorder,
                 index=index,
-                overlap=self._make_overlap(experts, shape, data),
             )
             for index, (experts, shape) in enumerate(pairs)
         ]
@@ -413,11 +402,9 @@ class ModelParallel:
         experts.check_device_kernels()
         return self._mapped_dispatcher(num_experts, shape, group)
 
-    def _mapped_dispatcher(
-        self, num_experts: int, shape: "_Shape", group: dist.ProcessGroup, **options: int
-    ) -> Dispatcher:
+    def _mapped_dispatcher(self, num_experts: int, shape: "_Shape", group: dist.ProcessGroup) -> Dispatcher:
         # Its buffers are mapped by all peers, and layers run one after another: those of one shape share them.
-        key = (num_experts, shape.hidden_size, shape.top_k, *options.values())
+        key = (num_experts, shape.hidden_size, shape.top_k)
         if key not in self._mapped:
             self._mapped[key] = make_mapped_dispatcher(
                 group,
@@ -427,20 +414,8 @@ class ModelParallel:
                 max_rows_per_rank=self.max_chunk_size_per_rank or _MAPPED_ROWS,
                 deadline_s=self.deadline_s,
                 fp8=self.fp8_dispatch,
-                **options,
             )
         return self._mapped[key]
-
-    def _make_overlap(self, experts: LocalExperts, shape: "_Shape", group: dist.ProcessGroup) -> Overlap | None:
-        """What takes steps of several chunks where `nvlink` does: its buffers once more, for two chunks under way."""
-        key = (experts.num_local_experts * self.config.world_size, shape.hidden_size, shape.top_k)
-        if self.overlap_from is None or key not in self._mapped:
-            return None
-        if key not in self._overlaps:
-            blocks = _OVERLAP_MULTIPROCESSORS
-            dispatcher = self._mapped_dispatcher(key[0], shape, group, num_channels=2, blocks=blocks)
-            self._overlaps[key] = Overlap(dispatcher, self.device, blocks)
-        return self._overlaps[key]
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks; small, so that it can be compared by name."""
@@ -451,7 +426,6 @@ class ModelParallel:
             "max_chunk_size_per_rank": self.max_chunk_size_per_rank,
             "dispatcher": self.dispatcher_name,
             "fp8 dispatch": self.fp8_dispatch,
-            "overlap from": self.overlap_from,
             "dispatch constants": self._constants.summary if self._constants is not None else "",
             "MoE layers": len(self._experts),
             "local experts": [experts.num_local_experts for experts in self._experts],

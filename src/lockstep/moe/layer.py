@@ -1,6 +1,5 @@
 """One MoE layer over all ranks: split, chunk, dispatch, experts, combine, gather."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +8,12 @@ import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.forward_context import get_forward_context
-from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, rows_to_send
-from lockstep.dispatch.choose import goes_to
+from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle
 from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv
 from lockstep.errors import ConfigurationError, TokenCountError
-from lockstep.metadata.chunks import Chunk, ChunkPlan
+from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import LocalExperts
-from lockstep.moe.overlap import Overlap, call_order, one_lane
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`(hidden_states [rows, hidden], gather_index [pairs], tokens_per_expert [num_local_experts]) -> [pairs, hidden]`"""
@@ -41,7 +38,6 @@ class MoELayer:
         deadline_s: longest wait for any rank, in seconds.
         recorder: is told where this rank is, if given.
         index: number of this layer, for the recorder.
-        overlap: takes the steps of several chunks that `dispatcher` would take by the backend of this one.
     """
 
     def __init__(
@@ -58,7 +54,6 @@ class MoELayer:
         deadline_s: float = DEADLINE_S,
         recorder: FlightRecorder | None = None,
         index: int = 0,
-        overlap: Overlap | None = None,
     ) -> None:
         if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
             raise ConfigurationError(
@@ -79,7 +74,6 @@ class MoELayer:
         self._deadline_s = deadline_s
         self._recorder = recorder or FlightRecorder(config.rank, config.world_size)
         self.index = index
-        self.overlap = overlap
 
     def __call__(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run this rank's rows through their experts, wherever those are. Collective.
@@ -142,58 +136,31 @@ class MoELayer:
         topk_ids, topk_weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
         output = torch.empty_like(rows)
         failure: Exception | None = None
-        chunks = list(plan)
-        overlap = self.overlap if self._overlaps(chunks) else None
-        dispatcher = overlap.dispatcher if overlap else self.dispatcher
-        handles: dict[int, DispatchHandle] = {}
-        outputs: dict[int, torch.Tensor] = {}
-        with overlap.step() if overlap else contextlib.nullcontext(one_lane) as lane:
-            for part, index in call_order(len(chunks), overlap is not None):
-                chunk = chunks[index]
-                span = slice(chunk.start, chunk.stop)
-                sizes, _ = rows_to_send(chunk.sizes, dispatcher.abilities)
-                with lane(part, index):
-                    if part == "dispatch":
-                        self._recorder.mark(Phase.DISPATCH, self.index, index)
-                        extra = sizes[self.config.rank] - (chunk.stop - chunk.start)
-                        handles[index] = dispatcher.dispatch(
-                            _extend(rows[span], extra, 0), _extend(topk_ids[span], extra, NO_EXPERT),
-                            _extend(topk_weights[span], extra, 0), sizes,
-                        )  # fmt: skip
-                    elif part == "experts":
-                        self._recorder.mark(Phase.EXPERTS, self.index, index)
-                        outputs.pop(index - 2, None)  # not before its combine is over, see `Overlap.step`
-                        try:
-                            outputs[index] = self._run_experts(handles[index], sum(sizes))
-                        except Exception as error:
-                            # The others are already on their way into `combine`. Meet them there, with what nobody
-                            # takes for a result, then say what happened.
-                            failure = failure or error
-                            self._recorder.spoil_step()
-                            shape = (handles[index].gather_index.shape[0], self.hidden_size)
-                            outputs[index] = rows.new_full(shape, float("nan"))
-                    else:
-                        self._recorder.mark(Phase.COMBINE, self.index, index)
-                        combined = dispatcher.combine(outputs[index], handles.pop(index))[: chunk.stop - chunk.start]
-                        if len(chunks) == 1:
-                            output = combined
-                        else:
-                            output[span] = combined
-                        if overlap is None:
-                            del outputs[index]
+        for index, chunk in enumerate(plan):
+            span = slice(chunk.start, chunk.stop)
+            self._recorder.mark(Phase.DISPATCH, self.index, index)
+            handle = self.dispatcher.dispatch(rows[span], topk_ids[span], topk_weights[span], chunk.sizes)
+            self._recorder.mark(Phase.EXPERTS, self.index, index)
+            try:
+                expert_output = self._run_experts(handle, sum(chunk.sizes))
+            except Exception as error:
+                # The others are already on their way into `combine`. Meet them there, with what nobody takes for a
+                # result, then say what happened.
+                failure = failure or error
+                self._recorder.spoil_step()
+                expert_output = rows.new_full((handle.gather_index.shape[0], self.hidden_size), float("nan"))
+            self._recorder.mark(Phase.COMBINE, self.index, index)
+            combined = self.dispatcher.combine(expert_output, handle)
+            if len(plan) == 1:
+                output = combined
+            else:
+                output[span] = combined
         gathered = self._gather(plan, output)
         self._recorder.mark(Phase.MODEL, self.index)
         self.in_step = True
         if failure is not None:
             raise failure
         return gathered
-
-    def _overlaps(self, chunks: list[Chunk]) -> bool:
-        """Whether these chunks go through `overlap`; told from agreed sizes only."""
-        if self.overlap is None or len(chunks) < 2:
-            return False
-        kind = (self.hidden_size, self.top_k, self.dtype, self.device.type)
-        return all(goes_to(self.overlap.dispatcher.name, self.dispatcher, chunk.sizes, *kind) for chunk in chunks)
 
     def _run_experts(self, handle: DispatchHandle, num_rows: int) -> torch.Tensor:
         offsets = getattr(handle.state, "expert_offsets", None)
@@ -218,12 +185,6 @@ class MoELayer:
         first = self.config.data_parallel_rank * tp_size
         sizes = plan.sp_rows[first : first + tp_size]
         return all_gatherv([own], sizes, self._tensor_parallel_group, self._deadline_s, host_waits=False)[0]
-
-
-def _extend(rows: torch.Tensor, num_rows: int, value: int) -> torch.Tensor:
-    if num_rows <= 0:
-        return rows
-    return torch.cat([rows, rows.new_full((num_rows, rows.shape[1]), value)])
 
 
 class _InferenceOnly(torch.autograd.Function):

@@ -11,9 +11,9 @@ from lockstep.errors import ConfigurationError
 class RunMetrics:
     """Counts what rank 0 knows of all ranks, and serves it; use it as a context manager, or call `close`.
 
-    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank, `lockstep_dummy_rows_total`,
-    `lockstep_padding_rows_total`, `lockstep_agreement_wait_seconds` (a histogram, of rank 0) and `lockstep_idle_share`
-    (of the run so far, counted in rows).
+    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank,
+    `lockstep_agreement_wait_seconds` (a histogram, of rank 0) and `lockstep_idle_share` (of the run so far, counted in
+    rows).
 
     Args:
         port: TCP port; 0 takes any that is free, see `port`.
@@ -36,8 +36,6 @@ class RunMetrics:
         registry = CollectorRegistry()
         self._steps = Counter("lockstep_steps", "Steps that all ranks have run.", registry=registry)
         self._real = Counter("lockstep_real_rows", "Rows of requests.", ["rank"], registry=registry)
-        self._dummy = Counter("lockstep_dummy_rows", "Rows sent only so that a rank takes part.", registry=registry)
-        self._padding = Counter("lockstep_padding_rows", "Rows added to make shapes equal.", registry=registry)
         self._wait = Histogram(
             "lockstep_agreement_wait_seconds",
             "Rank 0's wait for all ranks to agree on a step.",
@@ -58,22 +56,16 @@ class RunMetrics:
         """The port that is listened on."""
         return int(self._server.server_port)
 
-    def observe(
-        self, num_tokens_across_dp: Sequence[int], dummy_rows: int, padding_rows: int, agreement_s: float
-    ) -> None:
+    def observe(self, num_tokens_across_dp: Sequence[int], agreement_s: float) -> None:
         """Count one step.
 
         Args:
             num_tokens_across_dp: rows of requests of each data-parallel rank.
-            dummy_rows: of all ranks.
-            padding_rows: of all ranks.
             agreement_s: rank 0's wait for the agreement.
         """
         self._steps.inc()
         for rank, rows in enumerate(num_tokens_across_dp):
             self._real.labels(str(rank)).inc(rows)
-        self._dummy.inc(dummy_rows)
-        self._padding.inc(padding_rows)
         self._wait.observe(agreement_s)
         self._rows += sum(num_tokens_across_dp)
         self._longest_rows += len(num_tokens_across_dp) * max(num_tokens_across_dp)

@@ -137,8 +137,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         def show(progress: runner.Progress) -> None:
             nonlocal last_line
             if metrics is not None:
-                counts, padding = progress.num_tokens_across_dp, progress.padding_rows
-                metrics.observe(counts, progress.dummy_rows, padding, progress.agreement_s)
+                metrics.observe(progress.num_tokens_across_dp, progress.agreement_s)
             rows = " ".join(f"{count:>4}" for count in progress.num_tokens_across_dp[:16])
             bar.update(
                 task, total=progress.rows_total, completed=progress.rows_done, now=f"step {progress.step}, rows {rows}"

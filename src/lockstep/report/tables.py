@@ -30,8 +30,6 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
         "of prompts",
         "steps with work",
         "steps idle",
-        "dummy rows",
-        "padding rows",
     ):
         table.add_column(heading, justify="right")
     for rank in range(summary["ranks"]):
@@ -43,8 +41,6 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
             sum(record.prefill_tokens for record in mine),
             busy,
             len(mine) - busy,
-            sum(record.dummy_rows for record in mine),
-            sum(record.padding_rows for record in mine),
         ]
         table.add_row(*(f"{cell:,}" for cell in cells))
     console.print(table)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lockstep.coordination.step import StepDecision, StepRecord, decided
 from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.dispatch import collectives
-from lockstep.dispatch.base import Abilities, rows_to_send
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.models.huggingface import from_pretrained
@@ -104,7 +103,6 @@ class Progress:
         rows_done: rows computed so far on all ranks.
         rows_total: rows that the whole workload needs.
         num_tokens_across_dp: rows of each rank in the step just done.
-        dummy_rows, padding_rows: of all ranks in it.
         agreement_s: this rank's wait for the agreement on it.
     """
 
@@ -112,8 +110,6 @@ class Progress:
     rows_done: int
     rows_total: int
     num_tokens_across_dp: tuple[int, ...]
-    dummy_rows: int = 0
-    padding_rows: int = 0
     agreement_s: float = 0.0
 
 
@@ -290,16 +286,16 @@ class _Run:
                 "agreement_s": agreed - began,
                 "busy_s": max(0.0, ended - agreed - (collectives.waited_s() - waited_before)),
             }
-            dummy, padding = self._log(plan, counts, step, times)
+            self._log(plan, counts, step, times)
             if on_progress is not None and self.rank == 0:
-                on_progress(Progress(step + 1, rows_done, self.rows_total, counts, dummy, padding, agreed - began))
+                on_progress(Progress(step + 1, rows_done, self.rows_total, counts, agreed - began))
             began, step = ended, step + 1
 
     def _agree(self, plan: StepPlan) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
         state = self.scheduler.state()
         if self.parallel is None:
             return (plan.num_tokens,), [state], None
-        decision = self.parallel.coordinator.agree(RunRecord(plan.num_tokens, True, False, False, *state))
+        decision = self.parallel.coordinator.agree(RunRecord(plan.num_tokens, True, False, *state))
         columns = [decision.values[name][:: self.options.tensor_parallel_size] for name in SchedulerState._fields]
         return decision.num_tokens_across_dp, [SchedulerState(*row) for row in zip(*columns, strict=True)], decision
 
@@ -316,9 +312,8 @@ class _Run:
             self._take(plan, chosen)  # after the step: only its end shows whether all ranks took part to the last
         except Exception as error:
             # This rank has taken part in all that the step had planned; now the others learn why it stops.
-            if self.parallel is not None and self.parallel.coordinator.usable:
-                self.parallel.coordinator.announce_failure(error)
-                self.parallel.coordinator.agree(RunRecord(failed=True))
+            if self.parallel is not None:
+                self.parallel.coordinator.fail(error, RunRecord)
             raise
 
     def _run_own_rows(self, plan: StepPlan) -> dict[int, int]:
@@ -370,33 +365,24 @@ class _Run:
             line["logits"] = notes["logits"]
         self._outputs.write(json.dumps(line) + "\n")
 
-    def _log(self, plan: StepPlan, counts: tuple[int, ...], step: int, times: dict[str, float]) -> tuple[int, int]:
-        """Write this rank's record; return the dummy and padding rows of all ranks."""
+    def _log(self, plan: StepPlan, counts: tuple[int, ...], step: int, times: dict[str, Any]) -> None:
+        """Write this rank's record."""
         chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
-        abilities = self.parallel.layers[0].dispatcher.abilities if self.parallel is not None else Abilities()
-        sent_by_all = [rows_to_send(chunk.sizes, abilities)[1] for chunk in chunks]
-        sent = [rows[self.rank] for rows in sent_by_all]
-        contexts = [(entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2) for entry in plan.entries]
-        prefills = [entry.is_prefill for entry in plan.entries]
         self._steps.write(
             StepLogRecord(
                 step=step,
                 rank=self.rank,
                 real_rows=chunks.sp_rows[self.rank],
-                dummy_rows=sum(rows.dummy for rows in sent),
-                padding_rows=sum(rows.padding for rows in sent),
                 prefill_tokens=plan.num_prefill_tokens,
                 decode_tokens=plan.num_decode_tokens,
-                prefill_context_tokens=sum(n for n, prefill in zip(contexts, prefills, strict=True) if prefill),
-                decode_context_tokens=sum(n for n, prefill in zip(contexts, prefills, strict=True) if not prefill),
+                prefill_context_tokens=plan.prefill_context_tokens,
+                decode_context_tokens=plan.decode_context_tokens,
                 num_waiting=plan.num_waiting,
                 prefills_held=plan.prefills_held,
                 num_chunks=len(chunks),
                 **{name: round(seconds, 6) for name, seconds in times.items()},
             )
         )
-        everything = [rows for chunk_rows in sent_by_all for rows in chunk_rows]
-        return sum(rows.dummy for rows in everything), sum(rows.padding for rows in everything)
 
     def merge(self, wall_s: float) -> dict[str, Any]:
         """Bring all ranks' lines to rank 0, which writes them in order."""

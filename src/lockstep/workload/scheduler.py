@@ -162,7 +162,7 @@ class RankScheduler:
         self._decoding: dict[int, tuple[Request, int]] = {}  # with the step that ended its prompt
         self._ends: dict[int, list[int]] = {}  # step -> requests whose last token is sampled in it
         self._num_decoding = 0  # requests that generate in the step to come
-        self._context_base = 0  # sum of (prompt - step that ended it) over these, see num_context_tokens
+        self._context_base = 0  # sum of (prompt - step that ended it) over these, see `counts`
         self._outstanding = 0
         self._kv_reserved = 0
         self._kv_queued = 0
@@ -247,7 +247,7 @@ class RankScheduler:
         """Return what a simulation needs to carry on without visiting this rank.
 
         Returns:
-            `num_decoding` of the coming step; the part of `num_context_tokens` that does not grow with the step;
+            `num_decoding` of the coming step; KV tokens that these requests read, less `step * num_decoding`;
             whether there is a queue or a prompt that has begun; the arrival step of the first prompt that could run,
             or -1.
         """
@@ -257,10 +257,6 @@ class RankScheduler:
             return self._num_decoding, self._context_base, False, -1
         arrival = self._waiting[0][1] if self._prompt_can_run() else -1
         return self._num_decoding, self._context_base, True, arrival
-
-    def num_context_tokens(self, step: int) -> int:
-        """Return how many tokens of KV cache the requests that generate in `step` read, the new ones included."""
-        return self._context_base + step * self._num_decoding
 
     def _skip_to(self, step: int) -> None:
         skipped = step - self._step - 1
