@@ -1,8 +1,15 @@
+import array
+import collections
 import copy
 import dataclasses
+import enum
+import fractions
 import gc
+import math
 import pickle
+import warnings
 import weakref
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lockstep import ConfigurationError, DPMetadata, ParallelConfig, TokenCountError
+from lockstep.metadata.contexts import SizesContext
 
 
 def make(counts, rank=0):
@@ -218,6 +227,73 @@ def test_asking_for_chunk_after_chunk_keeps_a_limited_number_of_lists():
     assert len(metadata._step.lists) <= 1024
 
 
+def test_a_context_that_is_dropped_is_left():
+    metadata = make([5, 7])
+    metadata.sp_local_sizes(1).__enter__()
+    assert metadata.local_sizes is None
+    context = metadata.sp_local_sizes(1)
+    context.__enter__()
+    context.__enter__()
+    assert metadata.local_sizes == [5, 7]
+    del context
+    assert metadata.local_sizes is None
+    with pytest.raises(RuntimeError, match="no sizes outside a context"):
+        metadata.get_chunk_sizes_across_dp_rank()
+
+
+@pytest.mark.parametrize("dropped", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (2, 1, 0), (0, 1, 2)])
+def test_of_nested_contexts_any_may_be_dropped(dropped):
+    metadata = make([500, 200, 256])
+    contexts = {0: metadata.sp_local_sizes(1), 1: metadata.sp_local_sizes(2), 2: metadata.chunked_sizes(1, 256, 1)}
+    for context in contexts.values():
+        context.__enter__()
+    del context
+    for place in dropped:
+        del contexts[place]
+        assert metadata.local_sizes is (contexts[max(contexts)].sizes if contexts else None)
+    for context in contexts.values():
+        context.__exit__()
+    assert metadata.local_sizes is None
+    assert metadata._entered is None
+
+
+def test_a_context_in_a_reference_cycle_is_left_by_the_garbage_collector():
+    class Holder:
+        pass
+
+    metadata, holder = make([5, 7]), Holder()
+    holder.itself, holder.context = holder, metadata.sp_local_sizes(1)
+    holder.context.__enter__()
+    del holder
+    gc.collect()
+    assert metadata.local_sizes is None
+
+
+def test_a_block_keeps_its_context():
+    metadata = make([5, 7])
+    with metadata.sp_local_sizes(1):
+        gc.collect()
+        assert metadata.local_sizes == [5, 7]
+
+
+def test_a_generator_that_is_dropped_inside_its_block_leaves():
+    metadata = make([5, 7])
+
+    def layers():
+        with metadata.sp_local_sizes(1):
+            yield metadata.local_sizes
+
+    walk = layers()
+    assert next(walk) == [5, 7]
+    del walk
+    assert metadata.local_sizes is None
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_context_without_attributes_is_dropped_in_silence():
+    SizesContext()
+
+
 def test_a_step_that_is_over_is_freed_without_the_garbage_collector():
     metadata = make([5, 7])
     with metadata.sp_local_sizes(2), metadata.chunked_sizes(1, 2, 0):
@@ -234,6 +310,32 @@ def test_a_step_that_is_over_is_freed_without_the_garbage_collector():
 # What comes in.
 
 
+class Labelled(torch.Tensor):
+    """A subclass that changes nothing of what a tensor does."""
+
+
+class Small(enum.IntEnum):
+    FIVE = 5
+    SEVEN = 7
+
+
+def in_silence(build):
+    """Make a tensor of a kind that torch warns of."""
+    with warnings.catch_warnings(action="ignore"):
+        return build()
+
+
+class Unreadable(Sequence):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
+
+    def __repr__(self):
+        raise OSError("the disk is gone")
+
+
 @pytest.mark.parametrize(
     "counts",
     [
@@ -246,6 +348,17 @@ def test_a_step_that_is_over_is_freed_without_the_garbage_collector():
         torch.tensor([5, 7]),
         torch.tensor([5, 7], dtype=torch.uint8),
         torch.tensor([5, 0, 7, 0])[::2],
+        torch.tensor([5, 7], dtype=torch.uint16),
+        torch.tensor([5, 7], dtype=torch.uint32),
+        torch.tensor([5, 7], dtype=torch.uint64),
+        torch.nn.Parameter(torch.tensor([5, 7]), requires_grad=False),
+        torch.tensor([5, 7]).as_subclass(Labelled),
+        np.array([5, 7], dtype=object),
+        np.ma.array([5, 7]),
+        array.array("i", [5, 7]),
+        memoryview(np.array([5, 7])),
+        collections.deque([5, 7]),
+        [Small.FIVE, Small.SEVEN],
     ],
 )
 def test_sequences_arrays_and_tensors_of_counts(counts):
@@ -262,16 +375,93 @@ def test_any_object_with_size_and_rank_is_a_config():
     assert DPMetadata.make(config, torch.tensor(7), [5, 7]) == DPMetadata(7, [5, 7])
 
 
-def test_later_writes_to_tensors_change_nothing():
+def test_later_writes_to_the_tensor_that_came_in_change_nothing():
     counts = torch.tensor([5, 7])
     metadata = DPMetadata.make(ParallelConfig(2, 0), 5, counts)
     counts[0] = 100
     assert metadata.num_tokens_across_dp_cpu.tolist() == [5, 7]
-    metadata.num_tokens_across_dp_cpu[0] = 100
     with metadata.sp_local_sizes(1) as sizes:
         assert sizes == [5, 7]
     assert metadata == make([5, 7])
-    assert metadata.max_tokens_across_dp_cpu.item() == 7
+
+
+def write_in_place(metadata):
+    metadata.num_tokens_across_dp_cpu[0] = 6
+
+
+def write_through_a_view(metadata):
+    metadata.num_tokens_across_dp_cpu[:1].fill_(6)
+
+
+def write_as_an_output(metadata):
+    torch.add(torch.tensor([1, 2], dtype=torch.int32), 4, out=metadata.num_tokens_across_dp_cpu)
+
+
+def write_in_inference_mode(metadata):
+    with torch.inference_mode():
+        metadata.num_tokens_across_dp_cpu.zero_()
+
+
+def set_another(metadata):
+    metadata.num_tokens_across_dp_cpu = torch.tensor([5, 6])
+
+
+def set_none(metadata):
+    metadata.num_tokens_across_dp_cpu = None
+
+
+WRITES = [write_in_place, write_through_a_view, write_as_an_output, write_in_inference_mode, set_another, set_none]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m.sp_local_sizes(1),
+        lambda m: m.sp_local_sizes(2),
+        lambda m: m.chunked_sizes(1, 4, 0),
+        lambda m: m.cu_tokens_across_sp(1),
+        lambda m: m == make([5, 7]),
+        copy.copy,
+        copy.deepcopy,
+        pickle.dumps,
+    ],
+)
+def test_a_field_that_was_written_to_is_refused_by_whatever_comes_next(write, use):
+    metadata = make([5, 7])
+    with metadata.sp_local_sizes(1):
+        pass
+    write(metadata)
+    with pytest.raises(TokenCountError, match="num_tokens_across_dp_cpu was changed after the metadata was made, from"):
+        use(metadata)
+    # What it was made from can still be seen.
+    assert "num_tokens_across_dp_cpu=[5, 7]" in repr(metadata)
+
+
+@pytest.mark.parametrize("largest", [torch.tensor(8), 7.5])
+def test_another_maximum_is_refused_too(largest):
+    metadata = make([5, 7])
+    metadata.max_tokens_across_dp_cpu = largest
+    with pytest.raises(TokenCountError, match=r"max_tokens_across_dp_cpu was changed .* from 7 to"):
+        metadata.sp_local_sizes(1)
+
+
+def test_a_write_through_numpy_is_noticed_where_sizes_are_made():
+    # torch does not count what NumPy writes into shared memory; sizes that were made before stay those of the counts.
+    metadata = make([5, 7])
+    metadata.num_tokens_across_dp_cpu.numpy()[0] = 6
+    with pytest.raises(TokenCountError, match=r"was changed .* from \[5, 7\] to tensor\(\[6, 7\]"):
+        metadata.sp_local_sizes(1)
+
+
+def test_metadata_made_in_inference_mode_works_outside_and_inside():
+    with torch.inference_mode():
+        metadata = make(torch.tensor([5, 7]))
+        with metadata.sp_local_sizes(2) as sizes:
+            assert sizes == [3, 3, 4, 4]
+    with metadata.sp_local_sizes(2) as sizes:
+        assert sizes == [3, 3, 4, 4]
+    assert copy.deepcopy(metadata) == metadata
 
 
 def test_arrays_and_lists_are_copied_too():
@@ -301,6 +491,50 @@ def test_arrays_and_lists_are_copied_too():
         ([5, True], r"must be integers, got True on DP rank 1"),
         ([5, 7.0], r"must be integers, got 7.0 on DP rank 1"),
         (None, r"must be a sequence of integers, one per DP rank, got None"),
+        # Tensors of other kinds.
+        (torch.tensor([5, 7]).to_sparse(), r"must be a dense tensor, got torch.sparse_coo"),
+        (torch.tensor([5 + 0j, 7 + 0j]), r"must have an integer dtype, got torch.complex64"),
+        (in_silence(lambda: torch.tensor([[5, 7]]).to_sparse_csr()), r"must be a dense tensor, got torch.sparse_csr"),
+        (in_silence(lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)), r"got torch.qint8"),
+        (torch.tensor([5.0, 7.0]).to(torch.float8_e4m3fn), r"got torch.float8_e4m3fn"),
+        (
+            in_silence(lambda: torch.nested.nested_tensor([torch.ones(1).int()])),
+            r"must be a dense tensor, got a nested",
+        ),
+        (FakeTensorMode().from_tensor(torch.tensor([5, 7])), r"must be a plain tensor, got a FakeTensor"),
+        (torch.tensor([5, 2**63 - 1]), r"got 9223372036854775807 on DP rank 1"),
+        (torch.tensor([5, 2**64 - 1], dtype=torch.uint64), r"got 18446744073709551615 on DP rank 1"),
+        # Arrays of other kinds.
+        (np.array([5, "seven"], dtype=object), r"must be integers, got 'seven' on DP rank 1"),
+        (np.array([5, None], dtype=object), r"must be integers, got None on DP rank 1"),
+        (np.array([[5, 7]]), r"must be integers, got \[5, 7\] on DP rank 0"),
+        (np.array(5), r"must be a sequence of integers, one per DP rank, got array\(5\)"),
+        (np.ma.array([5, 7], mask=[0, 1]), r"must be integers, got None on DP rank 1"),
+        (np.array([5, 7], dtype="m8[s]"), r"must have an integer dtype, got timedelta64\[s\]"),
+        (np.array([5, 7], dtype="M8[ns]"), r"must have an integer dtype, got datetime64\[ns\]"),
+        (np.array([5.0, math.nan]), r"must be integers, got 5.0 on DP rank 0"),
+        (np.array([True, False]), r"must be integers, got True on DP rank 0"),
+        # Sequences and what only looks like them.
+        ([5, [7]], r"must be integers, got \[7\] on DP rank 1"),
+        ([[5, 7]], r"must be integers, got \[5, 7\] on DP rank 0"),
+        ([5, math.nan], r"must be integers, got nan on DP rank 1"),
+        ([5, "7"], r"must be integers, got '7' on DP rank 1"),
+        ([5, 10**5000], r"must be in 0..2147483647, got an integer of 16610 bits on DP rank 1"),
+        ([5, -(10**5000)], r"must be in 0..2147483647, got an integer of 16610 bits on DP rank 1"),
+        ([5, torch.tensor([7, 8])], r"must be integers, got tensor\(\[7, 8\]\) on DP rank 1"),
+        (
+            [5, torch.empty((), dtype=torch.int64, device="meta")],
+            r"must be integers, got tensor\(.*meta.* on DP rank 1",
+        ),
+        ([5, np.True_], r"must be integers, got (np\.)?True_? on DP rank 1"),
+        ([5, fractions.Fraction(7)], r"must be integers, got Fraction\(7, 1\) on DP rank 1"),
+        ("57", r"must be a sequence of integers, one per DP rank, got '57'"),
+        (b"57", r"must be a sequence of integers, one per DP rank, got b'57'"),
+        ({5: 7}, r"must be a sequence of integers, one per DP rank, got {5: 7}"),
+        ((count for count in [5, 7]), r"must be a sequence of integers, one per DP rank, got <generator"),
+        (range(0), r"must have one entry per DP rank, got none"),
+        (Unreadable(), r"cannot be read from this Unreadable: 'the disk is gone'"),
+        (["x" * 10000], r"must be integers, got 'xx.{0,200}\.\.\. on DP rank 0$"),
     ],
 )
 def test_wrong_counts_are_refused_at_once(counts, message):
@@ -340,9 +574,24 @@ def test_true_is_no_count_even_where_it_equals_one():
         DPMetadata(True, [1, 1])
 
 
+def test_counts_inside_a_fake_or_transformed_world_are_refused():
+    config = ParallelConfig(2, 0)
+    with FakeTensorMode(), pytest.raises(TokenCountError, match="must be a plain tensor, got a FakeTensor"):
+        DPMetadata.make(config, 5, torch.tensor([5, 7]))
+    counts = torch.tensor([[5, 7]])
+    with pytest.raises(TokenCountError, match="cannot be read from this Tensor"):
+        torch.vmap(lambda row: row + DPMetadata.make(config, 5, row).cu_tokens_across_sp(1))(counts)
+
+
 @pytest.mark.parametrize(
     ("largest", "message"),
     [
+        pytest.param(10**5000, r"the largest count, 7 on DP rank 1, got an integer of 16610 bits", id="huge"),
+        (torch.tensor(7).to_sparse(), r"max_tokens_across_dp_cpu must be a dense tensor, got torch.sparse_coo"),
+        (torch.empty((), dtype=torch.int64, device="meta"), r"max_tokens_across_dp_cpu must be on the CPU"),
+        (FakeTensorMode().from_tensor(torch.tensor(7)), r"must be a plain tensor, got a FakeTensor"),
+        (math.nan, r"max_tokens_across_dp_cpu must be an integer, got nan"),
+        ("7", r"max_tokens_across_dp_cpu must be an integer, got '7'"),
         (8, r"max_tokens_across_dp_cpu must be the largest count, 7 on DP rank 1, got 8"),
         (torch.tensor(5), r"max_tokens_across_dp_cpu must be the largest count, 7 on DP rank 1, got 5"),
         (torch.tensor([7]), r"max_tokens_across_dp_cpu must have 0 dimensions, got shape \(1,\)"),
@@ -364,6 +613,13 @@ def test_a_wrong_maximum_is_refused(largest, message):
         (lambda m: m.sp_local_sizes(1.0), "sequence_parallel_size must be an integer, got 1.0"),
         (lambda m: m.sp_local_sizes(None), "sequence_parallel_size must be an integer, got None"),
         (lambda m: m.sp_local_sizes([1]), r"sequence_parallel_size must be an integer, got \[1\]"),
+        (
+            lambda m: m.sp_local_sizes(10**5000),
+            "sequence_parallel_size must be <= 2147483647, got an integer of 16610 b",
+        ),
+        (lambda m: m.sp_local_sizes(-(10**5000)), "sequence_parallel_size must be >= 1, got an integer of 16610 bits"),
+        (lambda m: m.sp_local_sizes("2"), "sequence_parallel_size must be an integer, got '2'"),
+        (lambda m: m.chunked_sizes(1, 10**5000, 0), "max_chunk_size_per_rank must be <= 2147483647, got an integer"),
         (lambda m: m.sp_local_sizes(2**30), "2 DP ranks must be <= 1048576 ranks, got 2147483648"),
         (lambda m: m.cu_tokens_across_sp(0), "sp_size must be >= 1, got 0"),
         (lambda m: m.cu_tokens_across_sp(True), "sp_size must be an integer, got True"),
@@ -376,7 +632,7 @@ def test_a_wrong_maximum_is_refused(largest, message):
 def test_wrong_arguments_raise_at_the_call_and_name_the_rank(call, message):
     for metadata in (make([5, 7], rank=1), make([5, 7], rank=1)):
         # Also after the sizes for 1, which equals True and 1.0, have been made.
-        with pytest.raises(ConfigurationError, match=rf"{message} \(on DP rank 1 of 2\)$"):
+        with pytest.raises(ConfigurationError, match=rf"{message}.*\(on DP rank 1 of 2\)$"):
             call(metadata)
         metadata.sp_local_sizes(1), metadata.cu_tokens_across_sp(1), metadata.chunked_sizes(1, 4, 0)
         with pytest.raises(ConfigurationError, match=message):
@@ -455,3 +711,116 @@ def test_it_is_a_dataclass_with_three_fields():
         "num_tokens_across_dp_cpu",
         "local_sizes",
     ]
+
+
+# Subclasses, as `dataclass` and plain Python make them.
+
+
+@dataclasses.dataclass
+class Layered(DPMetadata):
+    layer: int = 0
+    notes: list = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+
+@dataclasses.dataclass
+class PostInit(DPMetadata):
+    limit: dataclasses.InitVar[int] = 4
+    chunks: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self, limit):
+        # Without a call of super(): the counts are there all the same.
+        self.chunks = -(-int(self.max_tokens_across_dp_cpu) // limit)
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted(DPMetadata):
+    layer: int = 0
+
+
+class Plain(DPMetadata):
+    def __init__(self, counts):
+        super().__init__(max(counts), counts)
+        self.layer = 3
+
+
+SUBCLASSES = [
+    lambda: Layered(7, [5, 7], layer=3),
+    lambda: PostInit(7, [5, 7], 2),
+    lambda: Slotted(torch.tensor(7), torch.tensor([5, 7]), layer=3),
+    lambda: Plain([5, 7]),
+]
+
+
+@pytest.mark.parametrize("build", SUBCLASSES)
+@pytest.mark.parametrize(
+    "duplicate",
+    [lambda m: m, copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+)
+def test_subclasses_work_and_are_copied_with_all_that_they_have(build, duplicate):
+    original = build()
+    with original.sp_local_sizes(1):
+        metadata = duplicate(original)
+        assert (metadata.local_sizes is None) or metadata is original
+    assert type(metadata) is type(original)
+    assert metadata == original
+    for name in ("layer", "chunks"):
+        assert getattr(metadata, name, None) == getattr(original, name, None)
+    with metadata.sp_local_sizes(2) as sizes:
+        assert sizes == [3, 3, 4, 4]
+    assert metadata.local_sizes is None
+    assert metadata.num_tokens_across_dp_cpu.tolist() == [5, 7]
+
+
+def test_subclasses_are_checked_as_their_parent():
+    for wrong in (lambda: Layered(7, [5, -7]), lambda: PostInit(8, [5, 7]), lambda: Slotted(7, torch.tensor([5.0]))):
+        with pytest.raises(TokenCountError, match=r"num_tokens_across_dp_cpu must|must be the largest count, 7"):
+            wrong()
+
+
+def test_subclasses_compare_and_show_their_own_fields():
+    metadata = Layered(7, [5, 7], layer=3, notes=["a"])
+    assert metadata == Layered(7, torch.tensor([5, 7]), layer=3)
+    assert metadata != Layered(7, [5, 7], layer=4)
+    assert metadata != DPMetadata(7, [5, 7])
+    assert DPMetadata(7, [5, 7]) != metadata
+    assert repr(metadata) == (
+        "Layered(max_tokens_across_dp_cpu=7, num_tokens_across_dp_cpu=[5, 7], local_sizes=None, layer=3)"
+    )
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(metadata)
+
+
+def test_replace_makes_a_copy_outside_every_context():
+    metadata = Layered(7, [5, 7], layer=3)
+    with metadata.sp_local_sizes(1):
+        other = dataclasses.replace(metadata, layer=4)
+        assert other.local_sizes is None
+        assert other == Layered(7, [5, 7], layer=4)
+        assert dataclasses.replace(make([5, 7])) == make([5, 7])
+    changed = dataclasses.replace(metadata, max_tokens_across_dp_cpu=9, num_tokens_across_dp_cpu=[9, 1])
+    with changed.sp_local_sizes(1) as sizes:
+        assert sizes == [9, 1]
+    with pytest.raises(TokenCountError, match="must be the largest count, 9 on DP rank 0, got 7"):
+        dataclasses.replace(metadata, num_tokens_across_dp_cpu=[9, 1])
+    with pytest.raises(ValueError, match="local_sizes"):
+        dataclasses.replace(metadata, local_sizes=[5, 7])
+
+
+def test_copies_share_nothing_that_can_be_written_to():
+    metadata = make([5, 7])
+    for duplicate in (copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        twin = duplicate(metadata)
+        twin.num_tokens_across_dp_cpu[0] = 6
+        with metadata.sp_local_sizes(1) as sizes:
+            assert sizes == [5, 7]
+
+
+def test_a_copy_still_names_the_rank():
+    with pytest.raises(ConfigurationError, match=r"got 0 \(on DP rank 1 of 2\)"):
+        copy.deepcopy(make([5, 7], rank=1)).sp_local_sizes(0)
+
+
+def test_fields_become_dictionaries_and_tuples():
+    metadata = make([5, 7])
+    assert list(dataclasses.asdict(metadata)) == [field.name for field in dataclasses.fields(metadata)]
+    assert dataclasses.astuple(metadata)[1].tolist() == [5, 7]

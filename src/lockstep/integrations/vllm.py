@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +16,17 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata import dp_metadata
-from lockstep.metadata.contexts import SizesContext, StepSizes
-from lockstep.metadata.dp_metadata import TokenCounts, check_own_count, read_counts
-from lockstep.metadata.sizes import MAX_RANKS, abridged, check_counts, check_int, sp_size_list
+from lockstep.metadata.contexts import SizesContext
+from lockstep.metadata.dp_metadata import (
+    HoldsCounts,
+    TokenCounts,
+    check_own_count,
+    checked_step,
+    read_counts,
+    read_fields,
+    set_counts,
+)
+from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +68,8 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
     return sp_size_list(multiplied, sequence_parallel_size)
 
 
-@dataclass(init=False)
-class DPMetadata:
+@dataclass(init=False, eq=False, repr=False)
+class DPMetadata(HoldsCounts):
     """How many tokens each data-parallel rank has in this step: vLLM 0.33's class surface on Lockstep's arithmetic.
 
     What `lockstep.DPMetadata` says of contexts, shared lists, copied counts and equality holds here too.
@@ -78,7 +86,7 @@ class DPMetadata:
     """
 
     num_tokens_across_dp_cpu: torch.Tensor
-    local_sizes: list[int] | None = None
+    local_sizes: list[int] | None = field(default=None, init=False)
 
     def __init__(self, num_tokens_across_dp_cpu: TokenCounts, local_sizes: list[int] | None = None) -> None:
         """Make the metadata from the counts of all ranks.
@@ -90,10 +98,7 @@ class DPMetadata:
         Raises:
             TokenCountError: if a count has the wrong dtype, device, shape or sign.
         """
-        counts, self.num_tokens_across_dp_cpu = read_counts(num_tokens_across_dp_cpu)
-        self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
-        self._step = StepSizes(counts)
-        self._entered: SizesContext | list[SizesContext] | None = None
+        read_fields(self, num_tokens_across_dp_cpu, local_sizes=local_sizes)
 
     @staticmethod
     def make(parallel_config: Any, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
@@ -114,17 +119,14 @@ class DPMetadata:
             ConfigurationError: if size and rank do not fit together, the model has no experts, or one DP rank without
                 sequence-parallel experts asks for sizes that nothing needs.
         """
-        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
+        counts, dtype = read_counts(num_tokens_across_dp_cpu)
         dp_rank = check_own_count(parallel_config, num_tokens, counts)
         if parallel_config.is_moe_model is False:
             raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
         if len(counts) == 1 and not parallel_config.use_sequence_parallel_moe:
             raise ConfigurationError("data_parallel_size must be > 1 unless use_sequence_parallel_moe is set, got 1")
         metadata = object.__new__(DPMetadata)
-        metadata.num_tokens_across_dp_cpu = counts_tensor
-        metadata.local_sizes = None
-        metadata._step = StepSizes(counts, dp_rank)
-        metadata._entered = None
+        set_counts(metadata, counts, dtype, dp_rank)
         return metadata
 
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
@@ -141,13 +143,16 @@ class DPMetadata:
         Raises:
             ConfigurationError: at once, not on entering, if a size is below 1.
         """
-        step = self._step
         if pcp_size is not NO_PCP:
-            sizes = step.find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
+            sizes = checked_step(self).find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
         else:
-            key, sizes = step.last
-            if sequence_parallel_size is not key:
-                sizes = step.find_last(sequence_parallel_size)
+            key, sizes, counts, version = self._step.last
+            if (
+                sequence_parallel_size is not key
+                or self.num_tokens_across_dp_cpu is not counts
+                or counts._version != version
+            ):
+                sizes = checked_step(self).find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
@@ -157,18 +162,6 @@ class DPMetadata:
     chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
     get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DPMetadata):
-            return NotImplemented
-        return self._step.counts == other._step.counts and self.local_sizes == other.local_sizes
-
-    def __repr__(self) -> str:
-        sizes = None if self.local_sizes is None else abridged(self.local_sizes)
-        return f"DPMetadata(num_tokens_across_dp_cpu={abridged(self._step.counts)}, local_sizes={sizes})"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return DPMetadata, (self.num_tokens_across_dp_cpu,)
 
 
 _warnings_given: set[str] = set()

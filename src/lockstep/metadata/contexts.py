@@ -1,7 +1,7 @@
 # What DPMetadata keeps of a step and hands to a `with` block, without torch.
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import (
@@ -19,12 +19,19 @@ MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
 
 
+Entered = int | list[tuple[int, list[int] | None]] | None
+"""The contexts that are entered, by `id`: none, one, or where they are nested each with its sizes, the innermost last.
+
+Not the contexts themselves. Somebody else has to hold one, and one that nobody holds any more is left. An `id` cannot
+come to mean another context, since a context takes its own away before it is freed.
+"""
+
+
 class HoldsLocalSizes(Protocol):
     """What contexts set sizes on: `DPMetadata`, and the same class with vLLM's surface."""
 
     local_sizes: list[int] | None
-    # None; the one context that is entered; or, where they are nested, all that are entered, the innermost last.
-    _entered: "SizesContext | list[SizesContext] | None"
+    _entered: Entered
 
 
 class StepSizes:
@@ -33,21 +40,24 @@ class StepSizes:
     Args:
         counts: tokens per DP rank, `[dp_size]`, checked.
         dp_rank: this rank, for messages; None where it is not known.
+        shown: the tensor that shows the counts; this module only keeps it, and looks whether it was written to.
 
     Attributes:
         counts: as given.
         lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
-        last: the sequence-parallel size that was asked for last, and its sizes; each layer of a model asks for the
-            same. In one tuple, so that a thread which asks for another never comes in between.
+        last: the sequence-parallel size that was asked for last, its sizes, and the tensor that showed the counts then
+            with its version; each layer of a model asks for the same. In one tuple, so that a thread which asks for
+            another never comes in between.
     """
 
-    __slots__ = ("counts", "dp_rank", "last", "lists")
+    __slots__ = ("counts", "dp_rank", "last", "lists", "shown")
 
-    def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None) -> None:
+    def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None, shown: Any = None) -> None:
         self.counts = counts
         self.dp_rank = dp_rank
+        self.shown = shown
         self.lists: dict[object, list[int]] = {}
-        self.last: tuple[object, list[int]] = (NO_KEY, [])
+        self.last: tuple[object, list[int], Any, int] = (NO_KEY, [], None, 0)
 
     def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
         """Return a size list, computed if nobody asked for it before.
@@ -86,15 +96,20 @@ class StepSizes:
         sizes = self.find(sp_size_list, sequence_parallel_size)
         # Not by a tensor or array, which can be written to and be the same object with another value.
         if type(sequence_parallel_size) is int:
-            self.last = (sequence_parallel_size, sizes)
+            self.last = (sequence_parallel_size, sizes, self.shown, self.shown._version)
         return sizes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Lists are made anew where the copy arrives.
+        return StepSizes, (self.counts, self.dp_rank, self.shown)
 
 
 class SizesContext:
     """Puts sizes into `local_sizes` of a metadata object while it is entered.
 
     Of the contexts that are entered and not left, the last entered counts. So a nested context gives the outer sizes
-    back, and leaving twice, without having entered, or in another order never leaves sizes behind.
+    back, and leaving twice, without having entered, or in another order never leaves sizes behind. Neither does
+    dropping the context: it is left when nothing refers to it any more. A `with` block refers to it.
 
     A class rather than a generator, because a caller from another language leaves with strings where Python has an
     exception, and a generator-based context manager raises at that and leaves its sizes set.
@@ -114,7 +129,7 @@ class SizesContext:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
         metadata = self.metadata
         if metadata._entered is None:
-            metadata._entered = self
+            metadata._entered = id(self)
         else:
             enter_nested(metadata, self)
         metadata.local_sizes = sizes = self.sizes
@@ -132,17 +147,35 @@ class SizesContext:
             False: an exception is never swallowed.
         """
         metadata = self.metadata
-        if metadata._entered is self:
-            metadata._entered = None
-            metadata.local_sizes = None
+        if metadata._entered == id(self):
+            metadata._entered = metadata.local_sizes = None
         else:
             leave_nested(metadata, self)
         return False
 
+    def __del__(self) -> None:
+        # Almost always nothing is entered by now. One that was dropped without leaving leaves here.
+        try:
+            if self.metadata._entered is not None:
+                while is_entered(self):
+                    self.__exit__()
+        except AttributeError:
+            return  # it never got its metadata, or has got one that failed while it was made
+
     def __repr__(self) -> str:
-        entered = self.metadata._entered
-        inside = entered is self or (isinstance(entered, list) and any(context is self for context in entered))
-        return f"SizesContext({abridged(self.sizes)}, {'entered' if inside else 'not entered'})"
+        return f"SizesContext({abridged(self.sizes)}, {'entered' if is_entered(self) else 'not entered'})"
+
+
+def is_entered(context: SizesContext) -> bool:
+    """Return whether a context is entered and not left.
+
+    Args:
+        context: the context.
+    """
+    entered = context.metadata._entered
+    if isinstance(entered, list):
+        return any(key == id(context) for key, _ in entered)
+    return entered == id(context)
 
 
 def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
@@ -154,9 +187,9 @@ def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
     """
     entered = metadata._entered
     if isinstance(entered, list):
-        entered.append(context)
+        entered.append((id(context), context.sizes))
     elif entered is not None:
-        metadata._entered = [entered, context]
+        metadata._entered = [(entered, metadata.local_sizes), (id(context), context.sizes)]
 
 
 def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
@@ -170,12 +203,12 @@ def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
     if not isinstance(entered, list):
         return
     for place in range(len(entered) - 1, -1, -1):
-        if entered[place] is context:
+        if entered[place][0] == id(context):
             del entered[place]
             break
-    metadata.local_sizes = entered[-1].sizes
+    key, metadata.local_sizes = entered[-1]
     if len(entered) == 1:
-        metadata._entered = entered[0]
+        metadata._entered = key
 
 
 def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:

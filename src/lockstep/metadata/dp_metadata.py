@@ -2,15 +2,17 @@
 # foreign callers read DPMetadata by introspection, resolve its annotations and publish each function that they find.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.contexts import SizesContext, StepSizes, chunked_rows, cumulative_rows
-from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int
+from lockstep.metadata.contexts import Entered, SizesContext, StepSizes, chunked_rows, cumulative_rows
+from lockstep.metadata.sizes import abridged, as_plain_int, check_counts, check_int, shown
 
 if TYPE_CHECKING:
     # What is taken besides tensors. At run time the annotations stay the published ones.
@@ -21,11 +23,13 @@ else:
 
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
-INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+SIGNED_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+"""What torch does arithmetic with. Counts of the larger unsigned dtypes are kept as int64."""
+INTEGER_DTYPES = (*SIGNED_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
-    """Check that a tensor holds integers on the CPU.
+    """Check that a tensor holds integers on the CPU, one beside the other.
 
     Args:
         name: what the message calls it.
@@ -33,43 +37,40 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
         ndim: the number of dimensions that it must have.
 
     Raises:
-        TokenCountError: if dtype, device or shape is another.
+        TokenCountError: if dtype, device, layout or shape is another, or its class keeps the values elsewhere, as
+            distributed and fake tensors do.
     """
     if value.dtype not in INTEGER_DTYPES:
         raise TokenCountError(f"{name} must have an integer dtype, got {value.dtype}")
     if not value.is_cpu:
         raise TokenCountError(f"{name} must be on the CPU, so that reading it waits for no device, got {value.device}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TokenCountError(f"{name} must be a dense tensor, got {layout}: hand over value.to_dense()")
     if value.ndim != ndim:
         raise TokenCountError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}, got shape {tuple(value.shape)}")
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TokenCountError(f"{name} must be a plain tensor, got a {type(value).__name__}")
 
 
-def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor]:
+def read_counts(counts: object) -> tuple[tuple[int, ...], torch.dtype]:
     """Read token counts once.
 
     Args:
         counts: tokens per DP rank, `[dp_size]`: an integer tensor on the CPU, an array, or a sequence of integers.
 
     Returns:
-        The counts as plain integers, and as a tensor of its own, `[dp_size]`, of the dtype of the tensor that came in,
+        The counts as plain integers, `[dp_size]`, and the dtype to show them with: that of the tensor that came in,
         otherwise int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
     """
     if not isinstance(counts, torch.Tensor):
-        plain = check_counts(counts, COUNTS)
-        return plain, torch.tensor(plain, dtype=torch.int32)
+        return check_counts(counts, COUNTS), torch.int32
     check_tensor(COUNTS, counts, 1)
-    copy = counts.clone()
-    plain = tuple(copy.tolist())
-    if not plain:
-        check_counts(plain, COUNTS)
-    # Made once per step, before the first layer runs: for few ranks plain Python is the faster way to the extremes.
-    many = len(plain) > 128
-    lowest, highest = (int(copy.min()), int(copy.max())) if many else (min(plain), max(plain))
-    if lowest < 0 or highest > INT32_MAX:
-        check_counts(plain, COUNTS)
-    return plain, copy
+    dtype = counts.dtype if counts.dtype in SIGNED_DTYPES else torch.int64
+    return check_counts(counts, COUNTS), dtype
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
@@ -108,17 +109,181 @@ def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[i
     return dp_rank
 
 
-@dataclass(init=False)
-class DPMetadata:
+class HoldsCounts:
+    """What `DPMetadata` and the class for vLLM have in common: fields for reading, values, copies, subclasses.
+
+    The counts are kept as plain integers, and shown as a tensor. Nobody can keep a caller from writing to that tensor,
+    so each function looks whether somebody did, rather than go on with one truth in the field and another in the sizes.
+    """
+
+    num_tokens_across_dp_cpu: torch.Tensor
+    local_sizes: list[int] | None
+    _step: StepSizes
+    _entered: Entered
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # `dataclass` writes these functions into a subclass that lacks them, and its own compare tensors and fail.
+        for name in ("__eq__", "__repr__"):
+            if name not in cls.__dict__:
+                setattr(cls, name, getattr(cls, name))
+        own_post_init = cls.__dict__.get("__post_init__")
+        if own_post_init is not None:
+
+            @wraps(own_post_init)
+            def post_init(self: "HoldsCounts", *args: Any) -> None:
+                HoldsCounts.__post_init__(self)
+                own_post_init(self, *args)
+
+            cls.__post_init__ = post_init  # type: ignore[method-assign]  # InitVar adds arguments
+
+    def __post_init__(self) -> None:
+        # The constructor that `dataclass` writes for a subclass ends here, with the fields set as they came in.
+        if not hasattr(self, "_step"):
+            read_fields(self, self.num_tokens_across_dp_cpu, getattr(self, MAX, None), self.local_sizes)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, HoldsCounts)
+        return (
+            checked_step(self).counts == checked_step(other).counts
+            and self.local_sizes == other.local_sizes
+            and all(getattr(self, each) == getattr(other, each) for each in further_fields(self, "compare"))
+        )
+
+    def __repr__(self) -> str:
+        counts, sizes = self._step.counts, self.local_sizes
+        parts = [f"{MAX}={max(counts)}"] if has_maximum(self) else []
+        parts += [f"{COUNTS}={abridged(counts)}", f"local_sizes={None if sizes is None else abridged(sizes)}"]
+        parts += [f"{each}={getattr(self, each)!r}" for each in further_fields(self, "repr")]
+        return f"{type(self).__qualname__}({', '.join(parts)})"
+
+    def __getstate__(self) -> object:
+        # Copies start outside every context: sharing what is entered, one would change the sizes of the other. Their
+        # tensors are their own.
+        state: Any = object.__getstate__(self)
+        own, slots = state if isinstance(state, tuple) else (state, None)
+        step = checked_step(self)
+        fresh: dict[str, object] = {"local_sizes": None, "_entered": None}
+        fresh |= tensors_of(self, step.counts, step.shown.dtype)
+        fresh["_step"] = StepSizes(step.counts, step.dp_rank, fresh[COUNTS])
+        if slots is None:
+            return own | fresh
+        # Where `dataclass` has made slots of the fields, they are restored as such.
+        in_slots = {name: value for name, value in fresh.items() if name in slots}
+        return own | {name: value for name, value in fresh.items() if name not in slots}, slots | in_slots
+
+
+def has_maximum(metadata: HoldsCounts) -> bool:
+    """Return whether the class has a field for the largest count; vLLM's has none.
+
+    Args:
+        metadata: an instance of it.
+    """
+    declared: Any = metadata
+    return MAX in declared.__dataclass_fields__
+
+
+def tensors_of(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the fields that show the counts, as new tensors.
+
+    Args:
+        metadata: whose fields.
+        counts: tokens per DP rank, `[dp_size]`, checked.
+        dtype: of the tensors.
+    """
+    # Tensors made in inference mode do not tell whether they were written to.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        tensors = {COUNTS: torch.tensor(counts, dtype=dtype)}
+        if has_maximum(metadata):
+            tensors[MAX] = tensors[COUNTS].max()
+    return tensors
+
+
+def checked_step(metadata: HoldsCounts) -> StepSizes:
+    """Return a metadata object's counts and sizes, if its fields still show them.
+
+    Args:
+        metadata: the object.
+
+    Raises:
+        TokenCountError: if one of the fields was written to or set.
+    """
+    step = metadata._step
+    for name, expected in ((COUNTS, list(step.counts)), (MAX, max(step.counts))):
+        found = getattr(metadata, name, expected)  # not by `__dict__`: once made, it slows each attribute down
+        if found is not expected and (not isinstance(found, torch.Tensor) or found.tolist() != expected):
+            raise TokenCountError(
+                f"{name} was changed after the metadata was made, from {shown(expected)} to {shown(found)}: make new "
+                "metadata, since the other ranks and the sizes know nothing of it"
+            )
+    return step
+
+
+def further_fields(metadata: HoldsCounts, kind: Literal["compare", "repr"]) -> list[str]:
+    """Return the names of fields that a subclass has added.
+
+    Args:
+        metadata: an instance of it.
+        kind: for what: fields declared with `compare=False` or `repr=False` are left out of that.
+    """
+    own = (MAX, COUNTS, "local_sizes")
+    declared: Any = metadata
+    return [each.name for each in fields(declared) if each.name not in own and getattr(each, kind)]
+
+
+def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, local_sizes: object = None) -> None:
+    """Set a metadata object's attributes from what its constructor was given.
+
+    Args:
+        metadata: the object.
+        counts: tokens per DP rank, as for `read_counts`.
+        largest: the largest count, or None where the class has no field for it.
+        local_sizes: rows per rank, shown until the first context is entered, or None.
+
+    Raises:
+        TokenCountError: as the constructors.
+    """
+    plain, dtype = read_counts(counts)
+    if has_maximum(metadata):
+        if isinstance(largest, torch.Tensor):
+            check_tensor(MAX, largest, 0)
+        given = check_int(MAX, largest, maximum=None, error=TokenCountError)
+        if given != max(plain):
+            most = f"{max(plain)} on DP rank {plain.index(max(plain))}"
+            raise TokenCountError(f"{MAX} must be the largest count, {most}, got {shown(given)}")
+    sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
+    set_counts(metadata, plain, dtype)
+    metadata.local_sizes = sizes
+
+
+def set_counts(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype, dp_rank: int | None = None) -> None:
+    """Set a metadata object's attributes.
+
+    Args:
+        metadata: the object, which may have none yet.
+        counts: tokens per DP rank, `[dp_size]`, checked.
+        dtype: of the tensors that show them.
+        dp_rank: this rank, for messages; None where it is not known.
+    """
+    for name, tensor in tensors_of(metadata, counts, dtype).items():
+        setattr(metadata, name, tensor)
+    metadata.local_sizes = metadata._entered = None
+    metadata._step = StepSizes(counts, dp_rank, metadata.num_tokens_across_dp_cpu)
+
+
+@dataclass(init=False, eq=False, repr=False)
+class DPMetadata(HoldsCounts):
     """How many tokens each data-parallel rank has in this step, and the sizes that follow from it.
 
     Made once per step, with the same counts on every rank, so that all ranks derive the same sizes for every collective
     that they are about to join. A layer enters one of the two contexts, `sp_local_sizes` or `chunked_sizes`, and reads
     the sizes inside it.
 
-    The counts are copied and read once: writing to a tensor later changes nothing. Sizes are computed once per
-    arguments; the lists are shared, so read them and do not change them. Two objects are equal if their values are;
-    none is hashable.
+    The counts are copied and read once; the tensors that show them are for reading, and a call after one was changed
+    raises `TokenCountError`. Sizes are computed once per arguments; the lists are shared, so read them and do not
+    change them. Two objects of one class are equal if their values are; none is hashable.
 
     Attributes:
         max_tokens_across_dp_cpu: the largest count, a 0-d tensor.
@@ -134,7 +299,8 @@ class DPMetadata:
 
     max_tokens_across_dp_cpu: torch.Tensor
     num_tokens_across_dp_cpu: torch.Tensor
-    local_sizes: list[int] | None = None
+    # No parameter of `dataclasses.replace`: what it makes is a copy, and starts outside every context.
+    local_sizes: list[int] | None = field(default=None, init=False)
 
     def __init__(
         self,
@@ -153,18 +319,7 @@ class DPMetadata:
         Raises:
             TokenCountError: if a count has the wrong dtype, device, shape or sign, or the maximum is not the counts'.
         """
-        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
-        if isinstance(max_tokens_across_dp_cpu, torch.Tensor):
-            check_tensor(MAX, max_tokens_across_dp_cpu, 0)
-        given = check_int(MAX, max_tokens_across_dp_cpu, maximum=None, error=TokenCountError)
-        if given != max(counts):
-            largest = f"{max(counts)} on DP rank {counts.index(max(counts))}"
-            raise TokenCountError(f"{MAX} must be the largest count, {largest}, got {given}")
-        self.max_tokens_across_dp_cpu = counts_tensor.max()
-        self.num_tokens_across_dp_cpu = counts_tensor
-        self.local_sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
-        self._step = StepSizes(counts)
-        self._entered: SizesContext | list[SizesContext] | None = None
+        read_fields(self, num_tokens_across_dp_cpu, max_tokens_across_dp_cpu, local_sizes)
 
     @staticmethod
     def make(
@@ -193,15 +348,11 @@ class DPMetadata:
             >>> DPMetadata.make(config, 500, [500, 200, 256])
             DPMetadata(max_tokens_across_dp_cpu=500, num_tokens_across_dp_cpu=[500, 200, 256], local_sizes=None)
         """
-        counts, counts_tensor = read_counts(num_tokens_across_dp_cpu)
+        counts, dtype = read_counts(num_tokens_across_dp_cpu)
         dp_rank = check_own_count(parallel_config, num_tokens, counts)
         # Not through the constructor, which would read the counts a second time.
         metadata = object.__new__(DPMetadata)
-        metadata.max_tokens_across_dp_cpu = counts_tensor.max()
-        metadata.num_tokens_across_dp_cpu = counts_tensor
-        metadata.local_sizes = None
-        metadata._step = StepSizes(counts, dp_rank)
-        metadata._entered = None
+        set_counts(metadata, counts, dtype, dp_rank)
         return metadata
 
     def chunked_sizes(self, sequence_parallel_size: int, max_chunk_size_per_rank: int, chunk_idx: int) -> SizesContext:
@@ -227,7 +378,7 @@ class DPMetadata:
             ...     print(sizes)
             [244, 1, 1]
         """
-        sizes = self._step.find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
+        sizes = checked_step(self).find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
@@ -252,11 +403,14 @@ class DPMetadata:
             ...     print(sizes)
             [0, 0, 3, 3]
         """
-        step = self._step
-        key, sizes = step.last
+        key, sizes, counts, version = self._step.last
         # By identity, which costs least and never takes True for 1; the same small int is always the same object.
-        if sequence_parallel_size is not key:
-            sizes = step.find_last(sequence_parallel_size)
+        if (
+            sequence_parallel_size is not key
+            or self.num_tokens_across_dp_cpu is not counts
+            or counts._version != version
+        ):
+            sizes = checked_step(self).find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
@@ -301,19 +455,4 @@ class DPMetadata:
             >>> DPMetadata(7, [5, 7]).cu_tokens_across_sp(2).tolist()
             [3, 6, 10, 14]
         """
-        return torch.tensor(self._step.find(cumulative_rows, sp_size), dtype=torch.int64)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DPMetadata):
-            return NotImplemented
-        return self._step.counts == other._step.counts and self.local_sizes == other.local_sizes
-
-    def __repr__(self) -> str:
-        sizes = None if self.local_sizes is None else abridged(self.local_sizes)
-        return (
-            f"DPMetadata({MAX}={max(self._step.counts)}, {COUNTS}={abridged(self._step.counts)}, local_sizes={sizes})"
-        )
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Copies start outside every context: sharing the stack, one would change the sizes of the other.
-        return DPMetadata, (self.max_tokens_across_dp_cpu, self.num_tokens_across_dp_cpu)
+        return torch.tensor(checked_step(self).find(cumulative_rows, sp_size), dtype=torch.int64)

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import index
+from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
 
@@ -28,8 +29,29 @@ def as_plain_int(value: object) -> int | None:
         return None
     try:
         return index(value)  # type: ignore[arg-type]  # what does not fit is what the except is for
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # of a foreign `__index__`; tensors alone raise half a dozen kinds
         return None
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Return a value as text for a message: on one line, not longer than that, and whatever it is.
+
+    Args:
+        value: what to show.
+        most: characters shown at most.
+
+    Example:
+        >>> shown(10**5000), shown("tokens")
+        ('an integer of 16610 bits', "'tokens'")
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        # Python refuses to print an integer beyond 4300 digits; anything else may have a repr that fails.
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_int(
@@ -53,11 +75,11 @@ def check_int(
     """
     number = as_plain_int(value)
     if number is None:
-        raise error(f"{name} must be an integer, got {value!r}")
+        raise error(f"{name} must be an integer, got {shown(value)}")
     if number < minimum:
-        raise error(f"{name} must be >= {minimum}, got {number}")
+        raise error(f"{name} must be >= {minimum}, got {shown(number)}")
     if maximum is not None and number > maximum:
-        raise error(f"{name} must be <= {maximum}, got {number}")
+        raise error(f"{name} must be <= {maximum}, got {shown(number)}")
     return number
 
 
@@ -79,25 +101,48 @@ def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[in
         >>> check_counts([500, 200, 256])
         (500, 200, 256)
     """
-    tolist = getattr(counts, "tolist", None)
-    entries = tolist() if callable(tolist) else counts
-    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes | bytearray):
-        raise TokenCountError(f"{name} must be a sequence of integers, one per DP rank, got {counts!r}")
+    try:
+        entries = read_entries(counts)
+    except Exception as reason:
+        # Tensors without values, or whose values lie elsewhere, each fail in a way of their own.
+        kind = type(counts).__name__
+        raise TokenCountError(f"{name} cannot be read from this {kind}: {shown(str(reason))}") from reason
+    if entries is None:
+        raise TokenCountError(f"{name} must be a sequence of integers, one per DP rank, got {shown(counts)}")
     if not entries:
         raise TokenCountError(f"{name} must have one entry per DP rank, got none")
     # Almost always all is well, and two passes in C see that; only otherwise is it worth looking at each entry.
     plain = set(map(type, entries)) == {int}
     if plain and min(entries) >= 0 and max(entries) <= INT32_MAX:
-        return tuple(entries)
+        return entries
     checked = []
     for rank, entry in enumerate(entries):
         count = as_plain_int(entry)
         if count is None:
-            raise TokenCountError(f"{name} must be integers, got {entry!r} on DP rank {rank}")
+            raise TokenCountError(f"{name} must be integers, got {shown(entry)} on DP rank {rank}")
         if not 0 <= count <= INT32_MAX:
-            raise TokenCountError(f"{name} must be in 0..{INT32_MAX}, got {count} on DP rank {rank}")
+            raise TokenCountError(f"{name} must be in 0..{INT32_MAX}, got {shown(count)} on DP rank {rank}")
         checked.append(count)
     return tuple(checked)
+
+
+def read_entries(counts: object) -> tuple[Any, ...] | None:
+    """Return the entries of a sequence or array, whatever they are, or None if it is neither.
+
+    Args:
+        counts: the sequence, or anything with `tolist`.
+
+    Raises:
+        TypeError: if it is an array of times, which `tolist` would turn into integers.
+    """
+    dtype = getattr(counts, "dtype", None)
+    if getattr(dtype, "kind", "i") in "mM":
+        raise TypeError(f"it must have an integer dtype, got {dtype}")
+    tolist = getattr(counts, "tolist", None)
+    entries = tolist() if callable(tolist) else counts
+    return (
+        tuple(entries) if isinstance(entries, Sequence) and not isinstance(entries, str | bytes | bytearray) else None
+    )
 
 
 def abridged(values: Sequence[int], most: int = 16) -> str:
