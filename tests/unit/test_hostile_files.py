@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lockstep.coordination.step_log import FIELDS, read_step_log
 from lockstep.errors import ConfigurationError
-from lockstep.models.loading import check_files, load_pretrained
+from lockstep.models.checkpoint import check_files
+from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
 from lockstep.workload import WorkloadOptions, load_trace
 

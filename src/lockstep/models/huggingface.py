@@ -14,6 +14,8 @@ from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
+from lockstep.models import transformers_internals as internals
+from lockstep.models.arguments import read_arguments
 from lockstep.models.groups import find_group, own_device, parallel_config, tensor_parallel_mesh
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
@@ -52,20 +54,24 @@ def from_pretrained(
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
-        **kwargs: for `lockstep.models.loading.load_pretrained`: `revision`, `local_files_only`, `trust_remote_code`.
+        **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
+            `attn_implementation`, ..., or attributes of the config. `device_map` names one device; "auto" leaves it to
+            the rank. What cannot be done for a model over ranks is refused by name.
 
     Returns:
-        The Transformers model, in evaluation mode.
+        The Transformers model, in evaluation mode. With `output_loading_info=True` the model and the loading info.
 
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
     _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
+    placed = read_arguments(kwargs, dtype, device).device
+    kwargs.pop("device_map", None)  # said by `placed` from here on
     group = find_group(process_group)
     config = parallel_config(group, tensor_parallel_size)
-    device = own_device(device)
+    device = own_device(placed)
     tp_mesh = tensor_parallel_mesh(config, group, device.type) if tensor_parallel_size > 1 else None
-    model = load_pretrained(
+    loaded = load_pretrained(
         path,
         ep_rank=config.rank,
         ep_size=config.world_size,
@@ -76,9 +82,10 @@ def from_pretrained(
         **kwargs,
     )
     if group is None:
-        return model
+        return loaded
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
-    return model
+    return loaded
 
 
 def parallelize(
@@ -174,12 +181,10 @@ def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
 
 def _attach(parallel: ModelParallel) -> None:
     """Route the model's experts and its forward pass through Lockstep."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     model = parallel.model
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+    internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
     for index, (_, module) in enumerate(find_experts(model)):
-        module.config._experts_implementation = EXPERTS_IMPLEMENTATION
+        internals.route_experts(module, EXPERTS_IMPLEMENTATION)
         module._lockstep_run = functools.partial(parallel._run_layer, index)
     original = parallel._forward
 

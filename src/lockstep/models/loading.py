@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.models import transformers_internals as internals
+from lockstep.models.arguments import change_config, read_arguments
+from lockstep.models.checkpoint import check_files, check_scales, refuse_leftovers, undeclared_quantisation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,14 +39,7 @@ def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
     Raises:
         ConfigurationError: if there are none; the message names the model's class.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "has_gate")
-        and hasattr(module, "is_transposed")
-        and isinstance(module._parameters.get("down_proj"), torch.Tensor)
-        and module.down_proj.ndim == 3
-    ]
+    found = [(name, module) for name, module in model.named_modules() if internals.is_experts_module(module)]
     if not found:
         raise ConfigurationError(
             f"{type(model).__name__} has no MoE layer that follows Transformers' experts interface "
@@ -88,7 +83,7 @@ def load_pretrained(
     ep_size: int = 1,
     tp_mesh: DeviceMesh | None = None,
     dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
@@ -107,15 +102,17 @@ def load_pretrained(
         tp_mesh: the ranks that share this rank's requests, one-dimensional; attention is split over them by the model's
             own plan, and replicated where that has no rule. None or one rank: all dense weights are whole.
         dtype: of the weights; "auto" is what the checkpoint says.
-        device: where to put them.
+        device: where to put them; the CPU by default.
         revision: branch, tag or commit of a Hub id.
         local_files_only: never ask the Hub.
         trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
         process_group: with it, what is wrong on one rank is raised on all of them, in the same words.
-        **kwargs: handed to Transformers' `from_pretrained`.
+        **kwargs: what else Transformers' `from_pretrained` takes, and attributes of the config; see
+            `lockstep.models.arguments`.
 
     Returns:
-        The model, in evaluation mode. Its experts modules hold `num_experts / ep_size` experts each.
+        The model, in evaluation mode. Its experts modules hold `num_experts / ep_size` experts each. With
+        `output_loading_info=True` the model and Transformers' loading info.
 
     Raises:
         ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model, a quantisation that
@@ -124,135 +121,117 @@ def load_pretrained(
     if ep_size < 1 or not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
 
-    def look() -> tuple[Path, Any, Any]:
-        folder = _resolve(path, revision, local_files_only)
-        config, model_class = _config_and_class(folder, trust_remote_code)
-        if quantization := _dequantisation(config, folder):
-            kwargs["quantization_config"] = quantization
-        check_files(folder)
-        return folder, config, model_class
+    arguments = read_arguments(kwargs, dtype, device)
+    place = str(arguments.device if arguments.device is not None else "cpu")
 
-    folder, config, model_class = _together(look, process_group)
+    def look() -> tuple[Path, Any, Any, Any]:
+        folder = _resolve(path, revision, local_files_only, arguments.hub, arguments.subfolder)
+        config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
+        change_config(config, arguments.config_changes)
+        quantization = _dequantisation(config, folder)
+        tensors = check_files(folder, getattr(config, "transformers_weights", None))
+        if quantization is None:
+            undeclared_quantisation(folder, tensors)
+        else:
+            check_scales(tensors)
+        return folder, config, _class_of(config, folder, trust_remote_code), quantization
+
+    folder, config, model_class, quantization = _together(look, process_group)
 
     def load() -> Any:
-        loading_class = _sharding_class(model_class, ep_rank, ep_size, tp_mesh, torch.device(device).type)
+        loading_class = _sharding_class(
+            model_class, ep_rank, ep_size, tp_mesh, torch.device(place).type, is_dequantised=quantization is not None
+        )
         with _progress_bar(ep_rank == 0), _one_after_another(), _as_configuration_error(folder):
-            model = loading_class.from_pretrained(
+            model, loading_info = loading_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
-                device_map={"": str(device)},
+                dtype=arguments.dtype,
+                device_map={"": place},
                 # Any object will do: the sharding class arranges the ranks itself.
-                distributed_config=_no_distributed_config(),
+                distributed_config=internals.no_distribution(),
                 use_safetensors=True,
-                **kwargs,
+                output_loading_info=True,
+                **({"quantization_config": quantization} if quantization is not None else {}),
+                **arguments.handed_on,
             )
         model.__class__ = model_class
         model.config.distributed_config = None
-        return model
+        return (model, loading_info) if arguments.output_loading_info else model
 
     return _together(load, process_group)
 
 
-def check_files(folder: Path) -> None:
-    """Check that a folder's safetensors files are all there and whole, from their headers alone.
-
-    Args:
-        folder: the checkpoint.
-
-    Raises:
-        ConfigurationError: naming the file, and the tensor or the bytes that are missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    expected: dict[str, set[str]] = {}
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigurationError(f"{index} is not an index of safetensors files: {error!r}") from error
-        for tensor, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ConfigurationError(f"{index} names {file!r:.80}, which is no file of its folder")
-            expected.setdefault(file, set()).add(tensor)
-    else:
-        expected = {file.name: set() for file in sorted(folder.glob("*.safetensors"))}
-    if not expected:
-        raise ConfigurationError(f"{folder} has no safetensors files; other formats are not read")
-    for file, tensors in expected.items():
-        present = _tensors_of(folder / file)
-        if missing := sorted(tensors - present):
-            raise ConfigurationError(f"{folder / file} lacks {len(missing)} tensors of the index, first {missing[0]!r}")
-
-
-def _tensors_of(file: Path) -> set[str]:
-    """Names in a safetensors file's header; an error where the file is not as long as the header says."""
-    if not file.is_file():
-        raise ConfigurationError(f"{file} is missing: the checkpoint's index names it")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        header_size = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + header_size > size:
-            raise ConfigurationError(f"{file} is truncated: {size} bytes, its header alone needs {8 + header_size}")
-        try:
-            header = json.loads(stream.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            needed = 8 + header_size + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise ConfigurationError(f"{file} has no readable safetensors header: {error!r}") from error
-    if size != needed:
-        raise ConfigurationError(f"{file} is truncated or damaged: {size} bytes, its header says {needed}")
-    return set(header) - {"__metadata__"}
-
-
-def _resolve(path: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> Path:
+def _resolve(
+    path: str | os.PathLike[str], revision: str | None, local_files_only: bool, hub: dict[str, Any], subfolder: str
+) -> Path:
     """The folder of a checkpoint; a Hub id becomes its folder in the local cache."""
     folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
-        raise ConfigurationError(f"no checkpoint at {folder}: there is no such folder")
+    if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
+            raise ConfigurationError(f"no checkpoint at {folder}: there is no such folder")
+        folder = _download(str(path), revision, local_files_only, hub, subfolder)
+    if subfolder:
+        inside = folder / subfolder
+        if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+            raise ConfigurationError(f"subfolder must be a folder inside of {folder}, got {subfolder!r}")
+        if not inside.is_dir():
+            raise ConfigurationError(f"no checkpoint at {inside}: there is no such folder")
+        return inside
+    return folder
+
+
+def _download(
+    repository: str, revision: str | None, local_files_only: bool, hub: dict[str, Any], subfolder: str
+) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         return Path(
             snapshot_download(
-                str(path),
+                repository,
                 revision=revision,
                 local_files_only=local_files_only,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=[f"{subfolder}/{pattern}" for pattern in patterns] if subfolder else patterns,
+                **hub,
             )
         )
     except Exception as error:
         raise ConfigurationError(
-            f"no checkpoint {str(path)!r}: there is no such folder, and as a Hub id (revision {revision or 'main'}) "
+            f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision or 'main'}) "
             f"it could not be had: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _config_and_class(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The checkpoint's config and the class that generates text with it."""
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _config(source: Any, trust_remote_code: bool) -> Any:
+    """The config itself where one was passed, otherwise what is read from a folder or file."""
+    from transformers import AutoConfig, PretrainedConfig
 
+    if isinstance(source, PretrainedConfig):
+        return copy.deepcopy(source)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config that is a list, a number, ... : whatever comes of taking it for a mapping
-        raise ConfigurationError(f"{folder} has no config.json that Transformers reads: {error}") from error
+        raise ConfigurationError(f"{source} has no config.json that Transformers reads: {error}") from error
+
+
+def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that generates text with a config."""
+    import transformers
+
     reference = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in reference:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return config, get_class_from_dynamic_module(reference["AutoModelForCausalLM"], str(folder))
+        return internals.class_from_folder(reference["AutoModelForCausalLM"], str(folder))
     for name in config.architectures or ():
         if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
-            return config, getattr(transformers, name)
-    try:
-        return config, AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
+            return getattr(transformers, name)
+    found = internals.text_class_of(config)
+    if found is None:
         raise ConfigurationError(
             f"{folder} is a {config.model_type!r} model, for which Transformers has no class that generates text"
-        ) from None
+        )
+    return found
 
 
 def _dequantisation(config: Any, folder: Path) -> Any:
@@ -269,69 +248,43 @@ def _dequantisation(config: Any, folder: Path) -> Any:
         raise ConfigurationError(
             f"{folder} is quantised with {method!r}; only {' and '.join(_DEQUANTISED_ON_LOAD)} are undone on load"
         )
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
+    return internals.dequantisation_config(method, settings)
 
 
-def _sharding_class(model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None, device_type: str) -> Any:
-    """A subclass whose `from_pretrained` shards the empty model in Transformers' own place for that.
-
-    Transformers' loader asks of each parameter whether it is a DTensor and then reads only its local part, for every
-    layout and through every conversion. `DistributedConfig` itself cannot express data parallelism with whole dense
-    weights, hence the override of the two class methods that would read it.
-    """
+def _sharding_class(
+    model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None, device_type: str, is_dequantised: bool
+) -> Any:
+    """A subclass whose `from_pretrained` leaves this rank with its own experts and its part of attention."""
     expert_names: list[str] = []
 
-    class Sharding(model_class):
-        @classmethod
-        def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> tuple[Any, Any, None]:
-            return distributed_config, device_map, None
+    def distribute(model: Any) -> None:
+        found = find_experts(model)
+        for name, module in found:
+            _num_local_experts(name, module, ep_rank, ep_size)
+            expert_names.append(name)
+        if tp_mesh is not None and tp_mesh.size() > 1:
+            internals.split_attention(model, tp_mesh, expert_names)
+        if ep_size > 1:
+            for _, module in found:
+                _shard_empty(module, ep_rank, ep_size, device_type)
 
-        @classmethod
-        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-            found = find_experts(model)
-            for name, module in found:
-                _num_local_experts(name, module, ep_rank, ep_size)
-                expert_names.append(name)
-            if tp_mesh is not None and tp_mesh.size() > 1:
-                _split_attention(model, tp_mesh, expert_names)
-            if ep_size > 1:
-                for _, module in found:
-                    _shard_empty(module, ep_rank, ep_size, device_type)
-            return model
+    def on_loaded(model: Any, loading_info: Any) -> None:
+        # Before Transformers fills what is missing with random numbers, which on a split model would be a
+        # collective that only the ranks with something missing join.
+        _refuse_incomplete(model, loading_info)
+        for _, module in find_experts(model):
+            _localise(module)
 
-        def get_parameter(self, target: str) -> Any:
-            # Conversions compare what was read, this rank's part, with the parameter's shape.
-            parameter = super().get_parameter(target)
-            is_expert = target.rpartition(".")[0] in expert_names
-            return getattr(parameter, "_local_tensor", parameter) if is_expert else parameter
+    def on_finished(model: Any, loading_info: Any) -> None:
+        refuse_leftovers(model, loading_info.unexpected_keys, is_dequantised)
 
-        @staticmethod
-        def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-            # Before Transformers fills what is missing with random numbers, which on a split model would be a
-            # collective that only the ranks with something missing join.
-            _refuse_incomplete(model, loading_info)
-            for _, module in find_experts(model):
-                _localise(module)
-            return model_class._finalize_model_loading(model, load_config, loading_info)
-
-    # Transformers keeps tables by the class's printed name, which must be the same when the class is put back.
-    Sharding.__module__, Sharding.__name__ = model_class.__module__, model_class.__name__
-    Sharding.__qualname__, Sharding.__doc__ = model_class.__qualname__, model_class.__doc__
-    return Sharding
-
-
-def _split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: list[str]) -> None:
-    """Apply the model's own tensor-parallel plan, all but its rules for experts, which EP takes whole."""
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    plan = {
-        name: style
-        for name, style in model._expand_parallel_plan(model.tp_plan or {}).items()
-        if not any(name == expert or name.startswith(f"{expert}.") for expert in expert_names)
-    }
-    apply_tensor_parallelism(model, tp_mesh, plan)
+    return internals.sharding_class(
+        model_class,
+        distribute=distribute,
+        on_loaded=on_loaded,
+        on_finished=on_finished,
+        local_parameters_of=expert_names,
+    )
 
 
 def _shard_empty(module: Any, ep_rank: int, ep_size: int, device_type: str) -> None:
@@ -368,19 +321,14 @@ def _localise(module: Any) -> None:
     for name, parameter in list(module._parameters.items()):
         if isinstance(parameter, DTensor):
             local = torch.nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
-            local._is_hf_initialized = True  # type: ignore[attr-defined]
+            internals.mark_loaded(local)
             module._parameters[name] = local
     module.num_experts = int(module.down_proj.shape[0])
 
 
 def _refuse_incomplete(model: Any, loading_info: Any) -> None:
     """An error where the files lack a weight of the model, or have one of another shape."""
-    ignored = list(model._keys_to_ignore_on_load_missing or ())
-    missing = sorted(
-        key
-        for key in loading_info.missing_keys - set(getattr(model, "all_tied_weights_keys", {}))
-        if not any(re.search(pattern, key) for pattern in ignored)
-    )
+    missing = sorted(key for key in loading_info.missing_keys if not internals.may_be_missing(model, key))
     if loading_info.conversion_errors:
         key, message = next(iter(loading_info.conversion_errors.items()))
         raise ConfigurationError(f"the files do not make up weight {key!r} of the model: {str(message).strip()}")
@@ -411,12 +359,6 @@ def _num_local_experts(name: str, module: Any, ep_rank: int, ep_size: int) -> in
     return num_experts // ep_size
 
 
-def _no_distributed_config() -> Any:
-    from transformers.distributed import DistributedConfig
-
-    return DistributedConfig()
-
-
 @contextlib.contextmanager
 def _progress_bar(enabled: bool) -> Iterator[None]:
     """Transformers' progress bar on one rank only, and its setting as it was afterwards."""
@@ -439,7 +381,7 @@ def _one_after_another() -> Iterator[None]:
     Its reading threads run ahead otherwise, and hold single experts until their layer is put together: with a
     conversion of the dtype, peak memory was 1.6 times that of the loaded weights.
     """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    name = internals.ASYNC_LOAD_SWITCH
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:

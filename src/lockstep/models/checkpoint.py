@@ -1,0 +1,246 @@
+"""A checkpoint's safetensors files, checked from their headers: all there, whole, unambiguous, nothing dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_READ_BYTES = 1 << 20
+# Dtypes whose numbers mean nothing without the scales of a quantisation.
+_QUANTISED_DTYPES = ("F8", "F6", "F4", "I8", "U8", "I4", "U4")
+# Names that quantisation tools give to what belongs to a weight, at the end of a tensor's name.
+_QUANTISATION_NAMES = re.compile(
+    r"(scale_inv|scales?|zero_points?|zeros|_blocks|qweight|g_idx|absmax|quant_map|quant_state[\w.]*|\.SCB|"
+    r"weight_format|weight_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
+)
+# What quantised activations are multiplied by: dequantised weights need none of it.
+_ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(scale|zero_point)(_inv)?$")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: that holds it.
+        dtype: as the header says, such as `BF16`.
+        shape: as the header says.
+        start: first byte in the file.
+        end: one past the last byte.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def digest(self) -> tuple[str, tuple[int, ...], bytes]:
+        """Return what two equal tensors have in common, reading the bytes."""
+        hashed, left = hashlib.sha256(), self.end - self.start
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            while left > 0 and (block := stream.read(min(left, _READ_BYTES))):
+                hashed.update(block)
+                left -= len(block)
+        return self.dtype, self.shape, hashed.digest()
+
+
+def check_files(folder: Path, weights_name: str | None = None) -> dict[str, StoredTensor]:
+    """Check that a folder's safetensors files are all there, whole and unambiguous.
+
+    Args:
+        folder: the checkpoint.
+        weights_name: of the file or index that the config says to read; None for the usual names.
+
+    Returns:
+        Every tensor by name.
+
+    Raises:
+        ConfigurationError: naming the file, and the tensor or the bytes that are wrong: a file that is missing,
+            truncated or outside of the folder; an index beside a single file, of which either may be out of date; a
+            tensor that a file lacks, or holds although the index does not name it; two unlike copies of one tensor.
+    """
+    if weights_name is not None:
+        _check_name(folder / "config.json", weights_name)
+        index = folder / weights_name if weights_name.endswith(".index.json") else None
+        singles = [] if index else [weights_name]
+    else:
+        index = folder / _INDEX if (folder / _INDEX).is_file() else None
+        singles = sorted(file.name for file in folder.glob("*.safetensors"))
+        if index is not None and _SINGLE in singles and _SINGLE not in _weight_map(index).values():
+            raise ConfigurationError(
+                f"{folder} has both {_SINGLE} and {_INDEX}, and they need not agree: delete the one that is out of date"
+            )
+        if index is None and _SINGLE in singles:
+            singles = [_SINGLE]  # the only one that is read
+    if index is None:
+        if not singles:
+            raise ConfigurationError(f"{folder} has no safetensors files; other formats are not read")
+        return _merge((folder / name for name in singles), {})
+    weight_map = _weight_map(index)
+    for file in weight_map.values():
+        _check_name(index, file)
+    tensors = _merge((folder / name for name in sorted(set(weight_map.values()))), weight_map)
+    if outside := sorted(tensors.keys() - weight_map.keys()):
+        raise ConfigurationError(
+            f"{tensors[outside[0]].file} holds {len(outside)} tensors that {index.name} does not name, "
+            f"first {outside[0]!r}: the files and the index are not of one checkpoint"
+        )
+    return tensors
+
+
+def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse tensors that are quantised although the config says nothing of it: they would be taken for numbers.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        tensors: what `check_files` returned.
+
+    Raises:
+        ConfigurationError: naming the first and its dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith(_QUANTISED_DTYPES):
+            raise ConfigurationError(
+                f"tensor {name!r} in {tensor.file} is quantised ({tensor.dtype}), but {folder / 'config.json'} has no "
+                "quantization_config that says how: add the one of the original checkpoint"
+            )
+
+
+def check_scales(tensors: dict[str, StoredTensor]) -> None:
+    """Refuse quantised tensors without their scales, which the loader would take for numbers.
+
+    Args:
+        tensors: what `check_files` returned for a checkpoint whose config declares its quantisation.
+
+    Raises:
+        ConfigurationError: naming the tensor and the scale that it lacks.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("_blocks"):
+            scales = [f"{name.removesuffix('_blocks')}_scales"]
+        elif tensor.dtype.startswith("F8") and not _QUANTISATION_NAMES.search(name):
+            scales = [f"{name}_scale_inv", f"{name}_scale"]
+        else:
+            continue
+        if not any(scale in tensors for scale in scales):
+            raise ConfigurationError(
+                f"tensor {name!r} in {tensor.file} is quantised, but its scale {scales[0]!r} is missing"
+            )
+
+
+def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool) -> None:
+    """Refuse tensors of the files that the model has no place for, if its weights mean something else without them.
+
+    A whole module that the model lacks, such as a head for drafting, is left out. What belongs to a module that the
+    model has is not: a scale, a bias, an adapter.
+
+    Args:
+        model: loaded.
+        unexpected: their names.
+        is_dequantised: the loader has undone a quantisation of the weights; scales of activations are then left over.
+
+    Raises:
+        ConfigurationError: naming the first.
+    """
+    modules = dict(model.named_modules())
+    for key in sorted(unexpected):
+        name, _, leaf = key.rpartition(".")
+        if is_dequantised and _ACTIVATION_SCALES.search(leaf):
+            continue
+        module = modules.get(name)
+        if module is not None and leaf in module._buffers:
+            continue
+        if _QUANTISATION_NAMES.search(key):
+            raise ConfigurationError(
+                f"tensor {key!r} of the files belongs to a quantisation that is not undone on load; without it the "
+                "weights would be wrong"
+            )
+        if module is not None and any(weight is not None for weight in module._parameters.values()):
+            raise ConfigurationError(
+                f"the files have tensor {key!r}, but {type(module).__name__} {name!r} of the model has no such weight: "
+                "the config does not fit the files"
+            )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigurationError(f"{index} is not an index of safetensors files: {error!r}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a name that comes twice with unlike values is an error."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise ValueError(f"{name!r} comes twice")
+        found[name] = value
+    return found
+
+
+def _check_name(where: Path, file: Any) -> None:
+    if not isinstance(file, str) or Path(file).name != file or file in ("", "..", "."):
+        raise ConfigurationError(f"{where} names {file!r:.80}, which is no file of its folder")
+
+
+def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    """All tensors of the files; two copies of one must be equal, since which of them is loaded is not ours to say."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        own = _tensors_of(file)
+        if missing := sorted(
+            tensor for tensor, place in weight_map.items() if place == file.name and tensor not in own
+        ):
+            raise ConfigurationError(f"{file} lacks {len(missing)} tensors of the index, first {missing[0]!r}")
+        for name, tensor in own.items():
+            other = tensors.setdefault(name, tensor)
+            if other is not tensor and other.digest() != tensor.digest():
+                named = f"; the index names {weight_map[name]}" if name in weight_map else ""
+                raise ConfigurationError(
+                    f"tensor {name!r} lies in {other.file.name} and in {file.name} with unlike values{named}: "
+                    f"delete the one that is out of date"
+                )
+    return tensors
+
+
+def _tensors_of(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file's header says; an error where the file is not as long as that."""
+    if not file.is_file():
+        raise ConfigurationError(f"{file} is missing: the checkpoint's index names it")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header_size = int.from_bytes(start, "little")
+        if len(start) < 8 or 8 + header_size > size:
+            raise ConfigurationError(f"{file} is truncated: {size} bytes, its header alone needs {8 + header_size}")
+        begin = 8 + header_size
+        try:
+            header = json.loads(stream.read(header_size), object_pairs_hook=_unique)
+            tensors = {
+                name: StoredTensor(
+                    file,
+                    str(entry["dtype"]),
+                    tuple(entry["shape"]),
+                    begin + entry["data_offsets"][0],
+                    begin + entry["data_offsets"][1],
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            needed = max((tensor.end for tensor in tensors.values()), default=begin)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise ConfigurationError(f"{file} has no readable safetensors header: {error!r}") from error
+    if size != needed:
+        raise ConfigurationError(f"{file} is truncated or damaged: {size} bytes, its header says {needed}")
+    return tensors
