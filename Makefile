@@ -43,9 +43,11 @@ $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-torch.txt --editable '.[dev]'
 	touch $(STAMP)
 
-# Runs examples/elixir against this environment. Needs mix and the package SnakeBridge; says so where it lacks them.
+# Runs examples/elixir against this environment. Needs mix (Elixir 1.18), uv and the package SnakeBridge; says so where it
+# lacks them. SNAKEPIT_PYTHON is read when the project is compiled, SNAKEBRIDGE_VENV when it runs.
 elixir: $(STAMP)
-	@command -v mix >/dev/null || { echo "make elixir: not run: no mix on this machine (install Elixir 1.14 or newer)"; exit 0; }; \
+	@command -v mix >/dev/null || { echo "make elixir: not run: no mix on this machine (install Elixir 1.18 or newer)"; exit 0; }; \
+	command -v uv >/dev/null || { echo "make elixir: not run: no uv on this machine, which SnakeBridge compiles with"; exit 0; }; \
 	cd examples/elixir && { mix local.hex --force --if-missing && mix local.rebar --force --if-missing && mix deps.get; } >/dev/null 2>&1 \
 	|| { echo "make elixir: not run: mix could not fetch hex or SnakeBridge"; exit 0; }; \
-	SNAKEBRIDGE_VENV=$(abspath $(VENV)) mix run -e LockstepExample.run
+	SNAKEPIT_PYTHON=$(abspath $(BIN))/python SNAKEBRIDGE_VENV=$(abspath $(VENV)) mix run -e LockstepExample.run

@@ -1,15 +1,17 @@
 # A worker such as a foreign caller talks to: one JSON document per line in, one out, objects by reference. Values cross
 # as they do through Snakepit: collections of plain values exactly, a bare int as a float, a bare None as the string
 # "None", anything else as a reference. Each request runs in a thread of its own, so that nothing in a ContextVar
-# reaches the next.
+# reaches the next. An error crosses as the name of its type and its message, as Snakepit's `grpc_server.py` sends it.
 
 import importlib
+import itertools
 import json
 import sys
 import threading
 from typing import Any
 
 refs: dict[str, Any] = {}
+numbers = itertools.count()
 
 
 def is_plain(value: object) -> bool:
@@ -28,7 +30,7 @@ def encode(value: object) -> object:
         return float(value)
     if is_plain(value):
         return value
-    ref = f"ref-{len(refs)}"
+    ref = f"ref-{next(numbers)}"
     refs[ref] = value
     return {"ref": ref, "type": type(value).__name__, "inspect": repr(value)}
 
@@ -72,8 +74,7 @@ def serve() -> None:
             try:
                 reply["ok"] = answer(json.loads(line))
             except Exception as error:
-                kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-                reply["error"] = {"type": type(error).__name__, "builtin": kinds[0], "message": str(error)}
+                reply["error"] = {"type": type(error).__name__, "message": str(error)}
 
         thread = threading.Thread(target=work)
         thread.start()

@@ -5,7 +5,7 @@ defmodule LockstepExample.MixProject do
     [
       app: :lockstep_example,
       version: "0.1.0",
-      elixir: "~> 1.14",
+      elixir: "~> 1.18",
       deps: deps(),
       python_deps: python_deps(),
       # Reads the Python classes when the project is compiled, and writes a module for each.
@@ -17,7 +17,8 @@ defmodule LockstepExample.MixProject do
 
   defp deps, do: [{:snakebridge, "~> 0.16.0"}]
 
-  # `:stdlib` means: installed already, here in the environment that SNAKEBRIDGE_VENV names. From a package index it is
+  # `:stdlib` means: installed already, here in the environment that SNAKEPIT_PYTHON (while compiling) and SNAKEBRIDGE_VENV
+  # (at run time) name. From a package index it is
   # `{:lockstep, "0.1.0", pypi_package: "lockstep-moe", include: [...]}`.
   defp python_deps, do: [{:lockstep, :stdlib, include: ["DPMetadata", "ParallelConfig"]}]
 end

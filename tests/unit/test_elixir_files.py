@@ -36,3 +36,15 @@ def test_page_and_project_name_the_same_dependency():
     for text in ('{:snakebridge, "~> 0.16.0"}', '{:lockstep, :stdlib, include: ["DPMetadata", "ParallelConfig"]}'):
         assert text in project
         assert text in (ROOT / "docs" / "elixir.md").read_text()
+
+
+def test_no_file_names_several_modules_in_one_alias():
+    # SnakeBridge 0.16 reads `alias Lockstep.{A, B}` as a call of a Python function and stops the compilation.
+    for path in [*FILES, "docs/elixir.md"]:
+        code = re.sub(r"`[^`\n]*`|#.*", "", (ROOT / path).read_text())
+        assert not re.search(r"alias [\w.]+\.\{", code), path
+
+
+def test_the_make_target_sets_what_compiling_and_running_need():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"SNAKEPIT_PYTHON=\S.*python SNAKEBRIDGE_VENV=\S.* mix run", makefile)

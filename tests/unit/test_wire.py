@@ -12,10 +12,27 @@ from lockstep import ChunkPlan
 ROOT = Path(__file__).parents[2]
 
 
+# Python's types that have an Elixir struct of the same name in Snakepit 0.13.0; all others become one, PythonException.
+SNAKEPIT_ERRORS = {
+    "ValueError",
+    "KeyError",
+    "IndexError",
+    "TypeError",
+    "AttributeError",
+    "ImportError",
+    "RuntimeError",
+    "NotImplementedError",
+    "FileNotFoundError",
+    "PermissionError",
+    "ZeroDivisionError",
+}
+
+
 class WireError(Exception):
     def __init__(self, error):
         super().__init__(error["message"])
-        self.type, self.builtin = error["type"], error["builtin"]
+        self.type = error["type"]
+        self.struct = "Snakepit.Error." + (self.type if self.type in SNAKEPIT_ERRORS else "PythonException")
 
 
 class Wire:
@@ -114,12 +131,32 @@ def test_leaving_with_the_strings_of_a_failed_block_restores(wire, metadata):
     assert wire.get(metadata, "local_sizes") == "None"
 
 
-def test_leaving_twice_and_releasing_inside_leave_no_sizes(wire, metadata):
+def test_leaving_twice_leaves_no_sizes(wire, metadata):
     context = wire.call(metadata, "sp_local_sizes", 1)
     wire("enter", context)
     wire("exit", context, None, None, None)
     wire("exit", context, None, None, None)
     assert wire.get(metadata, "local_sizes") == "None"
+
+
+def test_releasing_a_context_inside_leaves_it(wire, metadata):
+    outer, inner = wire.call(metadata, "sp_local_sizes", 1), wire.call(metadata, "chunked_sizes", 1, 256, 1)
+    wire("enter", outer)
+    wire("enter", inner)
+    assert wire("release", inner) is True
+    assert wire.get(metadata, "local_sizes") == [500, 200, 256]
+    assert wire("release", outer) is True
+    assert wire.get(metadata, "local_sizes") == "None"
+    with pytest.raises(WireError, match="no sizes outside a context"):
+        wire.call(metadata, "get_chunk_sizes_across_dp_rank")
+
+
+def test_a_released_metadata_lives_on_in_its_context(wire):
+    metadata = wire("create", "DPMetadata", 7, [5, 7])
+    context = wire.call(metadata, "sp_local_sizes", 2)
+    wire("release", metadata)
+    assert wire("enter", context) == [3, 3, 4, 4]
+    assert wire("exit", context, None, None, None) is False
 
 
 def test_keyword_options_work(wire, metadata):
@@ -128,7 +165,7 @@ def test_keyword_options_work(wire, metadata):
 
 
 @pytest.mark.parametrize(
-    ("method", "args", "builtin", "sentence"),
+    ("method", "args", "type_name", "sentence"),
     [
         (
             "get_chunk_sizes_across_dp_rank",
@@ -136,16 +173,21 @@ def test_keyword_options_work(wire, metadata):
             "RuntimeError",
             "there are no sizes outside a context: call this within",
         ),
-        ("sp_local_sizes", [0], "ValueError", "sequence_parallel_size must be >= 1, got 0"),
-        ("sp_local_sizes", [2.0], "ValueError", "sequence_parallel_size must be an integer, got 2.0"),
-        ("chunked_sizes", [1, 0, 0], "ValueError", "max_chunk_size_per_rank must be >= 1, got 0"),
-        ("make", [None, 5, [5]], "ValueError", "parallel_config must have data_parallel_size and data_parallel_rank"),
+        ("sp_local_sizes", [0], "ConfigurationError", "sequence_parallel_size must be >= 1, got 0"),
+        ("sp_local_sizes", [2.0], "ConfigurationError", "sequence_parallel_size must be an integer, got 2.0"),
+        ("chunked_sizes", [1, 0, 0], "ConfigurationError", "max_chunk_size_per_rank must be >= 1, got 0"),
+        (
+            "make",
+            [None, 5, [5]],
+            "ConfigurationError",
+            "parallel_config must have data_parallel_size and data_parallel_rank",
+        ),
     ],
 )
-def test_errors_are_sentences_of_built_in_kinds(wire, metadata, method, args, builtin, sentence):
+def test_an_error_arrives_as_its_own_type_with_a_sentence(wire, metadata, method, args, type_name, sentence):
     with pytest.raises(WireError) as raised:
         wire.call(metadata, method, *args)
-    assert raised.value.builtin == builtin
+    assert raised.value.type == type_name
     assert sentence in str(raised.value)
 
 
@@ -201,7 +243,29 @@ def test_what_the_page_says_comes_back_does(wire, metadata):
     ):
         with pytest.raises(WireError) as raised:
             wire.call(metadata, method, *args)
-        assert f"`{raised.value.builtin}`" in claimed(call)
+        assert f"`{raised.value.type}`" in claimed(call)
+    for call, arguments in (
+        ("`DPMetadata.new(8, [5, 7], [])`", (8, [5, 7])),
+        ("`DPMetadata.new(500.0, [500, 200, 256], [])`", (500.0, [500, 200, 256])),
+    ):
+        with pytest.raises(WireError) as raised:
+            wire("create", "DPMetadata", *arguments)
+        assert f"`{raised.value.type}`" in claimed(call)
+
+
+def test_the_page_says_which_struct_each_error_becomes(wire, metadata):
+    table = {}
+    for call in (
+        lambda: wire.call(metadata, "get_chunk_sizes_across_dp_rank"),
+        lambda: wire.call(metadata, "sp_local_sizes", 0),
+        lambda: wire("create", "DPMetadata", 8, [5, 7]),
+    ):
+        with pytest.raises(WireError) as raised:
+            call()
+        table[raised.value.type] = raised.value.struct
+    assert len(table) == 3
+    for type_name, struct in table.items():
+        assert f'| `{type_name}` | `"{type_name}"` | `{struct}` |' in PAGE
 
 
 def test_floats_are_refused_as_the_page_says(wire, metadata):

@@ -7,7 +7,9 @@ defmodule LockstepExample do
 
   require SnakeBridge
 
-  alias Lockstep.{DPMetadata, ParallelConfig}
+  # Two lines: SnakeBridge takes `alias Lockstep.{...}` for a call of a Python function.
+  alias Lockstep.DPMetadata
+  alias Lockstep.ParallelConfig
 
   @counts [120, 80, 140, 100]
   @max_chunk_size 64
