@@ -1,0 +1,162 @@
+"""The folder that a command writes: marked as ours, locked while it is written, and cleared of our own files alone.
+
+A folder is ours if it holds the marker. The marker is also the lock: the kernel holds it for as long as the process
+lives, so a run that was killed leaves no lock behind. `--overwrite` removes files by the list below, each by its name;
+whatever else lies in the folder stays, and so does a folder of ours that somebody has put something into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lockstep.errors import ConfigurationError
+
+MARKER = ".lockstep"
+_MARKED = b"Lockstep wrote this folder; --overwrite replaces the files that it wrote, and no others.\n"
+_TINY = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_FILES = (
+    # of a run
+    *("outputs.jsonl", "outputs.jsonl.part", "steps.jsonl", "steps.jsonl.part", "summary.json"),
+    *("parts/outputs-rank[0-9]*.jsonl", "parts/steps-rank[0-9]*.jsonl"),
+    *(f"tiny-[0-9]*/{name}" for name in _TINY),
+    # of a simulation
+    *("settings.json", "settings.csv", "settings.parquet", "steps.parquet", "requests.parquet"),
+    # of both
+    *("report.html", "trace.json"),
+)
+_FOLDERS = ("parts", "tiny-[0-9]*")
+_JOIN_S = 10.0
+_USERS_OWN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
+
+
+@contextlib.contextmanager
+def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Iterator[Path]:
+    """Make or take over an output folder, and keep every other command out of it until the end of the `with` block.
+
+    Args:
+        path: the folder. One that exists is taken only with `overwrite`, and then cleared of our files.
+        overwrite: take over a folder that holds an earlier result.
+        joint_run: names the run of several processes that share the folder, those of torchrun: the first of them makes
+            or clears it, and after a restart the folder stays as it is. Empty for a process of its own.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ConfigurationError: the folder exists, is not ours, is being written by another process, or cannot be written.
+        OSError: the disk is full or fails.
+    """
+    out = Path(path)
+    try:
+        _make(out, overwrite, bool(joint_run))
+        # O_NOFOLLOW and no truncation: a marker that leads elsewhere, or is somebody's own, is not written to.
+        descriptor = os.open(out / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno in _USERS_OWN:
+            raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
+        raise
+    with os.fdopen(descriptor, "r+b", buffering=0) as marker:
+        try:
+            alone = _lock(marker, out, joint_run)
+            if alone and not (joint_run and _joint_run_of(marker) == joint_run):
+                _check_ours(out, overwrite or not joint_run)
+                _clear(out)
+                _mark(marker, joint_run)
+            if joint_run:
+                fcntl.flock(marker, fcntl.LOCK_SH)
+                if _joint_run_of(marker) != joint_run:
+                    raise _busy(out, marker)
+        except OSError as error:
+            if error.errno in _USERS_OWN:
+                raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
+            raise
+        yield out
+
+
+def _make(out: Path, overwrite: bool, joint: bool) -> None:
+    try:
+        out.mkdir(parents=True)
+        return
+    except FileExistsError:
+        pass
+    if not out.is_dir():
+        raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
+    if not (overwrite or joint):
+        raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+    if not joint:  # a process of a joint run may come while another one of it writes the marker
+        _check_ours(out, overwrite)
+
+
+def _check_ours(out: Path, may_replace: bool) -> None:
+    entries = [entry.name for entry in os.scandir(out) if entry.name != MARKER]
+    if not entries:
+        return
+    marker = out / MARKER
+    if marker.is_symlink() or not marker.is_file() or not marker.read_bytes().startswith(_MARKED):
+        raise ConfigurationError(
+            f"{out} is not overwritten: it is not empty, and Lockstep did not make it (it has no {MARKER} of ours)"
+        )
+    if not may_replace:
+        raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+
+
+def _lock(marker: BinaryIO, out: Path, joint_run: str) -> bool:
+    """Lock the folder; True where this process is the only one in it."""
+    until = time.monotonic() + (_JOIN_S if joint_run else 0)
+    while True:
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if joint_run else (fcntl.LOCK_EX,):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(marker, kind | fcntl.LOCK_NB)
+                return kind == fcntl.LOCK_EX
+        if time.monotonic() > until:
+            raise _busy(out, marker)
+        time.sleep(0.05)
+
+
+def _busy(out: Path, marker: BinaryIO) -> ConfigurationError:
+    marker.seek(0)
+    said = marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
+    who = f" ({said[0][:200]})" if said else ""
+    return ConfigurationError(
+        f"the output folder {out} is being written by another command{who}: wait until it ends, or choose another"
+    )
+
+
+def _mark(marker: BinaryIO, joint_run: str) -> None:
+    marker.seek(0)
+    marker.truncate()
+    marker.write(_MARKED + f"process {os.getpid()} on {socket.gethostname()}\n{joint_run}\n".encode())
+
+
+def _joint_run_of(marker: BinaryIO) -> str:
+    marker.seek(0)
+    lines = marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
+    return lines[1] if len(lines) > 1 else ""
+
+
+def _clear(out: Path) -> None:
+    """Remove what commands write, name by name; a link is removed itself, never what it leads to."""
+    for pattern in _FOLDERS:
+        for folder in out.glob(pattern):
+            if folder.is_symlink():
+                folder.unlink()
+    for pattern in _FILES:
+        for file in out.glob(pattern):
+            if file.is_dir() and not file.is_symlink():
+                raise ConfigurationError(f"{file} is a folder where a file is to be written: move it away")
+            file.unlink()
+    for pattern in _FOLDERS:
+        for folder in out.glob(pattern):
+            with contextlib.suppress(OSError):  # somebody has put something into it
+                folder.rmdir()

@@ -1,0 +1,54 @@
+"""What a run is: the options that the command line, every rank and the comparison share. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lockstep.workload import SchedulerConfig, WorkloadOptions
+
+PARTS = "parts"
+"""Folder, within a run's, of what each rank writes as it goes."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is; the same on every rank.
+
+    Attributes:
+        model: a checkpoint's folder or Hub id.
+        workload: a trace's path, or `synthetic`.
+        out: folder for what the run writes; exists.
+        data_parallel_size: ranks with requests of their own, >= 1.
+        tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
+        max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
+        dispatcher: how tokens reach their experts.
+        dtype: of the weights, by name.
+        device: `cpu`, `cuda`, or None for a GPU where there is one.
+        seed: of made-up prompts and workloads.
+        workload_options: scaling and limits of the workload.
+        scheduler: how requests become steps.
+        deadline_s: longest wait for any rank, in seconds.
+        keep_logits: write each chosen token's logit, for a comparison in a dtype that rounds.
+        metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
+    """
+
+    model: str
+    workload: str
+    out: str
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    max_chunk_size: int | None = None
+    dispatcher: str = "allgather"
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+    workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    deadline_s: float = 30.0
+    keep_logits: bool = False
+    metrics_port: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.data_parallel_size * self.tensor_parallel_size
