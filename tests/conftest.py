@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,3 +20,20 @@ def pytest_xdist_auto_num_workers():
     """Two files at a time, since half of the time of one is waiting; never more than the cores we may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(2, cores)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """The command `lockstep` in this process: give it arguments, get its status, stdout and stderr."""
+
+    def run(*arguments):
+        from lockstep.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["lockstep", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return run

@@ -1,16 +1,39 @@
 """The command `lockstep`. Each command imports what it needs when it runs, so that help is instant.
 
-Exit status: 0 done (and, where outputs were compared, all equal); 1 the run failed or outputs differ; 2 bad input;
-130 interrupted, 143 terminated (what was written is kept).
+Exit status: 0 done (and, where outputs were compared, all equal); 1 the run failed, outputs differ, or no setting keeps
+to the limits; 2 bad input; 130 interrupted, 143 terminated (what was written is kept).
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+
+from lockstep.cli_types import device as device_name
+from lockstep.cli_types import one_of, real, seconds, several, whole
+from lockstep.extras import require
+
+# The names that the library knows, written out: a help page does not wait for torch. A test holds the two together.
+Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
+DType = Literal["float32", "bfloat16", "float16"]
+LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
+_LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+_ROW_SHAPES = ("ragged", "dummy", "equal")
+_MOST_RANKS = 100_000
+_COUNT = {"parser": whole(1), "metavar": "N"}
+_STEPS = {"parser": whole(0), "metavar": "N"}
+_SEED = {"parser": whole(0, 2**32 - 1), "metavar": "N"}
+_RATE = {"parser": real(1e-9, 1e9), "metavar": "X"}
+_SCALE = {"parser": real(0, above=True), "metavar": "X"}
+_TIME = {"parser": seconds, "metavar": "2s|500ms"}
+_MALFORMED = "Refuse a file with a larger share of malformed lines; a single one is always left out."
+_FRACTION = {"parser": real(0, 1), "metavar": "0..1"}
 
 app = typer.Typer(
     name="lockstep",
@@ -19,6 +42,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-Experts models over ranks with uneven work: run, plan, simulate, see.",
 )
+
+
+def _synthetic(text: str) -> Any:
+    from lockstep.errors import ConfigurationError
+    from lockstep.workload import SyntheticParameters
+
+    try:
+        return SyntheticParameters.parse(text)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _print_version(value: bool) -> None:
@@ -46,40 +79,54 @@ def run(
     workload: Annotated[
         str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL), or `synthetic`.")
     ] = "synthetic",
-    data_parallel_size: Annotated[int, typer.Option(help="Ranks with requests of their own.")] = 2,
-    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks that share one data-parallel rank's requests.")] = 1,
-    max_chunk_size: Annotated[
-        int | None, typer.Option(help="Most rows that one rank sends through an MoE layer at a time.")
-    ] = None,
-    dispatcher: Annotated[str, typer.Option(help="How tokens reach their experts.")] = "allgather",
-    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
-    rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
+    data_parallel_size: Annotated[int, typer.Option(**_COUNT, help="Ranks with requests of their own.")] = 2,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(**_COUNT, help="Ranks that share one data-parallel rank's requests.")
+    ] = 1,
+    max_chunk_size: Annotated[int | None, typer.Option(**_COUNT, help="Maximum rows per rank and MoE chunk.")] = None,
+    dispatcher: Annotated[Dispatcher, typer.Option(help="How tokens reach their experts.")] = "allgather",
+    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
+    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
     length_scale: Annotated[
-        float | None, typer.Option(help="Multiplies the lengths of a trace; 1, or 0.05 where the model is `tiny`.")
+        float | None,
+        typer.Option(**_SCALE, help="Multiply the lengths of a trace; 1, or 0.05 where the model is `tiny`."),
     ] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts are cut.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longer outputs are cut.")] = None,
-    load_balancing: Annotated[str, typer.Option(help="round-robin, least-tokens or least-kv-cache.")] = "round-robin",
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one rank in one step.")] = 2048,
-    max_num_seqs: Annotated[int, typer.Option(help="Most requests that one rank works on at a time.")] = 256,
+    max_prompt_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer prompts to N tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer outputs to N tokens.")] = None,
+    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
+    load_balancing: Annotated[LoadBalancing, typer.Option(help="Which rank gets a request.")] = "round-robin",
+    max_num_batched_tokens: Annotated[int, typer.Option(**_COUNT, help="Maximum tokens per rank and step.")] = 2048,
+    max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
     kv_capacity_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of KV cache that one rank has; requests that do not fit wait.")
+        int | None, typer.Option(**_COUNT, help="Tokens of KV cache per rank; requests that do not fit wait.")
     ] = None,
     max_prefill_delay_steps: Annotated[
-        int, typer.Option(help="A prompt may wait so many steps for prompts of other ranks.")
+        int, typer.Option(**_STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
     ] = 0,
-    seconds_per_step: Annotated[float, typer.Option(help="Seconds of the workload's time that pass per step.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of made-up weights, prompts and workloads.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
-    deadline: Annotated[float, typer.Option(help="Longest wait for any rank, in seconds.")] = 30.0,
+    seconds_per_step: Annotated[
+        float, typer.Option(**_SCALE, help="Seconds of the workload's time that pass per step.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(**_SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            parser=device_name,
+            metavar="cpu|cuda|cuda:N",
+            help="Where the model runs; by default on a GPU if there is one.",
+        ),
+    ] = None,
+    deadline: Annotated[float, typer.Option(**_SCALE, help="Longest wait for any rank, in seconds.")] = 30.0,
     max_restarts: Annotated[
         int,
-        typer.Option(min=0, help="How often ranks that died or hang are started again; finished requests are kept."),
+        typer.Option(**_STEPS, help="How often ranks that died or hang are started again; finished requests are kept."),
     ] = 3,
     verify: Annotated[bool, typer.Option(help="Compare with one process that holds all experts.")] = True,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Serve Prometheus text on this port of the loopback address.")
+        int | None,
+        typer.Option(
+            parser=whole(0, 65535), metavar="PORT", help="Serve Prometheus text on this port of the loopback address."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; runs/<date>-<time> by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
@@ -91,8 +138,9 @@ def run(
 
     Starts the ranks on this host, or is one of them under torchrun.
     """
+    require("numpy", "transformers", "safetensors", *(["prometheus_client"] if metrics_port is not None else []))
     from lockstep.report.run_command import RunCommand, execute
-    from lockstep.runner.run import RunOptions
+    from lockstep.runner.options import RunOptions
     from lockstep.workload import SchedulerConfig, WorkloadOptions
 
     if length_scale is None:
@@ -115,6 +163,7 @@ def run(
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             num_requests=requests,
+            max_malformed_share=max_malformed_share,
         ),
         scheduler=SchedulerConfig(
             load_balancing=load_balancing,
@@ -134,9 +183,9 @@ def run(
 def plan(
     tokens: Annotated[str, typer.Option(help="Tokens of each data-parallel rank, such as 500,200,256.")],
     max_chunk_size: Annotated[
-        int | None, typer.Option(help="Most rows that one rank brings per chunk; without it, one chunk.")
+        int | None, typer.Option(**_COUNT, help="Maximum rows per rank and chunk; without it, one chunk.")
     ] = None,
-    sp: Annotated[int, typer.Option(help="Ranks that share the tokens of one data-parallel rank.")] = 1,
+    sp: Annotated[int, typer.Option(**_COUNT, help="Ranks that share the tokens of one data-parallel rank.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Show the sizes and the chunks of one step, without running it."""
@@ -160,41 +209,81 @@ def simulate(
         str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")
     ] = "synthetic",
     synthetic: Annotated[
-        str | None, typer.Option(help="Parameters of a synthetic workload: rate=5.5,burstiness=1.1,...")
+        Any,
+        typer.Option(
+            parser=_synthetic,
+            metavar="NAME=N,...",
+            help="Parameters of a synthetic workload: rate=5.5,burstiness=1,...",
+        ),
     ] = None,
-    data_parallel_size: Annotated[str, typer.Option(help="Ranks; several values with commas, as below.")] = "8",
-    load_balancing: Annotated[str, typer.Option(help="round-robin, least-tokens, least-kv-cache.")] = "round-robin",
+    data_parallel_size: Annotated[
+        Any,
+        typer.Option(
+            parser=several(whole(1, _MOST_RANKS)), metavar="N,...", help="Ranks; several values with commas, as below."
+        ),
+    ] = "8",
+    load_balancing: Annotated[
+        Any,
+        typer.Option(
+            parser=several(one_of(*_LOAD_BALANCING)),
+            metavar="|".join(_LOAD_BALANCING),
+            help="Which rank gets a request.",
+        ),
+    ] = "round-robin",
     max_prefill_delay_steps: Annotated[
-        str, typer.Option(help="Most steps that a prompt waits for prompts of other ranks.")
+        Any,
+        typer.Option(
+            parser=several(whole(0)),
+            metavar="N,...",
+            help="Maximum steps that a prompt waits for prompts of other ranks.",
+        ),
     ] = "0",
-    max_num_batched_tokens: Annotated[str, typer.Option(help="Most tokens of one rank in one step.")] = "2048",
+    max_num_batched_tokens: Annotated[
+        Any, typer.Option(parser=several(whole(1)), metavar="N,...", help="Maximum tokens per rank and step.")
+    ] = "2048",
     max_chunk_size: Annotated[
-        str, typer.Option(help="Most rows that one rank sends through an MoE layer at a time, or `none`.")
+        Any,
+        typer.Option(
+            parser=several(whole(1), none="none"),
+            metavar="N|none,...",
+            help="Maximum rows per rank and MoE chunk, or `none`.",
+        ),
     ] = "none",
     row_shapes: Annotated[
-        str, typer.Option(help="ragged; dummy: one row where a rank has none; equal: all padded to the longest.")
+        Any,
+        typer.Option(
+            parser=several(one_of(*_ROW_SHAPES)),
+            metavar="|".join(_ROW_SHAPES),
+            help="ragged; dummy: one row where a rank has none; equal: all padded to the longest.",
+        ),
     ] = "ragged",
-    max_num_seqs: Annotated[int, typer.Option(help="Most requests that one rank works on at a time.")] = 256,
+    max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
     kv_capacity_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of KV cache of one rank; requests that do not fit wait.")
+        int | None, typer.Option(**_COUNT, help="Tokens of KV cache per rank; requests that do not fit wait.")
     ] = None,
     buffer_capacity_rows: Annotated[
         int | None,
-        typer.Option(help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."),
+        typer.Option(
+            **_COUNT, help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."
+        ),
     ] = None,
-    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
-    rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(help="Multiplies the lengths.")] = 1.0,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts are cut.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longer outputs are cut.")] = None,
+    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
+    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(**_SCALE, help="Multiply the lengths by this factor.")] = 1.0,
+    max_prompt_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer prompts to N tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer outputs to N tokens.")] = None,
+    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
     cost: Annotated[str, typer.Option(help="A shipped set of cost constants, or a JSON file.")] = "h200",
     ttft_p99: Annotated[
-        str | None, typer.Option(help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms.")
+        float | None,
+        typer.Option(**_TIME, help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms."),
     ] = None,
-    tpot_p99: Annotated[str | None, typer.Option(help="The same for the time per further token.")] = None,
-    queue_p99: Annotated[str | None, typer.Option(help="The same for the wait in the queue.")] = None,
-    seed: Annotated[int, typer.Option(help="Of a synthetic workload.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    tpot_p99: Annotated[
+        float | None, typer.Option(**_TIME, help="The same limit for the time per further token.")
+    ] = None,
+    queue_p99: Annotated[float | None, typer.Option(**_TIME, help="The same limit for the wait in the queue.")] = None,
+    seed: Annotated[int, typer.Option(**_SEED, help="Seed of a synthetic workload.")] = 0,
+    workers: Annotated[int | None, typer.Option(**_COUNT, help="Processes; one per core by default.")] = None,
     validate: Annotated[
         list[Path] | None,
         typer.Option(
@@ -212,30 +301,31 @@ def simulate(
 
     Options that take several values with commas are combined, every value with every other.
     """
-    from lockstep.report.simulate_command import SimulateCommand, execute, execute_validation, parse_list, parse_seconds
+    require("numpy", *(["pyarrow", "plotly"] if out else []))
+    from lockstep.report.simulate_command import SimulateCommand, execute, execute_validation
     from lockstep.simulation.cost import CostConstants
     from lockstep.simulation.simulator import SimulationConfig
     from lockstep.simulation.sweep import Grid
-    from lockstep.workload import SchedulerConfig, SyntheticParameters, WorkloadOptions, load_workload
+    from lockstep.workload import SchedulerConfig, WorkloadOptions, load_workload
 
     constants = CostConstants.load(cost)
     if validate:
         raise typer.Exit(execute_validation(validate, constants, as_json))
     trace = load_workload(
         workload,
-        WorkloadOptions(rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests),
+        WorkloadOptions(rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share),
         seed,
-        SyntheticParameters.parse(synthetic) if synthetic else None,
+        synthetic,
     )
     command = SimulateCommand(
         trace,
         Grid(
-            parse_list("data_parallel_size", data_parallel_size, int),
-            parse_list("load_balancing", load_balancing, str),
-            parse_list("max_prefill_delay_steps", max_prefill_delay_steps, int),
-            parse_list("max_num_batched_tokens", max_num_batched_tokens, int),
-            parse_list("max_chunk_size", max_chunk_size, lambda text: None if text == "none" else int(text)),
-            parse_list("row_shapes", row_shapes, str),
+            data_parallel_size,
+            load_balancing,
+            max_prefill_delay_steps,
+            max_num_batched_tokens,
+            max_chunk_size,
+            row_shapes,
         ),
         SimulationConfig(
             1,
@@ -243,11 +333,7 @@ def simulate(
             constants,
             buffer_capacity_rows=buffer_capacity_rows,
         ),
-        {
-            "ttft_p99_s": parse_seconds("ttft_p99", ttft_p99),
-            "tpot_p99_s": parse_seconds("tpot_p99", tpot_p99),
-            "queue_p99_s": parse_seconds("queue_p99", queue_p99),
-        },
+        {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99},
         str(out or ""),
         overwrite,
         as_json,
@@ -264,6 +350,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Put two runs side by side: figures, where the time went, and whether they did the same."""
+    parquet = any((folder / name).is_file() for folder in (a, b) for name in ("steps.parquet", "requests.parquet"))
+    require("numpy", *(["pyarrow"] if parquet else []))
     from lockstep.report.compare import compare_runs
     from lockstep.report.tables import print_comparison
 
@@ -298,9 +386,10 @@ def _workload_options() -> None:
 @workload_app.command()
 def describe(
     file: Annotated[str, typer.Argument(help="Request trace, or `synthetic`.")],
-    rate_scale: Annotated[float, typer.Option(help="Arrivals come this many times as fast.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(help="Multiplies the lengths.")] = 1.0,
-    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(**_SCALE, help="Multiply the lengths by this factor.")] = 1.0,
+    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
+    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Print a workload's rate, burstiness and lengths, and the synthetic parameters that resemble it."""
@@ -308,7 +397,10 @@ def describe(
     from lockstep.workload import WorkloadOptions, load_workload
     from lockstep.workload.synthetic import describe as describe_requests
 
-    trace = load_workload(file, WorkloadOptions(rate_scale, length_scale, num_requests=requests))
+    trace = load_workload(
+        file,
+        WorkloadOptions(rate_scale, length_scale, num_requests=requests, max_malformed_share=max_malformed_share),
+    )
     description = describe_requests(trace.requests)
     if as_json:
         malformed = {"num_malformed": trace.num_malformed, "malformed": [str(line) for line in trace.malformed]}
@@ -333,9 +425,9 @@ def calibrate(
         typer.Argument(help="Recorded runs; without any, some are made. Of repeats, each step's median time counts."),
     ] = None,
     model: Annotated[str, typer.Option(help="What to run then: a checkpoint, or `tiny`.")] = "tiny",
-    data_parallel_size: Annotated[int, typer.Option(help="Ranks of those runs.", min=1)] = 2,
-    requests: Annotated[int, typer.Option(help="Their requests.", min=1)] = 120,
-    repeats: Annotated[int, typer.Option(help="How many times the same is run.", min=1)] = 3,
+    data_parallel_size: Annotated[int, typer.Option(**_COUNT, help="Ranks of those runs.")] = 2,
+    requests: Annotated[int, typer.Option(**_COUNT, help="Requests of those runs.")] = 120,
+    repeats: Annotated[int, typer.Option(**_COUNT, help="How many times the same is run.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="File for the constants: cost.json; or, of --dispatch, this machine's place.")
     ] = None,
@@ -349,10 +441,13 @@ def calibrate(
         if run_folders:
             raise typer.BadParameter("recorded runs do not say what a backend takes: --dispatch measures by itself")
         if data_parallel_size < 2:
-            raise typer.BadParameter(f"--dispatch measures between ranks: 2 at least, got {data_parallel_size}")
+            raise typer.BadParameter(
+                f"--dispatch measures between ranks: --data-parallel-size must be >= 2, got {data_parallel_size}"
+            )
         from lockstep.report.calibrate_dispatch import execute_dispatch_calibration
 
         raise typer.Exit(execute_dispatch_calibration(data_parallel_size, out, as_json))
+    require("numpy", *([] if run_folders else ["transformers", "safetensors"]))
     from lockstep.report.calibrate import execute_calibration
 
     out = out or Path("cost.json")
@@ -379,25 +474,110 @@ def postmortem(
                 typer.echo(f"\nrank {rank}, thread {name}:\n{''.join(lines)}")
 
 
+# How the library names what an option sets, where the two differ by more than dashes.
+_LIBRARY_NAMES = {
+    "num_ranks": "--data-parallel-size",
+    "num_requests": "--requests",
+    "sequence_parallel_size": "--sp",
+    "max_chunk_size_per_rank": "--max-chunk-size",
+    "num_tokens_across_dp": "--tokens",
+    "deadline_s": "--deadline",
+}
+# What is wrong with something that was typed, rather than with the machine.
+_BAD_PATH = {
+    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
+}
+_MOST_CHARACTERS = 4000
+
+
 def main() -> None:
     """Run the command line. Bad input becomes one sentence and exit status 2, any other error of ours 1."""
     from lockstep.errors import ConfigurationError, LockstepError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except (ConfigurationError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError) as error:
-        says = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            says = f"{error.filename}: {error.strerror}"
-        typer.echo(f"lockstep: error: {says}", err=True)
-        sys.exit(2)
-    except (LockstepError, OSError) as error:  # a disk that is full, say: what was written is kept
-        typer.echo(f"lockstep: error: {type(error).__name__}: {error}", err=True)
-        if "RANK" in os.environ:
-            # A rank of torchrun's: its groups may be in any state, and an orderly end would wait for their peers.
-            sys.stdout.flush()
-            os._exit(1)
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except typer.Abort:
+        _end("interrupted", 130)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever reads has had enough, as `head` has. Nothing can be written at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except (ConfigurationError, OSError, LockstepError) as error:
+        _end(_sentence(error), 2 if _is_bad_input(error) else 1)
+    except Exception as error:
+        # Typer's errors have a common base, which it has moved between releases; it is known by its name.
+        names = [base.__name__ for base in type(error).__mro__]
+        if "NoArgsIsHelpError" in names:
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if "ClickException" not in names:
+            raise
+        _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from lockstep.errors import ConfigurationError
+
+    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in _BAD_PATH)
+
+
+def _sentence(error: Exception) -> str:
+    from lockstep.errors import ConfigurationError, LockstepError
+
+    if isinstance(error, OSError) and not isinstance(error, LockstepError):
+        says = error.strerror or str(error)
+        says = f"{error.filename}: {says}" if error.filename is not None else says
+        return says if error.errno in _BAD_PATH else f"{type(error).__name__}: {says}"
+    says = _in_words_of_options(str(error))
+    return says if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {says}"
+
+
+def _of_the_line(message: str) -> str:
+    """Return what Typer says of an option as our other messages say it: `--seed must be >= 0, got -1`."""
+    found = re.match(r"Invalid value for '?([^':]+)'?: (?:Value error, )?(.*)", message, re.DOTALL)
+    if not found:
+        return message
+    return f"{found[1]}{' ' if found[2].startswith('must ') else ': '}{found[2]}"
+
+
+def _in_words_of_options(message: str) -> str:
+    """Return the library's message with the options that were typed in place of its parameters."""
+    command = typer.main.get_command(app)
+    names: dict[str, str] = {}
+    for each in getattr(command, "commands", {}).values():
+        for parameter in (*each.params, *(p for sub in getattr(each, "commands", {}).values() for p in sub.params)):
+            option = next((text for text in parameter.opts if text.startswith("--")), None)
+            if option and parameter.name:
+                names[parameter.name] = option
+    names.update(_LIBRARY_NAMES)
+    # A name of several words is a parameter wherever it stands, but for paths and quotations; others begin a message.
+    words = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
+    message = re.sub(rf"(?<![\w/.'\"`-])({words})(?![\w/.'\"`-])", lambda found: names[found[1]], message)
+    first, _, _ = message.partition(" ")
+    return names[first] + message[len(first) :] if message.startswith(f"{first} must") and first in names else message
+
+
+def _end(says: str, status: int) -> NoReturn:
+    """Say one sentence on stderr and end; a rank of torchrun's at once."""
+    from lockstep.report.terminal import plain
+
+    says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="\t")
+    sys.stderr.write(f"lockstep: {'' if status == 130 else 'error: '}{says}\n")
+    if "RANK" in os.environ and status == 1:
+        # Its groups may be in any state, and an orderly end would wait for their peers.
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 import base64
+import html
 import json
 import re
 import struct
 import zlib
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ import pytest
 from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.errors import ConfigurationError
 from lockstep.report.compare import compare_runs
+from lockstep.report.figures import headline
 from lockstep.report.html import write_report
-from lockstep.simulation.step_table import StepTable
+from lockstep.report.tables import print_run
+from lockstep.simulation.step_table import StepTable, loss_figures
 
 RECORDS = [
     StepLogRecord(0, 0, real_rows=8, prefill_tokens=8, duration_s=2.0),
@@ -21,6 +26,63 @@ RECORDS = [
     StepLogRecord(2, 0, real_rows=4, decode_tokens=4, start_s=3.0, duration_s=1.0),
     StepLogRecord(2, 1, real_rows=1, decode_tokens=1, padding_rows=3, start_s=3.0, duration_s=1.0),
 ]
+
+
+def summary_of(records, **changed):
+    loss = loss_figures(StepTable.from_records(records).lost_by_cause())
+    found = {
+        "requests": 2,
+        "ranks": 2,
+        "steps": 3,
+        "dummy_rows": 0,
+        "padding_rows": 3,
+        "generated_tokens": 4,
+        "wall_s": 1.0,
+        "tokens_per_s": 4.0,
+        "verified": True,
+        "compared_tokens": 4,
+        "dtype": "float32",
+    }
+    return {**found, **loss, **changed}
+
+
+def test_terminal_report_and_json_say_the_same_of_one_run(tmp_path, capsys):
+    requests = [{"request_id": 0, "rank": 0}, {"request_id": 1, "rank": 1}]
+    summary = summary_of(RECORDS)
+    print_run(summary, RECORDS, tmp_path / "report.html")
+    shown = " ".join(capsys.readouterr().out.split())
+    write_report(tmp_path / "report.html", summary, RECORDS, requests)
+    text, _ = page_data(tmp_path / "report.html")
+    sentence = headline(2, 3, 2, summary)
+    assert sentence == (
+        "2 ranks ran 3 steps for 2 requests. 28.1 % of the ranks' time was lost to uneven work, most of it because "
+        "ranks waited while another ran a prompt (18.8 %); in another 12.5 % ranks had no request to work on."
+    )
+    assert sentence in shown
+    assert html.escape(sentence) in text
+    assert "<b>28.1 %</b>" in text
+    assert (summary["lost_fraction"], summary["no_requests_fraction"]) == (0.28125, 0.125)
+    write_steps(tmp_path)
+    compared = compare_runs(tmp_path, tmp_path)["a"]
+    assert all(compared[name] == summary[name] for name in ("lost_fraction", "no_requests_fraction"))
+
+
+def test_columns_that_are_always_zero_are_left_out_and_the_readme_shows_what_is_printed(tmp_path, capsys):
+    print_run(summary_of(RECORDS), RECORDS, tmp_path)
+    assert "padding rows" in capsys.readouterr().out
+    plain = [replace(record, padding_rows=0) for record in RECORDS]
+    print_run(summary_of(plain, padding_rows=0), plain, tmp_path)
+    shown = capsys.readouterr().out
+    assert "padding" not in shown
+    assert "dummy" not in shown
+    (heading,) = [line for line in shown.splitlines() if "rows of requests" in line]
+    assert heading in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def write_steps(folder):
+    with StepLogWriter(folder / "steps.jsonl") as log:
+        for record in RECORDS:
+            log.write(record)
 
 
 def page_data(path):
@@ -145,9 +207,7 @@ def test_requests_of_one_token_have_no_time_per_further_token(tmp_path):
     text, data = page_data(tmp_path / "report.html")
     assert data["latencies"][1]["curves"][0]["values"] == [0.5]
     assert "None" not in text.split('<script type="application/json"')[0]
-    with StepLogWriter(tmp_path / "steps.jsonl") as log:
-        for record in RECORDS:
-            log.write(record)
+    write_steps(tmp_path)
     (tmp_path / "outputs.jsonl").write_text(json.dumps(one) + "\n")
     assert "tpot_s_p50" not in compare_runs(tmp_path, tmp_path)["a"]
     (tmp_path / "outputs.jsonl").write_text(json.dumps(one) + "\n" + json.dumps(more) + "\n")

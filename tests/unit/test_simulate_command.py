@@ -14,17 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from lockstep.cli import app, main
+from lockstep.cli_types import seconds, several, whole
 from lockstep.coordination.step_log import StepColumns, StepLogRecord, StepLogWriter, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.report.compare import compare_runs
 from lockstep.report.perfetto import write_trace
-from lockstep.report.simulate_command import parse_list, parse_seconds
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
-from lockstep.simulation.sweep import Grid, best, setting, sweep
+from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
 from lockstep.workload import Request, SyntheticParameters, synthetic_requests
 
@@ -38,8 +39,7 @@ def invoke(*arguments):
 def summary(tokens_per_s=100.0, imbalance=0.1, p99=1.0, tpot=0.02):
     return {
         "tokens_per_s": tokens_per_s,
-        "imbalance_fraction": imbalance,
-        "lost": {"padding": 0.0},
+        "lost_fraction": imbalance,
         **{name: {"mean": tpot, "p99": p99} for name in ("ttft_s", "tpot_s", "queue_s")},
     }
 
@@ -132,8 +132,17 @@ def test_simulate_writes_every_file_and_names_the_best(tmp_path):
         *("--out", str(out)),
     )
     assert result.exit_code == 0, result.output
-    assert "best with ttft_p99 <= 9 s: balancing" in result.output.replace("\n", " ")
+    shown = " ".join(result.output.split())
+    assert "best with ttft_p99 <= 9 s: balancing" in shown
+    assert f"rule: {BEST_RULE}" in shown
     document = json.loads((out / "settings.json").read_text())
+    assert document["best_rule"] == BEST_RULE
+    for item in document["settings"]:  # every rank's counts
+        assert [len(item["per_rank"][name]) for name in ("requests", "real_rows", "prefill_tokens")] == [4, 4, 4]
+        assert sum(item["per_rank"]["requests"]) == 150
+        assert sum(item["per_rank"]["real_rows"]) == item["real_tokens"]
+        assert item["lost_fraction"] + item["no_requests_fraction"] == pytest.approx(sum(item["lost"].values()))
+    assert f"{document['settings'][document['best']]['per_rank']['real_rows'][3]:,}" in shown
     assert len(document["settings"]) == 4
     with (out / "settings.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -156,6 +165,7 @@ def test_simulate_writes_every_file_and_names_the_best(tmp_path):
 
 def test_a_limit_that_nothing_keeps_to_is_said():
     result = invoke("simulate", "--synthetic", SYNTHETIC, "--ttft-p99", "0.1ms", "--workers", "1")
+    assert result.exit_code == 1
     assert "no setting keeps to ttft_p99 <= 0.0001 s" in result.output.replace("\n", " ")
 
 
@@ -176,43 +186,46 @@ def test_full_exchange_buffers_are_said():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data-parallel-size", "0"), "num_ranks must be in 1..100000, got 0"),
-        (("--data-parallel-size", "two"), "data_parallel_size must be numbers with commas between them, got 'two'"),
-        (("--max-chunk-size", "0"), "max_chunk_size must be >= 1, got 0"),
-        (("--load-balancing", "best"), "load_balancing must be one of"),
-        (("--cost", "nosuch"), "cost must be one of"),
-        (("--ttft-p99", "soon"), "ttft_p99 must be a time > 0 such as 2s or 500ms, got 'soon'"),
-        (("--synthetic", "rat=3"), "synthetic parameters are name=number"),
+        (("--data-parallel-size", "0"), "--data-parallel-size must be in 1..100000, got 0"),
+        (("--data-parallel-size", "two"), "--data-parallel-size must be an integer in 1..100000, got 'two'"),
+        (("--max-chunk-size", "0"), "--max-chunk-size must be >= 1, got 0"),
+        (("--load-balancing", "best"), "--load-balancing must be one of"),
+        (("--cost", "nosuch"), "--cost must be one of"),
+        (("--ttft-p99", "soon"), "--ttft-p99 must be a time > 0 such as 2s or 500ms, got 'soon'"),
+        (("--synthetic", "rat=3"), "--synthetic: synthetic parameters are name=number"),
         (
             ("--synthetic", "rate=3", "--workload", "trace.csv"),
             "for the workload `synthetic`, not for the file trace.csv",
         ),
         (("--validate", "nowhere"), "nowhere is not the folder of a recorded run: it has no steps.jsonl"),
-        (("--rate-scale", "0"), "rate_scale must be in 1e-9..1e9, got 0"),
-        (("--rate-scale", "1e308"), "rate_scale must be in 1e-9..1e9, got 1e+308"),
-        (("--synthetic", "rate=1e308"), "rate must be in 1e-9..1e9 requests per second, got 1e+308"),
-        (("--length-scale", "1e9"), "length_scale=1e+09 makes a request of "),
-        (("--length-scale", "1e308"), "length_scale=1e+308 makes a request of inf tokens, more than 2147483647"),
-        (("--data-parallel-size", "8,1000000"), "num_ranks must be in 1..100000, got 1000000"),
-        (("--requests", "10000000000"), "num_requests of a synthetic workload must be <= 10000000, got 10000000000"),
+        (("--rate-scale", "0"), "--rate-scale must be a number in 1e-09..1e+09, got 0"),
+        (("--rate-scale", "1e308"), "--rate-scale must be a number in 1e-09..1e+09, got 1e308"),
+        (("--synthetic", "rate=1e308"), "--synthetic: rate must be in 1e-9..1e9 requests per second, got 1e+308"),
+        (("--length-scale", "1e9"), "--length-scale=1e+09 makes a request of "),
+        (("--length-scale", "1e308"), "--length-scale=1e+308 makes a request of inf tokens, more than 2147483647"),
+        (("--data-parallel-size", "8,1000000"), "--data-parallel-size must be in 1..100000, got 1000000"),
+        (("--requests", "10000000000"), "--requests of a synthetic workload must be <= 10000000, got 10000000000"),
         (("--out", "{folder}/cost.json", "--overwrite"), "cost.json is no folder, so it is not overwritten"),
         (("--out", "{folder}/cost.json/below"), "cost.json/below cannot be written: Not a directory"),
         (("--cost", "{folder}/cost.json"), "cost.json: cost constant step_us is missing"),
-        (("--kv-capacity-tokens", "10"), "kv_capacity_tokens=10"),
+        (("--kv-capacity-tokens", "10"), "--kv-capacity-tokens=10"),
     ],
 )
-def test_bad_options_name_value_and_limit(options, message, tmp_path):
+def test_bad_options_name_value_and_limit(options, message, tmp_path, command_line):
     (tmp_path / "cost.json").write_text("{}")
-    result = invoke("simulate", "--requests", "5", *(option.replace("{folder}", str(tmp_path)) for option in options))
-    assert isinstance(result.exception, ConfigurationError), result.output
-    assert message in str(result.exception)
+    options = [option.replace("{folder}", str(tmp_path)) for option in options]
+    code, _, stderr = command_line("simulate", "--requests", "5", *options)
+    assert code == 2
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_lists_and_durations():
-    assert parse_list("n", "1, 2,1", int) == [1, 2]
-    assert [parse_seconds("t", text) for text in ("2s", "500ms", "0.5", None)] == [2.0, 0.5, 0.5, None]
-    with pytest.raises(ConfigurationError, match="t must be a time > 0"):
-        parse_seconds("t", "-1s")
+    assert several(whole(1))("1, 2,1") == [1, 2]
+    assert several(whole(1), none="none")("none,4") == [None, 4]
+    assert [seconds(text) for text in ("2s", "500ms", "0.5")] == [2.0, 0.5, 0.5]
+    with pytest.raises(typer.BadParameter, match="must be a time > 0"):
+        seconds("-1s")
 
 
 def test_describe_prints_parameters_that_make_the_same_kind_of_workload(tmp_path):

@@ -115,8 +115,8 @@ def test_times_of_one_request_worked_by_hand():
     summary = result.summary
     assert summary["steps"] == 5
     assert summary["duration_s"] == pytest.approx(5 + first + 2 * 1010e-6)
-    assert summary["unused_fraction"] == pytest.approx(0.5)  # rank 1 never had a request
-    assert summary["imbalance_fraction"] == 0
+    assert summary["no_requests_fraction"] == pytest.approx(0.5)  # rank 1 never had a request
+    assert summary["lost_fraction"] == 0
 
 
 def test_loss_worked_by_hand():
@@ -125,7 +125,7 @@ def test_loss_worked_by_hand():
     result = simulate([Request(0, 0.0, 8, 1), Request(1, 0.0, 2, 1)], config)
     assert result.summary["steps"] == 1
     assert result.summary["lost"]["other_prompts"] == pytest.approx(60 / (2 * 1080))
-    assert result.summary["imbalance_fraction"] == pytest.approx(60 / (2 * 1080))
+    assert result.summary["lost_fraction"] == pytest.approx(60 / (2 * 1080))
 
 
 @pytest.mark.parametrize("shapes", ["ragged", "dummy", "equal"])
@@ -181,7 +181,7 @@ def test_holding_prompts_loses_less_time_and_lets_them_wait_longer():
         simulate(requests, SimulationConfig(8, SchedulerConfig(max_prefill_delay_steps=delay))).summary
         for delay in (0, 10, 30)
     ]
-    lost = [result["imbalance_fraction"] for result in results]
+    lost = [result["lost_fraction"] for result in results]
     assert lost[0] > 1.5 * lost[1] > 1.5 * lost[2]
     queue = [result["queue_s"]["mean"] for result in results]
     assert queue == sorted(queue)

@@ -167,28 +167,18 @@ def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
 
     Returns:
         `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`
-        and `decode_tokens` (as recorded: tensor-parallel ranks of one group repeat each other's), `duration_s` (from
-        the first step's start to the last one's end), and `idle_fraction`: the share of the ranks' time that is lost to
-        uneven work where a step takes as long as its longest rank has rows. It counts rows, not clocks, so it repeats
-        exactly; dummy and padding rows count as idle.
+        and `decode_tokens` (as recorded: tensor-parallel ranks of one group repeat each other's), and `duration_s`
+        (from the first step's start to the last one's end).
     """
-    num_ranks = len({record.rank for record in records})
-    longest_rows = 0
-    num_steps = 0
-    for group in by_step(records):
-        num_steps += 1
-        longest_rows += max(record.real_rows for record in group)
-    real = sum(record.real_rows for record in records)
     return {
-        "ranks": num_ranks,
-        "steps": num_steps,
-        "real_tokens": real,
+        "ranks": len({record.rank for record in records}),
+        "steps": len({record.step for record in records}),
+        "real_tokens": sum(record.real_rows for record in records),
         "dummy_rows": sum(record.dummy_rows for record in records),
         "padding_rows": sum(record.padding_rows for record in records),
         "prefill_tokens": sum(record.prefill_tokens for record in records),
         "decode_tokens": sum(record.decode_tokens for record in records),
         "duration_s": max((record.start_s + record.duration_s for record in records), default=0.0),
-        "idle_fraction": round(1 - real / (num_ranks * longest_rows), 6) if longest_rows else 0.0,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.step_table import StepTable
+from lockstep.simulation.step_table import StepTable, loss_figures
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
@@ -64,11 +64,10 @@ def _figures(table: StepTable, folder: Path) -> dict[str, float]:
         "dummy_rows": int(table.dummy_rows.sum()),
         "padding_rows": int(table.padding_rows.sum()),
     }
-    lost = dict(table.lost_by_cause())
-    unused = lost.pop("no_requests")
-    figures["lost_fraction"] = sum(lost.values())
-    figures.update({f"lost_{cause}": share for cause, share in lost.items()})
-    figures["lost_no_requests"] = unused
+    loss = loss_figures(table.lost_by_cause())
+    figures["lost_fraction"] = loss["lost_fraction"]
+    figures.update({f"lost.{cause}": share for cause, share in loss["lost"].items() if cause != "no_requests"})
+    figures["no_requests_fraction"] = loss["no_requests_fraction"]
     for name, values in _latencies(folder).items():
         ordered = np.sort(np.array([value for value in values if value is not None and not math.isnan(value)]))
         if len(ordered):

@@ -14,27 +14,14 @@ import numpy as np
 
 from lockstep._version import __version__
 from lockstep.coordination.step_log import StepLogRecord
-from lockstep.simulation.step_table import StepTable
+from lockstep.report.figures import CAUSE_WORDS, headline, share
+from lockstep.simulation.step_table import StepTable, loss_figures
 
 # Cells (step x rank) that a page carries; beyond it, steps are added up in equal groups. About 2 MB packed.
 _MAX_CELLS = 2_000_000
 _MAX_LISTED_REQUESTS = 200
 _MAX_CURVE_POINTS = 300
 
-_CAUSE_WORDS = {
-    "other_prompts": "waiting while another rank runs a prompt",
-    "uneven_generation": "waiting for a rank with more requests that generate",
-    "no_requests": "no request to work on",
-    "padding": "computing dummy and padding rows",
-    "agreement": "agreeing on the step",
-}
-_CAUSE_REASONS = {
-    "other_prompts": "ranks waited while another ran a prompt",
-    "uneven_generation": "ranks waited for one with more requests that generate",
-    "no_requests": "ranks had no request to work on",
-    "padding": "ranks computed dummy and padding rows",
-    "agreement": "all ranks had to agree on each step",
-}
 _SUMMARY_WORDS = {
     "tokens_per_s": "tokens per second",
     "requests": "requests",
@@ -113,7 +100,8 @@ def write_report(
         script=(folder / "page.js").read_text(encoding="utf-8"),
         version=html.escape(__version__),
     )
-    Path(path).write_text(document, encoding="utf-8")
+    # A path may have bytes that are no UTF-8: they are shown as escapes.
+    Path(path).write_text(document, encoding="utf-8", errors="backslashreplace")
 
 
 _TEMPLATE = """<!doctype html>
@@ -175,7 +163,7 @@ def _page_data(
         "arrays": arrays,
         "has_filler": has_filler,
         "has_serving": bool((table.busy_share()[table.real_rows == 0] > 0.002).any()),
-        "loss": [[_CAUSE_WORDS[cause], 100 * share] for cause, share in lost.items() if share > 5e-5],
+        "loss": [[CAUSE_WORDS[cause], 100 * part] for cause, part in lost.items() if part > 5e-5],
         "loss_axis": "share of all ranks' time (%)",
         "row_kinds": [[name, shade, values.sum(axis=0).tolist()] for name, shade, values in kinds],
         "latencies": _latencies(requests),
@@ -230,12 +218,13 @@ def _sections(
     title: str,
     command: str,
 ) -> list[str]:
-    lost = table.lost_by_cause()
+    loss = loss_figures(table.lost_by_cause())
+    lost = loss["lost"]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="headline">{html.escape(_headline(table, lost, requests, settings))}</p>',
+        f'<p class="headline">{html.escape(_headline(table, loss, requests, settings))}</p>',
         f'<p class="quiet"><code>{html.escape(command)}</code></p>' if command else "",
-        f'<div class="cards">{"".join(_cards(summary, table, lost))}</div>',
+        f'<div class="cards">{"".join(_cards(summary, table, loss))}</div>',
         '<p id="failure" class="screen" hidden></p>',
     ]
     if settings:
@@ -296,33 +285,21 @@ def _sections(
 
 def _headline(
     table: StepTable,
-    lost: Mapping[str, float],
+    loss: Mapping[str, Any],
     requests: Sequence[Mapping[str, Any]],
     settings: Sequence[Mapping[str, Any]],
 ) -> str:
     if settings and not table.num_steps:
         best = next((item["name"] for item in settings if item.get("best")), None)
         return f"{len(settings)} settings compared." + (f" Best: {best}." if best else "")
-    if not table.num_steps:
-        return "No step was run."
-    what = f"{table.num_ranks} ranks ran {table.num_steps:,} steps"
-    what += f" for {len(requests):,} requests. " if requests else ". "
-    uneven = {cause: share for cause, share in lost.items() if cause != "no_requests"}
-    total, idle = sum(uneven.values()), lost["no_requests"]
-    worst = max(uneven, key=lambda cause: uneven[cause])
-    if total < 0.005:
-        what += "Hardly any of the ranks' time was lost to uneven work"
-    else:
-        why = f"{_CAUSE_REASONS[worst]} ({lost[worst]:.0%})"
-        what += f"{total:.0%} of the ranks' time was lost to uneven work, most of it because {why}"
-    return what + (f"; in another {idle:.0%} ranks had no request to work on." if idle >= 0.005 else ".")
+    return headline(table.num_ranks, table.num_steps, len(requests), loss)
 
 
 def _loss_sentence(lost: Mapping[str, float]) -> str:
-    return f"Of all ranks' time together, {1 - sum(lost.values()):.1%} was work on requests. The rest went to:"
+    return f"Of all ranks' time together, {share(1 - sum(lost.values()))} was work on requests. The rest went to:"
 
 
-def _cards(summary: Mapping[str, Any], table: StepTable, lost: Mapping[str, float]) -> list[str]:
+def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]) -> list[str]:
     cards = []
     if "verified" in summary:
         verified = summary["verified"]
@@ -334,8 +311,8 @@ def _cards(summary: Mapping[str, Any], table: StepTable, lost: Mapping[str, floa
         )
         cards.append(_card(words, "verified: " + told if verified is not None else "outputs", verified is False))
     if table.num_steps:
-        cards.append(_card(f"{sum(lost.values()) - lost['no_requests']:.1%}", "of the time lost to uneven work"))
-        cards.append(_card(f"{lost['no_requests']:.1%}", "of the time without requests"))
+        cards.append(_card(share(loss["lost_fraction"]), "of the time lost to uneven work"))
+        cards.append(_card(share(loss["no_requests_fraction"]), "of the time without requests"))
     for key, words in _SUMMARY_WORDS.items():
         if isinstance(summary.get(key), int | float):
             cards.append(_card(_number(summary[key]), words))

@@ -4,35 +4,29 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
-from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.errors import ConfigurationError, LockstepError
-from lockstep.models.groups import own_device
-from lockstep.report.html import write_report
-from lockstep.report.metrics import RunMetrics
-from lockstep.report.perfetto import write_trace
-from lockstep.report.tables import print_run
-from lockstep.runner import run as runner
-from lockstep.runner.launcher import launch
-from lockstep.runner.run import DTYPES, PARTS, RunOptions
-from lockstep.runner.verify import Verification, verify
+from lockstep.report.terminal import Terminal
+from lockstep.runner.folder import output_folder
+from lockstep.runner.options import PARTS, RunOptions
 from lockstep.workload import load_workload
 
+if TYPE_CHECKING:
+    from lockstep.runner.run import Progress as RunProgress
+    from lockstep.runner.verify import Verification
+
 _LINE_EVERY_S = 5.0
-_MARKER = ".lockstep-run"
-_WRITTEN = (PARTS, "tiny-*", "outputs.jsonl", "steps.jsonl", "summary.json", "report.html", "trace.json", "flight*")
 _RANKS_PER_CORE = 16
 _TINY_EXPERTS = 16
 
@@ -69,18 +63,22 @@ def execute(command: RunCommand) -> int:
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "RANK" in os.environ
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True)
-    options = _checked(command.options, console)
-    if under_torchrun and int(os.environ["WORLD_SIZE"]) != options.world_size:
-        raise ConfigurationError(
-            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
-            f"is {options.world_size}"
-        )
+    console = Terminal(stderr=True)
+    options = command.options
+    _check_options(options, console)
     _check_checkpoint(options)
-    out = _prepare_folder(command.options.out, command.overwrite, keep=under_torchrun)
-    options = replace(options, out=str(out))
-    if options.model == "tiny":
-        options = replace(options, model=_tiny(out, rank, options))
+    _check_machine(options)
+    _check_model_and_workload(options)
+    with output_folder(options.out or _dated_folder(), command.overwrite, _torchrun_id()) as out:
+        options = replace(options, out=str(out))
+        if options.model == "tiny":
+            options = replace(options, model=_tiny(out, rank, options))
+        return _run(command, options, console, under_torchrun, rank)
+
+
+def _run(command: RunCommand, options: RunOptions, console: Console, under_torchrun: bool, rank: int) -> int:
+    from lockstep.runner.launcher import launch
+
     started = time.perf_counter()
     if not under_torchrun:  # which sends it to ranks as well whose peer has failed: they need not say anything
         with suppress(ValueError):  # only the main thread takes signals
@@ -96,7 +94,8 @@ def execute(command: RunCommand) -> int:
         return _finish(command, options, result, console)
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, _Terminated)
-        _say_how_far("terminated" if terminated else "interrupted", out, console, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        _say_how_far("terminated" if terminated else "interrupted", Path(options.out), console, seconds)
         sys.stderr.flush()
         os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
 
@@ -114,9 +113,12 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
     _quiet_transformers()
+    from lockstep.report.metrics import RunMetrics
+    from lockstep.runner import run as runner
+
     if rank != 0:
         return runner.run_rank(options)
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
         TextColumn("running"),
         BarColumn(),
@@ -134,7 +136,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         task = bar.add_task("run", now="loading the model")
         last_line = time.monotonic()
 
-        def show(progress: runner.Progress) -> None:
+        def show(progress: "RunProgress") -> None:
             nonlocal last_line
             if metrics is not None:
                 metrics.observe(progress.num_tokens_across_dp, progress.agreement_s)
@@ -150,11 +152,44 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         return runner.run_rank(options, show)
 
 
-def _checked(options: RunOptions, console: Console) -> RunOptions:
+def _check_options(options: RunOptions, console: Console) -> None:
+    """What needs neither torch nor a model: said at once."""
     for name in ("data_parallel_size", "tensor_parallel_size", "max_chunk_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} must be >= 1, got {value}")
+    if not 0 < options.deadline_s < float("inf"):
+        raise ConfigurationError(f"deadline must be a number > 0, got {options.deadline_s}")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
+    if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
+        raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
+    most_ranks = _RANKS_PER_CORE * (os.cpu_count() or 1)
+    if "RANK" not in os.environ and options.world_size > most_ranks:
+        raise ConfigurationError(
+            f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
+            f"{os.cpu_count()} cores: use torchrun on several hosts"
+        )
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) != options.world_size:
+        raise ConfigurationError(
+            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
+            f"is {options.world_size}"
+        )
+    trace = load_workload(options.workload, options.workload_options, options.seed)
+    options.scheduler.check_fits(trace.requests)
+    if options.metrics_port is not None and os.environ.get("RANK", "0") == "0":
+        from lockstep.report.metrics import RunMetrics
+
+        RunMetrics(options.metrics_port).close()  # a port that cannot be used is said now, not when ranks have started
+    if trace.left_out and os.environ.get("RANK", "0") == "0":
+        console.print(trace.left_out, style="yellow", soft_wrap=True)
+
+
+def _check_machine(options: RunOptions) -> None:
+    from lockstep.dispatch.choose import DISPATCHERS
+    from lockstep.models.groups import own_device
+    from lockstep.runner.run import DTYPES
+
     if options.dtype not in DTYPES:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     if options.dispatcher not in DISPATCHERS:
@@ -162,46 +197,38 @@ def _checked(options: RunOptions, console: Console) -> RunOptions:
     own_device(options.device)
     if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
-    if not 0 < options.deadline_s < float("inf"):
-        raise ConfigurationError(f"deadline must be a number > 0, got {options.deadline_s}")
-    if not 0 <= options.seed < 2**32:
-        raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
-    if options.workload != "synthetic" and (not Path(options.workload).exists() or Path(options.workload).is_dir()):
-        raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
-    if options.metrics_port is not None and os.environ.get("RANK", "0") == "0":
-        RunMetrics(options.metrics_port).close()  # a port that cannot be used is said now, not when ranks have started
-    most_ranks = _RANKS_PER_CORE * (os.cpu_count() or 1)
-    if "RANK" not in os.environ and options.world_size > most_ranks:
-        raise ConfigurationError(
-            f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
-            f"{os.cpu_count()} cores: use torchrun on several hosts"
-        )
-    trace = load_workload(options.workload, options.workload_options, options.seed)
-    options.scheduler.check_fits(trace.requests)
-    if trace.left_out and os.environ.get("RANK", "0") == "0":
-        console.print(trace.left_out, style="yellow", markup=False, soft_wrap=True)
-    return options
 
 
-def _prepare_folder(name: str, overwrite: bool, keep: bool) -> Path:
-    """Make the output folder; one that exists is refused, or replaced if it holds an earlier run and that was asked."""
-    out = Path(name) if name else Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if out.exists() and not keep:
-        if not overwrite:
-            raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
-        if not out.is_dir():
-            raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
-        if any(out.iterdir()) and not (out / _MARKER).is_file():
-            raise ConfigurationError(f"{out} is not the folder of an earlier run, so it is not overwritten")
-        for pattern in _WRITTEN:  # nothing that somebody else has put there
-            for path in out.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _check_model_and_workload(options: RunOptions) -> None:
+    """What a checkpoint's tokenizer and configuration say of the workload, before any rank has started."""
+    if options.model == "tiny":
+        return  # its byte tokenizer takes any prompt, and its context is checked by each rank
+    from transformers import AutoConfig
+
+    from lockstep.runner.run import check_requests, load_requests, load_tokenizer
+
+    _quiet_transformers()
+    tokenizer = load_tokenizer(options.model)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _MARKER).write_text("lockstep run --overwrite may replace what a run writes into this folder\n")
-    except OSError as error:
-        raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
-    return out
+        config = AutoConfig.from_pretrained(options.model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigurationError(f"the configuration of {options.model} cannot be read: {first}") from None
+    check_requests(load_requests(options, tokenizer), options.model, config, tokenizer, options.seed)
+
+
+def _dated_folder() -> Path:
+    return Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _torchrun_id() -> str:
+    """Name the run that this process is a rank of; the same after torchrun has started all ranks again."""
+    if "RANK" not in os.environ:
+        return ""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id in ("", "none"):  # of a static rendezvous, whose address stays
+        run_id = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    return "ranks of " + " ".join(run_id.split())
 
 
 def _tiny(out: Path, rank: int, options: RunOptions) -> str:
@@ -227,10 +254,11 @@ def _check_checkpoint(options: RunOptions) -> None:
         raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {str(error)[:200]}") from None
     if isinstance(config, dict):
-        for names in (config, config.get("text_config") or {}):
+        text_config = config.get("text_config")
+        for names in (config, text_config if isinstance(text_config, dict) else {}):
             for name in ("num_experts", "num_local_experts", "n_routed_experts"):
                 num_experts = names.get(name)
                 if isinstance(num_experts, int) and num_experts % options.world_size:
@@ -245,6 +273,10 @@ def _quiet_transformers() -> None:
 
 
 def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], console: Console) -> int:
+    from lockstep.report.perfetto import write_trace
+    from lockstep.report.tables import print_run
+    from lockstep.runner.verify import Verification, verify
+
     out = Path(options.out)
     records = read_step_log(out / "steps.jsonl").records
     verification = Verification(None)
@@ -261,9 +293,11 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     report = out / "report.html"
     write_trace(out / "trace.json", records)
     try:
+        from lockstep.report.html import write_report
+
         write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
     except ModuleNotFoundError as error:
-        console.print(f"no report.html: {error.name} is not installed (pip install 'lockstep-moe\\[report]')")
+        console.print(f"no report.html: {error.name} is not installed (pip install 'lockstep-moe[report]')")
     if command.as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
@@ -275,14 +309,17 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
 
 
 def _summary(
-    options: RunOptions, result: dict[str, Any], records: list[StepLogRecord], verification: Verification
+    options: RunOptions, result: dict[str, Any], records: list[StepLogRecord], verification: "Verification"
 ) -> dict[str, Any]:
+    from lockstep.simulation.step_table import StepTable, loss_figures
+
     totals = summarize(records)
+    loss = loss_figures(StepTable.from_records(records).lost_by_cause())
     wall_s = result["wall_s"]
     return {
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
-        "idle_fraction": totals["idle_fraction"],
+        **{name: loss[name] for name in ("lost_fraction", "no_requests_fraction", "lost")},
         "tokens_per_s": round(result["generated_tokens"] / wall_s, 3),
         "verified": verification.verified,
         "mismatches": verification.mismatches if verification.verified is not None else None,
@@ -309,4 +346,5 @@ def _say_how_far(how: str, out: Path, console: Console, seconds: float) -> None:
         finished = sum(len(part.read_bytes().splitlines()) for part in (out / PARTS).glob("outputs-rank*.jsonl"))
     except (OSError, LockstepError):
         finished = 0
-    console.print(f"{how} after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}")
+    told = f"{how} after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}"
+    console.print(told, soft_wrap=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.coordination.step_log import StepColumns, StepLogRecord
-from lockstep.errors import ConfigurationError
 from lockstep.report.calibrate import read_columns
+from lockstep.report.figures import share
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
+from lockstep.report.terminal import Terminal
+from lockstep.runner.folder import output_folder
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
-from lockstep.simulation.sweep import Grid, best, lost_fraction, setting, sweep
+from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import join_runs, validate
 from lockstep.workload import Trace
 
@@ -60,37 +61,45 @@ class SimulateCommand:
 
 
 def execute(command: SimulateCommand) -> int:
-    """Simulate all settings, print and write what came out; return the exit status."""
-    console = Console(stderr=True)
+    """Simulate all settings, print and write what came out.
+
+    Returns:
+        The exit status: 0, or 1 where no setting keeps to the limits.
+    """
+    console = Terminal(stderr=True)
     configs = command.grid.configs(command.base)
-    out = _prepared(command.out, command.overwrite)
-    if command.trace.left_out:
-        console.print(command.trace.left_out, style="yellow", markup=False, soft_wrap=True)
-    started = time.perf_counter()
-    count = "1 setting" if len(configs) == 1 else f"{len(configs)} settings"
-    with _progress(console, f"simulating {count}", len(configs)) as show:
-        summaries = sweep(command.trace.requests, configs, command.workers, show)
-    chosen = best(summaries, **command.limits)
-    document: dict[str, Any] = {
-        "workload": command.trace.source,
-        "requests": len(command.trace.requests),
-        "malformed_lines": command.trace.num_malformed,
-        "cost": command.base.cost.source or "given",
-        "wall_s": round(time.perf_counter() - started, 3),
-        "limits": dict(command.limits),
-        "best": chosen,
-        "settings": [{**setting(config), **summary} for config, summary in zip(configs, summaries, strict=True)],
-    }
-    if command.as_json:
-        sys.stdout.write(json.dumps(document) + "\n")
-    else:
-        print_settings(document["settings"], chosen, command.limits, document["cost"])
-    if out is not None:
-        with _progress(console, f"writing {out}", 1) as show:
-            _write(command, out, document, configs[chosen or 0], chosen, show)
-        if not command.as_json:
-            Console(file=sys.stdout).print(f"report: {out / 'report.html'}", soft_wrap=True)
-    return 0
+    for config in configs:
+        config.scheduler.check_fits(command.trace.requests)
+    with ExitStack() as stack:
+        out = stack.enter_context(output_folder(command.out, command.overwrite)) if command.out else None
+        if command.trace.left_out:
+            console.print(command.trace.left_out, style="yellow", soft_wrap=True)
+        started = time.perf_counter()
+        count = "1 setting" if len(configs) == 1 else f"{len(configs)} settings"
+        with _progress(console, f"simulating {count}", len(configs)) as show:
+            summaries = sweep(command.trace.requests, configs, command.workers, show)
+        chosen = best(summaries, **command.limits)
+        document: dict[str, Any] = {
+            "workload": command.trace.source,
+            "requests": len(command.trace.requests),
+            "malformed_lines": command.trace.num_malformed,
+            "cost": command.base.cost.source or "given",
+            "wall_s": round(time.perf_counter() - started, 3),
+            "limits": dict(command.limits),
+            "best": chosen,
+            "best_rule": BEST_RULE,
+            "settings": [{**setting(config), **summary} for config, summary in zip(configs, summaries, strict=True)],
+        }
+        if command.as_json:
+            sys.stdout.write(json.dumps(document) + "\n")
+        else:
+            print_settings(document["settings"], chosen, command.limits, document["cost"], BEST_RULE)
+        if out is not None:
+            with _progress(console, f"writing {out}", 1) as show:
+                _write(command, out, document, configs[chosen or 0], chosen, show)
+            if not command.as_json:
+                Terminal().print(f"report: {out / 'report.html'}", soft_wrap=True)
+    return 1 if chosen is None else 0
 
 
 def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json: bool) -> int:
@@ -107,41 +116,6 @@ def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json
     return 0
 
 
-def parse_list(name: str, text: str, convert: Callable[[str], Any]) -> list[Any]:
-    """Read `1,2,3` into values.
-
-    Raises:
-        ConfigurationError: naming the option and the part that cannot be read.
-    """
-    values = []
-    for part in text.split(","):
-        try:
-            values.append(convert(part.strip()))
-        except ValueError:
-            raise ConfigurationError(
-                f"{name} must be numbers with commas between them, got {part!r} in {text!r}"
-            ) from None
-    return list(dict.fromkeys(values))
-
-
-def parse_seconds(name: str, text: str | None) -> float | None:
-    """Read a duration such as `2s`, `500ms` or `2` (seconds); None stays None.
-
-    Raises:
-        ConfigurationError: naming the option and what it got.
-    """
-    if text is None:
-        return None
-    number, unit = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise ConfigurationError(f"{name} must be a time > 0 such as 2s or 500ms, got {text!r}")
-    return value
-
-
 @contextmanager
 def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[float], None]]:
     """Give a function that shows how much of `total` is done: a bar on a terminal, elsewhere a line now and then."""
@@ -155,29 +129,10 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[flo
             bar.update(task, completed=done)
             if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
                 last_line = time.monotonic()
-                share = int(1000 * done / total) / 10  # the last steps have few rows: they are no 100 %
-                console.print(f"{what}: {share} % of all rows done", style="dim", markup=False, soft_wrap=True)
+                percent = int(1000 * done / total) / 10  # the last steps have few rows: they are no 100 %
+                console.print(f"{what}: {percent} % of all rows done", style="dim", soft_wrap=True)
 
         yield show
-
-
-def _prepared(name: str, overwrite: bool) -> Path | None:
-    if not name:
-        return None
-    out = Path(name)
-    if out.exists():
-        if not overwrite:
-            raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
-        if not out.is_dir():
-            raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
-        if any(out.iterdir()) and not (out / "settings.json").is_file():
-            raise ConfigurationError(f"{out} is not the folder of an earlier simulation, so it is not overwritten")
-        shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
-    return out
 
 
 def _write(
@@ -192,7 +147,7 @@ def _write(
     import pyarrow.parquet
 
     (out / "settings.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    rows = [_flat(item) for item in document["settings"]]
+    rows = [_flat({key: value for key, value in item.items() if key != "per_rank"}) for item in document["settings"]]
     with (out / "settings.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -205,9 +160,10 @@ def _write(
     pyarrow.parquet.write_table(pyarrow.table(columns), out / "requests.parquet")
     write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * config.num_ranks))
     names = _names([setting(item) for item in command.grid.configs(command.base)])
+    shown = {key: value for key, value in document["settings"][chosen or 0].items() if key != "per_rank"}
     write_report(
         out / "report.html",
-        {**document["settings"][chosen or 0], "workload": document["workload"], "cost": document["cost"]},
+        {**shown, "workload": document["workload"], "cost": document["cost"]},
         result.steps,
         _request_rows(columns),
         _compared(document, names) if len(names) > 1 else (),
@@ -282,13 +238,13 @@ def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[st
             "group": groups[index],
             "label": f"delay {item['max_prefill_delay_steps']}",
             "x": item["ttft_s"]["p99"],
-            "y": 100 * lost_fraction(item),
+            "y": 100 * item["lost_fraction"],
             "best": index == document["best"],
             "columns": {
                 "setting": names[index],
                 "tokens/s": f"{item['tokens_per_s']:,.0f}",
-                "lost": f"{lost_fraction(item):.1%}",
-                "without requests": f"{item['unused_fraction']:.1%}",
+                "lost": share(item["lost_fraction"]),
+                "no requests": share(item["no_requests_fraction"]),
                 **{
                     name.replace("_", " "): f"{item[name]:,}"
                     for name in ("dummy_rows", "padding_rows")

@@ -1,17 +1,20 @@
 """Tables for a terminal."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lockstep.coordination.step_log import StepLogRecord
+from lockstep.report.figures import FIGURE_WORDS, headline, share
+from lockstep.report.terminal import Terminal
 from lockstep.workload import Trace
+
+_FRACTIONS = tuple(name for name in FIGURE_WORDS if name.startswith("lost") or name.endswith("fraction"))
+_MOST_RANKS = 64
 
 
 def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path) -> None:
@@ -22,15 +25,11 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
         records: its step log.
         report: the page that was written.
     """
-    console = Console(file=sys.stdout)
+    console = Terminal()
+    filler = [name for name in ("dummy_rows", "padding_rows") if summary[name]]
     table = Table(title=f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps")
-    for heading in (
-        "rank",
-        "rows of requests",
-        "of prompts",
-        "steps with work",
-        "steps idle",
-    ):
+    headings = ("rank", "rows of requests", "of prompts", "steps with work", "steps idle")
+    for heading in (*headings, *(FIGURE_WORDS[name] for name in filler)):
         table.add_column(heading, justify="right")
     for rank in range(summary["ranks"]):
         mine = [record for record in records if record.rank == rank]
@@ -41,30 +40,36 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
             sum(record.prefill_tokens for record in mine),
             busy,
             len(mine) - busy,
+            *(sum(getattr(record, name) for record in mine) for name in filler),
         ]
         table.add_row(*(f"{cell:,}" for cell in cells))
     console.print(table)
+    console.print(headline(summary["ranks"], summary["steps"], summary["requests"], summary))
     console.print(
         f"{summary['generated_tokens']:,} tokens generated in {summary['wall_s']:.1f} s, "
-        f"{summary['tokens_per_s']:,.1f} per second\n"
-        f"uneven work: where the longest rank of each step had a row, the others had none in "
-        f"{summary['idle_fraction']:.0%} of the cases"
+        f"{summary['tokens_per_s']:,.1f} per second"
     )
     console.print(_verdict(summary))
     console.print(f"report: {report}", soft_wrap=True)
 
 
-def _verdict(summary: Mapping[str, Any]) -> str:
+def _verdict(summary: Mapping[str, Any]) -> Text:
     if summary["verified"] is None:
-        return "not compared with one process"
+        return Text("not compared with one process")
     if summary["verified"]:
         how = "the same" if summary["dtype"] == "float32" else "the same within the tolerance"
-        return f"[green]verified[/green]: all {summary['compared_tokens']:,} tokens are {how} as in one process"
-    return f"[red]NOT verified[/red]: {summary['mismatches']} of {summary['requests']} requests differ from one process"
+        told = f": all {summary['compared_tokens']:,} tokens are {how} as in one process"
+        return Text.assemble(("verified", "green"), told)
+    told = f": {summary['mismatches']} of {summary['requests']} requests differ from one process"
+    return Text.assemble(("NOT verified", "red"), told)
 
 
 def print_settings(
-    settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None], cost: str
+    settings: Sequence[Mapping[str, Any]],
+    best: int | None,
+    limits: Mapping[str, float | None],
+    cost: str,
+    best_rule: str,
 ) -> None:
     """Print simulated settings, a line each, on stdout, and name the best.
 
@@ -73,6 +78,7 @@ def print_settings(
         best: index of the best setting within the limits; None where none keeps to them.
         limits: what the user asked for, by name; None for no limit.
         cost: where the cost constants come from.
+        best_rule: by which the best was chosen.
     """
     names = {
         "data_parallel_size": "ranks",
@@ -84,7 +90,7 @@ def print_settings(
     }
     shown = [name for name in names if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
-    headings = [names[name] for name in shown] + ["tok/s", "lost", "unused"]
+    headings = [names[name] for name in shown] + ["tok/s", "lost", "no requests"]
     headings += [name.replace("_", " ") for name in counted]
     count = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
     title = f"{settings[0]['requests']:,} requests, {count}; times in ms, half/99 % within"
@@ -95,8 +101,8 @@ def print_settings(
         cells = [str(item[name]) for name in shown]
         cells += [
             f"{item['tokens_per_s']:,.0f}",
-            f"{item['imbalance_fraction'] + item['lost']['padding']:.1%}",
-            f"{item['unused_fraction']:.1%}",
+            share(item["lost_fraction"]),
+            share(item["no_requests_fraction"]),
             *(f"{item[name]:,}" for name in counted),
         ]
         for name in ("ttft_s", "tpot_s"):
@@ -104,10 +110,17 @@ def print_settings(
             cells.append(f"{p50:,.0f}/{p99:,.0f}" if p99 >= 10 else f"{p50:.1f}/{p99:.1f}")
         cells.append(f"{1e3 * item['queue_s']['mean']:,.0f}")
         table.add_row(*cells, style="bold green" if index == best else None)
-    console = Console(file=sys.stdout)
+    console = Terminal()
     console.print(table)
+    shown_setting = settings[best or 0]
+    if shown_setting["ranks"] > 1:
+        _print_ranks(console, shown_setting["per_rank"])
     console.print(
-        "lost: ranks waited for others, or computed dummy and padding rows; unused: ranks had no request; "
+        headline(shown_setting["ranks"], shown_setting["steps"], shown_setting["requests"], shown_setting)
+        + (" (the best setting)" if best is not None and len(settings) > 1 else "")
+    )
+    console.print(
+        "lost: ranks waited for others, computed dummy and padding rows, or agreed; no requests: ranks had none; "
         "TTFT: time to the first token; TPOT: time per further token; queue: mean wait before the first step"
     )
     console.print(f"cost: {cost}")
@@ -121,10 +134,29 @@ def print_settings(
         f"{name.removesuffix('_s')} <= {limit:g} s" for name, limit in limits.items() if limit is not None
     )
     if best is None:
-        console.print(f"[red]no setting keeps to {asked}[/red]")
+        console.print(f"no setting keeps to {asked}", style="red")
     elif len(settings) > 1:
         values = ", ".join(f"{names[name]} {settings[best][name]}" for name in shown)
-        console.print(f"[green]best[/green]{' with ' + asked if asked else ''}: {values}")
+        console.print(Text.assemble(("best", "green"), f"{' with ' + asked if asked else ''}: {values}"))
+        console.print(f"rule: {best_rule}")
+
+
+def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+    words = {
+        "requests": "requests",
+        "real_rows": FIGURE_WORDS["real_rows"],
+        "prefill_tokens": FIGURE_WORDS["prefill_tokens"],
+        "new_tokens": "new tokens",
+    }
+    for heading in ("rank", *words.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
+    num_ranks = len(per_rank["requests"])
+    for rank in range(min(num_ranks, _MOST_RANKS)):
+        table.add_row(str(rank), *(f"{per_rank[name][rank]:,}" for name in words))
+    console.print(table)
+    if num_ranks > _MOST_RANKS:
+        console.print(f"{num_ranks - _MOST_RANKS:,} more ranks not shown; --json shows all")
 
 
 def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
@@ -147,32 +179,9 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
         f"{result['median_step_error']:.1%}",
         f"{result['p90_step_error']:.1%}",
     )
-    console = Console(file=sys.stdout)
+    console = Terminal()
     console.print(table)
     console.print(f"cost: {source}")
-
-
-_SHARES = {
-    "lost_fraction": "time lost to uneven work",
-    "lost_other_prompts": "  while another rank ran a prompt",
-    "lost_uneven_generation": "  while one had more that generate",
-    "lost_padding": "  to dummy and padding rows",
-    "lost_agreement": "  to the agreement",
-    "lost_no_requests": "time without requests",
-}
-_FIGURES = {
-    "duration_s": "duration (s)",
-    "real_rows": "rows of requests",
-    "prefill_tokens": "prompt tokens",
-    "decode_tokens": "tokens that generate",
-    "dummy_rows": "dummy rows",
-    "padding_rows": "padding rows",
-    "ttft_s_p50": "first token: half within (s)",
-    "ttft_s_p99": "first token: 99 % within (s)",
-    "tpot_s_p50": "per further token: half within (s)",
-    "tpot_s_p99": "per further token: 99 % within (s)",
-    **_SHARES,
-}
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:
@@ -186,9 +195,9 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     for name in a:
         if name == "folder" or name not in b:
             continue
-        shares = name in _SHARES
+        shares = name in _FRACTIONS
         if shares:
-            cells = [f"{run[name]:.1%}" for run in (a, b)]
+            cells = [share(run[name]) for run in (a, b)]
         else:
             cells = [f"{run[name]:,.4g}" if isinstance(run[name], float) else f"{run[name]:,}" for run in (a, b)]
         change = ""
@@ -196,8 +205,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
             change = f"{100 * (b[name] - a[name]):+.1f} points"
         elif a[name]:
             change = f"{b[name] / a[name] - 1:+.1%}"
-        table.add_row(_FIGURES.get(name, name), *cells, change)
-    console = Console(file=sys.stdout)
+        table.add_row(FIGURE_WORDS.get(name, name), *cells, change)
+    console = Terminal()
     console.print(table)
     step = comparison["first_different_step"]
     if a["ranks"] != b["ranks"]:
@@ -217,8 +226,8 @@ def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
         trace: the workload.
         description: see `describe`.
     """
-    console = Console(file=sys.stdout)
-    table = Table(title=escape(f"{trace.source} ({trace.format})"))
+    console = Terminal()
+    table = Table(title=f"{trace.source} ({trace.format})")
     for heading in ("", "total", "mean", "p50", "p90", "p99", "max"):
         table.add_column(heading, justify="right" if heading else "left")
     for name in ("prompt_tokens", "output_tokens"):
@@ -230,7 +239,7 @@ def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
         f"burstiness {description['burstiness']:g} (1 is a Poisson process)"
     )
     if trace.left_out:
-        console.print(trace.left_out, style="red", markup=False, soft_wrap=True)
+        console.print(trace.left_out, style="red", soft_wrap=True)
     options = ",".join(f"{name}={value}" for name, value in description["synthetic"].items())
     console.print("a synthetic workload that resembles it:", style="dim")
     console.print(f"--workload synthetic --synthetic {options}", soft_wrap=True)

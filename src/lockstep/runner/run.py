@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from lockstep.models.huggingface import from_pretrained
 from lockstep.models.packed import PackedEngine
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.runner.launcher import RESTARTS_VARIABLE
+from lockstep.runner.options import PARTS, RunOptions
 from lockstep.workload import (
     Request,
-    SchedulerConfig,
     SchedulerState,
     StepPlan,
-    WorkloadOptions,
     WorkloadScheduler,
     load_trace,
     random_prompt_ids,
@@ -36,52 +35,7 @@ from lockstep.workload import (
 
 logger = logging.getLogger(__name__)
 
-PARTS = "parts"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run is; the same on every rank.
-
-    Attributes:
-        model: a checkpoint's folder or Hub id.
-        workload: a trace's path, or `synthetic`.
-        out: folder for what the run writes; exists.
-        data_parallel_size: ranks with requests of their own, >= 1.
-        tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
-        max_chunk_size: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts.
-        dtype: of the weights.
-        device: `cpu`, `cuda`, or None for a GPU where there is one.
-        seed: of made-up prompts and workloads.
-        workload_options: scaling and limits of the workload.
-        scheduler: how requests become steps.
-        deadline_s: longest wait for any rank, in seconds.
-        keep_logits: write each chosen token's logit, for a comparison in a dtype that rounds.
-        metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
-    """
-
-    model: str
-    workload: str
-    out: str
-    data_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    max_chunk_size: int | None = None
-    dispatcher: str = "allgather"
-    dtype: str = "float32"
-    device: str | None = None
-    seed: int = 0
-    workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    deadline_s: float = 30.0
-    keep_logits: bool = False
-    metrics_port: int | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.data_parallel_size * self.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +89,56 @@ def prompt_ids(request: Request, tokenizer: Any, vocab_size: int, seed: int) -> 
     return ids[: request.num_prompt_tokens]
 
 
-def check_lengths(requests: Iterable[Request], config: Any) -> None:
-    """Raise where a request is longer than the model's context.
+def load_tokenizer(model: str) -> Any:
+    """Return a checkpoint's tokenizer.
 
     Raises:
-        ConfigurationError: naming the request, its length and the limit.
+        ConfigurationError: the checkpoint has none, or one that cannot be read.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        usable = len(tokenizer("a")["input_ids"]) > 0  # without its files, Transformers makes one that knows no letter
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigurationError(
+            f"the checkpoint {model} has no tokenizer that Transformers can read: {first}"
+        ) from None
+    if not usable:
+        raise ConfigurationError(f"the checkpoint {model} has no tokenizer: tokenizer.json and the like are missing")
+    return tokenizer
+
+
+def check_requests(requests: Iterable[Request], model: str, config: Any, tokenizer: Any, seed: int) -> None:
+    """Raise where a request does not fit the model: longer than its context, or with tokens that it has no row for.
+
+    Args:
+        requests: the workload.
+        model: the checkpoint, for the message.
+        config: of the model.
+        tokenizer: of the model.
+        seed: of made-up prompts.
+
+    Raises:
+        ConfigurationError: naming the request, what it has and the limit.
+    """
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
     for request in requests:
         if limit is not None and request.num_kv_tokens > limit:
             raise ConfigurationError(
                 f"request {request.request_id} has {request.num_prompt_tokens} prompt tokens and "
                 f"{request.max_new_tokens} new ones, more than the model's context of {limit}: "
                 "scale or cut the lengths with --length-scale or --max-prompt-tokens"
+            )
+        if request.prompt is None:
+            continue  # made up of ids that the model has
+        largest = max(prompt_ids(request, tokenizer, text_config.vocab_size, seed), default=0)
+        if largest >= text_config.vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer of {model} is wider than its embedding: the prompt of request {request.request_id} has "
+                f"token id {largest}, and the model's vocab_size is {text_config.vocab_size}"
             )
 
 
@@ -189,8 +180,6 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
         ConfigurationError: options that cannot work, on every rank.
         LockstepError: see `ModelParallel` and `Coordinator`.
     """
-    from transformers import AutoTokenizer
-
     model = from_pretrained(
         options.model,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -200,9 +189,9 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
         dtype=DTYPES[options.dtype],
         device=options.device,
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
-    check_lengths(requests, model.config)
+    check_requests(requests, options.model, model.config, tokenizer, options.seed)
     parallel = parallel_of(model)
     if parallel is not None:
         parallel.open()

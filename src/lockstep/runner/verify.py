@@ -11,7 +11,8 @@ import torch
 from lockstep.errors import ConfigurationError
 from lockstep.models.loading import load_pretrained
 from lockstep.models.packed import PackedEngine, top2_gap
-from lockstep.runner.run import DTYPES, RunOptions, load_requests, prompt_ids
+from lockstep.runner.options import RunOptions
+from lockstep.runner.run import DTYPES, load_requests, load_tokenizer, prompt_ids
 from lockstep.workload import Request, SchedulerConfig, WorkloadScheduler
 
 LOGIT_TOLERANCE = {"bfloat16": 0.15, "float16": 0.05}
@@ -56,9 +57,7 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     Raises:
         ConfigurationError: `outputs.jsonl` is not there or is damaged.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
     outputs = _read_outputs(Path(options.out, "outputs.jsonl"))
     if not outputs or not requests:

@@ -18,7 +18,7 @@ from lockstep.coordination.step_log import StepColumns
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.recorder import StepRecorder, filler_rows
-from lockstep.simulation.step_table import StepTable
+from lockstep.simulation.step_table import StepTable, loss_figures
 from lockstep.workload.policies import LoadBalancer
 from lockstep.workload.request import Request
 from lockstep.workload.scheduler import RankScheduler, SchedulerConfig, StepPlan
@@ -118,8 +118,8 @@ def simulate(
 
     Returns:
         The result. Its `summary` has `requests, ranks, steps, rank_steps, duration_s, real_tokens, tokens_per_s` (rows
-        of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, imbalance_fraction` (time lost while
-        another rank had more to do), `unused_fraction` (time of ranks without a request), `lost` (all causes),
+        of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, lost_fraction, no_requests_fraction,
+        lost` (see `loss_figures`), `per_rank` (`requests, real_rows, prefill_tokens, new_tokens`, each `[ranks]`),
         `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
         because the KV cache was full), `buffer_limited_steps` (steps in more chunks than asked for, because larger ones
         do not fit into the exchange buffers) and `held_rank_steps`.
@@ -366,9 +366,8 @@ class _Simulation:
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
             "dummy_rows": recorder.totals["dummy_rows"],
             "padding_rows": recorder.totals["padding_rows"],
-            "imbalance_fraction": lost["other_prompts"] + lost["uneven_generation"],
-            "unused_fraction": lost["no_requests"],
-            "lost": lost,
+            **loss_figures(lost),
+            "per_rank": self._per_rank(),
             "ttft_s": _percentiles(ttft_s),
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
@@ -377,6 +376,19 @@ class _Simulation:
             "held_rank_steps": recorder.totals["held"],
         }
         return SimulationResult(summary, recorder.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
+
+    def _per_rank(self) -> dict[str, list[int]]:
+        """What each rank got: every row of a request is computed on the rank that it was given to."""
+        counts = {
+            "requests": [1] * len(self.requests),
+            "real_rows": [request.num_computed_tokens for request in self.requests],
+            "prefill_tokens": [request.num_prompt_tokens for request in self.requests],
+            "new_tokens": [request.max_new_tokens for request in self.requests],
+        }
+        found = {name: np.zeros(self.config.num_ranks, np.int64) for name in counts}
+        for name, values in counts.items():
+            np.add.at(found[name], np.array(self.rank_of, np.int64), np.array(values, np.int64))
+        return {name: values.tolist() for name, values in found.items()}
 
 
 _NONE: set[int] = set()

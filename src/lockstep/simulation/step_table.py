@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,21 @@ from lockstep.errors import ConfigurationError
 CAUSES = ("other_prompts", "uneven_generation", "no_requests", "padding", "agreement")
 """Why time is lost: the rank waits while another runs prompts; while another generates for more requests; it has no
 request at all; it computes dummy and padding rows; all ranks agree on the step."""
+
+
+def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
+    """Return what uneven work costs, under the names by which terminal, report and JSON show it.
+
+    Args:
+        lost: what `StepTable.lost_by_cause` returns.
+
+    Returns:
+        `lost_fraction`: the share of all ranks' time lost to uneven work, every cause but `no_requests` added up;
+        `no_requests_fraction`: the share in which ranks had no request; `lost`: all causes.
+    """
+    uneven = sum(share for cause, share in lost.items() if cause != "no_requests")
+    return {"lost_fraction": uneven, "no_requests_fraction": lost["no_requests"], "lost": dict(lost)}
+
 
 _ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 

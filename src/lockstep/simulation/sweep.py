@@ -16,6 +16,11 @@ from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.workload.request import Request
 
 _PROGRESS_EVERY_S = 0.5
+BEST_RULE = (
+    "the highest throughput within the limits; among settings within 1 % of it, the least time lost to uneven work, "
+    "then the lowest mean time per token"
+)
+"""By which `best` chooses."""
 
 SETTING_NAMES = (
     "data_parallel_size",
@@ -141,8 +146,8 @@ def best(
     """Return the index of the best setting within the limits, or None where none keeps to them.
 
     Best is the highest throughput. Workloads that arrive at their own rate end at nearly the same time whatever the
-    setting; throughputs within 1 % of the highest count as equal, and of these the best loses the least time, idle and
-    wasted together, then has the lower time per token.
+    setting; throughputs within 1 % of the highest count as equal, and of these the best loses the least time to uneven
+    work, then has the lower time per token: `BEST_RULE` in words.
     """
     limits = (("ttft_s", ttft_p99_s), ("tpot_s", tpot_p99_s), ("queue_s", queue_p99_s))
     allowed = [
@@ -154,12 +159,9 @@ def best(
         return None
     top = max(summaries[index]["tokens_per_s"] for index in allowed)
     equal = [index for index in allowed if summaries[index]["tokens_per_s"] >= 0.99 * top]
-    return min(equal, key=lambda index: (round(lost_fraction(summaries[index]), 3), summaries[index]["tpot_s"]["mean"]))
-
-
-def lost_fraction(summary: dict[str, Any]) -> float:
-    """Return the share of the ranks' time that uneven work costs: imbalance, and dummy and padding rows."""
-    return float(summary["imbalance_fraction"] + summary["lost"]["padding"])
+    return min(
+        equal, key=lambda index: (round(summaries[index]["lost_fraction"], 3), summaries[index]["tpot_s"]["mean"])
+    )
 
 
 _workload: list[Request] = []

@@ -1,0 +1,99 @@
+"""What an option of the command line may hold, checked while the line is read: before anything large is imported.
+
+Each function here makes a parser for `typer.Option(parser=...)`. A parser raises `typer.BadParameter`, and Typer adds
+the name of the option that was typed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+
+def whole(low: int, high: int | None = None) -> Callable[[Any], int]:
+    """Make a parser of an integer in `low..high`; without `high`, of one >= `low`."""
+
+    def parse(text: Any) -> int:
+        try:
+            number = int(text)
+        except ValueError:  # also more than 4,300 digits
+            raise typer.BadParameter(f"must be an integer{_range(low, high)}, got {_short(text)}") from None
+        if number < low or (high is not None and number > high):
+            raise typer.BadParameter(f"must be{_range(low, high)}, got {_short(text)}")
+        return number
+
+    return parse
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], float]:
+    """Make a parser of a finite number in `low..high`; with `above`, of one above `low`."""
+
+    def parse(text: Any) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (low <= number <= high) or math.isinf(number) or (above and number == low):
+            wanted = f" > {low:g}" if above else f" >= {low:g}" if math.isinf(high) else f" in {low:g}..{high:g}"
+            raise typer.BadParameter(f"must be a number{wanted}, got {_short(text)}")
+        return number
+
+    return parse
+
+
+def several(parse_one: Callable[[str], Any], none: str = "") -> Callable[[Any], list[Any]]:
+    """Make a parser of values with commas between them, each once; the word `none` among them is None."""
+
+    def parse(text: Any) -> list[Any]:
+        if isinstance(text, list):  # already parsed: a default
+            return text
+        values = [None if none and part.strip() == none else parse_one(part.strip()) for part in str(text).split(",")]
+        return list(dict.fromkeys(values))
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[Any], str]:
+    """Make a parser of one of some names."""
+
+    def parse(text: Any) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"must be one of {', '.join(names)}, got {_short(text)}")
+        return str(text)
+
+    return parse
+
+
+def seconds(text: Any) -> float:
+    """Read a duration such as `2s`, `500ms` or `2` (seconds), > 0."""
+    if isinstance(text, float):
+        return text
+    number, unit = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"must be a time > 0 such as 2s or 500ms, got {_short(text)}")
+    return value
+
+
+def device(text: Any) -> str:
+    """Read `cpu`, `cuda` or `cuda:1`."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", str(text), re.ASCII):
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, got {_short(text)}")
+    return str(text)
+
+
+def _range(low: int, high: int | None) -> str:
+    return f" >= {low}" if high is None else f" in {low}..{high}"
+
+
+def _short(text: Any) -> str:
+    shown = str(text)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return shown if re.fullmatch(r"[-+.\w]*\d[-+.\w]*", shown, re.ASCII) else repr(shown)

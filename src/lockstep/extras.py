@@ -1,0 +1,33 @@
+"""Packages that only some of us have: which extra brings each, and one sentence where it is missing."""
+
+import importlib.util
+import sys
+
+_EXTRA_OF = {
+    "typer": "cli",
+    "rich": "cli",
+    "numpy": "models",
+    "transformers": "models",
+    "tokenizers": "models",
+    "safetensors": "models",
+    "pyarrow": "report",
+    "plotly": "report",
+    "prometheus_client": "metrics",
+}
+
+
+def require(*packages: str) -> None:
+    """End with status 2 and the command to type where packages of an extra are missing.
+
+    Args:
+        *packages: names as they are imported.
+    """
+    missing = [name for name in packages if name not in sys.modules and importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(_EXTRA_OF[name] for name in missing))
+        verb = "is" if len(missing) == 1 else "are"
+        sys.stderr.write(
+            f"lockstep: error: {', '.join(missing)} {verb} not installed, which this command needs: "
+            f"pip install 'lockstep-moe[{extras}]'\n"
+        )
+        sys.exit(2)
