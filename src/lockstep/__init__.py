@@ -23,6 +23,7 @@ _PUBLIC = {
     "parallelize": "lockstep.models.huggingface",
     "join": "lockstep.models.huggingface",
     "fuse_norms": "lockstep.models.norms",
+    "SamplingParams": "lockstep.engine.sampling_params",
     "LockstepError": "lockstep.errors",
     "ConfigurationError": "lockstep.errors",
     "TokenCountError": "lockstep.errors",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lockstep.coordination.step import StepDecision as StepDecision
     from lockstep.coordination.step import StepRecord as StepRecord
     from lockstep.coordination.step import decide as decide
+    from lockstep.engine.sampling_params import SamplingParams as SamplingParams
     from lockstep.errors import ConfigurationError as ConfigurationError
     from lockstep.errors import LockstepError as LockstepError
     from lockstep.errors import PeerFailedError as PeerFailedError

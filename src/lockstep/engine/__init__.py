@@ -1,0 +1,1 @@
+"""Requests to tokens: what one rank needs to decode at full speed."""

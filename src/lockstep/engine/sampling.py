@@ -1,0 +1,508 @@
+"""Draw the next token of every request of a step, on the device, without a word from it to the host.
+
+A token depends on its request's logits, parameters, seed and position only. Three rules give this:
+
+* The random number is a hash of seed and position: no state, so that a preempted request draws the same tokens again.
+* Each row takes a path that its own parameters choose. Rows of one path run together.
+* Probabilities are integers from the exponential on. Their sums have no rounding, so that neither the number of rows
+  nor the device's order of addition can move a border between two tokens.
+
+What the paths cost, in passes over the logits of the rows that take them:
+
+| row | work |
+|---|---|
+| greedy | one read |
+| `1 <= top_k <= 64`, with `top_p` and `min_p` | one read for the maxima of blocks of 128, then `top_k` blocks |
+| no `top_k`, no `top_p` | about eight elementwise passes |
+| `top_k > 64`, or `top_p` alone | a stable sort of the vocabulary, the only path that sorts |
+| penalties, `min_tokens` | a float32 copy and five more passes |
+| log probabilities | two reads |
+
+Rows that read the whole vocabulary several times go in chunks of 2**24 logits, which bounds their memory to about
+0.3 GB, with a sort 0.6 GB, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lockstep.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from lockstep.errors import ConfigurationError
+
+__all__ = ["Sampled", "Sampler", "SamplingParams", "seed_key", "uniforms"]
+
+_BLOCK = 128  # tokens per block: of the first stage of top-k, and of the running sum of the unfiltered path
+_MAX_SMALL_TOP_K = 64
+_CHUNK_LOGITS = 2**24
+_MASK64 = 2**64 - 1
+# SplitMix64 (Steele, Lea and Flood, 2014): a counter times an odd constant, then two rounds of xor-shift and multiply.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_TEMPERATURE, _TOP_P, _MIN_P, _PRESENCE, _FREQUENCY, _REPETITION = range(6)
+_KEY, _TOP_K, _FREE_FROM = range(3)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The tokens of one step, still on the device.
+
+    Attributes:
+        tokens: `[rows]` int64; 0 in padding rows.
+        logprobs: `[rows]` float32, of the drawn tokens, before penalties, temperature and filters; NaN in rows that did
+            not ask. None if no row asked.
+        top_ids: `[rows, 5]` int64, most likely first, all five whatever number a row asked for; -1 in rows without
+            `logprobs` and beyond the vocabulary. None if no row asked for more than the drawn token.
+        top_logprobs: `[rows, 5]` float32, of `top_ids`; NaN where there is none.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a row needs. Rows of one kind run together."""
+
+    path: Literal["greedy", "small_top_k", "sorted", "unfiltered"]
+    penalties: bool
+    min_tokens: bool
+
+
+class Sampler:
+    """Draws tokens for one rank. Parameters live on the device, one row per slot.
+
+    All work is issued on the current stream and nothing waits for it: call `set` and `sample` on one stream. The token
+    counts that penalties need (5 bytes per slot and token of the vocabulary) are allocated with the first request that
+    asks for penalties.
+
+    Args:
+        max_num_seqs: number of slots, >= 1.
+        vocab_size: logits per row, >= 1.
+        device: where the logits are.
+        eos_token_ids: tokens that `min_tokens` holds back besides the request's own.
+
+    Raises:
+        ConfigurationError: for sizes below 1.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device | str, *, eos_token_ids: Sequence[int] = ()
+    ) -> None:
+        if max_num_seqs < 1 or vocab_size < 1:
+            raise ConfigurationError(f"max_num_seqs and vocab_size must be >= 1, got {max_num_seqs} and {vocab_size}")
+        self.max_num_seqs = max_num_seqs
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        # An end-of-sequence token beyond the logits can never be drawn: nothing to hold back.
+        self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self._params: list[SamplingParams | None] = [None] * max_num_seqs
+        self._kinds: list[_Kind | None] = [None] * max_num_seqs
+        self._floats = torch.zeros(max_num_seqs, 6, dtype=torch.float64, device=self.device)
+        self._ints = torch.zeros(max_num_seqs, 3, dtype=torch.int64, device=self.device)
+        self._stop_ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=self.device)
+        self._counts: Tensor | None = None  # [max_num_seqs, vocab_size] int32, occurrences in the output
+        self._in_prompt: Tensor | None = None  # [max_num_seqs, vocab_size] bool
+        # Weights below 2**-scale of the largest are lost; a sum of vocab_size weights stays exact in float64.
+        self._scale = float(2 ** (52 - vocab_size.bit_length()))
+
+    def set(
+        self,
+        slot: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_token_ids: Sequence[int],
+        generated_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Give a slot to a request.
+
+        Args:
+            slot: in `0..max_num_seqs - 1`.
+            params: the request's parameters; their `seed` is ignored.
+            seed: any integer; 64 bits of it count.
+            prompt_token_ids: the request's prompt. Its length places `min_tokens`.
+            generated_token_ids: what it generated before it was preempted.
+
+        Raises:
+            ConfigurationError: for a slot, a stop token or, where penalties count them, a token out of range. The slot
+                keeps its request then.
+        """
+        if not 0 <= slot < self.max_num_seqs:
+            raise ConfigurationError(f"slot must be in 0..{self.max_num_seqs - 1}, got {slot}")
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        if params.has_penalties:
+            self._check_ids("prompt_token_ids", prompt_token_ids)
+            self._check_ids("generated_token_ids", generated_token_ids)
+            self._count(slot, prompt_token_ids, generated_token_ids)
+        stop_ids = self._eos_token_ids + tuple(params.stop_token_ids)
+        holds_back = params.min_tokens > 0 and bool(stop_ids)
+        if holds_back:
+            self._set_stop_ids(slot, stop_ids)
+        free_from = len(prompt_token_ids) + params.min_tokens if holds_back else 0
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        floats = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        self._floats[slot].copy_(self._upload(floats, torch.float64))
+        self._ints[slot].copy_(self._upload((seed_key(seed), top_k, free_from), torch.int64))
+        self._params[slot] = params
+        self._kinds[slot] = _Kind(self._path(params), params.has_penalties, holds_back)
+
+    def clear(self, slot: int) -> None:
+        """Take a slot from its request. Steps already issued are not touched."""
+        self._params[slot] = self._kinds[slot] = None
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: Sequence[int]) -> Sampled:
+        """Draw one token per row. Reads nothing back and does not change `logits`.
+
+        Args:
+            logits: `[rows, vocab_size]`, any float type.
+            slots: `[rows]` integers on the device, the slot of each row; -1 for padding. A slot has at most one row.
+            positions: `[rows]` integers on the device, the position of the token to draw: the first after a prompt of
+                5 tokens has position 5.
+            host_slots: the same slots on the host.
+
+        Returns:
+            Tokens and log probabilities, on the device.
+
+        Raises:
+            ConfigurationError: for shapes that do not fit, or a slot that is out of range, without a request or there
+                twice.
+        """
+        num_rows = len(host_slots)
+        if logits.shape != (num_rows, self.vocab_size) or slots.shape != (num_rows,) or positions.shape != (num_rows,):
+            raise ConfigurationError(
+                f"expected logits [{num_rows}, {self.vocab_size}], slots and positions [{num_rows}], got "
+                f"{list(logits.shape)}, {list(slots.shape)} and {list(positions.shape)}"
+            )
+        groups = self._groups(host_slots)
+        tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        for kind, rows in groups.items():
+            for chunk in self._chunks(rows, whole=kind == _GREEDY):
+                index = self._index(chunk)
+                chosen = self._sample_group(kind, index(logits), index(slots), index(positions), chunk, host_slots)
+                if len(chunk) == num_rows:
+                    tokens = chosen
+                else:
+                    index.put(tokens, chosen)
+        return self._with_logprobs(logits, tokens, host_slots)
+
+    def _groups(self, host_slots: Sequence[int]) -> dict[_Kind, list[int]]:
+        groups: dict[_Kind, list[int]] = {}
+        used = set()
+        for row, slot in enumerate(host_slots):
+            if slot < 0:
+                continue
+            kind = self._kinds[slot] if slot < self.max_num_seqs else None
+            if kind is None or slot in used:
+                problem = "stands in two rows" if slot in used else "has no request"
+                raise ConfigurationError(f"slot {slot} of row {row} {problem} (slots: 0..{self.max_num_seqs - 1})")
+            used.add(slot)
+            groups.setdefault(kind, []).append(row)
+        return groups
+
+    def _sample_group(
+        self,
+        kind: _Kind,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        rows: Sequence[int],
+        host_slots: Sequence[int],
+    ) -> Tensor:
+        """Return the tokens of rows of one kind: `[rows, vocab_size]` to `[rows]`."""
+        if kind == _GREEDY:
+            return logits.argmax(-1)
+        floats, ints = self._floats.index_select(0, slots), self._ints.index_select(0, slots)
+        if kind.penalties or kind.min_tokens:
+            logits = logits.float()
+        if kind.min_tokens:
+            logits = self._hold_back_stops(logits, slots, positions < ints[:, _FREE_FROM])
+        if kind.penalties:
+            logits = self._penalise(logits, slots, floats)
+        if kind.path == "greedy":
+            tokens = logits.argmax(-1)
+        else:
+            draws = uniforms(ints[:, _KEY], positions)
+            params = [params for row in rows if (params := self._params[host_slots[row]]) is not None]
+            tokens = self._draw(kind.path, logits, draws, floats, ints, params)
+        if kind.penalties:
+            assert self._counts is not None
+            where = (slots.long(), tokens)
+            self._counts[where] = self._counts[where] + 1
+        return tokens
+
+    def _draw(
+        self, path: str, logits: Tensor, draws: Tensor, floats: Tensor, ints: Tensor, params: list[SamplingParams]
+    ) -> Tensor:
+        min_p = floats[:, _MIN_P, None].float() if any(entry.min_p > 0 for entry in params) else None
+        temperature = floats[:, _TEMPERATURE, None].float()
+        if path == "unfiltered":
+            values = logits.float()
+            weights = self._weights(values, values.amax(-1, keepdim=True), temperature, min_p)
+            return _draw_from_blocks(weights, draws, self._scale)
+        if path == "small_top_k":
+            # More candidates than a row keeps change nothing for it: its running sum is cut at its own top_k.
+            ids = top_ids(logits, min(max(entry.top_k for entry in params), self.vocab_size))
+            values = logits.gather(1, ids).float()
+        else:
+            values, ids = logits.float().sort(descending=True, stable=True)
+        weights = self._weights(values, values[:, :1], temperature, min_p)
+        rank = _draw_from_sorted(weights.mul_(self._scale).long(), draws, floats[:, _TOP_P], ints[:, _TOP_K])
+        return ids.gather(1, rank[:, None]).squeeze(1)
+
+    @staticmethod
+    def _weights(values: Tensor, largest: Tensor, temperature: Tensor, min_p: Tensor | None) -> Tensor:
+        """Return probabilities relative to the largest one's, `[rows, tokens]` float32 in 0..1."""
+        weights = (values - largest).div_(temperature).exp_()
+        return weights if min_p is None else weights.masked_fill_(weights < min_p, 0)
+
+    def _penalise(self, logits: Tensor, slots: Tensor, floats: Tensor) -> Tensor:
+        assert self._counts is not None and self._in_prompt is not None
+        counts = self._counts.index_select(0, slots)
+        generated = counts > 0
+        seen = self._in_prompt.index_select(0, slots).logical_or_(generated)
+        presence, frequency, repetition = (
+            floats[:, column, None].float() for column in (_PRESENCE, _FREQUENCY, _REPETITION)
+        )
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(seen, repeated, logits)
+        return logits.sub_(counts * frequency).sub_(generated * presence)
+
+    def _hold_back_stops(self, logits: Tensor, slots: Tensor, held: Tensor) -> Tensor:
+        ids = self._stop_ids.index_select(0, slots)
+        # Rows that are past their min_tokens write back what they have; so do ids that fill up a shorter list.
+        return logits.scatter(1, ids, logits.gather(1, ids).masked_fill_(held[:, None], -torch.inf))
+
+    def _with_logprobs(self, logits: Tensor, tokens: Tensor, host_slots: Sequence[int]) -> Sampled:
+        asked = {
+            row: params.logprobs
+            for row, slot in enumerate(host_slots)
+            if slot >= 0 and (params := self._params[slot]) is not None and params.logprobs is not None
+        }
+        if not asked:
+            return Sampled(tokens)
+        num_rows, num_top = len(host_slots), min(MAX_LOGPROBS, self.vocab_size)
+        logprobs = torch.full((num_rows,), torch.nan, device=self.device)
+        top = ids = None
+        if any(asked.values()):
+            ids = torch.full((num_rows, MAX_LOGPROBS), -1, dtype=torch.int64, device=self.device)
+            top = torch.full((num_rows, MAX_LOGPROBS), torch.nan, device=self.device)
+        for chunk in self._chunks(list(asked), whole=False):
+            index = self._index(chunk)
+            values = index(logits).float()
+            total = values.logsumexp(-1, keepdim=True)
+            index.put(logprobs, (values.gather(1, index(tokens)[:, None]) - total).squeeze(1))
+            if ids is not None and top is not None:
+                chunk_ids = top_ids(values, num_top)
+                index.put(ids[:, :num_top], chunk_ids)
+                index.put(top[:, :num_top], values.gather(1, chunk_ids) - total)
+        return Sampled(tokens, logprobs, ids, top)
+
+    def _path(self, params: SamplingParams) -> Literal["greedy", "small_top_k", "sorted", "unfiltered"]:
+        if params.is_greedy:
+            return "greedy"
+        if 0 < params.top_k <= _MAX_SMALL_TOP_K:
+            return "small_top_k"
+        return "sorted" if 0 < params.top_k < self.vocab_size or params.top_p < 1 else "unfiltered"
+
+    def _count(self, slot: int, prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> None:
+        shape = (self.max_num_seqs, self.vocab_size)
+        if self._counts is None or self._in_prompt is None:
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        in_prompt, counts = self._in_prompt[slot].zero_(), self._counts[slot].zero_()
+        in_prompt.index_fill_(0, self._upload(prompt_token_ids, torch.int64), True)
+        ids, repeats = torch.tensor(generated_token_ids, dtype=torch.int64).unique(return_counts=True)
+        counts.index_copy_(0, self._upload(ids, torch.int64), self._upload(repeats, torch.int32))
+
+    def _set_stop_ids(self, slot: int, ids: Sequence[int]) -> None:
+        width = self._stop_ids.shape[1]
+        if len(ids) > width:
+            # The first column fills up the new ones: an id that is there twice does no harm.
+            more = self._stop_ids[:, :1].expand(-1, len(ids) - width)
+            self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
+            width = len(ids)
+        self._stop_ids[slot].copy_(self._upload([*ids, *[ids[0]] * (width - len(ids))], torch.int64))
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise ConfigurationError(f"{name} must be in 0..{self.vocab_size - 1}, got {wrong}")
+
+    def _upload(self, values: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor:
+        tensor = torch.as_tensor(values, dtype=dtype)
+        if self.device.type == "cpu":
+            return tensor
+        # From pinned memory, which the allocator keeps until the copy is done: the host does not wait for the stream.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _chunks(self, rows: list[int], *, whole: bool) -> list[list[int]]:
+        size = len(rows) if whole else max(1, _CHUNK_LOGITS // self.vocab_size)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _index(self, rows: list[int]) -> _Rows:
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        return _Rows(slice(rows[0], rows[-1] + 1) if contiguous else self._upload(rows, torch.int64), len(rows))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor: a slice where they are neighbours, so that nothing is copied; else their numbers."""
+
+    rows: slice | Tensor
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor[self.rows] if isinstance(self.rows, slice) else tensor.index_select(0, self.rows)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write `values` into these rows of `tensor`."""
+        if isinstance(self.rows, slice):
+            tensor[self.rows] = values
+        else:
+            tensor.index_copy_(0, self.rows, values)
+
+
+_GREEDY = _Kind("greedy", penalties=False, min_tokens=False)
+
+
+def seed_key(seed: int) -> int:
+    """Return the start of a seed's random numbers: a signed 64-bit integer, well mixed, so that near seeds are apart.
+
+    Args:
+        seed: any integer; its lowest 64 bits count.
+
+    Example:
+        >>> seed_key(0) != seed_key(1)
+        True
+    """
+    return int(_mix(torch.tensor(_signed((seed + _GOLDEN) & _MASK64))).item())
+
+
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return the random number of each row, a hash of its key and position: the same bits on every device.
+
+    Args:
+        keys: `[rows]` int64, from `seed_key`.
+        positions: `[rows]` integers, >= 0.
+
+    Returns:
+        `[rows]` float64 in `[0, 1)`, multiples of 2**-53.
+    """
+    state = (positions.long() + 1) * _signed(_GOLDEN) + keys
+    return _shift(_mix(state), 11).double() * 2.0**-53
+
+
+def _mix(state: Tensor) -> Tensor:
+    """Return SplitMix64's output for a state, in int64 that wraps."""
+    first, second = (_signed(multiplier) for multiplier in _MULTIPLIERS)
+    state = (state ^ _shift(state, 30)) * first
+    state = (state ^ _shift(state, 27)) * second
+    return state ^ _shift(state, 31)
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; torch's own shift of int64 copies the sign."""
+    return (values >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def top_ids(values: Tensor, k: int) -> Tensor:
+    """Return the ids of the `k` largest values of each row, largest first, lower ids first among equal values.
+
+    `torch.topk` may take any of several equal values, and which one depends on the shape: bfloat16 logits have many.
+    Two stages: the k blocks with the largest maxima hold the k largest values, so that the vocabulary is read once.
+
+    Args:
+        values: `[rows, tokens]`, any float type.
+        k: in `1..tokens`.
+
+    Returns:
+        `[rows, k]` int64.
+    """
+    num_tokens = values.shape[1]
+    if num_tokens <= 2 * k * _BLOCK:
+        return _largest(values, torch.arange(num_tokens, device=values.device), k)
+    num_blocks, rest = divmod(num_tokens, _BLOCK)
+    maxima = values[:, : num_tokens - rest].unflatten(1, (num_blocks, _BLOCK)).amax(-1)
+    if rest:
+        maxima = torch.cat([maxima, values[:, -rest:].amax(-1, keepdim=True)], dim=1)
+    blocks = _largest(maxima, torch.arange(maxima.shape[1], device=values.device), k)
+    ids = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
+    candidates = values.gather(1, ids.clamp(max=num_tokens - 1))
+    # Ids beyond the last token come after all others, whatever those hold: -inf and the highest ids.
+    return _largest(candidates.masked_fill_(ids >= num_tokens, -torch.inf), ids, k)
+
+
+def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """Return the ids of the k largest values per row; one int64 holds value and id, so that no two are equal."""
+    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    keys = (0xFFFFFFFF - ids) + ascending.long() * 2**32
+    return 0xFFFFFFFF - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Return the place of the drawn token among weights in descending order, `[rows]`.
+
+    Args:
+        weights: `[rows, tokens]` int64, descending; each row's sum below 2**52.
+        draws: `[rows]` float64 in `[0, 1)`.
+        top_p: `[rows]` float64: the smallest prefix with this share of the first `top_k` weights is kept.
+        top_k: `[rows]` int64, >= 1.
+    """
+    last = weights.shape[1] - 1
+    sums = weights.cumsum(-1)
+    kept = sums.gather(1, (top_k - 1).clamp_(max=last)[:, None])
+    share = (top_p[:, None] * kept.double()).ceil_().long()
+    kept = sums.gather(1, torch.searchsorted(sums, share).clamp_(max=last))
+    return torch.searchsorted(sums, _target(draws, kept), right=True).clamp_(max=last).squeeze(1)
+
+
+def _draw_from_blocks(weights: Tensor, draws: Tensor, scale: float) -> Tensor:
+    """Return the drawn token of weights in the vocabulary's order, `[rows]`: first its block, then its place there.
+
+    Args:
+        weights: `[rows, tokens]` float32 in 0..1.
+        draws: `[rows]` float64 in `[0, 1)`.
+        scale: what a weight of 1 counts as an integer.
+    """
+    num_rows, num_tokens = weights.shape
+    num_blocks = -(-num_tokens // _BLOCK)
+    counts = weights.new_empty((num_rows, num_blocks * _BLOCK), dtype=torch.int64)
+    counts[:, :num_tokens] = weights.mul_(scale)
+    counts[:, num_tokens:] = 0
+    blocks = counts.unflatten(1, (num_blocks, _BLOCK))
+    block_sums = blocks.sum(-1)
+    sums = block_sums.cumsum(-1)
+    target = _target(draws, sums[:, -1:])
+    block = torch.searchsorted(sums, target, right=True).clamp_(max=num_blocks - 1)
+    target = target - sums.gather(1, block) + block_sums.gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1)
+    place = torch.searchsorted(inside, target, right=True)
+    # The clamps matter for rows of NaN only: such a row gets some valid token and disturbs no other.
+    return (block * _BLOCK + place).clamp_(max=num_tokens - 1).squeeze(1)
+
+
+def _target(draws: Tensor, totals: Tensor) -> Tensor:
+    """Return where in its total each row draws, `[rows, 1]` int64 in `0..total - 1`."""
+    return torch.minimum((draws[:, None] * totals.double()).long(), totals - 1)

@@ -1,0 +1,147 @@
+"""How the tokens of one request are drawn and when they end. No torch here: a server checks requests without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: float32 could not divide by much less
+MAX_TEMPERATURE = 1e4
+MAX_LOGPROBS = 5
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling parameters of one request. Names, defaults and meaning are vLLM's, except where an entry says otherwise.
+
+    All fields are checked at construction. `stop` and `stop_token_ids` are tuples afterwards.
+
+    Args:
+        max_tokens: most tokens to generate, `1..2**31 - 1`. vLLM also takes None; here the caller fills in the context.
+        temperature: `0..10000`; 0 and everything below 1e-5 is greedy. vLLM raises other values below 0.01 to 0.01.
+        top_p: keep the fewest most likely tokens whose probabilities reach this sum, in `(0, 1]`; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 or -1 keeps all. Among equal logits lower ids come first. vLLM keeps
+            all tokens that equal the last one kept.
+        min_p: drop tokens less likely than `min_p` times the most likely one, in `0..1`.
+        presence_penalty: subtracted from the logit of each token that was generated before, in `-2..2`.
+        frequency_penalty: subtracted once per earlier occurrence in the output, in `-2..2`.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, `0.01..100`.
+            vLLM takes any positive number.
+        seed: of this request's random numbers, a signed 64-bit integer; None lets the engine choose.
+        stop: strings that end the text. The text is cut before the one that completes first; vLLM takes the first of
+            its list that the last token completed.
+        stop_token_ids: tokens that end the output. They are in `token_ids` but not in the text.
+        ignore_eos: go on after an end-of-sequence token.
+        min_tokens: no end-of-sequence or stop token is drawn, and no stop string is looked for, in the first
+            `min_tokens` tokens; at most `max_tokens`.
+        logprobs: None for none, 0 for the drawn tokens', `1..5` for the most likely tokens' as well, of the
+            distribution before penalties, temperature and filters. vLLM goes up to 20 by default.
+
+    Raises:
+        ConfigurationError: for a field of a wrong type or out of its range; names field, limit and value.
+
+    Example:
+        >>> SamplingParams(temperature=0, stop="END").stop
+        ('END',)
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._set_int("max_tokens", 1, _INT32_MAX)
+        self._set_int("min_tokens", 0, self.max_tokens)
+        self._set_int("top_k", -1, _INT32_MAX)
+        self._set_float("temperature", 0.0, MAX_TEMPERATURE)
+        self._set_float("top_p", 0.0, 1.0)
+        if self.top_p == 0:
+            raise ConfigurationError("top_p must be above 0, got 0")
+        self._set_float("min_p", 0.0, 1.0)
+        self._set_float("presence_penalty", -2.0, 2.0)
+        self._set_float("frequency_penalty", -2.0, 2.0)
+        self._set_float("repetition_penalty", 0.01, 100.0)
+        if self.seed is not None:
+            self._set_int("seed", -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            self._set_int("logprobs", 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigurationError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` with the type that it has after the check."""
+        return tuple(self.stop or ())
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken: by temperature, or because no other token is kept."""
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    def _set_int(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or not low <= value <= high:
+            raise ConfigurationError(f"{name} must be an integer in {low}..{high}, got {_shown(value)}")
+        object.__setattr__(self, name, int(value))
+
+    def _set_float(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        # The comparison comes first: an integer too large for a float is out of range, not an OverflowError.
+        if not is_number or not low <= value <= high or not math.isfinite(value):
+            raise ConfigurationError(f"{name} must be a number in {low:g}..{high:g}, got {_shown(value)}")
+        object.__setattr__(self, name, float(value))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes | bytearray):
+        raise ConfigurationError(f"stop must be a string or a list of strings, got {_shown(stop)}")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ConfigurationError(f"stop must hold strings of at least 1 character, got {_shown(string)}")
+    return tuple(strings)
+
+
+def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
+        raise ConfigurationError(f"{name} must be a list of token ids, got {_shown(ids)}")
+    for token in ids:
+        if not _is_int(token) or not 0 <= token <= _INT32_MAX:
+            raise ConfigurationError(f"{name} must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")
+    return tuple(int(token) for token in ids)

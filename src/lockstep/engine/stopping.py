@@ -1,0 +1,210 @@
+"""When a request ends, and what text leaves it: stop tokens, stop strings, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.text import Detokenizer
+from lockstep.errors import ConfigurationError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What one token adds.
+
+    Attributes:
+        text: new text, which nothing takes back.
+        finish_reason: None while the request goes on. `"stop"`: a stop token, an end-of-sequence token or a stop
+            string; `"length"`: `max_tokens`; `"abort"`: somebody ended it.
+        stop_reason: the stop string or the token of `stop_token_ids` that ended it; None for an end-of-sequence token.
+    """
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class StopChecker:
+    """Follows one request on the host: tokens in, text and the end out.
+
+    Text that may be the beginning of a stop string waits until that is known. The text does not depend on how it is
+    cut into tokens: the stop string that completes first ends it, the longest of several that complete together, and
+    the text ends before that string. A stop token has no text. Stop strings that complete within the first `min_tokens`
+    tokens are text like any other.
+
+    Args:
+        params: the request's parameters.
+        eos_token_ids: tokens that end a request unless `ignore_eos` is set.
+        detokenizer: None for token ids only: all texts are empty.
+
+    Raises:
+        ConfigurationError: stop strings without a detokenizer.
+
+    Example:
+        >>> from lockstep.models.tiny import byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> checker = StopChecker(SamplingParams(stop="##"), detokenizer=Detokenizer(tokenizer))
+        >>> [checker.push(token).text for token in tokenizer.encode("a#b##c")], checker.finish_reason
+        (['a', '', '#b', '', '', ''], 'stop')
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        eos_token_ids: Collection[int] = (),
+        detokenizer: Detokenizer | None = None,
+    ) -> None:
+        if params.stop_strings and detokenizer is None:
+            raise ConfigurationError(f"stop={params.stop_strings} needs a tokenizer, and there is none")
+        self._params = params
+        self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._stop_token_ids = frozenset(params.stop_token_ids)
+        self._stream = detokenizer.stream() if detokenizer is not None else None
+        self._matcher = _StopMatcher(params.stop_strings)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        """All text so far that nothing takes back."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def push(self, token_id: int) -> TextDelta:
+        """Take the next token. A token after the end, of an overrun row, is dropped.
+
+        Returns:
+            The text that it adds and, if it is the last one, why.
+        """
+        if self.finish_reason is not None:
+            return TextDelta()
+        self.token_ids.append(token_id)
+        count = len(self.token_ids)
+        if count >= self._params.min_tokens:
+            if token_id in self._eos_token_ids:
+                return self._end("stop", None)
+            if token_id in self._stop_token_ids:
+                return self._end("stop", token_id)
+        text = self._match(self._stream.push(token_id) if self._stream is not None else "")
+        if self.finish_reason is None and count > self._params.min_tokens and self._completes_with_open_text():
+            return self._end("stop", None, text)
+        if self.finish_reason is None and count >= self._params.max_tokens:
+            return self._end("length", None, text)
+        return self._emit(text)
+
+    def abort(self) -> TextDelta:
+        """End the request now. Text that waited is handed out; nothing happens if it has ended."""
+        return TextDelta() if self.finish_reason is not None else self._end("abort", None)
+
+    def _match(self, text: str) -> str:
+        """Return what of new text may leave; note the stop string that it completes."""
+        text, found = self._matcher.push(text, ignore=len(self.token_ids) <= self._params.min_tokens)
+        if found is not None:
+            self.finish_reason, self.stop_reason = "stop", found
+        return text
+
+    def _completes_with_open_text(self) -> bool:
+        return (
+            bool(self._params.stop_strings)
+            and self._stream is not None
+            and self._matcher.would_match(self._stream.open_text())
+        )
+
+    def _end(self, reason: FinishReason, stop_reason: str | int | None, text: str = "") -> TextDelta:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        text += self._match(self._stream.flush() if self._stream is not None else "")
+        if not self._matcher.found:
+            text += self._matcher.rest()
+        return self._emit(text)
+
+    def _emit(self, text: str) -> TextDelta:
+        if text:
+            self._pieces.append(text)
+        return TextDelta(text, self.finish_reason, self.stop_reason)
+
+
+class _StopMatcher:
+    """Looks for several strings in a text that comes in pieces, a fixed amount of work per character.
+
+    Knuth, Morris and Pratt (1977), once per string: its state is the length of its longest beginning that the text ends
+    with. The longest of these beginnings is the text that waits.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [(string, _borders(string)) for string in dict.fromkeys(strings)]
+        self._first_characters = frozenset(string[0] for string in strings)
+        self._states = [0] * len(self._strings)
+        self.found = False
+
+    def push(self, text: str, *, ignore: bool = False) -> tuple[str, str | None]:
+        """Return the text that may leave, and the string that was found, if any; then nothing follows.
+
+        Args:
+            text: what comes next.
+            ignore: strings that complete in `text` are text like any other.
+        """
+        if not any(self._states) and self._first_characters.isdisjoint(text):
+            return text, None
+        waited = self.rest()
+        for place, character in enumerate(text, start=1):
+            self._states = [
+                _advance(string, borders, state, character)
+                for (string, borders), state in zip(self._strings, self._states, strict=True)
+            ]
+            complete = [
+                string for (string, _), state in zip(self._strings, self._states, strict=True) if state == len(string)
+            ]
+            if complete and not ignore:
+                longest = max(complete, key=len)
+                self.found = True
+                return _joined(waited, text, len(waited) + place - len(longest)), longest
+            for index, (string, borders) in enumerate(self._strings):
+                if self._states[index] == len(string):
+                    # Complete and ignored: its longest border may still be the beginning of the next one.
+                    self._states[index] = borders[-1]
+        return _joined(waited, text, len(waited) + len(text) - max(self._states)), None
+
+    def would_match(self, text: str) -> bool:
+        """Return whether a string completes if `text` comes next; nothing changes."""
+        states = self._states
+        _, found = self.push(text)
+        self._states, self.found = states, False
+        return found is not None
+
+    def rest(self) -> str:
+        """Return the text that waits."""
+        waiting = ((string, state) for (string, _), state in zip(self._strings, self._states, strict=True))
+        string, state = max(waiting, key=lambda pair: pair[1], default=("", 0))
+        return string[:state]
+
+
+def _joined(waited: str, text: str, length: int) -> str:
+    """Return the first `length` characters of `waited + text`."""
+    return waited[:length] + text[: max(0, length - len(waited))]
+
+
+def _borders(string: str) -> list[int]:
+    """Return for each beginning of a string the length of its longest end that is also a shorter beginning of it."""
+    borders = [0] * len(string)
+    length = 0
+    for place in range(1, len(string)):
+        while length and string[place] != string[length]:
+            length = borders[length - 1]
+        length += string[place] == string[length]
+        borders[place] = length
+    return borders
+
+
+def _advance(string: str, borders: list[int], state: int, character: str) -> int:
+    while state and string[state] != character:
+        state = borders[state - 1]
+    return state + (string[state] == character)

@@ -1,0 +1,209 @@
+"""Token ids become text, token by token: no character in pieces, the whole equal to the tokenizer's own decoding."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from typing import Any, Protocol
+
+from lockstep.errors import ConfigurationError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# A run of byte tokens is looked at before it has ended up to this length; longer ones are garbage, not characters.
+_MAX_OPEN_BYTES = 64
+# How many tokens of an unknown decoder may wait for the rest of a character, which has at most four bytes.
+_MAX_OPEN_TOKENS = 32
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream(Protocol):
+    """The text of one request, as far as its tokens fix it."""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text that no later token can change any more."""
+
+    def open_text(self) -> str:
+        """Return the complete characters that the next token could still change; most decoders have none."""
+
+    def flush(self) -> str:
+        """Return the rest, as if no token followed: a character that is still in pieces becomes U+FFFD."""
+
+
+class Detokenizer:
+    """Makes text streams for one tokenizer. Special tokens have no text.
+
+    The pieces of a stream together are `tokenizer.decode(ids, skip_special_tokens=True)`, whatever the ids. Two kinds
+    of tokenizer are known from inside, others are asked:
+
+    * Byte-level (GPT-2's alphabet: Qwen, Llama 3, DeepSeek, GPT-OSS): tokens are bytes, decoded as they come.
+    * With byte fallback (SentencePiece's: Llama 2, Mixtral): `<0xE2>` is a byte, and a run of byte tokens is text only
+      if all its bytes are valid UTF-8. So a run is held back until a token that is no byte ends it.
+    * Any other object with `decode(ids, skip_special_tokens=True)`: a text that ends in U+FFFD is held back, for up to
+      32 tokens. It must decode a token in the same way whatever comes before the previous piece of text.
+
+    Each token costs the same, however long the text is. `clean_up_tokenization_spaces` is not applied: it would change
+    text that has left already. Transformers ignores it too, for byte-pair tokenizers.
+
+    Args:
+        tokenizer: a Transformers tokenizer, a `tokenizers.Tokenizer`, or an object with `decode` as above.
+
+    Raises:
+        ConfigurationError: the object has no `decode`.
+
+    Example:
+        >>> from lockstep.models.tiny import byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> stream = Detokenizer(tokenizer).stream()
+        >>> [stream.push(token) for token in tokenizer.encode("a€")], stream.flush()
+        (['a', '', '', '€'], '')
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise ConfigurationError(f"a tokenizer must have decode(), got {type(tokenizer).__name__}")
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        decoders = _decoder_types(backend)
+        self._is_fast = bool(decoders)
+        self._tokenizer = backend if self._is_fast else tokenizer
+        self._special_ids = _special_ids(self._tokenizer)
+        self._is_byte_level = decoders == ["ByteLevel"]
+        self._has_byte_fallback = "ByteFallback" in decoders
+        self._bytes: dict[int, bytes] = {}
+        self._is_byte: dict[int, bool] = {}
+        self._has_text: dict[int, bool] = {}
+
+    def stream(self) -> TextStream:
+        """Return a stream for one request."""
+        return _ByteLevelStream(self) if self._is_byte_level else _WindowStream(self)
+
+    def has_text(self, token_id: int) -> bool:
+        """Return whether decoding looks at a token at all: not at special ones, nor at ids that no token has."""
+        known = self._has_text.get(token_id)
+        if known is None:
+            unknown = self._is_fast and self._tokenizer.id_to_token(token_id) is None
+            known = self._has_text[token_id] = token_id not in self._special_ids and not unknown
+        return known
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token of a byte-level tokenizer; none for a special one or an unknown id."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._tokenizer.id_to_token(token_id) if self.has_text(token_id) else ""
+            known = self._bytes[token_id] = _byte_level_bytes(token)
+        return known
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Return whether a token stands for one byte of a run, as `<0xE2>` does."""
+        if not self._has_byte_fallback:
+            return False
+        known = self._is_byte.get(token_id)
+        if known is None:
+            token = self._tokenizer.id_to_token(token_id)
+            known = self._is_byte[token_id] = token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+        return known
+
+    @property
+    def marks_incomplete(self) -> bool:
+        """Whether U+FFFD at the end of a text may be a character whose other bytes come with the next tokens."""
+        return not self._has_byte_fallback
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the tokenizer's own decoding."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+class _ByteLevelStream:
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._token_bytes = detokenizer.token_bytes
+        # Both this decoder and the tokenizer's replace each maximal invalid part by one U+FFFD.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def open_text(self) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowStream:
+    """Decodes the tokens since the last piece of text, with that piece's tokens before them as context.
+
+    The context makes the start of a text differ from its middle: most decoders drop a space at the very start.
+    """
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+        self._context: list[int] = []
+        self._context_text = ""
+        self._open: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        if not self._detokenizer.has_text(token_id):
+            return ""
+        self._open.append(token_id)
+        if self._detokenizer.is_byte_token(token_id):
+            return ""
+        text = self._decode_open()
+        if self._detokenizer.marks_incomplete and text.endswith(_REPLACEMENT) and len(self._open) < _MAX_OPEN_TOKENS:
+            return ""
+        return self._settle(text)
+
+    def open_text(self) -> str:
+        if not self._open or len(self._open) > _MAX_OPEN_BYTES:
+            return ""
+        text = self._decode_open()
+        return "" if text.endswith(_REPLACEMENT) else text
+
+    def flush(self) -> str:
+        return self._settle(self._decode_open()) if self._open else ""
+
+    def _decode_open(self) -> str:
+        return self._detokenizer.decode(self._context + self._open)[len(self._context_text) :]
+
+    def _settle(self, text: str) -> str:
+        if text:
+            # Without text there is nothing to tell the middle from the start by: the tokens stay open.
+            self._context, self._open = self._open, []
+            self._context_text = self._detokenizer.decode(self._context)
+        return text
+
+
+def _decoder_types(backend: Any) -> list[str]:
+    """Return the types of a fast tokenizer's decoding steps, in order; none for other tokenizers."""
+    decoder = getattr(backend, "decoder", None)
+    if decoder is None or not hasattr(backend, "id_to_token") or not hasattr(decoder, "__getstate__"):
+        return []
+    try:
+        state = json.loads(decoder.__getstate__())
+    except Exception:  # a decoder written in Python cannot be described; the tokenizers package raises plain Exception
+        return []
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    return [step["type"] for step in steps]
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    if hasattr(tokenizer, "get_added_tokens_decoder"):
+        return frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return frozenset(getattr(tokenizer, "all_special_ids", ()))
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """Return the bytes that a token of GPT-2's alphabet stands for; one with other characters stands for itself."""
+    try:
+        return bytes(_ALPHABET[character] for character in token)
+    except KeyError:
+        return token.encode()
+
+
+def _alphabet() -> dict[str, int]:
+    """Return GPT-2's alphabet: printable bytes are themselves, the other bytes follow from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_ALPHABET = _alphabet()
