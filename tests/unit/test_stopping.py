@@ -140,6 +140,21 @@ def test_a_run_of_byte_tokens_is_text_or_not_as_a_whole():
     assert stream.flush() == "\ufffd" * 3 == whole(tokenizer, [byte[65], byte[66], byte[255]])
 
 
+def test_the_bytes_of_single_tokens():
+    detokenizer = Detokenizer(TOKENIZERS["merged"])
+    tokenizer = TOKENIZERS["merged"]
+    pieces = ["Ġth", "e", "<tool>", "naïve 日本", "<|eos|>"]
+    found = [detokenizer.token_bytes(tokenizer.token_to_id(piece)) for piece in pieces]
+    assert found == [b" th", b"e", b"<tool>", "naïve 日本".encode(), b""]
+    tokenizer = TOKENIZERS["sentencepiece"]
+    detokenizer = Detokenizer(tokenizer)
+    pieces = ["▁wor", "<0xE2>", "€", "▁", "</s>"]
+    found = [detokenizer.token_bytes(tokenizer.token_to_id(piece)) for piece in pieces]
+    assert found == [b" wor", b"\xe2", "€".encode(), b" ", b""]
+    assert Detokenizer(Plain()).token_bytes(97) == b"a"
+    assert Detokenizer(BYTES).token_bytes(100_000) == b""
+
+
 def test_special_tokens_and_ids_beyond_the_vocabulary_have_no_text():
     stream = Detokenizer(BYTES).stream()
     assert [stream.push(token) for token in (*byte_ids("a"), EOS, 256, 259, 100_000, *byte_ids("b"))] == [

@@ -104,6 +104,7 @@ class Sampler:
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._params: list[SamplingParams | None] = [None] * max_num_seqs
         self._kinds: list[_Kind | None] = [None] * max_num_seqs
+        self._asking: set[int] = set()  # slots whose request wants log probabilities
         self._floats = torch.zeros(max_num_seqs, 6, dtype=torch.float64, device=self.device)
         self._ints = torch.zeros(max_num_seqs, 3, dtype=torch.int64, device=self.device)
         self._stop_ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=self.device)
@@ -158,10 +159,15 @@ class Sampler:
         self._ints[slot].copy_(self._upload((seed_key(seed), top_k, free_from), torch.int64))
         self._params[slot] = params
         self._kinds[slot] = _Kind(self._path(params), params.has_penalties, holds_back)
+        if params.logprobs is None:
+            self._asking.discard(slot)
+        else:
+            self._asking.add(slot)
 
     def clear(self, slot: int) -> None:
         """Take a slot from its request. Steps already issued are not touched."""
         self._params[slot] = self._kinds[slot] = None
+        self._asking.discard(slot)
 
     @torch.no_grad()
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: Sequence[int]) -> Sampled:
@@ -287,20 +293,16 @@ class Sampler:
         return logits.scatter(1, ids, logits.gather(1, ids).masked_fill_(held[:, None], -torch.inf))
 
     def _with_logprobs(self, logits: Tensor, tokens: Tensor, host_slots: Sequence[int]) -> Sampled:
-        asked = {
-            row: params.logprobs
-            for row, slot in enumerate(host_slots)
-            if slot >= 0 and (params := self._params[slot]) is not None and params.logprobs is not None
-        }
-        if not asked:
+        if self._asking.isdisjoint(host_slots):
             return Sampled(tokens)
+        asking = [row for row, slot in enumerate(host_slots) if slot in self._asking]
         num_rows, num_top = len(host_slots), min(MAX_LOGPROBS, self.vocab_size)
         logprobs = torch.full((num_rows,), torch.nan, device=self.device)
         top = ids = None
-        if any(asked.values()):
+        if any(params.logprobs for row in asking if (params := self._params[host_slots[row]]) is not None):
             ids = torch.full((num_rows, MAX_LOGPROBS), -1, dtype=torch.int64, device=self.device)
             top = torch.full((num_rows, MAX_LOGPROBS), torch.nan, device=self.device)
-        for chunk in self._chunks(list(asked), whole=False):
+        for chunk in self._chunks(asking, whole=False):
             index = self._index(chunk)
             values = index(logits).float()
             total = values.logsumexp(-1, keepdim=True)

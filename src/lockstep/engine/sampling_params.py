@@ -13,6 +13,9 @@ from lockstep.errors import ConfigurationError
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: float32 could not divide by much less
 MAX_TEMPERATURE = 1e4
 MAX_LOGPROBS = 5
+# Each costs work in every step, and a request comes from anybody.
+MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 256
 _INT32_MAX = 2**31 - 1
 
 
@@ -35,8 +38,9 @@ class SamplingParams:
             vLLM takes any positive number.
         seed: of this request's random numbers, a signed 64-bit integer; None lets the engine choose.
         stop: strings that end the text. The text is cut before the one that completes first; vLLM takes the first of
-            its list that the last token completed.
-        stop_token_ids: tokens that end the output. They are in `token_ids` but not in the text.
+            its list that the last token completed. At most 64; vLLM has no limit.
+        stop_token_ids: tokens that end the output. They are in `token_ids` but not in the text. At most 256; vLLM has
+            no limit.
         ignore_eos: go on after an end-of-sequence token.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string is looked for, in the first
             `min_tokens` tokens; at most `max_tokens`.
@@ -132,6 +136,8 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, bytes | bytearray):
         raise ConfigurationError(f"stop must be a string or a list of strings, got {_shown(stop)}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ConfigurationError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ConfigurationError(f"stop must hold strings of at least 1 character, got {_shown(string)}")
@@ -141,6 +147,8 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
         raise ConfigurationError(f"{name} must be a list of token ids, got {_shown(ids)}")
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ConfigurationError(f"{name} must hold at most {MAX_STOP_TOKEN_IDS} token ids, got {len(ids)}")
     for token in ids:
         if not _is_int(token) or not 0 <= token <= _INT32_MAX:
             raise ConfigurationError(f"{name} must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")

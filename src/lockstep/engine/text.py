@@ -86,12 +86,24 @@ class Detokenizer:
         return known
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token of a byte-level tokenizer; none for a special one or an unknown id."""
+        """Return what a token adds to the middle of a text, in UTF-8; nothing for a special token or an unknown id.
+
+        May be a part of a character. Tokenizers that are not known from inside give U+FFFD for it.
+        """
         known = self._bytes.get(token_id)
         if known is None:
-            token = self._tokenizer.id_to_token(token_id) if self.has_text(token_id) else ""
-            known = self._bytes[token_id] = _byte_level_bytes(token)
+            known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        if not self.has_text(token_id):
+            return b""
+        if self._is_byte_level:
+            return _byte_level_bytes(self._tokenizer.id_to_token(token_id))
+        if self.is_byte_token(token_id):
+            return bytes([int(self._tokenizer.id_to_token(token_id)[3:5], 16)])
+        # Twice, since the start of a text may lose a space that its middle has.
+        return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
 
     def is_byte_token(self, token_id: int) -> bool:
         """Return whether a token stands for one byte of a run, as `<0xE2>` does."""
