@@ -1,11 +1,13 @@
 """The same workload and options give the same counts, step by step, in a real run and in the simulator."""
 
+import json
+
 import pytest
 from command import Command
 
 from lockstep.coordination.step_log import StepColumns, read_step_log
 from lockstep.simulation.simulator import SimulationConfig, simulate
-from lockstep.workload import SchedulerConfig, WorkloadOptions, synthetic_requests
+from lockstep.workload import SchedulerConfig, WorkloadOptions, load_trace, synthetic_requests
 
 NAMES = (
     *(
@@ -17,8 +19,12 @@ NAMES = (
         "prefill_context_tokens",
         "decode_context_tokens",
     ),
-    *("num_waiting", "prefills_held", "num_chunks", "dummy_rows", "padding_rows"),
+    *("num_waiting", "prefills_held", "num_chunks", "dummy_rows", "padding_rows", "preempted", "overrun_rows"),
 )
+
+
+def counts(path):
+    return [tuple(getattr(record, name) for name in NAMES) for record in read_step_log(path).records]
 
 
 @pytest.mark.ranks(4)
@@ -35,10 +41,31 @@ def test_counts_of_a_run_are_those_of_the_simulator(tmp_path):
     config = SimulationConfig(4, scheduler, max_chunk_size=20, clock="steps")
     with StepColumns(tmp_path / "simulated") as log:
         simulate(synthetic_requests(None, options, seed=3), config, log)
-    ran, simulated = (
-        [tuple(getattr(record, name) for name in NAMES) for record in read_step_log(path).records]
-        for path in (tmp_path / "run" / "steps.jsonl", tmp_path / "simulated")
-    )
-    assert ran == simulated
+    ran = counts(tmp_path / "run" / "steps.jsonl")
+    assert ran == counts(tmp_path / "simulated")
     assert any(row[NAMES.index("prefills_held")] for row in ran)
     assert len({row[NAMES.index("real_rows")] for row in ran}) > 5
+
+
+@pytest.mark.ranks(2)
+def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp_path):
+    # Three pages for two or three requests that cross from their first page into a second one as they generate.
+    trace = tmp_path / "trace.jsonl"
+    lengths = [(60, 12), (58, 10), (20, 9), (62, 70), (61, 14), (59, 12), (100, 5), (30, 40), (57, 11), (63, 8)]
+    lines = [{"timestamp": 50 * i, "input_length": p, "output_length": n} for i, (p, n) in enumerate(lengths)]
+    trace.write_text("".join(json.dumps({**line, "hash_ids": [0]}) + "\n" for line in lines))
+    command = Command(
+        *("run", "--workload", trace, "--out", tmp_path / "run", "--data-parallel-size", "2", "--length-scale", "1"),
+        *("--load-balancing", "least-tokens", "--max-num-batched-tokens", "80", "--kv-capacity-tokens", "200"),
+        *("--max-prefill-delay-steps", "3"),
+    )
+    assert command.wait(250) == 0
+    scheduler = SchedulerConfig("least-tokens", 80, max_prefill_delay_steps=3, kv_capacity_tokens=200)
+    with StepColumns(tmp_path / "simulated") as log:
+        config = SimulationConfig(2, scheduler, clock="steps")
+        summary = simulate(load_trace(trace).requests, config, log).summary
+    assert counts(tmp_path / "run" / "steps.jsonl") == counts(tmp_path / "simulated")
+    assert summary["preemptions"] >= 3
+    document = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert document["verified"]
+    assert document["compared_tokens"] == sum(n for _, n in lengths)

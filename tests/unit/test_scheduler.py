@@ -5,9 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload import Request, SchedulerConfig, SchedulerState, StepEntry, WorkloadScheduler, random_prompt_ids
+from lockstep.workload import (
+    RankScheduler,
+    Request,
+    SchedulerConfig,
+    SchedulerState,
+    StepEntry,
+    WorkloadScheduler,
+    random_prompt_ids,
+)
 from lockstep.workload.policies import LOAD_BALANCING, LoadBalancer, prefills_run
-from lockstep.workload.scheduler import RankScheduler
 
 
 def run_cluster(requests, config, num_ranks, max_steps=10_000):
@@ -46,7 +53,7 @@ configs = st.builds(
     max_num_batched_tokens=st.integers(1, 50),
     max_num_seqs=st.integers(1, 8),
     max_prefill_delay_steps=st.sampled_from([0, 1, 3, 10]),
-    kv_capacity_tokens=st.sampled_from([None, 52, 90]),
+    kv_capacity_tokens=st.sampled_from([None, 64, 150]),
     seconds_per_step=st.sampled_from([0.01, 0.05, 0.3]),
 )
 
@@ -155,8 +162,9 @@ def test_holding_delays_a_queue_once_and_not_again(prompts, delay, num_ranks):
 
 
 def test_kv_cache_that_is_full_makes_requests_wait_and_counts_them():
+    # Two pages: request 2 waits until one of the others has finished.
     requests = [Request(i, 0.0, 10, 6) for i in range(3)]
-    steps, _ = run_cluster(requests, SchedulerConfig(kv_capacity_tokens=40), 1)
+    steps, _ = run_cluster(requests, SchedulerConfig(kv_capacity_tokens=128), 1)
     assert [plan.num_waiting_for_kv for (plan,) in steps] == [1] * 5 + [0] * 7
     assert first_steps(steps) == {0: 0, 1: 0, 2: 6}
 
@@ -176,11 +184,11 @@ def test_requests_may_stop_before_their_last_token():
     for request in [Request(0, 0.0, 3, 100), Request(1, 0.0, 9, 5), Request(2, 0.0, 3, 5)]:
         scheduler.add(request, 0)
     scheduler.next_step(0)  # request 0 generates, 1 has begun, 2 waits
-    scheduler.finish_step([0, 1, 2])
+    scheduler.stop([0, 1, 2])
     assert scheduler.state() == SchedulerState(0, 0, 0, -1)
     assert scheduler.next_step(99).entries == ()
     with pytest.raises(ConfigurationError, match="request 9 is not"):
-        scheduler.finish_step([9])
+        scheduler.stop([9])
 
 
 def test_steps_may_be_left_out_only_where_nothing_happens():
@@ -189,6 +197,7 @@ def test_steps_may_be_left_out_only_where_nothing_happens():
     scheduler.next_step(0)
     assert scheduler.next_step(5).entries == (StepEntry(0, 7, 1, False, True, False),)
     assert scheduler.state().num_outstanding_tokens == 4
+    assert scheduler.counts() == (1, 3, False, -1)  # 3 + 6 tokens of KV cache are read in step 6
     with pytest.raises(ConfigurationError, match="step 9 may not be left out: a request ends in it"):
         scheduler.next_step(11)
     with pytest.raises(ConfigurationError, match="above the last one, 5, got 5"):
@@ -202,6 +211,7 @@ def test_every_token_is_computed_once_in_order_and_no_limit_is_exceeded(requests
     by_id = {request.request_id: request for request in requests}
     position = dict.fromkeys(by_id, 0)
     sampled = dict.fromkeys(by_id, 0)
+    finished = set()
     rank_of = {request.request_id: rank for rank, s in enumerate(ranks) for request in s.assigned}
     assert len(rank_of) == sum(len(s.assigned) for s in ranks) == len(requests)
     for step, plans in enumerate(steps):
@@ -211,20 +221,24 @@ def test_every_token_is_computed_once_in_order_and_no_limit_is_exceeded(requests
             assert plan.num_tokens == sum(e.num_tokens for e in plan.entries) <= config.max_num_batched_tokens
             assert plan.num_prefill_tokens == sum(e.num_tokens for e in plan.entries if e.is_prefill)
             assert len(plan.entries) <= config.max_num_seqs
+            for request_id in plan.preempted:
+                position[request_id] = 0
             for entry in plan.entries:
                 request = by_id[entry.request_id]
+                known = request.num_prompt_tokens + sampled[entry.request_id]
                 assert rank_of[entry.request_id] == rank
                 assert entry.start == position[entry.request_id]
                 position[entry.request_id] += entry.num_tokens
-                assert entry.is_prefill == (entry.start < request.num_prompt_tokens)
-                assert entry.samples == (position[entry.request_id] >= request.num_prompt_tokens)
+                assert entry.samples == (position[entry.request_id] == known)
+                assert entry.is_prefill or entry.start >= request.num_prompt_tokens
                 sampled[entry.request_id] += entry.samples
                 assert entry.finishes == (sampled[entry.request_id] == request.max_new_tokens)
             assert sorted(plan.finished) == sorted(e.request_id for e in plan.entries if e.finishes)
             if config.kv_capacity_tokens:
                 begun = {r for r in rank_of if rank_of[r] == rank and position[r]}
-                held = [by_id[r].num_kv_tokens for r in begun if position[r] < by_id[r].num_computed_tokens]
-                assert sum(held) <= config.kv_capacity_tokens
+                held = [-(-position[r] // 64) for r in begun if r not in finished or r in plan.finished]
+                assert sum(held) <= config.kv_capacity_tokens // 64
+            finished.update(plan.finished)
     assert position == {r.request_id: r.num_computed_tokens for r in requests}
     assert sampled == {r.request_id: r.max_new_tokens for r in requests}
 

@@ -208,7 +208,8 @@ def test_full_exchange_buffers_are_said():
         (("--out", "{folder}/cost.json", "--overwrite"), "cost.json is no folder, so it is not overwritten"),
         (("--out", "{folder}/cost.json/below"), "cost.json/below cannot be written: Not a directory"),
         (("--cost", "{folder}/cost.json"), "cost.json: cost constant step_us is missing"),
-        (("--kv-capacity-tokens", "10"), "--kv-capacity-tokens=10"),
+        (("--kv-capacity-tokens", "10"), "--kv-capacity-tokens must be >= 64, one page of the KV cache, got 10"),
+        (("--kv-capacity-tokens", "100"), "pages of 64, more than the 1 of --kv-capacity-tokens=100 of a rank"),
     ],
 )
 def test_bad_options_name_value_and_limit(options, message, tmp_path, command_line):

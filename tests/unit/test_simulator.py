@@ -9,9 +9,10 @@ from lockstep.coordination.step import StepRecord, decide
 from lockstep.coordination.step_log import StepColumns, read_step_log, summarize
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
+from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
 from lockstep.simulation.recorder import filler_rows
-from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.simulation.simulator import simulate
 from lockstep.simulation.step_table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
 from lockstep.workload.policies import LOAD_BALANCING
@@ -19,22 +20,54 @@ from lockstep.workload.policies import LOAD_BALANCING
 COST = CostConstants(1000, 3, 50, 0.1, 0.01, 2, 5, request_us=7, weights_us=400, expert_share=0.125)
 
 
-def run_cluster(requests, config, num_ranks):
-    """What the ranks of a real run would do: one scheduler each, states exchanged, decide() in between."""
+def run_cluster(requests, config, num_ranks, stop_before=()):
+    """What the ranks of a real run would do: one scheduler each, states exchanged, decide() in between.
+
+    `stop_before` has (step, request, overrun rows) of requests that end early, where they are unfinished by then.
+    """
     ranks = [WorkloadScheduler(requests, config, num_ranks, rank) for rank in range(num_ranks)]
     states = ranks[0].initial_states()
-    steps = []
+    steps, stops, sampled = [], {}, dict.fromkeys((request.request_id for request in requests), 0)
     while not ranks[0].done(states):
+        for step, request_id, overrun in stop_before:
+            rank = next((scheduler for scheduler in ranks if request_id in scheduler), None)
+            if step == len(steps) and rank is not None:
+                rank.stop([request_id])
+                stops[request_id] = Stop(step, max(0, sampled[request_id] - overrun))
         plans = [scheduler.next_step(states) for scheduler in ranks]
         decision = decide([StepRecord(num_tokens=plan.num_tokens) for plan in plans])
         assert decision.num_tokens_across_dp == tuple(plan.num_tokens for plan in plans)
         states = [scheduler.state() for scheduler in ranks]
         steps.append(plans)
-    return steps, ranks
+        for entry in (entry for plan in plans for entry in plan.entries):
+            sampled[entry.request_id] += entry.samples
+    for step, request_id, overrun in stop_before:
+        if step == 0 and overrun and sampled[request_id] == by_id(requests)[request_id].max_new_tokens > 1:
+            stops[request_id] = Stop(None, sampled[request_id] - 1)  # its last row was planned before it ended
+    return steps, ranks, stops
+
+
+def by_id(requests):
+    return {request.request_id: request for request in requests}
+
+
+def overrun_rows(steps, requests, stops):
+    """Rows whose token is not kept, [steps][ranks]."""
+    kept = {
+        i: stops[i].num_new_tokens if i in stops else request.max_new_tokens for i, request in by_id(requests).items()
+    }
+    found, sampled = [], dict.fromkeys(kept, 0)
+    for plans in steps:
+        found.append([0] * len(plans))
+        for rank, plan in enumerate(plans):
+            for entry in plan.entries:
+                sampled[entry.request_id] += entry.samples
+                found[-1][rank] += entry.samples and sampled[entry.request_id] > kept[entry.request_id]
+    return found
 
 
 requests_of_a_workload = st.lists(
-    st.tuples(st.floats(0, 3), st.integers(1, 60), st.integers(1, 15)), min_size=1, max_size=40
+    st.tuples(st.floats(0, 3), st.integers(1, 60), st.integers(1, 15) | st.integers(60, 130)), min_size=1, max_size=40
 ).map(lambda rows: [Request(i, t, p, o) for i, (t, p, o) in enumerate(sorted(rows))])
 scheduler_configs = st.builds(
     SchedulerConfig,
@@ -42,19 +75,24 @@ scheduler_configs = st.builds(
     max_num_batched_tokens=st.integers(1, 50),
     max_num_seqs=st.integers(1, 8),
     max_prefill_delay_steps=st.sampled_from([0, 1, 3, 10]),
-    kv_capacity_tokens=st.sampled_from([None, 75, 120]),
+    kv_capacity_tokens=st.sampled_from([None, 192, 270, 400]),
     seconds_per_step=st.sampled_from([0.01, 0.05, 0.3]),
 )
 
 
-def check_equal(requests, config, num_ranks, tmp_path, chunk):
-    """Assert that the simulator's step log is what the real run's schedulers did, field by field; return its steps."""
-    steps, ranks = run_cluster(requests, config, num_ranks)
+stops_of_a_run = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 39), st.integers(0, 3)), max_size=8)
+
+
+def check_equal(requests, config, num_ranks, tmp_path, chunk, stop_before=()):
+    """Assert that the simulator's step log is what the real run's schedulers did, field by field; return the result."""
+    stop_before = [stop for stop in stop_before if stop[1] < len(requests)]
+    steps, ranks, stops = run_cluster(requests, config, num_ranks, stop_before)
     simulated = SimulationConfig(num_ranks, config, COST, max_chunk_size=chunk, clock="steps")
     path = tmp_path / "steps.parquet"
     with StepColumns(path) as log:
-        result = simulate(requests, simulated, log)
+        result = simulate(requests, simulated, log, stops=stops)
     records = read_step_log(path).records
+    overrun = overrun_rows(steps, requests, stops)
     assert len(records) == len(steps) * num_ranks
     for record, plan in zip(records, [plan for plans in steps for plan in plans], strict=True):
         assert record.step == plan.step
@@ -65,19 +103,23 @@ def check_equal(requests, config, num_ranks, tmp_path, chunk):
         assert record.decode_context_tokens == plan.decode_context_tokens
         assert record.num_waiting == plan.num_waiting
         assert record.prefills_held == plan.prefills_held
+        assert record.preempted == len(plan.preempted)
+        assert record.overrun_rows == overrun[record.step][record.rank]
         row = [other.num_tokens for other in steps[plan.step]]
         assert record.num_chunks == len(ChunkPlan(row, max_chunk_size_per_rank=chunk))
     assert result.summary["kv_waits"] == sum(plan.num_waiting_for_kv > 0 for plans in steps for plan in plans)
+    assert result.summary["preemptions"] == sum(scheduler.num_preemptions for scheduler in ranks)
+    assert result.summary["overrun_rows"] == sum(map(sum, overrun))
     assert result.rank.tolist() == [
         next(rank for rank, s in enumerate(ranks) if request in s.assigned) for request in requests
     ]
-    return len(steps)
+    return result
 
 
-@settings(max_examples=150)
-@given(requests_of_a_workload, scheduler_configs, st.integers(1, 5), st.sampled_from([None, 1, 7]))
-def test_counts_are_those_of_the_real_run_step_by_step(tmp_path_factory, requests, config, num_ranks, chunk):
-    check_equal(requests, config, num_ranks, tmp_path_factory.mktemp("s"), chunk)
+@settings(max_examples=150, deadline=None)
+@given(requests_of_a_workload, scheduler_configs, st.integers(1, 5), st.sampled_from([None, 1, 7]), stops_of_a_run)
+def test_counts_are_those_of_the_real_run_step_by_step(tmp_path_factory, requests, config, num_ranks, chunk, stops):
+    check_equal(requests, config, num_ranks, tmp_path_factory.mktemp("s"), chunk, stops)
 
 
 def test_counts_are_those_of_the_real_run_over_10_000_steps(tmp_path):
@@ -86,7 +128,11 @@ def test_counts_are_those_of_the_real_run_over_10_000_steps(tmp_path):
     config = SchedulerConfig(
         "least-tokens", 256, max_prefill_delay_steps=8, kv_capacity_tokens=2600, seconds_per_step=0.03
     )
-    assert check_equal(requests, config, 3, tmp_path, 100) > 10_000
+    stops = [(step, step // 10, step % 4) for step in range(0, 9000, 70)]
+    summary = check_equal(requests, config, 3, tmp_path, 100, stops).summary
+    assert summary["steps"] > 10_000
+    assert summary["preemptions"] > 50
+    assert summary["overrun_rows"] > 10
 
 
 def test_dummy_and_padding_rows_are_those_of_the_chunk_plans_over_10_000_steps():
@@ -200,10 +246,52 @@ def test_holding_does_not_lower_throughput_under_overload():
 
 def test_kv_cache_limit_is_counted():
     requests = [Request(i, 0.0, 10, 6) for i in range(3)]
-    config = SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=40))
+    config = SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=128))
     assert simulate(requests, config).summary["kv_waits"] == 5
-    with pytest.raises(ConfigurationError, match="request 0 needs 16 tokens"):
-        simulate(requests, SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=15)))
+    with pytest.raises(ConfigurationError, match="request 0 needs 70 tokens"):
+        simulate([Request(0, 0.0, 10, 60)], SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=127)))
+
+
+def test_a_preempted_request_keeps_its_first_token_and_takes_longer():
+    # Two requests and three pages, as in test_kv_pages: request 1 is preempted in step 5 and goes on in step 80.
+    requests = [Request(0, 0.0, 60, 80), Request(1, 0.0, 60, 80)]
+    cost = CostConstants(1000, 10)
+    result = simulate(requests, SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=192), cost))
+    assert result.summary["preemptions"] == 1
+    assert result.summary["real_tokens"] == 2 * 139 + 64  # 60 + 4 rows of request 1 are computed twice
+    assert result.summary["steps"] == 155
+    first = 1000e-6 + 120 * 10e-6
+    assert result.ttft_s == pytest.approx([first, first])
+    assert result.queue_s == pytest.approx([0, 0])
+    after = [4 * 1020 + 75 * 1010, 4 * 1020 + 75 * 1010 + 1650 + 74 * 1010]
+    assert result.tpot_s == pytest.approx([us * 1e-6 / 79 for us in after])
+
+
+def test_stops_worked_by_hand():
+    # Request 0 ends with its third token (step 2), which is known before step 4; request 1 before it has begun.
+    requests = [Request(0, 0.0, 10, 50), Request(1, 0.0, 5, 9)]
+    config = SimulationConfig(1, SchedulerConfig(max_num_seqs=1), CostConstants(1000, 10), clock="steps")
+    result = simulate(requests, config, stops={0: Stop(4, 3), 1: Stop(2, 0)})
+    assert result.summary["overrun_rows"] == 1
+    assert result.summary["real_tokens"] == 13
+    assert result.summary["steps"] == 5  # the last of them empty: before it, all ranks knew of work left
+    assert result.tpot_s[0] == pytest.approx(1010e-6)
+    assert np.isnan(result.ttft_s[1])
+    assert result.summary["output_tokens_per_s"] * result.summary["duration_s"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (Stop(0, 0), "request 1 cannot stop before step 0: it comes later"),
+        (Stop(40, 2), "request 1 cannot stop before step 40: the last step is 21"),
+        (Stop(21, 2), "request 1 is not an unfinished request of this rank"),
+    ],
+)
+def test_stops_that_cannot_be_repeated(stop, message):
+    requests = [Request(0, 0.0, 10, 22), Request(1, 0.5, 5, 3)]
+    with pytest.raises(ConfigurationError, match=message):
+        simulate(requests, SimulationConfig(1, clock="steps"), stops={1: stop})
 
 
 def test_exchange_buffers_cut_chunks_smaller_and_it_is_counted(tmp_path):

@@ -16,8 +16,8 @@ from lockstep.errors import ConfigurationError
 RECORDS = [
     StepLogRecord(0, 0, real_rows=8, prefill_tokens=8, duration_s=2.0),
     StepLogRecord(0, 1, real_rows=2, decode_tokens=2, padding_rows=6, duration_s=2.0, busy_s=0.5),
-    StepLogRecord(1, 0, real_rows=1, decode_tokens=1, start_s=2.0, duration_s=1.0, prefills_held=True),
-    StepLogRecord(1, 1, real_rows=0, dummy_rows=1, start_s=2.0, duration_s=1.0, num_waiting=3),
+    StepLogRecord(1, 0, real_rows=1, decode_tokens=1, start_s=2.0, duration_s=1.0, prefills_held=True, overrun_rows=1),
+    StepLogRecord(1, 1, real_rows=0, dummy_rows=1, start_s=2.0, duration_s=1.0, num_waiting=3, preempted=2),
 ]
 
 
@@ -102,6 +102,8 @@ def test_summary_worked_by_hand():
         "padding_rows": 6,
         "prefill_tokens": 8,
         "decode_tokens": 3,
+        "preempted": 2,
+        "overrun_rows": 1,
         "duration_s": 3.0,
     }
     assert summarize([])["duration_s"] == 0.0

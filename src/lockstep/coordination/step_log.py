@@ -33,6 +33,9 @@ class StepLogRecord:
         decode_context_tokens: the same of the tokens that generate.
         num_waiting: requests left in the queue after the step was formed.
         prefills_held: prompts that could have run were held, so that prompts of several ranks run together.
+        preempted: requests of its data-parallel rank that lost their KV cache before the step, to be computed again.
+        overrun_rows: rows of its data-parallel rank whose token is dropped: their request had ended by a stop token, a
+            stop string or an abort, after the step was planned.
         num_chunks: chunks of the step, equal on all ranks; 0 where no rank had rows.
         start_s: when the step began on this rank, in seconds after the run's first step began.
         duration_s: how long it took there, from this rank's start to the start of its next step.
@@ -51,6 +54,8 @@ class StepLogRecord:
     decode_context_tokens: int = 0
     num_waiting: int = 0
     prefills_held: bool = False
+    preempted: int = 0
+    overrun_rows: int = 0
     num_chunks: int = 1
     start_s: float = 0.0
     duration_s: float = 0.0
@@ -166,9 +171,9 @@ def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
         records: in order of step, then rank, every rank in every step.
 
     Returns:
-        `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`
-        and `decode_tokens` (as recorded: tensor-parallel ranks of one group repeat each other's), and `duration_s`
-        (from the first step's start to the last one's end).
+        `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`,
+        `decode_tokens`, `preempted` and `overrun_rows` (as recorded: tensor-parallel ranks of one group repeat each
+        other's), and `duration_s` (from the first step's start to the last one's end).
     """
     return {
         "ranks": len({record.rank for record in records}),
@@ -178,6 +183,8 @@ def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
         "padding_rows": sum(record.padding_rows for record in records),
         "prefill_tokens": sum(record.prefill_tokens for record in records),
         "decode_tokens": sum(record.decode_tokens for record in records),
+        "preempted": sum(record.preempted for record in records),
+        "overrun_rows": sum(record.overrun_rows for record in records),
         "duration_s": max((record.start_s + record.duration_s for record in records), default=0.0),
     }
 

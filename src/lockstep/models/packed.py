@@ -121,6 +121,12 @@ class PackedEngine:
             generator=torch.Generator().manual_seed(seed),
         )
 
+    def preempt(self, request_id: Any) -> None:
+        """Free a request's keys; its tokens stay, and all their rows are to be computed again."""
+        request = self._requests[request_id]
+        request.num_computed = 0
+        request.keys_and_values.clear()
+
     def remove(self, request_id: Any) -> list[int]:
         """Forget a request and free its keys.
 

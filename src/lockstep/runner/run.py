@@ -25,8 +25,8 @@ from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
 from lockstep.workload import (
     Request,
+    Schedule,
     SchedulerState,
-    StepPlan,
     WorkloadScheduler,
     load_trace,
     random_prompt_ids,
@@ -280,7 +280,7 @@ class _Run:
                 on_progress(Progress(step + 1, rows_done, self.rows_total, counts, agreed - began))
             began, step = ended, step + 1
 
-    def _agree(self, plan: StepPlan) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
+    def _agree(self, plan: Schedule) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
         state = self.scheduler.state()
         if self.parallel is None:
             return (plan.num_tokens,), [state], None
@@ -288,7 +288,7 @@ class _Run:
         columns = [decision.values[name][:: self.options.tensor_parallel_size] for name in SchedulerState._fields]
         return decision.num_tokens_across_dp, [SchedulerState(*row) for row in zip(*columns, strict=True)], decision
 
-    def _run_step(self, plan: StepPlan, decision: StepDecision | None) -> None:
+    def _run_step(self, plan: Schedule, decision: StepDecision | None) -> None:
         chosen: dict[int, int] = {}
         try:
             if self.parallel is None or decision is None:
@@ -305,11 +305,13 @@ class _Run:
                 self.parallel.coordinator.fail(error, RunRecord)
             raise
 
-    def _run_own_rows(self, plan: StepPlan) -> dict[int, int]:
+    def _run_own_rows(self, plan: Schedule) -> dict[int, int]:
         """Return the token chosen for each request that samples one."""
         step = self.first_step + plan.step
+        for request_id in plan.preempted:
+            self.engine.preempt(request_id)
         for entry in plan.entries:
-            if entry.start == 0:
+            if "first_step" not in self.open_requests[entry.request_id]:
                 request = self.requests[entry.request_id]
                 ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
                 seed = self.options.seed + request.request_id
@@ -317,7 +319,7 @@ class _Run:
                 self.open_requests[request.request_id].update(first_step=step, logits=[])
         return self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
 
-    def _take(self, plan: StepPlan, chosen: dict[int, int]) -> None:
+    def _take(self, plan: Schedule, chosen: dict[int, int]) -> None:
         """Note what a step has given, and write down requests that it finished."""
         step, now = self.first_step + plan.step, time.perf_counter()
         for entry in plan.entries:
@@ -354,7 +356,7 @@ class _Run:
             line["logits"] = notes["logits"]
         self._outputs.write(json.dumps(line) + "\n")
 
-    def _log(self, plan: StepPlan, counts: tuple[int, ...], step: int, times: dict[str, Any]) -> None:
+    def _log(self, plan: Schedule, counts: tuple[int, ...], step: int, times: dict[str, Any]) -> None:
         """Write this rank's record."""
         chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
         self._steps.write(
@@ -368,6 +370,7 @@ class _Run:
                 decode_context_tokens=plan.decode_context_tokens,
                 num_waiting=plan.num_waiting,
                 prefills_held=plan.prefills_held,
+                preempted=len(plan.preempted),
                 num_chunks=len(chunks),
                 **{name: round(seconds, 6) for name, seconds in times.items()},
             )

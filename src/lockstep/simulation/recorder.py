@@ -38,7 +38,7 @@ def _num_chunks(longest: np.ndarray, chunk_size: int | None) -> np.ndarray:
     return -(-longest // chunk_size) if chunk_size else (longest > 0).astype(np.int64)
 
 
-class StepRecorder:
+class StepSink:
     """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
 
     That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
@@ -73,8 +73,12 @@ class StepRecorder:
             np.zeros(shape, np.int64) for _ in range(5)
         )
         self.held = np.zeros(shape, np.bool_)
+        self.preempted, self.overrun = (np.zeros(shape, np.int64) for _ in range(2))  # written by `note` only
         self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
-        self.totals = dict.fromkeys(("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited"), 0)
+        names = ("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited", "overrun")
+        self.totals = dict.fromkeys(names, 0)
+        self.real_rows_per_rank, self.prefill_tokens_per_rank = (np.zeros(num_ranks, np.int64) for _ in range(2))
+        self._noted = False  # whether `note` has been called for what the buffers hold
         self._cost, self._max_chunk_size, self._row_shapes = cost, max_chunk_size, row_shapes
         self._asked_chunk_size = asked_chunk_size
         self._step_log = step_log
@@ -95,6 +99,11 @@ class StepRecorder:
         self._used += 1
         return self._used - 1
 
+    def note(self, buffer: np.ndarray, slot: int, rank: int, count: int) -> None:
+        """Add what is rare, to `preempted` or `overrun`."""
+        buffer[slot, rank] += count
+        self._noted = True
+
     def flush(self) -> None:
         """Hand on what the buffers hold, and clear them."""
         used = self._used
@@ -108,7 +117,11 @@ class StepRecorder:
         self._seconds += rank_seconds
         for name in ("real_rows", "dummy_rows", "padding_rows"):
             self.totals[name] += int(getattr(table, name).sum())
+        self.real_rows_per_rank += table.real_rows.sum(axis=0)
+        self.prefill_tokens_per_rank += table.prefill_tokens.sum(axis=0)
         self.totals["held"] += int(self.held[:used].sum())
+        if self._noted:
+            self.totals["overrun"] += int(self.overrun[:used].sum())
         if self._step_log is not None:
             self._write(table, chunks, used)
         self._keep(table)
@@ -116,6 +129,10 @@ class StepRecorder:
         self._used = 0
         for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held):
             buffer[:used] = 0
+        if self._noted:
+            self._noted = False
+            self.preempted[:used] = 0
+            self.overrun[:used] = 0
         if self._on_flush is not None:
             self._on_flush(self.totals["real_rows"])
 
@@ -182,6 +199,8 @@ class StepRecorder:
                 "prefill_context_tokens": self.prefill_context[:used].ravel(),
                 "decode_context_tokens": self._decode_context().ravel(),
                 "prefills_held": self.held[:used].ravel(),
+                "preempted": self.preempted[:used].ravel(),
+                "overrun_rows": self.overrun[:used].ravel(),
                 **{
                     name: getattr(table, name).ravel()
                     for name in (

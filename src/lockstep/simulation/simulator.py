@@ -1,103 +1,29 @@
 """What would happen: the runtime's scheduler and policies over a workload, with a cost formula in place of tensors.
 
 Ranks in whose step nothing happens but generating are not visited: their counts stand in arrays, one entry per rank,
-and are advanced together. Only ranks with an arriving request, a running prompt or an ending request go through their
-`RankScheduler`, the one of the real run. That the counts are those of the real run, step by step, is a test.
+and are advanced together. Only ranks with an arriving request, a running prompt, an ending request or too few pages of
+KV cache go through their `RankScheduler`, the one of the real run. That the counts are those of the real run, step by
+step, is a test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, nan
-from typing import Any
 
 import numpy as np
 
 from lockstep.coordination.step_log import StepColumns
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.cost import CostConstants
-from lockstep.simulation.recorder import StepRecorder, filler_rows
-from lockstep.simulation.step_table import StepTable, loss_figures
-from lockstep.workload.policies import LoadBalancer
+from lockstep.simulation.bookkeeping import NONE, LoadBalancerTwin, PageSteps, StopSteps
+from lockstep.simulation.config import SimulationConfig, SimulationResult, Stop
+from lockstep.simulation.recorder import StepSink, filler_rows
+from lockstep.simulation.step_table import loss_figures
+from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
-from lockstep.workload.scheduler import RankScheduler, SchedulerConfig, StepPlan
-
-ROW_SHAPES = ("ragged", "dummy", "equal")
-"""What a dispatcher makes of uneven rows: nothing; one dummy row for a rank with none left; the longest rank's rows
-for all."""
+from lockstep.workload.schedule import Schedule
 
 _FEW_RANKS = 32
-_MAX_RANKS = 100_000
-
-
-@dataclass(frozen=True)
-class SimulationConfig:
-    """What is simulated.
-
-    Attributes:
-        num_ranks: data-parallel ranks, 1..100,000.
-        scheduler: how requests become steps.
-        cost: what a step costs.
-        max_chunk_size: most rows that one rank sends at a time, >= 1; None for no limit.
-        row_shapes: one of `ROW_SHAPES`.
-        clock: `cost`: requests arrive as simulated time passes; `steps`: `scheduler.seconds_per_step` of the workload's
-            time pass in every step, as in a real run.
-        buffer_capacity_rows: rows that a rank's exchange buffers hold, >= `num_ranks`; None for no limit. A rank may
-            get every row of a chunk, so the buffers need `num_ranks` times the chunk's size, and where they are smaller
-            than that, so are the chunks. In bytes: rows x hidden size x bytes per value, for rows and results each.
-    """
-
-    num_ranks: int
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    cost: CostConstants = field(default_factory=lambda: CostConstants.load("linear"))
-    max_chunk_size: int | None = None
-    row_shapes: str = "ragged"
-    clock: str = "cost"
-    buffer_capacity_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_ranks <= _MAX_RANKS:
-            raise ConfigurationError(f"num_ranks must be in 1..{_MAX_RANKS}, got {self.num_ranks}")
-        if self.max_chunk_size is not None and self.max_chunk_size < 1:
-            raise ConfigurationError(f"max_chunk_size must be >= 1, got {self.max_chunk_size}")
-        if self.row_shapes not in ROW_SHAPES:
-            raise ConfigurationError(f"row_shapes must be one of {ROW_SHAPES}, got {self.row_shapes!r}")
-        if self.clock not in ("cost", "steps"):
-            raise ConfigurationError(f"clock must be 'cost' or 'steps', got {self.clock!r}")
-        if self.buffer_capacity_rows is not None and self.buffer_capacity_rows < self.num_ranks:
-            raise ConfigurationError(
-                f"buffer_capacity_rows must be >= {self.num_ranks}, a row of each of {self.num_ranks} ranks, "
-                f"got {self.buffer_capacity_rows}"
-            )
-
-    @property
-    def chunk_size(self) -> int | None:
-        """Most rows that one rank sends at a time: `max_chunk_size`, or what the buffers hold where that is less."""
-        if self.buffer_capacity_rows is None:
-            return self.max_chunk_size
-        held = self.buffer_capacity_rows // self.num_ranks
-        return held if self.max_chunk_size is None else min(held, self.max_chunk_size)
-
-
-@dataclass
-class SimulationResult:
-    """What happened.
-
-    Attributes:
-        summary: figures by name, see `simulate`.
-        steps: the step log, several steps added into one row where there are many.
-        rank, queue_s, ttft_s, tpot_s: of each request, `[requests]`: the rank it ran on; seconds until it first ran;
-        until
-            its first token; per further token (NaN where there was none).
-    """
-
-    summary: dict[str, Any]
-    steps: StepTable
-    rank: np.ndarray
-    queue_s: np.ndarray
-    ttft_s: np.ndarray
-    tpot_s: np.ndarray
 
 
 def simulate(
@@ -106,6 +32,7 @@ def simulate(
     step_log: StepColumns | None = None,
     on_progress: Callable[[float], None] | None = None,
     max_report_cells: int = 1_000_000,
+    stops: Mapping[int, Stop] | None = None,
 ) -> SimulationResult:
     """Simulate a workload to its end.
 
@@ -115,20 +42,23 @@ def simulate(
         step_log: takes every step and rank, if given.
         on_progress: called now and then, and at the end, with the share of all rows that have been computed.
         max_report_cells: most cells (step x rank) of `SimulationResult.steps`; memory does not grow beyond them.
+        stops: requests that end before their last token, by their ids: those of a recorded run, see `read_replay`.
 
     Returns:
         The result. Its `summary` has `requests, ranks, steps, rank_steps, duration_s, real_tokens, tokens_per_s` (rows
         of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, lost_fraction, no_requests_fraction,
         lost` (see `loss_figures`), `per_rank` (`requests, real_rows, prefill_tokens, new_tokens`, each `[ranks]`),
         `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
-        because the KV cache was full), `buffer_limited_steps` (steps in more chunks than asked for, because larger ones
-        do not fit into the exchange buffers) and `held_rank_steps`.
+        because the KV cache was full), `preemptions` (requests that lost their pages and were computed again, counted
+        each time), `overrun_rows`, `buffer_limited_steps` (steps in more chunks than asked for, because larger ones do
+        not fit into the exchange buffers) and `held_rank_steps`.
 
     Raises:
-        ConfigurationError: for a request that can never fit into a rank's KV cache.
+        ConfigurationError: for a request that can never fit into a rank's KV cache, or a stop of one that has not
+            arrived yet or has ended.
     """
     config.scheduler.check_fits(requests)
-    return _Simulation(requests, config, step_log, max_report_cells, on_progress).run()
+    return _Simulation(requests, config, step_log, max_report_cells, on_progress, stops or {}).run()
 
 
 class _Simulation:
@@ -141,12 +71,13 @@ class _Simulation:
         step_log: StepColumns | None,
         max_cells: int,
         on_progress: Callable[[float], None] | None,
+        stops: Mapping[int, Stop],
     ) -> None:
         self.requests = requests
         self.config = config
         num_ranks = config.num_ranks
         self.schedulers = [RankScheduler(config.scheduler) for _ in range(num_ranks)]
-        self.balancer = _LoadBalancerTwin(config.scheduler.load_balancing, num_ranks)
+        self.balancer = LoadBalancerTwin(config.scheduler.load_balancing, num_ranks)
         # What the ranks that are not visited do: one row for each request that generates.
         self.decode = np.zeros(num_ranks, np.int64)
         self.context_base = np.zeros(num_ranks, np.int64)  # + step * decode = KV entries that these rows read
@@ -159,6 +90,9 @@ class _Simulation:
         self.heads: dict[int, int] = {}  # rank -> arrival step of its first prompt, where that could run
         self.kv_waiting: set[int] = set()
         self.kv_waits = 0
+        self.page_steps = PageSteps() if config.scheduler.num_kv_pages is not None else None
+        self.num_preemptions = 0
+        self.stops = StopSteps(requests, stops) if stops else None
         self.num_unfinished = 0
         self.index = {request.request_id: index for index, request in enumerate(requests)}
         # Lists, one entry per request: they are written one entry at a time, which arrays are slow at.
@@ -166,7 +100,7 @@ class _Simulation:
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
         total_rows = sum(request.num_computed_tokens for request in requests)
-        self.recorder = StepRecorder(
+        self.recorder = StepSink(
             num_ranks,
             config.cost,
             config.chunk_size,
@@ -175,7 +109,8 @@ class _Simulation:
             step_log,
             max_cells,
             # Only where the buffers are handed on: a step knows nothing of it.
-            None if on_progress is None else lambda rows: on_progress(rows / total_rows),
+            # Rows that a preemption makes necessary again are not in the total.
+            None if on_progress is None else lambda rows: on_progress(min(1.0, rows / total_rows)),
         )
 
     def run(self) -> SimulationResult:
@@ -195,7 +130,7 @@ class _Simulation:
         ragged = config.row_shapes == "ragged"
         while following < count or self.num_unfinished:
             run_prefills = self._prefills_run(step, delay)
-            visited = self.ends.pop(step, _NONE)
+            visited = self.ends.pop(step, NONE)
             if following < count:
                 if not self.num_unfinished and arrivals[following] > clock:
                     clock = arrivals[following]
@@ -205,25 +140,30 @@ class _Simulation:
                     following += len(self.arrived)
             if run_prefills and self.queued:
                 visited = visited | self.queued
+            if self.page_steps is not None:
+                visited = visited | self.page_steps.pop(step)
+            if self.stops is not None and (stopped := self.stops.before(step)):
+                visited = visited | self._stop(stopped, step)
 
             slot = recorder.next_slot()
             recorder.decode[slot] = self.decode
             recorder.context_base[slot] = self.context_base
-            num_tokens = self.total_decode
-            plans = []
+            num_prefill = 0
+            schedules = []
             prompts = []
             for rank in visited:
-                plan = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
-                plans.append((rank, plan))
-                prefill = plan.num_prefill_tokens
+                schedule = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
+                schedules.append((rank, schedule))
+                if schedule.preempted:
+                    self._preempted(rank, schedule, slot)
+                prefill = schedule.num_prefill_tokens
                 if prefill:
-                    context = 0
-                    for entry in plan.entries:  # prompts only: the others were not listed
-                        context += entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2
+                    context = schedule.prefill_context_tokens
                     prompts.append((rank, prefill, context))
-                    num_tokens += prefill
+                    num_prefill += prefill
                     recorder.prefill[slot, rank] = prefill
                     recorder.prefill_context[slot, rank] = context
+            num_tokens = self.total_decode + num_prefill
             own_us, longest = self._longest(step, prompts)
             step_us = (
                 cost.step_us
@@ -240,16 +180,20 @@ class _Simulation:
                 held = recorder.held[slot]
                 for rank in self.heads:
                     held[rank] = True
-                for rank, plan in plans:
-                    held[rank] = plan.prefills_held
+                for rank, schedule in schedules:
+                    held[rank] = schedule.prefills_held
             self.balancer.computed(self.decode, prompts)
-            for rank, plan in plans:
-                self._after(rank, plan, step, started_s, now_s)
+            for rank, schedule in schedules:
+                self._after(rank, schedule, step, started_s, now_s, delay > 0)
+            if self.stops is not None:
+                self._note_ends(self.stops, step, slot, now_s)
             if self.queued:
                 recorder.num_waiting[slot] = self.num_waiting
                 self.kv_waits += len(self.kv_waiting)
             step += 1
         recorder.flush()
+        if self.stops is not None:
+            self.stops.check_all_done(step)
         return self._result(step, now_s)
 
     def _prefills_run(self, step: int, delay: int) -> bool:
@@ -315,46 +259,106 @@ class _Simulation:
             tokens[rank] += prefill
         return int(filler_rows(tokens[None], self.config.chunk_size, self.config.row_shapes).sum())
 
-    def _after(self, rank: int, plan: StepPlan, step: int, started_s: float, now_s: float) -> None:
-        """Take over what a visited rank's step has changed."""
-        scheduler = self.schedulers[rank]
-        for entry in plan.entries:  # prompts only
-            index = self.index[entry.request_id]
-            if entry.start == 0:
-                self.begun_s[index] = started_s
-            if entry.samples:
-                self.first_s[index] = now_s
-                if not entry.finishes:
-                    self.ends.setdefault(step + self.requests[index].max_new_tokens - 1, set()).add(rank)
-        for request_id in plan.finished:
-            index = self.index[request_id]
-            self.last_s[index] = now_s
-            self.balancer.finished(rank, self.requests[index])
-        self.num_unfinished -= len(plan.finished)
-        decode, base, has_prompts, head = scheduler.counts()
-        self.total_decode += decode - plan.num_decode_tokens
+    def _stop(self, stopped: Sequence[int], step: int) -> set[int]:
+        """Let requests, given by their index, end before `step`; return their ranks."""
+        ranks = set()
+        for index in stopped:
+            request = self.requests[index]
+            if index >= len(self.rank_of):
+                raise ConfigurationError(f"request {request.request_id} cannot stop before step {step}: it comes later")
+            rank = self.rank_of[index]
+            scheduler = self.schedulers[rank]
+            scheduler.skip_to(step)
+            scheduler.stop((request.request_id,))
+            decode, base, _, _ = scheduler.counts()
+            self._set_decode(rank, decode, base)
+            self.balancer.finished(rank, request)
+            self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
+            self.num_unfinished -= 1
+            ranks.add(rank)
+        return ranks
+
+    def _preempted(self, rank: int, schedule: Schedule, slot: int) -> None:
+        """Take over that requests which generated do so no more in this very step."""
+        decode = schedule.num_decode_tokens
+        base = schedule.decode_context_tokens - schedule.step * decode
+        self._set_decode(rank, decode, base)
+        self.recorder.decode[slot, rank] = decode
+        self.recorder.context_base[slot, rank] = base
+        self.recorder.note(self.recorder.preempted, slot, rank, len(schedule.preempted))
+        self.num_preemptions += len(schedule.preempted)
+        if self.stops is not None:
+            for request_id in schedule.preempted:
+                self.stops.forget(self.index[request_id])
+
+    def _set_decode(self, rank: int, decode: int, base: int) -> None:
+        self.total_decode += decode - int(self.decode[rank])
         self.decode[rank] = decode
         self.context_base[rank] = base
         if self.decode_list is not None:
             self.decode_list[rank] = decode
             self.context_list[rank] = base
-        self.num_waiting[rank] = plan.num_waiting
+
+    def _after(
+        self, rank: int, schedule: Schedule, step: int, started_s: float, now_s: float, prompts_are_held: bool
+    ) -> None:
+        """Take over what a visited rank's step has changed."""
+        scheduler, stops = self.schedulers[rank], self.stops
+        for entry in schedule.entries:  # prompts only
+            index = self.index[entry.request_id]
+            if entry.start == 0 and self.begun_s[index] != self.begun_s[index]:  # NaN: not after a preemption
+                self.begun_s[index] = started_s
+            if entry.samples:
+                num_sampled = entry.start + entry.num_tokens + 1 - self.requests[index].num_prompt_tokens
+                if num_sampled == 1 and (stops is None or stops.keeps(index, 1)):
+                    self.first_s[index] = now_s
+                if not entry.finishes:
+                    last_step = step + self.requests[index].max_new_tokens - num_sampled
+                    self.ends.setdefault(last_step, set()).add(rank)
+                if stops is not None:
+                    stops.sampled(index, num_sampled, step)
+        for request_id in schedule.finished:
+            index = self.index[request_id]
+            if stops is None or stops.keeps(index, self.requests[index].max_new_tokens):
+                self.last_s[index] = now_s
+            self.balancer.finished(rank, self.requests[index])
+        self.num_unfinished -= len(schedule.finished)
+        decode, base, has_prompts, head = scheduler.counts()
+        self._set_decode(rank, decode, base)
+        if schedule.preempted:
+            self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
+        if self.page_steps is not None:
+            # A rank with prompts is visited in every step anyway, where prompts are never held.
+            is_visited = has_prompts and not prompts_are_held
+            self.page_steps.put(rank, None if is_visited else scheduler.pages_change_at())
+        self.num_waiting[rank] = schedule.num_waiting
         (self.queued.add if has_prompts else self.queued.discard)(rank)
-        (self.kv_waiting.add if plan.num_waiting_for_kv else self.kv_waiting.discard)(rank)
+        (self.kv_waiting.add if schedule.num_waiting_for_kv else self.kv_waiting.discard)(rank)
         if head < 0:
             self.heads.pop(rank, None)
         else:
             self.heads[rank] = head
 
+    def _note_ends(self, stops: StopSteps, step: int, slot: int, now_s: float) -> None:
+        """Note whose last kept token this step samples, and which rows overrun their request's end."""
+        last, overrun = stops.of_step(step)
+        for index in last:
+            self.last_s[index] = now_s
+        for index in overrun:
+            self.recorder.note(self.recorder.overrun, slot, self.rank_of[index], 1)
+
     def _result(self, num_steps: int, now_s: float) -> SimulationResult:
         recorder, requests = self.recorder, self.requests
-        more = np.array([request.max_new_tokens - 1 for request in requests], np.float64)
-        more[more == 0] = np.nan
+        num_new_tokens = [request.max_new_tokens for request in requests]
+        if self.stops is not None:
+            num_new_tokens = self.stops.num_new_tokens()
+        more = np.array(num_new_tokens, np.float64) - 1
+        more[more <= 0] = np.nan
         arrived_s, begun_s, first_s, last_s = map(np.array, (self.arrived_s, self.begun_s, self.first_s, self.last_s))
         ttft_s, tpot_s, queue_s = first_s - arrived_s, (last_s - first_s) / more, begun_s - arrived_s
         lost = recorder.lost()
-        num_tokens = sum(request.num_prompt_tokens + request.max_new_tokens for request in requests)
-        num_output = sum(request.max_new_tokens for request in requests)
+        num_output = sum(num_new_tokens)
+        num_tokens = sum(request.num_prompt_tokens for request in requests) + num_output
         summary = {
             "requests": len(requests),
             "ranks": self.config.num_ranks,
@@ -367,61 +371,29 @@ class _Simulation:
             "dummy_rows": recorder.totals["dummy_rows"],
             "padding_rows": recorder.totals["padding_rows"],
             **loss_figures(lost),
-            "per_rank": self._per_rank(),
+            "per_rank": self._per_rank(num_new_tokens),
             "ttft_s": _percentiles(ttft_s),
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,
+            "preemptions": self.num_preemptions,
+            "overrun_rows": recorder.totals["overrun"],
             "buffer_limited_steps": recorder.totals["buffer_limited"],
             "held_rank_steps": recorder.totals["held"],
         }
         return SimulationResult(summary, recorder.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
 
-    def _per_rank(self) -> dict[str, list[int]]:
-        """What each rank got: every row of a request is computed on the rank that it was given to."""
-        counts = {
-            "requests": [1] * len(self.requests),
-            "real_rows": [request.num_computed_tokens for request in self.requests],
-            "prefill_tokens": [request.num_prompt_tokens for request in self.requests],
-            "new_tokens": [request.max_new_tokens for request in self.requests],
+    def _per_rank(self, num_new_tokens: list[int]) -> dict[str, list[int]]:
+        """What each rank got and computed, rows that preemptions made necessary again included."""
+        ranks = np.array(self.rank_of, np.int64)
+        new_tokens = np.zeros(self.config.num_ranks, np.int64)
+        np.add.at(new_tokens, ranks, np.array(num_new_tokens, np.int64))
+        return {
+            "requests": np.bincount(ranks, minlength=self.config.num_ranks).tolist(),
+            "real_rows": self.recorder.real_rows_per_rank.tolist(),
+            "prefill_tokens": self.recorder.prefill_tokens_per_rank.tolist(),
+            "new_tokens": new_tokens.tolist(),
         }
-        found = {name: np.zeros(self.config.num_ranks, np.int64) for name in counts}
-        for name, values in counts.items():
-            np.add.at(found[name], np.array(self.rank_of, np.int64), np.array(values, np.int64))
-        return {name: values.tolist() for name, values in found.items()}
-
-
-_NONE: set[int] = set()
-
-
-class _LoadBalancerTwin:
-    """`LoadBalancer` over arrays: the load of each rank is kept up to date instead of read from its state."""
-
-    def __init__(self, policy: str, num_ranks: int) -> None:
-        self._policy = policy
-        self._round_robin = LoadBalancer("round-robin", num_ranks) if policy == "round-robin" else None
-        self._load = np.zeros(num_ranks, np.int64)
-
-    def assign(self, requests: Sequence[Request]) -> list[int]:
-        if self._round_robin is not None:
-            return self._round_robin.assign(requests, ())
-        ranks = []
-        for request in requests:
-            rank = int(self._load.argmin())  # the lowest of equal ranks, as there
-            ranks.append(rank)
-            by_tokens = self._policy == "least-tokens"
-            self._load[rank] += request.num_computed_tokens if by_tokens else request.num_kv_tokens
-        return ranks
-
-    def computed(self, decode: np.ndarray, prompts: Sequence[tuple[int, int, int]]) -> None:
-        if self._policy == "least-tokens":
-            self._load -= decode
-            for rank, prefill, _ in prompts:
-                self._load[rank] -= prefill
-
-    def finished(self, rank: int, request: Request) -> None:
-        if self._policy == "least-kv-cache":
-            self._load[rank] -= request.num_kv_tokens
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:

@@ -1,18 +1,23 @@
 """Workloads: where requests come from, and how they become steps."""
 
 from lockstep.errors import ConfigurationError
+from lockstep.workload.kv_pages import PAGE_SIZE
 from lockstep.workload.policies import SchedulerState
+from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request, random_prompt_ids
-from lockstep.workload.scheduler import SchedulerConfig, StepEntry, StepPlan, WorkloadScheduler
+from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
+from lockstep.workload.scheduler import WorkloadScheduler
 from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
 from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
 
 __all__ = [
+    "PAGE_SIZE",
+    "RankScheduler",
     "Request",
+    "Schedule",
     "SchedulerConfig",
     "SchedulerState",
     "StepEntry",
-    "StepPlan",
     "SyntheticParameters",
     "Trace",
     "WorkloadOptions",

@@ -17,10 +17,13 @@ class SchedulerState(NamedTuple):
 
     Attributes:
         num_outstanding_tokens: rows that its unfinished requests still need, those in the queue included; 0 is idle.
-        num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included.
-        num_decoding: its requests that will generate a token in the next step.
+            Rows that a preemption makes necessary again are added when it happens.
+        num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included;
+            a load, which may exceed the capacity.
+        num_decoding: its requests that will generate a token in the next step. If pages run out in that step, those
+            admitted last will not; the first will.
         prefill_wait_steps: how many steps ago its first prompt arrived that is not done and could run in the next step,
-            whether it has begun or not; -1 where none could run.
+            whether it has begun, was preempted, or neither; -1 where none could run.
     """
 
     num_outstanding_tokens: int = 0

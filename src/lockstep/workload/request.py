@@ -13,7 +13,7 @@ class Request:
     """One request of a workload.
 
     Attributes:
-        request_id: its place in the workload, from 0, in order of arrival.
+        request_id: its place in the workload, from 0, in order of arrival; an engine may number its requests otherwise.
         arrival_s: seconds after the first request, >= 0, already divided by the rate scale.
         num_prompt_tokens: tokens of the prompt, >= 1.
         max_new_tokens: tokens to generate, >= 1. Traces say how many were generated, and end-of-sequence is ignored, so
@@ -41,7 +41,7 @@ class Request:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens of KV cache reserved for it: prompt and output at their longest."""
+        """Tokens of prompt and output at their longest: what it may come to hold in the KV cache."""
         return self.num_prompt_tokens + self.max_new_tokens
 
 

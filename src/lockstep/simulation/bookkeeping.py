@@ -1,0 +1,137 @@
+"""What a simulation keeps up to date instead of asking every rank in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.config import Stop
+from lockstep.workload.policies import LoadBalancer
+from lockstep.workload.request import Request
+
+NONE: set[int] = set()
+
+
+class PageSteps:
+    """When each rank must be visited because of its pages: at most one step per rank."""
+
+    def __init__(self) -> None:
+        self._step_of: dict[int, int] = {}
+        self._ranks: dict[int, set[int]] = {}
+
+    def put(self, rank: int, step: int | None) -> None:
+        """Visit a rank in `step` instead of the step that was set before; None for no such visit."""
+        before = self._step_of.pop(rank, None)
+        if before is not None and before in self._ranks:
+            self._ranks[before].discard(rank)
+            if not self._ranks[before]:
+                del self._ranks[before]
+        if step is not None:
+            self._step_of[rank] = step
+            self._ranks.setdefault(step, set()).add(rank)
+
+    def pop(self, step: int) -> set[int]:
+        """Return the ranks to be visited in `step`, and forget them."""
+        return self._ranks.pop(step, NONE)
+
+
+class StopSteps:
+    """Requests that end early, by index: before which step, and what their rows sample until then."""
+
+    def __init__(self, requests: Sequence[Request], stops: Mapping[int, Stop]) -> None:
+        self._requests = requests
+        self._stops = {i: stops[item.request_id] for i, item in enumerate(requests) if item.request_id in stops}
+        self._before: dict[int, list[int]] = {}
+        for index, stop in self._stops.items():
+            if stop.step is not None:
+                self._before.setdefault(stop.step, []).append(index)
+        self._last: dict[int, set[int]] = {}  # step -> requests whose last kept token it samples
+        self._overrun: dict[int, set[int]] = {}  # step -> requests of which it samples a token that is dropped
+
+    def before(self, step: int) -> Sequence[int]:
+        """Return whom the schedulers are told to stop before `step`, and forget it."""
+        return self._before.pop(step, ())
+
+    def keeps(self, index: int, num_sampled: int) -> bool:
+        """Whether a request keeps its token number `num_sampled`, from 1."""
+        return index not in self._stops or num_sampled <= self._stops[index].num_new_tokens
+
+    def sampled(self, index: int, num_sampled: int, step: int) -> None:
+        """Take in that a request samples its token number `num_sampled` in `step`, and one more in every step after."""
+        stop = self._stops.get(index)
+        if stop is None:
+            return
+        last = step + stop.num_new_tokens - num_sampled
+        end = step + self._requests[index].max_new_tokens - num_sampled + 1
+        if stop.step is not None:
+            end = min(end, stop.step)
+        if step <= last < end:
+            self._last.setdefault(last, set()).add(index)
+        for overrun in range(max(step, last + 1), end):
+            self._overrun.setdefault(overrun, set()).add(index)
+
+    def forget(self, index: int) -> None:
+        """Take back what `sampled` said of steps to come: the request is preempted."""
+        if index in self._stops:
+            for steps in (self._last, self._overrun):
+                for indices in steps.values():
+                    indices.discard(index)
+
+    def of_step(self, step: int) -> tuple[set[int], set[int]]:
+        """Return the requests whose last kept token `step` samples, and those of which it samples a dropped one."""
+        return self._last.pop(step, NONE), self._overrun.pop(step, NONE)
+
+    def check_all_done(self, num_steps: int) -> None:
+        """Raise if a request was to stop after the last step."""
+        for step, indices in self._before.items():
+            raise ConfigurationError(
+                f"request {self._requests[indices[0]].request_id} cannot stop before step {step}: "
+                f"the last step is {num_steps - 1}"
+            )
+
+    def num_new_tokens(self) -> list[int]:
+        """Return how many tokens each request keeps, `[requests]`."""
+        counts = [request.max_new_tokens for request in self._requests]
+        for index, stop in self._stops.items():
+            counts[index] = stop.num_new_tokens
+        return counts
+
+
+class LoadBalancerTwin:
+    """`LoadBalancer` over arrays: the load of each rank is kept up to date instead of read from its state."""
+
+    def __init__(self, policy: str, num_ranks: int) -> None:
+        self._policy = policy
+        self._round_robin = LoadBalancer("round-robin", num_ranks) if policy == "round-robin" else None
+        self._load = np.zeros(num_ranks, np.int64)
+
+    def assign(self, requests: Sequence[Request]) -> list[int]:
+        """Return the rank of each request, as `LoadBalancer.assign` does."""
+        if self._round_robin is not None:
+            return self._round_robin.assign(requests, ())
+        ranks = []
+        for request in requests:
+            rank = int(self._load.argmin())  # the lowest of equal ranks, as there
+            ranks.append(rank)
+            by_tokens = self._policy == "least-tokens"
+            self._load[rank] += request.num_computed_tokens if by_tokens else request.num_kv_tokens
+        return ranks
+
+    def computed(self, decode: np.ndarray, prompts: Sequence[tuple[int, int, int]]) -> None:
+        """Take in the rows of a step: each rank's that generate, and `(rank, rows, context)` of prompts."""
+        if self._policy == "least-tokens":
+            self._load -= decode
+            for rank, prefill, _ in prompts:
+                self._load[rank] -= prefill
+
+    def set_outstanding(self, rank: int, num_tokens: int) -> None:
+        """Take in that a rank's outstanding tokens have changed otherwise, by a stop or a preemption."""
+        if self._policy == "least-tokens":
+            self._load[rank] = num_tokens
+
+    def finished(self, rank: int, request: Request) -> None:
+        """Take in that a request has left its rank."""
+        if self._policy == "least-kv-cache":
+            self._load[rank] -= request.num_kv_tokens

@@ -1,0 +1,133 @@
+"""What one rank brings into one step, and the options by which requests become steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
+from lockstep.workload.policies import LOAD_BALANCING
+from lockstep.workload.request import Request
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests become steps.
+
+    Attributes:
+        load_balancing: which rank gets an arriving request: `round-robin`; `least-tokens`, the rank with the fewest
+            tokens still to be computed; `least-kv-cache`, the rank whose unfinished requests will hold the fewest
+            tokens of KV cache. Ties go to the lowest rank.
+        max_num_batched_tokens: most tokens of one rank in one step, >= 1. A longer prompt runs in several steps.
+        max_num_seqs: most requests that one rank works on at a time, >= 1; never more than `max_num_batched_tokens`,
+            so that every request that generates gets its token in every step.
+        max_prefill_delay_steps: a prompt may be held this many steps, so that prompts of several ranks run in the same
+            step (see `prefills_run`); 0 turns holding off.
+        kv_capacity_tokens: tokens of KV cache that one rank has, >= `PAGE_SIZE`; only whole pages count. A prompt waits
+            until its pages are free; where decoding runs out of pages, the request admitted last is preempted. None
+            for no limit.
+        seconds_per_step: how many seconds of the workload's arrival times pass per step, > 0. A run measured in steps
+            repeats exactly, whatever the machine's speed.
+    """
+
+    load_balancing: str = "round-robin"
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_prefill_delay_steps: int = 0
+    kv_capacity_tokens: int | None = None
+    seconds_per_step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.load_balancing not in LOAD_BALANCING:
+            raise ConfigurationError(f"load_balancing must be one of {LOAD_BALANCING}, got {self.load_balancing!r}")
+        for name, least in (("max_num_batched_tokens", 1), ("max_num_seqs", 1), ("max_prefill_delay_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.kv_capacity_tokens is not None and self.kv_capacity_tokens < PAGE_SIZE:
+            raise ConfigurationError(
+                f"kv_capacity_tokens must be >= {PAGE_SIZE}, one page of the KV cache, got {self.kv_capacity_tokens}"
+            )
+        if not 0 < self.seconds_per_step < float("inf"):
+            raise ConfigurationError(f"seconds_per_step must be a number > 0, got {self.seconds_per_step}")
+
+    @property
+    def num_kv_pages(self) -> int | None:
+        """Whole pages of KV cache that one rank has; None for no limit."""
+        return None if self.kv_capacity_tokens is None else self.kv_capacity_tokens // PAGE_SIZE
+
+    def check_fits(self, requests: Iterable[Request]) -> None:
+        """Raise if a request can never run because its KV cache exceeds a rank's.
+
+        Raises:
+            ConfigurationError: naming the request, what it needs and the limit.
+        """
+        limit = self.num_kv_pages
+        if limit is None:
+            return
+        for request in requests:
+            needed = num_pages(request.num_kv_tokens)
+            if needed > limit:
+                raise ConfigurationError(
+                    f"request {request.request_id} needs {request.num_kv_tokens} tokens of KV cache, {needed} pages of "
+                    f"{PAGE_SIZE}, more than the {limit} of kv_capacity_tokens={self.kv_capacity_tokens} of a rank: "
+                    "it could never run"
+                )
+
+
+class StepEntry(NamedTuple):
+    """One request's part of a step.
+
+    Attributes:
+        request_id: the request.
+        start: position of the first token, = tokens of it already in the KV cache.
+        num_tokens: rows, >= 1: a piece of the prompt, or the one token generated last.
+        is_prefill: whether the rows are of the prompt. After a preemption, the tokens generated before it count as
+            prompt.
+        samples: whether the last row's output is sampled into the next token. False only within a prompt.
+        finishes: whether that token is the request's last.
+    """
+
+    request_id: int
+    start: int
+    num_tokens: int
+    is_prefill: bool
+    samples: bool
+    finishes: bool
+
+
+class Schedule(NamedTuple):
+    """What one rank brings into one step.
+
+    Attributes:
+        step: number of the step, from 0.
+        entries: each request's part: those that generate first, in the order in which they were admitted, then prompts.
+        num_prefill_tokens: rows of prompts.
+        num_decode_tokens: rows that generate; `num_tokens` is the sum of both.
+        num_waiting: requests left in the queue.
+        num_waiting_for_kv: of those, how many wait only because the KV cache is full (0, or all of them).
+        prefills_held: whether prompts that could have run were held for other ranks.
+        finished: ids of the requests whose last token is sampled in this step; their pages are free in the next one.
+        preempted: ids of the requests that lost their pages before this step, in that order. They are back at the front
+            of the queue, and start again from their first token.
+        prefill_context_tokens: KV entries that the prompts' tokens attend to, themselves included, summed over them.
+        decode_context_tokens: the same of the tokens that generate.
+    """
+
+    step: int
+    entries: tuple[StepEntry, ...]
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_waiting: int
+    num_waiting_for_kv: int
+    prefills_held: bool
+    finished: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+    prefill_context_tokens: int = 0
+    decode_context_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of this rank in the step; 0 where it takes part idle."""
+        return self.num_prefill_tokens + self.num_decode_tokens
