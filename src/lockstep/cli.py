@@ -456,22 +456,25 @@ def calibrate(
 
 @app.command()
 def postmortem(
-    files: Annotated[list[Path], typer.Argument(help="Flight recorders of the ranks of one run.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Flight recorders of the ranks of one run, or a folder that holds them. Without any: the folder into "
+            "which ranks write, $LOCKSTEP_RECORDER_DIR or the system's temporary folder; its last failure counts."
+        ),
+    ] = None,
     stacks: Annotated[bool, typer.Option(help="Also print where each thread of each rank stood.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """Merge the ranks' flight recorders and show where they parted."""
-    from lockstep.report.postmortem import postmortem_document, print_postmortem, read_recorder
+    from lockstep.report.postmortem import postmortem_document, print_postmortem, read_recorders
 
-    document = postmortem_document([read_recorder(path) for path in files])
+    recorders, num_left_out = read_recorders(files or [])
+    document = postmortem_document(recorders)
     if as_json:
         typer.echo(json.dumps(document))
-        return
-    print_postmortem(document)
-    if stacks:
-        for rank, threads in document["stacks"].items():
-            for name, lines in threads.items():
-                typer.echo(f"\nrank {rank}, thread {name}:\n{''.join(lines)}")
+    else:
+        print_postmortem(document, num_left_out, stacks)
 
 
 # How the library names what an option sets, where the two differ by more than dashes.
@@ -569,7 +572,7 @@ def _end(says: str, status: int) -> NoReturn:
     """Say one sentence on stderr and end; a rank of torchrun's at once."""
     from lockstep.report.terminal import plain
 
-    says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="\t")
+    says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="")
     sys.stderr.write(f"lockstep: {'' if status == 130 else 'error: '}{says}\n")
     if "RANK" in os.environ and status == 1:
         # Its groups may be in any state, and an orderly end would wait for their peers.

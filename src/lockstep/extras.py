@@ -22,7 +22,7 @@ def require(*packages: str) -> None:
     Args:
         *packages: names as they are imported.
     """
-    missing = [name for name in packages if name not in sys.modules and importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if not _is_there(name)]
     if missing:
         extras = ",".join(dict.fromkeys(_EXTRA_OF[name] for name in missing))
         verb = "is" if len(missing) == 1 else "are"
@@ -31,3 +31,7 @@ def require(*packages: str) -> None:
             f"pip install 'lockstep-moe[{extras}]'\n"
         )
         sys.exit(2)
+
+
+def _is_there(name: str) -> bool:
+    return sys.modules[name] is not None if name in sys.modules else importlib.util.find_spec(name) is not None

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -186,6 +187,48 @@ def test_the_command(recorders):
     document = json.loads(CliRunner().invoke(app, ["postmortem", "--json", *paths]).output)
     assert document["parted"]["step"] == 1
     assert "thread MainThread" in CliRunner().invoke(app, ["postmortem", "--stacks", *paths]).output
+
+
+def test_the_command_takes_a_folder_and_of_it_the_last_failure(recorders, tmp_path, monkeypatch, command_line):
+    paths = recorded(recorders)
+    folder = paths[0].parent
+    earlier = folder / "lockstep-rank0-epoch0-earlier.jsonl"
+    header, _, rest = paths[0].read_text().partition("\n")
+    earlier.write_text(json.dumps({**json.loads(header), "time": 1.0}) + "\n" + rest)
+    (folder / "lockstep-rank1-of-somebody.jsonl").write_text("[1]")
+    os.mkfifo(folder / "lockstep-rank2-pipe.jsonl")
+    (folder / "thesis.jsonl").write_text("[1]")
+    for arguments in ([folder], []):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+        code, shown, _ = command_line("postmortem", *arguments)
+        assert code == 0
+        assert "3 of 3 ranks left a flight recorder" in shown
+        assert "3 files of other failures in the same folder are left out" in shown
+    (tmp_path / "empty").mkdir()
+    code, _, stderr = command_line("postmortem", tmp_path / "empty")
+    assert code == 2
+    assert f"ranks write them when one fails, into {folder}" in stderr
+    assert command_line("postmortem", folder / "lockstep-rank2-pipe.jsonl")[0] == 2  # and does not wait for a writer
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(tmp_path, command_line):
+    evil = "\x1b]0;title\x07\x1b[2J[bold]x[/italic]\u202e\nrank 9 stopped because: of nothing\x9b31m"
+    header = {**HEADER, "host": evil, "reason": evil}
+    lines = [header, {"ns": 1, "step": 1, "phase": 0, "layer": 0, "detail": [evil]}, {"stacks": {evil: [evil]}}]
+    for rank in (0, 1):
+        lines[0] = {**header, "rank": rank}
+        lines[1] = {**lines[1], "detail": [evil * (1 + rank)], "step": 1 + rank}
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"lockstep-rank{rank}.jsonl").write_text(text)
+    code, shown, _ = command_line("postmortem", "--stacks", tmp_path)
+    assert code == 0
+    assert not [letter for letter in shown if letter != "\n" and unicodedata.category(letter) in ("Cc", "Cf")]
+    assert "[bold]x[/italic]" in shown
+    assert not [line for line in shown.splitlines() if line.startswith("rank 9")]
+    (tmp_path / evil.replace("/", "")).write_text("no recorder")
+    code, _, stderr = command_line("postmortem", tmp_path / evil.replace("/", ""))
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "\x1b" not in stderr
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(recorders, tmp_path):

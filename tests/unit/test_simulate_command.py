@@ -355,6 +355,12 @@ def test_calibration_makes_its_own_runs(monkeypatch, tmp_path):
     assert "3 runs of tiny over 2 ranks" in document["constants"]["source"]
     missing = invoke("bench", "calibrate", "--out", str(tmp_path / "none" / "cost.json"))
     assert "does not exist" in str(missing.exception)
+    (tmp_path / "thesis").write_text("years of work")
+    for out in (tmp_path / "thesis", tmp_path):
+        for arguments in ((), ("--dispatch",)):
+            refused = invoke("bench", "calibrate", *arguments, "--out", str(out))
+            assert "is not overwritten: it is no file of constants" in str(refused.exception)
+    assert (tmp_path / "thesis").read_text() == "years of work"
     assert len(made) == 3
 
 
@@ -370,6 +376,54 @@ def test_two_runs_that_differ(tmp_path):
     assert "counts differ from step 10 on" in invoke("compare", str(a), str(b)).output
     with pytest.raises(ConfigurationError, match="not the folder of a run"):
         compare_runs(a, tmp_path)
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"step": ["a"], "rank": [0], "real_rows": [1]}, "column step holds string, and must hold numbers"),
+        ({"step": [0], "rank": [0], "real_rows": ["1"]}, "column real_rows holds string"),
+        ({"step": [0], "rank": [0], "real_rows": [1.5]}, "column real_rows has fractions or gaps"),
+        ({"step": [0], "rank": [None], "real_rows": [1]}, "column rank holds null"),
+        ({"step": [0, 1], "rank": [0, None], "real_rows": [1, 1]}, "column rank has fractions or gaps"),
+        ({"step": [0], "rank": [-1], "real_rows": [1]}, "column rank has -1, and must be >= 0"),
+        ({"step": [0], "real_rows": [1]}, "has 0 columns rank, and must have one"),
+        ({"step": [0], "rank": [0], "real_rows": [1], "duration_s": ["x"]}, "column duration_s holds string"),
+        ({"step": range(5000), "rank": range(5000), "real_rows": [1] * 5000}, "should have one of each rank in each"),
+        (b"PAR1 and nothing more", "is no Parquet file"),
+    ],
+)
+def test_parquet_of_something_else_is_one_sentence(tmp_path, columns, message, command_line):
+    path = tmp_path / "steps.parquet"
+    path.write_bytes(columns) if isinstance(columns, bytes) else write_parquet(path, **columns)
+    code, _, stderr = command_line("compare", tmp_path, tmp_path)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert message in stderr
+
+
+def test_few_bytes_of_parquet_that_stand_for_many_rows_are_not_read(tmp_path, monkeypatch, command_line):
+    monkeypatch.setattr("lockstep.simulation.step_table._MOST_PARQUET_ROWS", 99)
+    write_parquet(tmp_path / "steps.parquet", step=[0] * 100, rank=[0] * 100, real_rows=[0] * 100)
+    code, _, stderr = command_line("compare", tmp_path, tmp_path)
+    assert (code, "has 100 rows, more than 99" in stderr) == (2, True)
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"tokens": [1]}', '{"request_id": []}', "[" * 100_000, "9" * 5000, "\udcff"])
+def test_outputs_of_something_else_are_one_sentence(tmp_path, line, command_line):
+    run = write_run(tmp_path / "run", records()[0])
+    (run / "outputs.jsonl").write_bytes(line.encode("utf-8", "surrogateescape") + b"\n")
+    code, _, stderr = command_line("compare", run, run)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "outputs.jsonl: line 1 is not a request's output" in stderr
+    (run / "outputs.jsonl").write_text('{"request_id": 1, "ttft_s": "soon"}\n{"request_id": 2, "ttft_s": NaN}\n')
+    write_parquet(run / "requests.parquet", ttft_s=["soon"], tpot_s=[1.0])
+    assert "column ttft_s holds string" in command_line("compare", run, run)[2]
+    (run / "requests.parquet").unlink()
+    assert command_line("compare", run, run)[0] == 0
 
 
 def slices_of(events, rank):

@@ -66,6 +66,12 @@ def test_every_place_where_the_last_line_can_tear(tmp_path):
         ("{}", "step is missing"),
         ('{"step": 0, "rank": 0}', "real_rows is missing"),
         ('{"step": 0, "rank": 0, "real_rows": -1}', "real_rows is -1"),
+        ('{"step": 0, "rank": 0, "real_rows": 1.5}', "real_rows is 1.5"),
+        ('{"step": 0, "rank": 0, "real_rows": 1e30}', "real_rows is 1e"),
+        ('{"step": 0, "rank": 0, "real_rows": Infinity}', "real_rows is inf"),
+        ('{"step": 0, "rank": 0, "real_rows": 1, "start_s": NaN}', "start_s is nan"),
+        ('{"step": %s, "rank": 0, "real_rows": 1}' % ("9" * 30), "step is 999"),
+        ('{"step": %s, "rank": 0, "real_rows": 1}' % ("9" * 5000), "Exceeds the limit"),
     ],
 )
 def test_a_broken_line_before_the_last_is_an_error(tmp_path, line, problem):

@@ -203,7 +203,9 @@ class StepColumns:
         import pyarrow.parquet
 
         self._schema = pyarrow.schema([(name, _arrow_type(name)) for name in FIELDS])
-        self._writer = pyarrow.parquet.ParquetWriter(str(path), self._schema, compression="zstd")
+        # PyArrow takes some names for addresses, and no name that is not UTF-8.
+        self._file = Path(path).open("wb")  # noqa: SIM115 - close() does
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, self._schema, compression="zstd")
 
     def write(self, columns: dict[str, Any]) -> None:
         """Append records as columns of equal length (arrays or lists); fields left out have their default, or 0."""
@@ -219,8 +221,9 @@ class StepColumns:
         self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file; closing twice is allowed."""
         self._writer.close()
+        self._file.close()
 
     def __enter__(self) -> StepColumns:
         return self
@@ -245,9 +248,10 @@ def _is_parquet(path: str | Path) -> bool:
 def _parquet_records(path: str | Path) -> Iterator[StepLogRecord]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(str(path)).iter_batches():
-        for row in batch.to_pylist():
-            yield _record(row)
+    with Path(path).open("rb") as file:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                yield _record(row)
 
 
 def _record(row: Any) -> StepLogRecord:
@@ -262,6 +266,7 @@ def _record(row: Any) -> StepLogRecord:
         value = getattr(record, name)
         if value is None and name in _OPTIONAL:
             continue
-        if not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"{name} is {value!r}")
+        kind = int | float if name.endswith("_s") else int
+        if not isinstance(value, kind) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r:.60}")
     return record

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,7 @@ def execute_calibration(
     """Calibrate, write the constants and show how well they fit; return the exit status."""
     from lockstep.report.tables import print_validation
 
-    if not out.absolute().parent.is_dir():
-        raise ConfigurationError(f"the folder of {out} does not exist")  # said before the runs, not after them
+    check_replaceable(out, lambda: CostConstants.load(str(out)))  # said before the runs, not after them
     constants, fitted = calibrate(run_folders, model, data_parallel_size, requests, repeats)
     constants.save(out)
     if as_json:
@@ -93,6 +93,30 @@ def execute_calibration(
             sys.stdout.write(f"{name:>20} {value:,.4g}{'' if name == 'expert_share' else ' us'}\n")
     sys.stdout.write(f"constants: {out}; use them with --cost {out}\n")
     return 0
+
+
+def check_replaceable(out: Path, load: Callable[[], object]) -> None:
+    """Raise where a file of constants cannot be written, or is a file of something else.
+
+    Args:
+        out: the file.
+        load: reads it, or raises.
+
+    Raises:
+        ConfigurationError: there is no such folder, it cannot be written, or the file holds something else.
+    """
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise ConfigurationError(f"the folder of {out} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise ConfigurationError(f"the folder of {out} cannot be written")
+    if out.exists() or out.is_symlink():
+        try:
+            load()
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"{out} is not overwritten: it is no file of constants; choose another with --out"
+            ) from None
 
 
 def _run(model: str, data_parallel_size: int, requests: int) -> dict[str, np.ndarray]:

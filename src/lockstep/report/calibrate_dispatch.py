@@ -11,6 +11,7 @@ import torch
 
 from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
 from lockstep.errors import LockstepError
+from lockstep.report.calibrate import check_replaceable
 from lockstep.runner.dispatch_times import measure
 from lockstep.runner.launcher import launch
 
@@ -29,6 +30,8 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
     """
     device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks else "cpu"
     path = out or stored_path(device_type)
+    if out:
+        check_replaceable(out, lambda: DispatchConstants.load(out))
     measured: list[tuple[str, Exchange, float]]
     try:
         measured = launch(num_ranks, measure, device_type, _SAMPLES, limit_s=_LIMIT_S, preload=_PRELOAD)

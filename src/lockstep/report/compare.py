@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.step_table import StepTable, loss_figures
+from lockstep.simulation.step_table import StepTable, loss_figures, read_parquet_columns
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
@@ -69,20 +69,19 @@ def _figures(table: StepTable, folder: Path) -> dict[str, float]:
     figures.update({f"lost.{cause}": share for cause, share in loss["lost"].items() if cause != "no_requests"})
     figures["no_requests_fraction"] = loss["no_requests_fraction"]
     for name, values in _latencies(folder).items():
-        ordered = np.sort(np.array([value for value in values if value is not None and not math.isnan(value)]))
+        ordered = np.sort(np.array([value for value in values if _is_number(value)], np.float64))
         if len(ordered):
             figures[f"{name}_p50"] = float(ordered[math.ceil(0.5 * len(ordered)) - 1])
             figures[f"{name}_p99"] = float(ordered[math.ceil(0.99 * len(ordered)) - 1])
     return figures
 
 
-def _latencies(folder: Path) -> dict[str, Sequence[float | None]]:
+def _latencies(folder: Path) -> dict[str, Sequence[Any]]:
     names = ("ttft_s", "tpot_s")
-    if (folder / "requests.parquet").is_file():
-        import pyarrow.parquet
-
-        columns = pyarrow.parquet.read_table(folder / "requests.parquet", columns=list(names)).to_pydict()
-        return {name: columns[name] for name in names}
+    path = folder / "requests.parquet"
+    if path.is_file():
+        columns = read_parquet_columns(path, names)
+        return {name: columns[name].tolist() for name in names}
     outputs = _outputs(folder)
     return {name: [output.get(name) for output in outputs] for name in names}
 
@@ -92,19 +91,28 @@ def _outputs(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     # An interrupted run may have torn the last line.
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines(keepends=True)
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ConfigurationError(f"{path}: line {number} is not JSON; expected a request's output") from None
+            output = json.loads(line)
+            if not isinstance(output, dict) or not isinstance(output.get("request_id"), int):
+                raise ValueError
+            found.append(output)
+        except (ValueError, RecursionError):
+            if number < len(lines) or line.endswith(b"\n"):
+                raise ConfigurationError(
+                    f"{path}: line {number} is not a request's output: expected a JSON object with a request_id"
+                ) from None
     return found
 
 
 def _tokens(folder: Path) -> dict[int, Any]:
     return {output["request_id"]: output["tokens"] for output in _outputs(folder) if "tokens" in output}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _first_difference(a: StepTable, b: StepTable) -> int | None:

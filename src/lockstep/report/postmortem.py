@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.report.terminal import Terminal, plain
 
 FORMAT = "lockstep-flight-recorder-1"
 PHASES = ("", "agreement", "model", "dispatch", "experts", "combine", "end", "left")
 """As `lockstep.coordination.flight_recorder.Phase` numbers them; 0 is an event within a phase."""
 
+FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"
+"""Environment variable: where ranks write their recorders; the system's temporary folder by default."""
+
+_NAMES = "lockstep-rank*.jsonl"
 _MOST_BYTES = 16 * 2**20
 _MOST_RANKS = 2**20
+_ONE_FAILURE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,53 @@ class RecorderFile:
     stacks: dict[str, list[str]]
 
 
+def recorder_folder() -> Path:
+    """Return the folder into which ranks started from here write their recorders."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
+
+
+def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
+    """Read recorders from files and folders; of a folder, those of the last failure in it.
+
+    A folder may hold recorders of many failures, the system's temporary folder above all. Those count that have as many
+    ranks as the newest one, and were written in the 5 minutes before it.
+
+    Args:
+        paths: files or folders; none for `recorder_folder()`.
+
+    Returns:
+        The recorders, and how many files of folders were left out.
+
+    Raises:
+        ConfigurationError: a file that is none, or a folder without any; says where they lie.
+        OSError: a file that cannot be opened.
+    """
+    files: list[RecorderFile] = []
+    num_left_out = 0
+    for path in paths or [recorder_folder()]:
+        if not path.is_dir():
+            files.append(read_recorder(path))
+            continue
+        found = []
+        for each in sorted(path.glob(_NAMES)):
+            try:
+                found.append(read_recorder(each))
+            except (ConfigurationError, OSError):  # of somebody else, or of another version
+                num_left_out += 1
+        if not found:
+            raise ConfigurationError(
+                f"no flight recorder's file ({_NAMES}) in {path}: ranks write them when one fails, into "
+                f"{recorder_folder()} (another folder: {FOLDER_VARIABLE})"
+            )
+        newest = max(found, key=lambda file: file.time)
+        one = [
+            file for file in found if file.num_ranks == newest.num_ranks and newest.time - file.time <= _ONE_FAILURE_S
+        ]
+        files += one
+        num_left_out += len(found) - len(one)
+    return files, num_left_out
+
+
 def read_recorder(path: str | Path) -> RecorderFile:
     """Read a flight recorder's file. A last line that was torn off is left out.
 
@@ -76,6 +132,8 @@ def read_recorder(path: str | Path) -> RecorderFile:
         OSError: it cannot be opened.
     """
     path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait until somebody writes into it
+        raise ConfigurationError(f"{path} is no file")
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
@@ -160,31 +218,47 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
     }
 
 
-def print_postmortem(document: dict[str, Any]) -> None:
-    """Print a merged post-mortem as a table and sentences on stdout."""
-    from rich.console import Console
+def print_postmortem(document: dict[str, Any], num_left_out: int = 0, stacks: bool = False) -> None:
+    """Print a merged post-mortem as a table and sentences on stdout; what a file says is shown, never obeyed.
+
+    Args:
+        document: what `postmortem_document` returned.
+        num_left_out: files of the folder that belong to other failures.
+        stacks: also print where each thread of each rank stood.
+    """
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Terminal()
     table = Table(title=f"{len(document['ranks'])} of {document['num_ranks']} ranks left a flight recorder")
     for heading in ("rank", "process", "epoch", "step", "last phase", "seconds before the end"):
         table.add_column(heading)
     for row in document["ranks"]:
         phase = f"{row['phase']} of layer {row['layer']}" if row["layer"] >= 0 else row["phase"]
-        cells = [row["rank"], f"{row['pid']} on {row['host']}", row["epoch"], row["step"], phase]
+        cells = [row["rank"], f"{row['pid']} on {plain(row['host'], keep='')}", row["epoch"], row["step"], phase]
         table.add_row(*map(str, cells), str(row["seconds_before_end"]))
     console.print(table)
+    if num_left_out:
+        console.print(f"{num_left_out} files of other failures in the same folder are left out")
     if document["missing"]:
-        console.print(f"no file of ranks {document['missing']}: their processes may have been killed", markup=False)
+        console.print(f"no file of ranks {document['missing']}: their processes may have been killed")
     parted = document["parted"]
     if parted is None:
         console.print("as far as the recorders reach, the ranks went through the same steps alike")
     else:
         console.print(f"they parted in step {parted['step']}:")
         for rank, did in parted["did"].items():
-            console.print(f"  rank {rank}: {did}", markup=False, soft_wrap=True)
+            console.print(f"  rank {rank}: {plain(did, keep='')}", soft_wrap=True)
     for row in document["ranks"]:
-        console.print(f"rank {row['rank']} stopped because: {row['reason']}", markup=False, soft_wrap=True)
+        console.print(f"rank {row['rank']} stopped because: {_indented(row['reason'])}", soft_wrap=True)
+    for rank, threads in document["stacks"].items() if stacks else ():
+        for name, lines in threads.items():
+            sys.stdout.write(f"\nrank {rank}, thread {plain(name, keep='')}:\n")
+            sys.stdout.write(f"    {_indented(''.join(lines).rstrip())}\n")
+
+
+def _indented(text: str) -> str:
+    """Return a text of several lines such that none of them looks like one of ours."""
+    return plain(text).replace("\n", "\n    ")
 
 
 def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:

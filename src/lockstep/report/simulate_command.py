@@ -144,7 +144,6 @@ def _write(
     on_progress: Callable[[float], None],
 ) -> None:
     import pyarrow
-    import pyarrow.parquet
 
     (out / "settings.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     rows = [_flat({key: value for key, value in item.items() if key != "per_rank"}) for item in document["settings"]]
@@ -152,12 +151,12 @@ def _write(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "settings.parquet")
+    _write_parquet(pyarrow.Table.from_pylist(rows), out / "settings.parquet")
     # The best setting once more, this time with every step written down.
     with StepColumns(out / "steps.parquet") as log:
         result = simulate(command.trace.requests, config, log, on_progress)
     columns = _request_columns(command, result)
-    pyarrow.parquet.write_table(pyarrow.table(columns), out / "requests.parquet")
+    _write_parquet(pyarrow.table(columns), out / "requests.parquet")
     write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * config.num_ranks))
     names = _names([setting(item) for item in command.grid.configs(command.base)])
     shown = {key: value for key, value in document["settings"][chosen or 0].items() if key != "per_rank"}
@@ -171,6 +170,13 @@ def _write(
         + (f": {names[chosen or 0]}" if len(names) > 1 else ""),
         command=shlex.join(["lockstep", *command.arguments]),
     )
+
+
+def _write_parquet(table: Any, path: Path) -> None:
+    import pyarrow.parquet
+
+    with path.open("wb") as file:  # PyArrow takes some names for addresses, and no name that is not UTF-8
+        pyarrow.parquet.write_table(table, file)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -206,10 +212,11 @@ def _first_records(path: Path, count: int) -> list[StepLogRecord]:
     import pyarrow.parquet
 
     records: list[StepLogRecord] = []
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=min(count, 65_536)):
-        records.extend(StepLogRecord(**row) for row in batch.to_pylist())
-        if len(records) >= count:
-            break
+    with path.open("rb") as file:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=min(count, 65_536)):
+            records.extend(StepLogRecord(**row) for row in batch.to_pylist())
+            if len(records) >= count:
+                break
     return records[:count]
 
 

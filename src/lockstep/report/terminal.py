@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 
-def plain(text: str, keep: str = "\n\t") -> str:
+def plain(text: str, keep: str = "\n") -> str:
     r"""Return text with what steers a terminal, turns the reading direction or is half a character written as escapes.
 
     Args:

@@ -139,11 +139,13 @@ def _add(
 
 def _read_outputs(path: Path) -> dict[int, dict[str, Any]]:
     outputs = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 output = json.loads(line)
+                if not all(isinstance(token, int) for token in output["tokens"]):
+                    raise TypeError("tokens must be integers")
                 outputs[int(output["request_id"])] = output
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigurationError(f"{path}: line {number} is not an output ({error!r})") from error
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ConfigurationError(f"{path}: line {number} is not an output ({error!r:.200})") from None
     return outputs

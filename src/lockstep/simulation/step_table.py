@@ -31,6 +31,55 @@ def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
     return {"lost_fraction": uneven, "no_requests_fraction": lost["no_requests"], "lost": dict(lost)}
 
 
+_MOST_HOLES = 10_000_000
+_MOST_PARQUET_ROWS = 200_000_000
+
+
+def read_parquet_columns(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Read columns of numbers from a Parquet file.
+
+    Args:
+        path: the file.
+        needed: columns that it must have.
+        wanted: columns that are read where it has them.
+
+    Raises:
+        ConfigurationError: not a Parquet file, a column that is missing or holds something else than numbers, or more
+            rows than any log has: a few bytes of Parquet may stand for any number of equal rows.
+        OSError: it cannot be opened.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with Path(path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+            for name in needed:
+                if names.count(name) != 1:
+                    raise ConfigurationError(f"{path} has {names.count(name)} columns {name}, and must have one")
+            if num_rows > _MOST_PARQUET_ROWS:
+                raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {_MOST_PARQUET_ROWS:,}")
+            chosen = [name for name in dict.fromkeys((*needed, *wanted)) if names.count(name) == 1]
+            for name in chosen:
+                kind = file.schema_arrow.field(name).type
+                if not (
+                    pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)
+                ):
+                    raise ConfigurationError(f"{path}: column {name} holds {kind}, and must hold numbers")
+            table = file.read(columns=chosen)
+        columns = {name: table.column(name).to_numpy() for name in chosen}
+    except pyarrow.ArrowException as error:
+        first = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigurationError(f"{path} is no Parquet file that can be read: {first}") from None
+    for name in needed:
+        if columns[name].dtype.kind == "f" and name in ("step", "rank", "real_rows"):
+            raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
+    for name, values in columns.items():
+        if len(values) and values.dtype.kind in "iu" and values.min() < 0:
+            raise ConfigurationError(f"{path}: column {name} has {values.min()}, and must be >= 0")
+    return columns
+
+
 _ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 
 
@@ -72,11 +121,12 @@ class StepTable:
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> StepTable:
-        """Read what `StepColumns` has written."""
-        import pyarrow.parquet
+        """Read what `StepColumns` has written.
 
-        table = pyarrow.parquet.read_table(str(path))
-        return cls.from_columns({name: table.column(name).to_numpy() for name in FIELDS if name in table.column_names})
+        Raises:
+            ConfigurationError: for a file of something else.
+        """
+        return cls.from_columns(read_parquet_columns(path, ("step", "rank", "real_rows"), FIELDS))
 
     @classmethod
     def from_columns(cls, columns: dict[str, np.ndarray]) -> StepTable:
@@ -89,6 +139,11 @@ class StepTable:
         ranks = np.unique(columns["rank"])
         column = np.searchsorted(ranks, columns["rank"])
         shape = (len(steps), len(ranks))
+        if shape[0] * shape[1] > _MOST_HOLES + 16 * len(columns["step"]):
+            raise ConfigurationError(
+                f"the step log has {len(columns['step'])} records of {shape[0]} steps and {shape[1]} ranks, "
+                "and should have one of each rank in each step"
+            )
         cell = row * max(1, len(ranks)) + column
         if len(np.unique(cell)) != len(cell):
             raise ConfigurationError("the step log has two records of one step and rank: are these files of one run?")
