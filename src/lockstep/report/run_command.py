@@ -208,12 +208,12 @@ def _check_model_and_workload(options: RunOptions) -> None:
     from lockstep.runner.run import check_requests, load_requests, load_tokenizer
 
     _quiet_transformers()
-    tokenizer = load_tokenizer(options.model)
     try:
         config = AutoConfig.from_pretrained(options.model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().split("\n", 1)[0][:200]
         raise ConfigurationError(f"the configuration of {options.model} cannot be read: {first}") from None
+    tokenizer = load_tokenizer(options.model)
     check_requests(load_requests(options, tokenizer), options.model, config, tokenizer, options.seed)
 
 

@@ -1,0 +1,84 @@
+"""What `lockstep run` says of a checkpoint and a workload before any rank starts: one sentence, right blame."""
+
+import json
+import shutil
+
+import pytest
+
+from lockstep.models.tiny import byte_tokenizer, make_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", num_layers=1, num_experts=4)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, command_line):
+    """Give a checkpoint and a workload's lines to `run`; get its sentence."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lockstep.runner.launcher.launch", lambda *_, **__: pytest.fail("ranks were started"))
+
+    def run(model, *lines):
+        (tmp_path / "workload").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        before = sorted(path.name for path in tmp_path.iterdir())
+        code, shown, stderr = command_line("run", "--model", model, "--workload", "workload")
+        assert (code, shown, stderr.count("\n")) == (2, "", 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before  # no output folder either
+        return stderr
+
+    return run
+
+
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_a_prompt_beyond_the_embedding_blames_the_tokenizer(checkpoint, tmp_path, refused):
+    model = copied(checkpoint, tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<wide>"])
+    tokenizer.save_pretrained(model)
+    usual = {"prompt": "as usual", "max_new_tokens": 1}
+    said = refused(model, usual, {"prompt": "and <wide>", "max_new_tokens": 1})
+    assert f"the tokenizer of {model} is wider than its embedding" in said
+    assert "the prompt of request 1 has token id 259, and the model's vocab_size is 259" in said
+
+
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_a_checkpoint_without_a_tokenizer_is_not_the_workloads_fault(checkpoint, tmp_path, refused, with_prompts):
+    model = copied(checkpoint, tmp_path)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    line = (
+        {"prompt": "a", "max_new_tokens": 1}
+        if with_prompts
+        else {"timestamp": 0, "input_length": 5, "output_length": 1}
+    )
+    said = refused(model, line)
+    assert f"the checkpoint {model} has no tokenizer" in said
+    assert "line 1" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{not json", "has no tokenizer that Transformers can read: "),
+        ("tokenizer.json", b"{}", "has no tokenizer that Transformers can read: "),
+        ("tokenizer.json", b"[]", "has no tokenizer that Transformers can read: "),
+        ("config.json", b"{not json", "is not JSON"),
+        ("config.json", b"[" * 100_000, "is not JSON"),
+        ("config.json", b"9" * 5000, "is not JSON"),
+        ("config.json", b'{"text_config": [1], "num_experts": 3}', "3 experts cannot be divided over 2 ranks"),
+        ("config.json", b'{"model_type": "of-nobody"}', "cannot be read"),
+    ],
+)
+def test_files_of_a_checkpoint_that_are_none(checkpoint, tmp_path, refused, name, content, message):
+    model = copied(checkpoint, tmp_path)
+    (model / name).write_bytes(content)
+    assert message in refused(model, {"prompt": "a", "max_new_tokens": 1})
+
+
+def test_a_request_beyond_the_context_is_said_before_ranks_start(checkpoint, refused):
+    said = refused(checkpoint, {"timestamp": 0, "input_length": 40_000, "output_length": 1})
+    assert "request 0 has 40000 prompt tokens and 1 new ones, more than the model's context of 32768" in said
