@@ -528,3 +528,32 @@ def test_bad_calls_are_refused_by_name():
     with pytest.raises(ConfigurationError, match="has no request"):
         sample(sampler, logits, [0], [1])
     assert sample(sampler, logits[:0], [], []).tokens.shape == (0,)
+
+
+def test_nothing_is_read_back_and_no_shape_depends_on_data():
+    """Tensors without values: whatever asks for one raises."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    choices = [
+        {"temperature": 0.0, "min_tokens": 3},
+        {"temperature": 0.8, "min_p": 0.1, "logprobs": 0},
+        {"top_k": 20, "top_p": 0.9, "presence_penalty": 1.0},
+        {"top_p": 0.8, "logprobs": 5},
+        {"top_k": 300, "repetition_penalty": 1.2},
+    ]
+    num_slots, vocab_size = len(choices), 9000
+    sampler = Sampler(num_slots, vocab_size, "cpu", eos_token_ids=[EOS])
+    for slot, fields in enumerate(choices):
+        sampler.set(slot, SamplingParams(**fields), slot, [1, 2], [3, 3])
+    mode = FakeTensorMode()
+    for name, value in vars(sampler).items():
+        if isinstance(value, torch.Tensor):
+            setattr(sampler, name, mode.from_tensor(value))
+    with mode:
+        for rows in ([4, 3, 2, 1, 0], [0, -1, 4, 2, 3, 1, -1]):
+            inputs = [torch.tensor(rows), torch.tensor(rows)]
+            drawn = sampler.sample(torch.empty(len(rows), vocab_size, dtype=torch.bfloat16), *inputs, rows)
+            assert drawn.tokens.shape == (len(rows),)
+            assert drawn.top_ids.shape == (len(rows), 5)
+            with pytest.raises(DataDependentOutputException):
+                drawn.tokens[0].item()
