@@ -503,6 +503,25 @@ def test_tokens_that_cannot_be_drawn_never_are():
         assert {draw(logits[0].tolist(), SamplingParams(**fields), seed=seed) for seed in range(40)} == {17, 390}
 
 
+def test_a_warm_sampler_is_as_good_as_new():
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    drawn = []
+    for warm in (False, True):
+        sampler = Sampler(3, 300, "cpu", eos_token_ids=[EOS])
+        if warm:
+            sampler.warm_up(torch.bfloat16)
+            assert sampler._counts is None
+            with pytest.raises(ConfigurationError, match="slot 0 of row 0 has no request"):
+                sample(sampler, logits[:1], [0], [1])
+        for slot, fields in enumerate(({}, {"top_k": 5, "presence_penalty": 1.0}, {"top_p": 0.9})):
+            sampler.set(slot, SamplingParams(**fields), slot, [1])
+        drawn.append(sample(sampler, logits, [0, 1, 2], [1, 1, 1]))
+    assert drawn[0].tokens.tolist() == drawn[1].tokens.tolist()
+    assert drawn[1].logprobs is None
+    with pytest.raises(ConfigurationError, match="warm_up comes before requests, but slot 0 has one"):
+        sampler.warm_up(torch.float32)
+
+
 def test_bad_calls_are_refused_by_name():
     sampler = Sampler(2, 10, "cpu")
     sampler.set(0, SamplingParams(), 0, [1])
@@ -511,7 +530,7 @@ def test_bad_calls_are_refused_by_name():
         sample(sampler, logits, [1], [1])
     with pytest.raises(ConfigurationError, match=r"slot 2 of row 0 has no request \(slots: 0..1\)"):
         sample(sampler, logits, [2], [1])
-    with pytest.raises(ConfigurationError, match=r"slot 0 of row 1 stands in two rows"):
+    with pytest.raises(ConfigurationError, match=r"slot 0 of row 1 is in two rows"):
         sample(sampler, logits.expand(2, -1), [0, 0], [1, 1])
     with pytest.raises(ConfigurationError, match=r"expected logits \[1, 10\].*got \[1, 9\]"):
         sample(sampler, logits[:, :9], [0], [1])

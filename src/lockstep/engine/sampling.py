@@ -1,4 +1,4 @@
-"""Draw the next token of every request of a step, on the device, without a word from it to the host.
+"""Draw the next token of every request in a step. All on the device: the host never waits for it.
 
 A token depends on its request's logits, parameters, seed and position only. Three rules give this:
 
@@ -164,6 +164,29 @@ class Sampler:
         else:
             self._asking.add(slot)
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Take every path once with all slots in use: later steps load no kernel and need no more memory than this.
+
+        The token counts of penalties are not allocated.
+
+        Args:
+            dtype: of the logits to come.
+
+        Raises:
+            ConfigurationError: a slot has a request.
+        """
+        taken = [slot for slot, params in enumerate(self._params) if params is not None]
+        if taken:
+            raise ConfigurationError(f"warm_up comes before requests, but slot {taken[0]} has one")
+        slots = torch.arange(self.max_num_seqs, device=self.device)
+        logits = torch.zeros(self.max_num_seqs, self.vocab_size, dtype=dtype, device=self.device)
+        for params in _ONE_OF_EACH_PATH:
+            for slot in range(self.max_num_seqs):
+                self.set(slot, params, 0, (0,))
+            self.sample(logits, slots, slots, range(self.max_num_seqs))
+        for slot in range(self.max_num_seqs):
+            self.clear(slot)
+
     def clear(self, slot: int) -> None:
         """Take a slot from its request. Steps already issued are not touched."""
         self._params[slot] = self._kinds[slot] = None
@@ -213,7 +236,7 @@ class Sampler:
                 continue
             kind = self._kinds[slot] if slot < self.max_num_seqs else None
             if kind is None or slot in used:
-                problem = "stands in two rows" if slot in used else "has no request"
+                problem = "is in two rows" if slot in used else "has no request"
                 raise ConfigurationError(f"slot {slot} of row {row} {problem} (slots: 0..{self.max_num_seqs - 1})")
             used.add(slot)
             groups.setdefault(kind, []).append(row)
@@ -384,6 +407,12 @@ class _Rows:
 
 
 _GREEDY = _Kind("greedy", penalties=False, min_tokens=False)
+_ONE_OF_EACH_PATH = (
+    SamplingParams(temperature=0, min_tokens=1, logprobs=MAX_LOGPROBS),
+    SamplingParams(min_p=0.1),
+    SamplingParams(top_k=_MAX_SMALL_TOP_K),
+    SamplingParams(top_p=0.9),
+)
 
 
 def seed_key(seed: int) -> int:

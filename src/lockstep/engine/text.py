@@ -144,7 +144,7 @@ class _ByteLevelStream:
 class _WindowStream:
     """Decodes the tokens since the last piece of text, with that piece's tokens before them as context.
 
-    The context makes the start of a text differ from its middle: most decoders drop a space at the very start.
+    Without the context the middle of a text would be decoded as a start is: most decoders drop a space there.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
