@@ -492,6 +492,7 @@ _BAD_PATH = {
     *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
 }
 _MOST_CHARACTERS = 4000
+_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -504,10 +505,8 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
-    except typer.Abort:
-        _end("interrupted", 130)
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        status = _INTERRUPTED
     except BrokenPipeError:
         # Whoever reads has had enough, as `head` has. Nothing can be written at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -523,6 +522,8 @@ def main() -> None:
         if "ClickException" not in names:
             raise
         _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
+    if status == _INTERRUPTED:
+        _end("interrupted", status)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -573,7 +574,7 @@ def _end(says: str, status: int) -> NoReturn:
     from lockstep.report.terminal import plain
 
     says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="")
-    sys.stderr.write(f"lockstep: {'' if status == 130 else 'error: '}{says}\n")
+    sys.stderr.write(f"lockstep: {'' if status == _INTERRUPTED else 'error: '}{says}\n")
     if "RANK" in os.environ and status == 1:
         # Its groups may be in any state, and an orderly end would wait for their peers.
         sys.stderr.flush()

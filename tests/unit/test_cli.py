@@ -1,5 +1,6 @@
 """The command line as somebody meets it who mistypes, lacks a package, or has odd names: one sentence, status 2."""
 
+import errno
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ def python(code, *arguments):
 def test_choices_are_the_names_that_the_library_knows():
     from lockstep.dispatch.choose import DISPATCHERS
     from lockstep.runner.run import DTYPES
-    from lockstep.simulation.simulator import ROW_SHAPES
+    from lockstep.simulation.config import ROW_SHAPES
     from lockstep.workload.policies import LOAD_BALANCING
 
     assert get_args(cli.Dispatcher) == DISPATCHERS
@@ -209,3 +210,39 @@ def test_two_simulations_never_write_into_one_folder(tmp_path, command_line):
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert command_line(*line)[0] == 0
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_ctrl_c_ends_every_command_with_130(monkeypatch, command_line):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lockstep.workload.load_workload", interrupted)
+    for line in (("simulate",), ("workload", "describe", "synthetic")):
+        assert command_line(*line) == (130, "", "lockstep: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("RANK", "first"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("RANK", "9" * 99)]
+)
+def test_what_starts_ranks_and_counts_wrongly_is_named(variable, value, monkeypatch, command_line):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(variable, value)
+    code, _, stderr = command_line("run")
+    assert code == 2
+    assert f"{variable} must be a number, got" in stderr
+
+
+def test_a_full_disk_is_named_with_the_folder(tmp_path, monkeypatch, command_line):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lockstep.report.simulate_command.write_trace", full)
+    out = tmp_path / "out"
+    code, _, stderr = command_line("simulate", "--requests", "5", "--workers", "1", "--out", out)
+    assert (code, stderr.splitlines()[-1]) == (1, f"lockstep: error: OSError: {out}: No space left on device")
+
+
+def test_logs_of_nothing_can_be_compared(tmp_path, command_line):
+    (tmp_path / "steps.jsonl").write_text("")
+    code, _, stderr = command_line("compare", tmp_path, tmp_path)
+    assert (code, stderr) == (0, "")

@@ -293,6 +293,9 @@ def test_a_step_goes_from_one_agreement_to_the_next():
         cost_columns([StepLogRecord(0, 0, 1)])
     with pytest.raises(ConfigurationError, match="not the same number of each of 2 ranks"):
         cost_columns(found[:-1])
+    for wrong in ([found[0], found[0], found[2], found[3]], [found[0], found[3], found[2], found[1]]):
+        with pytest.raises(ConfigurationError, match="not have one record of each rank in step 0"):
+            cost_columns(wrong)
 
 
 def test_validation_compares_step_by_step(tmp_path):

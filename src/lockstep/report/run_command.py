@@ -61,7 +61,7 @@ def execute(command: RunCommand) -> int:
         ConfigurationError: options that cannot work; before any rank is started, and under torchrun on every rank.
         LockstepError: the run failed.
     """
-    rank, under_torchrun = int(os.environ.get("RANK", "0")), "RANK" in os.environ
+    rank, under_torchrun = _number_of("RANK", 0), "RANK" in os.environ
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
     console = Terminal(stderr=True)
     options = command.options
@@ -170,9 +170,9 @@ def _check_options(options: RunOptions, console: Console) -> None:
             f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
             f"{os.cpu_count()} cores: use torchrun on several hosts"
         )
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) != options.world_size:
+    if "RANK" in os.environ and _number_of("WORLD_SIZE", 0) != options.world_size:
         raise ConfigurationError(
-            f"torchrun started {os.environ['WORLD_SIZE']} ranks, but data_parallel_size * tensor_parallel_size "
+            f"torchrun started {_number_of('WORLD_SIZE', 0)} ranks, but data_parallel_size * tensor_parallel_size "
             f"is {options.world_size}"
         )
     trace = load_workload(options.workload, options.workload_options, options.seed)
@@ -215,6 +215,14 @@ def _check_model_and_workload(options: RunOptions) -> None:
         raise ConfigurationError(f"the configuration of {options.model} cannot be read: {first}") from None
     tokenizer = load_tokenizer(options.model)
     check_requests(load_requests(options, tokenizer), options.model, config, tokenizer, options.seed)
+
+
+def _number_of(variable: str, default: int) -> int:
+    """Return what whoever starts ranks has put into an environment variable."""
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal() or len(value) > 9:
+        raise ConfigurationError(f"the environment variable {variable} must be a number, got {value!r:.60}")
+    return int(value)
 
 
 def _dated_folder() -> Path:

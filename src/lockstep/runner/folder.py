@@ -81,7 +81,12 @@ def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Ite
             if error.errno in _USERS_OWN:
                 raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
             raise
-        yield out
+        try:
+            yield out
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+                error.filename = str(out)  # of a write the system does not say where
+            raise
 
 
 def _make(out: Path, overwrite: bool, joint: bool) -> None:

@@ -35,6 +35,10 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         raise ConfigurationError(
             f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
         )
+    for first in range(0, len(records), len(ranks)):
+        step = records[first : first + len(ranks)]
+        if [record.rank for record in step] != ranks or len({record.step for record in step}) > 1:
+            raise ConfigurationError(f"the step log does not have one record of each rank in step {step[0].step}")
 
     def grid(name: str) -> np.ndarray:
         return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
