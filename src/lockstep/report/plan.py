@@ -93,13 +93,14 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
         most_ranks: ranks in the table; the lists above it say more.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from lockstep.report.terminal import Terminal
 
     sp, limit = document["sequence_parallel_size"], document["max_chunk_size_per_rank"]
     chunks = document["chunks"]
     ranks = len(document["sp_local_sizes"])
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     # As many chunks as fit beside the four other columns, each as wide as its longest span.
     longest = max((len(f"{stop}..{stop}") for chunk in chunks for _, stop in chunk["spans"]), default=1)
     most_chunks = max(1, (console.width - 45) // (max(longest, len("chunk 00")) + 3))
@@ -111,7 +112,7 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
         lists[f"chunked_sizes({sp}, {limit}, {chunk_idx})"] = sizes
     width = max(map(len, lists))
     for name, sizes in lists.items():
-        console.print(f"{name:<{width}}  {abridged(sizes)}", markup=False)
+        console.print(f"{name:<{width}}  {abridged(sizes)}")
 
     table = Table(box=box.SIMPLE_HEAD, title="Real rows of each rank, chunk by chunk", title_justify="left")
     for heading in ("rank", "DP rank", "tokens", "takes"):
