@@ -1,6 +1,7 @@
 """Text and ends of a request on the host: facts by hand, laws against slow references, bad input."""
 
 import doctest
+import itertools
 import time
 
 import pytest
@@ -127,6 +128,19 @@ def test_bytes_that_are_no_text_leave_as_soon_as_that_is_known():
     stream.push(euro[0])
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
+
+
+def test_invalid_utf8_is_replaced_as_the_tokenizer_does():
+    # Overlong forms, surrogates, code points beyond the last, lonely and missing continuations: all of length up to 4.
+    kinds = [0x41, 0x80, 0x8F, 0x9F, 0xA0, 0xC0, 0xC3, 0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5]
+    token_of = {value: BYTES.convert_tokens_to_ids(token) for token, value in text._ALPHABET.items()}
+    detokenizer = Detokenizer(BYTES)
+    for length in (1, 2, 3, 4):
+        for values in itertools.product(kinds, repeat=length):
+            ids = [token_of[value] for value in values]
+            stream = detokenizer.stream()
+            pieces = "".join(map(stream.push, ids)) + stream.flush()
+            assert pieces == BYTES.backend_tokenizer.decode(ids), bytes(values)
 
 
 def test_a_run_of_byte_tokens_is_text_or_not_as_a_whole():

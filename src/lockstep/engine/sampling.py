@@ -18,8 +18,8 @@ What the paths cost, in passes over the logits of the rows that take them:
 | penalties, `min_tokens` | a float32 copy and five more passes |
 | log probabilities | two reads |
 
-Rows that read the whole vocabulary several times go in chunks of 2**24 logits, which bounds their memory to about
-0.3 GB, with a sort 0.6 GB, whatever the batch.
+Rows that read the whole vocabulary several times go in chunks of 2**24 logits, which bounds their memory whatever the
+batch. `benchmarks/bench_sampling.py` measures time and memory of each path.
 """
 
 from __future__ import annotations
