@@ -222,12 +222,18 @@ def stand_in(tmp_path, monkeypatch):
     forget()
 
 
-def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog):
-    places = stand_in()
+@pytest.mark.parametrize(("switch", "version"), [("1", "0.33.1"), ("metadata", "0.32.0")])
+def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog, monkeypatch, switch, version):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("LOCKSTEP_VLLM", switch)
+    places = stand_in(version)
     plugin.register()
     plugin.register()
     assert places() == [DPMetadata] * 4
-    assert not caplog.records
+    # One visible line, by vLLM's own logger, however often it runs.
+    (record,) = [record for record in caplog.records if record.levelname == "INFO"]
+    assert record.getMessage() == f"LOCKSTEP_VLLM: DPMetadata of vLLM {version} replaced in 3 places"
+    assert record.name.split(".")[0] == "vllm"
 
 
 def test_layers_get_sizes_through_the_replaced_class(stand_in):
@@ -238,7 +244,17 @@ def test_layers_get_sizes_through_the_replaced_class(stand_in):
         assert sizes == [3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("switch", [None, "", "0", "true"])
+@pytest.mark.parametrize("switch", ["true", "Exchange", "on", "2", " "])
+def test_a_wrong_value_is_an_error_at_start(stand_in, monkeypatch, switch):
+    places = stand_in()
+    monkeypatch.setenv("LOCKSTEP_VLLM", switch)
+    message = f"LOCKSTEP_VLLM must be one of 0, 1, metadata, exchange, or not set, got '{switch}'"
+    with pytest.raises(ConfigurationError, match=message):
+        plugin.register()
+    assert DPMetadata not in places()
+
+
+@pytest.mark.parametrize("switch", [None, "", "0"])
 def test_the_plugin_is_off_unless_switched_on(stand_in, monkeypatch, caplog, switch):
     places = stand_in()
     monkeypatch.delenv("LOCKSTEP_VLLM")
@@ -252,9 +268,9 @@ def test_the_plugin_is_off_unless_switched_on(stand_in, monkeypatch, caplog, swi
 @pytest.mark.parametrize(
     ("version", "forward_context", "reason"),
     [
-        ("0.34.0", FORWARD_CONTEXT, "vLLM 0.34.0 is not among the versions known, 0.33"),
-        ("0.3.3", FORWARD_CONTEXT, "vLLM 0.3.3 is not among the versions known, 0.33"),
-        ("dev", FORWARD_CONTEXT, "vLLM dev is not among the versions known, 0.33"),
+        ("0.34.0", FORWARD_CONTEXT, "vLLM 0.34.0 is not among the versions known, 0.32, 0.33"),
+        ("0.3.3", FORWARD_CONTEXT, "vLLM 0.3.3 is not among the versions known, 0.32, 0.33"),
+        ("dev", FORWARD_CONTEXT, "vLLM dev is not among the versions known, 0.32, 0.33"),
         (
             "0.33.0",
             FORWARD_CONTEXT.replace("pcp_size=1, use_ep=False", "num_dispatchers=1"),
@@ -272,6 +288,48 @@ def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(stand_in, caplo
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("LOCKSTEP_VLLM=1 changes nothing: ")
     assert reason in record.getMessage()
+
+
+def test_exchange_in_a_vllm_without_the_method_changes_nothing_and_says_so(stand_in, monkeypatch, caplog):
+    places = stand_in("0.33.0")
+    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
+    plugin.register()
+    plugin.register()
+    assert DPMetadata not in places()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("LOCKSTEP_VLLM=exchange changes nothing: vllm.model_executor.layers")
+    assert "cannot be imported" in record.getMessage()
+
+
+def test_exchange_in_another_version_says_which_are_known(stand_in, monkeypatch, caplog):
+    stand_in("0.30.0")
+    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
+    plugin.register()
+    (record,) = caplog.records
+    assert "vLLM 0.30.0 is not among the versions known, 0.26, 0.33" in record.getMessage()
+
+
+@dataclasses.dataclass
+class LayerMetadata(DPMetadata):
+    layer: int = 0
+
+
+def test_subclasses_copies_writes_and_dropped_contexts_are_as_in_our_own_class():
+    metadata = LayerMetadata(torch.tensor([5, 7]), layer=3)
+    metadata.sp_local_sizes(1).__enter__()
+    assert metadata.local_sizes is None
+    for twin in (copy.copy(metadata), copy.deepcopy(metadata), dataclasses.replace(metadata)):
+        assert twin == metadata
+        assert twin.layer == 3
+        with twin.sp_local_sizes(2, 2, True) as sizes:
+            assert sizes == [3, 3, 3, 3, 4, 4, 4, 4]
+    assert repr(metadata) == "LayerMetadata(num_tokens_across_dp_cpu=[5, 7], local_sizes=None, layer=3)"
+    metadata.num_tokens_across_dp_cpu[0] = 6
+    for call in (lambda: metadata.sp_local_sizes(1), lambda: metadata.sp_local_sizes(1, 2)):
+        with pytest.raises(TokenCountError, match="was changed after the metadata was made"):
+            call()
+    with pytest.raises(TokenCountError, match="must be a dense tensor"):
+        DPMetadata(torch.tensor([5, 7]).to_sparse())
 
 
 def test_in_a_fresh_process_without_vllm_one_warning_is_logged(tmp_path):

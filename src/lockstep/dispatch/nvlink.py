@@ -442,6 +442,14 @@ class NvlinkDispatcher:
             raise recorder.absent(late, (absent,))
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
 
+    def set_deadline(self, deadline_s: float) -> None:
+        """Set the longest wait for a peer's flag in calls from now on; a graph keeps that of its capture.
+
+        Args:
+            deadline_s: seconds.
+        """
+        self._deadline_s = deadline_s
+
     def reset(self) -> None:
         """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
         _synchronize(self.device)

@@ -1,4 +1,4 @@
-# The DPMetadata that vLLM 0.33 expects, on the arithmetic of lockstep.metadata, and the plugin that puts it there.
+# The DPMetadata that vLLM 0.32 and 0.33 expect, on the arithmetic of lockstep.metadata, and the plugin.
 # Nothing of vLLM is imported before the plugin runs. Annotations resolve at run time, as in dp_metadata.py.
 
 import importlib
@@ -28,16 +28,20 @@ from lockstep.metadata.dp_metadata import (
 )
 from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
+logger = logging.getLogger("vllm.plugins.lockstep")
 
-KNOWN_VERSIONS = ("0.33",)
+KNOWN_VERSIONS = ("0.32", "0.33")
 """vLLM's versions, as major.minor, whose class has been compared with ours. In another one nothing is replaced."""
 
 NO_PCP = 1
 """One prefill-context-parallel rank per DP rank: none of that kind."""
 
 SWITCH = "LOCKSTEP_VLLM"
-"""The plugin does nothing unless this environment variable is `1`: installing a package must not change another."""
+"""The plugin does nothing unless this environment variable says so: installing a package must not change another."""
+
+MODES = {"": "", "0": "", "1": "metadata", "metadata": "metadata", "exchange": "exchange"}
+"""What each value of the variable asks for; an empty string is nothing."""
 
 
 def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: int, use_ep: int) -> list[int]:
@@ -70,7 +74,7 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
 
 @dataclass(init=False, eq=False, repr=False)
 class DPMetadata(HoldsCounts):
-    """How many tokens each data-parallel rank has in this step: vLLM 0.33's class surface on Lockstep's arithmetic.
+    """How many tokens each data-parallel rank has in this step: vLLM's class surface on Lockstep's arithmetic.
 
     What `lockstep.DPMetadata` says of contexts, shared lists, copied counts and equality holds here too.
 
@@ -168,17 +172,60 @@ _warnings_given: set[str] = set()
 
 
 def register() -> None:
-    """Put our `DPMetadata` in the place of vLLM's; vLLM calls this as a plugin in each of its processes.
+    """Do what the environment asks for; vLLM calls this as a plugin in each of its processes.
 
-    Does nothing unless the environment has `LOCKSTEP_VLLM=1`. Where vLLM is of a version that is not known, or its
-    class has another surface, one warning is logged and nothing changes. Running it again changes nothing.
+    | `LOCKSTEP_VLLM` | effect |
+    |---|---|
+    | not set, empty, `0` | none |
+    | `metadata` or `1` | our `DPMetadata` takes the place of vLLM's |
+    | `exchange` | routed experts go through our exchange, see `lockstep.integrations.vllm_exchange` |
+
+    One line is logged, at the level INFO if it takes effect. Where vLLM is of a version that is not known, or differs
+    from what is known of it, a warning is logged instead and nothing changes. Running it again changes nothing.
+
+    Raises:
+        ConfigurationError: if the variable has another value.
     """
-    if os.environ.get(SWITCH) != "1":
+    switch = os.environ.get(SWITCH, "")
+    mode = MODES.get(switch)
+    if mode is None:
+        values = ", ".join(value for value in MODES if value)
+        raise ConfigurationError(f"{SWITCH} must be one of {values}, or not set, got {switch!r}")
+    if not mode:
         return
-    obstacle = replace_everywhere()
+    obstacle = replace_everywhere() if mode == "metadata" else register_exchange()
     if obstacle and obstacle not in _warnings_given:
         _warnings_given.add(obstacle)
-        logger.warning("%s=1 changes nothing: %s", SWITCH, obstacle)
+        logger.warning("%s=%s changes nothing: %s", SWITCH, switch, obstacle)
+
+
+def register_exchange() -> str:
+    """Have vLLM's routed experts run through our exchange, where a model's configuration allows it.
+
+    Returns:
+        Why they will not in any case, or an empty string.
+    """
+    # Not before it is asked for: it needs more of vLLM than the class does.
+    from lockstep.integrations import vllm_exchange
+
+    try:
+        version = str(importlib.import_module("vllm").__version__)
+    except (ImportError, AttributeError) as error:
+        return f"vLLM cannot be imported ({error})"
+    return unknown_version(version, vllm_exchange.KNOWN_VERSIONS) or vllm_exchange.register_method()
+
+
+def unknown_version(version: str, known: Sequence[str]) -> str:
+    """Return that a version of vLLM is not known, or an empty string.
+
+    Args:
+        version: vLLM's.
+        known: versions known, as major.minor.
+    """
+    release = re.match(r"\d+\.\d+", version)
+    if release is None or release[0] not in known:
+        return f"vLLM {version} is not among the versions known, {', '.join(known)}"
+    return ""
 
 
 def replace_everywhere() -> str:
@@ -194,9 +241,9 @@ def replace_everywhere() -> str:
         return f"vLLM's DPMetadata cannot be imported ({error})"
     if theirs is DPMetadata:
         return ""
-    known = re.match(r"\d+\.\d+", version)
-    if known is None or known[0] not in KNOWN_VERSIONS:
-        return f"vLLM {version} is not among the versions known, {', '.join(KNOWN_VERSIONS)}"
+    unknown = unknown_version(version, KNOWN_VERSIONS)
+    if unknown:
+        return unknown
     difference = surface_difference(theirs)
     if difference:
         return f"vLLM {version} has another DPMetadata than the one known: {difference}"
@@ -205,7 +252,8 @@ def replace_everywhere() -> str:
         for name in [name for name, value in vars(module).items() if value is theirs]:
             setattr(module, name, DPMetadata)
             replaced.append(f"{module.__name__}.{name}")
-    logger.info("DPMetadata of vLLM %s replaced: %s", version, ", ".join(sorted(replaced)))
+    logger.info("%s: DPMetadata of vLLM %s replaced in %d places", SWITCH, version, len(replaced))
+    logger.debug("%s: replaced %s", SWITCH, ", ".join(sorted(replaced)))
     return ""
 
 

@@ -1,0 +1,614 @@
+# vLLM's experts on our exchange, on a CPU: what is counted, masked, chunked, refused and registered. A stand-in package
+# has the surface of vLLM that `SYMBOLS` and `RUNNERS` name; where vLLM can be imported, its own classes are tried too.
+
+import importlib
+import json
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lockstep.errors import ConfigurationError, RankAbsentError
+from lockstep.integrations import vllm as plugin
+from lockstep.integrations import vllm_exchange
+from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Shape, Step
+from lockstep.moe.experts import LocalExperts
+from lockstep.moe.reference import moe_reference
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 16, 8, 4, 2
+
+
+class OwnRowsDispatcher:
+    """A world of one rank: what this rank's tokens become, and what its padding becomes: nothing that is a number."""
+
+    def __init__(self, capacity):
+        self.max_tokens_per_rank, self.top_k, self.num_experts = capacity, TOP_K, EXPERTS
+        self.calls, self.deadlines, self.absent = [], [], None
+
+    def set_deadline(self, deadline_s):
+        self.deadlines.append(deadline_s)
+
+    def check(self):
+        if self.absent is not None:
+            raise RankAbsentError(f"rank {self.absent} did not come within 30 s; rank 0 gave up first", (self.absent,))
+
+    def dispatch(self, rows, topk_ids, topk_weights, *, num_tokens):
+        assert rows.shape[0] <= self.max_tokens_per_rank
+        assert num_tokens.dtype is torch.int32
+        assert num_tokens.shape == (1,)
+        count = int(num_tokens)
+        assert 0 <= count <= rows.shape[0]
+        self.calls.append((rows.shape[0], count))
+        expert = topk_ids[:count].reshape(-1)
+        order = torch.argsort(expert, stable=True)
+        offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+        offsets[1:] = torch.bincount(expert, minlength=EXPERTS).cumsum(0)
+        return SimpleNamespace(
+            hidden_states=rows,
+            gather_index=(order // TOP_K).to(torch.int32),
+            pair_weights=topk_weights[:count].reshape(-1)[order],
+            state=SimpleNamespace(expert_offsets=offsets, scales=None),
+        )
+
+    def combine(self, expert_output, handle):
+        num_rows = handle.hidden_states.shape[0]
+        weighted = expert_output.float() * handle.pair_weights[:, None]
+        output = torch.zeros(num_rows, HIDDEN).index_add_(0, handle.gather_index.long(), weighted)
+        taken = torch.zeros(num_rows, dtype=torch.bool)
+        taken[handle.gather_index.long()] = True
+        output[~taken] = float("nan")
+        return output.to(expert_output.dtype)
+
+
+def on_device(self, hidden_states, scales, gather_index, expert_offsets, rows_per_expert):
+    """What the GPU's kernels compute."""
+    assert scales is None
+    self.asked_for.append(rows_per_expert)
+    return self(hidden_states, gather_index.long(), expert_offsets.diff().long())
+
+
+@pytest.fixture
+def experts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    layer = SimpleNamespace(
+        w13_weight=torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator).to(torch.bfloat16),
+        w2_weight=torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=generator).to(torch.bfloat16),
+    )
+    monkeypatch.setattr(LocalExperts, "on_device", on_device)
+    experts = LocalExperts(LayerWeights(layer))
+    experts.asked_for, experts.layer = [], layer
+    return experts
+
+
+def routed(num_rows, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, HIDDEN, generator=generator).to(torch.bfloat16)
+    ids = torch.rand(num_rows, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
+    weights = torch.rand(num_rows, TOP_K, generator=generator)
+    return rows, ids, weights
+
+
+def expected(experts, rows, ids, weights):
+    layer = experts.layer
+    (output,) = moe_reference([rows.float()], [ids], [weights], layer.w13_weight.float(), layer.w2_weight.float())
+    return output
+
+
+def step_of(num_tokens, cell=True):
+    step = Step()
+    step.cell = torch.zeros(1, dtype=torch.int32) if cell else None
+    step.begin(num_tokens)
+    return step
+
+
+def check(output, experts, rows, ids, weights, num_tokens):
+    wanted = expected(experts, rows, ids, weights)[:num_tokens]
+    tolerance = 0.02 * max(1.0, *wanted.abs().flatten().tolist(), 1.0)
+    assert torch.allclose(output[:num_tokens].float(), wanted, rtol=0.0, atol=tolerance)
+    # Padding went nowhere: had it been computed, there would be numbers.
+    assert torch.isnan(output[num_tokens:].float()).all()
+
+
+# Rows.
+
+
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(8, 8), (8, 3), (8, 0), (1, 1), (1, 0)])
+def test_only_tokens_are_sent_and_computed(experts, num_rows, num_tokens):
+    decode, prompt = OwnRowsDispatcher(8), OwnRowsDispatcher(32)
+    rows, ids, weights = routed(num_rows)
+    output = Exchange(decode, prompt).run(step_of(num_tokens), experts, rows, ids, weights, [8, num_rows, 1])
+    assert decode.calls == [(num_rows, num_tokens)]
+    assert not prompt.calls
+    check(output, experts, rows, ids, weights, num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5, 8, 9, 16, 17, 20])
+def test_large_steps_go_in_chunks_that_all_ranks_know(experts, num_tokens):
+    decode, prompt = OwnRowsDispatcher(4), OwnRowsDispatcher(8)
+    rows, ids, weights = routed(20)
+    output = Exchange(decode, prompt).run(step_of(num_tokens), experts, rows, ids, weights, [20, 27])
+    # Another rank has 27 rows, so there are four chunks; this one's tokens come first.
+    expected_calls = [
+        (8, min(8, num_tokens)),
+        (8, min(8, max(0, num_tokens - 8))),
+        (4, max(0, num_tokens - 16)),
+        (0, 0),
+    ]
+    assert prompt.calls == expected_calls
+    assert not decode.calls
+    check(output, experts, rows, ids, weights, num_tokens)
+    assert experts.asked_for == [16 * TOP_K / EXPERTS] * 2 + [12 * TOP_K / EXPERTS, 3 * TOP_K / EXPERTS]
+
+
+def test_the_same_buffers_are_taken_by_a_rank_without_rows(experts):
+    decode, prompt = OwnRowsDispatcher(4), OwnRowsDispatcher(8)
+    rows, ids, weights = routed(1)
+    Exchange(decode, prompt).run(step_of(0), experts, rows, ids, weights, [1, 20])
+    assert prompt.calls == [(1, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "of_each_rank"), [(7, [4, 3]), (4, [4, 0]), (8, [4, 4]), (1, [1, 0]), (0, [0, 0])]
+)
+def test_sequence_parallel_ranks_share_the_tokens_in_order(experts, num_tokens, of_each_rank):
+    for sp_rank, tokens in enumerate(of_each_rank):
+        decode = OwnRowsDispatcher(8)
+        rows, ids, weights = routed(4)
+        exchange = Exchange(decode, decode, sp_size=2, sp_rank=sp_rank)
+        output = exchange.run(step_of(num_tokens), experts, rows, ids, weights, [8, 8])
+        assert decode.calls == [(4, tokens)]
+        check(output, experts, rows, ids, weights, tokens)
+
+
+def test_sequence_parallel_chunks():
+    decode, prompt = OwnRowsDispatcher(2), OwnRowsDispatcher(4)
+    exchange = Exchange(decode, prompt, sp_size=2, sp_rank=1)
+    own = torch.empty(4, HIDDEN)
+    # 20 rows in all, 10 of this rank, 13 of them tokens: this rank has 3.
+    assert [int(exchange._tokens(step_of(13), own, start, 10)) for start in (0, 4, 8)] == [3, 0, 0]
+    assert [int(exchange._tokens(step_of(19), own, start, 10)) for start in (0, 4, 8)] == [4, 4, 1]
+
+
+def test_the_count_that_a_graph_reads_stays_where_it_is(experts):
+    step = step_of(3)
+    where = step.cell.data_ptr()
+    decode = OwnRowsDispatcher(8)
+    exchange = Exchange(decode, decode)
+    assert exchange._tokens(step, torch.empty(8, HIDDEN), 0) is step.cell
+    step.begin(5)
+    assert step.cell.data_ptr() == where
+    assert int(step.cell) == 5
+
+
+def test_weights_that_vllm_replaces_are_read_anew(experts):
+    decode = OwnRowsDispatcher(8)
+    rows, ids, weights = routed(4)
+    experts.layer.w2_weight = experts.layer.w2_weight * 2
+    output = Exchange(decode, decode).run(step_of(4), experts, rows, ids, weights, [4, 4])
+    check(output, experts, rows, ids, weights, 4)
+
+
+def test_the_deadline_is_long_until_requests_are_served(experts):
+    decode = OwnRowsDispatcher(8)
+    exchange, step = Exchange(decode, decode, deadline_s=20.0), step_of(0)
+    for num_tokens in (0, 4, 0):
+        step.begin(num_tokens)
+        exchange.run(step, experts, *routed(4), [4, 4])
+    assert decode.deadlines == [START_DEADLINE_S, 20.0, 20.0]
+
+
+def test_a_missing_rank_is_named_in_error_and_log(experts, caplog):
+    decode = OwnRowsDispatcher(8)
+    step = step_of(4)
+    step.exchanges[Shape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
+    step.check()
+    decode.absent = 2
+    for call in (step.check, lambda: step.begin(4)):
+        with pytest.raises(RankAbsentError, match="rank 2 did not come within 30 s"):
+            call()
+    assert {record.getMessage() for record in caplog.records} == {
+        "LOCKSTEP_VLLM=exchange: rank 2 did not come within 30 s; rank 0 gave up first"
+    }
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(None, 30.0), ("12", 12.0), ("0.5", 0.5)])
+def test_the_deadline_comes_from_the_environment(monkeypatch, text, seconds):
+    monkeypatch.delenv("LOCKSTEP_VLLM_DEADLINE_S", raising=False)
+    if text:
+        monkeypatch.setenv("LOCKSTEP_VLLM_DEADLINE_S", text)
+    assert vllm_exchange.deadline_s() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "soon", "nan", "inf"])
+def test_a_wrong_deadline_is_refused(monkeypatch, text):
+    monkeypatch.setenv("LOCKSTEP_VLLM_DEADLINE_S", text)
+    with pytest.raises(ConfigurationError, match=f"DEADLINE_S must be a number of seconds above 0, got '{text}'"):
+        vllm_exchange.deadline_s()
+
+
+# What is refused.
+
+
+def configuration(**changes):
+    """vLLM's configuration and a layer's, as far as they are read; `changes` by the name of the attribute."""
+    experts = SimpleNamespace(
+        use_ep=True,
+        dp_size=4,
+        pcp_size=1,
+        ep_size=4,
+        ep_rank=1,
+        sp_size=1,
+        is_sequence_parallel=False,
+        enable_eplb=False,
+    )
+    moe = SimpleNamespace(
+        moe_parallel_config=experts, activation=SimpleNamespace(value="silu"), in_dtype=torch.bfloat16, has_bias=False,
+        is_lora_enabled=False, swiglu_limit=None, swiglu_alpha=None, swiglu_beta=None, num_experts=128, hidden_dim=2048,
+        hidden_dim_unpadded=2048, intermediate_pad=None, experts_per_token=8, max_num_tokens=16384,
+        max_capture_size=256,
+    )  # fmt: skip
+    parallel = SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, enable_elastic_ep=False, enable_dbo=False, ubatch_size=0,
+        expert_placement_strategy="linear",
+    )  # fmt: skip
+    config = SimpleNamespace(
+        parallel_config=parallel,
+        speculative_config=None,
+        lora_config=None,
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+    )
+    method = SimpleNamespace(unquantized_backend=SimpleNamespace(name="TRITON"))
+    for name, value in changes.items():
+        owners = [each for each in (experts, moe, parallel, config, config.model_config, method) if hasattr(each, name)]
+        assert len(owners) == 1, name
+        setattr(owners[0], name, value)
+    return config, moe, method
+
+
+def test_a_plain_model_under_data_and_expert_parallelism_is_supported():
+    assert vllm_exchange.unsupported(*configuration()) == ""
+    assert vllm_exchange.unsupported(*configuration(tensor_parallel_size=2, is_sequence_parallel=True)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_ep": False}, "expert parallelism is off"),
+        ({"dp_size": 1}, "data_parallel_size is 1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size > 1 without sequence-parallel experts"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size > 1"),
+        ({"pcp_size": 2}, "prefill_context_parallel_size > 1"),
+        ({"enable_eplb": True}, "EPLB"),
+        ({"enable_elastic_ep": True}, "enable_elastic_ep"),
+        ({"enable_dbo": True}, "enable_dbo"),
+        ({"ubatch_size": 2}, "ubatch_size"),
+        ({"expert_placement_strategy": "round_robin"}, "expert placement 'round_robin'"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"is_lora_enabled": True}, "LoRA"),
+        ({"enable_sleep_mode": True}, "sleep mode"),
+        ({"in_dtype": torch.float16}, "dtype torch.float16; only bfloat16 travels"),
+        ({"has_bias": True}, "biases"),
+        ({"activation": SimpleNamespace(value="gelu")}, "activation 'gelu'"),
+        ({"swiglu_limit": 7.0}, "clamped or scaled SwiGLU"),
+        ({"num_experts": 126}, "126 experts on 4 ranks"),
+        ({"hidden_dim": 2304}, "padded rows"),
+        ({"intermediate_pad": 32}, "padded experts"),
+        ({"unquantized_backend": SimpleNamespace(name="FLASHINFER_CUTLASS")}, "backend FLASHINFER_CUTLASS"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes, reason):
+    assert reason in vllm_exchange.unsupported(*configuration(**changes))
+
+
+def test_several_reasons_are_all_named():
+    reasons = vllm_exchange.unsupported(*configuration(enable_eplb=True, has_bias=True))
+    assert "EPLB" in reasons and "biases" in reasons
+
+
+# Registration, on a stand-in with the names that are relied upon.
+
+STAND_IN = {
+    "__init__": "__version__ = '0.33.0'\n",
+    "config": """
+        CURRENT = None
+
+        def get_current_vllm_config():
+            return CURRENT
+    """,
+    "forward_context": """
+        from types import SimpleNamespace
+        import torch
+        COUNTS = None
+
+        def is_forward_context_available():
+            return COUNTS is not None
+
+        def get_forward_context():
+            return SimpleNamespace(dp_metadata=SimpleNamespace(num_tokens_across_dp_cpu=torch.tensor(COUNTS)))
+    """,
+    "distributed/__init__": "",
+    "distributed/parallel_state": """
+        GROUP = None
+
+        def get_ep_group():
+            return GROUP
+    """,
+    "model_executor/__init__": "",
+    "model_executor/layers/__init__": "",
+    "model_executor/layers/fused_moe/__init__": "",
+    "model_executor/custom_op": """
+        op_registry_oot = {}
+
+        class CustomOp:
+            def __new__(cls, *args, **kwargs):
+                return super().__new__(op_registry_oot.get(cls.__name__, cls))
+
+            @classmethod
+            def register_oot(cls, op_cls):
+                assert cls.__name__ not in op_registry_oot
+                op_registry_oot[cls.__name__] = op_cls
+                return op_cls
+    """,
+    "model_executor/layers/fused_moe/unquantized_fused_moe_method": """
+        from types import SimpleNamespace
+        from vllm.model_executor.custom_op import CustomOp
+
+        class UnquantizedFusedMoEMethod(CustomOp):
+            def __init__(self, moe):
+                self.moe = moe
+                self.unquantized_backend = SimpleNamespace(name="TRITON")
+                self.processed = 0
+
+            @property
+            def mk_can_overlap_shared_experts(self):
+                return True
+
+            def process_weights_after_loading(self, layer):
+                self.processed += 1
+
+            def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+                return "vLLM's own"
+    """,
+    "v1/__init__": "",
+    "v1/worker/__init__": "",
+    "v1/worker/gpu_model_runner": """
+        from types import SimpleNamespace
+
+        class AsyncGPUModelRunnerOutput:
+            def get_output(self):
+                return "tokens"
+
+        class GPUModelRunner:
+            def execute_model(self, scheduler_output, intermediate_tensors=None):
+                return None
+
+            def _dummy_run(self, num_tokens, **options):
+                return num_tokens
+
+            def sample_tokens(self, grammar_output):
+                return AsyncGPUModelRunnerOutput() if grammar_output else SimpleNamespace(sampled_token_ids=[[1]])
+    """,
+}
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    for name, text in STAND_IN.items():
+        path = tmp_path / "vllm" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+            del sys.modules[name]
+        plugin._warnings_given.clear()
+        vllm_exchange._told.clear()
+
+    if "vllm" in sys.modules:
+        pytest.skip("vLLM itself has been imported")
+    forget()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
+    monkeypatch.setattr(vllm_exchange, "STEP", Step())
+    yield lambda name: importlib.import_module(f"vllm.{name}")
+    forget()
+
+
+def method_of(vllm, moe):
+    return vllm("model_executor.layers.fused_moe.unquantized_fused_moe_method").UnquantizedFusedMoEMethod(moe)
+
+
+@pytest.fixture
+def joined(vllm, experts, monkeypatch):
+    """Two ranks' agreement and buffers, pretended; returns the method after it has loaded a layer's weights."""
+    config, moe, _ = configuration(
+        num_experts=EXPERTS, hidden_dim=HIDDEN, hidden_dim_unpadded=HIDDEN, experts_per_token=TOP_K
+    )
+    vllm("config").CURRENT = config
+    vllm("v1.worker.gpu_model_runner")
+    vllm("distributed.parallel_state").GROUP = SimpleNamespace(world_size=4, cpu_group="cpu", device_group="gpu")
+    made = []
+
+    def make(config, moe, shape, group, device):
+        assert group == "gpu"
+        made.append(shape)
+        dispatcher = OwnRowsDispatcher(8)
+        dispatcher.num_ranks = 4
+        return Exchange(dispatcher, dispatcher)
+
+    monkeypatch.setattr(vllm_exchange, "agree", lambda reason, group, device: reason)
+    monkeypatch.setattr(vllm_exchange, "make_exchange", make)
+    monkeypatch.setattr(LocalExperts, "warm_up", lambda self, capacity, fp8: None)
+    monkeypatch.setattr(LocalExperts, "on_device", lambda self, rows, scales, index, offsets, few: self(
+        rows, index.long(), offsets.diff().long()
+    ))  # fmt: skip
+    plugin.register()
+    method = method_of(vllm, moe)
+    layer = SimpleNamespace(**vars(experts.layer), apply_router_weight_on_input=False)
+    method.process_weights_after_loading(layer)
+    return SimpleNamespace(method=method, layer=layer, made=made, vllm=vllm, moe=moe)
+
+
+def test_vllm_makes_our_method_where_it_would_make_its_own(vllm, caplog):
+    plugin.register()
+    plugin.register()
+    assert type(method_of(vllm, object())).__name__ == "LockstepFusedMoEMethod"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_another_plugins_method_is_left_alone(vllm, caplog):
+    base = vllm("model_executor.layers.fused_moe.unquantized_fused_moe_method").UnquantizedFusedMoEMethod
+    base.register_oot(type("Theirs", (base,), {}))
+    plugin.register()
+    (record,) = caplog.records
+    assert "another plugin has put Theirs in the place of vLLM's UnquantizedFusedMoEMethod" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "missing"),
+    [
+        ("forward_context", "get_forward_context", "vllm.forward_context has no get_forward_context"),
+        ("distributed.parallel_state", "get_ep_group", "vllm.distributed.parallel_state has no get_ep_group"),
+        ("config", "get_current_vllm_config", "vllm.config has no get_current_vllm_config"),
+    ],
+)
+def test_a_vllm_that_lacks_what_we_rely_on_is_left_alone(vllm, caplog, module, name, missing):
+    delattr(vllm(module), name)
+    plugin.register()
+    (record,) = caplog.records
+    assert record.getMessage() == f"LOCKSTEP_VLLM=exchange changes nothing: {missing}"
+    assert type(method_of(vllm, object())).__name__ == "UnquantizedFusedMoEMethod"
+
+
+def test_a_model_that_is_not_supported_runs_as_without_us_and_one_line_says_why(vllm, caplog):
+    config, moe, _ = configuration(enable_eplb=True)
+    vllm("config").CURRENT = config
+    plugin.register()
+    for _ in range(3):
+        method = method_of(vllm, moe)
+        method.process_weights_after_loading(SimpleNamespace(w2_weight=torch.zeros(1), w13_weight=torch.zeros(1)))
+        assert method.processed == 1
+        assert method.mk_can_overlap_shared_experts
+        assert method.apply(SimpleNamespace(), None, None, None, None, None) == "vLLM's own"
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith("LOCKSTEP_VLLM=exchange: vLLM's own path stays: EPLB moves experts")
+
+
+def test_the_layers_of_a_model_share_one_exchange_and_one_line_says_that_it_is_in_use(joined, caplog):
+    caplog.set_level("INFO")
+    vllm_exchange._told.clear()
+    again = method_of(joined.vllm, joined.moe)
+    again.process_weights_after_loading(joined.layer)
+    joined.method.process_weights_after_loading(joined.layer)  # new weights
+    assert joined.made == [Shape(EXPERTS, HIDDEN, TOP_K)]
+    assert again._exchange is joined.method._exchange
+    assert joined.method.processed == 2
+
+
+def test_a_layer_runs_through_the_exchange_with_the_steps_real_rows(joined, experts):
+    runner = joined.vllm("v1.worker.gpu_model_runner").GPUModelRunner()
+    joined.vllm("forward_context").COUNTS = [8, 8, 8, 8]
+    rows, ids, weights = routed(8)
+    dispatcher = joined.method._exchange.decode
+    runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=3))
+    output = joined.method.apply(joined.layer, rows, weights, ids, None, None)
+    check(output, experts, rows, ids, weights, 3)
+    runner._dummy_run(1, uniform_decode=True)
+    joined.method.apply(joined.layer, rows, weights, ids, None, None)
+    assert dispatcher.calls == [(8, 3), (8, 0)]
+    assert not joined.method.mk_can_overlap_shared_experts
+
+
+def test_the_newer_runners_dummy_runs_have_no_rows(joined):
+    runner = joined.vllm("v1.worker.gpu_model_runner").GPUModelRunner
+    vllm_exchange.watch_runner(runner)  # once more changes nothing
+
+    class Newer:
+        def execute_model(self, scheduler_output, dummy_run=False):
+            return dummy_run
+
+        def _dummy_run(self, num_tokens):
+            return self.execute_model(SimpleNamespace(total_num_scheduled_tokens=num_tokens), dummy_run=True)
+
+        def sample_tokens(self, grammar_output):
+            return None
+
+    vllm_exchange.watch_runner(Newer)
+    step = vllm_exchange.STEP
+    Newer().execute_model(SimpleNamespace(total_num_scheduled_tokens=5))
+    assert (step.num_tokens, int(step.cell)) == (5, 5)
+    assert Newer()._dummy_run(7) is True
+    assert (step.num_tokens, int(step.cell)) == (0, 0)
+
+
+def test_tokens_of_a_step_that_failed_do_not_leave_the_worker(joined):
+    module = joined.vllm("v1.worker.gpu_model_runner")
+    runner = module.GPUModelRunner()
+    assert runner.sample_tokens("grammar").get_output() == "tokens"
+    joined.method._exchange.decode.absent = 3
+    for call in (
+        lambda: runner.sample_tokens(None),
+        lambda: runner.sample_tokens("grammar").get_output(),
+        lambda: runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=1)),
+        lambda: runner._dummy_run(1),
+    ):
+        with pytest.raises(RankAbsentError, match="rank 3 did not come"):
+            call()
+
+
+def test_router_weights_on_the_input_stay_with_vllm(joined):
+    joined.layer.apply_router_weight_on_input = True
+    assert joined.method.apply(joined.layer, *routed(2), None, None) == "vLLM's own"
+
+
+def test_without_counts_of_all_ranks_a_layer_says_so(joined):
+    with pytest.raises(ConfigurationError, match="needs the token counts of all ranks"):
+        joined.method.apply(joined.layer, *routed(2), None, None)
+
+
+# Agreement of ranks.
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ([{"no": "", "maps": ["host", "GPU-0"]}, {"no": "", "maps": ["host", "GPU-1"]}], ""),
+        ([{"no": "", "maps": ["host", "GPU-0"]}, {"no": "an old GPU", "maps": None}], "an old GPU (on EP rank 1)"),
+        (
+            [{"no": "", "maps": ["host", "GPU-0"]}, {"no": "", "maps": ["other", "GPU-1"]}],
+            "cannot map each other's memory",
+        ),
+        ([{"no": "", "maps": None}, {"no": "", "maps": ["host", "GPU-1"]}], "cannot map each other's memory"),
+    ],
+)
+def test_all_ranks_take_one_way(monkeypatch, answers, reason):
+    monkeypatch.setattr(vllm_exchange, "gather_texts", lambda text, group: [json.dumps(each) for each in answers])
+    found = vllm_exchange.agree("", None, torch.device("cpu"))
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+# vLLM's own classes, where its sources can be imported.
+
+
+def test_the_names_that_we_rely_on_are_in_the_installed_vllm():
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    try:
+        method_module = importlib.import_module(vllm_exchange.METHOD_MODULE)
+    except ImportError as error:
+        pytest.skip(f"vLLM's fused_moe cannot be imported here: {error}")
+    assert vllm_exchange.missing_symbols() == ""
+    base = method_module.UnquantizedFusedMoEMethod
+    ours = vllm_exchange.make_method(base)
+    for name in ("apply", "process_weights_after_loading"):
+        parameters = list(importlib.import_module("inspect").signature(getattr(base, name)).parameters)
+        assert parameters == list(importlib.import_module("inspect").signature(getattr(ours, name)).parameters)
+    for name, (runner, output) in vllm_exchange.RUNNERS.items():
+        module = importlib.import_module(name)
+        for attribute in ("execute_model", "_dummy_run", "sample_tokens") if runner else ():
+            assert hasattr(getattr(module, runner), attribute)
+        assert not output or hasattr(getattr(module, output), "get_output")
