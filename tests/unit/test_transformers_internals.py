@@ -154,3 +154,11 @@ def test_the_switch_of_the_reading_threads_is_read():
     from transformers import core_model_loading
 
     assert internals.ASYNC_LOAD_SWITCH in inspect.getsource(core_model_loading)
+
+
+def test_the_model_inside_of_a_wrapper(model):
+    wrapper = torch.nn.Sequential(torch.nn.Sequential(model))
+    assert internals.transformers_model_in(wrapper) is model
+    assert internals.transformers_model_in(model) is model
+    plain = torch.nn.Linear(1, 1)
+    assert internals.transformers_model_in(plain) is plain

@@ -18,10 +18,15 @@ from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import read_arguments
 from lockstep.models.groups import find_group, own_device, parallel_config, tensor_parallel_mesh
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
-from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
+from lockstep.models.parallel import EXPERTS_IMPLEMENTATION, OUTSIDE, ModelParallel, parallel_of
+from lockstep.models.seal import weights_are_there
 
-EXPERTS_IMPLEMENTATION = "lockstep"
-"""Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
+_PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
+_CAPTURED = (
+    "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: turn the graphs off, "
+    "such as by ContinuousBatchingConfig(use_cuda_graph=False) in Transformers' continuous batching; Lockstep captures "
+    "decode steps by itself"
+)
 
 
 def from_pretrained(
@@ -103,7 +108,7 @@ def parallelize(
     Every rank must hold the same model. In a single process the model is returned as it is.
 
     Args:
-        model: the model, whole; changed in place.
+        model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
@@ -125,10 +130,18 @@ def parallelize(
         return model
     if parallel_of(model) is not None:
         raise ConfigurationError(f"this {type(model).__name__} is already spread over the ranks")
+    inner = internals.transformers_model_in(model)
+    weights_are_there(inner)
+    for name, _ in find_experts(inner):
+        if name.endswith(".base_layer"):
+            raise ConfigurationError(
+                f"{name.removesuffix('.base_layer')} of {type(inner).__name__} has adapters: experts that are spread "
+                "over ranks take none; merge them first (merge_and_unload)"
+            )
     config = parallel_config(group, 1)
-    shard_experts(model, config.rank, config.world_size)
+    shard_experts(inner, config.rank, config.world_size)
     model.eval()
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
+    _attach(ModelParallel(inner, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
     return model
 
 
@@ -140,7 +153,8 @@ def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
     times, and may do other things in between: a thread takes part for it. Leaving waits until all ranks have left.
 
     Args:
-        model: from `from_pretrained` or `parallelize`. In a single process this block does nothing.
+        model: from `from_pretrained` or `parallelize`, or a module that holds it, such as a `PeftModel` or a
+            `LightningModule`. In a single process this block does nothing.
         grace_s: how long after a call this rank waits for the script's next one before it takes part with zero rows,
             in seconds.
 
@@ -195,6 +209,12 @@ def _attach(parallel: ModelParallel) -> None:
         session = parallel.session
         if session is None:
             raise RuntimeError(OUTSIDE.format(type(model).__name__))
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            # The agreement waits for other ranks on the host, which a graph would not repeat.
+            error = ConfigurationError(_CAPTURED.format(type(model).__name__))
+            session.fail(error)  # the other ranks hear of it now, whatever becomes of the capture here
+            raise error
+        parallel.check_unchanged()
         decision = session.begin_step(_count_tokens(args, kwargs))
         try:
             with parallel.step(decision) as plan:
@@ -215,12 +235,46 @@ def _attach(parallel: ModelParallel) -> None:
     model.forward = forward
     model.save_pretrained = _refuse_to_save
     model.__dict__["_lockstep_parallel"] = parallel
+    _keep_wrappers_off(model)
+
+
+def _keep_wrappers_off(model: Any) -> None:
+    """Make those who would overwrite, save or restore this rank's part under the name of the whole say so."""
+    # No gradients flow through the experts anyway, and what trains nothing is left alone by accelerate's `prepare`.
+    model.requires_grad_(False)
+    model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
+    for name, module in find_experts(model):
+        module.register_state_dict_pre_hook(_refuse_state_dict)
+        # The parent, which PEFT leaves in place when it puts adapters around experts.
+        parent = model.get_submodule(name.rpartition(".")[0])
+        parent.register_load_state_dict_pre_hook(functools.partial(_refuse_to_load, name.rpartition(".")[2]))
+
+
+class _RefusedByDDP:
+    """What DistributedDataParallel asks for first of all: names of parameters that it is to leave alone."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise ConfigurationError(
+            "DistributedDataParallel would send rank 0's experts to all ranks: a model that is spread over the ranks "
+            "needs no wrapper, use it as it is inside `with lockstep.join(model):`"
+        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise ConfigurationError(
-        "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
-    )
+    raise ConfigurationError(_PART)
+
+
+def _refuse_state_dict(*_: Any, **__: Any) -> None:
+    raise ConfigurationError(f"state_dict: {_PART}; accelerate's offloading asks for one too")
+
+
+def _refuse_to_load(child: str, module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in state_dict:
+        if key.startswith(f"{prefix}{child}."):
+            raise ConfigurationError(
+                f"load_state_dict: {key!r} belongs to experts of which each rank holds its own part only: load weights "
+                "and adapters of experts into the whole model before lockstep.parallelize, or by from_pretrained"
+            )
 
 
 def _experts_forward(

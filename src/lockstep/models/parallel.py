@@ -6,10 +6,11 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
@@ -26,13 +27,17 @@ from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, 
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.models import transformers_internals as internals
 from lockstep.models.graphs import StepGraphs
 from lockstep.models.groups import abort, open_groups
 from lockstep.models.loading import find_experts
+from lockstep.models.seal import Seal, weights_are_there
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
 
 _MAPPED_ROWS = 4096  # rows of each rank that fit into buffers mapped by all peers, where no chunk size is given
+EXPERTS_IMPLEMENTATION = "lockstep"
+"""Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
 OUTSIDE = (
     "{} is spread over several ranks, so it cannot run alone: call it inside `with lockstep.join(model):`, "
     "on every rank"
@@ -115,18 +120,35 @@ class ModelParallel:
         self._last_step: torch.cuda.Event | None = None
         self._graphs: StepGraphs | None = None
         self._forward = model.forward  # the model's own
+        weights_are_there(model)
         self._probe()
-        self._experts = [LocalExperts(module) for _, module in find_experts(model)]
+        found = find_experts(model)
+        self._seals = [Seal(type(model).__name__, name, module) for name, module in found]
+        self._experts = [
+            LocalExperts(module, check_weights=seal.check) for (_, module), seal in zip(found, self._seals, strict=True)
+        ]
+        self._seals += [
+            Seal(type(model).__name__, name, module)
+            for name, module in model.named_modules()
+            if any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+        ]
+        self._expert_names = [name for name, _ in found]
 
-    def _weights_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
-        return dtype
+    def _weights_place(self) -> tuple[torch.dtype, torch.device]:
+        weight = self.model.get_input_embeddings().weight
+        return weight.dtype, weight.device
 
     def _probe(self) -> None:
-        self._probed_dtype = self._weights_dtype()
+        self._probed_place = self._weights_place()
         self._shapes = _experts_shapes(self.model, self._forward)
         self.device = self._shapes[0].device
         self._checksum = _dense_checksum(self.model) if self.config.tensor_parallel_size == 1 else 0
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigurationError(
+            f"this {type(self.model).__name__} is spread over the ranks: it cannot be copied (copy.deepcopy) or saved "
+            "(torch.save, pickle); load it once more on every rank instead"
+        )
 
     def open(self) -> None:
         """Meet all ranks, check that they are set up alike, and open groups where there are none that may be used.
@@ -134,8 +156,10 @@ class ModelParallel:
         Raises:
             RankAbsentError: ranks that did not come before the deadline, by number.
             RankMismatchError: naming the setting that differs and each rank's value.
+            ConfigurationError: on all ranks, if a rank's own weights were overwritten or replaced since.
         """
-        if self._weights_dtype() is not self._probed_dtype:  # the model was cast since
+        complaint = self._complaint()
+        if not complaint and self._weights_place() != self._probed_place:  # the model was cast or moved since
             self._probe()
             self.close()
         if self.device.type == "cuda":
@@ -143,7 +167,13 @@ class ModelParallel:
         usable = self._epoch >= 0 and self.coordinator.usable
         self._constants = constants_for(self.device.type) if self.dispatcher_name == "auto" else None
         facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), **self._settings()}
+        facts["complaint"] = complaint
         answers = self._meeting.meet(facts, self.deadline_s)
+        complaining = [rank for rank, answer in enumerate(answers) if answer["complaint"]]
+        if complaining:
+            raise ConfigurationError(
+                f"{answers[complaining[0]]['complaint']} (seen on rank {', '.join(map(str, complaining))})"
+            )
         for name in self._settings():
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
@@ -154,6 +184,38 @@ class ModelParallel:
         self.close()
         self._can_map = can_map([answer["maps"] for answer in answers])
         self._open_groups(epoch=max(answer["epoch"] for answer in answers) + 1)
+
+    def check_unchanged(self) -> None:
+        """Check that this rank still has its own weights, and runs them over the ranks; cheap, for every step.
+
+        Raises:
+            ConfigurationError: naming the weight and what was done to it, or the experts implementation.
+        """
+        for seal in self._seals:
+            seal.check()
+        for name, experts in zip(self._expert_names, self._experts, strict=True):
+            if internals.experts_route(experts.module) != EXPERTS_IMPLEMENTATION:
+                raise ConfigurationError(
+                    f"{type(self.model).__name__}'s {name} was set to experts_implementation="
+                    f"{internals.experts_route(experts.module)!r}, which knows this rank's experts only: leave "
+                    f"{EXPERTS_IMPLEMENTATION!r} in place (no set_experts_implementation)"
+                )
+
+    def accept_weights(self) -> None:
+        """Take this rank's weights as they are now for right, after each rank has written its own part on purpose."""
+        for seal in self._seals:
+            seal.accept()
+
+    def _complaint(self) -> str:
+        """What is wrong with this rank's weights, for all ranks to hear."""
+        try:
+            for seal in self._seals:
+                seal.check_values()
+            modules = [experts.module for experts in self._experts]
+            _refuse_wrapped_experts(dict(zip(self._expert_names, modules, strict=True)), self.model)
+        except ConfigurationError as error:
+            return str(error)
+        return ""
 
     def close(self) -> None:
         """Let go of the groups that `open` opened; the next `open` makes new ones."""
@@ -194,6 +256,7 @@ class ModelParallel:
             failure: BaseException | None = None
             try:
                 self.recorder.mark(Phase.MODEL)
+                self.check_unchanged()
                 if self._graphs is not None and self._graphs.serves(plan):
                     self._graphs.run_idle(plan, lambda: self._run_idle_layers(plan))
                     self._layers_done = len(self.layers)
@@ -213,7 +276,13 @@ class ModelParallel:
                 self._layers_done = len(self.layers)
                 return output
             self._layers_done = 0
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        if self._layers_done < len(self.layers):
+            raise ConfigurationError(
+                f"only {self._layers_done} of {len(self.layers)} MoE layers of {type(self.model).__name__} ran over "
+                f"the ranks in this forward pass: something has replaced {self._expert_names[self._layers_done]}"
+            )
+        return output
 
     def _run_idle_layers(self, plan: ChunkPlan) -> None:
         for index, layer in enumerate(self.layers):
@@ -313,8 +382,10 @@ class ModelParallel:
         """Stand in for an experts module's forward."""
         if not in_forward_context():  # nor is this thread in a step if the session's is in an idle one just now
             if self.session is not None:
+                name = type(self.model).__name__
                 raise RuntimeError(
-                    f"a part of {type(self.model).__name__} was called: inside join, call the model itself"
+                    f"MoE layer {index} ran outside of {name}.forward: a part of the model was called, or a wrapper "
+                    f"that goes around its forward; inside join, call the {name} itself or its generate"
                 )
             raise RuntimeError(OUTSIDE.format(type(self.model).__name__))
         assert self._plan is not None
@@ -438,8 +509,28 @@ class ModelParallel:
 
 
 def parallel_of(model: Any) -> ModelParallel | None:
-    """Return what a model that is spread over the ranks carries with it; None for any other model."""
-    return model.__dict__.get("_lockstep_parallel")
+    """Return what a model that is spread over the ranks carries with it; None for any other model.
+
+    Args:
+        model: the model, or a module that holds it, such as a `PeftModel` or a `LightningModule`.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    return next(
+        (module.__dict__["_lockstep_parallel"] for module in modules if "_lockstep_parallel" in vars(module)), None
+    )
+
+
+def _refuse_wrapped_experts(experts: dict[str, Any], model: Any) -> None:
+    """Adapters on experts would have the sizes of all of them, or of one rank's."""
+    now = dict(model.named_modules(remove_duplicate=False))
+    for name, module in experts.items():
+        if now.get(name) is not module:
+            found = type(now[name]).__name__ if name in now else "nothing"
+            raise ConfigurationError(
+                f"{name} of {type(model).__name__} was replaced by {found}: experts that are spread over ranks take no "
+                "adapters; leave them out of target_modules and target_parameters, or merge the adapter into the whole "
+                "model (merge_and_unload) before lockstep.parallelize"
+            )
 
 
 class _Shape:

@@ -187,3 +187,10 @@ def is_experts_module(module: torch.nn.Module) -> bool:
         and isinstance(down_proj, torch.Tensor)
         and down_proj.ndim == 3
     )
+
+
+def transformers_model_in(model: Any) -> Any:
+    """Return the Transformers model that a wrapper such as PEFT's holds; the model itself if it is one, or has none."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)

@@ -26,13 +26,15 @@ class LocalExperts:
 
     Args:
         module: such a module; its parameters hold this rank's experts only, `[num_local_experts, ...]`.
+        check_weights: called before the experts run; raises if the parameters are no longer this rank's own.
 
     Raises:
         ConfigurationError: if the module has no such parameters; the message names the class and what is missing.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, check_weights: Callable[[], None] | None = None) -> None:
         self.module = module
+        self._check_weights = check_weights
         up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         missing = [name for name in (up_name, "down_proj") if getattr(module, name, None) is None]
         if missing:
@@ -89,6 +91,8 @@ class LocalExperts:
         Raises:
             ConfigurationError: if `tokens_per_expert` has not one entry per local expert.
         """
+        if self._check_weights is not None:
+            self._check_weights()
         module = self.module
         if len(tokens_per_expert) != self.num_local_experts:
             raise ConfigurationError(
@@ -165,6 +169,8 @@ class LocalExperts:
         """
         from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
 
+        if self._check_weights is not None:
+            self._check_weights()
         run = few_rows_experts if rows_per_expert <= FEW_ROWS else many_rows_experts
         weights = (self.module.gate_up_proj, self.module.down_proj)
         return run(hidden_states, scales, gather_index, expert_offsets, *weights)
