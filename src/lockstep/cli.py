@@ -98,7 +98,8 @@ def run(
     max_num_batched_tokens: Annotated[int, typer.Option(**_COUNT, help="Maximum tokens per rank and step.")] = 2048,
     max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
     kv_capacity_tokens: Annotated[
-        int | None, typer.Option(**_COUNT, help="Tokens of KV cache per rank; requests that do not fit wait.")
+        int | None,
+        typer.Option(**_COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
     ] = None,
     max_prefill_delay_steps: Annotated[
         int, typer.Option(**_STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
@@ -259,7 +260,8 @@ def simulate(
     ] = "ragged",
     max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
     kv_capacity_tokens: Annotated[
-        int | None, typer.Option(**_COUNT, help="Tokens of KV cache per rank; requests that do not fit wait.")
+        int | None,
+        typer.Option(**_COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
     ] = None,
     buffer_capacity_rows: Annotated[
         int | None,
@@ -291,6 +293,13 @@ def simulate(
             "for repeats of one run, the median time of each step counts."
         ),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a recorded run: plan its requests again, with the ends that it logged, and compare every "
+            "step with what was executed. Exit status 1 where they differ."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report, tables, steps and trace.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier simulation in that folder.")
@@ -302,7 +311,7 @@ def simulate(
     Options that take several values with commas are combined, every value with every other.
     """
     require("numpy", *(["pyarrow", "plotly"] if out else []))
-    from lockstep.report.simulate_command import SimulateCommand, execute, execute_validation
+    from lockstep.report.simulate_command import SimulateCommand, execute, execute_replay, execute_validation
     from lockstep.simulation.cost import CostConstants
     from lockstep.simulation.simulator import SimulationConfig
     from lockstep.simulation.sweep import Grid
@@ -311,6 +320,8 @@ def simulate(
     constants = CostConstants.load(cost)
     if validate:
         raise typer.Exit(execute_validation(validate, constants, as_json))
+    if replay:
+        raise typer.Exit(execute_replay(replay, constants, as_json))
     trace = load_workload(
         workload,
         WorkloadOptions(rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share),

@@ -48,7 +48,7 @@ def test_counts_of_a_run_are_those_of_the_simulator(tmp_path):
 
 
 @pytest.mark.ranks(2)
-def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp_path):
+def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp_path, capsys):
     # Three pages for two or three requests that cross from their first page into a second one as they generate.
     trace = tmp_path / "trace.jsonl"
     lengths = [(60, 12), (58, 10), (20, 9), (62, 70), (61, 14), (59, 12), (100, 5), (30, 40), (57, 11), (63, 8)]
@@ -65,7 +65,13 @@ def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp
         config = SimulationConfig(2, scheduler, clock="steps")
         summary = simulate(load_trace(trace).requests, config, log).summary
     assert counts(tmp_path / "run" / "steps.jsonl") == counts(tmp_path / "simulated")
-    assert summary["preemptions"] >= 3
+    assert summary["preempted"] >= 3
     document = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert document["verified"]
     assert document["compared_tokens"] == sum(n for _, n in lengths)
+    assert document["preempted"] == summary["preempted"]
+    capsys.readouterr()
+    assert Command("simulate", "--replay", tmp_path / "run").wait(60) == 0
+    shown = capsys.readouterr().out
+    assert f"executed equals planned in all {summary['steps']:,} steps" in shown
+    assert f"because the KV cache was full, and computed again: {summary['preempted']}" in shown

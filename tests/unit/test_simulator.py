@@ -2,10 +2,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from cluster import overrun_rows, run_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.coordination.step import StepRecord, decide
 from lockstep.coordination.step_log import StepColumns, read_step_log, summarize
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
@@ -14,56 +14,10 @@ from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
 from lockstep.simulation.recorder import filler_rows
 from lockstep.simulation.simulator import simulate
 from lockstep.simulation.step_table import StepTable
-from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, WorkloadScheduler, synthetic_requests
+from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, synthetic_requests
 from lockstep.workload.policies import LOAD_BALANCING
 
 COST = CostConstants(1000, 3, 50, 0.1, 0.01, 2, 5, request_us=7, weights_us=400, expert_share=0.125)
-
-
-def run_cluster(requests, config, num_ranks, stop_before=()):
-    """What the ranks of a real run would do: one scheduler each, states exchanged, decide() in between.
-
-    `stop_before` has (step, request, overrun rows) of requests that end early, where they are unfinished by then.
-    """
-    ranks = [WorkloadScheduler(requests, config, num_ranks, rank) for rank in range(num_ranks)]
-    states = ranks[0].initial_states()
-    steps, stops, sampled = [], {}, dict.fromkeys((request.request_id for request in requests), 0)
-    while not ranks[0].done(states):
-        for step, request_id, overrun in stop_before:
-            rank = next((scheduler for scheduler in ranks if request_id in scheduler), None)
-            if step == len(steps) and rank is not None:
-                rank.stop([request_id])
-                stops[request_id] = Stop(step, max(0, sampled[request_id] - overrun))
-        plans = [scheduler.next_step(states) for scheduler in ranks]
-        decision = decide([StepRecord(num_tokens=plan.num_tokens) for plan in plans])
-        assert decision.num_tokens_across_dp == tuple(plan.num_tokens for plan in plans)
-        states = [scheduler.state() for scheduler in ranks]
-        steps.append(plans)
-        for entry in (entry for plan in plans for entry in plan.entries):
-            sampled[entry.request_id] += entry.samples
-    for step, request_id, overrun in stop_before:
-        if step == 0 and overrun and sampled[request_id] == by_id(requests)[request_id].max_new_tokens > 1:
-            stops[request_id] = Stop(None, sampled[request_id] - 1)  # its last row was planned before it ended
-    return steps, ranks, stops
-
-
-def by_id(requests):
-    return {request.request_id: request for request in requests}
-
-
-def overrun_rows(steps, requests, stops):
-    """Rows whose token is not kept, [steps][ranks]."""
-    kept = {
-        i: stops[i].num_new_tokens if i in stops else request.max_new_tokens for i, request in by_id(requests).items()
-    }
-    found, sampled = [], dict.fromkeys(kept, 0)
-    for plans in steps:
-        found.append([0] * len(plans))
-        for rank, plan in enumerate(plans):
-            for entry in plan.entries:
-                sampled[entry.request_id] += entry.samples
-                found[-1][rank] += entry.samples and sampled[entry.request_id] > kept[entry.request_id]
-    return found
 
 
 requests_of_a_workload = st.lists(
@@ -108,7 +62,7 @@ def check_equal(requests, config, num_ranks, tmp_path, chunk, stop_before=()):
         row = [other.num_tokens for other in steps[plan.step]]
         assert record.num_chunks == len(ChunkPlan(row, max_chunk_size_per_rank=chunk))
     assert result.summary["kv_waits"] == sum(plan.num_waiting_for_kv > 0 for plans in steps for plan in plans)
-    assert result.summary["preemptions"] == sum(scheduler.num_preemptions for scheduler in ranks)
+    assert result.summary["preempted"] == sum(scheduler.num_preemptions for scheduler in ranks)
     assert result.summary["overrun_rows"] == sum(map(sum, overrun))
     assert result.rank.tolist() == [
         next(rank for rank, s in enumerate(ranks) if request in s.assigned) for request in requests
@@ -131,7 +85,7 @@ def test_counts_are_those_of_the_real_run_over_10_000_steps(tmp_path):
     stops = [(step, step // 10, step % 4) for step in range(0, 9000, 70)]
     summary = check_equal(requests, config, 3, tmp_path, 100, stops).summary
     assert summary["steps"] > 10_000
-    assert summary["preemptions"] > 50
+    assert summary["preempted"] > 50
     assert summary["overrun_rows"] > 10
 
 
@@ -257,7 +211,7 @@ def test_a_preempted_request_keeps_its_first_token_and_takes_longer():
     requests = [Request(0, 0.0, 60, 80), Request(1, 0.0, 60, 80)]
     cost = CostConstants(1000, 10)
     result = simulate(requests, SimulationConfig(1, SchedulerConfig(kv_capacity_tokens=192), cost))
-    assert result.summary["preemptions"] == 1
+    assert result.summary["preempted"] == 1
     assert result.summary["real_tokens"] == 2 * 139 + 64  # 60 + 4 rows of request 1 are computed twice
     assert result.summary["steps"] == 155
     first = 1000e-6 + 120 * 10e-6

@@ -30,6 +30,8 @@ FIGURE_WORDS = {
     "decode_tokens": "tokens that generate",
     "dummy_rows": "dummy rows",
     "padding_rows": "padding rows",
+    "preempted": "requests preempted",
+    "overrun_rows": "overrun rows",
     "ttft_s_p50": "first token: half within (s)",
     "ttft_s_p99": "first token: 99 % within (s)",
     "tpot_s_p50": "per further token: half within (s)",

@@ -30,6 +30,8 @@ _SUMMARY_WORDS = {
     "real_tokens": "rows of requests",
     "dummy_rows": "dummy rows",
     "padding_rows": "padding rows",
+    "preempted": "requests preempted",
+    "overrun_rows": "overrun rows",
 }
 _LATENCIES = (
     # title, how to read it, axis, unit, [(key of a request, curve's name)]

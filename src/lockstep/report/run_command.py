@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -327,6 +327,7 @@ def _summary(
     return {
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
+        **{name: totals[name] // options.tensor_parallel_size for name in ("preempted", "overrun_rows")},
         **{name: loss[name] for name in ("lost_fraction", "no_requests_fraction", "lost")},
         "tokens_per_s": round(result["generated_tokens"] / wall_s, 3),
         "verified": verification.verified,
@@ -344,6 +345,7 @@ def _summary(
         "max_chunk_size": options.max_chunk_size,
         "dispatcher": options.dispatcher,
         "dtype": options.dtype,
+        "scheduler": asdict(options.scheduler),
         "seed": options.seed,
         "out": options.out,
     }

@@ -25,6 +25,7 @@ from lockstep.report.tables import print_settings, print_validation
 from lockstep.report.terminal import Terminal
 from lockstep.runner.folder import output_folder
 from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import join_runs, validate
@@ -114,6 +115,20 @@ def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json
     else:
         print_validation(name, cost.source, result)
     return 0
+
+
+def execute_replay(run_folder: Path, cost: CostConstants, as_json: bool) -> int:
+    """Plan a recorded run again and compare it with what was executed; return 0, or 1 where they differ."""
+    replay = read_replay(run_folder, cost)
+    summary, difference = replay.run()
+    values = {**setting(replay.config), **summary}
+    if as_json:
+        sys.stdout.write(json.dumps({"run": str(run_folder), "difference": difference or None, **values}) + "\n")
+        return 1 if difference else 0
+    print_settings([values], 0, {}, cost.source or "given", BEST_RULE)
+    told = difference or f"executed equals planned in all {summary['steps']:,} steps"
+    Terminal().print(told, style="red" if difference else "green", soft_wrap=True)
+    return 1 if difference else 0
 
 
 @contextmanager

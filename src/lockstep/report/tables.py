@@ -26,7 +26,7 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
         report: the page that was written.
     """
     console = Terminal()
-    filler = [name for name in ("dummy_rows", "padding_rows") if summary[name]]
+    filler = [name for name in ("dummy_rows", "padding_rows", "preempted", "overrun_rows") if summary.get(name)]
     table = Table(title=f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps")
     headings = ("rank", "rows of requests", "of prompts", "steps with work", "steps idle")
     for heading in (*headings, *(FIGURE_WORDS[name] for name in filler)):
@@ -127,6 +127,12 @@ def print_settings(
     waits = sum(item["kv_waits"] for item in settings)
     if waits:
         console.print(f"requests waited because the KV cache was full in {waits:,} steps of ranks")
+    preempted = sum(item["preempted"] for item in settings)
+    if preempted:
+        console.print(f"requests were preempted because the KV cache was full, and computed again: {preempted:,}")
+    overrun = sum(item["overrun_rows"] for item in settings)
+    if overrun:
+        console.print(f"overrun rows, planned before it was known that their request had ended: {overrun:,}")
     limited = sum(item["buffer_limited_steps"] for item in settings)
     if limited:
         console.print(f"steps ran in more, smaller chunks because the exchange buffers were full: {limited:,}")

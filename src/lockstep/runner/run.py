@@ -342,8 +342,11 @@ class _Run:
         line = {
             "request_id": request_id,
             "rank": self.rank,
+            "arrival_s": request.arrival_s,
             "num_prompt_tokens": request.num_prompt_tokens,
+            "max_new_tokens": request.max_new_tokens,
             "num_new_tokens": len(tokens),
+            "stopped_step": None,  # nothing ends a request before its last token
             "tokens": tokens,
             "text": self.tokenizer.decode(tokens),
             "steps": [notes["first_step"], step],

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-from lockstep.coordination.step_log import StepColumns
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.step_table import CAUSES, StepTable
 
 _BUFFER_CELLS = 400_000
+
+
+class TakesColumns(Protocol):
+    """What steps can be written to: `StepColumns`, or anything else with its `write`."""
+
+    def write(self, columns: dict[str, Any]) -> None:
+        """Append records as columns of equal length, named as `StepLogRecord`'s fields; they change after the call."""
 
 
 def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str) -> np.ndarray:
@@ -62,7 +69,7 @@ class StepSink:
         max_chunk_size: int | None,
         asked_chunk_size: int | None,
         row_shapes: str,
-        step_log: StepColumns | None,
+        step_log: TakesColumns | None,
         max_cells: int,
         on_flush: Callable[[int], None] | None = None,
     ) -> None:

@@ -13,11 +13,10 @@ from math import ceil, nan
 
 import numpy as np
 
-from lockstep.coordination.step_log import StepColumns
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.bookkeeping import NONE, LoadBalancerTwin, PageSteps, StopSteps
 from lockstep.simulation.config import SimulationConfig, SimulationResult, Stop
-from lockstep.simulation.recorder import StepSink, filler_rows
+from lockstep.simulation.recorder import StepSink, TakesColumns, filler_rows
 from lockstep.simulation.step_table import loss_figures
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
@@ -29,7 +28,7 @@ _FEW_RANKS = 32
 def simulate(
     requests: Sequence[Request],
     config: SimulationConfig,
-    step_log: StepColumns | None = None,
+    step_log: TakesColumns | None = None,
     on_progress: Callable[[float], None] | None = None,
     max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None,
@@ -49,7 +48,7 @@ def simulate(
         of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, lost_fraction, no_requests_fraction,
         lost` (see `loss_figures`), `per_rank` (`requests, real_rows, prefill_tokens, new_tokens`, each `[ranks]`),
         `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
-        because the KV cache was full), `preemptions` (requests that lost their pages and were computed again, counted
+        because the KV cache was full), `preempted` (requests that lost their pages and were computed again, counted
         each time), `overrun_rows`, `buffer_limited_steps` (steps in more chunks than asked for, because larger ones do
         not fit into the exchange buffers) and `held_rank_steps`.
 
@@ -68,7 +67,7 @@ class _Simulation:
         self,
         requests: Sequence[Request],
         config: SimulationConfig,
-        step_log: StepColumns | None,
+        step_log: TakesColumns | None,
         max_cells: int,
         on_progress: Callable[[float], None] | None,
         stops: Mapping[int, Stop],
@@ -376,7 +375,7 @@ class _Simulation:
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,
-            "preemptions": self.num_preemptions,
+            "preempted": self.num_preemptions,
             "overrun_rows": recorder.totals["overrun"],
             "buffer_limited_steps": recorder.totals["buffer_limited"],
             "held_rank_steps": recorder.totals["held"],

@@ -1,0 +1,174 @@
+"""A recorded run planned again: the same requests, ends and settings, compared step by step with what was executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.coordination.step_log import StepLogRecord, read_step_log
+from lockstep.errors import ConfigurationError
+from lockstep.simulation.config import SimulationConfig, Stop
+from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.simulator import simulate
+from lockstep.workload.request import Request
+from lockstep.workload.schedule import SchedulerConfig
+
+COMPARED = (
+    *("prefill_tokens", "decode_tokens", "prefill_context_tokens", "decode_context_tokens"),
+    *("num_waiting", "prefills_held", "preempted", "overrun_rows"),
+)
+"""Columns of the step log that say what a scheduler decided."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recorded run, as the simulator takes it.
+
+    Attributes:
+        requests: in order of arrival.
+        config: of the simulation.
+        stops: requests that ended before their last token, by id.
+        executed: the run's step log, one record per step and data-parallel rank, in this order; `rank` is the latter.
+    """
+
+    requests: Sequence[Request]
+    config: SimulationConfig
+    stops: dict[int, Stop]
+    executed: Sequence[StepLogRecord]
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        """Plan the run again.
+
+        Returns:
+            The simulation's summary, and the first difference between executed and planned in words; empty if there is
+            none.
+
+        Raises:
+            ConfigurationError: for a stop that cannot have happened, see `simulate`.
+        """
+        planned = _Columns()
+        summary = simulate(self.requests, self.config, planned, stops=self.stops).summary
+        return summary, self._first_difference(planned)
+
+    def _first_difference(self, planned: _Columns) -> str:
+        num_ranks = self.config.num_ranks
+        num_steps = len(self.executed) // num_ranks
+        found = []
+        for name in COMPARED:
+            executed = np.array([getattr(record, name) for record in self.executed], np.int64)
+            column = planned.column(name)
+            length = min(len(executed), len(column))
+            different = np.flatnonzero(executed[:length] != column[:length])
+            if len(different):
+                cell = int(different[0])
+                found.append((cell, name, int(executed[cell]), int(column[cell])))
+        if found:
+            cell, name, was, is_planned = min(found)
+            step, rank = divmod(cell, num_ranks)
+            return f"step {step}, rank {rank}: {name} was {was} in the run, {is_planned} is planned"
+        planned_steps = len(planned.column("step")) // num_ranks
+        if planned_steps != num_steps:
+            return f"the run has {num_steps} steps, {planned_steps} are planned"
+        return ""
+
+
+class _Columns:
+    """A step log kept in memory."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def write(self, columns: dict[str, Any]) -> None:
+        # Copies: the simulator uses its buffers again.
+        self._parts.append({name: np.array(columns[name], np.int64) for name in ("step", *COMPARED)})
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(part[name] for part in self._parts)])
+
+
+def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
+    """Read what `lockstep run` has written.
+
+    Args:
+        run_folder: with `summary.json`, `outputs.jsonl` and `steps.jsonl`.
+        cost: what a step costs; it decides no counts here, since requests arrive by the number of the step.
+
+    Raises:
+        ConfigurationError: for a folder of something else, a run whose ranks were started again, or a file that lacks
+            something, naming file, line and field.
+    """
+    for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
+        if not (run_folder / name).is_file():
+            raise ConfigurationError(f"{run_folder} is not the folder of a finished run: it has no {name}")
+    if any(run_folder.glob("parts/steps-rank*-restart*.jsonl")):
+        raise ConfigurationError(f"the ranks of {run_folder} were started again: such a run cannot be planned again")
+    path = run_folder / "summary.json"
+    summary = _object(path, path.read_bytes())
+    num_ranks = _whole(path, summary, "data_parallel_size", 1)
+    tensor_parallel_size = _whole(path, summary, "tensor_parallel_size", 1)
+    scheduler = summary.get("scheduler")
+    if not isinstance(scheduler, dict):
+        raise ConfigurationError(f"{path}: scheduler is missing: this run cannot be planned again")
+    try:
+        config = SimulationConfig(num_ranks, SchedulerConfig(**scheduler), cost, clock="steps")
+    except (ConfigurationError, TypeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    requests, stops = _read_outputs(run_folder / "outputs.jsonl")
+    records = read_step_log(run_folder / "steps.jsonl").records
+    if len(records) % (num_ranks * tensor_parallel_size):
+        raise ConfigurationError(
+            f"{run_folder / 'steps.jsonl'}: {len(records)} records are not the same number of each of "
+            f"{num_ranks * tensor_parallel_size} ranks"
+        )
+    return Replay(requests, config, stops, [record for record in records if record.rank % tensor_parallel_size == 0])
+
+
+def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
+    by_id: dict[int, Request] = {}
+    stops: dict[int, Stop] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}: line {number}"
+        output = _object(where, line)
+        arrival_s = output.get("arrival_s")
+        if isinstance(arrival_s, bool) or not isinstance(arrival_s, int | float) or not 0 <= arrival_s < 1e12:
+            raise ConfigurationError(f"{where}: arrival_s must be a number >= 0 and < 1e12, got {arrival_s!r:.60}")
+        request = Request(
+            _whole(where, output, "request_id", 0),
+            arrival_s,
+            _whole(where, output, "num_prompt_tokens", 1),
+            _whole(where, output, "max_new_tokens", 1),
+        )
+        if request.request_id in by_id:
+            raise ConfigurationError(f"{where}: request_id {request.request_id} is there twice")
+        by_id[request.request_id] = request
+        num_new_tokens = _whole(where, output, "num_new_tokens", 0)
+        step = None if output.get("stopped_step") is None else _whole(where, output, "stopped_step", 0)
+        if num_new_tokens > request.max_new_tokens:
+            raise ConfigurationError(
+                f"{where}: num_new_tokens is {num_new_tokens}, above max_new_tokens, {request.max_new_tokens}"
+            )
+        if step is not None or num_new_tokens < request.max_new_tokens:
+            stops[request.request_id] = Stop(step, num_new_tokens)
+    return [by_id[request_id] for request_id in sorted(by_id)], stops
+
+
+def _object(where: object, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where} must be a JSON object, got {json.dumps(value):.60}")
+    return value
+
+
+def _whole(where: object, values: dict[str, Any], name: str, least: int) -> int:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise ConfigurationError(f"{where}: {name} must be a whole number in {least}..2**31 - 1, got {value!r:.60}")
+    return value
