@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from lockstep.commands.calibrate import read_columns
 from lockstep.models.tiny import make_tiny
-from lockstep.report.calibrate import read_columns
 from lockstep.simulation.validation import fit_runs, join_runs, validate
 from lockstep.workload import SyntheticParameters, synthetic_requests
 

@@ -4,36 +4,40 @@ Exit status: 0 done (and, where outputs were compared, all equal); 1 the run fai
 to the limits; 2 bad input; 130 interrupted, 143 terminated (what was written is kept).
 """
 
-import contextlib
-import errno
 import json
-import os
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from lockstep.cli_errors import run_to_status
+from lockstep.cli_types import (
+    COUNT,
+    LOAD_BALANCING,
+    MOST_RANKS,
+    ROW_SHAPES,
+    SCALE,
+    SEED,
+    STEPS,
+    TIME,
+    AsJson,
+    Dispatcher,
+    DType,
+    KvCapacityTokens,
+    LoadBalancing,
+    MaxMalformedShare,
+    MaxNewTokens,
+    MaxNumSeqs,
+    MaxPromptTokens,
+    RateScale,
+    Requests,
+    one_of,
+    several,
+    whole,
+)
 from lockstep.cli_types import device as device_name
-from lockstep.cli_types import one_of, real, seconds, several, whole
 from lockstep.extras import require
-
-# The names that the library knows, written out: a help page does not wait for torch. A test holds the two together.
-Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
-DType = Literal["float32", "bfloat16", "float16"]
-LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
-_LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
-_ROW_SHAPES = ("ragged", "dummy", "equal")
-_MOST_RANKS = 100_000
-_COUNT = {"parser": whole(1), "metavar": "N"}
-_STEPS = {"parser": whole(0), "metavar": "N"}
-_SEED = {"parser": whole(0, 2**32 - 1), "metavar": "N"}
-_RATE = {"parser": real(1e-9, 1e9), "metavar": "X"}
-_SCALE = {"parser": real(0, above=True), "metavar": "X"}
-_TIME = {"parser": seconds, "metavar": "2s|500ms"}
-_MALFORMED = "Refuse a file with a larger share of malformed lines; a single one is always left out."
-_FRACTION = {"parser": real(0, 1), "metavar": "0..1"}
 
 app = typer.Typer(
     name="lockstep",
@@ -79,35 +83,32 @@ def run(
     workload: Annotated[
         str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL), or `synthetic`.")
     ] = "synthetic",
-    data_parallel_size: Annotated[int, typer.Option(**_COUNT, help="Ranks with requests of their own.")] = 2,
+    data_parallel_size: Annotated[int, typer.Option(**COUNT, help="Ranks with requests of their own.")] = 2,
     tensor_parallel_size: Annotated[
-        int, typer.Option(**_COUNT, help="Ranks that share one data-parallel rank's requests.")
+        int, typer.Option(**COUNT, help="Ranks that share one data-parallel rank's requests.")
     ] = 1,
-    max_chunk_size: Annotated[int | None, typer.Option(**_COUNT, help="Maximum rows per rank and MoE chunk.")] = None,
+    max_chunk_size: Annotated[int | None, typer.Option(**COUNT, help="Maximum rows per rank and MoE chunk.")] = None,
     dispatcher: Annotated[Dispatcher, typer.Option(help="How tokens reach their experts.")] = "allgather",
-    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
-    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
+    requests: Requests = None,
+    rate_scale: RateScale = 1.0,
     length_scale: Annotated[
         float | None,
-        typer.Option(**_SCALE, help="Multiply the lengths of a trace; 1, or 0.05 where the model is `tiny`."),
+        typer.Option(**SCALE, help="Multiply the lengths of a trace; 1, or 0.05 where the model is `tiny`."),
     ] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer prompts to N tokens.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer outputs to N tokens.")] = None,
-    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_new_tokens: MaxNewTokens = None,
+    max_malformed_share: MaxMalformedShare = 0.01,
     load_balancing: Annotated[LoadBalancing, typer.Option(help="Which rank gets a request.")] = "round-robin",
-    max_num_batched_tokens: Annotated[int, typer.Option(**_COUNT, help="Maximum tokens per rank and step.")] = 2048,
-    max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
-    kv_capacity_tokens: Annotated[
-        int | None,
-        typer.Option(**_COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
-    ] = None,
+    max_num_batched_tokens: Annotated[int, typer.Option(**COUNT, help="Maximum tokens per rank and step.")] = 2048,
+    max_num_seqs: MaxNumSeqs = 256,
+    kv_capacity_tokens: KvCapacityTokens = None,
     max_prefill_delay_steps: Annotated[
-        int, typer.Option(**_STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
+        int, typer.Option(**STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
     ] = 0,
     seconds_per_step: Annotated[
-        float, typer.Option(**_SCALE, help="Seconds of the workload's time that pass per step.")
+        float, typer.Option(**SCALE, help="Seconds of the workload's time that pass per step.")
     ] = 0.05,
-    seed: Annotated[int, typer.Option(**_SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
+    seed: Annotated[int, typer.Option(**SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
     dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[
         str | None,
@@ -117,10 +118,10 @@ def run(
             help="Where the model runs; by default on a GPU if there is one.",
         ),
     ] = None,
-    deadline: Annotated[float, typer.Option(**_SCALE, help="Longest wait for any rank, in seconds.")] = 30.0,
+    deadline: Annotated[float, typer.Option(**SCALE, help="Longest wait for any rank, in seconds.")] = 30.0,
     max_restarts: Annotated[
         int,
-        typer.Option(**_STEPS, help="How often ranks that died or hang are started again; finished requests are kept."),
+        typer.Option(**STEPS, help="How often ranks that died or hang are started again; finished requests are kept."),
     ] = 3,
     verify: Annotated[bool, typer.Option(help="Compare with one process that holds all experts.")] = True,
     metrics_port: Annotated[
@@ -140,7 +141,7 @@ def run(
     Starts the ranks on this host, or is one of them under torchrun.
     """
     require("numpy", "transformers", "safetensors", *(["prometheus_client"] if metrics_port is not None else []))
-    from lockstep.report.run_command import RunCommand, execute
+    from lockstep.commands.run import RunCommand, execute
     from lockstep.runner.options import RunOptions
     from lockstep.workload import SchedulerConfig, WorkloadOptions
 
@@ -184,14 +185,14 @@ def run(
 def plan(
     tokens: Annotated[str, typer.Option(help="Tokens of each data-parallel rank, such as 500,200,256.")],
     max_chunk_size: Annotated[
-        int | None, typer.Option(**_COUNT, help="Maximum rows per rank and chunk; without it, one chunk.")
+        int | None, typer.Option(**COUNT, help="Maximum rows per rank and chunk; without it, one chunk.")
     ] = None,
-    sp: Annotated[int, typer.Option(**_COUNT, help="Ranks that share the tokens of one data-parallel rank.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    sp: Annotated[int, typer.Option(**COUNT, help="Ranks that share the tokens of one data-parallel rank.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Show the sizes and the chunks of one step, without running it."""
+    from lockstep.commands.plan import parse_tokens, plan_document, print_plan
     from lockstep.errors import ConfigurationError, TokenCountError
-    from lockstep.report.plan import parse_tokens, plan_document, print_plan
 
     try:
         document = plan_document(parse_tokens(tokens), sp, max_chunk_size)
@@ -220,14 +221,14 @@ def simulate(
     data_parallel_size: Annotated[
         Any,
         typer.Option(
-            parser=several(whole(1, _MOST_RANKS)), metavar="N,...", help="Ranks; several values with commas, as below."
+            parser=several(whole(1, MOST_RANKS)), metavar="N,...", help="Ranks; several values with commas, as below."
         ),
     ] = "8",
     load_balancing: Annotated[
         Any,
         typer.Option(
-            parser=several(one_of(*_LOAD_BALANCING)),
-            metavar="|".join(_LOAD_BALANCING),
+            parser=several(one_of(*LOAD_BALANCING)),
+            metavar="|".join(LOAD_BALANCING),
             help="Which rank gets a request.",
         ),
     ] = "round-robin",
@@ -253,39 +254,36 @@ def simulate(
     row_shapes: Annotated[
         Any,
         typer.Option(
-            parser=several(one_of(*_ROW_SHAPES)),
-            metavar="|".join(_ROW_SHAPES),
+            parser=several(one_of(*ROW_SHAPES)),
+            metavar="|".join(ROW_SHAPES),
             help="ragged; dummy: one row where a rank has none; equal: all padded to the longest.",
         ),
     ] = "ragged",
-    max_num_seqs: Annotated[int, typer.Option(**_COUNT, help="Maximum requests in progress per rank.")] = 256,
-    kv_capacity_tokens: Annotated[
-        int | None,
-        typer.Option(**_COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
-    ] = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    kv_capacity_tokens: KvCapacityTokens = None,
     buffer_capacity_rows: Annotated[
         int | None,
         typer.Option(
-            **_COUNT, help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."
+            **COUNT, help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."
         ),
     ] = None,
-    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
-    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(**_SCALE, help="Multiply the lengths by this factor.")] = 1.0,
-    max_prompt_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer prompts to N tokens.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(**_COUNT, help="Cut longer outputs to N tokens.")] = None,
-    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
+    requests: Requests = None,
+    rate_scale: RateScale = 1.0,
+    length_scale: Annotated[float, typer.Option(**SCALE, help="Multiply the lengths by this factor.")] = 1.0,
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_new_tokens: MaxNewTokens = None,
+    max_malformed_share: MaxMalformedShare = 0.01,
     cost: Annotated[str, typer.Option(help="A shipped set of cost constants, or a JSON file.")] = "h200",
     ttft_p99: Annotated[
         float | None,
-        typer.Option(**_TIME, help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms."),
+        typer.Option(**TIME, help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms."),
     ] = None,
     tpot_p99: Annotated[
-        float | None, typer.Option(**_TIME, help="The same limit for the time per further token.")
+        float | None, typer.Option(**TIME, help="The same limit for the time per further token.")
     ] = None,
-    queue_p99: Annotated[float | None, typer.Option(**_TIME, help="The same limit for the wait in the queue.")] = None,
-    seed: Annotated[int, typer.Option(**_SEED, help="Seed of a synthetic workload.")] = 0,
-    workers: Annotated[int | None, typer.Option(**_COUNT, help="Processes; one per core by default.")] = None,
+    queue_p99: Annotated[float | None, typer.Option(**TIME, help="The same limit for the wait in the queue.")] = None,
+    seed: Annotated[int, typer.Option(**SEED, help="Seed of a synthetic workload.")] = 0,
+    workers: Annotated[int | None, typer.Option(**COUNT, help="Processes; one per core by default.")] = None,
     validate: Annotated[
         list[Path] | None,
         typer.Option(
@@ -304,14 +302,14 @@ def simulate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier simulation in that folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what uneven ranks cost on a workload, and which setting gets it back, without running a model.
 
     Options that take several values with commas are combined, every value with every other.
     """
     require("numpy", *(["pyarrow", "plotly"] if out else []))
-    from lockstep.report.simulate_command import SimulateCommand, execute, execute_replay, execute_validation
+    from lockstep.commands.simulate import SimulateCommand, execute, execute_replay, execute_validation
     from lockstep.simulation.cost import CostConstants
     from lockstep.simulation.simulator import SimulationConfig
     from lockstep.simulation.sweep import Grid
@@ -358,12 +356,12 @@ def simulate(
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder of a run or a simulation.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put two runs side by side: figures, where the time went, and whether they did the same."""
     parquet = any((folder / name).is_file() for folder in (a, b) for name in ("steps.parquet", "requests.parquet"))
     require("numpy", *(["pyarrow"] if parquet else []))
-    from lockstep.report.compare import compare_runs
+    from lockstep.commands.compare import compare_runs
     from lockstep.report.tables import print_comparison
 
     comparison = compare_runs(a, b)
@@ -375,7 +373,7 @@ def compare(
 
 @app.command()
 def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what this machine offers, and try every backend between two local ranks; exit status 1 if one fails."""
     from lockstep.runner.environment import all_work, describe, examine
@@ -397,11 +395,11 @@ def _workload_options() -> None:
 @workload_app.command()
 def describe(
     file: Annotated[str, typer.Argument(help="Request trace, or `synthetic`.")],
-    rate_scale: Annotated[float, typer.Option(**_RATE, help="Multiply the arrival rate by this factor.")] = 1.0,
-    length_scale: Annotated[float, typer.Option(**_SCALE, help="Multiply the lengths by this factor.")] = 1.0,
-    requests: Annotated[int | None, typer.Option(**_COUNT, help="Use only the first N requests.")] = None,
-    max_malformed_share: Annotated[float, typer.Option(**_FRACTION, help=_MALFORMED)] = 0.01,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    rate_scale: RateScale = 1.0,
+    length_scale: Annotated[float, typer.Option(**SCALE, help="Multiply the lengths by this factor.")] = 1.0,
+    requests: Requests = None,
+    max_malformed_share: MaxMalformedShare = 0.01,
+    as_json: AsJson = False,
 ) -> None:
     """Print a workload's rate, burstiness and lengths, and the synthetic parameters that resemble it."""
     from lockstep.report.tables import print_description
@@ -436,16 +434,16 @@ def calibrate(
         typer.Argument(help="Recorded runs; without any, some are made. Of repeats, each step's median time counts."),
     ] = None,
     model: Annotated[str, typer.Option(help="What to run then: a checkpoint, or `tiny`.")] = "tiny",
-    data_parallel_size: Annotated[int, typer.Option(**_COUNT, help="Ranks of those runs.")] = 2,
-    requests: Annotated[int, typer.Option(**_COUNT, help="Requests of those runs.")] = 120,
-    repeats: Annotated[int, typer.Option(**_COUNT, help="How many times the same is run.")] = 3,
+    data_parallel_size: Annotated[int, typer.Option(**COUNT, help="Ranks of those runs.")] = 2,
+    requests: Annotated[int, typer.Option(**COUNT, help="Requests of those runs.")] = 120,
+    repeats: Annotated[int, typer.Option(**COUNT, help="How many times the same is run.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="File for the constants: cost.json; or, of --dispatch, this machine's place.")
     ] = None,
     dispatch: Annotated[
         bool, typer.Option("--dispatch", help="Instead, measure the backends and store by what `auto` is to choose.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the simulator's cost constants, or those by which a backend is chosen, to this machine."""
     if dispatch:
@@ -455,11 +453,11 @@ def calibrate(
             raise typer.BadParameter(
                 f"--dispatch measures between ranks: --data-parallel-size must be >= 2, got {data_parallel_size}"
             )
-        from lockstep.report.calibrate_dispatch import execute_dispatch_calibration
+        from lockstep.commands.calibrate_dispatch import execute_dispatch_calibration
 
         raise typer.Exit(execute_dispatch_calibration(data_parallel_size, out, as_json))
     require("numpy", *([] if run_folders else ["transformers", "safetensors"]))
-    from lockstep.report.calibrate import execute_calibration
+    from lockstep.commands.calibrate import execute_calibration
 
     out = out or Path("cost.json")
     raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, repeats, out, as_json))
@@ -478,7 +476,7 @@ def postmortem(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """Merge the ranks' flight recorders and show where they parted."""
-    from lockstep.report.postmortem import postmortem_document, print_postmortem, read_recorders
+    from lockstep.commands.postmortem import postmortem_document, print_postmortem, read_recorders
 
     recorders, num_left_out = read_recorders(files or [])
     document = postmortem_document(recorders)
@@ -488,111 +486,9 @@ def postmortem(
         print_postmortem(document, num_left_out, stacks)
 
 
-# How the library names what an option sets, where the two differ by more than dashes.
-_LIBRARY_NAMES = {
-    "num_ranks": "--data-parallel-size",
-    "num_requests": "--requests",
-    "sequence_parallel_size": "--sp",
-    "max_chunk_size_per_rank": "--max-chunk-size",
-    "num_tokens_across_dp": "--tokens",
-    "deadline_s": "--deadline",
-}
-# What is wrong with something that was typed, rather than with the machine.
-_BAD_PATH = {
-    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
-    *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
-}
-_MOST_CHARACTERS = 4000
-_INTERRUPTED = 130
-
-
 def main() -> None:
     """Run the command line. Bad input becomes one sentence and exit status 2, any other error of ours 1."""
-    from lockstep.errors import ConfigurationError, LockstepError
-
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status = app(standalone_mode=False)
-        sys.stdout.flush()
-    except (typer.Abort, KeyboardInterrupt):
-        status = _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever reads has had enough, as `head` has. Nothing can be written at the end either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except (ConfigurationError, OSError, LockstepError) as error:
-        _end(_sentence(error), 2 if _is_bad_input(error) else 1)
-    except Exception as error:
-        # Typer's errors have a common base, which it has moved between releases; it is known by its name.
-        names = [base.__name__ for base in type(error).__mro__]
-        if "NoArgsIsHelpError" in names:
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        if "ClickException" not in names:
-            raise
-        _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
-    if status == _INTERRUPTED:
-        _end("interrupted", status)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _is_bad_input(error: Exception) -> bool:
-    from lockstep.errors import ConfigurationError
-
-    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in _BAD_PATH)
-
-
-def _sentence(error: Exception) -> str:
-    from lockstep.errors import ConfigurationError, LockstepError
-
-    if isinstance(error, OSError) and not isinstance(error, LockstepError):
-        says = error.strerror or str(error)
-        says = f"{error.filename}: {says}" if error.filename is not None else says
-        return says if error.errno in _BAD_PATH else f"{type(error).__name__}: {says}"
-    says = _in_words_of_options(str(error))
-    return says if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {says}"
-
-
-def _of_the_line(message: str) -> str:
-    """Return what Typer says of an option as our other messages say it: `--seed must be >= 0, got -1`."""
-    found = re.match(r"Invalid value for '?([^':]+)'?: (?:Value error, )?(.*)", message, re.DOTALL)
-    if not found:
-        return message
-    return f"{found[1]}{' ' if found[2].startswith('must ') else ': '}{found[2]}"
-
-
-def _in_words_of_options(message: str) -> str:
-    """Return the library's message with the options that were typed in place of its parameters."""
-    command = typer.main.get_command(app)
-    names: dict[str, str] = {}
-    for each in getattr(command, "commands", {}).values():
-        for parameter in (*each.params, *(p for sub in getattr(each, "commands", {}).values() for p in sub.params)):
-            option = next((text for text in parameter.opts if text.startswith("--")), None)
-            if option and parameter.name:
-                names[parameter.name] = option
-    names.update(_LIBRARY_NAMES)
-    # A name of several words is a parameter wherever it stands, but for paths and quotations; others begin a message.
-    words = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
-    message = re.sub(rf"(?<![\w/.'\"`-])({words})(?![\w/.'\"`-])", lambda found: names[found[1]], message)
-    first, _, _ = message.partition(" ")
-    return names[first] + message[len(first) :] if message.startswith(f"{first} must") and first in names else message
-
-
-def _end(says: str, status: int) -> NoReturn:
-    """Say one sentence on stderr and end; a rank of torchrun's at once."""
-    from lockstep.report.terminal import plain
-
-    says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="")
-    sys.stderr.write(f"lockstep: {'' if status == _INTERRUPTED else 'error: '}{says}\n")
-    if "RANK" in os.environ and status == 1:
-        # Its groups may be in any state, and an orderly end would wait for their peers.
-        sys.stderr.flush()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(1)
-    sys.exit(status)
+    run_to_status(app)
 
 
 if __name__ == "__main__":

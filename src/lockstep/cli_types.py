@@ -4,12 +4,10 @@ Each function here makes a parser for `typer.Option(parser=...)`. A parser raise
 the name of the option that was typed.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -97,3 +95,34 @@ def _short(text: Any) -> str:
     shown = str(text)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return shown if re.fullmatch(r"[-+.\w]*\d[-+.\w]*", shown, re.ASCII) else repr(shown)
+
+
+# The names that the library knows, written out: a help page does not wait for torch. A test holds the two together.
+Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
+DType = Literal["float32", "bfloat16", "float16"]
+LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
+LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+ROW_SHAPES = ("ragged", "dummy", "equal")
+MOST_RANKS = 100_000
+# How options of a kind are declared: `typer.Option(**COUNT, help=...)`.
+COUNT: dict[str, Any] = {"parser": whole(1), "metavar": "N"}
+STEPS: dict[str, Any] = {"parser": whole(0), "metavar": "N"}
+SEED: dict[str, Any] = {"parser": whole(0, 2**32 - 1), "metavar": "N"}
+RATE: dict[str, Any] = {"parser": real(1e-9, 1e9), "metavar": "X"}
+SCALE: dict[str, Any] = {"parser": real(0, above=True), "metavar": "X"}
+TIME: dict[str, Any] = {"parser": seconds, "metavar": "2s|500ms"}
+_MALFORMED = "Refuse a file with a larger share of malformed lines; a single one is always left out."
+FRACTION: dict[str, Any] = {"parser": real(0, 1), "metavar": "0..1"}
+
+# Options that several commands have.
+Requests = Annotated[int | None, typer.Option(**COUNT, help="Use only the first N requests.")]
+RateScale = Annotated[float, typer.Option(**RATE, help="Multiply the arrival rate by this factor.")]
+MaxPromptTokens = Annotated[int | None, typer.Option(**COUNT, help="Cut longer prompts to N tokens.")]
+MaxNewTokens = Annotated[int | None, typer.Option(**COUNT, help="Cut longer outputs to N tokens.")]
+MaxMalformedShare = Annotated[float, typer.Option(**FRACTION, help=_MALFORMED)]
+MaxNumSeqs = Annotated[int, typer.Option(**COUNT, help="Maximum requests in progress per rank.")]
+KvCapacityTokens = Annotated[
+    int | None,
+    typer.Option(**COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]

@@ -127,7 +127,7 @@ def test_gpus_and_links_as_text():
 @pytest.mark.ranks(2)
 @pytest.mark.skipif(NUM_GPUS >= 2, reason="would measure GPUs, which takes longer")
 def test_calibration_is_stored_where_auto_finds_it(monkeypatch):
-    from lockstep.report import calibrate_dispatch
+    from lockstep.commands import calibrate_dispatch
 
     monkeypatch.setattr(calibrate_dispatch, "_SAMPLES", 1)
     alone = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--data-parallel-size", "1"])

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from lockstep import cli
+from lockstep import cli_types
 from lockstep.report.terminal import plain
 
 
@@ -23,10 +23,10 @@ def test_choices_are_the_names_that_the_library_knows():
     from lockstep.simulation.config import ROW_SHAPES
     from lockstep.workload.policies import LOAD_BALANCING
 
-    assert get_args(cli.Dispatcher) == DISPATCHERS
-    assert get_args(cli.DType) == tuple(DTYPES)
-    assert get_args(cli.LoadBalancing) == LOAD_BALANCING == cli._LOAD_BALANCING
-    assert cli._ROW_SHAPES == ROW_SHAPES
+    assert get_args(cli_types.Dispatcher) == DISPATCHERS
+    assert get_args(cli_types.DType) == tuple(DTYPES)
+    assert get_args(cli_types.LoadBalancing) == LOAD_BALANCING == cli_types.LOAD_BALANCING
+    assert cli_types.ROW_SHAPES == ROW_SHAPES
 
 
 def test_help_names_every_choice():
@@ -199,7 +199,7 @@ def test_output_that_cannot_be_written_is_no_traceback():
 
 
 def test_two_simulations_never_write_into_one_folder(tmp_path, command_line):
-    from lockstep.runner.folder import output_folder
+    from lockstep.commands.folder import output_folder
 
     line = ("simulate", "--requests", "5", "--workers", "1", "--out", tmp_path / "out", "--overwrite")
     with output_folder(tmp_path / "out", False):
@@ -236,7 +236,7 @@ def test_a_full_disk_is_named_with_the_folder(tmp_path, monkeypatch, command_lin
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lockstep.report.simulate_command.write_trace", full)
+    monkeypatch.setattr("lockstep.commands.simulate.write_trace", full)
     out = tmp_path / "out"
     code, _, stderr = command_line("simulate", "--requests", "5", "--workers", "1", "--out", out)
     assert (code, stderr.splitlines()[-1]) == (1, f"lockstep: error: OSError: {out}: No space left on device")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lockstep.cli import app
+from lockstep.commands import postmortem
+from lockstep.commands.postmortem import postmortem_document, read_recorder
 from lockstep.coordination.board import Board
 from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, within
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
-from lockstep.report import postmortem
-from lockstep.report.postmortem import postmortem_document, read_recorder
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
+from lockstep.commands.folder import MARKER, output_folder
 from lockstep.errors import ConfigurationError
-from lockstep.runner.folder import MARKER, output_folder
 
 HOLDS = """
 import sys, time
-from lockstep.runner.folder import output_folder
+from lockstep.commands.folder import output_folder
 with output_folder(sys.argv[1], overwrite=True) as out:
     (out / "steps.jsonl").write_text("of the first")
     print("writing", flush=True)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lockstep.report.plan import plan_document
+from lockstep.commands.plan import plan_document
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lockstep.commands.compare import compare_runs
 from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.errors import ConfigurationError
-from lockstep.report.compare import compare_runs
 from lockstep.report.figures import headline
 from lockstep.report.html import write_report
 from lockstep.report.tables import print_run

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from lockstep.cli import app, main
 from lockstep.cli_types import seconds, several, whole
+from lockstep.commands.compare import compare_runs
 from lockstep.coordination.step_log import StepColumns, StepLogRecord, StepLogWriter, read_step_log
 from lockstep.errors import ConfigurationError
-from lockstep.report.compare import compare_runs
 from lockstep.report.perfetto import write_trace
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
@@ -70,7 +70,7 @@ def test_long_simulations_say_how_far_they_are(monkeypatch, tmp_path):
     shares = []
     simulate(requests, SimulationConfig(1), on_progress=shares.append)
     assert shares == pytest.approx([2**18 / 500_001, 1], rel=1e-4)
-    monkeypatch.setattr("lockstep.report.simulate_command._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("lockstep.commands.simulate._LINE_EVERY_S", 0.0)
     options = ("--synthetic", "num_requests=1,output_median=300000,output_sigma=0,output_max=300000")
     result = invoke("simulate", *options, "--data-parallel-size", "1", "--workers", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
@@ -349,7 +349,7 @@ def test_calibration_makes_its_own_runs(monkeypatch, tmp_path):
         write_run(out, records(60, noise=0.02 * len(made))[0])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("lockstep.report.calibrate.subprocess", SimpleNamespace(run=run, PIPE=None))
+    monkeypatch.setattr("lockstep.commands.calibrate.subprocess", SimpleNamespace(run=run, PIPE=None))
     shown = invoke("bench", "calibrate", "--repeats", "3", "--out", str(tmp_path / "cost.json"), "--json")
     assert shown.exit_code == 0, shown.output
     assert made == ["2"] * 3

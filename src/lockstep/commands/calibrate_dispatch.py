@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
+from lockstep.commands.calibrate import check_replaceable
+from lockstep.commands.dispatch_times import measure
 from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
 from lockstep.errors import LockstepError
-from lockstep.report.calibrate import check_replaceable
-from lockstep.runner.dispatch_times import measure
 from lockstep.runner.launcher import launch
 
 _SAMPLES = 9  # timed calls of each case
 _LIMIT_S = 120.0
-_PRELOAD = ("lockstep.runner.dispatch_times",)  # of the ranks' server; not Transformers, which takes long to import
+_PRELOAD = ("lockstep.commands.dispatch_times",)  # of the ranks' server; not Transformers, which takes long to import
 
 
 def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool) -> int:

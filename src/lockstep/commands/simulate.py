@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lockstep.commands.calibrate import read_columns
+from lockstep.commands.folder import output_folder
 from lockstep.coordination.step_log import StepColumns, StepLogRecord
-from lockstep.report.calibrate import read_columns
 from lockstep.report.figures import share
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
 from lockstep.report.terminal import Terminal
-from lockstep.runner.folder import output_folder
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lockstep.commands.folder import output_folder
 from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.terminal import Terminal
-from lockstep.runner.folder import output_folder
 from lockstep.runner.options import PARTS, RunOptions
 from lockstep.workload import load_workload
 

@@ -1,0 +1,119 @@
+"""How the command line ends: every error as one sentence about what was typed, with its exit status."""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from typing import NoReturn
+
+import typer
+
+from lockstep.errors import ConfigurationError, LockstepError
+
+# How the library names what an option sets, where the two differ by more than dashes.
+_LIBRARY_NAMES = {
+    "num_ranks": "--data-parallel-size",
+    "num_requests": "--requests",
+    "sequence_parallel_size": "--sp",
+    "max_chunk_size_per_rank": "--max-chunk-size",
+    "num_tokens_across_dp": "--tokens",
+    "deadline_s": "--deadline",
+}
+# What is wrong with something that was typed, rather than with the machine.
+_BAD_PATH = {
+    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
+}
+_MOST_CHARACTERS = 4000
+_INTERRUPTED = 130
+
+
+def run_to_status(app: typer.Typer) -> NoReturn:
+    """Run the command line and end the process.
+
+    The status is 0 or what the command returned; 2 for bad input, 1 for any other error of ours, both with one sentence
+    on stderr; 130 after Ctrl-C.
+
+    Args:
+        app: the commands.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        status = _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads has had enough, as `head` has. Nothing can be written at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (ConfigurationError, OSError, LockstepError) as error:
+        _end(_sentence(error, app), 2 if _is_bad_input(error) else 1)
+    except Exception as error:
+        # Typer's errors have a common base, which it has moved between releases; it is known by its name.
+        names = [base.__name__ for base in type(error).__mro__]
+        if "NoArgsIsHelpError" in names:
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if "ClickException" not in names:
+            raise
+        _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
+    if status == _INTERRUPTED:
+        _end("interrupted", status)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in _BAD_PATH)
+
+
+def _sentence(error: Exception, app: typer.Typer) -> str:
+    if isinstance(error, OSError) and not isinstance(error, LockstepError):
+        says = error.strerror or str(error)
+        says = f"{error.filename}: {says}" if error.filename is not None else says
+        return says if error.errno in _BAD_PATH else f"{type(error).__name__}: {says}"
+    says = _in_words_of_options(str(error), app)
+    return says if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {says}"
+
+
+def _of_the_line(message: str) -> str:
+    """Return what Typer says of an option as our other messages say it: `--seed must be >= 0, got -1`."""
+    found = re.match(r"Invalid value for '?([^':]+)'?: (?:Value error, )?(.*)", message, re.DOTALL)
+    if not found:
+        return message
+    return f"{found[1]}{' ' if found[2].startswith('must ') else ': '}{found[2]}"
+
+
+def _in_words_of_options(message: str, app: typer.Typer) -> str:
+    """Return the library's message with the options that were typed in place of its parameters."""
+    command = typer.main.get_command(app)
+    names: dict[str, str] = {}
+    for each in getattr(command, "commands", {}).values():
+        for parameter in (*each.params, *(p for sub in getattr(each, "commands", {}).values() for p in sub.params)):
+            option = next((text for text in parameter.opts if text.startswith("--")), None)
+            if option and parameter.name:
+                names[parameter.name] = option
+    names.update(_LIBRARY_NAMES)
+    # A name of several words is a parameter wherever it stands, but for paths and quotations; others begin a message.
+    words = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
+    message = re.sub(rf"(?<![\w/.'\"`-])({words})(?![\w/.'\"`-])", lambda found: names[found[1]], message)
+    first, _, _ = message.partition(" ")
+    return names[first] + message[len(first) :] if message.startswith(f"{first} must") and first in names else message
+
+
+def _end(says: str, status: int) -> NoReturn:
+    """Say one sentence on stderr and end; a rank of torchrun's at once."""
+    from lockstep.report.terminal import plain
+
+    says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="")
+    sys.stderr.write(f"lockstep: {'' if status == _INTERRUPTED else 'error: '}{says}\n")
+    if "RANK" in os.environ and status == 1:
+        # Its groups may be in any state, and an orderly end would wait for their peers.
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1)
+    sys.exit(status)
