@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 import lockstep
 from lockstep import ConfigurationError
-from lockstep.engine.sampling import Sampler, SamplingParams, seed_key, top_ids, uniforms
+from lockstep.engine.sampling import (
+    Sampler,
+    SamplingParams,
+    _draw_from_blocks,
+    _draw_from_sorted,
+    seed_key,
+    top_ids,
+    uniforms,
+)
 
 EOS = 3
 
@@ -460,6 +468,30 @@ def test_top_ids_where_hardly_a_token_may_be_drawn():
 
 
 # ------------------------------------------------------------------------------------------------------- large, broken
+
+
+def test_every_unit_of_weight_is_drawn_once():
+    # 4, 3, 2, 1: nine units in the first three, seven of which reach a top_p of 0.7.
+    weights = torch.tensor([[4, 3, 0, 0, 2, 1]]).sort(descending=True).values.expand(9, -1).contiguous()
+    everything, k = torch.ones(9, dtype=torch.float64), torch.full((9,), 3)
+    units = (torch.arange(9) + 0.5).double() / 9
+    assert _draw_from_sorted(weights, units, everything, k).tolist() == [0] * 4 + [1] * 3 + [2] * 2
+    units = (torch.arange(7) + 0.5).double() / 7
+    assert _draw_from_sorted(weights[:7], units, everything[:7] * 0.7, k[:7]).tolist() == [0] * 4 + [1] * 3
+    # In the vocabulary's order over blocks of 128, with tokens in between that cannot be drawn.
+    weights = torch.ones(300)
+    weights[[0, 5, 127, 128, 299]] = torch.tensor([0.0, 3.0, 0.0, 0.0, 2.0])
+    expected = [token for token, weight in enumerate(weights.tolist()) for _ in range(int(weight))]
+    units = (torch.arange(len(expected)) + 0.5).double() / len(expected)
+    assert _draw_from_blocks(weights.expand(len(expected), -1).clone(), units, 1.0).tolist() == expected
+
+
+def test_a_broken_weight_never_leads_beyond_the_vocabulary():
+    weights = torch.zeros(1, 130)
+    weights[0, 129] = torch.nan
+    for unit in (0.0, 0.5, 0.999):
+        drawn = _draw_from_blocks(weights.clone(), torch.tensor([unit], dtype=torch.float64), 2.0**40)
+        assert 0 <= drawn.item() < 130
 
 
 def test_a_large_vocabulary_goes_in_chunks(monkeypatch):

@@ -169,6 +169,16 @@ def test_the_bytes_of_single_tokens():
     assert Detokenizer(BYTES).token_bytes(100_000) == b""
 
 
+def test_a_token_without_text_is_no_context():
+    tokenizer = sentencepiece_tokenizer()
+    steps = [decoders.Replace("▁", " "), decoders.Replace("ld", ""), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    ids = [tokenizer.token_to_id(token) for token in ("ld", "▁Hello", "ld", "▁wor")]
+    stream = Detokenizer(tokenizer).stream()
+    assert [stream.push(token) for token in ids] == ["", "Hello", "", " wor"]
+    assert whole(tokenizer, ids) == "Hello wor"
+
+
 def test_special_tokens_and_ids_beyond_the_vocabulary_have_no_text():
     stream = Detokenizer(BYTES).stream()
     assert [stream.push(token) for token in (*byte_ids("a"), EOS, 256, 259, 100_000, *byte_ids("b"))] == [
@@ -230,6 +240,11 @@ def test_the_first_string_to_complete_wins_and_of_those_the_longest():
     assert run(byte_ids("xabcd"), stop=["abcd", "bc"])[0].text == "xa"
     assert run(byte_ids("xab"), stop=["b", "ab"])[0].text == "x"
     assert run(byte_ids("xab"), stop=["b", "ab"])[0].stop_reason == "ab"
+
+
+def test_a_failed_beginning_may_hold_another():
+    assert run(byte_ids("xaaab"), stop="aab")[0].text == "xa"
+    assert run(byte_ids("xabababc"), stop="ababc")[0].text == "xab"
 
 
 def test_a_stop_string_across_the_bytes_of_a_character():
