@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,8 @@ class Sampled:
     top_logprobs: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What a row needs. Rows of one kind run together."""
+class _Kind(NamedTuple):
+    """What a row needs. Rows of one kind run together. A tuple, since every row of every step is looked up by it."""
 
     path: Literal["greedy", "small_top_k", "sorted", "unfiltered"]
     penalties: bool
