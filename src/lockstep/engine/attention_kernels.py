@@ -146,6 +146,73 @@ def _normalise(peak, weight, total, sinks, heads, in_group, HAS_SINKS: tl.conste
 
 
 @triton.jit
+def _store_result(
+    output,
+    sinks,
+    peak,
+    weight,
+    total,
+    row,
+    head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Write the query heads of one row and key head."""
+    group = tl.arange(0, GROUP_ROWS)
+    dims = tl.arange(0, VALUE_PAD)
+    heads = head * GROUP + group
+    result = _normalise(peak, weight, total, sinks, heads, group < GROUP, HAS_SINKS)
+    at = (row.to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * VALUE_DIM + dims[None, :]
+    tl.store(output + at, result.to(output.dtype.element_ty), (group < GROUP)[:, None] & (dims < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _load_piece(
+    partials,
+    stats,
+    head_start,
+    share,
+    number,
+    pieces,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """Return one program's piece of a row and key head: peak, weight, total. An absent piece weighs nothing."""
+    program = head_start // share + number
+    slot = (2 * program + (head_start > program * share).to(tl.int32)).to(tl.int64)
+    group = tl.arange(0, GROUP_ROWS)
+    dims = tl.arange(0, VALUE_PAD)
+    inside = tl.full((GROUP_ROWS,), 1, tl.int1) & (number < pieces)
+    at = 2 * slot * GROUP_PAD + group
+    # From L2 (.cg): other multiprocessors wrote these words during this launch.
+    peak = tl.load(stats + at, inside, other=float("-inf"), cache_modifier=".cg")
+    weight = tl.load(stats + at + GROUP_PAD, inside, other=0.0, cache_modifier=".cg")
+    total = tl.load(
+        partials + (slot * GROUP_PAD + group)[:, None] * VALUE_DIM + dims[None, :],
+        (inside & (group < GROUP))[:, None] & (dims < VALUE_DIM)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return peak, weight, total
+
+
+@triton.jit
+def _add_piece(peak, weight, total, other_peak, other_weight, other_total):
+    """Merge two pieces of which the first has seen a key, so that its peak is finite."""
+    new_peak = tl.maximum(peak, other_peak)
+    decay, other_decay = tl.math.exp2(peak - new_peak), tl.math.exp2(other_peak - new_peak)
+    total = total * decay[:, None] + other_total * other_decay[:, None]
+    return new_peak, weight * decay + other_weight * other_decay, total
+
+
+@triton.jit
 def _merge(
     partials,
     stats,
@@ -154,36 +221,31 @@ def _merge(
     pieces,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Merge the pieces of one row and key head in their order, whichever came last: the same bits every time."""
-    group = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, VALUE_PAD)
-    peak = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
-    weight = tl.zeros((GROUP_PAD,), tl.float32)
-    total = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
-    for first in range(0, pieces, UNROLL):
-        for i in tl.static_range(UNROLL):  # the loads of several pieces in flight together
-            program = head_start // share + first + i
-            slot = (2 * program + (head_start > program * share).to(tl.int32)).to(tl.int64)
-            inside = tl.full((GROUP_PAD,), 1, tl.int1) & (first + i < pieces)
-            at = 2 * slot * GROUP_PAD + group
-            # From L2 (.cg): other multiprocessors wrote these words during this launch.
-            other_peak = tl.load(stats + at, inside, other=float("-inf"), cache_modifier=".cg")
-            other_weight = tl.load(stats + at + GROUP_PAD, inside, other=0.0, cache_modifier=".cg")
-            other_total = tl.load(
-                partials + (slot * GROUP_PAD + group)[:, None] * VALUE_DIM + dims[None, :],
-                (inside & (group < GROUP))[:, None] & (dims < VALUE_DIM)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_peak = tl.maximum(peak, other_peak)  # finite from the first piece on: each has seen a key
-            decay, other_decay = tl.math.exp2(peak - new_peak), tl.math.exp2(other_peak - new_peak)
-            weight = weight * decay + other_weight * other_decay
-            total = total * decay[:, None] + other_total * other_decay[:, None]
-            peak = new_peak
+    peak, weight, total = _load_piece(
+        partials, stats, head_start, share, 0, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
+    )
+    for number in range(1, pieces, 4):  # four at a time: their loads are in flight together
+        peak0, weight0, total0 = _load_piece(
+            partials, stats, head_start, share, number, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
+        )
+        peak1, weight1, total1 = _load_piece(
+            partials, stats, head_start, share, number + 1, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
+        )
+        peak2, weight2, total2 = _load_piece(
+            partials, stats, head_start, share, number + 2, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
+        )
+        peak3, weight3, total3 = _load_piece(
+            partials, stats, head_start, share, number + 3, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
+        )
+        peak, weight, total = _add_piece(peak, weight, total, peak0, weight0, total0)
+        peak, weight, total = _add_piece(peak, weight, total, peak1, weight1, total1)
+        peak, weight, total = _add_piece(peak, weight, total, peak2, weight2, total2)
+        peak, weight, total = _add_piece(peak, weight, total, peak3, weight3, total3)
     return peak, weight, total
 
 
@@ -212,6 +274,7 @@ def decode_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -268,6 +331,10 @@ def decode_kernel(
         head_stop = head_start + num_tiles
         piece_stop = tl.minimum(stop, head_stop)
 
+        table = block_table + seq.to(tl.int64) * max_pages
+        begin = (first_tile + unit - head_start) * TILE
+        end = tl.minimum((first_tile + piece_stop - head_start) * TILE, length)
+        page = tl.load(table + begin // PAGE, begin < end, other=0)
         heads = head * GROUP + group
         q = tl.load(
             query + row.to(tl.int64) * query_row_stride + heads[:, None] * query_head_stride + dims[None, :],
@@ -277,10 +344,6 @@ def decode_kernel(
         peak = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
         weight = tl.zeros((GROUP_PAD,), tl.float32)
         total = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
-        table = block_table + seq.to(tl.int64) * max_pages
-        begin = (first_tile + unit - head_start) * TILE
-        end = tl.minimum((first_tile + piece_stop - head_start) * TILE, length)
-        page = tl.load(table + begin // PAGE, begin < end, other=0)
         for n in tl.range(begin, end, TILE, num_stages=STAGES):
             # One tile ahead, so that no tile waits for its own page number.
             next_page = tl.load(table + (n + TILE) // PAGE, n + TILE < end, other=0)
@@ -297,25 +360,31 @@ def decode_kernel(
             page = next_page
 
         pieces = (head_stop - 1) // share - head_start // share + 1
-        at = (row.to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * VALUE_DIM + value_dims[None, :]
-        mask = in_group[:, None] & (value_dims < VALUE_DIM)[None, :]
         if pieces == 1:
-            result = _normalise(peak, weight, total, sinks, heads, in_group, HAS_SINKS)
-            tl.store(output + at, result.to(output.dtype.element_ty), mask)
+            _store_result(
+                output, sinks, peak, weight, total, row, head, KV_HEADS, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD,
+                HAS_SINKS,
+            )  # fmt: skip
         else:
             slot = (2 * program + (head_start > first_unit).to(tl.int32)).to(tl.int64)
             tl.store(stats + 2 * slot * GROUP_PAD + group, peak)
             tl.store(stats + (2 * slot + 1) * GROUP_PAD + group, weight)
-            tl.store(partials + (slot * GROUP_PAD + group)[:, None] * VALUE_DIM + value_dims[None, :], total, mask)
+            tl.store(
+                partials + (slot * GROUP_PAD + group)[:, None] * VALUE_DIM + value_dims[None, :],
+                total,
+                in_group[:, None] & (value_dims < VALUE_DIM)[None, :],
+            )
             tl.debug_barrier()  # the stores of all threads, before one of them tells
             arrival = arrivals + row * KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == pieces - 1:
                 tl.store(arrival, 0)  # for the next launch
-                peak, weight, total = _merge(
-                    partials, stats, head_start, share, pieces, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD, 4
+                whole_peak, whole_weight, whole_total = _merge(
+                    partials, stats, head_start, share, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
                 )
-                result = _normalise(peak, weight, total, sinks, heads, in_group, HAS_SINKS)
-                tl.store(output + at, result.to(output.dtype.element_ty), mask)
+                _store_result(
+                    output, sinks, whole_peak, whole_weight, whole_total, row, head, KV_HEADS, GROUP, GROUP_ROWS,
+                    VALUE_DIM, VALUE_PAD, HAS_SINKS,
+                )  # fmt: skip
         unit = piece_stop
         row_stop = row_start + KV_HEADS * num_tiles
         row = tl.where(unit == row_stop, row + 1, row)
@@ -565,7 +634,7 @@ def attend_decode(
         query, key_pages, value_pages, block_table, row_seqs, lengths, options.sinks, out, partials, stats, arrivals,
         rows, block_table.shape[1], options.sliding_window or 0, query.stride(0), query.stride(1),
         key_pages.stride(0), value_pages.stride(0), options.scaling, options.softcap or 1.0,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=padded, HEAD_DIM=head_dim,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=padded, GROUP_ROWS=triton.next_power_of_2(group), HEAD_DIM=head_dim,
         HEAD_PAD=_power_of_2(head_dim), VALUE_DIM=value_dim, VALUE_PAD=_power_of_2(value_dim),
         # At least 256: the graphs of all usual sizes share one compiled kernel.
         ROWS=max(256, triton.next_power_of_2(rows)), PAGE=PAGE_SIZE, TILE=tiles.tile, MAX_PIECES=tiles.max_pieces,
