@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts, pairs_of_local_experts, sum_pairs
-from lockstep.dispatch.collectives import DEADLINE_S, all_to_allv
+from lockstep.dispatch.collectives import DEADLINE_S, all_to_allv, view_as
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class AllToAllDispatcher:
         torch.index_select(hidden_states, 0, rows, out=packed[:, :hidden])
         packed[:, hidden:] = routing.view(hidden_states.dtype)
         received = self._exchange(packed, sent.send_sizes, recv_sizes, sizes)
-        ids, weights = received[:, hidden:].contiguous().view(torch.int32).chunk(2, dim=1)
-        weights = weights.contiguous().view(torch.float32)
+        ids, weights = view_as(received[:, hidden:], torch.int32).chunk(2, dim=1)
+        weights = view_as(weights, torch.float32)
         pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
         return DispatchHandle(received[:, :hidden], *pairs, tuple(sizes), sent)
 

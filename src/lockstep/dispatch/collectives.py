@@ -85,9 +85,31 @@ def all_gatherv(
         _exchange("all_gatherv", sizes, everyones, repeated, sizes, [sizes[rank]] * len(sizes), group, deadline_s)
     columns = everyones.split([part.shape[1] for part in parts], dim=1)
     return [
-        column.contiguous().view(tensor.dtype).view(sum(sizes), *tensor.shape[1:])
+        view_as(column, tensor.dtype).view(sum(sizes), *tensor.shape[1:])
         for column, tensor in zip(columns, tensors, strict=True)
     ]
+
+
+def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Take columns of a matrix for values of another dtype; copied where they do not lie as that dtype has to.
+
+    Args:
+        columns: `[rows, n]`, a slice of a wider matrix or not.
+        dtype: whose size divides a row's bytes.
+
+    Returns:
+        `[rows, n * old size / new size]`.
+
+    Example:
+        >>> row = torch.tensor([[7, 1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
+        >>> view_as(row[:, 1:], torch.int64)
+        tensor([[1]])
+    """
+    # One row counts as contiguous wherever it begins and whatever its stride says: `contiguous` would copy nothing, and
+    # `view` take offset and stride at their word.
+    one_row = columns.shape[0] <= 1
+    plain = columns.clone(memory_format=torch.contiguous_format) if one_row else columns.contiguous()
+    return plain.view(dtype)
 
 
 def reduce_scatterv(
