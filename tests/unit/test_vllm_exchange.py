@@ -5,6 +5,8 @@ import importlib
 import json
 import sys
 import textwrap
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
-from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Shape, Step
+from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Shape, Step, Watch
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference
 
@@ -228,6 +230,65 @@ def test_a_wrong_deadline_is_refused(monkeypatch, text):
         vllm_exchange.deadline_s()
 
 
+def watch_of(step, silent_s, deadline_s=5.0, end=None):
+    """Rank 1 of three; the others were last heard of so many seconds ago."""
+    beats = torch.tensor([time.monotonic_ns() - int(each * 1e9) for each in silent_s])
+    return Watch(step, beats, 1, deadline_s, end)
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "in_step_for", "serving", "silent"),
+    [
+        ((0.1, 0, 0.2), 60.0, True, []),  # slow, but everybody is alive
+        ((0.1, 0, 9.0), 60.0, True, [2]),
+        ((9.0, 0, 9.0), 60.0, True, [0, 2]),
+        ((0.1, 0, 9.0), 1.0, True, []),  # not long enough in this step
+        ((0.1, 0, 9.0), None, True, []),  # between steps
+        ((0.1, 0, 9.0), 60.0, False, []),  # while kernels are compiled
+    ],
+)
+def test_a_rank_that_is_silent_during_a_step_is_noticed(silent_s, in_step_for, serving, silent):
+    step = step_of(0)
+    step.serving = serving
+    if in_step_for is not None:
+        step.calls = {"a step": time.monotonic() - in_step_for, "the one before": time.monotonic()}
+    watch = watch_of(step, silent_s)
+    assert watch.silent_ranks() == silent
+    assert (str(silent).strip("[]") in watch.look()) if silent else watch.look() == ""
+
+
+def test_a_worker_that_cannot_be_called_off_is_ended_after_the_rank_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(Watch, "PERIOD_S", 0.01)
+    monkeypatch.setattr(Watch, "GRACE_S", 0.05)
+    vllm_exchange._told.clear()
+    step, ended = step_of(4), threading.Event()
+    watch = watch_of(step, (0.0, 0.0, 9.0), deadline_s=0.2, end=lambda status: ended.set())
+    watch.start()
+    time.sleep(0.4)
+    assert not ended.is_set()  # no step is under way
+    watch.beats[0] = time.monotonic_ns() + 10**12
+    step.within(ended.wait, 10.0)
+    assert ended.is_set()
+    assert "EP rank 2 has been silent for 0.2 s while rank 1 is in a step" in caplog.text
+
+
+def test_a_call_that_fails_is_over_too():
+    step = step_of(4)
+    with pytest.raises(ZeroDivisionError):
+        step.within(lambda: 1 / 0)
+    assert step.within(lambda: len(step.calls)) == 1
+    assert step.calls == {}
+
+
+def test_a_kernels_verdict_ends_a_worker_that_waits_elsewhere():
+    step, decode = step_of(4), OwnRowsDispatcher(8)
+    step.exchanges[Shape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
+    watch = watch_of(step, (0, 0, 0))
+    assert watch.look() == ""
+    decode.absent = 2
+    assert "rank 2 did not come" in watch.look()
+
+
 # What is refused.
 
 
@@ -429,7 +490,10 @@ def joined(vllm, experts, monkeypatch):
     )
     vllm("config").CURRENT = config
     vllm("v1.worker.gpu_model_runner")
-    vllm("distributed.parallel_state").GROUP = SimpleNamespace(world_size=4, cpu_group="cpu", device_group="gpu")
+    group = SimpleNamespace(world_size=4, rank_in_group=1, cpu_group="cpu", device_group="gpu")
+    vllm("distributed.parallel_state").GROUP = group
+    monkeypatch.setattr(vllm_exchange, "share_beats", lambda group, rank: torch.zeros(4, dtype=torch.int64))
+    monkeypatch.setattr(vllm_exchange.Watch, "start", lambda self: None)
     made = []
 
     def make(config, moe, shape, group, device):

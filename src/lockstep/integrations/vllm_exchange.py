@@ -8,10 +8,14 @@ import importlib
 import json
 import logging
 import os
+import secrets
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -78,14 +82,19 @@ class Step:
         num_tokens: tokens of this rank in the step, without padding, 0 in a dummy batch; the host's copy.
         cell: the same on the device, `[1]` int32. Captured graphs read it at each replay.
         serving: whether a request has been seen.
+        calls: when each call of vLLM's began that this worker is in, seconds of `time.monotonic`. There may be two:
+            tokens of one step are fetched in another thread while the next step begins.
         exchanges: all exchanges of this process, by shape.
+        watch: looks after ranks that have stopped; None before the first exchange.
     """
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self.cell: torch.Tensor | None = None
         self.serving = False
+        self.calls: dict[object, float] = {}
         self.exchanges: dict[Shape, Exchange] = {}
+        self.watch: Watch | None = None
 
     def begin(self, num_tokens: int) -> None:
         """Note how many tokens this rank has. Called before each step, on the stream that will run it.
@@ -101,6 +110,21 @@ class Step:
         self.serving = self.serving or num_tokens > 0
         if self.cell is not None:
             self.cell.fill_(num_tokens)
+
+    def within(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function of vLLM's in which it may wait for other ranks.
+
+        Args:
+            function: the function; gets `args` and `options`.
+            args: positional arguments.
+            options: keyword arguments.
+        """
+        call = object()
+        self.calls[call] = time.monotonic()
+        try:
+            return function(*args, **options)
+        finally:
+            del self.calls[call]
 
     def check(self) -> None:
         """Raise what a kernel has found out meanwhile; called before a step, and before its tokens leave the worker.
@@ -118,6 +142,90 @@ class Step:
 
 STEP = Step()
 """Of this process: a worker runs one step at a time."""
+
+
+class Watch:
+    """Notices a rank that is stopped or gone while vLLM itself waits for it, where no kernel of ours does.
+
+    vLLM agrees on each step by a collective of its own, which waits for minutes and names nobody. So each worker has a
+    thread that writes the time into memory that all ranks share, and looks at the others' while its worker is busy.
+
+    Args:
+        step: of this process.
+        beats: `[ranks]` int64, nanoseconds of `time.monotonic_ns`, in shared memory.
+        rank: this rank.
+        deadline_s: how long another rank may be silent during a step of this one.
+        end: what to do where the worker does not end by itself: vLLM's wait cannot be called off.
+    """
+
+    PERIOD_S = 0.25
+    GRACE_S = 2.0
+
+    def __init__(
+        self, step: Step, beats: torch.Tensor, rank: int, deadline_s: float, end: Callable[[int], None] = os._exit
+    ) -> None:
+        self.step, self.beats, self.rank, self.deadline_s = step, beats, rank, deadline_s
+        self._end = end
+        self.beat()
+
+    def start(self) -> None:
+        """Begin to beat and to look, in a thread that ends with the process."""
+        threading.Thread(target=self._run, name="lockstep-watch", daemon=True).start()
+
+    def beat(self) -> None:
+        """Say that this rank is alive."""
+        self.beats[self.rank] = time.monotonic_ns()
+
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks that have been silent for as long as the deadline, while this rank is in a step."""
+        now = time.monotonic()
+        if not self.step.serving or now - min(list(self.step.calls.values()), default=now) < self.deadline_s:
+            return []
+        beats = self.beats.tolist()
+        return [rank for rank, beat in enumerate(beats) if rank != self.rank and now - beat / 1e9 >= self.deadline_s]
+
+    def look(self) -> str:
+        """Return what keeps this rank's step from ending, or an empty string."""
+        try:
+            self.step.check()
+        except LockstepError as error:
+            return str(error)
+        silent = self.silent_ranks()
+        if not silent:
+            return ""
+        names = ", ".join(map(str, silent))
+        return f"EP rank {names} has been silent for {self.deadline_s:g} s while rank {self.rank} is in a step"
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self.PERIOD_S)
+            self.beat()
+            reason = self.look()
+            if reason:
+                tell(reason, level=logging.ERROR)
+                time.sleep(self.GRACE_S)  # the worker may be about to raise the same
+                self._end(1)
+                return
+
+
+def share_beats(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
+    """Return memory that all ranks of a host share, `[ranks]` int64. Collective.
+
+    Args:
+        group: the ranks, for tensors on the CPU.
+        rank: this rank.
+    """
+    name = gather_texts(secrets.token_hex(8), group)[0]
+    path = Path("/dev/shm") / f"lockstep-vllm-{name}"
+    if rank == 0:
+        path.touch(mode=0o600, exist_ok=False)
+    gather_texts("made", group)
+    beats = torch.from_file(str(path), shared=True, size=group.size(), dtype=torch.int64)
+    beats[rank] = time.monotonic_ns()
+    gather_texts("mapped", group)  # with everybody's first beat in it
+    if rank == 0:
+        path.unlink()  # it lives on as long as somebody has mapped it
+    return beats
 
 
 class Exchange:
@@ -503,13 +611,19 @@ def join(config: Any, moe: Any, method: Any, experts: LocalExperts, device: torc
     if reason:
         tell(f"vLLM's own path stays: {reason}", level=logging.WARNING)
         return None
-    if STEP.cell is None:
-        STEP.cell = torch.zeros(1, dtype=torch.int32, device=device)
-    exchange = make_exchange(config, moe, shape, group.device_group, device)
+    # Tensors made in inference mode could not be written to outside it, where a step's count is noted.
+    with torch.inference_mode(False):
+        if STEP.cell is None:
+            STEP.cell = torch.zeros(1, dtype=torch.int32, device=device)
+        exchange = make_exchange(config, moe, shape, group.device_group, device)
     for dispatcher in {id(each): each for each in (exchange.decode, exchange.prompt)}.values():
         slots = dispatcher.num_ranks * dispatcher.max_tokens_per_rank * dispatcher.top_k
         experts.warm_up(slots, False)
     STEP.exchanges[shape] = exchange
+    if STEP.watch is None:
+        beats = share_beats(group.cpu_group, group.rank_in_group)
+        STEP.watch = Watch(STEP, beats, group.rank_in_group, exchange.deadline_s)
+        STEP.watch.start()
     tell(
         f"{shape.num_experts} routed experts on {group.world_size} ranks go through Lockstep's exchange: steps of up "
         f"to {exchange.decode.max_tokens_per_rank} rows per rank in one piece, larger ones in chunks of "
@@ -552,16 +666,16 @@ def watch_runner(runner: Any) -> None:
     def counted_execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         is_dummy = options.get("dummy_run", False)
         STEP.begin(0 if is_dummy else int(scheduler_output.total_num_scheduled_tokens))
-        return execute_model(self, scheduler_output, *args, **options)
+        return STEP.within(execute_model, self, scheduler_output, *args, **options)
 
     @wraps(dummy_run)
     def counted_dummy_run(self: Any, *args: Any, **options: Any) -> Any:
         STEP.begin(0)
-        return dummy_run(self, *args, **options)
+        return STEP.within(dummy_run, self, *args, **options)
 
     @wraps(sample_tokens)
     def checked_sample_tokens(self: Any, *args: Any, **options: Any) -> Any:
-        result = sample_tokens(self, *args, **options)
+        result = STEP.within(sample_tokens, self, *args, **options)
         if not hasattr(result, "get_output"):
             STEP.check()  # its tokens are on the host, so the step is over
         return result
@@ -583,7 +697,7 @@ def watch_output(output: Any) -> None:
 
     @wraps(get_output)
     def checked_get_output(self: Any, *args: Any, **options: Any) -> Any:
-        result = get_output(self, *args, **options)
+        result = STEP.within(get_output, self, *args, **options)
         STEP.check()
         return result
 
