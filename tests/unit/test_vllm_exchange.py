@@ -1,5 +1,5 @@
 # vLLM's experts on our exchange, on a CPU: what is counted, masked, chunked, refused and registered. A stand-in package
-# has the surface of vLLM that `SYMBOLS` and `RUNNERS` name. `test_vllm_sources.py` tries vLLM's own classes.
+# has the surface of vLLM that `SYMBOLS` and `RUNNERS` name; where vLLM can be imported, its own classes are tried too.
 
 import importlib
 import json
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lockstep.dispatch.base import Route
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
@@ -36,7 +37,11 @@ class OwnRowsDispatcher:
         if self.absent is not None:
             raise RankAbsentError(f"rank {self.absent} did not come within 30 s; rank 0 gave up first", (self.absent,))
 
-    def dispatch(self, rows, topk_ids, topk_weights, *, num_tokens):
+    def route(self, sizes):
+        return Route("one rank", tuple(sizes), self.max_tokens_per_rank, captures=True)
+
+    def dispatch(self, route, rows, topk_ids, topk_weights, num_tokens):
+        assert max(route.sizes) <= route.chunk_size
         assert rows.shape[0] <= self.max_tokens_per_rank
         assert num_tokens.dtype is torch.int32
         assert num_tokens.shape == (1,)
@@ -51,7 +56,8 @@ class OwnRowsDispatcher:
             hidden_states=rows,
             gather_index=(order // TOP_K).to(torch.int32),
             pair_weights=topk_weights[:count].reshape(-1)[order],
-            state=SimpleNamespace(expert_offsets=offsets, scales=None),
+            expert_offsets=offsets,
+            scales=None,
         )
 
     def combine(self, expert_output, handle):
@@ -653,3 +659,26 @@ def test_all_ranks_take_one_way(monkeypatch, answers, reason):
     found = vllm_exchange.agree("", None, torch.device("cpu"))
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+# vLLM's own classes, where its sources can be imported.
+
+
+def test_the_names_that_we_rely_on_are_in_the_installed_vllm():
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    try:
+        method_module = importlib.import_module(vllm_exchange.METHOD_MODULE)
+    except ImportError as error:
+        pytest.skip(f"vLLM's fused_moe cannot be imported here: {error}")
+    assert vllm_exchange.missing_symbols() == ""
+    base = method_module.UnquantizedFusedMoEMethod
+    ours = vllm_exchange.make_method(base)
+    for name in ("apply", "process_weights_after_loading"):
+        parameters = list(importlib.import_module("inspect").signature(getattr(base, name)).parameters)
+        assert parameters == list(importlib.import_module("inspect").signature(getattr(ours, name)).parameters)
+    for name, (runner, output) in vllm_exchange.RUNNERS.items():
+        module = importlib.import_module(name)
+        for attribute in ("execute_model", "_dummy_run", "sample_tokens") if runner else ():
+            assert hasattr(getattr(module, runner), attribute)
+        assert not output or hasattr(getattr(module, output), "get_output")

@@ -325,11 +325,10 @@ class Exchange:
         num_tokens: torch.Tensor,
         sizes: Sequence[int],
     ) -> torch.Tensor:
-        handle = dispatcher.dispatch(rows, topk_ids, topk_weights, num_tokens=num_tokens)
+        handle = dispatcher.dispatch(dispatcher.route(sizes), rows, topk_ids, topk_weights, num_tokens)
         rows_per_expert = sum(sizes) * dispatcher.top_k / dispatcher.num_experts
-        state = handle.state
         result = experts.on_device(
-            handle.hidden_states, state.scales, handle.gather_index, state.expert_offsets, rows_per_expert
+            handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets, rows_per_expert
         )
         return dispatcher.combine(result, handle)
 
@@ -476,8 +475,6 @@ def make_exchange(config: Any, moe: Any, shape: Shape, group: dist.ProcessGroup,
     largest = -(-int(moe.max_num_tokens) // sp_size)
     graphs = -(-int(moe.max_capture_size or 0) // sp_size) or 256
     seconds = deadline_s()
-    # Where each worker sees its own GPU only, all are number 0 to torch. That they differ was agreed before.
-    os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 
     def make(capacity: int) -> NvlinkDispatcher:
         return NvlinkDispatcher(

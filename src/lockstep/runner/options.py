@@ -8,8 +8,6 @@ from lockstep.workload import SchedulerConfig, WorkloadOptions
 
 PARTS = "parts"
 """Folder, within a run's, of what each rank writes as it goes."""
-RANKS_PER_CORE = 16
-"""Most ranks that are started on one host, for each of its cores."""
 
 
 @dataclass(frozen=True)
