@@ -23,6 +23,9 @@ _PUBLIC = {
     "parallelize": "lockstep.models.huggingface",
     "join": "lockstep.models.huggingface",
     "fuse_norms": "lockstep.models.norms",
+    "Engine": "lockstep.runner.engine",
+    "RankEngine": "lockstep.engine.rank_engine",
+    "RequestOutput": "lockstep.engine.outputs",
     "SamplingParams": "lockstep.engine.sampling_params",
     "LockstepError": "lockstep.errors",
     "ConfigurationError": "lockstep.errors",
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from lockstep.coordination.step import StepDecision as StepDecision
     from lockstep.coordination.step import StepRecord as StepRecord
     from lockstep.coordination.step import decide as decide
+    from lockstep.engine.outputs import RequestOutput as RequestOutput
+    from lockstep.engine.rank_engine import RankEngine as RankEngine
     from lockstep.engine.sampling_params import SamplingParams as SamplingParams
     from lockstep.errors import ConfigurationError as ConfigurationError
     from lockstep.errors import LockstepError as LockstepError
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
     from lockstep.models.huggingface import parallelize as parallelize
     from lockstep.models.norms import fuse_norms as fuse_norms
     from lockstep.moe.layer import MoELayer as MoELayer
+    from lockstep.runner.engine import Engine as Engine
 
 
 def __getattr__(name: str) -> Any:

@@ -175,7 +175,7 @@ def run(
             kv_capacity_tokens=kv_capacity_tokens,
             seconds_per_step=seconds_per_step,
         ),
-        keep_logits=verify and dtype != "float32",
+        keep_logprobs=verify and dtype != "float32",
         metrics_port=metrics_port,
     )
     raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))

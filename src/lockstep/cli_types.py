@@ -11,19 +11,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+_MOST = 2**31 - 1
 
-def whole(low: int, high: int | None = None) -> Callable[[Any], int]:
-    """Make a parser of an integer in `low..high`; without `high`, of one >= `low`."""
+
+def whole(low: int, high: int = _MOST) -> Callable[[Any], int]:
+    """Make a parser of an integer in `low..high`; by default, up to the largest that arrays of 32 bits take."""
 
     def parse(text: Any) -> int:
         try:
             number = int(text)
         except ValueError:  # also more than 4,300 digits
-            raise typer.BadParameter(f"must be an integer{_range(low, high)}, got {_short(text)}") from None
-        if number < low or (high is not None and number > high):
-            raise typer.BadParameter(f"must be{_range(low, high)}, got {_short(text)}")
+            raise typer.BadParameter(f"must be an integer{wanted}, got {_short(text)}") from None
+        if not low <= number <= high:
+            limit = f" <= {high}" if high == _MOST and number > high else wanted
+            raise typer.BadParameter(f"must be{limit}, got {_short(text)}")
         return number
 
+    wanted = f" >= {low}" if high == _MOST else f" in {low}..{high}"
     return parse
 
 
@@ -85,10 +89,6 @@ def device(text: Any) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", str(text), re.ASCII):
         raise typer.BadParameter(f"must be cpu, cuda or cuda:N, got {_short(text)}")
     return str(text)
-
-
-def _range(low: int, high: int | None) -> str:
-    return f" >= {low}" if high is None else f" in {low}..{high}"
 
 
 def _short(text: Any) -> str:

@@ -6,7 +6,6 @@ import sys
 _EXTRA_OF = {
     "typer": "cli",
     "rich": "cli",
-    "numpy": "models",
     "transformers": "models",
     "tokenizers": "models",
     "safetensors": "models",
@@ -24,11 +23,13 @@ def require(*packages: str) -> None:
     """
     missing = [name for name in packages if not _is_there(name)]
     if missing:
-        extras = ",".join(dict.fromkeys(_EXTRA_OF[name] for name in missing))
+        extras = list(dict.fromkeys(_EXTRA_OF[name] for name in missing if name in _EXTRA_OF))
+        if "numpy" in missing and not {"models", "report"} & set(extras):  # both bring it
+            extras.append("report")
         verb = "is" if len(missing) == 1 else "are"
         sys.stderr.write(
             f"lockstep: error: {', '.join(missing)} {verb} not installed, which this command needs: "
-            f"pip install 'lockstep-moe[{extras}]'\n"
+            f"pip install 'lockstep-moe[{','.join(extras)}]'\n"
         )
         sys.exit(2)
 

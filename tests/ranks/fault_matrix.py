@@ -146,7 +146,7 @@ def run_case(model, case, rank, expected):
     """One `join` block with the fault in it, then one without; what this rank saw."""
     parallel = parallel_of(model)
     parallel.debug = case.debug
-    if parallel.is_open:
+    if parallel._epoch >= 0:
         parallel.recorder.debug = case.debug
     error, outputs, happened = None, [], []
     idle = case.idle and rank == GUILTY

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from architectures import all_architectures, tiny_model
 
 import lockstep
+from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.models.loading import find_experts
 from lockstep.testing import run_ranks
+from lockstep.workload import SchedulerConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 # One of each kind: what people use most, and every way in which experts, their files and their attention differ.
@@ -79,7 +81,7 @@ def check(architecture, folder):
     # Two data-parallel ranks, each with calls of its own.
     expected, sequences = outputs_of(whole, rank)
     facts["changed"] = changed_without_experts(whole, rank, sequences)
-    facts["packed"] = packed_steps(whole, rank, sequences)
+    facts["engine"] = engine_steps(whole, rank, sequences)
     model = lockstep.from_pretrained(path, dtype=torch.float32, deadline_s=30)
     with lockstep.join(model):
         logits, own_sequences = outputs_of(model, rank)
@@ -135,23 +137,23 @@ def changed_without_experts(model, rank, sequences):
     return sum(int((one != other).any(dim=1).sum()) for one, other in pairs)
 
 
-def packed_steps(model, rank, sequences):
-    """Whether packed steps, as `lockstep run` forms them, give the same tokens; what the engine says if it refuses."""
-    from lockstep.models.packed import PackedEngine
+def engine_steps(model, rank, sequences):
+    """Whether the engine's steps, as `lockstep run` forms them, give the same tokens; what it says if it refuses."""
+    from lockstep.engine.rank_engine import RankEngine
 
     try:
-        engine = PackedEngine(copy.deepcopy(model))
+        engine = RankEngine(copy.deepcopy(model), SchedulerConfig(max_num_batched_tokens=9), max_model_len=64)
     except ConfigurationError as error:
         return str(error)
     requests = [row.tolist() for ids in prompts(rank) for row in ids]
     expected = [row[-NUM_TOKENS:].tolist() for sequence in sequences for row in sequence]
     for index, prompt in enumerate(requests):
-        engine.add_request(index, prompt, NUM_TOKENS)
-    engine.step([(index, len(prompt) // 2, False) for index, prompt in enumerate(requests)])
-    engine.step([(index, len(prompt) - len(prompt) // 2, True) for index, prompt in enumerate(requests)])
-    for _ in range(NUM_TOKENS - 1):
-        engine.step([(index, 1, True) for index in range(len(requests))])
-    return [engine.remove(index) for index in range(len(requests))] == expected
+        engine.add(index, prompt, SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True))
+    found = [[] for _ in requests]
+    while engine.has_unfinished:
+        for output in engine.step():
+            found[output.request_id].append(output.token_id)
+    return found == expected
 
 
 def check_all(architectures, folder):
@@ -180,8 +182,8 @@ def wrong(facts_of_ranks):
             found.append(f"rank {rank}: float32 {facts['float32']:.1e}, equal tokens {facts['tokens']}")
         if facts["bfloat16"] > BFLOAT16_TOLERANCE:
             found.append(f"rank {rank}: bfloat16 {facts['bfloat16']:.1e}")
-        if facts["packed"] is False:
-            found.append(f"rank {rank}: packed steps give other tokens")
+        if facts["engine"] is False:
+            found.append(f"rank {rank}: the engine gives other tokens")
     if not found and sum(facts["changed"] for facts in facts_of_ranks) < 0.9 * sum(NUM_REQUESTS):
         found.append("the experts hardly matter to the tokens")
     return found
@@ -202,8 +204,8 @@ def table_row(architecture, facts_of_ranks):
     split = "no: " + tensor_parallel_wrong(facts)
     if not tensor_parallel_wrong(facts):
         split = "yes, attention " + ("split" if facts["split"] else "whole on every rank")
-    packed = "yes" if facts["packed"] is True else "no: " + str(facts["packed"]).split(" has ")[-1].split(";")[0]
-    return f"| `{architecture}` | {facts['class']} | {facts['experts']} | {seen} | {split} | {packed} |"
+    engine = "yes" if facts["engine"] is True else "no: " + str(facts["engine"]).split(" has ")[-1].split(";")[0]
+    return f"| `{architecture}` | {facts['class']} | {facts['experts']} | {seen} | {split} | {engine} |"
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +250,7 @@ def main():
         head = [
             f"Seen with Transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}.",
             "",
-            "| architecture | class | experts | 2 DP ranks | 2 TP ranks | packed steps |",
+            "| architecture | class | experts | 2 DP ranks | 2 TP ranks | engine |",
             "|---|---|---|---|---|---|",
         ]
         PAGE.write_text(before + "<!-- table -->\n" + "\n".join(head + rows) + "\n<!-- end of table -->" + after)

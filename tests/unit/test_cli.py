@@ -18,12 +18,12 @@ def python(code, *arguments):
 
 
 def test_choices_are_the_names_that_the_library_knows():
-    from lockstep.dispatch.choose import dispatcher_names
+    from lockstep.dispatch.choose import DISPATCHERS
     from lockstep.runner.run import DTYPES
     from lockstep.simulation.config import ROW_SHAPES
     from lockstep.workload.policies import LOAD_BALANCING
 
-    assert get_args(cli_types.Dispatcher) == dispatcher_names()
+    assert get_args(cli_types.Dispatcher) == DISPATCHERS
     assert get_args(cli_types.DType) == tuple(DTYPES)
     assert get_args(cli_types.LoadBalancing) == LOAD_BALANCING == cli_types.LOAD_BALANCING
     assert cli_types.ROW_SHAPES == ROW_SHAPES
@@ -55,13 +55,13 @@ def test_without_the_extra_cli_the_command_says_what_to_type(package, arguments)
 @pytest.mark.parametrize(
     ("arguments", "missing", "extras"),
     [
-        (["run"], ["numpy"], "models"),
+        (["run"], ["numpy"], "report"),
         (["run"], ["numpy", "transformers", "safetensors"], "models"),
         (["run", "--metrics-port", "0"], ["prometheus_client"], "metrics"),
-        (["simulate"], ["numpy"], "models"),
+        (["simulate"], ["numpy"], "report"),
         (["simulate", "--out", "out"], ["pyarrow", "plotly"], "report"),
-        (["compare", ".", "."], ["numpy"], "models"),
-        (["bench", "calibrate"], ["numpy"], "models"),
+        (["compare", ".", "."], ["numpy"], "report"),
+        (["bench", "calibrate"], ["numpy"], "report"),
         (["bench", "calibrate"], ["transformers"], "models"),
     ],
 )
@@ -116,6 +116,11 @@ def test_options_are_checked_before_torch_is_imported(tmp_path):
     ("line", "message"),
     [
         ("run --data-parallel-size -3", "--data-parallel-size must be >= 1, got -3"),
+        ("simulate --max-chunk-size 9999999999999999999", "--max-chunk-size must be <= 2147483647, got 9999999999"),
+        ("simulate --buffer-capacity-rows 9999999999", "--buffer-capacity-rows must be <= 2147483647, got 9999999999"),
+        ("simulate --synthetic rate=1,rate=2", "--synthetic: synthetic parameters are name=number, each once"),
+        ("bench calibrate --dispatch --data-parallel-size 99999", "--data-parallel-size must be <= "),
+        ("bench calibrate --dispatch --data-parallel-size 1", "--data-parallel-size must be >= 2, got 1"),
         ("run --max-num-seqs 0", "--max-num-seqs must be >= 1, got 0"),
         ("run --seconds-per-step 0", "--seconds-per-step must be a number > 0, got 0"),
         ("run --rate-scale nan", "--rate-scale must be a number in 1e-09..1e+09, got 'nan'"),

@@ -3,6 +3,8 @@ import json
 import pytest
 
 from lockstep.commands.plan import plan_document
+from lockstep.errors import ConfigurationError
+from lockstep.metadata.chunks import ChunkPlan
 
 
 @pytest.fixture
@@ -55,6 +57,15 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, command_line
     assert (code, shown, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith("lockstep: error: ")
     assert message in stderr
+
+
+def test_spans_are_those_of_the_plan_and_as_many_ranks_as_are_simulated_take_no_time():
+    document = plan_document([5, 0, 7, 1], 3, 2)
+    chunk_plan = ChunkPlan([5, 0, 7, 1], 3, 2)
+    assert document["sp_spans"] == [list(chunk_plan.sp_span(rank)) for rank in range(12)]
+    assert plan_document([300_000], 100_000)["sp_spans"][-1] == [299_997, 300_000]
+    with pytest.raises(ConfigurationError, match="2147483647 of 1 DP ranks must make <= 100000 ranks"):
+        plan_document([5], 2147483647)
 
 
 def test_rows_are_counted_apart():

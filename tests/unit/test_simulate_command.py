@@ -192,7 +192,7 @@ def test_full_exchange_buffers_are_said():
         (("--load-balancing", "best"), "--load-balancing must be one of"),
         (("--cost", "nosuch"), "--cost must be one of"),
         (("--ttft-p99", "soon"), "--ttft-p99 must be a time > 0 such as 2s or 500ms, got 'soon'"),
-        (("--synthetic", "rat=3"), "--synthetic: synthetic parameters are name=number"),
+        (("--synthetic", "rat=3"), "--synthetic: synthetic parameters are name=number, each once"),
         (
             ("--synthetic", "rate=3", "--workload", "trace.csv"),
             "for the workload `synthetic`, not for the file trace.csv",
@@ -204,7 +204,7 @@ def test_full_exchange_buffers_are_said():
         (("--length-scale", "1e9"), "--length-scale=1e+09 makes a request of "),
         (("--length-scale", "1e308"), "--length-scale=1e+308 makes a request of inf tokens, more than 2147483647"),
         (("--data-parallel-size", "8,1000000"), "--data-parallel-size must be in 1..100000, got 1000000"),
-        (("--requests", "10000000000"), "--requests of a synthetic workload must be <= 10000000, got 10000000000"),
+        (("--requests", "1000000000"), "--requests of a synthetic workload must be <= 10000000, got 1000000000"),
         (("--out", "{folder}/cost.json", "--overwrite"), "cost.json is no folder, so it is not overwritten"),
         (("--out", "{folder}/cost.json/below"), "cost.json/below cannot be written: Not a directory"),
         (("--cost", "{folder}/cost.json"), "cost.json: cost constant step_us is missing"),

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.dispatch.base import Route
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
@@ -37,11 +36,7 @@ class OwnRowsDispatcher:
         if self.absent is not None:
             raise RankAbsentError(f"rank {self.absent} did not come within 30 s; rank 0 gave up first", (self.absent,))
 
-    def route(self, sizes):
-        return Route("one rank", tuple(sizes), self.max_tokens_per_rank, captures=True)
-
-    def dispatch(self, route, rows, topk_ids, topk_weights, num_tokens):
-        assert max(route.sizes) <= route.chunk_size
+    def dispatch(self, rows, topk_ids, topk_weights, *, num_tokens):
         assert rows.shape[0] <= self.max_tokens_per_rank
         assert num_tokens.dtype is torch.int32
         assert num_tokens.shape == (1,)
@@ -56,8 +51,7 @@ class OwnRowsDispatcher:
             hidden_states=rows,
             gather_index=(order // TOP_K).to(torch.int32),
             pair_weights=topk_weights[:count].reshape(-1)[order],
-            expert_offsets=offsets,
-            scales=None,
+            state=SimpleNamespace(expert_offsets=offsets, scales=None),
         )
 
     def combine(self, expert_output, handle):

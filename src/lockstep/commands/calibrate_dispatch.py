@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from lockstep.commands.calibrate import check_replaceable
 from lockstep.commands.dispatch_times import measure
 from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
-from lockstep.errors import LockstepError
+from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.runner.launcher import launch
+from lockstep.runner.options import RANKS_PER_CORE
 
 _SAMPLES = 9  # timed calls of each case
 _LIMIT_S = 120.0
@@ -27,7 +29,16 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
         num_ranks: local ranks, on GPUs if there are so many, otherwise on the CPU.
         out: file for the constants; None for this machine's place (`lockstep.dispatch.constants.stored_path`).
         as_json: print one JSON document instead of the table.
+
+    Raises:
+        ConfigurationError: more ranks than are started on one host, or a file that is not to be overwritten.
+        LockstepError: a rank failed.
     """
+    most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)
+    if num_ranks > most_ranks:
+        raise ConfigurationError(
+            f"data_parallel_size must be <= {most_ranks}, {RANKS_PER_CORE} for each core of this host, got {num_ranks}"
+        )
     device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks else "cpu"
     path = out or stored_path(device_type)
     if out:

@@ -9,6 +9,8 @@ from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, sp_sizes
 
 MOST_CHUNKS = 10_000
 """Chunks that are written out; beyond that somebody mistyped a size."""
+MOST_RANKS = 100_000
+"""Ranks that are written out, as many as are simulated."""
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -52,8 +54,12 @@ def plan_document(
 
     Raises:
         TokenCountError: if a count is wrong.
-        ConfigurationError: if a size is, or if there would be more than `MOST_CHUNKS` chunks.
+        ConfigurationError: if a size is, or for more than `MOST_CHUNKS` chunks or `MOST_RANKS` ranks.
     """
+    if len(counts) * max(1, sequence_parallel_size) > MOST_RANKS:
+        raise ConfigurationError(
+            f"sequence_parallel_size {sequence_parallel_size} of {len(counts)} DP ranks must make <= {MOST_RANKS} ranks"
+        )
     plan = ChunkPlan(counts, sequence_parallel_size, max_chunk_size_per_rank)
     limit = plan.max_chunk_size_per_rank
     if len(plan) > MOST_CHUNKS:
@@ -67,6 +73,10 @@ def plan_document(
         starts = [min(chunk.index * limit, rows) for rows in plan.sp_rows]
         spans = [[start, start + size] for start, size in zip(starts, chunk.sizes, strict=True)]
         chunks.append({"chunk_idx": chunk.index, "real_rows": list(chunk.sizes), "spans": spans})
+    own_spans: list[list[int]] = []
+    for rank, rows in enumerate(plan.sp_rows):  # as `plan.sp_span` says, in one pass over all ranks
+        start = own_spans[-1][1] if rank % plan.sequence_parallel_size else 0
+        own_spans.append([start, start + rows])
     sent = sum(map(sum, shown))
     without_dummies = sum(sum(chunk_sizes(padded, limit, chunk.index, min_rows=0)) for chunk in plan)
     real = sum(plan.num_tokens_across_dp)
@@ -77,7 +87,7 @@ def plan_document(
         "sp_local_sizes": list(padded),
         "cu_tokens_across_sp": list(cu_sizes(padded)),
         "chunked_sizes": shown,
-        "sp_spans": [list(plan.sp_span(rank)) for rank in range(len(padded))],
+        "sp_spans": own_spans,
         "chunks": chunks,
         "real_rows": real,
         "dummy_rows": sent - without_dummies,

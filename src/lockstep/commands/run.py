@@ -19,7 +19,7 @@ from lockstep.commands.folder import output_folder
 from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.terminal import Terminal
-from lockstep.runner.options import PARTS, RunOptions
+from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
 from lockstep.workload import load_workload
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lockstep.runner.verify import Verification
 
 _LINE_EVERY_S = 5.0
-_RANKS_PER_CORE = 16
 _TINY_EXPERTS = 16
 
 
@@ -164,7 +163,7 @@ def _check_options(options: RunOptions, console: Console) -> None:
         raise ConfigurationError(f"seed must be in 0..2**32 - 1, got {options.seed}")
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
-    most_ranks = _RANKS_PER_CORE * (os.cpu_count() or 1)
+    most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)
     if "RANK" not in os.environ and options.world_size > most_ranks:
         raise ConfigurationError(
             f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
@@ -186,13 +185,14 @@ def _check_options(options: RunOptions, console: Console) -> None:
 
 
 def _check_machine(options: RunOptions) -> None:
-    from lockstep.dispatch.choose import check_dispatcher
+    from lockstep.dispatch.choose import DISPATCHERS
     from lockstep.models.groups import own_device
     from lockstep.runner.run import DTYPES
 
     if options.dtype not in DTYPES:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    check_dispatcher(options.dispatcher)
+    if options.dispatcher not in DISPATCHERS:
+        raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {options.dispatcher!r}")
     own_device(options.device)
     if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")

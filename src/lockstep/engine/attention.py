@@ -426,7 +426,7 @@ def _decode_dense(
         entries = block_table[seqs.long()].long().gather(1, position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE
         # The heads of one key head become rows of one product: keys are not repeated.
         grouped = query[rows].view(len(members), num_kv_heads, -1, head_dim)
-        result = _attend(
+        result = attend_batch(
             grouped,
             _gather(key_pages, entries, query.dtype),
             _gather(value_pages, entries, query.dtype),
@@ -474,11 +474,13 @@ def _prompts_dense(
             seen = torch.arange(first, length, device=query.device)[None, :]
             mask = (seen <= position) & (seen > position - (options.sliding_window or length))
         rows = query[start:stop].transpose(0, 1)[None]
-        out[start:stop] = _attend(rows, key, value, mask, options, num_rows > 1 and mask is None)[0].transpose(0, 1)
+        out[start:stop] = attend_batch(rows, key, value, mask, options, num_rows > 1 and mask is None)[0].transpose(
+            0, 1
+        )
     return out
 
 
-def _attend(
+def attend_batch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -32,14 +32,19 @@ def fuse_norms(model: torch.nn.Module) -> int:
         raise ConfigurationError(f"the weights of {type(model).__name__} are not there yet: load it first")
     fused = 0
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "func", None) is _forward:
+        if is_fused(module):
             fused += 1
-        elif _is_rms_norm(module):
+        elif is_rms_norm(module):
             module.forward = functools.partial(_forward, module, module.forward)
             fused += 1
     if not fused:
         raise ConfigurationError(f"{type(model).__name__} has no RMSNorm that computes as PyTorch's does")
     return fused
+
+
+def is_fused(module: Any) -> bool:
+    """Say whether `fuse_norms` has changed a module."""
+    return getattr(vars(module).get("forward"), "func", None) is _forward
 
 
 def _forward(norm: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
@@ -49,7 +54,7 @@ def _forward(norm: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden
 
 
 @torch.no_grad()
-def _is_rms_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
     """Say whether a module computes `rms_norm(rows) * weight`, by its attributes and by trying it."""
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or type(weight) is not torch.nn.Parameter:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _PRELOAD = (
     "torch.distributed.tensor",
     "transformers.generation.utils",
-    "lockstep.models.packed",
+    "lockstep.engine.rank_engine",
     "lockstep.runner.run",
 )
 # How long the other ranks may go on once one has failed: they need it to notice, and to say so.

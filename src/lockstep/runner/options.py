@@ -8,6 +8,8 @@ from lockstep.workload import SchedulerConfig, WorkloadOptions
 
 PARTS = "parts"
 """Folder, within a run's, of what each rank writes as it goes."""
+RANKS_PER_CORE = 16
+"""Most ranks that are started on one host, for each of its cores."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RunOptions:
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
         deadline_s: longest wait for any rank, in seconds.
-        keep_logits: write each chosen token's logit, for a comparison in a dtype that rounds.
+        keep_logprobs: write the logprob of each chosen token, for a comparison in a dtype that rounds.
         metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
     """
 
@@ -45,7 +47,7 @@ class RunOptions:
     workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     deadline_s: float = 30.0
-    keep_logits: bool = False
+    keep_logprobs: bool = False
     metrics_port: int | None = None
 
     @property

@@ -6,46 +6,28 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.step import StepDecision, StepRecord, decided
 from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.dispatch import collectives
+from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
+from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.models.huggingface import from_pretrained
-from lockstep.models.packed import PackedEngine
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
-from lockstep.workload import (
-    Request,
-    Schedule,
-    SchedulerState,
-    WorkloadScheduler,
-    load_trace,
-    random_prompt_ids,
-    synthetic_requests,
-)
+from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord(StepRecord):
-    """A step record with the rank's `SchedulerState`: load balancing and the holding of prompts are decided by it."""
-
-    num_outstanding_tokens: int = decided("gather", 0)
-    num_kv_tokens: int = decided("gather", 0)
-    num_decoding: int = decided("gather", 0)
-    prefill_wait_steps: int = decided("gather", -1)
 
 
 @dataclass(frozen=True)
@@ -206,6 +188,19 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
     return run.merge(wall_s)
 
 
+@dataclass
+class _Notes:
+    """What is known of a request that has not ended."""
+
+    assigned_step: int
+    assigned_at: float
+    first_step: int | None = None
+    first_token_step: int | None = None
+    first_token_at: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+
+
 class _Run:
     """The state of one rank's loop."""
 
@@ -224,9 +219,10 @@ class _Run:
         self.rank = parallel.config.rank if parallel is not None else 0
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
-        self.engine = PackedEngine(model)
+        self.engine = RankEngine(model, options.scheduler)
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.open_requests: dict[int, dict[str, Any]] = {}
+        self.open_requests: dict[int, _Notes] = {}
+        self.rows_done, self.run_began, self.last_done_s = 0, 0.0, 0.0
         parts = Path(options.out, PARTS)
         parts.mkdir(parents=True, exist_ok=True)
         self.outputs_path = parts / f"outputs-rank{self.rank}.jsonl"
@@ -245,7 +241,7 @@ class _Run:
                 )
         self.requests = {request.request_id: request for request in requests}
         self.rows_total = sum(request.num_computed_tokens for request in requests)
-        self.scheduler = WorkloadScheduler(requests, options.scheduler, options.data_parallel_size, self.dp_rank)
+        self.arrivals = Arrivals(requests, self.engine.config, options.data_parallel_size, self.dp_rank)
         self._outputs = self.outputs_path.open("a" if restarts else "x", encoding="utf-8", buffering=1)
         # A log for each start, since what the ranks logged last may differ by a step.
         self._steps = StepLogWriter(_log_of_start(self.steps_path, restarts))
@@ -255,90 +251,54 @@ class _Run:
         self._steps.close()
 
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
-        states = self.scheduler.initial_states()
-        rows_done, step, num_assigned = 0, self.first_step, 0
-        began = run_began = time.perf_counter()
-        while not self.scheduler.done(states):
-            plan = self.scheduler.next_step(states)
-            for request in self.scheduler.assigned[num_assigned:]:
-                self.open_requests[request.request_id] = {"assigned_step": step, "assigned_at": began}
-            num_assigned = len(self.scheduler.assigned)
-            waited_before = collectives.waited_s()
-            counts, states, decision = self._agree(plan)
-            agreed = time.perf_counter()
-            self._run_step(plan, decision)
-            rows_done += sum(counts)
-            ended = time.perf_counter()
-            times = {
-                "start_s": self.started_s + began - run_began,
-                "duration_s": ended - began,
-                "agreement_s": agreed - began,
-                "busy_s": max(0.0, ended - agreed - (collectives.waited_s() - waited_before)),
-            }
-            self._log(plan, counts, step, times)
+        engine = self.engine
+        self.run_began = time.perf_counter()
+        while self.arrivals.left or engine.any_unfinished:
+            now = time.perf_counter()
+            for request in self.arrivals.before_step(engine.states):
+                self._add(request, now)
+            self._take(engine.step(unfinished=True), on_progress)
+        self._take(engine.drain(), on_progress)
+
+    def _add(self, request: Request, now: float) -> None:
+        ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
+        params = SamplingParams(
+            max_tokens=request.max_new_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=0 if self.options.keep_logprobs else None,
+        )
+        self.engine.add(request.request_id, ids, params)
+        self.open_requests[request.request_id] = _Notes(self.first_step + self.engine.step_number, now)
+
+    def _take(self, outputs: list[TokenOutput], on_progress: Callable[[Progress], None] | None) -> None:
+        """Note what the step whose tokens have come was and gave, and write down requests that it finished."""
+        reports, self.engine.reports = self.engine.reports, []
+        for report in reports:
+            step = self.first_step + report.schedule.step
+            for entry in report.schedule.entries:
+                notes = self.open_requests[entry.request_id]
+                notes.first_step = step if notes.first_step is None else notes.first_step
+            for output in outputs:
+                notes = self.open_requests[output.request_id]
+                if notes.first_token_step is None:
+                    notes.first_token_step, notes.first_token_at = step, report.done_s
+                notes.tokens.append(output.token_id)
+                notes.logprobs.append(output.logprob)
+                if output.finish_reason is not None:
+                    self._finish(output.request_id, step, report.done_s)
+            self._log(report, step)
+            self.rows_done += sum(report.num_tokens_across_dp)
             if on_progress is not None and self.rank == 0:
-                on_progress(Progress(step + 1, rows_done, self.rows_total, counts, agreed - began))
-            began, step = ended, step + 1
-
-    def _agree(self, plan: Schedule) -> tuple[tuple[int, ...], list[SchedulerState], StepDecision | None]:
-        state = self.scheduler.state()
-        if self.parallel is None:
-            return (plan.num_tokens,), [state], None
-        decision = self.parallel.coordinator.agree(RunRecord(plan.num_tokens, True, False, *state))
-        columns = [decision.values[name][:: self.options.tensor_parallel_size] for name in SchedulerState._fields]
-        return decision.num_tokens_across_dp, [SchedulerState(*row) for row in zip(*columns, strict=True)], decision
-
-    def _run_step(self, plan: Schedule, decision: StepDecision | None) -> None:
-        chosen: dict[int, int] = {}
-        try:
-            if self.parallel is None or decision is None:
-                chosen = self._run_own_rows(plan)
-            elif plan.num_tokens:
-                with self.parallel.step(decision):
-                    chosen = self._run_own_rows(plan)
-            elif decision.runs_step:
-                self.parallel.run_idle_step(decision)
-            self._take(plan, chosen)  # after the step: only its end shows whether all ranks took part to the last
-        except Exception as error:
-            # This rank has taken part in all that the step had planned; now the others learn why it stops.
-            if self.parallel is not None:
-                self.parallel.coordinator.fail(error, RunRecord)
-            raise
-
-    def _run_own_rows(self, plan: Schedule) -> dict[int, int]:
-        """Return the token chosen for each request that samples one."""
-        step = self.first_step + plan.step
-        for request_id in plan.preempted:
-            self.engine.preempt(request_id)
-        for entry in plan.entries:
-            if "first_step" not in self.open_requests[entry.request_id]:
-                request = self.requests[entry.request_id]
-                ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
-                seed = self.options.seed + request.request_id
-                self.engine.add_request(request.request_id, ids, request.max_new_tokens, seed)
-                self.open_requests[request.request_id].update(first_step=step, logits=[])
-        return self.engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries])
-
-    def _take(self, plan: Schedule, chosen: dict[int, int]) -> None:
-        """Note what a step has given, and write down requests that it finished."""
-        step, now = self.first_step + plan.step, time.perf_counter()
-        for entry in plan.entries:
-            if not entry.samples:
-                continue
-            notes = self.open_requests[entry.request_id]
-            notes.setdefault("first_token_step", step)
-            notes.setdefault("first_token_at", now)
-            if self.options.keep_logits:
-                notes["logits"].append(float(self.engine.logits[entry.request_id][chosen[entry.request_id]]))
-            if entry.finishes:
-                self._finish(entry.request_id, step, now)
+                counts, waited = report.num_tokens_across_dp, report.agreed_s - report.began_s
+                on_progress(Progress(step + 1, self.rows_done, self.rows_total, counts, waited))
 
     def _finish(self, request_id: int, step: int, now: float) -> None:
-        tokens = self.engine.remove(request_id)
         notes, request = self.open_requests.pop(request_id), self.requests[request_id]
         if not self.writes_outputs:
             return
-        decode_s = now - notes["first_token_at"]
+        assert notes.first_step is not None and notes.first_token_step is not None
+        tokens = notes.tokens
         line = {
             "request_id": request_id,
             "rank": self.rank,
@@ -349,33 +309,44 @@ class _Run:
             "stopped_step": None,  # nothing ends a request before its last token
             "tokens": tokens,
             "text": self.tokenizer.decode(tokens),
-            "steps": [notes["first_step"], step],
-            "queue_steps": notes["first_step"] - notes["assigned_step"],
-            "ttft_steps": notes["first_token_step"] - notes["assigned_step"] + 1,
-            "ttft_s": round(notes["first_token_at"] - notes["assigned_at"], 6),
-            "tpot_s": round(decode_s / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
+            "steps": [notes.first_step, step],
+            "queue_steps": notes.first_step - notes.assigned_step,
+            "ttft_steps": notes.first_token_step - notes.assigned_step + 1,
+            "ttft_s": round(notes.first_token_at - notes.assigned_at, 6),
+            "tpot_s": round((now - notes.first_token_at) / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
         }
-        if self.options.keep_logits:
-            line["logits"] = notes["logits"]
+        if self.options.keep_logprobs:
+            line["logprobs"] = [round(logprob, 6) for logprob in notes.logprobs if logprob is not None]
         self._outputs.write(json.dumps(line) + "\n")
 
-    def _log(self, plan: Schedule, counts: tuple[int, ...], step: int, times: dict[str, Any]) -> None:
+    def _log(self, report: StepReport, step: int) -> None:
         """Write this rank's record."""
-        chunks = ChunkPlan(counts, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank)
+        schedule = report.schedule
+        chunks = ChunkPlan(
+            report.num_tokens_across_dp, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank
+        )
+        # On a GPU a step is agreed while the one before it runs; it begins when that one ends.
+        began = max(report.began_s, self.last_done_s)
+        agreed = max(report.agreed_s, began)
+        self.last_done_s = report.done_s
         self._steps.write(
             StepLogRecord(
                 step=step,
                 rank=self.rank,
                 real_rows=chunks.sp_rows[self.rank],
-                prefill_tokens=plan.num_prefill_tokens,
-                decode_tokens=plan.num_decode_tokens,
-                prefill_context_tokens=plan.prefill_context_tokens,
-                decode_context_tokens=plan.decode_context_tokens,
-                num_waiting=plan.num_waiting,
-                prefills_held=plan.prefills_held,
-                preempted=len(plan.preempted),
+                prefill_tokens=schedule.num_prefill_tokens,
+                decode_tokens=schedule.num_decode_tokens,
+                prefill_context_tokens=schedule.prefill_context_tokens,
+                decode_context_tokens=schedule.decode_context_tokens,
+                num_waiting=schedule.num_waiting,
+                prefills_held=schedule.prefills_held,
+                preempted=len(schedule.preempted),
+                overrun_rows=report.overrun_rows,
                 num_chunks=len(chunks),
-                **{name: round(seconds, 6) for name, seconds in times.items()},
+                start_s=round(self.started_s + began - self.run_began, 6),
+                duration_s=round(report.done_s - began, 6),
+                agreement_s=round(agreed - began, 6),
+                busy_s=round(max(0.0, report.done_s - agreed - report.waited_s), 6),
             )
         )
 
@@ -395,6 +366,7 @@ class _Run:
             "wall_s": self.started_s + wall_s,
             "requests": len(outputs),
             "generated_tokens": sum(output["num_new_tokens"] for output in outputs),
+            "kv_capacity_tokens": self.engine.config.kv_capacity_tokens,
         }
 
     def _whole_steps(self) -> list[dict[str, Any]]:

@@ -10,10 +10,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.models.loading import load_pretrained
-from lockstep.models.packed import PackedEngine, top2_gap
 from lockstep.runner.options import RunOptions
 from lockstep.runner.run import DTYPES, load_requests, load_tokenizer, prompt_ids
-from lockstep.workload import Request, SchedulerConfig, WorkloadScheduler
 
 LOGIT_TOLERANCE = {"bfloat16": 0.15, "float16": 0.05}
 """How far logits may lie apart, as a share of the largest logit of the position. In float32 tokens are compared."""
@@ -44,11 +42,12 @@ class Verification:
 
 
 def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Run the workload of `options` in this process with all experts, and compare with its `outputs.jsonl`.
+    """Hold a run's `outputs.jsonl` against the whole model in this process, by Transformers alone.
 
-    In float32 the tokens must be the same, each one. In other dtypes the reference follows the run's own tokens; a
-    token that differs counts only where the reference's two best logits lie further apart than the tolerance, and the
-    logit of each chosen token must agree within it.
+    Each request is one forward pass over its prompt and the run's tokens, so every token is compared with the one that
+    the model prefers after those before it. In float32 all must be equal. In other dtypes a token that differs counts
+    only where the two best logits lie further apart than the tolerance, and the logprob of each chosen token must agree
+    within it.
 
     Args:
         options: of the run.
@@ -63,7 +62,6 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     if not outputs or not requests:
         return Verification(None)
     model = load_pretrained(options.model, dtype=DTYPES[options.dtype], device=options.device or "cpu")
-    engine = PackedEngine(model)
     problems: dict[int, str] = {}
     differing: dict[int, str] = {}
     for request in requests:
@@ -74,39 +72,17 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
             problems[request.request_id] = f"has {len(output['tokens'])} tokens in place of {request.max_new_tokens}"
     comparable = [request for request in requests if request.request_id not in problems]
     total = sum(request.max_new_tokens for request in comparable)
-    # One rank with all requests: other steps and other neighbours than in the run, so an error in either would show.
-    scheduler = WorkloadScheduler(
-        comparable, SchedulerConfig(seconds_per_step=options.scheduler.seconds_per_step), 1, 0
-    )
-    states, compared, outside = scheduler.initial_states(), 0, 0
-    while not scheduler.done(states):
-        plan = scheduler.next_step(states)
-        states = [scheduler.state()]
-        for entry in plan.entries:
-            if entry.start == 0:
-                _add(engine, comparable, entry.request_id, tokenizer, model, options)
-        forced = {
-            entry.request_id: outputs[entry.request_id]["tokens"][len(engine.tokens(entry.request_id))]
-            for entry in plan.entries
-            if entry.samples
-        }
-        chosen = engine.step([(entry.request_id, entry.num_tokens, entry.samples) for entry in plan.entries], forced)
-        for entry in plan.entries:
-            if not entry.samples:
-                continue
-            request_id = entry.request_id
-            position = len(engine.tokens(request_id)) - 1
-            output = outputs[request_id]
-            run_logit = output["logits"][position] if "logits" in output else None
-            problem = _compare(
-                chosen[request_id], forced[request_id], engine.logits[request_id], run_logit, options.dtype
-            )
+    compared = outside = 0
+    vocab_size = model.config.get_text_config().vocab_size
+    for request in comparable:
+        tokens, logprobs = outputs[request.request_id]["tokens"], outputs[request.request_id].get("logprobs")
+        rows = _logits(model, prompt_ids(request, tokenizer, vocab_size, options.seed), tokens)
+        for position, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+            problem = _compare(token, row, logprobs[position] if logprobs else None, options.dtype)
             if problem:
                 outside += 1
-                differing.setdefault(request_id, f"differs at token {position}: {problem}")
-            compared += 1
-            if entry.finishes:
-                engine.remove(request_id)
+                differing.setdefault(request.request_id, f"differs at token {position}: {problem}")
+        compared += len(tokens)
         if on_progress is not None:
             on_progress(compared, total)
     if options.dtype == "float32" or outside > OUTSIDE_SHARE * compared:
@@ -115,26 +91,26 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     return Verification(not problems, compared, outside, len(problems), first)
 
 
-def _compare(expected: int, got: int, logits: torch.Tensor, run_logit: float | None, dtype: str) -> str:
+@torch.no_grad()
+def _logits(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Return what the model says before each of `tokens`, `[num_tokens, vocabulary]`, float32."""
+    ids = torch.tensor([prompt + tokens[:-1]], device=model.get_input_embeddings().weight.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+    return logits[-len(tokens) :].float()
+
+
+def _compare(got: int, logits: torch.Tensor, run_logprob: float | None, dtype: str) -> str:
     """What is wrong with one token; an empty string if nothing is."""
+    (first, second), (expected, _) = (values.tolist() for values in torch.topk(logits, 2))
     if dtype == "float32":
         return "" if got == expected else f"{got}, one process generates {expected}"
     tolerance = LOGIT_TOLERANCE[dtype] * float(logits.abs().max())
-    if got != expected and top2_gap(logits) > tolerance:
-        return (
-            f"{got}, one process generates {expected} and leads by {top2_gap(logits):.3g} (tolerance {tolerance:.3g})"
-        )
-    if run_logit is not None and abs(run_logit - float(logits[got])) > tolerance:
-        return f"logit {run_logit:.4g}, one process has {float(logits[got]):.4g} (tolerance {tolerance:.3g})"
+    if got != expected and first - second > tolerance:
+        return f"{got}, one process generates {expected} and leads by {first - second:.3g} (tolerance {tolerance:.3g})"
+    logprob = float(logits[got] - logits.logsumexp(0))
+    if run_logprob is not None and abs(run_logprob - logprob) > tolerance:
+        return f"logprob {run_logprob:.4g}, one process has {logprob:.4g} (tolerance {tolerance:.3g})"
     return ""
-
-
-def _add(
-    engine: PackedEngine, requests: list[Request], request_id: int, tokenizer: Any, model: Any, options: RunOptions
-) -> None:
-    request = next(request for request in requests if request.request_id == request_id)
-    ids = prompt_ids(request, tokenizer, model.config.get_text_config().vocab_size, options.seed)
-    engine.add_request(request_id, ids, request.max_new_tokens, options.seed + request_id)
 
 
 def _read_outputs(path: Path) -> dict[int, dict[str, Any]]:

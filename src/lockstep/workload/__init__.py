@@ -6,12 +6,13 @@ from lockstep.workload.policies import SchedulerState
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request, random_prompt_ids
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
-from lockstep.workload.scheduler import WorkloadScheduler
+from lockstep.workload.scheduler import Arrivals, WorkloadScheduler
 from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
 from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
 
 __all__ = [
     "PAGE_SIZE",
+    "Arrivals",
     "RankScheduler",
     "Request",
     "Schedule",

@@ -31,6 +31,57 @@ from lockstep.workload.request import Request
 from lockstep.workload.schedule import Schedule, SchedulerConfig
 
 
+class Arrivals:
+    """Which of a workload's requests reach one rank before each step: virtual time and load balancing.
+
+    Args:
+        requests: the workload, in order of arrival, the same on every rank.
+        config: the same on every rank.
+        num_ranks: data-parallel ranks, >= 1.
+        rank: this data-parallel rank.
+
+    Attributes:
+        left: whether requests have not arrived yet; the same on every rank.
+
+    Raises:
+        ConfigurationError: for a rank outside `0..num_ranks-1`, or a request that can never fit into a rank's KV cache.
+    """
+
+    def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
+        if not 0 <= rank < num_ranks:
+            raise ConfigurationError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
+        config.check_fits(requests)
+        self._num_ranks = num_ranks
+        self._rank = rank
+        self._arrivals = deque((ceil(request.arrival_s / config.seconds_per_step), request) for request in requests)
+        self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
+        self._balancer = LoadBalancer(config.load_balancing, num_ranks)
+
+    @property
+    def left(self) -> bool:
+        """Whether requests have not arrived yet; the same on every rank."""
+        return bool(self._arrivals)
+
+    def before_step(self, states: Sequence[SchedulerState]) -> list[Request]:
+        """Return the requests that this rank gets before the next step; call it once per step.
+
+        Where all ranks are idle, virtual time jumps to the next arrival instead of running empty steps.
+
+        Args:
+            states: every rank's `SchedulerState`, as agreed with the step before, `[num_ranks]`.
+        """
+        if len(states) != self._num_ranks:
+            raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
+        if self._arrivals and not any(state.num_outstanding_tokens for state in states):
+            self._clock = max(self._clock, self._arrivals[0][0])
+        arriving = []
+        while self._arrivals and self._arrivals[0][0] <= self._clock:
+            arriving.append(self._arrivals.popleft()[1])
+        self._clock += 1
+        ranks = self._balancer.assign(arriving, states)
+        return [request for request, rank in zip(arriving, ranks, strict=True) if rank == self._rank]
+
+
 class WorkloadScheduler:
     """The whole workload as one rank sees it: arrivals, load balancing, prefill alignment, and this rank's steps.
 
@@ -47,16 +98,10 @@ class WorkloadScheduler:
     """
 
     def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
-        if not 0 <= rank < num_ranks:
-            raise ConfigurationError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
-        config.check_fits(requests)
+        self._arrivals = Arrivals(requests, config, num_ranks, rank)
         self._config = config
         self._num_ranks = num_ranks
-        self._rank = rank
-        self._arrivals = deque((ceil(request.arrival_s / config.seconds_per_step), request) for request in requests)
-        self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
         self._step = 0
-        self._balancer = LoadBalancer(config.load_balancing, num_ranks)
         self._scheduler = RankScheduler(config)
         self.assigned: list[Request] = []
         """Requests given to this rank so far, in order of arrival."""
@@ -69,12 +114,12 @@ class WorkloadScheduler:
 
     def done(self, states: Sequence[SchedulerState]) -> bool:
         """Return whether no rank has or will get work; the same on every rank."""
-        return not self._arrivals and not any(state.num_outstanding_tokens for state in states)
+        return not self._arrivals.left and not any(state.num_outstanding_tokens for state in states)
 
     @property
     def unfinished(self) -> bool:
         """Whether this rank has or may get more work after the step planned last."""
-        return bool(self._arrivals) or self._scheduler.state().num_outstanding_tokens > 0
+        return self._arrivals.left or self._scheduler.state().num_outstanding_tokens > 0
 
     def next_step(self, states: Sequence[SchedulerState]) -> Schedule:
         """Plan this rank's next step.
@@ -88,18 +133,10 @@ class WorkloadScheduler:
         Returns:
             This rank's schedule; `num_tokens` is 0 where it takes part idle.
         """
-        if len(states) != self._num_ranks:
-            raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
-        if self._arrivals and not any(state.num_outstanding_tokens for state in states):
-            self._clock = max(self._clock, self._arrivals[0][0])
-        arriving = []
-        while self._arrivals and self._arrivals[0][0] <= self._clock:
-            arriving.append(self._arrivals.popleft()[1])
-        for request, rank in zip(arriving, self._balancer.assign(arriving, states), strict=True):
-            if rank == self._rank:
-                self._scheduler.add(request, self._step)
-                self.assigned.append(request)
-                self.arrival_steps[request.request_id] = self._step
+        for request in self._arrivals.before_step(states):
+            self._scheduler.add(request, self._step)
+            self.assigned.append(request)
+            self.arrival_steps[request.request_id] = self._step
         run_prefills = prefills_run(
             [state.prefill_wait_steps for state in states],
             [state.num_decoding for state in states],
@@ -107,7 +144,6 @@ class WorkloadScheduler:
         )
         schedule = self._scheduler.next_step(self._step, run_prefills)
         self._step += 1
-        self._clock += 1
         return schedule
 
     def state(self) -> SchedulerState:

@@ -56,13 +56,13 @@ class SyntheticParameters:
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
             try:
-                if name not in cls.__dataclass_fields__:
+                if name not in cls.__dataclass_fields__ or name in values:
                     raise ValueError
                 values[name] = int(value) if cls.__dataclass_fields__[name].type == "int" else float(value)
             except ValueError:
                 names = ", ".join(cls.__dataclass_fields__)
                 raise ConfigurationError(
-                    f"synthetic parameters are name=number, with a name of {names}; got {part!r}"
+                    f"synthetic parameters are name=number, each once, with a name of {names}; got {part!r:.60}"
                 ) from None
         return cls(**values)  # type: ignore[arg-type]
 

@@ -337,6 +337,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield number + 1, _LineError(f"the gzip data ends or breaks here ({error})")
                 return
+            except OSError as error:
+                error.filename = str(path)  # of a read the system does not say where
+                raise
             if not line:
                 return
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):

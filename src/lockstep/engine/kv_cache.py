@@ -1,0 +1,144 @@
+"""Keys and values in pages: one pair of tensors per layer, a table of pages per request, a list of free pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lockstep.engine.attention import PAGE_SIZE, DecodeWorkspace, decode_workspace
+from lockstep.errors import ConfigurationError
+
+_FIRST_PAGES = 32  # of a cache that grows
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer keeps of a token.
+
+    Attributes:
+        num_kv_heads: heads of keys and values.
+        head_dim: values of a key per head.
+        value_dim: values of a value per head.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
+    """Return the bytes that one page takes in all layers together."""
+    return sum(PAGE_SIZE * s.num_kv_heads * (s.head_dim + s.value_dim) for s in shapes) * dtype.itemsize
+
+
+class KVCache:
+    """The pages of one rank.
+
+    Pages are handed out and taken back on the host, at once; the table in device memory follows at `flush`, in the
+    order of the stream. So a page may be given to another request while a step that reads it still runs: whoever writes
+    to it does so in a later step.
+
+    Args:
+        shapes: of every layer, in order.
+        num_pages: of each layer, >= 1; None to begin with a few and to double them when they run out, which needs a
+            device without graphs.
+        max_num_seqs: requests at a time, each with a row of the table.
+        max_model_len: most tokens of one request.
+        dtype: of keys and values.
+        device: where they are.
+
+    Attributes:
+        key_pages: per layer, `[num_pages, PAGE_SIZE, num_kv_heads, head_dim]`.
+        value_pages: per layer, `[num_pages, PAGE_SIZE, num_kv_heads, value_dim]`.
+        block_table: pages of each row, `[max_num_seqs, ceil(max_model_len / PAGE_SIZE)]` int32; entries beyond a
+            request's pages mean nothing.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[KVShape],
+        num_pages: int | None,
+        max_num_seqs: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if num_pages is not None and num_pages < 1:
+            raise ConfigurationError(f"the KV cache needs at least 1 page of {PAGE_SIZE} tokens, got {num_pages}")
+        self._grows = num_pages is None
+        num_pages = num_pages or _FIRST_PAGES
+        # Zeros, not garbage: a NaN in a value that no row may see would still spoil a product with a weight of 0.
+        self.key_pages = [
+            torch.zeros(num_pages, PAGE_SIZE, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes
+        ]
+        self.value_pages = [
+            torch.zeros(num_pages, PAGE_SIZE, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes
+        ]
+        width = -(-max_model_len // PAGE_SIZE)
+        self.num_pages = num_pages
+        self.block_table = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=device)
+        self._width = width
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._pages: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._workspaces: dict[tuple[int, int, int], DecodeWorkspace | None] = {}
+        self._changes: dict[int, int] = {}  # place in the table -> page
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request holds."""
+        return len(self._free)
+
+    def grow(self, row: int, num_tokens: int) -> None:
+        """Give a request the pages that so many tokens need; those that it has stay.
+
+        Args:
+            row: of the table.
+            num_tokens: of the request, those of the step to come included.
+
+        Raises:
+            ConfigurationError: no page is free, which a scheduler that counts pages rules out.
+        """
+        pages = self._pages[row]
+        for index in range(len(pages), -(-num_tokens // PAGE_SIZE)):
+            if not self._free and self._grows:
+                self._double()
+            if not self._free:
+                raise ConfigurationError(
+                    f"row {row} needs page {index + 1} for {num_tokens} tokens, but all {self.num_pages} are in use"
+                )
+            page = self._free.pop()
+            pages.append(page)
+            self._changes[row * self._width + index] = page
+
+    def _double(self) -> None:
+        for pages in (self.key_pages, self.value_pages):
+            for layer, old in enumerate(pages):
+                pages[layer] = torch.cat([old, torch.zeros_like(old)])
+        self._free = list(range(2 * self.num_pages - 1, self.num_pages - 1, -1))
+        self.num_pages *= 2
+
+    def release(self, row: int) -> None:
+        """Take all pages of a request back."""
+        self._free.extend(reversed(self._pages[row]))
+        self._pages[row] = []
+
+    def workspace(self, num_heads: int, layer: int) -> DecodeWorkspace | None:
+        """Return what `attend_decode` works in; layers of one shape share it, since they run one after another."""
+        _, _, num_kv_heads, value_dim = self.value_pages[layer].shape
+        key = num_heads, num_kv_heads, value_dim
+        if key not in self._workspaces:
+            device = self.block_table.device
+            self._workspaces[key] = decode_workspace(self.block_table.shape[0], *key, device)
+        return self._workspaces[key]
+
+    def flush(self) -> None:
+        """Bring the table in device memory up to date, in the order of the current stream."""
+        if not self._changes:
+            return
+        changes = torch.tensor([list(self._changes), list(self._changes.values())], dtype=torch.int64)
+        self._changes = {}
+        if self.block_table.device.type == "cuda":
+            changes = changes.pin_memory().to(self.block_table.device, non_blocking=True)
+        self.block_table.view(-1).index_copy_(0, changes[0], changes[1].to(torch.int32))

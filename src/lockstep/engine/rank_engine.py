@@ -1,0 +1,414 @@
+"""One rank's requests to tokens: every step agreed with all ranks, planned and issued while the step before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from lockstep.coordination.step import StepDecision, StepRecord, decided
+from lockstep.dispatch.collectives import waited_s
+from lockstep.engine.attention import attention_name
+from lockstep.engine.decoder import probe_shapes
+from lockstep.engine.device_step import DeviceStep, Drawn, EngineRequest
+from lockstep.engine.kv_cache import KVCache, page_bytes
+from lockstep.engine.sampling import Sampler
+from lockstep.engine.sampling_params import SamplingParams
+from lockstep.errors import ConfigurationError
+from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
+from lockstep.workload.policies import prefills_run
+
+
+def _reserve_bytes(config: SchedulerConfig) -> int:
+    """Return what a step's own tensors may need beside the cache, roughly: logits and the like."""
+    return 2**31 + config.max_num_seqs * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord(StepRecord):
+    """A step record with the rank's `SchedulerState`: the holding of prompts and load balancing are decided by it."""
+
+    num_outstanding_tokens: int = decided("gather", 0)
+    num_kv_tokens: int = decided("gather", 0)
+    num_decoding: int = decided("gather", 0)
+    prefill_wait_steps: int = decided("gather", -1)
+    num_messages: int = decided("gather", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _CacheRecord(StepRecord):
+    """Before the first step: how many pages each rank has room for."""
+
+    num_pages: int = decided("min", 0)
+
+
+class TokenOutput(NamedTuple):
+    """One token of one request.
+
+    Attributes:
+        request_id: the request.
+        position: of the token among those generated, from 0.
+        token_id: the token.
+        logprob: of it, where the request asks; None otherwise.
+        top_logprobs: the most likely tokens and their logprobs, where the request asks, most likely first.
+        finish_reason: `stop` or `length` where it is the request's last; None otherwise.
+    """
+
+    request_id: int
+    position: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class StepReport:
+    """What one step was, known once its tokens are on the host.
+
+    Attributes:
+        schedule: this rank's part of it.
+        num_tokens_across_dp: rows of every data-parallel rank.
+        began_s: when this rank began to plan it, by `time.perf_counter`.
+        agreed_s: when all ranks had agreed on it.
+        done_s: when its tokens had been drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step
+            before it if that is later.
+        waited_s: in this rank's collectives for other ranks, as far as the host knows.
+        overrun_rows: rows of requests that had ended when the step ran; their tokens were dropped.
+        replayed: whether this rank ran it as a CUDA graph.
+    """
+
+    schedule: Schedule
+    num_tokens_across_dp: tuple[int, ...]
+    began_s: float = 0.0
+    agreed_s: float = 0.0
+    done_s: float = 0.0
+    waited_s: float = 0.0
+    overrun_rows: int = 0
+    replayed: bool = False
+
+
+@dataclass
+class _Flight:
+    """A step that was issued."""
+
+    report: StepReport
+    sampling: list[EngineRequest] = field(default_factory=list)  # whose token was drawn, in the order of the rows
+    drawn: Drawn | None = None
+    done: torch.cuda.Event | None = None
+
+
+class RankEngine:
+    """Runs the requests of one rank; every rank of the model has one, and all call `step` equally often.
+
+    The order of a step: the tokens of the step before the last are on the host; requests that they ended leave; the
+    next step is scheduled and agreed; it is issued behind the one that runs; then that one's tokens are waited for. So
+    the host works while the GPU does. A request that ended by a stop token may have one row in the step that was
+    scheduled before its token was known: an overrun row, whose token is dropped.
+
+    Args:
+        model: a Transformers causal language model, from `lockstep.from_pretrained` or `lockstep.parallelize`, whose
+            ranks have been opened (`ModelParallel.open`); in a single process, any.
+        config: limits of a step and of the cache; equal on all ranks.
+        max_model_len: most tokens of a request, prompt included; None takes the model's context.
+        gpu_memory_utilization: share of the GPU's memory that model, cache and everything else may take together;
+            decides the size of the cache where `config.kv_capacity_tokens` is None.
+        eos_token_ids: tokens that end a request.
+        graphs: run decoding as CUDA graphs where that is possible.
+
+    Attributes:
+        scheduler: this rank's queue.
+        state: of this rank's scheduler, as of after the step planned last.
+        states: of all ranks' schedulers, as agreed last, in rank order.
+        num_tokens_across_dp: rows of every data-parallel rank in the step agreed last.
+        all_stopped: whether no rank had or expected work at the last agreement.
+        step_number: of the next step.
+        reports: of the steps whose tokens have come since the caller last emptied it.
+
+    Raises:
+        ConfigurationError: a model whose attention cannot run over pages, or a cache without room for one page.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SchedulerConfig,
+        *,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        eos_token_ids: Sequence[int] = (),
+        graphs: bool = True,
+    ) -> None:
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
+        self.model = model
+        self.parallel: ModelParallel | None = parallel_of(model)
+        text_config = model.config.get_text_config()
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        context = getattr(text_config, "max_position_embeddings", None)
+        self.max_model_len = int(max_model_len or context or 4096)
+        self._device = model.get_input_embeddings().weight.device
+        shapes, dtype = probe_shapes(model)
+        num_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization)
+        if num_pages is not None:
+            config = dataclasses.replace(config, kv_capacity_tokens=num_pages * PAGE_SIZE)
+        self.config = config
+        self.scheduler = RankScheduler(config)
+        self.cache = KVCache(shapes, num_pages, config.max_num_seqs, self.max_model_len, dtype, self._device)
+        self._eos = frozenset(eos_token_ids)
+        num_logits = int(model.get_output_embeddings().weight.shape[0])
+        sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
+        max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, graphs)
+        ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
+        self.state = SchedulerState()
+        self.states = [self.state] * ranks
+        self.num_tokens_across_dp = (0,) * ranks
+        self.all_stopped = False
+        self._num_messages: Sequence[int] = [0] * (self.parallel.config.world_size if self.parallel is not None else 1)
+        self.step_number = 0
+        self.reports: list[StepReport] = []
+        self._requests: dict[int, EngineRequest] = {}
+        self._flight: _Flight | None = None
+
+    def add(
+        self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
+    ) -> None:
+        """Take a request in; it may run from the next step on.
+
+        Args:
+            request_id: a number that no unfinished request has.
+            prompt_token_ids: at least one.
+            params: how to sample and when to stop.
+            seed: of its random numbers; None takes `params.seed`, or the request's number.
+
+        Raises:
+            ConfigurationError: naming the request: an empty prompt, ids beyond the embedding, more tokens than the
+                model's context or than all pages hold, or a number in use. Nothing else is affected.
+        """
+        prompt = [int(token) for token in prompt_token_ids]
+        if request_id in self._requests:
+            raise ConfigurationError(f"request {request_id} is there already")
+        if not prompt:
+            raise ConfigurationError(f"request {request_id} has an empty prompt")
+        if wrong := next((token for token in prompt if not 0 <= token < self.vocab_size), None):
+            raise ConfigurationError(
+                f"request {request_id} has token {wrong}, but the model's embedding has {self.vocab_size} entries"
+            )
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise ConfigurationError(
+                f"request {request_id} has {len(prompt)} prompt tokens and up to {params.max_tokens} new ones, more "
+                f"than the context of {self.max_model_len}"
+            )
+        request = Request(request_id, 0.0, len(prompt), params.max_tokens)
+        self.config.check_fits([request])
+        if seed is None:
+            seed = params.seed if params.seed is not None else request_id
+        self._requests[request_id] = EngineRequest(request_id, prompt, params, seed)
+        self.scheduler.add(request, self.step_number)
+
+    def abort(self, request_id: int, *, missing_ok: bool = False) -> None:
+        """Let a request go. It may have rows in steps that are agreed already; their tokens are dropped.
+
+        Args:
+            request_id: the request.
+            missing_ok: do nothing where it has ended already.
+
+        Raises:
+            ConfigurationError: no unfinished request has this number.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            if missing_ok:
+                return
+            raise ConfigurationError(f"request {request_id} is not an unfinished request of this rank")
+        self._leave(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether this rank has work, or tokens that were not handed out yet."""
+        return self._flight is not None or self.scheduler.state().num_outstanding_tokens > 0
+
+    @property
+    def any_unfinished(self) -> bool:
+        """Whether any rank had work left at the last agreement; the same on all ranks."""
+        return any(state.num_outstanding_tokens for state in self.states)
+
+    def num_messages_everywhere(self, received: int) -> int:
+        """Return how many messages all ranks of this data-parallel rank have got, so that they may act on them.
+
+        Args:
+            received: by this rank.
+        """
+        if self.parallel is None or self.parallel.config.tensor_parallel_size == 1:
+            return received
+        size = self.parallel.config.tensor_parallel_size
+        first = self.parallel.config.data_parallel_rank * size
+        return min(self._num_messages[first : first + size])
+
+    def about(self) -> dict[str, Any]:
+        """Return what a person may want to know of this engine, as plain values."""
+        return {
+            "vocab_size": self.vocab_size,
+            "max_model_len": self.max_model_len,
+            "kv_tokens": self.config.kv_capacity_tokens,
+            "eos_token_ids": sorted(self._eos),
+            "attention": attention_name(self._device, self.cache.key_pages[0].dtype),
+            "layers": self._device_step.decoder.name,
+            "graphs": self._device_step.graphs is not None,
+        }
+
+    @torch.no_grad()
+    def step(self, *, unfinished: bool | None = None, num_messages: int = 0) -> list[TokenOutput]:
+        """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
+
+        Args:
+            unfinished: whether this rank may get more work; None for whether it has any now.
+            num_messages: how many messages this rank has got, see `num_messages_everywhere`.
+
+        Raises:
+            LockstepError: see `Coordinator.agree` and `ModelParallel.step`.
+        """
+        began = time.perf_counter()
+        run_prefills = prefills_run(
+            [state.prefill_wait_steps for state in self.states],
+            [state.num_decoding for state in self.states],
+            self.config.max_prefill_delay_steps,
+        )
+        schedule = self.scheduler.next_step(self.step_number, run_prefills)
+        self.step_number += 1
+        unfinished = self.has_unfinished if unfinished is None else unfinished
+        decision = self._agree(schedule, unfinished, num_messages)
+        report = StepReport(schedule, self.num_tokens_across_dp, began, time.perf_counter())
+        before, self._flight = self._flight, None
+        try:
+            if any(self.num_tokens_across_dp):
+                self._flight = self._issue(report, decision)
+            return self._collect(before) if before is not None else []
+        except Exception as error:
+            # This rank has taken part in all that was agreed; now the others learn why it stops.
+            if self.parallel is not None:
+                self.parallel.coordinator.fail(error, EngineRecord)
+            raise
+
+    @torch.no_grad()
+    def drain(self) -> list[TokenOutput]:
+        """Return the tokens of the last step. Not collective: call it where no rank has work left."""
+        before, self._flight = self._flight, None
+        return self._collect(before) if before is not None else []
+
+    def _agree(self, schedule: Schedule, unfinished: bool, num_messages: int) -> StepDecision | None:
+        self.state = self.scheduler.state()
+        if self.parallel is None:
+            self.states, self.num_tokens_across_dp = [self.state], (schedule.num_tokens,)
+            self.all_stopped = not unfinished
+            return None
+        decision = self.parallel.coordinator.agree(
+            EngineRecord(
+                num_tokens=schedule.num_tokens, unfinished=unfinished, num_messages=num_messages, **self.state._asdict()
+            )
+        )
+        tp_size = self.parallel.config.tensor_parallel_size
+        columns = [decision.values[name][::tp_size] for name in SchedulerState._fields]
+        self.states = [SchedulerState(*row) for row in zip(*columns, strict=True)]
+        self.all_stopped = not decision.values["unfinished"]
+        self._num_messages = decision.values["num_messages"]
+        self.num_tokens_across_dp = decision.num_tokens_across_dp
+        return decision
+
+    def _issue(self, report: StepReport, decision: StepDecision | None) -> _Flight:
+        """Issue this rank's part of a step; on a GPU it begins when the step before it ends."""
+        schedule, flight, waited = report.schedule, _Flight(report), waited_s()
+        for request_id in schedule.preempted:
+            self._device_step.unseat(self._requests[request_id])
+        requests = [self._requests[entry.request_id] for entry in schedule.entries]
+        if self.parallel is None or decision is None:
+            flight.drawn, report.replayed = self._device_step.run(schedule, requests, many=False)
+        else:
+            many = self.parallel.has_many_rows(decision)
+            if schedule.num_tokens or self._device_step.graphs is not None:
+                with self.parallel.step(decision, waits=False):
+                    if schedule.num_tokens:
+                        flight.drawn, report.replayed = self._device_step.run(schedule, requests, many)
+                    else:
+                        report.replayed = self._device_step.run_without_rows(many)
+                    if report.replayed:
+                        self.parallel.was_replayed()
+            else:
+                self.parallel.run_idle_step(decision, own_stream=False)
+        flight.sampling = [r for r, entry in zip(requests, schedule.entries, strict=True) if entry.samples]
+        report.waited_s, report.done_s = waited_s() - waited, time.perf_counter()
+        if self._device.type == "cuda":
+            flight.done = torch.cuda.current_stream().record_event()
+        for request_id in schedule.finished:
+            request = self._requests[request_id]
+            request.scheduled_to_end = True
+            self._device_step.unseat(request)
+        return flight
+
+    def _agree_on_pages(self, config: SchedulerConfig, bytes_of_page: int, utilization: float) -> int | None:
+        """Return how many pages every rank has room for; None for as many as are needed."""
+        if config.num_kv_pages is not None or self._device.type != "cuda":
+            return config.num_kv_pages
+        free, total = torch.cuda.mem_get_info(self._device)
+        room = free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        pages = max(0, int((room - (1 - utilization) * total - _reserve_bytes(config)) // bytes_of_page))
+        if self.parallel is not None:
+            record = _CacheRecord(num_pages=pages, unfinished=True)
+            pages = self.parallel.coordinator.agree(record).values["num_pages"]
+        if not pages:
+            raise ConfigurationError(
+                f"no room for a KV cache: {room / 2**30:.1f} GiB of the GPU are free, and gpu_memory_utilization "
+                f"{utilization:g} leaves {(1 - utilization) * total / 2**30:.1f} GiB of them unused"
+            )
+        return min(pages, config.max_num_seqs * -(-self.max_model_len // PAGE_SIZE))
+
+    def _await(self, flight: _Flight) -> None:
+        """Wait for a step's end on the GPU, at most until the deadline."""
+        if flight.done is None:
+            return
+        if self.parallel is not None:
+            self.parallel.await_event(flight.done)
+        else:
+            flight.done.synchronize()
+        flight.report.done_s = time.perf_counter()
+
+    def _collect(self, flight: _Flight) -> list[TokenOutput]:
+        """Wait for a step's tokens; end the requests that they end."""
+        self._await(flight)
+        self.reports.append(flight.report)
+        outputs: list[TokenOutput] = []
+        if flight.drawn is None:
+            return outputs
+        for row, (request, token) in enumerate(zip(flight.sampling, flight.drawn.tokens.tolist(), strict=True)):
+            if self._requests.get(request.request_id) is not request:
+                flight.report.overrun_rows += 1
+                continue
+            position = len(request.generated)
+            request.generated.append(token)
+            reason = self._finish_reason(request, token)
+            logprob, top = flight.drawn.logprobs_of(row, request.params.logprobs)
+            outputs.append(TokenOutput(request.request_id, position, token, logprob, top, reason))
+            if reason is not None:
+                del self._requests[request.request_id]
+                self._leave(request)
+        return outputs
+
+    def _finish_reason(self, request: EngineRequest, token: int) -> str | None:
+        params, count = request.params, len(request.generated)
+        if count >= params.min_tokens and (
+            token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        ):
+            return "stop"
+        return "length" if count == params.max_tokens else None
+
+    def _leave(self, request: EngineRequest) -> None:
+        """Take a request out of the schedule, if it is still there, and its pages back."""
+        if not request.scheduled_to_end:
+            self.scheduler.stop([request.request_id])
+        self._device_step.unseat(request)

@@ -1,0 +1,159 @@
+"""From options to an engine on this rank: join the group, load the model, make room for keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+from lockstep.workload import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is; the same on every rank.
+
+    Attributes:
+        model: a checkpoint's folder or Hub id.
+        data_parallel_size: ranks with requests of their own, >= 1.
+        tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
+        dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
+        dtype: of the weights; `auto` is what the checkpoint says.
+        device: `cpu`, `cuda`, or None for a GPU where there is one.
+        max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
+        max_num_seqs: maximum requests per rank at a time, >= 1.
+        max_num_batched_tokens: maximum rows per rank and step, >= 1.
+        max_model_len: maximum tokens per request, prompt included; None takes the model's context.
+        gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
+        kv_capacity_tokens: tokens of KV cache per rank; None takes what the memory allows.
+        max_prefill_delay_steps: steps that a prompt may wait for prompts of other ranks.
+        load_balancing: which rank gets a request, one of `lockstep.workload.policies.LOAD_BALANCING`.
+        deadline_s: longest wait for any rank in a step, in seconds.
+        start_timeout_s: longest wait for all ranks to have loaded the model, in seconds.
+        graphs: run decoding as CUDA graphs where that is possible.
+
+    Raises:
+        ConfigurationError: sizes or names that cannot work.
+    """
+
+    model: str
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    dispatcher: str = "auto"
+    dtype: str = "auto"
+    device: str | None = None
+    max_chunk_size: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_capacity_tokens: int | None = None
+    max_prefill_delay_steps: int = 0
+    load_balancing: str = "least-tokens"
+    deadline_s: float = 30.0
+    start_timeout_s: float = 600.0
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data_parallel_size", "tensor_parallel_size", "max_model_len", "max_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be >= 1, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("deadline_s", "start_timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigurationError(f"{name} must be a number > 0, got {getattr(self, name)}")
+        self.scheduler()
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> EngineOptions:
+        """Return the options that `to_json` gave."""
+        return cls(**document)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return dataclasses.asdict(self)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+    def scheduler(self) -> SchedulerConfig:
+        """Return how requests become steps."""
+        return SchedulerConfig(
+            load_balancing=self.load_balancing,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_prefill_delay_steps=self.max_prefill_delay_steps,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+        )
+
+
+def join_group(store_port: int, timeout_s: float) -> None:
+    """Join the ranks that were started together; RANK and WORLD_SIZE say which.
+
+    Args:
+        store_port: of the store on this host's loopback address, through which they meet.
+        timeout_s: longest wait for the others, in seconds.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if size == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def make_engine(options: EngineOptions) -> Any:
+    """Load the model on this rank and make its engine. Collective.
+
+    Returns:
+        A `RankEngine` whose groups are open.
+    """
+    import torch
+
+    from lockstep.engine.rank_engine import RankEngine
+    from lockstep.models.huggingface import from_pretrained
+    from lockstep.models.parallel import parallel_of
+
+    model = from_pretrained(
+        options.model,
+        tensor_parallel_size=options.tensor_parallel_size,
+        max_chunk_size_per_rank=options.max_chunk_size,
+        dispatcher=options.dispatcher,
+        deadline_s=options.deadline_s,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        device=options.device,
+    )
+    parallel = parallel_of(model)
+    if parallel is not None:
+        parallel.open()
+    return RankEngine(
+        model,
+        options.scheduler(),
+        max_model_len=options.max_model_len,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        eos_token_ids=eos_token_ids(model),
+        graphs=options.graphs,
+    )
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """Return the tokens that end a model's output, as its generation config says."""
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    return () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)

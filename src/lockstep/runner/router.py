@@ -1,0 +1,156 @@
+"""The ledger of requests, and which rank gets which. It is no rank, needs no torch, and knows no time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lockstep.engine.outputs import RequestOutput, TokenLogprobs
+from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.stopping import StopChecker, TextDelta
+from lockstep.engine.text import Detokenizer
+from lockstep.errors import ConfigurationError
+from lockstep.workload.policies import LoadBalancer, SchedulerState
+from lockstep.workload.request import Request
+
+
+@dataclass
+class Entry:
+    """One request in the ledger.
+
+    Attributes:
+        index: its place among the prompts of the call that brought it.
+        request_id: its number.
+        prompt_token_ids: its prompt.
+        params: how to sample and when to stop.
+        rank: the data-parallel rank that has it.
+        checker: follows its tokens.
+        logprobs: of its tokens, where it asks for them.
+    """
+
+    index: int
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    rank: int
+    checker: StopChecker
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def output(self) -> RequestOutput:
+        """Return what the request gives back, once it has ended."""
+        assert self.checker.finish_reason is not None
+        return RequestOutput(
+            index=self.index,
+            request_id=self.request_id,
+            text=self.checker.text,
+            token_ids=tuple(self.checker.token_ids),
+            rank=self.rank,
+            finish_reason=self.checker.finish_reason,
+            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            stop_reason=self.checker.stop_reason,
+        )
+
+
+class Router:
+    """Chooses a rank for each request, and follows every request to its end.
+
+    Args:
+        num_ranks: data-parallel ranks, >= 1.
+        load_balancing: one of `lockstep.workload.policies.LOAD_BALANCING`.
+        eos_token_ids: tokens that end a request.
+        detokenizer: turns tokens into text; None for token ids only.
+
+    Attributes:
+        entries: requests that have not ended, by number.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        load_balancing: str,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        detokenizer: Detokenizer | None = None,
+    ) -> None:
+        self.entries: dict[int, Entry] = {}
+        self._balancer = LoadBalancer(load_balancing, num_ranks)
+        self._states = [SchedulerState()] * num_ranks
+        self._sent: list[dict[int, Request]] = [{} for _ in range(num_ranks)]  # not counted in the rank's state yet
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._detokenizer = detokenizer
+        self._next_id = 0
+
+    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
+        """Take a request in and choose its rank.
+
+        Args:
+            prompt_token_ids: its prompt.
+            params: how to sample and when to stop.
+            index: its place among the prompts of a call.
+
+        Raises:
+            ConfigurationError: stop strings without a tokenizer, or an empty prompt.
+        """
+        if not prompt_token_ids:
+            raise ConfigurationError(f"prompt {index} has no tokens")
+        checker = StopChecker(params, eos_token_ids=self._eos_token_ids, detokenizer=self._detokenizer)
+        request = Request(self._next_id, 0.0, len(prompt_token_ids), params.max_tokens)
+        (rank,) = self._balancer.assign([request], [self._expected(rank) for rank in range(len(self._states))])
+        self._sent[rank][request.request_id] = request
+        entry = Entry(index, request.request_id, list(prompt_token_ids), params, rank, checker)
+        self.entries[entry.request_id] = entry
+        self._next_id += 1
+        return entry
+
+    def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
+        """Note what a rank says of its scheduler, and which requests that counts for the first time."""
+        self._states[rank] = state
+        for request_id in taken_in:
+            self._sent[rank].pop(request_id, None)
+
+    def take(
+        self,
+        request_id: int,
+        position: int,
+        token_id: int,
+        logprob: float | None = None,
+        top_logprobs: Sequence[tuple[int, float]] | None = None,
+    ) -> tuple[Entry, TextDelta] | None:
+        """Take a token in. A token that is there already, or of a request that has ended, changes nothing.
+
+        Returns:
+            The request and what the token adds to its text; None for a token that changes nothing. A request that ends
+            leaves the ledger.
+
+        Raises:
+            ConfigurationError: a token that leaves a gap, which no rank sends.
+        """
+        entry = self.entries.get(request_id)
+        if entry is None or position < len(entry.checker.token_ids):
+            return None
+        if position > len(entry.checker.token_ids):
+            raise ConfigurationError(
+                f"rank {entry.rank} sent token {position} of request {request_id} after "
+                f"{len(entry.checker.token_ids)} tokens"
+            )
+        delta = entry.checker.push(token_id)
+        if logprob is not None:
+            entry.logprobs.append(TokenLogprobs(logprob, tuple((int(t), float(p)) for t, p in top_logprobs or ())))
+        if delta.finish_reason is not None:
+            del self.entries[request_id]
+        return entry, delta
+
+    def abort(self, request_id: int) -> Entry | None:
+        """End a request now; None if it has ended."""
+        entry = self.entries.pop(request_id, None)
+        if entry is not None:
+            entry.checker.abort()
+        return entry
+
+    def _expected(self, rank: int) -> SchedulerState:
+        """A rank's state with the requests on their way to it."""
+        state, sent = self._states[rank], self._sent[rank].values()
+        return state._replace(
+            num_outstanding_tokens=state.num_outstanding_tokens + sum(r.num_computed_tokens for r in sent),
+            num_kv_tokens=state.num_kv_tokens + sum(r.num_kv_tokens for r in sent),
+        )
