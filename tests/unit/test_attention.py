@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import sys
 import traceback
 
 import numpy
@@ -11,7 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_cases import LENGTHS, PROMPTS, SHAPES, Cache, Shape, check_decode, check_prompts, device_tensor
+from attention_cases import (
+    LENGTHS,
+    PROMPTS,
+    SHAPES,
+    Cache,
+    Shape,
+    attend_plainly,
+    check_decode,
+    check_prompts,
+    device_tensor,
+)
+from lockstep.engine import attention
 from lockstep.engine.attention import (
     AttentionOptions,
     attend_decode,
@@ -89,6 +101,57 @@ def test_the_name_says_why():
     assert decode_workspace(4, 8, 2, 64, "cpu") is None
 
 
+def _varlen(query, key, value, cu_rows, cu_keys, max_rows, max_length, seqused_k, softmax_scale, causal, softcap):
+    """What FlashAttention 3's function for packed requests computes, request by request."""
+    used = cu_keys.diff() if seqused_k is None else seqused_k
+    assert causal and max_rows == int(cu_rows.diff().max()) and max_length == int(used.max())
+    options = AttentionOptions(softmax_scale, softcap=softcap or None)
+    outputs = []
+    for i in range(len(cu_rows) - 1):
+        length = int(used[i])
+        rows, keys = slice(cu_rows[i], cu_rows[i + 1]), slice(cu_keys[i], cu_keys[i] + length)
+        outputs.append(attend_plainly(query[rows], key[keys], value[keys], options))
+    assert torch.isfinite(key).all() and torch.isfinite(value).all()  # a masked NaN would still spoil the values' sum
+    return torch.cat(outputs).to(query.dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts", "fresh", "taken"),
+    [
+        (Shape(group=4, softcap=20.0), [(0, 70), (0, 1)], True, True),
+        (Shape(head_dim=192, value_dim=128), [(0, 70), (0, 1)], True, True),
+        (Shape(window=70), [(0, 70), (0, 1)], True, True),  # no prompt is longer than the window
+        (Shape(), [(200, 130), (3, 140)], False, True),
+        (Shape(), [(200, 130), (3, 40)], False, False),  # too few rows for the copy
+        (Shape(window=69), [(0, 70)], True, False),
+        (Shape(sinks=True), [(0, 70)], True, False),
+        (Shape(head_dim=96, value_dim=64), [(0, 70)], True, False),
+    ],
+    ids=str,
+)
+def test_flash_attention_3_gets_what_its_wheel_can_serve(monkeypatch, shape, prompts, fresh, taken):
+    calls = []
+
+    def attend(*arguments, **more):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_uses_triton", lambda device: None)
+            patch.setattr(attention, "_uses_fa3", lambda device, dtype: None)
+            patch.setattr(attention, "_load_fa3", lambda: lambda *a, **k: calls.append("fa3") or _varlen(*a, **k))
+            patch.setitem(sys.modules, "lockstep.engine.attention_kernels", _Kernels)
+            patch.setattr("lockstep.engine.attention_kernels", _Kernels, raising=False)
+            return attend_prompts(*arguments, **more)
+
+    class _Kernels:
+        @staticmethod
+        def attend_prompts(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out):
+            calls.append("triton")
+            dense = attention._prompts_dense
+            out.copy_(dense(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, None))
+
+    check_prompts(shape, prompts, fresh=fresh, attend=attend)
+    assert calls == ["fa3" if taken else "triton"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -97,7 +160,7 @@ def test_the_name_says_why():
             r"key_pages must be \[num_pages, 64, 2, dim\], got \[3, 32, 2, 64\]",
         ),
         ({"value_pages": torch.zeros(3, 64, 1, 64)}, r"value_pages must be \[num_pages, 64, 2, dim\]"),
-        ({"value_pages": torch.zeros(3, 2, 64, 64).transpose(1, 2)}, "each page of value_pages must be contiguous"),
+        ({"value_pages": torch.zeros(3, 2, 64, 64).transpose(1, 2)}, "value_pages must be contiguous, got strides"),
         ({"query": torch.zeros(1, 3, 64)}, "3 query heads of 64 do not fit 2 key heads of 64"),
         ({"lengths": torch.ones(1, dtype=torch.int64)}, r"lengths must be contiguous int32, got torch\.int64"),
         ({"options": AttentionOptions(1.0, sliding_window=0)}, "sliding_window must be >= 1 or None, got 0"),

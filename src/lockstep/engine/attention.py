@@ -262,7 +262,7 @@ def attend_prompts(
             width = -(-max_length // PAGE_SIZE) * PAGE_SIZE
             entries = _entries(block_table, seqs, lengths, width).flatten()
             key, value = (
-                pages.reshape(-1, *pages.shape[2:]).index_select(0, entries) for pages in (key_pages, value_pages)
+                pages.view(-1, *pages.shape[2:]).index_select(0, entries) for pages in (key_pages, value_pages)
             )
             cu_keys = torch.arange(0, width * (seqs.shape[0] + 1), width, dtype=torch.int32, device=query.device)
             used = lengths
@@ -297,8 +297,8 @@ def _check(
             raise ConfigurationError(
                 f"{name} must be [num_pages, {PAGE_SIZE}, {num_kv_heads}, dim], got {list(pages.shape)}"
             )
-        if not pages[:1].is_contiguous():
-            raise ConfigurationError(f"each page of {name} must be contiguous, got strides {pages.stride()}")
+        if not pages.is_contiguous():
+            raise ConfigurationError(f"{name} must be contiguous, got strides {pages.stride()}")
     if key_pages.shape[3] != head_dim or num_heads % num_kv_heads:
         raise ConfigurationError(
             f"{num_heads} query heads of {head_dim} do not fit {num_kv_heads} key heads of {key_pages.shape[3]}"
@@ -390,7 +390,7 @@ def _entries(block_table: torch.Tensor, seqs: torch.Tensor, lengths: torch.Tenso
 
 def _gather(pages: torch.Tensor, entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys of some requests, `[n, num_kv_heads, width, dim]`."""
-    rows = pages.reshape(-1, *pages.shape[2:]).index_select(0, entries.flatten())
+    rows = pages.view(-1, *pages.shape[2:]).index_select(0, entries.flatten())
     return rows.view(*entries.shape, *rows.shape[1:]).transpose(1, 2).to(dtype)
 
 
