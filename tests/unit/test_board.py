@@ -1,7 +1,9 @@
 """The board in shared memory: exchanges, places, last words, and what killed processes leave behind."""
 
+import errno
 import glob
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.coordination import board as board_module
+from lockstep.coordination import processes
 from lockstep.coordination.board import LAST_WORDS_BYTES, Board, board_bytes
 from lockstep.coordination.step import WORDS, Header, StepRecord, decode, encode, encode_message
 from lockstep.coordination.transports import RanksMissing, SharedMemoryTransport
@@ -185,8 +188,8 @@ def test_process_states(board):
     assert board.process_state(0) == "alive"
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     base = board._status(1)
-    board.words[base + 1] = board_module._started(child.pid)
-    board.words[base + 2] = board_module._namespace()
+    board.words[base + 1] = processes._stat(child.pid)[1]
+    board.words[base + 2] = processes.pid_namespace()
     board.words[base] = child.pid
 
     def becomes(state):
@@ -207,6 +210,38 @@ def test_process_states(board):
     assert board.process_state(1) == "gone"
     board.words[base + 2] += 1  # numbers of another container mean nothing here
     assert board.process_state(1) == "unknown"
+
+
+def test_a_rank_out_of_file_descriptors_declares_nobody_dead(board):
+    board.register(0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        state = board.process_state(0)
+        board.register(1)  # it cannot tell when it started either
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert state == "unknown"
+    assert board.process_state(1) == "alive"
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EIO, errno.ENFILE])
+def test_without_proc_only_the_kernel_itself_says_that_a_process_is_gone(board, monkeypatch, number):
+    def fails(_path):
+        raise OSError(number, os.strerror(number))
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    identity = processes.ProcessIdentity(child.pid, 0, processes.pid_namespace())
+    monkeypatch.setattr(processes.Path, "read_bytes", fails)
+    assert identity.state() == "unknown"
+    child.kill()
+    child.wait()
+    assert identity.state() == "gone"
+    assert processes.ProcessIdentity(2**70, 0, processes.pid_namespace()).state() == "unknown"
 
 
 @pytest.mark.parametrize(

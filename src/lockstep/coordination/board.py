@@ -13,8 +13,8 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Literal
 
+from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
 from lockstep.errors import ConfigurationError
 
 FOLDER = "/dev/shm"
@@ -32,8 +32,6 @@ _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
 _PID, _STARTED, _NAMESPACE, _PLACE, _PLACE_NS, _LAST_WORDS, _SPOILED, _CORES = range(8)
 GIVEN_UP_WORD = 2
 """Index in `Board.words` of the word that is 0 until any rank has said its last words."""
-
-ProcessState = Literal["alive", "stopped", "gone", "unknown"]
 
 
 class Board:
@@ -65,7 +63,7 @@ class Board:
         if sys.byteorder != "little":
             raise OSError("boards are written for machines whose lowest byte comes first")
         _remove_orphans()
-        name = f"lockstep-{_namespace()}-{os.getpid()}-{secrets.token_hex(16)}"
+        name = f"lockstep-{pid_namespace()}-{os.getpid()}-{secrets.token_hex(16)}"
         descriptor = os.open(f"{FOLDER}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             # Not ftruncate: writing to memory that turns out not to be there would kill the process.
@@ -113,11 +111,11 @@ class Board:
     def register(self, rank: int) -> None:
         """Write down which process this rank is, so that the others can tell whether it lives, and on which cores."""
         base = self._status(rank)
-        self.words[base + _STARTED] = _started(os.getpid()) or 0
-        self.words[base + _NAMESPACE] = _namespace()
+        own = ProcessIdentity.own()
+        self.words[base + _STARTED], self.words[base + _NAMESPACE] = own.started, own.namespace
         cores = os.sched_getaffinity(0)
         self.words[base + _CORES] = min(cores) + 1 << 32 | len(cores)
-        self.words[base + _PID] = os.getpid()
+        self.words[base + _PID] = own.pid
 
     def cores_suffice(self) -> bool:
         """Return whether every rank can have a core of its own: each may use many enough, or others than the rest."""
@@ -130,13 +128,8 @@ class Board:
     def process_state(self, rank: int) -> ProcessState:
         """Return what the operating system says about a rank's process."""
         base = self._status(rank)
-        pid = self.words[base + _PID]
-        if pid == 0 or self.words[base + _NAMESPACE] != _namespace():
-            return "unknown"
-        found = _stat(pid)
-        if found is None or found[0] in "ZX" or found[1] != self.words[base + _STARTED]:
-            return "gone"
-        return "stopped" if found[0] in "Tt" else "alive"
+        pid, started, namespace = (self.words[base + word] for word in (_PID, _STARTED, _NAMESPACE))
+        return ProcessIdentity(pid, started, namespace).state()
 
     def pid(self, rank: int) -> int:
         """Return a rank's process number, 0 before it has registered."""
@@ -196,29 +189,6 @@ def _remove_orphans() -> None:
     """Remove boards whose maker was killed before all ranks had attached."""
     for path in Path(FOLDER).glob("lockstep-*"):
         match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) == _namespace() and _stat(int(match[2])) is None:
+        if match and ProcessIdentity(int(match[2]), 0, int(match[1])).state() == "gone":
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-def _started(pid: int) -> int | None:
-    found = _stat(pid)
-    return found[1] if found else None
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """A process's state letter and start time, or None if there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    # The second entry is the program's name in brackets, which may contain anything.
-    entries = text[text.rindex(b")") + 2 :].split()
-    return entries[0].decode(), int(entries[19])

@@ -1,0 +1,77 @@
+"""What the operating system says about another process: alive, stopped, gone, or that it does not say."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ProcessState = Literal["alive", "stopped", "gone", "unknown"]
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process among all that ever had its number.
+
+    Attributes:
+        pid: its number, 0 for none.
+        started: when it started, in clock ticks since boot; 0 where that could not be read.
+        namespace: of process numbers, since other containers count anew; 0 where that could not be read.
+    """
+
+    pid: int
+    started: int
+    namespace: int
+
+    @classmethod
+    def own(cls) -> "ProcessIdentity":
+        """Return that of this process."""
+        found = _stat(os.getpid())
+        return cls(os.getpid(), found[1] if found else 0, pid_namespace())
+
+    def state(self) -> ProcessState:
+        """Return what is known of it. Only a process that certainly no longer exists is `gone`.
+
+        Without `/proc`, or with no file descriptor left to read it, the state is `unknown`: a rank that cannot look
+        must not declare its peers dead.
+        """
+        if self.pid <= 0 or not self.namespace or self.namespace != pid_namespace():
+            return "unknown"
+        if not _exists(self.pid):
+            return "gone"
+        found = _stat(self.pid)
+        if found is None:
+            return "unknown"
+        letter, started = found
+        if letter in "ZX" or (self.started and started != self.started):
+            return "gone"
+        return "stopped" if letter in "Tt" else "alive"
+
+
+def pid_namespace() -> int:
+    """Return the namespace in which this process's number counts, 0 where it cannot be read."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _exists(pid: int) -> bool:
+    """Ask the kernel itself, which needs neither `/proc` nor a file descriptor."""
+    with contextlib.suppress(PermissionError, OverflowError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return a process's state letter and start time, or None where they cannot be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # The second entry is the program's name in brackets, which may contain anything.
+    entries = text[text.rindex(b")") + 2 :].split()
+    return entries[0].decode(), int(entries[19])
