@@ -2,7 +2,7 @@
 
     python tests/soak.py --cases 2000 --minutes 30 --seed 1     # `make soak`
     python tests/soak.py --cases 1000 --minutes 4 --seed 1 --jobs 8     # eight at once, with seeds 1 to 8
-    python tests/soak.py --write-table                          # every case once, into docs/reliability.md
+    python tests/soak.py --write-table                          # three ranks, each case once, into docs/reliability.md
 
 Runs on CPUs and talks over loopback only. Prints what went wrong as it happens, and as its last line one JSON document.
 Exit status 1 if anything went wrong.
@@ -39,10 +39,20 @@ CASES_PER_SPAWN = 20
 BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 
 
+# Without and with tensor parallelism.
+CASES = {
+    "survivable": (matrix.survivable_cases, matrix.tensor_parallel_cases),
+    "late": (matrix.late_cases, matrix.tensor_parallel_late_cases),
+    "lethal": (matrix.lethal_cases, matrix.tensor_parallel_lethal_cases),
+}
+
+
 def random_case(rng):
     """A case like those of the table, in another step, layer and for another time."""
-    kind = rng.choices(("survivable", "late", "lethal"), (0.9, 0.05, 0.05))[0]
-    case = rng.choice(getattr(matrix, f"{kind}_cases")())
+    kind = rng.choices(("survivable", "late", "lethal", "outer"), (0.8, 0.05, 0.05, 0.1))[0]
+    if kind == "outer":
+        return kind, rng.choice(matrix.outer_cases())
+    case = rng.choice(rng.choice(CASES[kind])())
     case = replace(case, after=rng.randrange(0, 9))
     fault = case.fault
     if fault is None:
@@ -58,11 +68,17 @@ def random_case(rng):
 
 
 def run_batch(path, cases, folder, deadline_s):
-    """Run survivable cases in one spawn; return `(case, sentences, results)` of each."""
-    if not cases:
-        return []
+    """Run survivable cases in one spawn of each kind of parallelism; return `(case, sentences, results)` of each."""
+    kinds = ([case for case in cases if case.tensor_parallel is shares] for shares in (False, True))
+    return [outcome for kind in kinds if kind for outcome in run_alike(path, kind, folder, deadline_s)]
+
+
+def run_alike(path, cases, folder, deadline_s):
+    """Run survivable cases of one kind of parallelism in one spawn."""
     try:
-        results = run_ranks(3, matrix.run_survivable, path, cases, folder, deadline_s, deadline_s=60 + 8 * len(cases))
+        results = run_ranks(
+            cases[0].num_ranks, matrix.run_survivable, path, cases, folder, deadline_s, deadline_s=60 + 8 * len(cases)
+        )
     except RankFailure as failure:
         return [(cases[0], [f"a rank hung or died in a batch of {len(cases)}: {failure}"], [])]
     rows = zip(cases, zip(*results, strict=True), strict=True)
@@ -72,10 +88,24 @@ def run_batch(path, cases, folder, deadline_s):
 def run_one(path, case, folder):
     """Run a case after which a process is gone."""
     try:
-        results = run_ranks(3, matrix.run_lethal, path, case, folder, deadline_s=40, may_die=[matrix.GUILTY])
+        results = run_ranks(
+            case.num_ranks, matrix.run_lethal, path, case, folder, deadline_s=40, may_die=[matrix.GUILTY]
+        )
     except RankFailure as failure:
         return case, [f"a rank hung: {failure}"], []
     return case, matrix.verdict(case, results), results
+
+
+def run_outside(path, case):
+    """Run a case in which a rank breaks outside of steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            results = run_ranks(
+                case.num_ranks, matrix.run_outer, path, case, folder, deadline_s=40, may_die=[matrix.GUILTY]
+            )
+        except RankFailure as failure:
+            return case, [f"a rank hung: {failure}"], []
+    return case, matrix.verdict(case, results, matrix.SHORT_DEADLINE_S), results
 
 
 def kind_of(sentence):
@@ -96,15 +126,29 @@ def soak(path, seed, num_cases, minutes):
 def soak_in(folder, path, seed, num_cases, minutes):
     rng = random.Random(seed)
     until = time.monotonic() + 60 * minutes
-    kinds = ("cases", "survivable", "late", "lethal", "wrong", "hangs", "wrong outputs", "wrong names", "other")
+    kinds = (
+        "cases",
+        "survivable",
+        "late",
+        "lethal",
+        "outer",
+        "tensor-parallel",
+        "wrong",
+        "hangs",
+        "wrong outputs",
+        "wrong names",
+        "other",
+    )
     figures = dict.fromkeys(kinds, 0)
     while figures["cases"] < num_cases and time.monotonic() < until:
         drawn = [random_case(rng) for _ in range(min(CASES_PER_SPAWN, num_cases - figures["cases"]))]
         outcomes = run_batch(path, [case for kind, case in drawn if kind == "survivable"], folder, matrix.DEADLINE_S)
         outcomes += run_batch(path, [case for kind, case in drawn if kind == "late"], folder, matrix.SHORT_DEADLINE_S)
         outcomes += [run_one(path, case, folder) for kind, case in drawn if kind == "lethal"]
-        for kind, _ in drawn:
+        outcomes += [run_outside(path, case) for kind, case in drawn if kind == "outer"]
+        for kind, case in drawn:
             figures[kind] += 1
+            figures["tensor-parallel"] += case.tensor_parallel
         figures["cases"] += len(drawn)
         for case, sentences, _ in outcomes:
             figures["wrong"] += bool(sentences)

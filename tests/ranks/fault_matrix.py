@@ -1,18 +1,24 @@
-"""What happens to three ranks when one of them breaks: the cases, and the script that every rank runs for each."""
+"""What happens to all ranks when one of them breaks: the cases, and the script that every rank runs for each.
+
+Three ranks, or four of which two share their requests (tensor parallelism).
+"""
 
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 import lockstep
 from lockstep.errors import LockstepError
+from lockstep.models.groups import connect
 from lockstep.models.parallel import parallel_of
-from lockstep.testing import Fault, InjectedFault, inject
+from lockstep.testing import Fault, InjectedFault, inject, inject_outside
+from lockstep.testing.faults import break_on_purpose
 
 GUILTY = 1
+NAMES = ("rank 1 differs", "rank 1 sent", "ranks [1], which share its requests")
 DEADLINE_S = 2.0
 """Above what a busy host keeps a rank waiting that is well."""
 SHORT_DEADLINE_S = 1.2
@@ -33,6 +39,8 @@ class Case:
         guilty: that of the guilty rank; None for a rank that is gone.
         named: the other ranks' error names the guilty rank.
         spoils_own: the guilty rank's own last output may be garbage: it has left out a collective without knowing.
+        tensor_parallel: ranks 0 and 1 share their requests, and so do ranks 2 and 3.
+        outside: the rank breaks outside of steps.
         after: agreements of the block that pass first.
     """
 
@@ -44,16 +52,29 @@ class Case:
     guilty: str | None = ""
     named: bool = True
     spoils_own: bool = False
+    tensor_parallel: bool = False
+    outside: bool = False
     after: int = field(default=3, compare=False)
 
     @property
     def name(self) -> str:
         what = f"{self.fault.action} in {self.fault.phase}" if self.fault else f"leaves by {self.leave}"
+        if self.outside and self.leave:
+            what = f"{self.leave} at the end of its block"
         if self.fault and self.fault.action in ("delay", "stop"):
             what += f", {self.fault.seconds:g} s"
         if self.fault and self.fault.layer:
             what += f", layer {self.fault.layer}"
-        return what + (", idle rank" if self.idle else "") + (", debug" if self.debug else "")
+        what += (", idle rank" if self.idle else "") + (", debug" if self.debug else "")
+        return what + (", tensor-parallel" if self.tensor_parallel else "")
+
+    @property
+    def num_ranks(self) -> int:
+        return 4 if self.tensor_parallel else 3
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return 2 if self.tensor_parallel else 1
 
 
 def fault(phase, action, **options):
@@ -120,6 +141,64 @@ def lethal_cases():
     ]
 
 
+def tensor_parallel_cases():
+    """Survivable cases in which the rank that breaks shares its requests with another one."""
+    cases = []
+    for idle in (False, True):
+        for phase in PHASES:
+            cases.append(Case(fault(phase, "raise"), idle=idle, survivors="PeerFailedError", guilty="InjectedFault"))
+            ctrl_c = fault(phase, "ctrl_c")
+            cases.append(Case(ctrl_c, idle=idle, survivors="PeerFailedError", guilty="KeyboardInterrupt"))
+            cases.append(Case(fault(phase, "delay", seconds=0.2), idle=idle))
+        cases.append(Case(leave="raise", idle=idle, survivors="PeerFailedError", guilty="InjectedFault"))
+        cases.append(Case(leave="exit", idle=idle, survivors="PeerFailedError", guilty="SystemExit"))
+        mismatch = {"survivors": "RankMismatchError", "guilty": "RankMismatchError"}
+        cases.append(Case(fault("agreement", "corrupted_header"), idle=idle, **mismatch))
+    cases.append(Case(leave="return", idle=True))
+    # Whoever shares its requests finds out, and the others hear it from that rank.
+    cases.append(Case(leave="return", survivors="RankAbsentError|PeerFailedError", guilty="PeerFailedError"))
+    for phase in ("dispatch", "experts", "combine"):
+        raised = fault(phase, "raise", layer=1)
+        cases.append(Case(raised, survivors="PeerFailedError", guilty="InjectedFault"))
+    for action in ("skip", "wrong_size"):
+        either = "RankMismatchError|RankAbsentError|PeerFailedError"
+        cases.append(Case(fault("dispatch", action), debug=True, survivors=either, guilty=either))
+    return [replace(case, tensor_parallel=True) for case in cases]
+
+
+def tensor_parallel_late_cases():
+    return [replace(case, tensor_parallel=True) for case in late_cases()]
+
+
+def tensor_parallel_lethal_cases():
+    return [replace(case, tensor_parallel=True) for case in lethal_cases()]
+
+
+OUTER_PHASES = ("start", "load", "meet", "merge", "leave")
+OUTER_ACTIONS = ("raise", "exit", "kill", "stop", "delay")
+
+
+def outer_cases():
+    """Cases in which a rank breaks outside of steps. Each has processes of its own."""
+    cases = []
+    for phase in OUTER_PHASES:
+        for action in OUTER_ACTIONS:
+            survivors, guilty = (
+                "RankAbsentError",
+                {"raise": "InjectedFault", "exit": None, "kill": None}.get(action, "RankAbsentError"),
+            )
+            if action == "raise" and phase in ("load", "merge", "leave"):  # where the others can be told
+                survivors = "PeerFailedError"
+            if (phase, action) == ("leave", "delay"):  # a script may take its time: its session answers for it
+                survivors = guilty = ""
+            if phase == "leave":
+                case = Case(leave=action, survivors=survivors, guilty=guilty)
+            else:
+                case = Case(fault(phase, action, seconds=LATE_S), survivors=survivors, guilty=guilty)
+            cases.append(replace(case, outside=True))
+    return cases + [replace(case, tensor_parallel=True) for case in cases]
+
+
 def prompts(rank, calls=3):
     generator = torch.Generator().manual_seed(rank)
     shapes = [(1 + (rank + call) % 2, 2 + (call + rank) % 4) for call in range(calls)]
@@ -131,11 +210,17 @@ def generate(model, batch, new_tokens=3):
     return model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False).tolist()
 
 
-def expected_outputs(path, rank):
+def expected_outputs(path, row):
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return [generate(whole, batch) for batch in prompts(rank)]
+    return [generate(whole, batch) for batch in prompts(row)]
+
+
+def place_of(case, rank):
+    """Whose prompts a rank has, and whether they are the guilty rank's."""
+    size = case.tensor_parallel_size
+    return rank // size, rank // size == GUILTY // size
 
 
 def happens_late(case):
@@ -149,15 +234,19 @@ def run_case(model, case, rank, expected):
     if parallel._epoch >= 0:
         parallel.recorder.debug = case.debug
     error, outputs, happened = None, [], []
-    idle = case.idle and rank == GUILTY
+    row, shares = place_of(case, rank)
+    idle = case.idle and shares
     try:
         with lockstep.join(model):
             first = parallel.coordinator.step + case.after
             faults = [Fault(**{**asdict(case.fault), "step": first})] if case.fault else []
             with inject(model, *faults) as happened:
                 if idle:
-                    time.sleep(0.15 if case.leave else 0.2 + (case.fault.seconds if happens_late(case) else 0.2))
-                for index, batch in enumerate(prompts(rank)):
+                    late_s = case.fault.seconds if happens_late(case) and rank == GUILTY else 0.2
+                    time.sleep(0.15 if case.leave else 0.2 + late_s)
+                # Who shares the requests of a rank that leaves without a call makes none either.
+                calls = [] if idle and case.leave and rank != GUILTY else prompts(row)
+                for index, batch in enumerate(calls):
                     if rank == GUILTY and case.leave and (idle or index == 1):
                         happened.append(time.monotonic())
                         if case.leave == "raise":
@@ -174,7 +263,7 @@ def run_case(model, case, rank, expected):
     return {
         "error": type(error).__name__ if error is not None else "",
         "message": message,
-        "named": named or "rank 1 differs" in message or "rank 1 sent" in message,
+        "named": named or any(words in message for words in NAMES),
         "happened": happened[0] if happened else None,
         "ended": ended,
         "right": outputs == expected[: len(outputs)],
@@ -184,27 +273,28 @@ def run_case(model, case, rank, expected):
     }  # fmt: skip
 
 
-def again(model, rank, expected):
+def again(model, row, expected):
     """After a fault: a new block, in which everything must be right."""
     try:
         with lockstep.join(model):
-            return "" if [generate(model, batch) for batch in prompts(rank)] == expected else "the outputs differ"
+            return "" if [generate(model, batch) for batch in prompts(row)] == expected else "the outputs differ"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
 
 
 def run_survivable(path, cases, folder, deadline_s=DEADLINE_S):
-    """On every rank: all cases, one after another."""
+    """On every rank: all cases, one after another; of one kind of parallelism."""
     os.environ["LOCKSTEP_RECORDER_DIR"] = folder
     rank = dist.get_rank()
-    model = lockstep.from_pretrained(path, deadline_s=deadline_s)
-    expected = expected_outputs(path, rank)
+    row, _ = place_of(cases[0], rank)
+    model = lockstep.from_pretrained(path, deadline_s=deadline_s, tensor_parallel_size=cases[0].tensor_parallel_size)
+    expected = expected_outputs(path, row)
     results = []
     for case in cases:
         dist.barrier()
         result = run_case(model, case, rank, expected)
         dist.barrier()
-        result["again"] = again(model, rank, expected)
+        result["again"] = again(model, row, expected)
         results.append(result)
     return results
 
@@ -213,12 +303,56 @@ def run_lethal(path, case, folder):
     """On every rank: one case, after which the guilty rank is gone."""
     os.environ["LOCKSTEP_RECORDER_DIR"] = folder
     rank = dist.get_rank()
-    model = lockstep.from_pretrained(path, deadline_s=DEADLINE_S)
-    expected = expected_outputs(path, rank)
+    model = lockstep.from_pretrained(path, deadline_s=DEADLINE_S, tensor_parallel_size=case.tensor_parallel_size)
+    expected = expected_outputs(path, place_of(case, rank)[0])
     dist.barrier()
     started = time.monotonic()
     result = run_case(model, case, rank, expected)
     return {**result, "happened": started}
+
+
+def run_outer(path, case, folder, deadline_s=SHORT_DEADLINE_S):
+    """On every rank: start anew, load, meet, generate, gather, leave; the guilty rank breaks in one of these."""
+    os.environ["LOCKSTEP_RECORDER_DIR"] = folder
+    rank, size = dist.get_rank(), dist.get_world_size()
+    expected = expected_outputs(path, place_of(case, rank)[0])
+    dist.barrier()
+    dist.destroy_process_group()
+    error, outputs, happened, entered = None, [], [], time.monotonic()
+    faults = [case.fault] if case.fault else []
+    try:
+        with inject_outside(rank, *faults) as happened:
+            connect(dist.FileStore(os.path.join(folder, "start"), size), rank, size, deadline_s)
+            entered = time.monotonic()
+            model = lockstep.from_pretrained(
+                path, deadline_s=deadline_s, tensor_parallel_size=case.tensor_parallel_size
+            )
+            entered = time.monotonic()
+            with lockstep.join(model):
+                outputs.append(generate(model, prompts(place_of(case, rank)[0])[0]))
+                entered = time.monotonic()
+                if rank == GUILTY and case.leave:
+                    happened.append(time.monotonic())
+                    break_on_purpose(Fault(rank, 0, "end", case.leave, seconds=LATE_S))
+            entered = time.monotonic()
+            with inject(model, *faults) as happened_later:
+                parts = parallel_of(model).gather_bytes(bytes([rank]) * rank)
+            happened = happened or happened_later
+            assert parts == [bytes([other]) * other for other in range(size)]
+    except BaseException as caught:
+        error = caught
+    message = str(error) if error is not None else ""
+    return {
+        "error": type(error).__name__ if error is not None else "",
+        "message": message,
+        "named": getattr(error, "rank", None) == GUILTY or getattr(error, "absent_ranks", ()) == (GUILTY,),
+        # A rank that is gone cannot say when; the others count from when they came to where it did not.
+        "happened": happened[0] if happened else entered if rank != GUILTY else None,
+        "entered": entered,
+        "ended": time.monotonic(),
+        "right": outputs == expected[: len(outputs)],
+        "file": True,
+    }
 
 
 def verdict(case, results, deadline_s=DEADLINE_S):
@@ -240,8 +374,9 @@ def verdict(case, results, deadline_s=DEADLINE_S):
         if rank != GUILTY and expected and case.named and not result["named"]:
             wrong.append(f"rank {rank}'s error does not name rank {GUILTY}: {result['message']}")
         limit = deadline_s + 1
-        if rank != GUILTY and expected and result["ended"] - happened > limit:
-            wrong.append(f"rank {rank} ended {result['ended'] - happened:.2f} s after the fault, limit {limit:g} s")
+        since = result.get("entered") or happened
+        if rank != GUILTY and expected and result["ended"] - since > limit:
+            wrong.append(f"rank {rank} ended {result['ended'] - since:.2f} s after the fault, limit {limit:g} s")
         if result.get("again"):
             wrong.append(f"rank {rank} in the next block: {result['again']}")
         if not result["file"]:

@@ -268,7 +268,7 @@ def test_models_joined_in_opposite_order_are_named(tiny):
     results = run_ranks(2, two_models_in_opposite_order, tiny)
     for rank, message in enumerate(results):
         assert f"ranks [{1 - rank}] did not enter join() of Qwen3MoeForCausalLM (model {rank}) within 0.8 s" in message
-        assert f"rank {1 - rank} was last seen entering join() of Qwen3MoeForCausalLM (model {1 - rank})" in message
+        assert f"rank {1 - rank} was last seen waiting in join() of Qwen3MoeForCausalLM (model {1 - rank})" in message
 
 
 def test_a_single_process_is_left_alone(tiny):

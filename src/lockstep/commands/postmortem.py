@@ -16,7 +16,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.report.terminal import Terminal, plain
 
 FORMAT = "lockstep-flight-recorder-1"
-PHASES = ("", "agreement", "model", "dispatch", "experts", "combine", "end", "left")
+PHASES = ("", "agreement", "model", "dispatch", "experts", "combine", "end", "left", "exchange", "merge")
 """As `lockstep.coordination.flight_recorder.Phase` numbers them; 0 is an event within a phase."""
 
 FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"

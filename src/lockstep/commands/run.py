@@ -89,7 +89,8 @@ def _run(command: RunCommand, options: RunOptions, console: Console, under_torch
                 return 0
         else:
             console.print(f"starting {options.world_size} ranks on this host", style="dim")
-            result = launch(options.world_size, run_one_rank, options, max_restarts=command.max_restarts)
+            restarts, deadline_s = command.max_restarts, options.deadline_s
+            result = launch(options.world_size, run_one_rank, options, max_restarts=restarts, deadline_s=deadline_s)
         return _finish(command, options, result, console)
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, _Terminated)

@@ -128,12 +128,13 @@ class Coordinator:
         return self._conclude(step, words, record, pending)
 
     def _send(self, record: StepRecord) -> tuple[Wire, Pending]:
+        own = self.recorder.name(self.rank)
         if self._closed_by:
             raise RankAbsentError(
-                f"rank {self.rank}: these groups ended in an error and are not used again: {self._closed_by}"
+                f"rank {own}: these groups ended in an error and are not used again: {self._closed_by}"
             )
         if record.num_tokens < 0:
-            raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {self.rank}")
+            raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {own}")
         step = self.step
         words = encode(self._header, step, record, self._collectives)
         self.under_way = True
@@ -161,8 +162,14 @@ class Coordinator:
 
     def give_up(self, error: BaseException) -> None:
         """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the others."""
-        if isinstance(error, LockstepError):
-            self.recorder.give_up("absent", str(error), getattr(error, "absent_ranks", ()))
+        numbers = {number: rank for rank, number in enumerate(self.recorder.processes)}
+        if isinstance(error, RankAbsentError):
+            ranks = [numbers[rank] for rank in error.absent_ranks if rank in numbers]
+            self.recorder.give_up("absent", str(error), ranks)
+        elif isinstance(error, PeerFailedError) and error.rank in numbers:
+            self.recorder.give_up("failed", error.peer_message or str(error), (numbers[error.rank],))
+        elif isinstance(error, RankMismatchError):
+            self.recorder.give_up("mismatch", str(error))
         else:
             self.recorder.give_up("failed", f"{type(error).__name__}: {error}", (self.rank,))
         self._close(error)
@@ -176,7 +183,8 @@ class Coordinator:
         self.under_way = False
         self._collectives = recorder.fingerprint
         try:
-            decision = decide(decode(words, mine, type(record)), self.tensor_parallel_size)
+            names = recorder.processes
+            decision = decide(decode(words, mine, type(record), names), self.tensor_parallel_size, names)
         except (RankMismatchError, TokenCountError) as error:
             # The ranks' steps may be out of order from here on.
             recorder.give_up("mismatch", str(error))
@@ -191,10 +199,11 @@ class Coordinator:
             failed = decision.failed_ranks
             messages = self._exchange_messages(self._failure if record.failed else "", step)
             if not record.failed:
-                text = "; ".join(f"rank {rank} raised {messages[rank]}" for rank in failed)
+                text = "; ".join(f"rank {recorder.name(rank)} raised {messages[rank]}" for rank in failed)
                 # Who only passes on what another rank did is not to blame.
                 first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
-                raise PeerFailedError(f"rank {self.rank} stops at step {step}: {text}", first, messages[first])
+                stops = f"rank {recorder.name(self.rank)} stops at step {step}"
+                raise PeerFailedError(f"{stops}: {text}", recorder.name(first), messages[first])
         recorder.note(decision.num_tokens_across_dp)
         return decision
 

@@ -12,7 +12,7 @@ import time
 import traceback
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ class Phase(IntEnum):
     COMBINE = 5
     END = 6
     LEFT = 7
+    TENSOR_PARALLEL = 8
+    MERGE = 9
 
 
 _WORDS = {
@@ -56,6 +58,8 @@ _WORDS = {
     Phase.COMBINE: "in combine of layer {layer} in step {step}",
     Phase.END: "in its script after step {step}",
     Phase.LEFT: "has left join() after step {step}",
+    Phase.TENSOR_PARALLEL: "in a tensor-parallel exchange before MoE layer {layer} in step {step}",
+    Phase.MERGE: "gathering what all ranks have written, after step {step}",
 }
 _LAYER_BITS, _STEP_BITS = 16, 40
 
@@ -74,6 +78,8 @@ class FlightRecorder:
         epoch: of the groups; in file names and store keys.
         debug: compare `(operation, group, sizes)` of every collective over all ranks before it is issued.
         capacity: entries kept.
+        processes: each rank's number in the whole start, `[num_ranks]`, which messages and errors use; by default its
+            number here.
 
     Attributes:
         step: number of the present step.
@@ -93,9 +99,11 @@ class FlightRecorder:
         epoch: int = 0,
         debug: bool = False,
         capacity: int = 512,
+        processes: Sequence[int] | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
+        self.processes = tuple(processes or range(num_ranks))
         self.epoch = epoch
         self.debug = debug
         self.step = -1
@@ -126,15 +134,30 @@ class FlightRecorder:
             layer: number of the MoE layer, from 0; -1 outside of one.
             detail: kept in the ring: integers or short text.
         """
+        self._ring.append((self._publish_place(phase, layer), self.step, phase, layer, detail))
+        if self.on_mark is not None:
+            self.on_mark(self)
+
+    def _publish_place(self, phase: Phase, layer: int) -> int:
+        """Return the time of it."""
         now = time.monotonic_ns()
         self.phase, self.layer = phase, layer
-        self._ring.append((now, self.step, phase, layer, detail))
         if self._board is not None:
             words = self._board.words
             words[self._place] = _pack_place(self.step, phase, layer)
             words[self._place_ns] = now
-        if self.on_mark is not None:
-            self.on_mark(self)
+        return now
+
+    @contextlib.contextmanager
+    def in_exchange(self) -> Iterator[None]:
+        """Say inside the block that this rank waits in a tensor-parallel exchange, and so is not who is late."""
+        before = self.phase, self.layer
+        layer = self.layer + 1 if self.phase in (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE) else 0
+        self._publish_place(Phase.TENSOR_PARALLEL, layer)
+        try:
+            yield
+        finally:
+            self._publish_place(*before)
 
     def note(self, detail: Any) -> None:
         """Keep something that happened in the present phase."""
@@ -206,7 +229,11 @@ class FlightRecorder:
                 doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
                 raise self.absent(f"{doing} there is no use in waiting on", (rank,))
 
-    def absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> LockstepError:
+    def name(self, rank: int) -> int:
+        """Return a rank's number in the whole start."""
+        return self.processes[rank]
+
+    def absent(self, waited_for: str, ranks: tuple[int, ...] = (), among: tuple[int, ...] = ()) -> LockstepError:
         """Return the error for a wait that did not end, naming who is missing and where each was last seen.
 
         Where another rank has given up before, it is that rank's reason that counts.
@@ -216,24 +243,23 @@ class FlightRecorder:
         Args:
             waited_for: what this rank waited for and how long.
             ranks: that are known not to have come; otherwise those that are behind this one are found out.
+            among: the ranks that it waited for; all by default.
         """
-        for rank in range(self.num_ranks if self._board is not None else 0):
-            assert self._board is not None
-            words = self._board.last_words(rank) if rank != self.rank else None
-            if words is not None:
-                return self._after_last_words(rank, words)
+        for rank, words in self._all_last_words():
+            return self._after_last_words(rank, words)
         alone = self._has_gone_on_alone()
-        ranks = (self.rank,) if alone else ranks or self._missing_ranks()
+        ranks = (self.rank,) if alone else ranks or self._missing_ranks(among)
         if alone:
-            who = f"rank {self.rank} itself has left a collective out: all others still wait in one before"
+            who = f"rank {self.name(self.rank)} itself has left a collective out: all others still wait in one before"
         elif ranks:
-            seen = "; ".join(f"rank {rank} {self.last_seen(rank)}" for rank in ranks)
-            who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} absent: {seen}"
+            seen = "; ".join(f"rank {self.name(rank)} {self.last_seen(rank)}" for rank in ranks)
+            named = ", ".join(str(self.name(rank)) for rank in ranks)
+            who = f"rank{'s' if len(ranks) > 1 else ''} {named} absent: {seen}"
         else:
             who = "it could not be found out which rank is absent"
-        message = f"rank {self.rank}: {waited_for}; {who}"
+        message = f"rank {self.name(self.rank)}: {waited_for}; {who}"
         self.give_up("absent", message, ranks)
-        return RankAbsentError(f"{message}{self.file_note()}", ranks)
+        return RankAbsentError(f"{message}{self.file_note()}", tuple(map(self.name, ranks)))
 
     def give_up(self, kind: str, message: str, ranks: Sequence[int] = ()) -> None:
         """Tell the others that this rank's groups are not used again and why; the first reason counts.
@@ -245,11 +271,18 @@ class FlightRecorder:
         """
         if self._said:
             return
-        self._said = True
         self.write_file(message)
+        self._say_last_words(kind, message, ranks)
+
+    def _say_last_words(self, kind: str, message: str, ranks: Sequence[int]) -> None:
+        self._said = True
+        words = {"kind": kind, "ranks": list(ranks)[:64], "message": message[:1500]}
         if self._board is not None:
-            words = {"kind": kind, "ranks": list(ranks)[:64], "message": message[:1500]}
             self._board.say_last_words(self.rank, json.dumps(words).encode())
+        elif self._store is not None:
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                key, text, store = f"last words/{self.epoch}/{self.rank}", json.dumps(words), self._store
+                within(lambda: store.set(key, text), _STORE_S)
 
     def last_seen(self, rank: int) -> str:
         """Return what is known of a rank, to stand after its number: where it was, how long ago, whether it lives."""
@@ -291,7 +324,9 @@ class FlightRecorder:
         try:
             folder = os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
             # A name that nobody can foresee: the folder may be everyone's.
-            descriptor, path = tempfile.mkstemp(".jsonl", f"lockstep-rank{self.rank}-epoch{self.epoch}-", folder)
+            descriptor, path = tempfile.mkstemp(
+                ".jsonl", f"lockstep-rank{self.name(self.rank)}-epoch{self.epoch}-", folder
+            )
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         except OSError as error:
@@ -302,7 +337,30 @@ class FlightRecorder:
 
     def file_note(self) -> str:
         """Return where the ring was written, to stand at the end of a message."""
-        return f"; the last steps of rank {self.rank}: {self._file}" if self._file is not None else ""
+        return f"; the last steps of rank {self.name(self.rank)}: {self._file}" if self._file is not None else ""
+
+    def terminate(self) -> str:
+        """Say last words because SIGTERM is about to end this process; return what a person should read, if anything.
+
+        A ring is written only where something is wrong: a rank is gone, or it is not known whether one is.
+        """
+        if self._said or self._closed.is_set() or self.phase == Phase.LEFT:
+            return ""
+        doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        board = self._board
+        gone = tuple(rank for rank in others if board is not None and board.process_state(rank) == "gone")
+        if gone or board is None or any(board.last_words(rank) for rank in others):
+            return str(self.absent(f"SIGTERM came {doing}", gone))
+        own = self.name(self.rank)
+        self._say_last_words("failed", f"SIGTERM: rank {own} was ended {doing}", (self.rank,))
+        return ""
+
+    def mute(self) -> None:
+        """Publish nothing from now on: this is a process forked from the rank."""
+        self._board = self._store = self._comparisons = None
+        self._said = True
+        self._closed.set()
 
     def close(self) -> None:
         """Stop publishing."""
@@ -324,8 +382,9 @@ class FlightRecorder:
         if all(other == received[0] for other in received):
             return
         texts = [decode_message(other).decode(errors="replace") for other in received]
-        listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(texts))
-        message = f"the ranks are about to issue different collectives: {listed}{odd_ones_out(texts)}"
+        listed = "; ".join(f"rank {self.name(rank)}: {other}" for rank, other in enumerate(texts))
+        odd = odd_ones_out(texts, self.processes)
+        message = f"the ranks are about to issue different collectives: {listed}{odd}"
         self.give_up("mismatch", message)
         raise RankMismatchError(f"{message}{self.file_note()}")
 
@@ -335,16 +394,36 @@ class FlightRecorder:
         self.give_up(kind, message, ranks)
         if kind == "failed":
             blamed = ranks[0] if ranks else rank  # it may only pass on what another has said
-            text = f"rank {self.rank} stops in step {self.step}: rank {blamed} raised {message}{self.file_note()}"
-            return PeerFailedError(text, blamed, message)
-        text = f"rank {self.rank}: rank {rank} has given up: {message}{self.file_note()}"
-        return RankMismatchError(text) if kind == "mismatch" else RankAbsentError(text, ranks)
+            stops = f"rank {self.name(self.rank)} stops in step {self.step}"
+            text = f"{stops}: rank {self.name(blamed)} raised {message}{self.file_note()}"
+            return PeerFailedError(text, self.name(blamed), message)
+        text = f"rank {self.name(self.rank)}: rank {self.name(rank)} has given up: {message}{self.file_note()}"
+        return RankMismatchError(text) if kind == "mismatch" else RankAbsentError(text, tuple(map(self.name, ranks)))
 
-    def _missing_ranks(self) -> tuple[int, ...]:
-        """Find out which ranks the others wait for."""
+    def _all_last_words(self) -> list[tuple[int, bytes]]:
+        """Return which other ranks have said why they stopped, and what."""
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        board, store = self._board, self._store
+        if board is not None:
+            said = [(rank, board.last_words(rank)) for rank in others]
+        elif store is not None:
+            keys = {rank: f"last words/{self.epoch}/{rank}" for rank in others}
+            try:
+                said = within(
+                    lambda: [(rank, store.get(key)) for rank, key in keys.items() if store.check([key])], _STORE_S
+                )
+            except (RuntimeError, TimeoutError):  # the roll call will say that the store does not answer
+                said = []
+        else:
+            said = []
+        return [(rank, words) for rank, words in said if words is not None]
+
+    def _missing_ranks(self, among: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Find out which ranks the others wait for."""
+        others = [rank for rank in among or range(self.num_ranks) if rank != self.rank]
         if self._board is None:
-            return self._roll_call() if self._store is not None else ()
+            missing = self._roll_call() if self._store is not None else ()
+            return tuple(rank for rank in missing if rank in others) or missing
         states = {rank: self._board.process_state(rank) for rank in others}
         lost = tuple(rank for rank in others if states[rank] in ("gone", "stopped"))
         if lost:
@@ -352,6 +431,9 @@ class FlightRecorder:
         mine = _order(_pack_place(self.step, self.phase, self.layer))
         places = {rank: _order(self._board.place(rank)[0]) for rank in others}
         behind = tuple(rank for rank in others if places[rank] < mine)
+        # Who waits for the rank that shares its requests is not the one that is late.
+        late = tuple(rank for rank in behind if places[rank][-1] != Phase.TENSOR_PARALLEL)
+        behind = late or behind
         # Nobody is behind: then somebody has gone on although this rank had not come.
         return behind or tuple(rank for rank in others if places[rank] > mine)
 
@@ -414,24 +496,42 @@ class FlightRecorder:
         return place, max(0.0, time.time() - since)
 
 
-_recorders: dict[str, FlightRecorder] = {}
+_recorders: dict[str, tuple[FlightRecorder, tuple[int, ...]]] = {}
 
 
-def watch_group(group: "dist.ProcessGroup", recorder: FlightRecorder | None) -> None:
-    """Let the waits of a group's collectives be watched by a recorder; None ends it."""
+def watch_group(group: "dist.ProcessGroup", recorder: FlightRecorder | None, members: Sequence[int] = ()) -> None:
+    """Let the waits of a group's collectives be watched by a recorder; None ends it.
+
+    Args:
+        group: the group.
+        recorder: of this rank.
+        members: the recorder's numbers of the group's ranks; all by default.
+    """
     if recorder is None:
         _recorders.pop(group.group_name, None)
     else:
-        _recorders[group.group_name] = recorder
+        _recorders[group.group_name] = (recorder, tuple(members))
 
 
 def recorder_of(group: "dist.ProcessGroup") -> FlightRecorder | None:
     """Return the recorder that watches a group, if any does."""
-    return _recorders.get(group.group_name)
+    watched = _recorders.get(group.group_name)
+    return watched[0] if watched is not None else None
 
 
-def within(call: Callable[[], Any], seconds: float) -> Any:
+def members_of(group: "dist.ProcessGroup") -> tuple[int, ...]:
+    """Return the recorder's numbers of a watched group's ranks; empty for all ranks."""
+    watched = _recorders.get(group.group_name)
+    return watched[1] if watched is not None else ()
+
+
+def within(call: Callable[[], Any], seconds: float, last_answer: Callable[[], float] | None = None) -> Any:
     """Run a function that may hang, such as one that asks a store whose keeper is gone, and wait at most so long.
+
+    Args:
+        call: the function; runs in a thread of its own.
+        seconds: longest wait.
+        last_answer: when it was last seen to go on, on the monotonic clock; the limit then counts from there.
 
     Raises:
         TimeoutError: it did not return in time; it is left behind.
@@ -446,8 +546,13 @@ def within(call: Callable[[], Any], seconds: float) -> Any:
             outcome.append((False, error))
 
     thread = threading.Thread(target=run, name="lockstep-store", daemon=True)
+    started = time.monotonic()
     thread.start()
-    thread.join(seconds)
+    while thread.is_alive():
+        left_s = (last_answer() if last_answer is not None else started) + seconds - time.monotonic()
+        if left_s <= 0:
+            break
+        thread.join(left_s)
     if not outcome:
         raise TimeoutError(f"no answer within {seconds:.3g} s")
     succeeded, value = outcome[0]
@@ -472,6 +577,8 @@ def _order(place: int) -> tuple[int, int, int, int]:
     step, phase, layer = _unpack_place(place)
     if phase in (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE):
         return step, 1, layer, phase
+    if phase == Phase.TENSOR_PARALLEL:  # after the layer before, ahead of this one's dispatch
+        return step, 1, layer - 1, phase
     return step, {0: 0, Phase.AGREEMENT: 0, Phase.MODEL: 1}.get(Phase(phase) if phase else 0, 2), layer, phase
 
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.coordination.flight_recorder import within
+from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import RankAbsentError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_POLL_S = 0.002
+# A meeting looks often at first, then less: after a share of what it has waited.
+_POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.002, 0.02, 0.05
+_LOOK_S = 0.1
 _MARGIN_S = 0.5
 
 
@@ -25,9 +28,10 @@ class MeetingPlace:
         store: of all ranks; keys of its own.
         rank: this rank.
         num_ranks: all ranks.
-        name: of what the ranks meet for, to tell it from another.
-        entrances: a store that all places share; there each rank writes at which it is waiting.
-        processes: each rank's key in it, `[num_ranks]`; by default its number here.
+        name: of what the ranks meet at, to stand after "did not enter".
+        whereabouts: where ranks say what they are doing; by default nothing is known of them.
+        processes: each rank's number in the whole start, `[num_ranks]`, which messages and errors use; by default its
+            number here.
     """
 
     def __init__(
@@ -36,86 +40,98 @@ class MeetingPlace:
         rank: int,
         num_ranks: int,
         *,
-        name: str = "",
-        entrances: "dist.Store | None" = None,
+        name: str = "join()",
+        whereabouts: Whereabouts | None = None,
         processes: Sequence[int] | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.name = name
         self._store = store
-        self._entrances = entrances
-        self._keys = [str(process) for process in processes or range(num_ranks)]
+        self._whereabouts = whereabouts
+        self._processes = list(processes or range(num_ranks))
+        self._answered = 0.0
 
-    def meet(self, facts: dict[str, Any], deadline_s: float) -> list[dict[str, Any]]:
+    def meet(self, facts: dict[str, Any], deadline_s: float, *, once: bool = False) -> list[dict[str, Any]]:
         """Wait for all ranks and return what each said, `[num_ranks]`. Collective.
 
         Args:
             facts: of this rank; what JSON can hold.
-            deadline_s: longest wait, in seconds.
+            deadline_s: longest wait, in seconds, for a rank that shows no progress; see `Whereabouts.working`.
+            once: there is no next meeting: a rank that comes too late gets an error that names itself.
 
         Raises:
             RankAbsentError: ranks that did not come, by number; or the store that does not answer.
         """
+        self._answered = time.monotonic()
+        own = self._processes[self.rank]
         try:
-            return within(lambda: self._meet(facts, deadline_s), deadline_s + _MARGIN_S)
+            limit_s = deadline_s + _MARGIN_S
+            return within(lambda: self._meet(facts, deadline_s, once), limit_s, lambda: self._answered)
         except TimeoutError as error:
             if isinstance(error, RankAbsentError):
                 raise
             raise RankAbsentError(
-                f"rank {self.rank}: the store through which ranks meet did not answer within "
+                f"rank {own}: the store through which ranks meet did not answer within "
                 f"{deadline_s + _MARGIN_S:g} s: the process that keeps it may have stopped"
             ) from error
         except RuntimeError as error:
             first = str(error).strip().split("\n", 1)[0]
-            raise RankAbsentError(
-                f"rank {self.rank}: the store through which ranks meet does not answer: {first}"
-            ) from error
+            raise RankAbsentError(f"rank {own}: the store through which ranks meet does not answer: {first}") from error
 
-    def _meet(self, facts: dict[str, Any], deadline_s: float) -> list[dict[str, Any]]:
-        until = time.monotonic() + deadline_s
-        self._wait_here(True)
-        number = self._current()
+    def _meet(self, facts: dict[str, Any], deadline_s: float, once: bool) -> list[dict[str, Any]]:
+        arrived = time.monotonic()
+        if self._whereabouts is not None:
+            self._whereabouts.enter(f"waiting in {self.name}")
+        number = 0 if once else self._current()
         self._store.set(f"{number}/{self.rank}", json.dumps(facts))
+        patience = _Patience(self._whereabouts, self._processes, deadline_s)
         while True:
             missing = [rank for rank in range(self.num_ranks) if not self._store.check([f"{number}/{rank}"])]
+            given_up = patience.exhausted(missing)
             if not missing:
                 verdict = self._settle(number, "complete")
-            elif time.monotonic() > until:
-                verdict = self._settle(number, json.dumps(missing))
+            elif given_up:
+                verdict = self._settle(number, json.dumps(given_up))
             else:
                 verdict = self._verdict(number)
+            self._answered = now = time.monotonic()
             if verdict == "complete":
-                self._wait_here(False)
+                if self._whereabouts is not None:
+                    self._whereabouts.enter(f"after {self.name}")
                 return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self.num_ranks)]
             if verdict:
                 absent = json.loads(verdict)
-                if self.rank not in absent:
-                    here = f"join() of {self.name}" if self.name else "join()"
-                    raise RankAbsentError(
-                        f"rank {self.rank}: ranks {absent} did not enter {here} within {deadline_s:g} s"
-                        f"{self._seen_elsewhere(absent)}",
-                        tuple(absent),
-                    )
+                if self.rank not in absent or once:
+                    raise self._absent(absent, deadline_s)
                 # It ended just before this rank came: to the next one, with what is left of the time.
                 number = self._current()
                 self._store.set(f"{number}/{self.rank}", json.dumps(facts))
-            time.sleep(_POLL_S)
+            time.sleep(min(max(_POLL_S, _POLL_SHARE * (now - arrived)), _LONGEST_POLL_S))
 
-    def _wait_here(self, waits: bool) -> None:
-        if self._entrances is not None:
-            self._entrances.set(self._keys[self.rank], self.name if waits else "")
+    def _absent(self, absent: list[int], deadline_s: float) -> RankAbsentError:
+        own = self._processes[self.rank]
+        numbers = [self._processes[rank] for rank in absent]
+        if self.rank in absent:
+            text = f"rank {own} entered {self.name} after the other ranks had waited {deadline_s:g} s and given up"
+        else:
+            ranks = f"ranks {numbers} did not enter {self.name} within {deadline_s:g} s"
+            text = f"rank {own}: {ranks}{self._last_seen(numbers)}"
+        return RankAbsentError(text, tuple(numbers))
 
-    def _seen_elsewhere(self, absent: list[int]) -> str:
-        """Return which of these ranks wait, or have waited in vain, at another entrance."""
+    def _last_seen(self, ranks: list[int]) -> str:
+        """Return what is known of these ranks."""
         seen = ""
-        if self._entrances is None:
+        if self._whereabouts is None:
             return seen
-        for rank in absent:
-            key = self._keys[rank]
-            name = self._entrances.get(key).decode() if self._entrances.check([key]) else ""
-            if name and name != self.name:
-                seen += f"; rank {rank} was last seen entering join() of {name}: models are joined in one order"
+        for rank in ranks:
+            place = self._whereabouts.place(rank)
+            here = place == f"waiting in {self.name}"  # in vain, earlier
+            if here:
+                continue
+            seen += f"; rank {rank} {self._whereabouts.last_seen(rank)}"
+            if place.startswith("waiting in join() of") and self.name.startswith("join() of"):
+                seen += "; all ranks join their models in one order"
         return seen
 
     def _current(self) -> int:
@@ -134,3 +150,36 @@ class MeetingPlace:
         stands = self._store.compare_set(f"{number}/verdict", "", verdict).decode()
         self._store.compare_set("now", str(number) if number else "", str(number + 1))
         return stands
+
+
+class _Patience:
+    """For how long to wait for which rank: a deadline from its last sign of progress, no longer for one that is gone.
+
+    Args:
+        whereabouts: where signs of progress are found, if anywhere.
+        processes: each rank's number there.
+        deadline_s: longest wait for a rank that shows none, in seconds.
+    """
+
+    def __init__(self, whereabouts: Whereabouts | None, processes: Sequence[int], deadline_s: float) -> None:
+        self._whereabouts = whereabouts
+        self._processes = processes
+        self._deadline_s = deadline_s
+        self._began = self._looked = time.monotonic()
+        self._beats: dict[int, object] = {}
+        self._changed: dict[int, float] = {}
+
+    def exhausted(self, missing: Sequence[int]) -> list[int]:
+        """Return the missing ranks for which there is no use in waiting on."""
+        now = time.monotonic()
+        gone: list[int] = []
+        if self._whereabouts is not None and now - self._looked >= _LOOK_S:
+            self._looked = now
+            for rank in missing:
+                beat = self._whereabouts.beat(self._processes[rank])
+                if self._beats.setdefault(rank, beat) != beat:
+                    self._beats[rank], self._changed[rank] = beat, now
+                if self._whereabouts.state(self._processes[rank]) == "gone":
+                    gone.append(rank)
+        late = [rank for rank in missing if now - self._changed.get(rank, self._began) > self._deadline_s]
+        return sorted({*gone, *late})

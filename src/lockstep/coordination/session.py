@@ -1,5 +1,6 @@
 """Every rank takes part until all have finished, whatever its script does meanwhile."""
 
+import os
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
-from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
+from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 # After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure. Where
 # it can be seen that another rank wants a step, pauses are longer: they end when one does, and only show that this rank
@@ -65,6 +66,7 @@ class Session:
         self._untold = False
         self._owner: int | None = None
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         self._ctrl_c = HeldBackInterrupt()
 
     def __enter__(self) -> "Session":
@@ -119,6 +121,10 @@ class Session:
         """
         if num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens} on DP rank {self._data_parallel_rank}")
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"process {os.getpid()} was forked from process {self._pid}, which is the rank: call the model there"
+            )
         if self._owner == threading.get_ident():
             raise RuntimeError("a step was begun inside a step: call end_step() first")
         self._ctrl_c.hold()
@@ -127,15 +133,15 @@ class Session:
         except BaseException:
             self._ctrl_c.let_go()
             raise
-        pause_s = _PAUSE_S[0]
+        pause_s, since = _PAUSE_S[0], time.monotonic()
         while True:
             try:
                 decision = self._agree(num_tokens)
                 if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens:
                     return decision
-                # Not yet: a rank of this one's tensor-parallel group is not there.
                 if decision.runs_step:
                     self._idle(decision)
+                self._check_sharers(decision, num_tokens, time.monotonic() - since)
             except BaseException as error:
                 self._stop_by(error)
                 self._release()
@@ -150,6 +156,29 @@ class Session:
             except BaseException:  # between two agreements nobody waits for this rank's rows
                 self._release()
                 raise
+
+    def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
+        """See whether the ranks that share this rank's requests will bring the same rows to a step.
+
+        Raises:
+            RankAbsentError: one of them has left its block, or has not called the model before the deadline.
+        """
+        coordinator = self.coordinator
+        size = coordinator.tensor_parallel_size
+        first = self._data_parallel_rank * size
+        rows, unfinished = decision.said.column("num_tokens"), decision.said.column("unfinished")
+        missing = [rank for rank in range(first, first + size) if not rows[rank]]
+        left = [rank for rank in missing if not unfinished[rank]]
+        if not left and waited_s <= coordinator.deadline_s:
+            return
+        name = coordinator.recorder.name
+        numbers = tuple(name(rank) for rank in left or missing)
+        how = "have left their block" if left else f"have not called the model for {coordinator.deadline_s:g} s"
+        raise RankAbsentError(
+            f"rank {name(coordinator.rank)}: a step of {num_tokens} rows cannot begin: ranks {list(numbers)}, which "
+            f"share its requests, {how}",
+            numbers,
+        )
 
     def end_step(self) -> None:
         """Leave the step that `begin_step` began. Ctrl-C that came during the step is raised here."""
@@ -248,7 +277,11 @@ class Session:
 
     def _stop_by(self, error: BaseException) -> None:
         """End the session by an error that came out of an agreement, or announce it where that is still possible."""
-        if isinstance(error, LockstepError) or error is self._failure or not self.coordinator.usable:
+        if not self.coordinator.usable or error is self._failure:
+            self._end(error)
+        elif isinstance(error, RankAbsentError):  # of an agreement that has ended: the others do not know of it
+            self.fail(error)
+        elif isinstance(error, LockstepError):
             self._end(error)
         elif self.coordinator.under_way:  # the others may be running a step that this rank knows nothing of
             self.coordinator.give_up(error)

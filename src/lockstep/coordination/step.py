@@ -220,7 +220,9 @@ def _layout(record_class: type[StepRecord]) -> _Layout:
     return layout
 
 
-def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) -> StepDecision:
+def decide(
+    records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1, names: Sequence[int] | None = None
+) -> StepDecision:
     """Turn what all ranks said into what all ranks do. Pure: the same records give the same decision everywhere.
 
     The ranks of one tensor-parallel group share their requests, so they run them together or not at all: until all of
@@ -229,6 +231,7 @@ def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) 
     Args:
         records: one of each rank, in rank order, `[data_parallel_size * tensor_parallel_size]`, all of one class.
         tensor_parallel_size: ranks per tensor-parallel group, >= 1.
+        names: each rank's number for messages; by default its index.
 
     Returns:
         The decision.
@@ -248,12 +251,14 @@ def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) 
     layout, columns = _layout(said.record_class), said.columns
     for place in layout.must_be_equal:
         if len(set(columns[place])) > 1:
-            raise RankMismatchError(f"ranks disagree about {layout.names[place]}: {_by_rank(columns[place])}")
+            raise RankMismatchError(f"ranks disagree about {layout.names[place]}: {_by_rank(columns[place], names)}")
     values: dict[str, Any] = dict(zip(layout.names, map(call, layout.reducers, columns), strict=True))
     num_tokens: tuple[int, ...] = values["num_tokens"]
     if min(num_tokens) < 0:
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
-        raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {rank}")
+        raise TokenCountError(
+            f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {names[rank] if names else rank}"
+        )
 
     if values["failed"]:
         counts = (0,) * (num_ranks // tensor_parallel_size)
@@ -263,10 +268,11 @@ def decide(records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1) 
         groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, num_ranks, tensor_parallel_size)]
         for number, group in enumerate(groups):
             if min(group) > 0 and len(set(group)) > 1:
-                first = number * tensor_parallel_size
+                members = range(number * tensor_parallel_size, (number + 1) * tensor_parallel_size)
+                first, last = (_name(rank, names) for rank in (members[0], members[-1]))
                 raise RankMismatchError(
                     f"the ranks of tensor-parallel group {number} share their requests but are about to run "
-                    f"{list(group)} rows (ranks {first} to {first + tensor_parallel_size - 1})"
+                    f"{list(group)} rows (ranks {first} to {last})"
                 )
         counts = tuple([min(group) for group in groups])
     return StepDecision(said, counts, values)
@@ -327,7 +333,9 @@ class Alike(Sequence[Wire]):
         return self.head + self.bodies[start : start + size]
 
 
-def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord]) -> Said:
+def decode(
+    received: Sequence[Wire], mine: Wire, record_class: type[StepRecord], names: Sequence[int] | None = None
+) -> Said:
     """Check every rank's head against the others' and return what the records say.
 
     Every rank checks all heads, so either all ranks raise or none does.
@@ -336,6 +344,7 @@ def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord])
         received: what each rank sent, `[ranks]`; `Alike` only with the head of `mine`.
         mine: what this rank sent.
         record_class: the class of this rank's record.
+        names: each rank's number for messages; by default its index.
 
     Raises:
         RankMismatchError: naming the first part of the head that differs and each rank's value of it.
@@ -343,21 +352,21 @@ def decode(received: Sequence[Wire], mine: Wire, record_class: type[StepRecord])
     layout = _layout(record_class)
     if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
         if crc32(received.bodies, _CRC) != _CRC:
-            raise _mismatch(received, mine)
+            raise _mismatch(received, mine, names)
         return Said(record_class, layout.columns_of(layout.table(received.num_ranks).unpack(received.bodies)))
     rows = []
     my_head = (_words(mine) or ())[1:HEAD_WORDS]
     for wire in received:
         words = _words(wire)
         if words is None or words[1:HEAD_WORDS] != my_head:
-            raise _mismatch(received, mine)
+            raise _mismatch(received, mine, names)
         body = words[HEAD_WORDS:-1]
         if len(words) == layout.num_words:
             rows.append([_signed(word) for word in body])
         elif len(words) == layout.num_words_large:
             rows.append([low | _signed(high) << 32 for low, high in zip(body[::2], body[1::2], strict=True)])
         else:
-            raise _mismatch(received, mine)
+            raise _mismatch(received, mine, names)
     return Said(record_class, tuple(zip(*rows, strict=True)))
 
 
@@ -386,18 +395,18 @@ _HEAD_NAMES = (
 )  # fmt: skip
 
 
-def _mismatch(received: Sequence[Wire], mine: Wire) -> RankMismatchError:
+def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None) -> RankMismatchError:
     """Say what is wrong with the ranks' words. Something is."""
     heads = []
     for rank, wire in enumerate(received):
         words = _words(wire)
         if words is None:
-            return RankMismatchError(f"rank {rank} sent a record that is damaged or not Lockstep's")
+            return RankMismatchError(f"rank {_name(rank, names)} sent a record that is damaged or not Lockstep's")
         heads.append(words[:HEAD_WORDS])
     for part in (1, 2, 3, 4, 5, 6, 7, 0):  # unlike lengths of records that are otherwise alike are no fault
         column = [head[part] for head in heads]
         if len(set(column)) > 1:
-            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[part]}: {_by_rank(column)}")
+            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[part]}: {_by_rank(column, names)}")
     # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
     sent = struct.unpack("<" + HEAD_WORDS * "I4x", mine[:HEAD_BYTES])
     return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
@@ -425,8 +434,12 @@ def decode_message(wire: Wire) -> bytes:
     return _message_body.pack(*words[HEAD_WORDS + 1 :])[: min(words[HEAD_WORDS], MESSAGE_BYTES)]
 
 
-def odd_ones_out(values: Sequence[Any]) -> str:
+def odd_ones_out(values: Sequence[Any], names: Sequence[int] | None = None) -> str:
     """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says.
+
+    Args:
+        values: what each rank says.
+        names: each rank's number for the text; by default its index.
 
     Example:
         >>> odd_ones_out([4, 5, 4])
@@ -436,16 +449,22 @@ def odd_ones_out(values: Sequence[Any]) -> str:
     odd = [rank for rank, value in enumerate(values) if value != most]
     if not 0 < len(odd) < len(values) / 2:
         return ""
-    named = ", ".join(map(str, odd))
+    named = ", ".join(str(_name(rank, names)) for rank in odd)
     return f"; rank {named} differs from the others" if len(odd) == 1 else f"; ranks {named} differ from the others"
 
 
-def _by_rank(values: Sequence[int]) -> str:
+def _name(rank: int, names: Sequence[int] | None) -> int:
+    return names[rank] if names is not None else rank
+
+
+def _by_rank(values: Sequence[int], names: Sequence[int] | None) -> str:
     """Return `rank 0: 4, rank 1: 5`, ranks with the same value together where there are many."""
+    names = names or range(len(values))
     if len(values) <= 8:
-        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values)) + odd_ones_out(values)
+        listed = ", ".join(f"rank {rank}: {value}" for rank, value in zip(names, values, strict=True))
+        return listed + odd_ones_out(values, names)
     groups: dict[int, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in zip(names, values, strict=True):
         groups.setdefault(value, []).append(rank)
     return "; ".join(
         f"{value} on {len(ranks)} ranks ({', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''})"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.flight_recorder import FlightRecorder, recorder_of
+from lockstep.coordination.flight_recorder import FlightRecorder, members_of, recorder_of
 from lockstep.coordination.transports import wait_for, wait_until
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
@@ -213,6 +213,31 @@ def await_last(recorder: FlightRecorder) -> None:
         unfinished()
 
 
+def await_work(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
+    """Wait for a collective that was issued elsewhere as for those of this module.
+
+    Args:
+        work: of the collective.
+        name: what messages call it.
+        group: in which it runs.
+        deadline_s: longest wait in seconds.
+
+    Raises:
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    _finish(work, name, group, deadline_s)
+
+
+def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until all ranks of a group have come. Raises as `await_work`.
+
+    Args:
+        group: gloo or NCCL.
+        deadline_s: longest wait in seconds.
+    """
+    await_work(dist.barrier(group, async_op=True), "barrier", group, deadline_s)
+
+
 def _exchange(
     name: str,
     noted_sizes: Sequence[int],
@@ -259,7 +284,7 @@ def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: flo
             f"{name} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
         )
         if recorder is not None:
-            raise recorder.absent(waited_for) from error
+            raise recorder.absent(waited_for, among=members_of(group)) from error
         raise RankAbsentError(f"rank {dist.get_rank(group)}: {waited_for}; its group is not used again") from error
 
 

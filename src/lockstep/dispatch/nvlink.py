@@ -17,6 +17,7 @@ import triton
 
 from lockstep.coordination.flight_recorder import recorder_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts
+from lockstep.dispatch.collectives import barrier
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
 from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS
@@ -436,8 +437,11 @@ class NvlinkDispatcher:
             )
         if code != FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
-        late = f"rank {absent} did not come within {self._deadline_s:g} s; rank {reporter} gave up first"
         recorder = recorder_of(self._group)
+        absent_name, reporter_name = absent, reporter
+        if recorder is not None:
+            absent_name, reporter_name = recorder.name(absent), recorder.name(reporter)
+        late = f"rank {absent_name} did not come within {self._deadline_s:g} s; rank {reporter_name} gave up first"
         if recorder is not None:
             raise recorder.absent(late, (absent,))
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
@@ -453,7 +457,7 @@ class NvlinkDispatcher:
     def reset(self) -> None:
         """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
         _synchronize(self.device)
-        dist.barrier(self._group)
+        barrier(self._group, self._deadline_s)
         for channel in self._channels:
             channel.buffer[: self.layout.scales].zero_()
             channel.cells.copy_(torch.tensor(_FIRST_CELLS))
@@ -465,7 +469,7 @@ class NvlinkDispatcher:
         """After the buffers were zeroed: clear the status and let no rank go on before all are ready."""
         _synchronize(self.device)
         self._status.zero_()
-        dist.barrier(self._group)
+        barrier(self._group, self._deadline_s)
 
     def _warm_up(self) -> None:
         """Compile and load the kernels with a round of zero tokens, before anybody waits for anybody in earnest."""

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import read_arguments
-from lockstep.models.groups import find_group, own_device, parallel_config, tensor_parallel_mesh
+from lockstep.models.groups import (
+    find_group,
+    own_device,
+    parallel_config,
+    tensor_parallel_group,
+    tensor_parallel_mesh,
+)
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.models.parallel import EXPERTS_IMPLEMENTATION, OUTSIDE, ModelParallel, parallel_of
 from lockstep.models.seal import weights_are_there
@@ -72,10 +78,13 @@ def from_pretrained(
     _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
     placed = read_arguments(kwargs, dtype, device).device
     kwargs.pop("device_map", None)  # said by `placed` from here on
-    group = find_group(process_group)
+    group = find_group(process_group, deadline_s)
     config = parallel_config(group, tensor_parallel_size)
     device = own_device(placed)
-    tp_mesh = tensor_parallel_mesh(config, group, device.type) if tensor_parallel_size > 1 else None
+    attention, tp_mesh = None, None
+    if tensor_parallel_size > 1:
+        attention = tensor_parallel_group(config, group, device, deadline_s)
+        tp_mesh = tensor_parallel_mesh(attention, device.type)
     loaded = load_pretrained(
         path,
         ep_rank=config.rank,
@@ -84,12 +93,14 @@ def from_pretrained(
         dtype=dtype,
         device=device,
         process_group=group,
+        deadline_s=deadline_s,
         **kwargs,
     )
     if group is None:
         return loaded
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    _attach(ModelParallel(model, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
+    options = (max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch)
+    _attach(ModelParallel(model, config, group, *options, attention_group=attention))
     return loaded
 
 
@@ -124,7 +135,7 @@ def parallelize(
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
     _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
-    group = find_group(process_group)
+    group = find_group(process_group, deadline_s)
     if group is None:
         find_experts(model)
         return model
@@ -233,6 +244,8 @@ def _attach(parallel: ModelParallel) -> None:
             True  # decode steps are graphs of ours, which agree before each replay
         )
     model.forward = forward
+    if hasattr(model, "generate"):
+        model.generate = _without_synced_gpus(model.generate)
     model.save_pretrained = _refuse_to_save
     model.__dict__["_lockstep_parallel"] = parallel
     _keep_wrappers_off(model)
@@ -258,6 +271,19 @@ class _RefusedByDDP:
             "DistributedDataParallel would send rank 0's experts to all ranks: a model that is spread over the ranks "
             "needs no wrapper, use it as it is inside `with lockstep.join(model):`"
         )
+
+
+def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `generate` without Transformers' own way to keep ranks together.
+
+    It is not needed inside `join`, and waits in the default group for a call that the other ranks may never make.
+    """
+
+    @functools.wraps(generate)
+    def call(*args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
+        return generate(*args, synced_gpus=None if synced_gpus is None else False, **kwargs)
+
+    return call
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

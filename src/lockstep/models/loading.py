@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lockstep.errors import ConfigurationError
+from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import change_config, read_arguments
 from lockstep.models.checkpoint import check_files, check_scales, refuse_leftovers, undeclared_quantisation
+from lockstep.models.groups import Start
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Quantisations that Transformers undoes while it loads, in a way that was tried with experts split over ranks.
 _DEQUANTISED_ON_LOAD = ("mxfp4", "fp8")
-_MESSAGE_BYTES = 2048
 
 
 def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -88,6 +88,7 @@ def load_pretrained(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     process_group: ProcessGroup | None = None,
+    deadline_s: float = 30.0,
     **kwargs: Any,
 ) -> Any:
     """Load a checkpoint so that this rank holds the dense weights and its own experts.
@@ -107,6 +108,7 @@ def load_pretrained(
         local_files_only: never ask the Hub.
         trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
         process_group: with it, what is wrong on one rank is raised on all of them, in the same words.
+        deadline_s: longest wait for a rank of the group that is not there, or there and makes no progress, in seconds.
         **kwargs: what else Transformers' `from_pretrained` takes, and attributes of the config; see
             `lockstep.models.arguments`.
 
@@ -117,6 +119,8 @@ def load_pretrained(
     Raises:
         ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model, a quantisation that
             is not undone on load, or ranks that do not divide the experts.
+        PeerFailedError: another rank of the group raised anything else.
+        RankAbsentError: a rank of the group did not come in time.
     """
     if ep_size < 1 or not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
@@ -136,7 +140,8 @@ def load_pretrained(
             check_scales(tensors)
         return folder, config, _class_of(config, folder, trust_remote_code), quantization
 
-    folder, config, model_class, quantization = _together(look, process_group)
+    together = _Together(process_group, str(path), deadline_s)
+    folder, config, model_class, quantization = together.do(look)
 
     def load() -> Any:
         loading_class = _sharding_class(
@@ -159,7 +164,7 @@ def load_pretrained(
         model.config.distributed_config = None
         return (model, loading_info) if arguments.output_loading_info else model
 
-    return _together(load, process_group)
+    return together.do(load)
 
 
 def _resolve(
@@ -411,32 +416,62 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
         raise ConfigurationError(f"checkpoint {folder}: {type(error).__name__}: {error}") from error
 
 
-def _together(action: Callable[[], Any], process_group: ProcessGroup | None) -> Any:
-    """Run `action` on every rank of the group; if it fails on any, the same error is raised on all of them."""
-    result, own = None, None
-    try:
-        result = action()
-    except ConfigurationError as error:
-        own = error
-    if process_group is None or torch.distributed.get_world_size(process_group) == 1:
-        if own is not None:
+class _Together:
+    """Does one thing after another on every rank of a group; what fails on one rank is raised on all of them.
+
+    Args:
+        process_group: the ranks; None for this process alone.
+        what: is loaded, for messages.
+        deadline_s: longest wait for a rank that is not there, or there and makes no progress, in seconds.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None, what: str, deadline_s: float) -> None:
+        self._start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
+        self._key = f"loading/{self._start.next_number('loading')}" if self._start is not None else ""
+        self._what = what
+        self._deadline_s = deadline_s
+        self._parts = 0
+
+    def do(self, action: Callable[[], Any]) -> Any:
+        """Run `action` and return what it returns, once it has succeeded on every rank.
+
+        Raises:
+            ConfigurationError: of any rank, on all of them.
+            PeerFailedError: another rank raised anything else; that rank raises it itself.
+            RankAbsentError: a rank did not come in time.
+        """
+        start = self._start
+        if start is None:
+            return action()
+        start.meeting_place(f"{self._key}/before {self._parts}", f"the loading of {self._what}").meet(
+            {}, self._deadline_s, once=True
+        )
+        result: Any = None
+        own: BaseException | None = None
+        try:
+            with start.whereabouts.working(f"loading {self._what}"):
+                result = action()
+        except BaseException as error:  # whatever it is, the other ranks wait for this one
+            own = error
+        key = f"{self._key}/after {self._parts}"
+        self._parts += 1
+        facts = {"type": "", "message": ""} if own is None else {"type": type(own).__name__, "message": str(own)}
+        meeting = start.meeting_place(key, f"the end of the loading of {self._what}")
+        try:
+            answers = meeting.meet(facts, self._deadline_s, once=True)
+        except RankAbsentError:
+            if own is not None:
+                raise own from None
+            raise
+        failed = {rank: answer for rank, answer in zip(start.processes, answers, strict=True) if answer["type"]}
+        if not failed:
+            return result
+        if own is not None and not isinstance(own, ConfigurationError):
             raise own
-        return result
-    messages = _exchange("" if own is None else str(own), process_group)
-    failed = [rank for rank, message in enumerate(messages) if message]
-    if failed:
-        ranks = "every rank" if len(failed) == len(messages) else f"rank {', '.join(map(str, failed))}"
-        raise ConfigurationError(f"{messages[failed[0]]} (seen on {ranks})") from own
-    return result
-
-
-def _exchange(message: str, process_group: ProcessGroup) -> list[str]:
-    """Every rank's message, in rank order; fixed size, so that no count has to be agreed first."""
-    device = "cuda" if torch.distributed.get_backend(process_group) == "nccl" else "cpu"
-    encoded = message.encode()[: _MESSAGE_BYTES - 1]
-    own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    size = torch.distributed.get_world_size(process_group)
-    gathered = [torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(size)]
-    torch.distributed.all_gather(gathered, own.to(device), group=process_group)
-    return [bytes(entry.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for entry in gathered]
+        others = [rank for rank, answer in failed.items() if answer["type"] != ConfigurationError.__name__]
+        if others:
+            text = f"{failed[others[0]]['type']}: {failed[others[0]]['message']}"
+            stops = f"rank {start.processes[start.rank]} stops loading {self._what}"
+            raise PeerFailedError(f"{stops}: rank {others[0]} raised {text}", others[0], text) from own
+        seen = "every rank" if len(failed) == len(answers) else f"rank {', '.join(map(str, failed))}"
+        raise ConfigurationError(f"{next(iter(failed.values()))['message']} (seen on {seen})") from own

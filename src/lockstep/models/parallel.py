@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
 from lockstep.coordination.forward_context import ForwardContext, in_forward_context, set_forward_context
-from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
+from lockstep.coordination.termination import speak_before_termination
 from lockstep.coordination.transports import wait_until
 from lockstep.dispatch.base import Dispatcher
 from lockstep.dispatch.choose import AutoDispatcher, can_map, make_dispatcher, make_mapped_dispatcher, mapping_facts
-from lockstep.dispatch.collectives import await_last
+from lockstep.dispatch.collectives import all_gatherv, await_last
 from lockstep.dispatch.constants import DispatchConstants, constants_for
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankMismatchError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan
@@ -29,9 +28,10 @@ from lockstep.metadata.config import ParallelConfig
 from lockstep.metadata.dp_metadata import DPMetadata
 from lockstep.models import transformers_internals as internals
 from lockstep.models.graphs import StepGraphs
-from lockstep.models.groups import abort, open_groups
+from lockstep.models.groups import Start, abort, open_groups
 from lockstep.models.loading import find_experts
 from lockstep.models.seal import Seal, weights_are_there
+from lockstep.models.watched_group import WatchedGroup
 from lockstep.moe.experts import FEW_ROWS, LocalExperts
 from lockstep.moe.layer import MoELayer
 
@@ -43,8 +43,6 @@ OUTSIDE = (
     "on every rank"
 )
 """What a call of such a model says outside of `join`; the class is put in."""
-
-_models = itertools.count()
 
 # Kernels that wait for a rank end at the deadline by themselves, and then say for which: until then, and a little more.
 _KERNELS_S = 0.5
@@ -65,6 +63,7 @@ class ModelParallel:
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
         fp8_dispatch: send rows to their experts in fp8.
+        attention_group: that the model's tensor-parallel layers run their collectives on, where it has any.
 
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
@@ -83,6 +82,7 @@ class ModelParallel:
         deadline_s: float,
         debug: bool = False,
         fp8_dispatch: bool = False,
+        attention_group: WatchedGroup | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -98,21 +98,18 @@ class ModelParallel:
         self.recorder: FlightRecorder
         self.session: Session | None = None
         self._process_group = process_group
+        self._attention_group = attention_group
+        self._start = Start(process_group)
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
-        number, store = next(_models), dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"lockstep/{number}", store)
+        number = self._start.next_number("model")
+        self._store = dist.PrefixStore(str(number), self._start.store)
         self._groups: list[dist.ProcessGroup] = []
         self._mapped: dict[tuple[int, ...], Dispatcher] = {}
         self._can_map = False
         self._constants: DispatchConstants | None = None  # for `auto`, which chooses by them
         self._epoch = -1
-        self._meeting = MeetingPlace(
-            self._store,
-            config.rank,
-            config.world_size,
-            name=f"{type(model).__name__} (model {number})",
-            entrances=dist.PrefixStore("lockstep/entrances", store),
-            processes=dist.get_process_group_ranks(process_group),
+        self._meeting = self._start.meeting_place(
+            f"{number}/join", f"join() of {type(model).__name__} (model {number})"
         )
         self._plan: ChunkPlan | None = None
         self._captured: tuple[torch.Tensor, bool] | None = None
@@ -178,7 +175,8 @@ class ModelParallel:
         for name in self._settings():
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
-                listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+                pairs = zip(self._start.processes, values, strict=True)
+                listed = ", ".join(f"rank {rank}: {value}" for rank, value in pairs)
                 raise RankMismatchError(f"ranks disagree about {name}: {listed}")
         if all(answer["usable"] for answer in answers) and len({answer["epoch"] for answer in answers}) == 1:
             return
@@ -247,7 +245,7 @@ class ModelParallel:
             failure = error
             raise
         finally:
-            self._end_step(plan, failure)
+            self._end_step(plan, failure, leaves_attention=True)
         if waits:
             self._await_step()
 
@@ -333,6 +331,31 @@ class ModelParallel:
             )
         return output
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Give every rank what each rank has, outside of steps. Collective over all ranks, after `open`.
+
+        Args:
+            data: of this rank; any number of bytes, none too.
+
+        Returns:
+            Each rank's, `[ranks]`.
+
+        Raises:
+            RankAbsentError: a rank did not come in time; the groups are not used again.
+        """
+        control = self._groups[0]
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+        try:
+            self.recorder.mark(Phase.MERGE)
+            ones = [1] * self.config.world_size
+            (lengths,) = all_gatherv([torch.tensor([[len(data)]])], ones, control, self.deadline_s)
+            sizes = lengths.flatten().tolist()
+            (everything,) = all_gatherv([mine.view(-1, 1)], sizes, control, self.deadline_s)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        return [bytes(part.flatten().tolist()) for part in everything.split(sizes)]
+
     def _run_idle_layers(self, plan: ChunkPlan) -> None:
         for index, layer in enumerate(self.layers):
             self._layers_done = index + 1
@@ -367,8 +390,13 @@ class ModelParallel:
             self._plan = ChunkPlan(counts, tp_size, limit, rank)
         return self._plan
 
-    def _end_step(self, plan: ChunkPlan, failure: BaseException | None) -> None:
+    def _end_step(self, plan: ChunkPlan, failure: BaseException | None, leaves_attention: bool = False) -> None:
         """Run the step's remaining layers without rows of this rank, unless its groups are in an unknown state."""
+        if failure is not None and leaves_attention and self._attention_group is not None:
+            # Whoever shares this rank's requests waits for it in a layer that it can no longer take part in.
+            self._plan = None
+            self._give_up(failure)
+            return
         own: Exception | None = None
         while self._layers_done < len(self.layers) and self._in_step():
             self._layers_done += 1
@@ -464,8 +492,9 @@ class ModelParallel:
             self._await_layers()
             spoiled_by = self.recorder.spoiled_by()
             if spoiled_by is not None:
-                text = f"rank {self.config.rank} stops in step {self.recorder.step}"
-                raise PeerFailedError(f"{text}: the experts of rank {spoiled_by} failed", spoiled_by)
+                own, blamed = self.recorder.name(self.config.rank), self.recorder.name(spoiled_by)
+                text = f"rank {own} stops in step {self.recorder.step}"
+                raise PeerFailedError(f"{text}: the experts of rank {blamed} failed", blamed)
         return output.view_as(hidden_states)
 
     def _run_captured_layer(
@@ -488,14 +517,23 @@ class ModelParallel:
 
     def _open_groups(self, epoch: int) -> None:
         config, tp_size = self.config, self.config.tensor_parallel_size
-        groups = open_groups(self._process_group, config, self.device, self.deadline_s, epoch)
+        groups = open_groups(self._process_group, config, self.device, self.deadline_s, epoch, self._start)
         self._groups, data, tp_group = groups.opened, groups.data, groups.tensor_parallel
         self.recorder = FlightRecorder(
-            config.rank, config.world_size, board=groups.board, store=self._store, epoch=epoch, debug=self.debug
+            config.rank,
+            config.world_size,
+            board=groups.board,
+            store=self._store,
+            epoch=epoch,
+            debug=self.debug,
+            processes=self._start.processes,
         )
-        watch_group(data, self.recorder)
-        if tp_group is not None:
-            watch_group(tp_group, self.recorder)
+        speak_before_termination(self.recorder)
+        first = config.data_parallel_rank * tp_size
+        for group in groups.opened:
+            watch_group(group, self.recorder, range(first, first + tp_size) if group is tp_group else ())
+        if tp_group is not None and self._attention_group is not None:
+            self._attention_group.inner = tp_group
         self._epoch = epoch
         self.coordinator = Coordinator(
             transport=groups.transport,

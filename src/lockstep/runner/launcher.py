@@ -6,17 +6,19 @@ import math
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import lockstep.errors
+from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
+from lockstep.runner.leftovers import STORE, end_with_parent, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,13 @@ _PRELOAD = (
 # How long the other ranks may go on once one has failed: they need it to notice, and to say so.
 _AFTER_FAILURE_S = 3.0
 _AFTER_INTERRUPT_S = 0.5
+_AFTER_KILL_S = 5.0
+# Ranks are forked from a server that has everything imported, but many of them on few cores take their time.
+_START_S = 5.0
+_LOOK_S = 0.25
+# What the ranks themselves find out comes first: it says more.
+_MARGIN_S = 1.5
+_ECHOES = ("PeerFailedError", "RankAbsentError")
 _INTERRUPTED = 130
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
@@ -49,6 +58,7 @@ def launch(
     *args: Any,
     max_restarts: int = 0,
     limit_s: float | None = None,
+    deadline_s: float = 30.0,
     preload: Sequence[str] = _PRELOAD,
 ) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
@@ -57,15 +67,18 @@ def launch(
 
     Args:
         num_ranks: how many, >= 1.
-        function: what each rank runs; importable by name.
+        function: what each rank runs; importable by name. All ranks end it at about the same time.
         *args: its arguments.
         max_restarts: how often all ranks are started again after one of them died or did not answer before its
             deadline. The function finds the number of restarts in `RESTARTS_VARIABLE`, as under torchrun.
         limit_s: how long all of it may take, in seconds; None for as long as it takes.
+        deadline_s: longest wait, in seconds, for a rank: to start, to go on where it was stopped, and to end once
+            another one has.
         preload: modules that the server imports from which ranks are forked. It is started once per process.
 
     Raises:
         LockstepError: what the first failing rank raised, if it was one; ranks that did not end within `limit_s`.
+        RankAbsentError: ranks that were stopped, or that did not end after the others had.
         PeerFailedError: for any other exception of a rank, or its death; carries message and rank.
         KeyboardInterrupt: after Ctrl-C, when all ranks have ended (within two seconds).
     """
@@ -73,7 +86,7 @@ def launch(
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
     for restarts in range(max_restarts + 1):
         try:
-            return _launch_once(num_ranks, function, args, restarts, limit_s, preload)
+            return _launch_once(num_ranks, function, args, restarts, limit_s, deadline_s, preload)
         except _Lost as lost:
             if restarts == max_restarts:
                 raise lost.error from None
@@ -87,28 +100,26 @@ def _launch_once(
     args: tuple[Any, ...],
     restarts: int,
     limit_s: float | None,
+    deadline_s: float,
     preload: Sequence[str],
 ) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    ends = None if limit_s is None else time.monotonic() + limit_s
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+    with run_folder() as folder:
         ranks: list[tuple[Any, Connection]] = []
         try:
-            # The server that ranks are forked from inherits the mask: Ctrl-C is for this process and the ranks.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            for rank in range(num_ranks):
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_rank_main,
-                    args=(rank, num_ranks, folder, sender, function, args, restarts),
-                    name=f"rank-{rank}",
-                )
-                process.start()
-                sender.close()
-                ranks.append((process, receiver))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            return _watch(ranks, ends, limit_s)
+            with _uninterrupted():
+                for rank in range(num_ranks):
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(
+                        target=_rank_main,
+                        args=(rank, num_ranks, str(folder), sender, function, args, restarts, deadline_s),
+                        name=f"rank-{rank}",
+                    )
+                    process.start()
+                    sender.close()
+                    ranks.append((process, receiver))
+            return _Watch(ranks, limit_s, deadline_s).result()
         except KeyboardInterrupt:
             for process, _ in ranks:
                 if process.is_alive():
@@ -119,58 +130,135 @@ def _launch_once(
                 process.join(max(0.0, until - time.monotonic()))
             raise
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for process, receiver in ranks:
                 if process.is_alive():
                     process.kill()
-                process.join()
+                process.join(_AFTER_KILL_S)
                 receiver.close()
 
 
-def _watch(ranks: list[tuple[Any, Connection]], ends: float | None, limit_s: float | None) -> Any:
-    """Wait for all ranks; once one has failed, only a little longer for the others."""
-    result: Any = None
-    failures: list[tuple[int, str, str]] = []
-    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
-    until = ends
-    while waiting:
-        ready = wait(list(waiting), timeout=None if until is None else max(0.0, until - time.monotonic()))
-        if not ready:
-            break
-        for receiver in ready:
-            assert isinstance(receiver, Connection)
-            rank = waiting.pop(receiver)
-            try:
-                kind, value = receiver.recv()
-            except (EOFError, ConnectionResetError):
-                process = ranks[rank][0]
-                process.join(1.0)
-                kind, value = "died", f"its process ended with exit code {process.exitcode}"
-                if process.exitcode == _INTERRUPTED:
-                    kind = "KeyboardInterrupt"
-            if kind == "done":
-                result = value if rank == 0 else result
-            else:
-                failures.append((rank, kind, value))
-                until = min(until or math.inf, time.monotonic() + _AFTER_FAILURE_S)
-    if not failures and waiting:
-        late = ", ".join(map(str, sorted(waiting.values())))
-        raise LockstepError(f"rank {late} did not end within {limit_s:g} s")
-    if not failures:
-        return result
-    # The cause, not its echoes: a rank that reports another's failure comes last.
-    failures.sort(key=lambda failure: failure[1] in ("PeerFailedError", "RankAbsentError"))
-    rank, kind, message = failures[0]
-    if kind == "died":
-        raise _Lost(PeerFailedError(f"rank {rank} failed: {message}", rank, message))
-    if kind == "RankAbsentError":  # and none that says more
-        raise _Lost(RankAbsentError(message))
-    if kind == "OSError":  # a full disk is no fault of the ranks
-        raise OSError(f"rank {rank}: {message}")
-    error_class = getattr(lockstep.errors, kind, None)
-    if isinstance(error_class, type) and issubclass(error_class, LockstepError):
-        raise error_class(message)
-    raise PeerFailedError(f"rank {rank} failed: {message}", rank, message)
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back in the block: a rank that is only half started would be known to nobody.
+
+    The server that ranks are forked from is started in it and inherits the mask: Ctrl-C is for this process and the
+    ranks. The mask alone does not hold back what another thread of this process receives.
+    """
+    resource_tracker.ensure_running()  # which lifts the mask when it starts
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for held in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(held) is not None:
+                    before[held] = signal.signal(held, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number in came:
+            signal.raise_signal(number)
+
+
+class _Watch:
+    """Waits for all ranks: for one that was stopped, and for the last ones, at most as long as for any rank.
+
+    Args:
+        ranks: process and pipe of each.
+        limit_s: how long all of it may take, in seconds; None for as long as it takes.
+        deadline_s: longest wait for a rank, in seconds.
+    """
+
+    def __init__(self, ranks: list[tuple[Any, Connection]], limit_s: float | None, deadline_s: float) -> None:
+        self._ranks = ranks
+        self._limit_s = limit_s
+        self._deadline_s = deadline_s
+        self._waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+        self._failures: list[tuple[int, str, str]] = []
+        self._stopped_s = dict.fromkeys(range(len(ranks)), 0.0)
+        self._result: Any = None
+
+    def result(self) -> Any:
+        """Return what rank 0 returned, or raise what is worth most of what the ranks said."""
+        ends = math.inf if self._limit_s is None else time.monotonic() + self._limit_s
+        until, why = ends, f"did not end within {self._limit_s or 0:g} s"
+        while self._waiting:
+            looked = time.monotonic()
+            ready = wait(list(self._waiting), timeout=max(0.0, min(_LOOK_S, until - looked)))
+            for receiver in ready:
+                assert isinstance(receiver, Connection)
+                if self._take(receiver):
+                    limit_s, text = self._deadline_s + _MARGIN_S, "did not end within {:g} s after other ranks had"
+                else:
+                    limit_s, text = _AFTER_FAILURE_S, "did not end within {:g} s after another rank had failed"
+                if time.monotonic() + limit_s < until:
+                    until, why = time.monotonic() + limit_s, text.format(limit_s)
+            now = time.monotonic()
+            if not ready:
+                stopped = self._stopped_too_long(min(now - looked, 2 * _LOOK_S))
+                if stopped and not self._failures:
+                    raise self._absent(stopped, f"stood still for more than {self._deadline_s:g} s")
+            if not ready and now >= until:
+                break
+        if not self._failures and self._waiting:
+            late = sorted(self._waiting.values())
+            if until == ends:
+                raise LockstepError(f"rank {', '.join(map(str, late))} {why}")
+            raise self._absent(late, why)
+        if not self._failures:
+            return self._result
+        raise self._worst_failure()
+
+    def _take(self, receiver: Connection) -> bool:
+        """Take what a rank has sent, or note its death; return whether it has ended well."""
+        rank = self._waiting.pop(receiver)
+        try:
+            kind, value = receiver.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._ranks[rank][0]
+            process.join(1.0)
+            kind, value = "died", f"its process ended with exit code {process.exitcode}"
+            if process.exitcode == _INTERRUPTED:
+                kind = "KeyboardInterrupt"
+        if kind == "done":
+            self._result = value if rank == 0 else self._result
+        else:
+            self._failures.append((rank, kind, value))
+        return bool(kind == "done")
+
+    def _stopped_too_long(self, seconds: float) -> list[int]:
+        """Count for how long each rank has been stopped. Time in which this process was stopped too does not count."""
+        for rank in self._waiting.values():
+            stopped = self._state(rank) == "stopped"
+            self._stopped_s[rank] = self._stopped_s[rank] + seconds if stopped else 0.0
+        # A little later than the ranks themselves, which know more of each other.
+        limit_s = self._deadline_s + _MARGIN_S
+        return [rank for rank in sorted(self._waiting.values()) if self._stopped_s[rank] > limit_s]
+
+    def _state(self, rank: int) -> ProcessState:
+        return ProcessIdentity(self._ranks[rank][0].pid or 0, 0, pid_namespace()).state()
+
+    def _absent(self, ranks: list[int], why: str) -> _Lost:
+        states = "; ".join(f"the process of rank {rank} is {self._state(rank)}" for rank in ranks)
+        numbers = ", ".join(map(str, ranks))
+        return _Lost(RankAbsentError(f"rank{'s' if len(ranks) > 1 else ''} {numbers} {why}; {states}", tuple(ranks)))
+
+    def _worst_failure(self) -> Exception:
+        # The cause, not its echoes: a rank that reports another's failure comes last.
+        rank, kind, message = min(self._failures, key=lambda failure: failure[1] in _ECHOES)
+        if kind == "died":
+            return _Lost(PeerFailedError(f"rank {rank} failed: {message}", rank, message))
+        if kind == "RankAbsentError":  # and none that says more
+            stopped = [late for late in self._waiting.values() if self._state(late) == "stopped"]
+            return _Lost(RankAbsentError(message, tuple(stopped)))
+        if kind == "OSError":  # a full disk is no fault of the ranks
+            return OSError(f"rank {rank}: {message}")
+        error_class = getattr(lockstep.errors, kind, None)
+        if isinstance(error_class, type) and issubclass(error_class, LockstepError):
+            return error_class(message)
+        return PeerFailedError(f"rank {rank} failed: {message}", rank, message)
 
 
 def _rank_main(
@@ -181,44 +269,76 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     restarts: int,
+    deadline_s: float,
 ) -> None:
+    """A rank's life, from the first line to the last: whatever ends it, no traceback of ours is left on the terminal.
+
+    Until the handler stands, Ctrl-C is held back by the mask that the server of ranks has.
+    """
+    exit_code, pid = _INTERRUPTED, os.getpid()
+    try:
+        end_with_parent()
+        signal.signal(signal.SIGINT, _interrupt_once)
+        signal.signal(signal.SIGTERM, _terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+        os.environ[RESTARTS_VARIABLE] = str(restarts)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        message = _run_rank(rank, num_ranks, folder, function, args, deadline_s)
+        if os.getpid() == pid:
+            sender.send(message)
+            sender.close()
+        exit_code = int(message[0] != "done")
+    except Exception:
+        logger.exception("rank %d could not say how it ended", rank)
+        exit_code = 1
+    except SystemExit as ended:  # of a process that the function has forked: its exit is not this rank's
+        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        # At once: groups may be in any state, and waiting for an orderly end of them could take their whole time-out.
+        os._exit(exit_code)
+
+
+def _run_rank(
+    rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], deadline_s: float
+) -> tuple[str, Any]:
+    """Return `("done", result)`, or the kind of the error and its message."""
     import torch
     import torch.distributed as dist
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    os.environ[RESTARTS_VARIABLE] = str(restarts)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    exit_code = 0
+    from lockstep.models.groups import connect
+
+    pid = os.getpid()
     try:
         if num_ranks > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
             if torch.cuda.is_available():
                 torch.cuda.set_device(rank % torch.cuda.device_count())
-            store = dist.FileStore(str(Path(folder, "store")), num_ranks)
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
-        sender.send(("done", function(*args)))
-    except KeyboardInterrupt:
-        exit_code = _INTERRUPTED
-    except (LockstepError, OSError) as error:
-        kind = (
-            "OSError" if isinstance(error, OSError) and not isinstance(error, LockstepError) else type(error).__name__
-        )
-        sender.send((kind, str(error)))
-        exit_code = 1
+            store = dist.FileStore(str(Path(folder, STORE)), num_ranks)
+            connect(store, rank, num_ranks, max(deadline_s, _START_S))
+        return "done", function(*args)
     except BaseException as error:
+        if os.getpid() != pid:  # a forked child unwinds: it has no say in what becomes of this rank
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        if isinstance(error, LockstepError):
+            return type(error).__name__, str(error)
+        if isinstance(error, OSError):
+            return "OSError", str(error)
         logger.error("rank %d failed:\n%s", rank, traceback.format_exc())
-        sender.send((type(error).__name__, f"{type(error).__name__}: {error}"))
-        exit_code = 1
-    sender.close()
-    # At once: groups may be in any state, and waiting for an orderly end of them could take their whole time-out.
-    os._exit(exit_code)
+        return type(error).__name__, f"{type(error).__name__}: {error}"
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _terminate(*_: object) -> None:
+    """End at once: the launcher sees it, and says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _interrupt_once(*_: object) -> None:
+    """Raise `KeyboardInterrupt`, and ignore Ctrl-C from then on: the rank is ending."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
-from lockstep.dispatch import collectives
 from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
@@ -185,7 +183,10 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
         wall_s = time.perf_counter() - started
     finally:
         run.close()
-    return run.merge(wall_s)
+    result = run.merge(wall_s)
+    if parallel is not None:
+        parallel.close()
+    return result
 
 
 @dataclass
@@ -381,14 +382,5 @@ class _Run:
     def _all_lines(self, data: bytes) -> list[str]:
         """Every rank's lines; through the ranks' group, since several hosts need not share a disk."""
         if self.parallel is not None:
-            group = dist.group.WORLD
-            assert group is not None
-            size = torch.tensor([len(data)])
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.options.world_size)]
-            dist.all_gather(sizes, size)
-            mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-            gathered = collectives.all_gatherv(
-                [mine.view(-1, 1)], [int(size) for size in sizes], group, self.options.deadline_s
-            )[0]
-            data = bytes(gathered.flatten().tolist())
+            data = b"".join(self.parallel.gather_bytes(data))
         return data.decode().splitlines()

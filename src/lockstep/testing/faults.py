@@ -14,17 +14,21 @@ import torch
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
 from lockstep.coordination.step import WORD_BYTES, StepRecord, Wire
+from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.dispatch import collectives
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of
 
-FaultPhase = Literal["agreement", "model", "dispatch", "experts", "combine", "end"]
+FaultPhase = Literal["start", "load", "meet", "agreement", "model", "dispatch", "experts", "combine", "end", "merge"]
 Action = Literal[
     "raise", "exit", "kill", "stop", "delay", "ctrl_c", "skip", "swap", "wrong_size", "wrong_count", "corrupted_header",
     "other_protocol",
 ]  # fmt: skip
 PHASES: tuple[FaultPhase, ...] = get_args(FaultPhase)
 ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+_PLACES = {"start": "waiting in the start", "load": "loading ", "meet": "waiting in join()"}
 
 
 class InjectedFault(Exception):
@@ -39,7 +43,9 @@ class Fault:
         rank: on which rank.
         step: in the first agreement or step from this number on.
         phase: where in the step: before the `agreement`, in the `model` between agreement and dispatch, before the
-            `dispatch`, the `experts` or the `combine` of an MoE layer, at the `end`.
+            `dispatch`, the `experts` or the `combine` of an MoE layer, at the `end`. Outside of steps: at the `start`
+            of the default group, in the `load` of a checkpoint, before ranks `meet` in `join`, at the `merge` of what
+            they have written.
         action: `raise` an `InjectedFault`; `exit` the process at once; `kill` it by SIGKILL; `stop` it by SIGSTOP, and
             let it go on after `seconds`; `delay` it by `seconds`; `ctrl_c`: send it SIGINT; `skip` the next collective;
             `swap` the next two; `wrong_size`: bring one row more to the next collective than was agreed; `wrong_count`:
@@ -88,6 +94,35 @@ def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
 
 
 @contextmanager
+def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
+    """Let faults happen before a model is joined: at the `start`, in the `load`, or before ranks `meet`.
+
+    Args:
+        rank: this rank's number in the whole start.
+        *faults: those of other ranks and phases are ignored.
+
+    Yields:
+        As `inject`.
+    """
+    happened: list[float] = []
+    due = [fault for fault in faults if fault.rank == rank and fault.phase in _PLACES]
+
+    def on_enter(place: str) -> None:
+        for fault in due:
+            if place.startswith(_PLACES[fault.phase]):
+                due.remove(fault)
+                happened.append(time.monotonic())
+                break_on_purpose(fault)
+                return
+
+    before, Whereabouts.on_enter = Whereabouts.on_enter, on_enter
+    try:
+        yield happened
+    finally:
+        Whereabouts.on_enter = before
+
+
+@contextmanager
 def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
     """Let faults happen to an engine that has a coordinator of its own.
 
@@ -100,7 +135,7 @@ def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fau
         As `inject`.
     """
     happened: list[float] = []
-    due = [fault for fault in faults if fault.rank == recorder.rank]
+    due = [fault for fault in faults if fault.rank == recorder.rank and fault.phase not in _PLACES]
 
     def on_mark(marked: FlightRecorder) -> None:
         for fault in due:
@@ -109,7 +144,7 @@ def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fau
             if marked.phase == phase and marked.step >= fault.step and (not in_layer or marked.layer == fault.layer):
                 due.remove(fault)
                 happened.append(time.monotonic())
-                _break(fault, coordinator)
+                break_on_purpose(fault, coordinator)
                 return
 
     before, recorder.on_mark, exchange = recorder.on_mark, on_mark, collectives._exchange
@@ -122,10 +157,21 @@ def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fau
         vars(coordinator.transport).pop("begin", None)
 
 
-def _break(fault: Fault, coordinator: Coordinator) -> None:
+def break_on_purpose(fault: Fault, coordinator: Coordinator | None = None) -> None:
+    """Do at once what a fault says.
+
+    Args:
+        fault: its action and seconds count; where and when it should happen do not.
+        coordinator: of this rank; needed by the actions that belong into a step.
+
+    Raises:
+        InjectedFault: for the action `raise`.
+        ConfigurationError: an action that needs a coordinator.
+    """
+    step = f" of step {coordinator.recorder.step}" if coordinator is not None else ""
     match fault.action:
         case "raise":
-            raise InjectedFault(f"injected on rank {fault.rank} in {fault.phase} of step {coordinator.recorder.step}")
+            raise InjectedFault(f"injected on rank {fault.rank} in {fault.phase}{step}")
         case "exit":
             os._exit(3)
         case "kill":
@@ -141,6 +187,8 @@ def _break(fault: Fault, coordinator: Coordinator) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         case "skip" | "swap" | "wrong_size":
             _next_collectives(fault.action)
+        case _ if coordinator is None:
+            raise ConfigurationError(f"{fault.action} belongs into a step, got phase {fault.phase!r}")
         case "wrong_count":
             _next_record(coordinator, lambda record: type(record)(record.num_tokens + 1, record.unfinished))
         case "corrupted_header":

@@ -140,6 +140,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    pid = os.getpid()
     with Path(folder, f"stack{rank}").open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         torch.set_num_threads(1)
@@ -149,7 +150,9 @@ def _rank_main(
             store = dist.FileStore(str(Path(folder, "store")), num_ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
             sender.send((True, function(*args)))
-        except BaseException:
+        except BaseException as error:
+            if os.getpid() != pid:  # a process that the function has forked: it has no say in what becomes of the rank
+                os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
             sender.send((False, traceback.format_exc()))
         finally:
             sender.close()

@@ -1,0 +1,99 @@
+"""What a rank says before SIGTERM ends it, and that a process forked from a rank says nothing in its name.
+
+torchrun sends SIGTERM to the other ranks as soon as one has died, which is often before they have noticed it.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import weakref
+from types import FrameType
+
+from lockstep.coordination.flight_recorder import FlightRecorder
+
+# How long the main thread may take until it runs a signal's handler: it may stand in a wait of torch's.
+_HANDLER_S = 1.0
+
+_recorders: "weakref.WeakSet[FlightRecorder]" = weakref.WeakSet()
+_lock = threading.Lock()
+_installed = False
+
+
+def speak_before_termination(recorder: FlightRecorder) -> None:
+    """Let SIGTERM end this process only after last words: who is gone, to stderr, to the other ranks, and to a file.
+
+    A handler that the script or its launcher has set is left alone. Does nothing outside of the main thread.
+
+    Args:
+        recorder: of this rank; kept weakly.
+    """
+    global _installed
+    _recorders.add(recorder)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    if not _installed:
+        _installed = True
+        # The child begins with SIGTERM blocked: until it has forgotten, it would speak in the parent's name.
+        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_forget)
+    _watch_signals()
+
+
+def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    _say()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say() -> None:
+    if not _lock.acquire(blocking=False):
+        return
+    for recorder in list(_recorders):
+        with contextlib.suppress(Exception):  # whatever fails here, the process ends
+            text = recorder.terminate()
+            if text:
+                os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+def _watch_signals() -> None:
+    """Speak from a thread where the main thread does not come to run the handler."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, True)
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    if before != -1:  # somebody else's, such as asyncio's
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
+        return
+
+    def watch() -> None:
+        while True:
+            if signal.SIGTERM in os.read(reading, 1):
+                threading.Event().wait(_HANDLER_S)
+                _say()
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="lockstep-sigterm", daemon=True).start()
+
+
+def _hold() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _forget() -> None:
+    """In a forked child: it is not a rank, whatever it inherits."""
+    signal.set_wakeup_fd(-1)
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for recorder in list(_recorders):
+        recorder.mute()
+    _recorders.clear()
+    _let_go()

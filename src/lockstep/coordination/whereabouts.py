@@ -1,0 +1,151 @@
+"""Where each rank is while it is outside of steps: starting, loading, meeting. Written by each, read by who waits."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lockstep.coordination.flight_recorder import within
+from lockstep.coordination.processes import ProcessIdentity, ProcessState
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_BEAT_S = 0.25
+_STORE_S = 0.9
+# Work between two beats below which a rank counts as standing still: CPU time, and bytes read.
+_LEAST_CPU_S, _LEAST_BYTES = 0.002, 1 << 16
+
+
+class Whereabouts:
+    """What a rank publishes about itself in a torch store, and what it finds there about other ranks.
+
+    Args:
+        store: that all ranks of a start share.
+        rank: this rank's number in the whole start, whatever groups it is in.
+
+    Attributes:
+        on_enter: of the class: called with the place at every `enter`; for tests that break things on purpose.
+    """
+
+    on_enter: ClassVar[Callable[[str], None] | None] = None
+
+    def __init__(self, store: "dist.Store", rank: int) -> None:
+        self.rank = rank
+        self._store = store
+        self._identity = ProcessIdentity.own()
+
+    def enter(self, place: str, beat: int = 0) -> None:
+        """Publish where this rank is.
+
+        Args:
+            place: to stand after "was last seen", such as `loading /models/mixtral`.
+            beat: another number than before shows that this rank makes progress.
+        """
+        own = self._identity
+        entry = [place, beat, time.time(), own.pid, own.started, own.namespace]
+        self._store.set(str(self.rank), json.dumps(entry))
+        if Whereabouts.on_enter is not None:
+            Whereabouts.on_enter(place)
+
+    @contextlib.contextmanager
+    def working(self, place: str) -> Iterator[None]:
+        """Publish that this rank works, for as long as it does: the other ranks then wait for it beyond a deadline.
+
+        A rank works if this thread uses the CPU or this process reads. One that is stopped, asleep, or stuck on a disk
+        that does not answer makes no progress, and the deadline of whoever waits for it runs.
+        """
+        done = threading.Event()
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+
+        def publish() -> None:
+            beat, before = 0, (time.clock_gettime(clock), _bytes_read())
+            while not done.wait(_BEAT_S):
+                now = (time.clock_gettime(clock), _bytes_read())
+                if now[0] - before[0] >= _LEAST_CPU_S or now[1] - before[1] >= _LEAST_BYTES:
+                    beat, before = beat + 1, now
+                    try:
+                        self.enter(place, beat)
+                    except RuntimeError:  # the store is gone, and its keeper with it
+                        return
+
+        self.enter(place)
+        thread = threading.Thread(target=publish, name="lockstep-whereabouts", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def place(self, rank: int) -> str:
+        """Return where a rank was last seen, "" where nothing is known."""
+        entry = self._entry(rank)
+        return entry[0] if entry else ""
+
+    def beat(self, rank: int) -> object:
+        """Return what changes whenever a rank enters a place or makes progress there."""
+        entry = self._entry(rank)
+        return (entry[0], entry[1]) if entry else None
+
+    def state(self, rank: int) -> ProcessState:
+        """Return what the operating system says about a rank's process; "unknown" for one of another host."""
+        entry = self._entry(rank)
+        return ProcessIdentity(*entry[3:6]).state() if entry else "unknown"
+
+    def last_seen(self, rank: int) -> str:
+        """Return what is known of a rank, to stand after its number."""
+        entry = self._entry(rank)
+        if entry is None:
+            return "has not been seen"
+        place, _, since, *identity = entry
+        state = ProcessIdentity(*identity).state()
+        text = f"was last seen {place}, {max(0.0, time.time() - since):.1f} s ago"
+        if state == "gone":
+            return f"{text}; its process {identity[0]} is gone"
+        return f"{text}; its process is {state}" if state != "unknown" else text
+
+    def late(self, ranks: Sequence[int], place: str) -> tuple[tuple[int, ...], str]:
+        """Find out whom a wait at a place was for, however the store answers.
+
+        Args:
+            ranks: that should be there.
+            place: as given to `enter`.
+
+        Returns:
+            The ranks to name: those whose process is gone or stopped, otherwise those that are elsewhere; and what is
+            known of each, to stand at the end of a message.
+        """
+
+        def look() -> tuple[tuple[int, ...], str]:
+            lost = [rank for rank in ranks if self.state(rank) in ("gone", "stopped")]
+            late = lost or [rank for rank in ranks if self.place(rank) != place]
+            return tuple(late), "".join(f"; rank {rank} {self.last_seen(rank)}" for rank in late)
+
+        try:
+            found: tuple[tuple[int, ...], str] = within(look, _STORE_S)
+            return found
+        except (RuntimeError, TimeoutError):
+            return (), "; the store in which ranks say where they are does not answer"
+
+    def _entry(self, rank: int) -> "tuple[str, int, float, int, int, int] | None":
+        key = str(rank)
+        if not self._store.check([key]):
+            return None
+        try:
+            place, beat, since, pid, started, namespace = json.loads(self._store.get(key))
+            return str(place), int(beat), float(since), int(pid), int(started), int(namespace)
+        except (ValueError, TypeError):
+            return None
+
+
+def _bytes_read() -> int:
+    """Return how much this process has read, from files or disks; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        figures = dict(line.split(": ") for line in lines)
+        return int(figures["rchar"]) + int(figures["read_bytes"])
+    except (OSError, ValueError, KeyError):
+        return 0

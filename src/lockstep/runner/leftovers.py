@@ -1,0 +1,109 @@
+"""What would outlive a run that is killed: its ranks, and its folders in the temporary folder. Neither does."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import re
+import secrets
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver, util
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from lockstep.coordination.processes import ProcessIdentity
+
+STORE = "store"
+"""Name, in a run's folder, of the file through which its ranks meet."""
+
+_PR_SET_PDEATHSIG = 1
+# The name says whose folder it is, so that there is no moment in which that is not known.
+_FOLDER = re.compile(r"lockstep-run-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}")
+_MARKER = "lockstep-run"
+_MARKER_BYTES = 100
+
+
+@contextlib.contextmanager
+def run_folder() -> Iterator[Path]:
+    """Make a run's folder in the temporary folder, for as long as the block; what dead runs have left there goes.
+
+    Yields:
+        The folder.
+    """
+    own, base = ProcessIdentity.own(), Path(tempfile.gettempdir())
+    _remove_leftovers(base)
+    _mark_folder_of_multiprocessing(own)
+    folder = base / f"lockstep-run-{own.namespace}-{own.pid}-{own.started}-{secrets.token_hex(4)}"
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def end_with_parent() -> None:
+    """Let this process, started by `multiprocessing`, end when the one that started it does; also if it is stopped."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with contextlib.suppress(OSError, AttributeError):
+        # SIGKILL, which also ends what is stopped, when the server that forked this process ends, and that ends with
+        # the process that started it.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # Each process that the server forks keeps it alive by a descriptor of its own, a stopped one for ever.
+    server: Any = forkserver._forkserver
+    descriptor = getattr(server, "_forkserver_alive_fd", None)
+    if isinstance(descriptor, int):
+        os.close(descriptor)
+        server._forkserver_alive_fd = None
+    if wait([parent.sentinel], timeout=0):  # it had ended before that took effect
+        os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lockstep-parent", daemon=True).start()
+
+
+def _mark_folder_of_multiprocessing(own: ProcessIdentity) -> None:
+    """Say whose the folder is in which multiprocessing keeps its server's socket; it goes with a process that ends."""
+    with contextlib.suppress(OSError):
+        marker = Path(util.get_temp_dir(), _MARKER)
+        marker.write_text(f"{own.namespace}-{own.pid}-{own.started}\n")
+
+
+def _remove_leftovers(base: Path) -> None:
+    """Remove folders of runs whose process is certainly gone, and of them only what a run puts there."""
+    for folder in (*base.glob("lockstep-run-*"), *base.glob("pymp-*")):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if os.path.islink(folder) or not folder.is_dir() or status.st_uid != os.getuid():
+                continue
+            owner = _owner(folder)
+            if owner is not None and owner.state() == "gone":
+                _remove(folder)
+
+
+def _owner(folder: Path) -> ProcessIdentity | None:
+    """Return which process has made a folder; None for one that no run of ours has made."""
+    found = _FOLDER.fullmatch(folder.name)
+    if found is None and folder.name.startswith("pymp-"):
+        marker = folder / _MARKER
+        if marker.is_file() and not marker.is_symlink() and marker.stat().st_size < _MARKER_BYTES:
+            found = re.fullmatch(r"(\d+)-(\d+)-(\d+)\n", marker.read_text())
+    if found is None:
+        return None
+    namespace, pid, started = map(int, found.groups())
+    return ProcessIdentity(pid, started, namespace)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a run puts into its folder, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        for path in (folder / STORE, folder / _MARKER, *folder.glob("listener-*")):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
