@@ -137,8 +137,8 @@ class _Simulation:
                 if arrivals[following] <= clock:
                     visited = visited | self._arrive(following, step, now_s, arrivals, clock)
                     following += len(self.arrived)
-            if run_prefills and self.queued:
-                visited = visited | self.queued
+            if run_prefills and self.heads:  # others with prompts have to wait for a seat or for pages
+                visited = visited.union(self.heads)
             if self.page_steps is not None:
                 visited = visited | self.page_steps.pop(step)
             if self.stops is not None and (stopped := self.stops.before(step)):
@@ -327,8 +327,8 @@ class _Simulation:
         if schedule.preempted:
             self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
         if self.page_steps is not None:
-            # A rank with prompts is visited in every step anyway, where prompts are never held.
-            is_visited = has_prompts and not prompts_are_held
+            # A rank whose first prompt could run is visited in the next step anyway, where prompts are never held.
+            is_visited = head >= 0 and not prompts_are_held
             self.page_steps.put(rank, None if is_visited else scheduler.pages_change_at())
         self.num_waiting[rank] = schedule.num_waiting
         (self.queued.add if has_prompts else self.queued.discard)(rank)
