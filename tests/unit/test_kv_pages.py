@@ -157,6 +157,15 @@ def test_a_prompt_that_has_begun_waits_for_pages_where_none_is_left():
     assert rows(found[21]) == [(1, 64, 30)]
 
 
+def test_a_prompt_is_admitted_when_the_first_generated_token_fits_too():
+    # One page is free: enough for 63 tokens and the next one, not for 64.
+    for prompt, first_step in ((63, 1), (64, 50)):
+        requests = [Request(0, 0.0, 1, 50), Request(1, 0.0, prompt, 2)]
+        found = schedules(requests, SchedulerConfig(kv_capacity_tokens=128), arrivals={1: 1})
+        assert [s.step for s in found if s.num_prefill_tokens] == [0, first_step]
+        assert not any(s.preempted for s in found)
+
+
 def test_pages_of_a_request_that_finishes_are_free_in_the_next_step():
     scheduler = RankScheduler(SchedulerConfig(kv_capacity_tokens=100))
     assert scheduler.num_free_pages == 1  # whole pages only
@@ -249,7 +258,9 @@ def test_the_step_in_which_pages_run_out_is_found_without_walking(lengths, spare
 
 CASES = {
     "requests": st.lists(
-        st.tuples(st.integers(0, 60), st.integers(1, 120), st.integers(1, 72)), min_size=1, max_size=9
+        st.tuples(st.integers(0, 60), st.integers(1, 120) | st.sampled_from([63, 64, 65]), st.integers(1, 72)),
+        min_size=1,
+        max_size=9,
     ).map(lambda found: [(arrival, Request(i, 0.0, p, n)) for i, (arrival, p, n) in enumerate(sorted(found))]),
     "config": st.builds(
         SchedulerConfig,
