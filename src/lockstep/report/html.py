@@ -33,6 +33,7 @@ _SUMMARY_WORDS = {
     "preempted": "requests preempted",
     "overrun_rows": "overrun rows",
 }
+_SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows")
 _LATENCIES = (
     # title, how to read it, axis, unit, [(key of a request, curve's name)]
     (
@@ -316,7 +317,7 @@ def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]
         cards.append(_card(share(loss["lost_fraction"]), "of the time lost to uneven work"))
         cards.append(_card(share(loss["no_requests_fraction"]), "of the time without requests"))
     for key, words in _SUMMARY_WORDS.items():
-        if isinstance(summary.get(key), int | float):
+        if isinstance(summary.get(key), int | float) and (summary[key] or key not in _SHOWN_WHERE_ANY):
             cards.append(_card(_number(summary[key]), words))
     return cards
 
