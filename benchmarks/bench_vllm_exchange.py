@@ -297,9 +297,6 @@ def fail(rank, worker, options, llm, sampling, barrier):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(options.deadline_s + options.patience_s)
-    if rank == 1:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
     return dict(ended) or {"how": f"still waiting {options.deadline_s + options.patience_s:g} s later", "s": None}
 
 
@@ -382,9 +379,12 @@ def run_backend(backend, options, folder):
         found.setdefault(what, {})[rank] = value
     for process in ranks:
         process.join(timeout=20)
-    for process in ranks:  # with the engines that belong to them
+    for process in ranks:
         if process.is_alive():
             process.kill()
+    for about in found.get("about", {}).values():  # engines that outlived their ranks would keep the GPUs' memory
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(about["pid"], signal.SIGKILL)
     return found
 
 
