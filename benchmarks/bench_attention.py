@@ -141,12 +141,12 @@ def decode_case(pool: Pool, case: str, lengths: list[int], tiles: list[DecodeTil
         pages = tables[0][row, : -(-lengths[row] // PAGE_SIZE)].long()
         keys, values = (p[pages].view(-1, KV_HEADS, DIM)[: lengths[row]] for p in (pool.keys, pool.values))
         expected[row] = plainly(query[row : row + 1], keys, values)[0] if lengths[row] else out[row].float() * 0
-    for tile in tiles:
+    for tile, ready in [(tiles[0], True), *((tile, False) for tile in tiles)]:
 
-        def step(call, tile=tile):
+        def step(call, tile=tile, ready=ready):
             attention_kernels.attend_decode(
                 query, pool.keys, pool.values, tables[call], row_seqs, sees, OPTIONS, out,
-                workspace.partials, workspace.stats, workspace.arrivals, tile,
+                workspace.partials, workspace.stats, workspace.arrivals, tile, ready,
             )  # fmt: skip
 
         out.fill_(float("nan"))
@@ -156,7 +156,7 @@ def decode_case(pool: Pool, case: str, lengths: list[int], tiles: list[DecodeTil
                 check(out[row], expected[row], f"{tile} {case} row {row}")
             else:
                 assert not out[row].any(), "a padding row is not zero"
-        yield f"triton {tuple(vars(tile).values())}", time_us(step, calls, pool)
+        yield f"triton {tuple(vars(tile).values())}" + " ready" * ready, time_us(step, calls, pool)
     if len(set(lengths)) > 1 or not lengths[0]:
         return
     caches = [pool.in_order(call, rows, lengths[0]) for call in range(calls)]

@@ -106,7 +106,7 @@ def test_writing_then_reading_in_one_graph():
 
     def step():
         write_keys(key, value, cache.key_pages, cache.value_pages, slots)
-        return attend_decode(query, *pages, row_seqs, lengths, options)
+        return attend_decode(query, *pages, row_seqs, lengths, options, tables_ready=True)
 
     step()
     torch.cuda.synchronize()

@@ -32,7 +32,9 @@ PAGE_SIZE = 64
 MIN_GATHER_ROWS = 128
 """Rows per request from which copying its keys out of their pages costs less than FlashAttention 3 saves. Estimated:
 a key's copy moves 4 KB (1.4 ns), each row on it saves 20 ps (Qwen3-30B's heads on an H100)."""
-# FlashAttention 3: (largest head_dim, value_dim) that its wheel is built for besides equal ones up to 256.
+CPU_CALL_BYTES = 4 << 20
+"""Keys that one call on a CPU copies out of their pages: more than the caches hold costs more than a call saves."""
+# FlashAttention 3: the (head_dim, value_dim) that its wheel has kernels for, besides equal ones up to 256.
 _FA3_UNEQUAL = (192, 128)
 
 
@@ -158,6 +160,7 @@ def attend_decode(
     *,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    tables_ready: bool = False,
 ) -> torch.Tensor:
     """Attend with one token per row; the row's own key is in its page already.
 
@@ -174,6 +177,8 @@ def attend_decode(
         options: of the layer.
         out: contiguous `[rows, num_heads, value_dim]`, written if given.
         workspace: from `decode_workspace`; None makes one for this call.
+        tables_ready: the launch just before this one (`write_keys`, usually) wrote neither `row_seqs` nor `lengths`.
+            The kernel then reads them while that launch ends, about 1 us earlier.
 
     Returns:
         `[rows, num_heads, value_dim]`; padding rows are zeros.
@@ -196,7 +201,7 @@ def attend_decode(
     assert workspace is not None
     attention_kernels.attend_decode(
         _dense_rows(query), key_pages, value_pages, block_table, row_seqs, lengths, options, out,
-        workspace.partials, workspace.stats, workspace.arrivals,
+        workspace.partials, workspace.stats, workspace.arrivals, tables_ready=tables_ready,
     )  # fmt: skip
     return out
 
@@ -404,37 +409,40 @@ def _decode_dense(
     options: AttentionOptions,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Rows of similar length in one batched call each: lengths of a call differ at most by a factor of two."""
+    """Rows of similar length in batched calls: lengths of one differ at most by a factor of two."""
     num_kv_heads, value_dim = value_pages.shape[2:]
     num_heads, head_dim = query.shape[1:]
-    used = torch.where(row_seqs < 0, 0, lengths)
-    classes: dict[int, list[int]] = {}
-    for row, length in enumerate(used.tolist()):
+    table, key_bytes = block_table.long(), num_kv_heads * head_dim * query.element_size()
+    classes: dict[int, list[tuple[int, int, int, int]]] = {}
+    for row, (seq, length) in enumerate(zip(row_seqs.tolist(), lengths.tolist(), strict=True)):
+        length = 0 if seq < 0 else length
         seen = min(length, options.sliding_window or length)
-        classes.setdefault(seen.bit_length(), []).append(row)
-    for bits, members in classes.items():
-        rows = torch.tensor(members, device=query.device)
+        classes.setdefault(seen.bit_length(), []).append((row, seq, length, seen))
+    for bits, all_members in classes.items():
         if not bits:
-            out[rows] = 0
+            out[[row for row, *_ in all_members]] = 0
             continue
-        keys, seqs = used[rows], row_seqs[rows]
-        first = (keys - options.sliding_window).clamp_min(0) if options.sliding_window else torch.zeros_like(keys)
-        width = int((keys - first).max())
-        position = first[:, None] + torch.arange(width, device=query.device)
-        mask = position < keys[:, None]
-        position = torch.minimum(position, keys[:, None] - 1).long()
-        entries = block_table[seqs.long()].long().gather(1, position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE
-        # The heads of one key head become rows of one product: keys are not repeated.
-        grouped = query[rows].view(len(members), num_kv_heads, -1, head_dim)
-        result = attend_batch(
-            grouped,
-            _gather(key_pages, entries, query.dtype),
-            _gather(value_pages, entries, query.dtype),
-            None if bool(mask.all()) else mask[:, None, None, :],
-            options,
-            False,
-        )
-        out[rows] = result.reshape(len(members), num_heads, value_dim)
+        rows_per_call = max(1, CPU_CALL_BYTES // (key_bytes << bits))
+        for i in range(0, len(all_members), rows_per_call):
+            rows, seqs, keys, seen_keys = torch.tensor(all_members[i : i + rows_per_call], device=query.device).unbind(
+                1
+            )
+            counts = [seen for *_, seen in all_members[i : i + rows_per_call]]
+            lane = torch.arange(max(counts), device=query.device)
+            # Beyond a row's keys its last one again, as in `_entries`.
+            position = torch.minimum((keys - seen_keys)[:, None] + lane, keys[:, None] - 1)
+            pages = table[seqs[:, None], position // PAGE_SIZE]
+            entries = pages * PAGE_SIZE + position % PAGE_SIZE
+            # The heads of one key head become rows of one product: keys are not repeated.
+            result = attend_batch(
+                query[rows].view(len(counts), num_kv_heads, -1, head_dim),
+                _gather(key_pages, entries, query.dtype),
+                _gather(value_pages, entries, query.dtype),
+                (lane < seen_keys[:, None])[:, None, None, :] if min(counts) < max(counts) else None,
+                options,
+                False,
+            )
+            out[rows] = result.reshape(len(counts), num_heads, value_dim)
     return out
 
 

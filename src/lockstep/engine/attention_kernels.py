@@ -288,15 +288,15 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
+    TABLES_READY: tl.constexpr,
 ):
     """Attend with rows of one token each. Tiles are counted in the order (row, key head, keys).
 
     Program `p` takes the tiles `p * share .. (p + 1) * share`. Of the row and key head that it begins with, and of the
     one that it ends with, it may have only a piece; such pieces go to its slots `2 p` and `2 p + 1`.
     """
-    if PDL:
+    if PDL and not TABLES_READY:
         gdc_wait()
-        gdc_launch_dependents()
     # The same arithmetic in every program: who takes what needs no second launch.
     rows = tl.arange(0, ROWS)
     in_rows = rows < num_rows
@@ -315,6 +315,10 @@ def decode_kernel(
     stop = tl.minimum(first_unit + share, num_units)
     row = tl.sum((ends <= unit).to(tl.int32), 0)
     row_start = tl.max(tl.where(ends <= unit, ends, 0), 0)
+    if PDL:
+        if TABLES_READY:  # shares are found while the kernel before ends
+            gdc_wait()
+        gdc_launch_dependents()
 
     group = tl.arange(0, GROUP_PAD)
     in_group = group < GROUP
@@ -601,6 +605,7 @@ def attend_decode(
     stats: torch.Tensor,
     arrivals: torch.Tensor,
     tiles: DecodeTiles | None = None,
+    tables_ready: bool = False,
 ) -> None:
     """See `lockstep.engine.attention.attend_decode`.
 
@@ -617,6 +622,7 @@ def attend_decode(
         stats: float32, likewise, each `2 * group_pad`.
         arrivals: int32 zeros, at least `rows * kv_heads`; zeros again afterwards.
         tiles: how to cut; None for this dtype's and width's own.
+        tables_ready: as there.
     """
     rows, num_heads, head_dim = query.shape
     kv_heads, value_dim = value_pages.shape[2:]
@@ -639,7 +645,8 @@ def attend_decode(
         # At least 256: the graphs of all usual sizes share one compiled kernel.
         ROWS=max(256, triton.next_power_of_2(rows)), PAGE=PAGE_SIZE, TILE=tiles.tile, MAX_PIECES=tiles.max_pieces,
         STAGES=tiles.stages, HAS_WINDOW=options.sliding_window is not None, HAS_SOFTCAP=options.softcap is not None,
-        HAS_SINKS=options.sinks is not None, num_warps=tiles.num_warps, **_launch_options(query.device),
+        HAS_SINKS=options.sinks is not None, num_warps=tiles.num_warps,
+        TABLES_READY=tables_ready, **_launch_options(query.device),
     )  # fmt: skip
 
 

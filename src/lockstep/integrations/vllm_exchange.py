@@ -476,6 +476,8 @@ def make_exchange(config: Any, moe: Any, shape: Shape, group: dist.ProcessGroup,
     largest = -(-int(moe.max_num_tokens) // sp_size)
     graphs = -(-int(moe.max_capture_size or 0) // sp_size) or 256
     seconds = deadline_s()
+    # Where each worker sees its own GPU only, all are number 0 to torch. That they differ was agreed before.
+    os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 
     def make(capacity: int) -> NvlinkDispatcher:
         return NvlinkDispatcher(
