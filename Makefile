@@ -11,13 +11,21 @@ export TOKENIZERS_PARALLELISM ?= false
 # Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
 IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test lint bench clean elixir soak
+.PHONY: run test test-lowest lint bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest $(IN_PARALLEL)
+
+# The lowest declared versions of everything, in an environment of their own: the suite's core passes there too.
+LOWEST := .venv-lowest
+CORE := $(addprefix tests/unit/test_,$(addsuffix .py,checkpoint_reading chunks dp_metadata experts from_pretrained_arguments \
+	loading metrics norms packed quantised report seal sizes step tiny traces transformers_internals wire)) \
+	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row tensor_parallel wrappers))
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,7 +42,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +50,12 @@ $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-torch.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-torch.txt --editable '.[dev]'
 	touch $(STAMP)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
 
 # Runs examples/elixir against this environment. Needs mix (Elixir 1.18), uv and the package SnakeBridge; says so where it
 # lacks them. SNAKEPIT_PYTHON is read when the project is compiled, SNAKEBRIDGE_VENV when it runs.

@@ -38,7 +38,7 @@ def ours(dispatcher):
     """A dispatcher with experts that give back what they get."""
 
     def run(rows, ids, weights, counts):
-        handle = dispatcher.dispatch(rows, ids, weights, counts)
+        handle = dispatcher.dispatch(dispatcher.route(counts), rows, ids, weights)
         return dispatcher.combine(handle.hidden_states.index_select(0, handle.gather_index), handle)
 
     return run

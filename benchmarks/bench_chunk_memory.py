@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lockstep import ChunkPlan, DPMetadata, ForwardContext, MoELayer, ParallelConfig, __version__, set_forward_context
+from lockstep import MoELayer, ParallelConfig, __version__
+from lockstep.dispatch.base import ExpertsShape
 from lockstep.dispatch.choose import make_dispatcher
 from lockstep.moe.experts import LocalExperts
+from lockstep.moe.step import MoELayers
 from lockstep.testing import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -71,22 +73,21 @@ def measure():
     )
     lines = []
     for name in DISPATCHERS:
-        dispatcher = make_dispatcher(name, dist.group.WORLD, NUM_EXPERTS)
-        layer = MoELayer(experts, dispatcher, config, hidden_size=HIDDEN, top_k=TOP_K)
+        shape = ExpertsShape(NUM_EXPERTS, HIDDEN, TOP_K)
+        layer = MoELayer(experts, make_dispatcher(name, dist.group.WORLD, shape), config, shape)
         for tokens in TOKENS:
             counts = [tokens, tokens // 4]
             rows = torch.randn(counts[rank], HIDDEN, generator=generator)
             ids = torch.rand(counts[rank], NUM_EXPERTS, generator=generator).topk(TOP_K).indices
             weights = torch.full((counts[rank], TOP_K), 1 / TOP_K)
-            metadata = DPMetadata.make(config, counts[rank], counts)
             expected = None
             for chunk_size in reversed(CHUNK_SIZES):
-                plan = ChunkPlan(counts, max_chunk_size_per_rank=chunk_size, rank=rank)
+                layers = MoELayers([layer], max_chunk_size_per_rank=chunk_size)
                 ctypes.CDLL(None).malloc_trim(0)
                 dist.barrier()
                 before = anonymous_bytes()
-                with set_forward_context(ForwardContext(metadata, plan)), Peak() as peak:
-                    output = layer(rows, ids, weights)
+                with Peak() as peak, layers.begin(counts) as step:
+                    output = step.run_layer(0, rows, ids, weights)
                 expected = output if expected is None else expected
                 torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
                 own = peak.peak - before - output.nbytes

@@ -140,17 +140,19 @@ def bench_case(dispatchers, counts, hidden, num_experts, zipf, options, emit):
         }  # fmt: skip
         for this in inputs[:2]:
             poisoned = torch.full_like(this.hidden_states[rank], float("nan"))
-            handle = dispatcher.dispatch(this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank], counts)
-            check_dispatch(this, handle, rank, world, dispatcher.max_tokens_per_rank, handle.state.scales)
-            values = made_up_experts(this, handle, rank, world, handle.state.scales)
+            mine = this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
+            handle = dispatcher.dispatch(dispatcher.route(counts), *mine)
+            check_dispatch(this, handle, rank, world, dispatcher.max_tokens_per_rank)
+            values = made_up_experts(this, handle, rank, world)
             output = dispatcher.combine(values, handle, output=poisoned)
             check_combine(this, output, rank, world, fp8)
             del values
         outputs = [torch.empty_like(this.hidden_states[rank]) for this in inputs]
+        route = dispatcher.route(counts)
 
-        def nvlink(i, dispatcher=dispatcher, expert_output=expert_output, outputs=outputs, reduced=True):
+        def nvlink(i, dispatcher=dispatcher, route=route, expert_output=expert_output, outputs=outputs, reduced=True):
             this = inputs[i % sets]
-            handle = dispatcher.dispatch(this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank])
+            handle = dispatcher.dispatch(route, this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank])
             dispatcher.combine(expert_output, handle, reduced=reduced, output=outputs[i % sets])
 
         steps = {"nvlink": nvlink, "nvlink_pairs": lambda i, f=nvlink: f(i, reduced=False)}

@@ -282,6 +282,7 @@ def measure_lockstep(run, model, layers, cases, references, names):
     """Measure our backends, one after another, on one model that is spread once."""
     import lockstep
     from lockstep.models import graphs as lockstep_graphs
+    from lockstep.models.options import ParallelOptions
     from lockstep.models.parallel import parallel_of
 
     parallel, opened = parallel_of(model), None
@@ -299,10 +300,12 @@ def measure_lockstep(run, model, layers, cases, references, names):
         if settings != opened:
             parallel.close()
             opened = settings
-            parallel.dispatcher_name, parallel.fp8_dispatch = settings
-            parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size
-            if words[0] == "nvlink":
-                parallel.max_chunk_size_per_rank = run.arguments.max_chunk_size or 4096
+            parallel.options = ParallelOptions(
+                run.arguments.max_chunk_size,
+                words[0],
+                fp8_dispatch="fp8" in words,
+                deadline_s=parallel.options.deadline_s,
+            )
             parallel.open()
             step_graphs = parallel._graphs
             run.say(f"{name}: open")

@@ -94,15 +94,13 @@ def undo_scales(rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor
     return rows.float() * scales.repeat_interleave(128, dim=1)[:, : rows.shape[1]]
 
 
-def made_up_experts(
-    this: Round, handle: DispatchHandle, rank: int, num_ranks: int, scales: torch.Tensor | None = None
-) -> torch.Tensor:
+def made_up_experts(this: Round, handle: DispatchHandle, rank: int, num_ranks: int) -> torch.Tensor:
     """Return each pair's row times its expert's scale, `[pairs or capacity, hidden]` bfloat16, NaN beyond the pairs."""
     per_rank = this.num_experts // num_ranks
     counts = handle.tokens_per_expert.long()
     pairs = int(counts.sum())
     experts = torch.arange(per_rank, device=counts.device).repeat_interleave(counts) + rank * per_rank
-    rows = undo_scales(handle.hidden_states, scales)[handle.gather_index[:pairs].long()]
+    rows = undo_scales(handle.hidden_states, handle.scales)[handle.gather_index[:pairs].long()]
     output = torch.full(
         (handle.gather_index.shape[0], rows.shape[1]), float("nan"), dtype=torch.bfloat16, device=rows.device
     )
@@ -110,9 +108,7 @@ def made_up_experts(
     return output
 
 
-def check_dispatch(
-    this: Round, handle: DispatchHandle, rank: int, num_ranks: int, capacity: int, scales: torch.Tensor | None = None
-) -> None:
+def check_dispatch(this: Round, handle: DispatchHandle, rank: int, num_ranks: int, capacity: int) -> None:
     """Check every pair of a dispatch whose slots are `source * capacity + token`.
 
     Raises:
@@ -145,9 +141,12 @@ def check_dispatch(
     sent = torch.cat(this.hidden_states).float()
     starts = torch.tensor([0, *(len(h) for h in this.hidden_states)], device=sent.device).cumsum(0)
     used = torch.unique(slots[mine])
-    rows, truth = undo_scales(handle.hidden_states, scales)[used], sent[starts[used // capacity] + used % capacity]
+    rows, truth = (
+        undo_scales(handle.hidden_states, handle.scales)[used],
+        sent[starts[used // capacity] + used % capacity],
+    )
     # fp8 e4m3 keeps 3 bits after the first: half a step is 1/16 of a value, and 2**-10 of the largest below normals.
-    limit = 0.0 if scales is None else truth.abs() / 16 + truth.abs().amax(1, keepdim=True) / 400
+    limit = 0.0 if handle.scales is None else truth.abs() / 16 + truth.abs().amax(1, keepdim=True) / 400
     if not bool(((rows - truth).abs() <= limit).all()):
         raise AssertionError(f"rank {rank}: received rows differ by {float((rows - truth).abs().max())}")
 

@@ -49,6 +49,11 @@ def _own(this, rank):
     return this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
 
 
+def _route(dispatcher):
+    """Counts travel with the rows, so that one route serves all of them."""
+    return dispatcher.route([dispatcher.max_tokens_per_rank] * dispatcher.num_ranks)
+
+
 def _rounds(rank, ranks):
     """Random counts, zeros among them; every tenth round twice: the same bits."""
     from dispatch_rounds import check_combine, check_dispatch, made_up_experts
@@ -81,9 +86,9 @@ def _rounds(rank, ranks):
                 time.sleep(draw.random() * 2e-3 * (rank == draw.randrange(ranks)))
             first = None
             for _ in range(2 if seed % 10 == 0 else 1):
-                handle = dispatcher.dispatch(*_own(this, rank), counts)
-                check_dispatch(this, handle, rank, ranks, capacity, handle.state.scales)
-                expert_output = made_up_experts(this, handle, rank, ranks, handle.state.scales)
+                handle = dispatcher.dispatch(dispatcher.route(counts), *_own(this, rank))
+                check_dispatch(this, handle, rank, ranks, capacity)
+                expert_output = made_up_experts(this, handle, rank, ranks)
                 poisoned = torch.full_like(this.hidden_states[rank], float("nan"))
                 output = dispatcher.combine(expert_output, handle, output=poisoned)
                 check_combine(this, output, rank, ranks, fp8)
@@ -102,7 +107,7 @@ def _without_checks(rank, ranks):
     sums = []
     for number in range(3000):
         this = rounds[number % 20]
-        handle = dispatcher.dispatch(*_own(this, rank))
+        handle = dispatcher.dispatch(_route(dispatcher), *_own(this, rank))
         rows = handle.hidden_states[handle.gather_index]
         sums.append(dispatcher.combine(rows, handle).float().sum())
     dispatcher.check(wait=True)
@@ -123,8 +128,10 @@ def _graph(rank, ranks):
     count = torch.zeros(1, dtype=torch.int32, device=device)
     output = torch.zeros(capacity, hidden, dtype=torch.bfloat16, device=device)
 
+    route = dispatcher.route([capacity] * ranks, capture=True)
+
     def layer(rows, ids, weights, output, num_tokens):
-        handle = dispatcher.dispatch(rows, ids, weights, num_tokens=num_tokens)
+        handle = dispatcher.dispatch(route, rows, ids, weights, num_tokens)
         return dispatcher.combine(handle.hidden_states[handle.gather_index], handle, output=output)
 
     layer(rows, ids, weights, output, count)
@@ -159,15 +166,15 @@ def _errors(rank, ranks):
     rows = torch.ones(4, 64, dtype=torch.bfloat16, device=device)
     ids = torch.arange(4, dtype=torch.int32, device=device)[:, None] % ranks  # of the dtype that was warmed up
     weights = torch.ones(4, 1, device=device)
-    with pytest.raises(ConfigurationError, match="9 rows on rank 1, but max_tokens_per_rank is 8"):
-        dispatcher.dispatch(rows, ids, weights, [4, 9] + [4] * (ranks - 2))
-    with pytest.raises(ConfigurationError, match="do not fit"):
-        dispatcher.dispatch(rows, ids, weights, [3] * ranks)
+    route = dispatcher.route([4] * ranks)
+    assert dispatcher.route([4, 9] + [4] * (ranks - 2)).chunk_size == 8
+    with pytest.raises(ConfigurationError, match=f"12 rows on rank {rank}, but max_tokens_per_rank is 8"):
+        dispatcher.dispatch(route, *(tensor.repeat(3, 1) for tensor in (rows, ids, weights)))
 
     def works():
-        handle = dispatcher.dispatch(rows, ids, weights)
+        handle = dispatcher.dispatch(route, rows, ids, weights)
         with pytest.raises(ConfigurationError, match="was not combined"):
-            dispatcher.dispatch(rows, ids, weights)
+            dispatcher.dispatch(route, rows, ids, weights)
         output = dispatcher.combine(handle.hidden_states[handle.gather_index], handle)
         dispatcher.check(wait=True)
         assert torch.equal(output, rows)
@@ -176,7 +183,7 @@ def _errors(rank, ranks):
     for _ in range(2):
         began = time.time()
         if rank != ranks - 1:
-            handle = dispatcher.dispatch(rows, ids, weights)
+            handle = dispatcher.dispatch(route, rows, ids, weights)
             with pytest.raises(RankAbsentError, match=f"rank {ranks - 1} did not come within 1 s") as caught:
                 dispatcher.check(wait=True)
             assert caught.value.absent_ranks == (ranks - 1,)
@@ -186,7 +193,7 @@ def _errors(rank, ranks):
         dispatcher.reset()
         works()
     too_many = torch.tensor([4 + (rank == 1)], dtype=torch.int32, device=device)
-    handle = dispatcher.dispatch(rows, ids, weights, num_tokens=too_many)
+    handle = dispatcher.dispatch(route, rows, ids, weights, too_many)
     with pytest.raises(TokenCountError, match="rank 1 set num_tokens above the rows"):
         # Rank 1 hears of it at once, the others at the latest when it does not come to combine.
         dispatcher.check(wait=True)
@@ -204,7 +211,8 @@ def _two_at_once(rank, ranks):
         a, b = (_round(rank, [5, 40] * (ranks // 2) + [0] * (ranks % 2), seed + s, 4 * ranks, 2, 256) for s in (0, 7))
         c = _round(rank, [seed % 17] * ranks, seed, 2 * ranks, 2, 96)
         results = []
-        handles = [first.dispatch(*_own(a, rank)), second.dispatch(*_own(c, rank)), first.dispatch(*_own(b, rank))]
+        calls = (first, a), (second, c), (first, b)
+        handles = [one.dispatch(_route(one), *_own(this, rank)) for one, this in calls]
         for dispatcher, handle in zip((first, second, first), handles, strict=True):
             results.append(dispatcher.combine(handle.hidden_states[handle.gather_index], handle))
         for this, result in zip((a, c, b), results, strict=True):

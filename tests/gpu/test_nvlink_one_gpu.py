@@ -53,7 +53,7 @@ class Ranks:
                 for channel in dispatcher._channels:
                     channel.buffer[dispatcher.layout.abort :][:8] = 1
                 for _ in dispatcher._channels:
-                    handle = dispatcher.dispatch(rows, ids, ids.float())
+                    handle = dispatcher.dispatch(dispatcher.route([0] * self.size), rows, ids, ids.float())
                     torch.cuda.current_stream().synchronize()
                     dispatcher._status.zero_()
                     dispatcher.combine(rows, handle)

@@ -231,7 +231,7 @@ def run_case(model, case, rank, expected):
     """One `join` block with the fault in it, then one without; what this rank saw."""
     parallel = parallel_of(model)
     parallel.debug = case.debug
-    if parallel._epoch >= 0:
+    if parallel.is_open:
         parallel.recorder.debug = case.debug
     error, outputs, happened = None, [], []
     row, shares = place_of(case, rank)

@@ -7,7 +7,7 @@ from said import say, sleep_until_said
 
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher, expected_ranks_per_row, ranks_needed
-from lockstep.dispatch.base import NO_EXPERT
+from lockstep.dispatch.base import NO_EXPERT, ExpertsShape
 from lockstep.errors import RankAbsentError
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference
@@ -37,7 +37,7 @@ def run_cases(top_k, dtype):
         mine = (inputs.hidden_states[rank], inputs.topk_ids[rank].int(), inputs.topk_weights[rank])
         outputs, handles = [], []
         for backend in (*backends, backends[0]):
-            handle = backend.dispatch(*mine, counts)
+            handle = backend.dispatch(backend.route(counts), *mine)
             expert_output = experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
             outputs.append(backend.combine(expert_output, handle))
             handles.append(handle)
@@ -79,7 +79,8 @@ def one_is_late():
         sleep_until_said("absent")
         return "late"
     try:
-        dispatcher.dispatch(inputs.hidden_states[0], inputs.topk_ids[0], inputs.topk_weights[0], [2, 2])
+        mine = inputs.hidden_states[0], inputs.topk_ids[0], inputs.topk_weights[0]
+        dispatcher.dispatch(dispatcher.route([2, 2]), *mine)
     except RankAbsentError as error:
         say("absent")
         return str(error)
@@ -107,19 +108,21 @@ def run_auto():
     from lockstep.dispatch.choose import make_dispatcher
 
     rank, chosen = dist.get_rank(), []
-    auto, plain = (make_dispatcher(name, dist.group.WORLD, NUM_EXPERTS) for name in ("auto", "allgather"))
+    shape = ExpertsShape(NUM_EXPERTS, 256, 1)
+    auto, plain = (make_dispatcher(name, dist.group.WORLD, shape) for name in ("auto", "allgather"))
     for counts in ([2, 3], [900, 0], [0, 0]):
         inputs = MoEInputs.make(counts, 1, num_experts=NUM_EXPERTS, top_k=1, hidden=256)
         mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
         outputs = []
         for dispatcher in (auto, plain):
-            handle = dispatcher.dispatch(*mine, counts)
+            route = dispatcher.route(counts)
+            handle = dispatcher.dispatch(route, *mine)
             outputs.append(dispatcher.combine(handle.hidden_states[handle.gather_index], handle))
-            chosen.append(handle.state is not None)
+            chosen.append(route.backend)
         assert torch.equal(*outputs)
     return chosen[::2]
 
 
 @pytest.mark.ranks(2)
 def test_auto_takes_the_all_to_all_where_it_saves_more_than_its_count_exchange():
-    assert run_ranks(2, run_auto) == [[False, True, False]] * 2
+    assert run_ranks(2, run_auto) == [["allgather", "alltoall", "allgather"]] * 2

@@ -1,60 +1,58 @@
 """`auto` with a third backend of limited size, which stands in for the GPU one: what is chosen, cut, and refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.base import Abilities
-from lockstep.dispatch.choose import AutoDispatcher, captures
+from lockstep.dispatch.alltoall import AllToAllDispatcher
+from lockstep.dispatch.base import ExpertsShape
+from lockstep.dispatch.choose import AutoDispatcher, DispatcherOptions, register_dispatcher
 from lockstep.dispatch.constants import PATH_VARIABLE, BackendConstants, DispatchConstants
+from lockstep.errors import ConfigurationError
+from lockstep.metadata.chunks import ChunkPlan
 from lockstep.testing import MoEInputs, run_ranks
+from mapped import MappedDispatcher, stand_in
 
 # Rows cost the same everywhere. Up to 18 chunks through the small one are cheaper than one all-gather.
 CONSTANTS = DispatchConstants({"allgather": BackendConstants(100.0), "nvlink": BackendConstants(5.5)}, "made up")
 
 
-class SmallDispatcher(AllGatherDispatcher):
-    """Takes 4 rows of each rank at a time, and counts its calls."""
-
-    name = "nvlink"
-
-    def __init__(self, process_group, num_experts, **options):
-        super().__init__(process_group, num_experts, **options)
-        self.abilities = Abilities(cuda_graph=True, max_rows_per_rank=4)
-        self.calls = 0
-
-    def dispatch(self, *arguments):
-        self.calls += 1
-        return super().dispatch(*arguments)
-
-
 def run_dispatcher():
-    rank = dist.get_rank()
-    small = SmallDispatcher(dist.group.WORLD, 8)
-    auto = AutoDispatcher(dist.group.WORLD, 8, constants=CONSTANTS, mapped=small)
-    plain = AutoDispatcher(dist.group.WORLD, 8)
-    kind = (16, 2, torch.float32)
-    assert captures(auto, [4, 0], *kind)
-    assert not captures(auto, [5, 0], *kind)  # the others would take the all-gather, which no graph has
-    assert not captures(plain, [4, 0], *kind)
+    rank, shape = dist.get_rank(), ExpertsShape(8, 16, 2)
+    small = MappedDispatcher(dist.group.WORLD, shape, DispatcherOptions(max_rows_per_rank=4))
     reference = AllGatherDispatcher(dist.group.WORLD, 8)
+    auto = AutoDispatcher([reference, small], shape, CONSTANTS)
+    plain = AutoDispatcher([reference, AllToAllDispatcher(dist.group.WORLD, 8)], shape)
+    assert auto.route([4, 0]).captures
+    assert not auto.route([5, 0]).captures  # goes in two chunks
+    assert auto.route([80, 0]).backend == "allgather"  # 20 chunks would cost more
+    assert not auto.route([80, 0]).captures  # the others would take the all-gather, which no graph has
+    assert auto.route([4, 1], capture=True).backend == "nvlink"
+    assert not plain.route([4, 0]).captures
+    with pytest.raises(ConfigurationError, match="no backend here that a CUDA graph can have"):
+        plain.route([4, 0], capture=True)
     calls = []
-    for counts in ([4, 1], [5, 1], [0, 3], [0, 0]):
+    for counts in ([4, 1], [5, 1], [0, 3], [0, 0], [0, 90]):
         inputs = MoEInputs.make(counts, 1, num_experts=8, top_k=2, hidden=16)
         mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
-        outputs = []
-        for dispatcher in (auto, reference):
-            handle = dispatcher.dispatch(*mine, counts)
-            outputs.append(dispatcher.combine(handle.hidden_states[handle.gather_index], handle))
-        assert torch.equal(*outputs)
+        expected = reference.dispatch(reference.route(counts), *mine)
+        expected = reference.combine(expected.hidden_states[expected.gather_index], expected)
+        route, output = auto.route(counts), torch.empty_like(mine[0])
+        for chunk in ChunkPlan(counts, max_chunk_size_per_rank=route.chunk_size, rank=rank):
+            span = slice(chunk.start, chunk.stop)
+            handle = auto.dispatch(route.of_chunk(chunk.sizes), *(tensor[span] for tensor in mine))
+            output[span] = auto.combine(handle.hidden_states[handle.gather_index], handle)
+        assert torch.equal(output, expected)
         calls.append(small.calls)
     return calls
 
 
 @pytest.mark.ranks(2)
-def test_calls_go_to_the_small_backend_where_they_fit_it():
-    assert run_ranks(2, run_dispatcher) == [[1, 1, 2, 3]] * 2
+def test_steps_go_to_the_small_backend_in_chunks_where_that_pays():
+    assert run_ranks(2, run_dispatcher) == [[1, 3, 4, 4, 4]] * 2
 
 
 def run_model(folder, other_constants):
@@ -67,15 +65,14 @@ def run_model(folder, other_constants):
     from lockstep.errors import RankMismatchError
     from lockstep.models import parallel
 
-    rank, made = dist.get_rank(), []
+    rank, made = dist.get_rank(), stand_in()
 
-    def make_small(process_group, *, num_experts, deadline_s, max_rows_per_rank, **_):
-        made.append(SmallDispatcher(process_group, num_experts, deadline_s=deadline_s))
-        assert max_rows_per_rank == 4096
+    def make_small(process_group, shape, options):
+        made.append(MappedDispatcher(process_group, shape, replace(options, max_rows_per_rank=4)))
         return made[-1]
 
     parallel.can_map = lambda everyones: len(everyones) == 2
-    parallel.make_mapped_dispatcher = make_small
+    register_dispatcher("nvlink", make_small)
     path = Path(folder, f"constants{rank if other_constants else 0}.json")
     if rank == 0 or other_constants:
         backends = {**CONSTANTS.backends, "nvlink": BackendConstants(5.5 + rank)}

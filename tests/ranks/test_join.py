@@ -118,7 +118,7 @@ def one_raises(path, where):
             raise ValueError("rank 1 broke in attention")
 
         attention.forward = broken
-    experts = model._lockstep_parallel._experts[0]
+    experts = model._lockstep_parallel.weights.experts[0]
     module = experts.module
     outcome, started = None, time.monotonic()
     try:

@@ -1,19 +1,20 @@
 """The layer over real ranks against the reference in one process."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.forward_context import ForwardContext, set_forward_context
 from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.metadata.chunks import ChunkPlan
+from lockstep.dispatch.base import ExpertsShape
+from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.dp_metadata import DPMetadata
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
 from lockstep.moe.reference import moe_reference
+from lockstep.moe.step import MoELayers
 from lockstep.testing import MoEInputs, record_collectives, run_ranks
 
 DISPATCHERS = {"allgather": AllGatherDispatcher}
@@ -44,17 +45,15 @@ def run_cases(dp_size, tp_size, dispatcher_name, chunk_sizes, dtypes):
         dispatcher = DISPATCHERS[dispatcher_name](dist.group.WORLD, 8)
         local = slice(rank * dispatcher.num_local_experts, (rank + 1) * dispatcher.num_local_experts)
         experts = LocalExperts.from_tensors(inputs.gate_up_proj[local], inputs.down_proj[local])
-        layer = MoELayer(
-            experts, dispatcher, config, hidden_size=16, top_k=2, dtype=dtype, tensor_parallel_group=tp_group
-        )
-        plan = ChunkPlan(counts, tp_size, chunk_size, rank)
-        metadata = DPMetadata.make(config, counts[config.data_parallel_rank], counts)
+        shape = ExpertsShape(8, 16, 2, dtype)
+        layer = MoELayer(experts, dispatcher, config, shape, tensor_parallel_group=tp_group)
+        layers = MoELayers([layer], max_chunk_size_per_rank=chunk_size)
         mine = (inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
         mine = [tensors[config.data_parallel_rank] for tensors in mine]
         results, logs = [], []
         for _ in range(2):
-            with set_forward_context(ForwardContext(metadata, plan)), record_collectives() as log:
-                results.append(layer(*mine))
+            with record_collectives() as log, layers.begin(counts) as step:
+                results.append(step.run_layer(0, *mine))
             logs.append(list(log))
         # The reference gives every expert-parallel rank's experts, whichever DP rank the rows belong to.
         spread = [inputs.hidden_states, inputs.topk_ids, inputs.topk_weights]
@@ -70,7 +69,7 @@ def run_cases(dp_size, tp_size, dispatcher_name, chunk_sizes, dtypes):
                 "tolerance": TOLERANCE[dtype],
                 "repeats": torch.equal(results[0], results[1]),
                 "log": [entry for entry in logs[0] if entry[0] != "tp"],
-                "chunks": len(plan),
+                "chunks": len(step.plan),
             }
         )
     return outcomes
@@ -113,17 +112,17 @@ def fail_in_experts():
         return local(*args)
 
     config = ParallelConfig(2, rank)
-    layer = MoELayer(experts, dispatcher, config, hidden_size=16, top_k=2)
-    plan = ChunkPlan([3, 2], 1, 1, rank)
-    metadata = DPMetadata.make(config, [3, 2][rank], [3, 2])
+    layers = MoELayers([MoELayer(experts, dispatcher, config, ExpertsShape(8, 16, 2))] * 2, max_chunk_size_per_rank=1)
     message = ""
-    with set_forward_context(ForwardContext(metadata, plan)):
-        mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
-        try:
-            layer(*mine)
-        except ValueError as error:
-            message = str(error)
-        again = layer(*mine)
+    mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
+    try:
+        with layers.begin([3, 2]) as step:
+            for index in range(2):
+                step.run_layer(index, *mine)
+    except ValueError as error:
+        message = str(error)
+    with layers.begin([3, 2]) as step:
+        again = step.run_layer(0, *mine)
     expected = moe_reference(
         inputs.hidden_states, inputs.topk_ids, inputs.topk_weights, inputs.gate_up_proj, inputs.down_proj
     )[rank]
@@ -133,3 +132,38 @@ def fail_in_experts():
 @pytest.mark.ranks(2)
 def test_a_failure_in_the_experts_leaves_the_ranks_in_step():
     assert run_ranks(2, fail_in_experts) == [("", True), ("an expert broke", True)]
+
+
+def run_in_buffers():
+    rank, counts = dist.get_rank(), [3, 0]
+    inputs = MoEInputs.make(counts)
+    dispatcher = AllGatherDispatcher(dist.group.WORLD, 8)
+    local = slice(rank * 4, rank * 4 + 4)
+    experts = LocalExperts.from_tensors(inputs.gate_up_proj[local], inputs.down_proj[local])
+    layers = MoELayers([MoELayer(experts, dispatcher, ParallelConfig(2, rank), ExpertsShape(8, 16, 2))])
+    mine = (inputs.hidden_states[rank], inputs.topk_ids[rank], inputs.topk_weights[rank])
+    with layers.begin(counts) as step:
+        expected = step.run_layer(0, *mine)
+    # The same rows in buffers of 5, with garbage behind them that would spoil everything it came to.
+    buffers = torch.full((5, 16), float("nan")), torch.full((5, 2), 10**6), torch.full((5, 2), float("nan"))
+    for buffer, rows in zip(buffers, mine, strict=True):
+        buffer[: counts[rank]] = rows
+    cell = torch.tensor([counts[rank]], dtype=torch.int32)
+    with layers.begin(counts, num_rows=cell, capacity=5) as step:
+        output = step.run_layer(0, *buffers)
+    assert output.shape == (5, 16)
+    too_few, step = (
+        "3 rows came to MoE layer 0, but its buffers have 5",
+        layers.begin(counts, num_rows=cell, capacity=5),
+    )
+    with pytest.raises(TokenCountError, match=too_few), step:
+        step.run_layer(0, *(buffer[:3] for buffer in buffers))
+    small, too_small = layers.begin(counts, num_rows=cell, capacity=2), "3 rows do not fit into buffers of 2"
+    with pytest.raises(ConfigurationError, match=too_small) if rank == 0 else contextlib.nullcontext(), small:
+        small.run_layer(0, *(buffer[:2] for buffer in buffers))  # and rank 1 is not left waiting for rank 0
+    return torch.equal(output[: counts[rank]], expected)
+
+
+@pytest.mark.ranks(2)
+def test_rows_of_a_buffer_beyond_the_agreed_ones_go_nowhere():
+    assert run_ranks(2, run_in_buffers) == [True, True]

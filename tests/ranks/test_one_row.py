@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.choose import make_dispatcher
+from lockstep.dispatch.base import ExpertsShape
+from lockstep.dispatch.choose import DispatcherOptions, make_dispatcher
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference
 from lockstep.testing import MoEInputs, run_ranks
@@ -36,10 +37,10 @@ def run_cases():
             rank
         ].float()
         try:
-            dispatcher = make_dispatcher(backend, dist.group.WORLD, 8, deadline_s=5.0)
-            handle = dispatcher.dispatch(
-                inputs.hidden_states[rank], inputs.topk_ids[rank].to(ids_dtype), weights[rank], counts
-            )
+            shape = ExpertsShape(8, hidden, top_k, dtype)
+            dispatcher = make_dispatcher(backend, dist.group.WORLD, shape, DispatcherOptions(deadline_s=5.0))
+            ids = inputs.topk_ids[rank].to(ids_dtype)
+            handle = dispatcher.dispatch(dispatcher.route(counts), inputs.hidden_states[rank], ids, weights[rank])
             rows = experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
             output = dispatcher.combine(rows, handle).float()
         except RuntimeError as error:  # on every rank: all of them received the row

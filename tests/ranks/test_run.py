@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,8 +199,9 @@ def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(parallel, "mapping_facts", meet)
     rank = object.__new__(parallel.ModelParallel)
-    rank.device, rank.dispatcher_name, rank._epoch, rank._probed_dtype = torch.device("cuda", 1), "nvlink", -1, None
-    rank._weights_dtype, rank._seals = (lambda: None), []
+    rank.device, rank._epoch, rank._probed_place = torch.device("cuda", 1), -1, None
+    rank.options = parallel.ParallelOptions(dispatcher="nvlink")
+    rank.weights = SimpleNamespace(complaint=lambda: "", place=lambda: None)
     with pytest.raises(Met):
         rank.open()
     assert chosen == [torch.device("cuda", 1)]

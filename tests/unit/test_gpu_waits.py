@@ -13,8 +13,12 @@ from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, watch_group
 from lockstep.coordination.transports import SharedMemoryTransport, wait_until
 from lockstep.dispatch import collectives
+from lockstep.dispatch.base import Abilities, ExpertsShape, Route
 from lockstep.errors import PeerFailedError, RankAbsentError
-from lockstep.models.parallel import ModelParallel
+from lockstep.metadata.config import ParallelConfig
+from lockstep.models import groups
+from lockstep.moe.layer import MoELayer
+from lockstep.moe.step import MoELayers
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")
 DEADLINE_S = 0.3
@@ -66,14 +70,35 @@ def ranks(tmp_path, monkeypatch):
     return SimpleNamespace(board=board, recorders=recorders)
 
 
-def model_of(ranks, event, *dispatchers):
-    """Rank 0's side of a model, at the end of a step."""
-    model = object.__new__(ModelParallel)
-    model.recorder, model.deadline_s, model.device = ranks.recorders[0], DEADLINE_S, torch.device("cpu")
-    model.config = SimpleNamespace(rank=0)
-    model.coordinator = Coordinator(transport=SharedMemoryTransport(ranks.board, 0), rank=0, recorder=model.recorder)
-    model._last_step, model._mapped, model._groups = event, dict(enumerate(dispatchers)), [Group()]
-    return model
+class Dispatcher:
+    """Finds out on the device what `check` raises."""
+
+    name, abilities, num_experts, num_local_experts = "made up", Abilities(), 2, 1
+
+    def __init__(self, check=lambda: None):
+        self.check = check
+
+    def route(self, sizes, limit=None, *, capture=False):
+        return Route(self.name, tuple(sizes), 16)
+
+
+def step_of(ranks, event, check=lambda: None, deadline_s=DEADLINE_S, abort=None):
+    """Rank 0's side of a step that was issued, and ends on the device with the event."""
+    group = Group()
+    recorder = ranks.recorders[0]
+    coordinator = Coordinator(transport=SharedMemoryTransport(ranks.board, 0), rank=0, recorder=recorder)
+    config = ParallelConfig(2, 0)
+    layer = MoELayer(None, Dispatcher(check), config, ExpertsShape(2, 8, 1))
+    layers = MoELayers(
+        [layer],
+        coordinator=coordinator,
+        deadline_s=deadline_s,
+        abort=lambda: groups.abort([group], torch.device("cpu"), 0),
+    )
+    layers.end_step = lambda: event
+    step = layers.begin([1, 1])
+    step.replayed()
+    return SimpleNamespace(step=step, coordinator=coordinator, group=group)
 
 
 def test_what_is_done_in_time_is_waited_for():
@@ -136,14 +161,14 @@ def test_a_wait_for_a_later_collective_is_one_for_those_before_it(ranks, combine
 
 def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ranks, combined):
     combined(Event(None))
-    model = model_of(ranks, Event(None))
+    issued = step_of(ranks, Event(None))
     with pytest.raises(
         RankAbsentError, match=r"reduce_scatterv did not end after 0\.3.*rank 1 was last seen"
     ) as caught:
-        model._await_layers()
+        issued.step.finish()
     assert caught.value.absent_ranks == (1,)
-    assert not model.coordinator.usable
-    assert model._groups[0].aborted == 1
+    assert not issued.coordinator.usable
+    assert issued.group.aborted == 1
 
 
 def test_without_a_recorder_nobody_would_wait_later(ranks, monkeypatch):
@@ -152,61 +177,75 @@ def test_without_a_recorder_nobody_would_wait_later(ranks, monkeypatch):
         collectives._finish(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False)
 
 
+def waits(issued):
+    issued.step.finish()
+    issued.step.wait()
+
+
 def test_a_step_that_ends_is_no_error(ranks):
-    model = model_of(ranks, Event(0.05))
-    model._await_step()
-    model._last_step = None  # on a CPU
-    model._await_step()
-    assert model.coordinator.usable
-    assert model._groups[0].aborted == 0
+    for event in (Event(0.05), None):  # None: on a CPU
+        issued = step_of(ranks, event)
+        waits(issued)
+        assert issued.coordinator.usable
+        assert issued.group.aborted == 0
+
+
+def test_the_host_goes_on_before_the_step_has_ended_on_the_device(ranks):
+    issued = step_of(ranks, Event(0.2))
+    started = time.monotonic()
+    issued.step.finish()
+    assert time.monotonic() - started < 0.1
+    issued.step.wait()
+    assert time.monotonic() - started >= 0.2
 
 
 def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
-    model = model_of(ranks, Event(None))
+    issued = step_of(ranks, Event(None))
+    issued.step.finish()
+    ranks.recorders[0].mark(Phase.COMBINE, 3)
     started = time.monotonic()
     match = "step 7 did not end on the GPU.*rank 1 was last seen in experts"
     with pytest.raises(RankAbsentError, match=match) as caught:
-        model._await_step()
+        issued.step.wait()
     assert time.monotonic() - started < DEADLINE_S + 1
     assert caught.value.absent_ranks == (1,)
-    assert not model.coordinator.usable
-    assert model._groups[0].aborted == 1
+    assert not issued.coordinator.usable
+    assert issued.group.aborted == 1
     with pytest.raises(RankAbsentError, match="rank 0 has given up"):  # and rank 1 learns it
         ranks.recorders[1].check()
 
 
 def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
     ranks.board.words[ranks.board._status(1)] = 2**22 + 1  # a process number that nobody has
-    model = model_of(ranks, Event(None))
-    model.deadline_s = 30.0
+    issued = step_of(ranks, Event(None), deadline_s=30.0)
     started = time.monotonic()
     with pytest.raises(RankAbsentError, match="is gone"):
-        model._await_step()
+        waits(issued)
     assert time.monotonic() - started < 1.0
-    assert model._groups[0].aborted == 1
+    assert issued.group.aborted == 1
 
 
 def test_what_a_kernel_has_noticed_is_raised_before_anybody_takes_the_results(ranks):
     def late():
         raise ranks.recorders[0].absent("rank 1 did not come within 0.3 s", (1,))
 
-    model = model_of(ranks, Event(0.0), SimpleNamespace(check=late))
+    issued = step_of(ranks, Event(0.0), late)
     with pytest.raises(RankAbsentError, match=r"rank 1 did not come.*was last seen in experts of layer 3"):
-        model._await_step()
-    assert model._groups[0].aborted == 1
+        waits(issued)
+    assert issued.group.aborted == 1
 
 
 def test_anothers_reason_counts(ranks):
     ranks.recorders[1].give_up("failed", "ValueError: broke", (1,))
-    model = model_of(ranks, Event(None))
+    issued = step_of(ranks, Event(None))
     with pytest.raises(PeerFailedError, match="ValueError: broke"):
-        model._await_step()
-    assert model._groups[0].aborted == 1
+        waits(issued)
+    assert issued.group.aborted == 1
 
 
 def test_a_group_that_does_not_end_is_left_behind(ranks, monkeypatch):
     monkeypatch.setattr("lockstep.models.groups._OPEN_S", 0.2)
-    model = model_of(ranks, Event(None))
-    model._groups[0].abort = lambda: time.sleep(60)
+    issued = step_of(ranks, Event(None))
+    issued.group.abort = lambda: time.sleep(60)
     with pytest.raises(RankAbsentError):
-        model._await_step()
+        waits(issued)

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.dispatch.base import Abilities
-from lockstep.dispatch.choose import AutoDispatcher
-from lockstep.metadata.chunks import ChunkPlan
+from lockstep.dispatch.base import Abilities, DispatchHandle, ExpertsShape, Route
+from lockstep.metadata.config import ParallelConfig
 from lockstep.models import graphs
 from lockstep.models.graphs import StepGraphs
+from lockstep.moe.layer import MoELayer
+from lockstep.moe.step import MoELayers
 
 
 class Cuda:
@@ -94,28 +95,61 @@ class Model:
         return Output(logits=logits, past_key_values=past_key_values)
 
 
-STEP = ChunkPlan([3, 0])
+class Dispatcher:
+    """Can be captured, if a step's rows fit; what it launches is counted when it runs."""
+
+    name = "made up"
+    abilities = Abilities((torch.bfloat16,))
+    num_experts, num_local_experts = 8, 4
+
+    def __init__(self, cuda, capacity):
+        self.cuda, self.capacity, self.ran, self.forgotten = cuda, capacity, 0, 0
+
+    def route(self, sizes, limit=None, *, capture=False):
+        return Route(self.name, tuple(sizes), self.capacity, captures=max(sizes) <= self.capacity)
+
+    def dispatch(self, route, hidden_states, topk_ids, topk_weights, num_tokens=None):
+        def kernel():
+            self.ran += 1
+
+        self.cuda.launch(kernel)
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return DispatchHandle(route, 0, hidden_states, None, nothing, nothing, nothing, nothing, 0)
+
+    def combine(self, expert_output, handle):
+        return expert_output
+
+    def forget_capture(self):
+        self.forgotten += 1
 
 
-def make_layer(dispatcher=None, tensor_parallel_size=1):
-    forgotten = []
-    dispatcher = dispatcher or SimpleNamespace(
-        abilities=Abilities(cuda_graph=True), forget_capture=lambda: forgotten.append(True), forgotten=forgotten
-    )
-    return SimpleNamespace(
-        dispatcher=dispatcher,
-        config=SimpleNamespace(tensor_parallel_size=tensor_parallel_size),
-        in_step=False,
-        hidden_size=64,
-        top_k=2,
-        dtype=torch.bfloat16,
-        rows_per_expert=lambda num_rows: num_rows * 2 / 8,
-    )
+def make(cuda, capacity=4096, tensor_parallel_size=1):
+    config = ParallelConfig(2, 0, tensor_parallel_size, 0)
+    dispatcher = Dispatcher(cuda, capacity)
+    shape = ExpertsShape(8, 64, 2, torch.bfloat16)
+    layer = MoELayer(lambda rows, *_: rows, dispatcher, config, shape, tensor_parallel_group=object())
+    layers = MoELayers([layer, layer])
+    return Steps(layers), dispatcher, Model(cuda)
 
 
-def make(cuda):
-    layers = [make_layer(), make_layer()]
-    return StepGraphs(layers), layers, Model(cuda)
+class Steps:
+    """The graphs of a rank, each pass in a step of its own; rank 0 has 3 rows of 3 unless something else is said."""
+
+    def __init__(self, layers):
+        self.layers, self.graphs = layers, StepGraphs(layers)
+
+    def begin(self, *counts):
+        return self.layers.begin(counts or (3, 0))
+
+    def run_forward(self, model, args, kwargs, counts=()):
+        step = self.begin(*counts)
+        output = self.graphs.run_forward(step, model, args, kwargs)
+        assert step.next_layer == (0 if output is None else 2)  # what a graph has issued is not issued once more
+        return output
+
+    def run_idle(self, *counts):
+        with self.begin(*(counts or (0, 3))) as step:
+            self.graphs.run_idle(step)
 
 
 def ids(*values):
@@ -125,10 +159,10 @@ def ids(*values):
 def test_a_step_is_captured_at_its_second_time_and_replayed_from_then_on(cuda):
     steps, _, model = make(cuda)
     cache = Cache()
-    assert steps.run_forward(STEP, model, (), {"input_ids": ids(1, 2), "past_key_values": cache}) is None
+    assert steps.run_forward(model, (), {"input_ids": ids(1, 2), "past_key_values": cache}) is None
     assert (model.calls, cuda.captures) == (0, 0)
     for number in (5, 7, 9):
-        output = steps.run_forward(STEP, model, (), {"input_ids": ids(number, 2), "past_key_values": cache})
+        output = steps.run_forward(model, (), {"input_ids": ids(number, 2), "past_key_values": cache})
         assert output["logits"].tolist() == [[number], [2]]
         assert output["past_key_values"] is cache
     assert (model.calls, cuda.captures, cuda.replays) == (1, 1, 3)
@@ -140,11 +174,11 @@ def test_inputs_are_copied_into_the_graphs_own_and_outputs_out_of_it(cuda):
     cache, mask = Cache(), torch.ones(3)
     mine = ids(1, 2)
     kwargs = {"input_ids": mine, "past_key_values": cache, "attention_mask": mask}
-    steps.run_forward(STEP, model, (), kwargs)
-    first = steps.run_forward(STEP, model, (), kwargs)["logits"]
+    steps.run_forward(model, (), kwargs)
+    first = steps.run_forward(model, (), kwargs)["logits"]
     assert first.tolist() == [[4], [5]]
     mine.fill_(100)  # the caller's own tensor, in place: the graph has another
-    second = steps.run_forward(STEP, model, (), {**kwargs, "input_ids": ids(7, 8), "attention_mask": torch.zeros(3)})[
+    second = steps.run_forward(model, (), {**kwargs, "input_ids": ids(7, 8), "attention_mask": torch.zeros(3)})[
         "logits"
     ]
     assert second.tolist() == [[7], [8]]
@@ -168,14 +202,14 @@ def test_a_step_of_another_kind_has_a_graph_of_its_own(cuda, other):
     steps, _, model = make(cuda)
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache(), "scale": 1}
     for _ in range(3):
-        steps.run_forward(STEP, model, (), kwargs)
+        steps.run_forward(model, (), kwargs)
     changed = {**kwargs, **other}
-    assert steps.run_forward(STEP, model, (), changed) is None
-    output = steps.run_forward(STEP, model, (), changed)
+    assert steps.run_forward(model, (), changed) is None
+    output = steps.run_forward(model, (), changed)
     expected = changed["input_ids"] * changed["scale"] + changed.get("attention_mask", torch.zeros(1)).sum()
     assert output["logits"].tolist() == expected.tolist()
     assert cuda.captures == 2
-    assert steps.run_forward(STEP, model, (), kwargs)["logits"].tolist() == [[1], [2]]  # the first is still there
+    assert steps.run_forward(model, (), kwargs)["logits"].tolist() == [[1], [2]]  # the first is still there
     assert cuda.captures == 2
 
 
@@ -195,38 +229,36 @@ def test_what_is_no_decode_step_over_a_fixed_cache_is_left_to_the_caller(cuda, a
     steps, _, model = make(cuda)
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache(), **other}
     for _ in range(4):
-        assert steps.run_forward(STEP, model, args, kwargs) is None
+        assert steps.run_forward(model, args, kwargs) is None
     assert cuda.captures == 0
 
 
 def test_a_capture_that_fails_is_undone_and_not_tried_again(cuda):
-    steps, layers, model = make(cuda)
+    steps, dispatcher, model = make(cuda)
     kwargs = {"input_ids": ids(1, 2), "past_key_values": Cache()}
     cuda.fails = True
     for _ in range(4):
-        assert steps.run_forward(STEP, model, (), kwargs) is None
+        assert steps.run_forward(model, (), kwargs) is None
     assert (cuda.captures, cuda.ended, cuda.capturing, cuda.replays) == (1, 1, False, 0)
-    for layer in layers:
-        assert layer.in_step  # nothing has run, so no rank is ahead of another
-        assert layer.dispatcher.forgotten == [True]
+    assert dispatcher.forgotten == 1  # nothing has run, so no rank is ahead of another
     cuda.fails = False
     other = {**kwargs, "past_key_values": Cache()}
-    assert steps.run_forward(STEP, model, (), other) is None
-    assert steps.run_forward(STEP, model, (), other)["logits"].tolist() == [[1], [2]]
+    assert steps.run_forward(model, (), other) is None
+    assert steps.run_forward(model, (), other)["logits"].tolist() == [[1], [2]]
 
 
 def test_an_error_that_is_not_about_the_capture_reaches_the_caller(cuda):
-    steps, layers, _ = make(cuda)
+    steps, dispatcher, _ = make(cuda)
 
     def broken(**_):
         raise ValueError("a layer that is wrong")
 
     kwargs = {"input_ids": ids(1), "past_key_values": Cache()}
-    assert steps.run_forward(STEP, broken, (), kwargs) is None
+    assert steps.run_forward(broken, (), kwargs) is None
     with pytest.raises(ValueError, match="a layer that is wrong"):
-        steps.run_forward(STEP, broken, (), kwargs)
+        steps.run_forward(broken, (), kwargs)
     assert not cuda.capturing
-    assert all(layer.dispatcher.forgotten for layer in layers)
+    assert dispatcher.forgotten == 1
 
 
 def test_graphs_are_forgotten_with_their_cache(cuda):
@@ -234,21 +266,21 @@ def test_graphs_are_forgotten_with_their_cache(cuda):
     kept, cache = Cache(), Cache()
     for one in (kept, cache):
         for _ in range(2):
-            steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": one})
+            steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": one})
     model.caches.clear()
-    assert len(steps._forwards) == 2
+    assert len(steps.graphs._forwards) == 2
     del cache, one
     gc.collect()
-    assert len(steps._forwards) == len(steps._seen) == 1  # a graph does not keep its cache alive
+    assert len(steps.graphs._forwards) == len(steps.graphs._seen) == 1  # a graph does not keep its cache alive
     cuda.fails = True
     failing = Cache()
     for _ in range(2):
-        steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": failing})
-    assert steps._failed
+        steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": failing})
+    assert steps.graphs._failed
     model.caches.clear()
     del failing
     gc.collect()
-    assert not steps._failed  # a cache that gets the same address later is tried anew
+    assert not steps.graphs._failed  # a cache that gets the same address later is tried anew
 
 
 def test_the_oldest_of_many_graphs_goes_first(cuda):
@@ -256,74 +288,55 @@ def test_the_oldest_of_many_graphs_goes_first(cuda):
     caches = [Cache() for _ in range(graphs._MOST_GRAPHS + 1)]
     for cache in caches:
         for _ in range(2):
-            steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": cache})
-    assert len(steps._forwards) == graphs._MOST_GRAPHS
+            steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": cache})
+    assert len(steps.graphs._forwards) == graphs._MOST_GRAPHS
     captures = cuda.captures
-    steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": caches[-1]})
+    steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": caches[-1]})
     assert cuda.captures == captures
-    steps.run_forward(STEP, model, (), {"input_ids": ids(1), "past_key_values": caches[0]})
+    steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": caches[0]})
     assert cuda.captures == captures + 1
 
 
 def test_idle_steps_are_captured_at_their_second_time(cuda):
-    steps, _, _ = make(cuda)
-    ran, issued = [], []
-
-    def eager():
-        issued.append(True)
-        cuda.launch(lambda: ran.append(True))
-
+    steps, dispatcher, _ = make(cuda)
     for number in range(1, 5):
-        steps.run_idle(STEP, eager)
-        assert len(ran) == number
-    assert (len(issued), cuda.captures, cuda.replays) == (2, 1, 3)
+        steps.run_idle()
+        assert dispatcher.ran == 2 * number  # both layers, once each
+    assert (cuda.captures, cuda.replays) == (1, 3)
 
 
 def test_idle_steps_run_all_the_same_where_they_cannot_be_captured(cuda):
-    steps, layers, _ = make(cuda)
-    ran = []
+    steps, dispatcher, _ = make(cuda)
+    steps.run_idle()
     cuda.fails = True
-    for number in range(1, 5):
-        steps.run_idle(STEP, lambda: cuda.launch(lambda: ran.append(True)))
-        assert len(ran) == number  # the other ranks count on each of them
+    for number in range(2, 5):
+        steps.run_idle()
+        assert dispatcher.ran == 2 * number  # the other ranks count on each of them
     assert (cuda.captures, cuda.replays) == (1, 0)
-    assert layers[0].dispatcher.forgotten == [True]
-
-
-def plan(*counts, limit=None):
-    return ChunkPlan(list(counts), 1, limit, 0)
+    assert dispatcher.forgotten == 1
 
 
 def test_a_step_may_be_a_graph_if_the_backend_can_and_all_rows_go_at_once(cuda):
-    steps, _, _ = make(cuda)
-    assert steps.serves(plan(3, 0))
-    assert steps.serves(plan(3, 0, limit=3))
-    assert not steps.serves(plan(4, 0, limit=3))  # two chunks
-    assert not steps.serves(plan(0, 0))  # none
-    eager = SimpleNamespace(abilities=Abilities())
-    assert not StepGraphs([make_layer(), make_layer(eager)]).serves(plan(3, 0))
-    assert not StepGraphs([make_layer(tensor_parallel_size=2)]).serves(plan(3, 0))
-
-
-def test_with_auto_only_steps_that_all_ranks_give_to_the_one_sided_backend(cuda):
-    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    mapped = SimpleNamespace(abilities=Abilities(cuda_graph=True, max_rows_per_rank=8))
-    steps = StepGraphs([make_layer(AutoDispatcher(group, 8, mapped=mapped))])
-    assert steps.serves(plan(8, 0))
-    assert not steps.serves(plan(9, 0))  # more than its buffers hold: another backend's, on every rank
-    assert not StepGraphs([make_layer(AutoDispatcher(group, 8))]).serves(plan(8, 0))
+    steps, _, _ = make(cuda, capacity=3)
+    assert steps.begin(3, 0).captures
+    assert not steps.begin(4, 0).captures  # two chunks
+    assert not steps.begin(0, 0).captures  # none
+    steps, _, _ = make(cuda, tensor_parallel_size=2)
+    assert not steps.begin(3, 0).captures
 
 
 def test_a_step_in_which_others_bring_many_rows_has_a_graph_of_its_own(cuda):
     steps, _, model = make(cuda)
-    kwargs, issued = {"input_ids": ids(1), "past_key_values": Cache()}, []
-    few, many = plan(100, 28), plan(100, 29)  # 32 rows for each expert, and more
-    for one in (few, many):
+    kwargs = {"input_ids": ids(1), "past_key_values": Cache()}
+    few, many = (100, 28), (100, 29)  # 32 rows for each expert, and more
+    for counts in (few, many):
         for _ in range(3):
-            steps.run_forward(one, model, (), kwargs)
-            steps.run_idle(one, lambda: issued.append(True))
+            steps.run_forward(model, (), kwargs, counts)
     assert model.calls == 2
-    assert len(issued) == 4
-    assert (cuda.captures, cuda.replays) == (4, 8)
-    steps.run_forward(few, model, (), kwargs)
+    assert (cuda.captures, cuda.replays) == (2, 4)
+    steps.run_forward(model, (), kwargs, few)
+    assert (cuda.captures, cuda.replays) == (2, 5)
+    for counts in ((0, 128), (0, 129)):
+        for _ in range(3):
+            steps.run_idle(*counts)
     assert (cuda.captures, cuda.replays) == (4, 9)

@@ -102,11 +102,10 @@ def _rounds(rank, folder, case, seed):
                 rows.copy_(torch.randint(-7, 8, rows.shape, generator=torch.Generator().manual_seed(number)))
                 rows[:, ::128] = 7
         mine = this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
-        handle = dispatcher.dispatch(*mine, counts)
-        check_dispatch(this, handle, rank, ranks, capacity, handle.state.scales)
-        offsets = [0, *handle.tokens_per_expert.cumsum(0).tolist()]
-        assert handle.state.expert_offsets.tolist() == offsets
-        expert_output = made_up_experts(this, handle, rank, ranks, handle.state.scales)
+        handle = dispatcher.dispatch(dispatcher.route(counts), *mine)
+        check_dispatch(this, handle, rank, ranks, capacity)
+        assert handle.expert_offsets.tolist() == [0, *handle.tokens_per_expert.cumsum(0).tolist()]
+        expert_output = made_up_experts(this, handle, rank, ranks)
         poisoned = torch.full_like(this.hidden_states[rank], float("nan"))
         output = dispatcher.combine(expert_output, handle, output=poisoned)
         dispatcher.check(wait=True)
@@ -142,13 +141,13 @@ def _words_or_flags(rank, folder, case, seed):
         results = []
         for dispatcher in both:
             count = torch.tensor([counts[rank]], dtype=torch.int32)
+            route = dispatcher.route(counts)
             with pytest.raises(ConfigurationError, match=r"num_tokens must be int32 \[1\], got torch.int64"):
-                dispatcher.dispatch(rows, ids, weights, num_tokens=count.long())
-            handle = dispatcher.dispatch(rows, ids, weights, num_tokens=count)
+                dispatcher.dispatch(route, rows, ids, weights, count.long())
+            handle = dispatcher.dispatch(route, rows, ids, weights, count)
             pairs = int(handle.tokens_per_expert.sum())
             slots = handle.gather_index[:pairs].long()
-            scales = handle.state.scales
-            expert_output = made_up_experts(this, handle, rank, ranks, scales)
+            expert_output = made_up_experts(this, handle, rank, ranks)
             with pytest.raises(ConfigurationError, match="a row for each of the 10 slots, got 9"):
                 dispatcher.combine(expert_output[:9], handle, reduced=True)
             for bad in (rows.float(), rows.new_empty(counts[rank], hidden + 1), rows.new_empty(hidden, capacity).T):
@@ -159,7 +158,7 @@ def _words_or_flags(rank, folder, case, seed):
             dispatcher.check(wait=True)
             results.append([slots, handle.pair_weights[:pairs].clone(), received, sums])
             if fp8:
-                results[-1].append(scales[slots])
+                results[-1].append(handle.scales[slots])
         for by_words, by_flags in zip(*results, strict=True):
             assert torch.equal(by_words, by_flags)
 
@@ -173,20 +172,22 @@ def _absent(rank, folder, case, seed):
         launch=_launch(nvlink, 0), device=torch.device("cpu"),
     )  # fmt: skip
     rows = torch.ones(2, 32, dtype=torch.bfloat16), torch.tensor([[0], [2]]), torch.ones(2, 1)
-    with pytest.raises(ConfigurationError, match="5 rows on rank 1, but max_tokens_per_rank is 4"):
-        dispatcher.dispatch(*rows, [2, 5, 2])
+    route = dispatcher.route([2, 2, 2])
+    assert dispatcher.route([2, 5, 2]).chunk_size == 4  # so that no rank brings more than the buffers hold
+    with pytest.raises(ConfigurationError, match=f"6 rows on rank {rank}, but max_tokens_per_rank is 4"):
+        dispatcher.dispatch(route, *(tensor.repeat(3, 1) for tensor in rows))
     if rank != 2:
-        handle = dispatcher.dispatch(*rows)
+        handle = dispatcher.dispatch(route, *rows)
         with pytest.raises(RankAbsentError, match=r"rank 2 did not come within 0\.5 s") as caught:
             dispatcher.combine(rows[0], handle)
         assert caught.value.absent_ranks == (2,)
         with pytest.raises(RankAbsentError):
-            dispatcher.dispatch(*rows)
+            dispatcher.dispatch(route, *rows)
     dispatcher.reset()
     for _ in range(3):
-        handle = dispatcher.dispatch(*rows)
+        handle = dispatcher.dispatch(route, *rows)
         with pytest.raises(ConfigurationError, match="was not combined"):
-            dispatcher.dispatch(*rows)
+            dispatcher.dispatch(route, *rows)
         output = dispatcher.combine(handle.hidden_states[handle.gather_index.long()].contiguous(), handle)
         dispatcher.check(wait=True)
         assert torch.equal(output, rows[0])
@@ -242,8 +243,9 @@ def _plan_blocks(rank, folder, case, seed):
             rows = dispatcher._channels[0].rows.view(ranks, capacity, hidden)
             rows[source, :count] = this.hidden_states[source]
         for _ in range(2):  # the first time, blocks wrote their counts for blocks that had not read them yet
-            dispatcher._channels[0].num_rows = None
-            handle = dispatcher.dispatch(this.hidden_states[1], this.topk_ids[1], this.topk_weights[1])
+            dispatcher.forget_capture()
+            mine = this.hidden_states[1], this.topk_ids[1], this.topk_weights[1]
+            handle = dispatcher.dispatch(dispatcher.route(counts), *mine)
         check_dispatch(this, handle, 1, ranks, capacity)
         pairs = int(handle.tokens_per_expert.sum())
         owner = torch.arange(local).repeat_interleave(handle.tokens_per_expert)
@@ -283,13 +285,13 @@ def _ahead(rank, folder, case, seed):
     counts[:9].view(3, 3)[2] = 1 << 20
     buffers[1][layout.abort :][:8].view(torch.int64).fill_((1 << 32) | (2 << 16) | 3)
     rows, ids = torch.ones(4, 32, dtype=torch.bfloat16), torch.tensor([[2, 3], [2, 5], [0, 1], [3, 2]])
-    handle = dispatcher.dispatch(rows, ids, torch.ones(4, 2))
+    handle = dispatcher.dispatch(dispatcher.route([0, 4, 0]), rows, ids, torch.ones(4, 2))
     assert channel.counts.tolist()[:3] == [0, 4, 0]
     assert handle.tokens_per_expert.tolist() == [3, 2]
     dispatcher.check()
     counts[:9].view(3, 3)[2] = 0  # now there is something to wait for
-    channel.num_rows = None
-    handle = dispatcher.dispatch(rows, ids, torch.ones(4, 2))
+    dispatcher.forget_capture()
+    handle = dispatcher.dispatch(dispatcher.route([0, 4, 0]), rows, ids, torch.ones(4, 2))
     assert channel.counts.tolist()[:3] == [0, 0, 0]
     assert handle.tokens_per_expert.tolist() == [0, 0]
     with pytest.raises(RankAbsentError, match=r"rank 2 did not come within 30 s; rank 2 gave up first"):

@@ -109,3 +109,21 @@ def test_every_file_has_its_line_in_the_structure_page():
     assert not missing
     named = re.findall(r"^\| `([\w/]+\.py)`", page, flags=re.MULTILINE)
     assert not [name for name in named if Path(name) not in files]
+
+
+def test_the_lowest_versions_are_those_that_are_declared():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [
+        *project["dependencies"],
+        *(line for name in ("models", "cli", "report", "metrics", "dev") for line in extras[name]),
+    ]
+    bounds = dict(re.fullmatch(r"([\w.-]+)>=([\d.]+)", line).groups() for line in declared if "[" not in line)
+    lines = [line for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    assert pinned.keys() == bounds.keys()
+    # The first release that the bound admits may have been withdrawn: the next of its patches, then.
+    unlike = {name for name, bound in bounds.items() if not f"{pinned[name]}.".startswith(f"{bound}.")}
+    assert not unlike

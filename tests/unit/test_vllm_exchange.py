@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lockstep.dispatch.base import Route
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
@@ -36,7 +37,11 @@ class OwnRowsDispatcher:
         if self.absent is not None:
             raise RankAbsentError(f"rank {self.absent} did not come within 30 s; rank 0 gave up first", (self.absent,))
 
-    def dispatch(self, rows, topk_ids, topk_weights, *, num_tokens):
+    def route(self, sizes):
+        return Route("one rank", tuple(sizes), self.max_tokens_per_rank, captures=True)
+
+    def dispatch(self, route, rows, topk_ids, topk_weights, num_tokens):
+        assert max(route.sizes) <= route.chunk_size
         assert rows.shape[0] <= self.max_tokens_per_rank
         assert num_tokens.dtype is torch.int32
         assert num_tokens.shape == (1,)
@@ -51,7 +56,8 @@ class OwnRowsDispatcher:
             hidden_states=rows,
             gather_index=(order // TOP_K).to(torch.int32),
             pair_weights=topk_weights[:count].reshape(-1)[order],
-            state=SimpleNamespace(expert_offsets=offsets, scales=None),
+            expert_offsets=offsets,
+            scales=None,
         )
 
     def combine(self, expert_output, handle):

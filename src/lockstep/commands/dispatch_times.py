@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.choose import can_map, make_dispatcher, make_mapped_dispatcher, mapping_facts
+from lockstep.dispatch.base import Dispatcher, ExpertsShape, Route
+from lockstep.dispatch.choose import DispatcherOptions, can_map, make_dispatcher, mapping_facts
 from lockstep.dispatch.constants import Exchange
 
 NUM_EXPERTS = 64
@@ -41,14 +42,10 @@ def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]
     found: list[tuple[str, Exchange, float]] = []
     for hidden, top_k in SHAPES[device_type]:
         num_experts = NUM_EXPERTS * num_ranks
-        dispatchers: dict[str, Any] = {
-            name: make_dispatcher(name, group, num_experts) for name in ("allgather", "alltoall")
-        }
-        if can_map(everyones):
-            dispatchers["nvlink"] = make_mapped_dispatcher(
-                group, num_experts=num_experts, hidden_size=hidden, top_k=top_k,
-                max_rows_per_rank=max(map(max, ROWS)),
-            )  # fmt: skip
+        shape = ExpertsShape(num_experts, hidden, top_k, dtype, device)
+        options = DispatcherOptions(max_rows_per_rank=max(map(max, ROWS)))
+        names = ["allgather", "alltoall", *(["nvlink"] if can_map(everyones) else [])]
+        dispatchers = {name: make_dispatcher(name, group, shape, options) for name in names}
         for first, others in ROWS:
             sizes = (first, *[others] * (num_ranks - 1))
             states = hidden * dtype.itemsize
@@ -57,22 +54,29 @@ def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]
             rows = torch.randn(sizes[rank], hidden, generator=generator).to(device, dtype)
             ids = torch.rand(sizes[rank], num_experts, generator=generator).topk(top_k).indices.to(device, torch.int32)
             weights = torch.full((sizes[rank], top_k), 1 / top_k, device=device)
-            times = _time_us(dispatchers, (rows, ids, weights, sizes), samples, control)
+            times = _time_us(dispatchers, sizes, (rows, ids, weights), samples, control)
             found.extend((name, exchange, us) for name, us in times.items())
     return found
 
 
 def _time_us(
-    dispatchers: dict[str, Any], arguments: tuple[Any, ...], samples: int, control: dist.ProcessGroup
+    dispatchers: dict[str, Dispatcher],
+    sizes: tuple[int, ...],
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    samples: int,
+    control: dist.ProcessGroup,
 ) -> dict[str, float]:
     outputs = {}
     for name, dispatcher in dispatchers.items():
-        handle = dispatcher.dispatch(*arguments)
-        outputs[name] = handle.hidden_states[handle.gather_index].to(arguments[0].dtype)
+        handle = dispatcher.dispatch(dispatcher.route(sizes), *rows)
+        outputs[name] = handle.hidden_states[handle.gather_index].to(rows[0].dtype)
         dispatcher.combine(outputs[name], handle)
     # In turns, so that what else the machine does meanwhile hits all of them alike.
     times = [
-        [_once_us(dispatcher, arguments, outputs[name], control) for name, dispatcher in dispatchers.items()]
+        [
+            _once_us(dispatcher, dispatcher.route(sizes), rows, outputs[name], control)
+            for name, dispatcher in dispatchers.items()
+        ]
         for _ in range(samples)
     ]
     slowest = torch.tensor(times, dtype=torch.float64)
@@ -80,12 +84,18 @@ def _time_us(
     return {name: statistics.median(slowest[:, index].tolist()) for index, name in enumerate(dispatchers)}
 
 
-def _once_us(dispatcher: Any, arguments: tuple[Any, ...], expert_output: torch.Tensor, control: Any) -> float:
+def _once_us(
+    dispatcher: Dispatcher,
+    route: Route,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    expert_output: torch.Tensor,
+    control: dist.ProcessGroup,
+) -> float:
     if expert_output.device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier(control)
     started = time.perf_counter()
-    dispatcher.combine(expert_output, dispatcher.dispatch(*arguments))
+    dispatcher.combine(expert_output, dispatcher.dispatch(route, *rows))
     if expert_output.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) * 1e6

@@ -186,14 +186,13 @@ def _check_options(options: RunOptions, console: Console) -> None:
 
 
 def _check_machine(options: RunOptions) -> None:
-    from lockstep.dispatch.choose import DISPATCHERS
+    from lockstep.dispatch.choose import check_dispatcher
     from lockstep.models.groups import own_device
     from lockstep.runner.run import DTYPES
 
     if options.dtype not in DTYPES:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    if options.dispatcher not in DISPATCHERS:
-        raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {options.dispatcher!r}")
+    check_dispatcher(options.dispatcher)
     own_device(options.device)
     if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
         raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")

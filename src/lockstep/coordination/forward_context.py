@@ -43,11 +43,6 @@ def set_forward_context(context: ForwardContext | DPMetadata) -> Iterator[Forwar
         _current.reset(token)
 
 
-def in_forward_context() -> bool:
-    """Return whether this thread is running a step."""
-    return _current.get() is not None
-
-
 def get_forward_context() -> ForwardContext:
     """Return the context of the step that this thread is running.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts, pairs_of_local_experts, sum_pairs
+from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
 from lockstep.dispatch.collectives import DEADLINE_S, all_to_allv, view_as
 
 
@@ -21,7 +21,7 @@ class _Sent:
         rows: the row of each copy, ordered by destination, then by row, `[sum(send_sizes)]`.
         send_sizes: copies to each rank, `[ranks]`.
         recv_sizes: rows from each rank, `[ranks]`.
-        num_rows: rows of this rank.
+        num_rows: tokens of this rank.
     """
 
     rows: torch.Tensor
@@ -30,7 +30,7 @@ class _Sent:
     num_rows: int
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(CollectiveDispatcher):
     """Ragged all-to-all there and back. Three collectives per chunk: counts, rows, results.
 
     A row that several experts of one rank need travels there once, and their weighted sum travels back once. The sums
@@ -42,21 +42,22 @@ class AllToAllDispatcher:
         deadline_s: longest wait for any rank, in seconds.
     """
 
-    name = "alltoall"
-
     def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
-        self.abilities = Abilities()
-        self.num_experts = num_experts
-        self.num_local_experts = check_experts(num_experts, process_group.size())
+        super().__init__("alltoall", process_group.rank(), process_group.size(), num_experts)
         self._group = process_group
-        self._num_ranks = process_group.size()
-        self._first_expert = process_group.rank() * self.num_local_experts
         self._deadline_s = deadline_s
 
     def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, sizes: Sequence[int]
+        self,
+        route: Route,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:
         """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
+        num_rows, sizes = hidden_states.shape[0], route.sizes
+        hidden_states, topk_ids, topk_weights = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
         needed = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks)
         send_sizes = needed.sum(dim=0)
         if sum(sizes) == 0:  # agreed, so no rank sends anything
@@ -78,19 +79,19 @@ class AllToAllDispatcher:
         ids, weights = view_as(received[:, hidden:], torch.int32).chunk(2, dim=1)
         weights = view_as(weights, torch.float32)
         pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
-        return DispatchHandle(received[:, :hidden], *pairs, tuple(sizes), sent)
+        return DispatchHandle(route, num_rows, received[:, :hidden], None, *pairs, pairs[0].shape[0], sent)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `Dispatcher.combine`."""
-        sent: _Sent = handle.state
+        sent: _Sent = handle.own
         dtype, received = handle.hidden_states.dtype, handle.hidden_states.shape[0]
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
-        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.sizes, host_waits=False)
+        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.route.sizes, host_waits=False)
         total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
         for rows, part in zip(sent.rows.split(sent.send_sizes), parts.split(sent.send_sizes), strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
             total.index_add_(0, rows, part.float())
-        return total.to(dtype)
+        return self._full(total.to(dtype), handle.num_rows)
 
     def _exchange(
         self,

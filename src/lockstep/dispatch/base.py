@@ -1,15 +1,18 @@
 """The one interface of all backends that bring tokens to their experts and back, and what each says of itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from lockstep.errors import ConfigurationError
+from lockstep.errors import ConfigurationError, TokenCountError
 
 NO_EXPERT = -1
 """In `topk_ids`: this row goes to no expert, and loads no rank."""
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -17,57 +20,139 @@ class Abilities:
     """What a backend declares of itself. All take uneven rows, zero included, and give the same bits every time.
 
     Attributes:
-        cuda_graph: dispatch and combine may be captured and replayed with other counts.
         dtypes: of the hidden states.
         max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
+        counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`: the experts must
+            then run without it.
     """
 
-    cuda_graph: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     max_rows_per_rank: int | None = None
+    counts_on_device: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
+class ExpertsShape:
+    """The routed experts of a layer over all ranks, and the rows that come to them.
+
+    Attributes:
+        num_experts: of all ranks; the ranks must divide it, and rank r holds the r-th contiguous share.
+        hidden_size: of a row.
+        top_k: experts per row.
+        dtype: of the rows that travel.
+        device: of this rank's rows.
+    """
+
+    num_experts: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How the rows of a step, or of one of its chunks, travel. Made from agreed counts, so equal on all ranks.
+
+    Attributes:
+        backend: name of the backend that carries them.
+        sizes: rows of every rank, `[ranks]`.
+        chunk_size: most rows that one rank brings to one dispatch, >= 1. A step with more goes in chunks.
+        captures: whether dispatch and combine may be part of a CUDA graph, which is then right for any counts of the
+            other ranks.
+    """
+
+    backend: str
+    sizes: tuple[int, ...]
+    chunk_size: int
+    captures: bool = False
+
+    def of_chunk(self, sizes: tuple[int, ...]) -> "Route":
+        """Return the route of one chunk of the step.
+
+        Args:
+            sizes: rows that every rank brings in the chunk, `[ranks]`, each at most `chunk_size`.
+        """
+        return replace(self, sizes=sizes)
+
+
+@dataclass(frozen=True, slots=True)
 class DispatchHandle:
     """What arrived at this rank, and what `combine` needs to send the results back.
 
+    Where `num_pairs` is None only the device knows how many pairs came. All tensors then have the length of the
+    backend's capacity, belong to the backend, and hold until its next dispatch.
+
     Attributes:
+        route: of the dispatch.
+        num_rows: rows of the tensors that this rank handed in, and so of `combine`'s result.
         hidden_states: received rows, each at most once, `[received, hidden]`.
-        gather_index: the row of each (row, local expert) pair, pairs ordered by expert, `[pairs]`, int64.
-        tokens_per_expert: pairs of each local expert, `[num_local_experts]`, int64.
+        scales: of rows in fp8, one for each run of 128 values, `[received, ceil(hidden / 128)]`, float32; None where
+            the rows are the values themselves.
+        gather_index: the row of each (row, local expert) pair, pairs ordered by expert, `[pairs]`, int32.
+        tokens_per_expert: pairs of each local expert, `[num_local_experts]`, int32.
+        expert_offsets: where each local expert's pairs begin, and the end, `[num_local_experts + 1]`, int32.
         pair_weights: routing weight of each pair, `[pairs]`, float32.
-        sizes: rows that each rank sent, `[ranks]`.
-        state: the backend's own.
-        backend: name of the backend that made it, where a dispatcher has several.
+        num_pairs: how many pairs came; None: `expert_offsets[-1]`, on the device.
+        own: the backend's own, for `combine`.
     """
 
+    route: Route
+    num_rows: int
     hidden_states: torch.Tensor
+    scales: torch.Tensor | None
     gather_index: torch.Tensor
     tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
     pair_weights: torch.Tensor
-    sizes: tuple[int, ...]
-    state: Any = None
-    backend: str = ""
+    num_pairs: int | None
+    own: Any = None
 
 
 class Dispatcher(Protocol):
-    """Brings every row to the ranks that hold its experts, and the weighted sums back."""
+    """Brings every row to the ranks that hold its experts, and the weighted sums back.
+
+    Made by `lockstep.dispatch.choose.make_dispatcher`; others than ours come in by `register_dispatcher`.
+    """
 
     name: str
     abilities: Abilities
     num_experts: int
     num_local_experts: int
 
+    def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
+        """Say how the rows of a step will travel. Pure: the same on all ranks for the same arguments.
+
+        Args:
+            sizes: rows of every rank in the step, `[ranks]`, agreed.
+            limit: most rows that one rank may bring to one dispatch, to bound memory; None for no limit.
+            capture: the calls will be part of a CUDA graph.
+
+        Raises:
+            ConfigurationError: not one size per rank, or a capture that this backend cannot be part of.
+            TokenCountError: a negative size, naming the rank.
+        """
+        ...
+
     def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, sizes: Sequence[int]
+        self,
+        route: Route,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:
         """Send this rank's rows to their experts' ranks. Collective.
 
         Args:
-            hidden_states: `[sizes[rank], hidden]`.
-            topk_ids: global expert of each row's choices, `[sizes[rank], top_k]`, int64; `NO_EXPERT` for none.
-            topk_weights: their weights, `[sizes[rank], top_k]`.
-            sizes: rows of every rank, `[ranks]`, equal on all ranks.
+            route: from `route`, of one chunk.
+            hidden_states: `[rows, hidden]`; `rows` is `route.sizes[rank]`, or more with `num_tokens`.
+            topk_ids: global expert of each row's choices, `[rows, top_k]`, int32 or int64, the same dtype on all ranks;
+                `NO_EXPERT` for none.
+            topk_weights: their weights, `[rows, top_k]`.
+            num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; the rows beyond them go
+                nowhere. In a captured graph it is read at each replay. Backends that only run eagerly take
+                `route.sizes[rank]`, which it must be equal to. None: all rows are tokens.
         """
         ...
 
@@ -79,14 +164,88 @@ class Dispatcher(Protocol):
             handle: of the same dispatch.
 
         Returns:
-            `[sizes[rank], hidden]`.
+            `[handle.num_rows, hidden]`; rows beyond `num_tokens` mean nothing.
         """
         ...
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise what calls that the host did not wait for have found out on the device meanwhile.
+
+        Args:
+            wait: first wait for everything issued so far; otherwise only look.
+        """
+        ...
+
+    def forget_capture(self) -> None:
+        """After a capture that failed: what it recorded has not run and will not."""
+        ...
+
+
+class CollectiveDispatcher:
+    """What the backends share that exchange rows by collectives, eagerly, with counts known to the host.
+
+    Args:
+        name: of the backend.
+        rank: this rank, in the group.
+        num_ranks: of the group.
+        num_experts: of the layer over all ranks; the ranks must divide it.
+
+    Raises:
+        ConfigurationError: if they do not.
+    """
+
+    def __init__(self, name: str, rank: int, num_ranks: int, num_experts: int) -> None:
+        self.name = name
+        self.abilities = Abilities()
+        self.num_experts = num_experts
+        self.num_local_experts = check_experts(num_experts, num_ranks)
+        self._rank, self._num_ranks = rank, num_ranks
+        self._first_expert = rank * self.num_local_experts
+
+    def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
+        """See `Dispatcher.route`."""
+        sizes = check_sizes(sizes, self._num_ranks)
+        if capture:
+            raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so no CUDA graph can have it")
+        return Route(self.name, sizes, limit or max(1, *sizes))
+
+    def check(self, *, wait: bool = False) -> None:
+        """See `Dispatcher.check`: nothing is left to be found out."""
+
+    def forget_capture(self) -> None:
+        """See `Dispatcher.forget_capture`: there is none."""
+
+    def _tokens(self, route: Route, num_tokens: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Leave out the rows beyond this rank's tokens, whose number all ranks have agreed on."""
+        if num_tokens is None:
+            return list(tensors)
+        return [tensor[: route.sizes[self._rank]] for tensor in tensors]
+
+    def _full(self, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Put zeros where rows were left out."""
+        if rows.shape[0] == num_rows:
+            return rows
+        return torch.cat([rows, rows.new_zeros((num_rows - rows.shape[0], rows.shape[1]))])
+
+
+def check_sizes(sizes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
+    """Return one size per rank as a tuple.
+
+    Raises:
+        ConfigurationError: another number of them.
+        TokenCountError: a negative one, naming the rank.
+    """
+    if len(sizes) != num_ranks:
+        raise ConfigurationError(f"sizes must have one entry per rank: {num_ranks} ranks, got {len(sizes)}")
+    if min(sizes) < 0:
+        rank = next(rank for rank, size in enumerate(sizes) if size < 0)
+        raise TokenCountError(f"sizes must be >= 0, got {sizes[rank]} on rank {rank}")
+    return tuple(sizes)
 
 
 def pairs_of_local_experts(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """List the (row, expert) pairs that this rank computes, ordered by expert and then by row.
 
     Args:
@@ -96,7 +255,8 @@ def pairs_of_local_experts(
         num_local_experts: how many it holds.
 
     Returns:
-        `gather_index [pairs]`, `tokens_per_expert [num_local_experts]`, `pair_weights [pairs]` in float32.
+        `gather_index [pairs]`, `tokens_per_expert [num_local_experts]` and `expert_offsets [num_local_experts + 1]` in
+        int32, `pair_weights [pairs]` in float32.
     """
     top_k = topk_ids.shape[1]
     local = topk_ids.reshape(-1) - first_expert
@@ -104,8 +264,10 @@ def pairs_of_local_experts(
     expert = local[position]
     order = torch.argsort(expert, stable=True)
     position = position[order]
-    tokens_per_expert = torch.bincount(expert, minlength=num_local_experts)
-    return position // top_k, tokens_per_expert, topk_weights.reshape(-1)[position].float()
+    tokens_per_expert = torch.bincount(expert, minlength=num_local_experts).to(torch.int32)
+    expert_offsets = torch.nn.functional.pad(tokens_per_expert.cumsum(0, dtype=torch.int32), (1, 0))
+    pair_weights = topk_weights.reshape(-1)[position].float()
+    return (position // top_k).to(torch.int32), tokens_per_expert, expert_offsets, pair_weights
 
 
 def sum_pairs(

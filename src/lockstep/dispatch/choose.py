@@ -4,22 +4,124 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
-from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, check_experts
+from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route, check_sizes
 from lockstep.dispatch.collectives import DEADLINE_S
-from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange
+from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 
-DISPATCHERS = ("allgather", "alltoall", "auto", "nvlink")
+MAPPED_ROWS = 4096
+"""Rows of each rank for which `nvlink` has buffers where no limit is given."""
+
+
+@dataclass(frozen=True)
+class DispatcherOptions:
+    """What a dispatcher is made with, beside the ranks and the experts; the same on all ranks.
+
+    Attributes:
+        deadline_s: longest wait for any rank, in seconds.
+        max_rows_per_rank: most rows that one rank will bring at a time, for backends with buffers of fixed size; None
+            for their default.
+        fp8: send rows as float8_e4m3fn, with a scale per 128 values.
+        can_map: all ranks can map each other's memory, see `can_map`.
+        experts_on_device: the experts can run on counts that only the device knows.
+        constants: of the machine, by which `auto` chooses; None for those shipped for the kind of device.
+    """
+
+    deadline_s: float = DEADLINE_S
+    max_rows_per_rank: int | None = None
+    fp8: bool = False
+    can_map: bool = False
+    experts_on_device: bool = True
+    constants: DispatchConstants | None = None
+
+
+DispatcherFactory = Callable[[dist.ProcessGroup, ExpertsShape, DispatcherOptions], Dispatcher]
+"""`(process_group, shape, options) -> dispatcher`. Collective: called on all ranks of the group, which stays open."""
+
+
+@dataclass(frozen=True)
+class _Registered:
+    factory: DispatcherFactory
+    carries_fp8: bool
+
+
+_registered: dict[str, _Registered] = {}
+
+
+def register_dispatcher(name: str, factory: DispatcherFactory, *, carries_fp8: bool = False) -> None:
+    """Let a dispatcher be chosen by name, in `from_pretrained`, `parallelize` and `make_dispatcher`.
+
+    Ours are registered in the same way; a name that is taken is replaced. Call it on every rank.
+
+    Args:
+        name: of the dispatcher.
+        factory: makes it.
+        carries_fp8: it heeds `DispatcherOptions.fp8`.
+
+    Example:
+        >>> def over_tcp(process_group, shape, options):
+        ...     return AllGatherDispatcher(process_group, shape.num_experts, deadline_s=options.deadline_s)
+        >>> register_dispatcher("over_tcp", over_tcp)
+        >>> "over_tcp" in dispatcher_names()
+        True
+    """
+    _registered[name] = _Registered(factory, carries_fp8)
+
+
+def dispatcher_names() -> tuple[str, ...]:
+    """Return the names that `make_dispatcher` knows, in alphabetical order."""
+    return tuple(sorted(_registered))
+
+
+def check_dispatcher(name: str, fp8: bool = False) -> None:
+    """Raise unless a dispatcher of this name is registered, and can send rows in fp8 if they are to be.
+
+    Raises:
+        ConfigurationError: naming those that can.
+    """
+    if name not in _registered:
+        raise ConfigurationError(f"dispatcher must be one of {', '.join(dispatcher_names())}, got {name!r}")
+    if fp8 and not _registered[name].carries_fp8:
+        can = " or ".join(repr(other) for other in dispatcher_names() if _registered[other].carries_fp8)
+        raise ConfigurationError(f"fp8_dispatch needs dispatcher {can}, got {name!r}")
+
+
+def make_dispatcher(
+    name: str, process_group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions | None = None
+) -> Dispatcher:
+    """Make a dispatcher by name. Collective.
+
+    Args:
+        name: one of `dispatcher_names()`.
+        process_group: the expert-parallel ranks; left open.
+        shape: of the experts; layers that run one after another may share a dispatcher if theirs are equal.
+        options: the same on all ranks.
+
+    Raises:
+        ConfigurationError: an unknown name, experts that the ranks do not divide, or a backend that cannot run here.
+    """
+    options = options or DispatcherOptions()
+    check_dispatcher(name, options.fp8)
+    return _registered[name].factory(process_group, shape, options)
+
+
+def constants_of(name: str, device_type: str) -> DispatchConstants | None:
+    """Return the machine's constants where this dispatcher chooses by them, so that ranks can compare them; else None.
+
+    Args:
+        name: of the dispatcher.
+        device_type: "cpu" or "cuda".
+    """
+    return constants_for(device_type) if name == AutoDispatcher.name else None
 
 
 @dataclass(frozen=True)
@@ -100,70 +202,6 @@ def _weights(exchange: Exchange) -> tuple[int, int, int, int]:
     return exchange.num_experts, exchange.top_k, exchange.dispatch_row_bytes, exchange.combine_row_bytes
 
 
-def make_dispatcher(
-    name: str, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S
-) -> Dispatcher:
-    """Make a dispatcher by name.
-
-    Args:
-        name: one of `DISPATCHERS`.
-        process_group: the expert-parallel ranks; left open.
-        num_experts: experts of the layer over all ranks.
-        deadline_s: longest wait for any rank, in seconds.
-
-    Raises:
-        ConfigurationError: an unknown name, or experts that the ranks do not divide.
-    """
-    if name == "allgather":
-        return AllGatherDispatcher(process_group, num_experts, deadline_s=deadline_s)
-    if name == "alltoall":
-        return AllToAllDispatcher(process_group, num_experts, deadline_s=deadline_s)
-    if name == "auto":
-        return AutoDispatcher(process_group, num_experts, deadline_s=deadline_s)
-    if name == "nvlink":
-        raise ConfigurationError("dispatcher 'nvlink' is made by make_mapped_dispatcher, which is told its sizes")
-    raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {name!r}")
-
-
-def make_mapped_dispatcher(
-    process_group: dist.ProcessGroup,
-    *,
-    num_experts: int,
-    hidden_size: int,
-    top_k: int,
-    max_rows_per_rank: int,
-    deadline_s: float = DEADLINE_S,
-    fp8: bool = False,
-) -> Dispatcher:
-    """Make the `nvlink` dispatcher, whose buffers need to know their sizes. Collective.
-
-    Args:
-        process_group: the expert-parallel ranks, all on one host with a GPU each; left open.
-        num_experts: experts of the layer over all ranks.
-        hidden_size: of a row.
-        top_k: experts per row.
-        max_rows_per_rank: most rows of one rank in one call.
-        deadline_s: longest wait for any rank, in seconds.
-        fp8: send rows as float8_e4m3fn, with a scale per 128 values.
-
-    Raises:
-        ConfigurationError: on a machine without GPUs, or sizes that cannot work.
-    """
-    if not torch.cuda.is_available():
-        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
-    from lockstep.dispatch.nvlink import NvlinkDispatcher
-
-    return NvlinkDispatcher(
-        process_group,
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        top_k=top_k,
-        max_tokens_per_rank=max_rows_per_rank,
-        fp8=fp8,
-        deadline_s=deadline_s,
-    )
-
-
 def mapping_facts(device: torch.device) -> list[str] | None:
     """Say what other ranks need to know to tell whether `nvlink` can serve: this host's and this GPU's identity.
 
@@ -201,143 +239,106 @@ def can_map(everyones: Sequence[list[str] | None]) -> bool:
 
 
 class AutoDispatcher:
-    """The backend that is expected to be fastest, chosen anew for every call.
+    """The backend that is expected to be fastest, chosen anew for every step.
 
     Chosen from agreed sizes and constants only, so that all ranks choose alike.
 
     Args:
-        process_group: the expert-parallel ranks; left open.
-        num_experts: experts of the layer over all ranks; the ranks must divide it.
-        deadline_s: longest wait for any rank, in seconds.
+        backends: to choose from, of the same ranks and experts; left open.
+        shape: of the experts and the rows.
         constants: of the machine, the same on all ranks; by default those shipped for the rows' kind of device.
-        mapped: an `nvlink` dispatcher of the same ranks and experts, where there is one; left open.
     """
 
     name = "auto"
 
     def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        num_experts: int,
-        *,
-        deadline_s: float = DEADLINE_S,
-        constants: DispatchConstants | None = None,
-        mapped: Dispatcher | None = None,
+        self, backends: Sequence[Dispatcher], shape: ExpertsShape, constants: DispatchConstants | None = None
     ) -> None:
-        self.abilities = Abilities(cuda_graph=mapped is not None)
-        self.num_experts = num_experts
-        self.num_local_experts = check_experts(num_experts, process_group.size())
-        self._constants = constants
-        self._backends: dict[str, Any] = {
-            "allgather": AllGatherDispatcher(process_group, num_experts, deadline_s=deadline_s),
-            "alltoall": AllToAllDispatcher(process_group, num_experts, deadline_s=deadline_s),
-        }
-        if mapped is not None:
-            self._backends["nvlink"] = mapped
+        self.abilities = Abilities(counts_on_device=any(one.abilities.counts_on_device for one in backends))
+        self.num_experts = shape.num_experts
+        self.num_local_experts = backends[0].num_local_experts
+        self._num_ranks = self.num_experts // self.num_local_experts
+        self._backends = {backend.name: backend for backend in backends}
         self._available = tuple((name, one.abilities.max_rows_per_rank) for name, one in self._backends.items())
+        self._constants = constants or SHIPPED[shape.device.type]
+        # Ids and weights travel with the rows on the way to the experts.
+        states = shape.hidden_size * shape.dtype.itemsize
+        self._weights = shape.num_experts, shape.top_k, states + 8 * shape.top_k, states
 
-    @property
-    def has_limits(self) -> bool:
-        """Whether a backend takes only so many rows at a time, so that it may pay to cut a step into chunks."""
-        return any(most is not None for _, most in self._available)
-
-    def choose(
-        self,
-        sizes: Sequence[int],
-        hidden_size: int,
-        top_k: int,
-        dtype: torch.dtype,
-        device_type: str,
-        max_chunk_size: int | None = None,
-    ) -> Choice:
-        """Choose for rows that may still be cut into chunks, see the function of this name.
-
-        Args:
-            sizes: rows of every rank, `[ranks]`, agreed.
-            hidden_size: of a row.
-            top_k: experts per row.
-            dtype: of the rows.
-            device_type: "cpu" or "cuda".
-            max_chunk_size: the caller's own limit; None for none.
-        """
-        exchange = self._exchange(sizes, hidden_size, top_k, dtype)
-        return choose(exchange, self._constants_for(device_type), self._available, max_chunk_size)
-
-    def picks(self, sizes: Sequence[int], hidden_size: int, top_k: int, dtype: torch.dtype, device_type: str) -> str:
-        """Return which backend one call with these sizes goes to: of those that take so many rows, the fastest.
-
-        Args: as of `choose`.
-        """
-        longest = max(sizes)
-        fitting = tuple((name, None) for name, most in self._available if most is None or longest <= most)
-        exchange = self._exchange(sizes, hidden_size, top_k, dtype)
-        return choose(exchange, self._constants_for(device_type), fitting).backend
+    def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
+        """See `Dispatcher.route`."""
+        sizes = check_sizes(sizes, self._num_ranks)
+        available = self._available
+        if capture:
+            available = tuple(one for one in available if self._backends[one[0]].abilities.counts_on_device)
+            if not available:
+                raise ConfigurationError("dispatcher 'auto' has no backend here that a CUDA graph can have")
+        choice = choose(Exchange(sizes, *self._weights), self._constants, available, limit)
+        return self._backends[choice.backend].route(sizes, choice.max_chunk_size, capture=capture)
 
     def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, sizes: Sequence[int]
+        self,
+        route: Route,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:
         """See `Dispatcher.dispatch`."""
-        hidden_size, top_k = hidden_states.shape[1], topk_ids.shape[1]
-        name = self.picks(sizes, hidden_size, top_k, hidden_states.dtype, hidden_states.device.type)
-        handle = self._backends[name].dispatch(hidden_states, topk_ids, topk_weights, sizes)
-        handle.backend = name
-        return handle
+        return self._backends[route.backend].dispatch(route, hidden_states, topk_ids, topk_weights, num_tokens)
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `Dispatcher.combine`."""
-        return self._backends[handle.backend].combine(expert_output, handle)
+        return self._backends[handle.route.backend].combine(expert_output, handle)
+
+    def check(self, *, wait: bool = False) -> None:
+        """See `Dispatcher.check`."""
+        for backend in self._backends.values():
+            backend.check(wait=wait)
 
     def forget_capture(self) -> None:
-        """After a capture that failed: nothing of it has run."""
-        self._backends["nvlink"].forget_capture()
-
-    def _constants_for(self, device_type: str) -> DispatchConstants:
-        return self._constants or SHIPPED[device_type]
-
-    def _exchange(self, sizes: Sequence[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> Exchange:
-        # Ids and weights travel with the rows on the way to the experts.
-        states = hidden_size * dtype.itemsize
-        return Exchange(tuple(sizes), self.num_experts, top_k, states + 8 * top_k, states)
+        """See `Dispatcher.forget_capture`."""
+        for backend in self._backends.values():
+            backend.forget_capture()
 
 
-def goes_to(
-    name: str,
-    dispatcher: Dispatcher,
-    sizes: Sequence[int],
-    hidden_size: int,
-    top_k: int,
-    dtype: torch.dtype,
-    device_type: str,
-) -> bool:
-    """Say whether one call with these agreed sizes goes to a backend.
-
-    Args:
-        name: of the backend.
-        dispatcher: of the layer.
-        sizes: rows of every rank, `[ranks]`.
-        hidden_size: of a row.
-        top_k: experts per row.
-        dtype: of the rows.
-        device_type: "cpu" or "cuda".
-    """
-    if isinstance(dispatcher, AutoDispatcher):
-        return dispatcher.picks(sizes, hidden_size, top_k, dtype, device_type) == name
-    return dispatcher.name == name
+def _make_allgather(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    return AllGatherDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
 
 
-def captures(dispatcher: Dispatcher, sizes: Sequence[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> bool:
-    """Say whether dispatch and combine of these agreed sizes may be part of a CUDA graph.
+def _make_alltoall(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    return AllToAllDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
 
-    Args:
-        dispatcher: of the layer.
-        sizes: rows of every rank, `[ranks]`.
-        hidden_size: of a row.
-        top_k: experts per row.
-        dtype: of the rows.
-    """
-    if not dispatcher.abilities.cuda_graph:
-        return False
-    # A replay does not choose anew: the graph must be of the backend that all other ranks take for these sizes.
-    return not isinstance(dispatcher, AutoDispatcher) or (
-        goes_to("nvlink", dispatcher, sizes, hidden_size, top_k, dtype, "cuda")
+
+def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    if not options.experts_on_device:
+        raise ConfigurationError(
+            "dispatcher 'nvlink' leaves the rows' counts on the GPU; these experts do not run so, which needs gated "
+            "SiLU experts in bfloat16 without biases: use another dispatcher"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
+    from lockstep.dispatch.nvlink import NvlinkDispatcher
+
+    return NvlinkDispatcher(
+        group,
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden_size,
+        top_k=shape.top_k,
+        max_tokens_per_rank=options.max_rows_per_rank or MAPPED_ROWS,
+        fp8=options.fp8,
+        deadline_s=options.deadline_s,
     )
+
+
+def _make_auto(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    names = ["allgather", "alltoall"]
+    if options.can_map and options.experts_on_device and shape.dtype is torch.bfloat16:
+        names.append("nvlink")
+    return AutoDispatcher([make_dispatcher(name, group, shape, options) for name in names], shape, options.constants)
+
+
+register_dispatcher("allgather", _make_allgather)
+register_dispatcher("alltoall", _make_alltoall)
+register_dispatcher("nvlink", _make_nvlink, carries_fp8=True)
+register_dispatcher(AutoDispatcher.name, _make_auto)

@@ -7,7 +7,6 @@ ranks have mapped, epochs, and the word in host memory through which a kernel sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import triton
 
 from lockstep.coordination.flight_recorder import recorder_of
-from lockstep.dispatch.base import Abilities, DispatchHandle, check_experts
+from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts, check_sizes
 from lockstep.dispatch.collectives import barrier
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
@@ -57,24 +56,7 @@ class _Channel:
         self.inverse = torch.zeros(pairs, dtype=torch.int32, device=device)
         self.tokens_per_expert = torch.zeros(dispatcher.num_local_experts, dtype=torch.int32, device=device)
         self.expert_offsets = torch.zeros(dispatcher.num_local_experts + 1, dtype=torch.int32, device=device)
-        self.num_rows: int | None = None  # of the dispatch under way; None when the channel is free
-
-
-@dataclass(frozen=True)
-class NvlinkState:
-    """What a `DispatchHandle` of this backend carries beside the common fields; all tensors stay on the device.
-
-    Attributes:
-        expert_offsets: where each local expert's pairs begin, and their end, `[num_local_experts + 1]` int32.
-        scales: of fp8 rows, `[received, ceil(hidden / 128)]` float32; None for bf16.
-        counts: tokens of each rank, `[>= ranks]` int32.
-        channel: index of the buffers in use.
-    """
-
-    expert_offsets: torch.Tensor
-    scales: torch.Tensor | None
-    counts: torch.Tensor
-    channel: int
+        self.under_way: DispatchHandle | None = None  # dispatched and not combined yet
 
 
 class NvlinkDispatcher:
@@ -83,11 +65,11 @@ class NvlinkDispatcher:
     Every rank must make the same calls in the same order **on one stream** (or on streams ordered by events): each
     kernel waits for its peers. A captured graph may be replayed with any counts, zero included; all ranks replay.
 
-    The tensors of a handle belong to the dispatcher and hold until its channel's next dispatch. In them
+    The tensors of a handle hold until its channel's next dispatch. In them
 
     * `hidden_states` has a slot for every token of every rank, `[ranks * max_tokens_per_rank, hidden]`: slot
       `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` mean anything.
-    * `gather_index` (int32) and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
+    * `gather_index` and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
       `tokens_per_expert.sum()` entries count, the others are valid slots of no meaning.
 
     Args:
@@ -145,7 +127,7 @@ class NvlinkDispatcher:
                 f"{self.num_ranks} ranks x {max_tokens_per_rank} tokens x {hidden_size} values exceed 2**31 elements: "
                 f"lower max_tokens_per_rank and use chunks"
             )
-        self.abilities = Abilities(cuda_graph=True, dtypes=(torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank)
+        self.abilities = Abilities((torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank, counts_on_device=True)
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.launch = launch or launch_sizes(
             _num_multiprocessors(self.device), self.num_ranks, self.num_local_experts, hidden_size, max_tokens_per_rank
@@ -246,28 +228,38 @@ class NvlinkDispatcher:
         self._channels = []
         self._mapping = None
 
+    def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
+        """See `Dispatcher.route`. A step that goes in one chunk can always be part of a graph."""
+        sizes = check_sizes(sizes, self.num_ranks)
+        capacity = self.max_tokens_per_rank
+        chunk_size = capacity if limit is None else min(limit, capacity)
+        in_one = max(sizes) <= chunk_size
+        if capture and not in_one:
+            raise ConfigurationError(
+                f"a CUDA graph holds one chunk of at most {chunk_size} rows per rank, got sizes {sizes}"
+            )
+        return Route(self.name, sizes, chunk_size, captures=in_one)
+
     def dispatch(
         self,
+        route: Route,
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        sizes: Sequence[int] | None = None,
-        *,
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:
         """Send this rank's rows to their experts' ranks. Collective; returns at once, nothing waits on the host.
 
+        The ranks' counts travel with the rows, so a captured call is right for any counts at its replay. What is handed
+        in is checked against the buffers: a kernel that is launched directly takes it for what it was compiled for.
+
         Args:
+            route: from `route`; of its sizes nothing is read here.
             hidden_states: `[n, hidden]` bfloat16, `n` <= `max_tokens_per_rank`.
             topk_ids: global experts, `[n, top_k]`, int32 or int64; negative for none.
             topk_weights: `[n, top_k]`.
-            sizes: rows of every rank, `[ranks]`, where the caller knows them: all are checked against the capacity, so
-                that all ranks refuse together.
             num_tokens: int32 `[1]` on the device: how many of the `n` rows are tokens. For captured graphs: written
                 before each replay. None means all.
-
-        Returns:
-            The handle; `state` is a `NvlinkState`. Shapes are capacities, see the class.
 
         Raises:
             ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or all channels under way.
@@ -275,9 +267,9 @@ class NvlinkDispatcher:
         """
         self.check()
         rows = hidden_states.shape[0]
-        self._check_rows(hidden_states, topk_ids, topk_weights, sizes, num_tokens)
+        self._check_rows(hidden_states, topk_ids, topk_weights, num_tokens)
         channel = self._channels[self._next_channel]
-        if channel.num_rows is not None:
+        if channel.under_way is not None:
             raise ConfigurationError(
                 f"all {len(self._channels)} channels of rank {self.rank} hold a dispatch that was not combined: "
                 f"combine one first, or raise num_channels"
@@ -305,17 +297,20 @@ class NvlinkDispatcher:
         blocks = self.launch.plan_blocks + self.launch.push_blocks
         kind = (topk_ids.dtype, topk_weights.dtype)
         self._run(dispatch_kernel, blocks, kind, arguments, self._dispatch_options)
-        channel.num_rows = rows
-        index = self._next_channel
-        self._next_channel = (index + 1) % len(self._channels)
-        return DispatchHandle(
-            hidden_states=channel.rows,
-            gather_index=channel.gather_index,
-            tokens_per_expert=channel.tokens_per_expert,
-            pair_weights=channel.pair_weights,
-            sizes=tuple(sizes) if sizes is not None else (),
-            state=NvlinkState(channel.expert_offsets, channel.scales, channel.counts, index),
+        self._next_channel = (self._next_channel + 1) % len(self._channels)
+        channel.under_way = DispatchHandle(
+            route,
+            rows,
+            channel.rows,
+            channel.scales,
+            channel.gather_index,
+            channel.tokens_per_expert,
+            channel.expert_offsets,
+            channel.pair_weights,
+            num_pairs=None,
+            own=channel,
         )
+        return channel.under_way
 
     def combine(
         self,
@@ -343,8 +338,8 @@ class NvlinkDispatcher:
             RankAbsentError: an earlier call ended because a rank did not come.
         """
         self.check()
-        channel = self._channels[handle.state.channel]
-        if channel.num_rows is None:
+        channel: _Channel = handle.own
+        if channel.under_way is not handle:
             raise ConfigurationError(f"this handle was combined before, on rank {self.rank}")
         if expert_output.dtype is not torch.bfloat16 or expert_output.shape[1:] != (self.hidden_size,):
             raise ConfigurationError(
@@ -357,15 +352,15 @@ class NvlinkDispatcher:
                 f"slots, got {expert_output.shape[0]} on rank {self.rank}"
             )
         if output is None:
-            output = expert_output.new_empty((channel.num_rows, self.hidden_size))
+            output = expert_output.new_empty((handle.num_rows, self.hidden_size))
         elif (
             output.dtype is not torch.bfloat16
-            or output.shape[0] < channel.num_rows
+            or output.shape[0] < handle.num_rows
             or output.shape[1:] != (self.hidden_size,)
             or not output.is_contiguous()
         ):
             raise ConfigurationError(
-                f"output must be bfloat16 [>= {channel.num_rows}, {self.hidden_size}] and contiguous, got "
+                f"output must be bfloat16 [>= {handle.num_rows}, {self.hidden_size}] and contiguous, got "
                 f"{output.dtype} {tuple(output.shape)} on rank {self.rank}"
             )
         arguments = (
@@ -382,7 +377,7 @@ class NvlinkDispatcher:
         kind = (reduced, output.data_ptr() % 16 == 0)
         options = self._combine_options | {"REDUCED": reduced}
         self._run(combine_kernel, self.launch.combine_blocks, kind, arguments, options)
-        channel.num_rows = None
+        channel.under_way = None
         return output
 
     def _run(
@@ -411,7 +406,7 @@ class NvlinkDispatcher:
     def forget_capture(self) -> None:
         """Free the channels after a capture that failed: what it recorded has not run and will not."""
         for channel in self._channels:
-            channel.num_rows = None
+            channel.under_way = None
         self._next_channel = 0  # where a model begins each step, since every dispatch of it is combined in turn
 
     def check(self, *, wait: bool = False) -> None:
@@ -461,7 +456,7 @@ class NvlinkDispatcher:
         for channel in self._channels:
             channel.buffer[: self.layout.scales].zero_()
             channel.cells.copy_(torch.tensor(_FIRST_CELLS))
-            channel.num_rows = None
+            channel.under_way = None
         self._next_channel = 0
         self._settle()
 
@@ -476,8 +471,9 @@ class NvlinkDispatcher:
         deadline_s, self._deadline_s = self._deadline_s, max(self._deadline_s, 300.0)
         rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
         ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
+        route = self.route([0] * self.num_ranks)
         for _ in self._channels:
-            self.combine(rows, self.dispatch(rows, ids, ids.float()))
+            self.combine(rows, self.dispatch(route, rows, ids, ids.float()))
         self.check(wait=True)
         self._deadline_s = deadline_s
 
@@ -486,19 +482,12 @@ class NvlinkDispatcher:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        sizes: Sequence[int] | None,
         num_tokens: torch.Tensor | None,
     ) -> None:
         rows = hidden_states.shape[0]
-        for rank, size in enumerate([rows] if sizes is None else sizes):
-            if size > self.max_tokens_per_rank:
-                raise ConfigurationError(
-                    f"{size} rows on rank {self.rank if sizes is None else rank}, but max_tokens_per_rank is "
-                    f"{self.max_tokens_per_rank}"
-                )
-        if sizes is not None and (len(sizes) != self.num_ranks or (num_tokens is None and sizes[self.rank] != rows)):
+        if rows > self.max_tokens_per_rank:
             raise ConfigurationError(
-                f"sizes {tuple(sizes)} do not fit {self.num_ranks} ranks and {rows} rows on rank {self.rank}"
+                f"{rows} rows on rank {self.rank}, but max_tokens_per_rank is {self.max_tokens_per_rank}"
             )
         if hidden_states.dtype is not torch.bfloat16 or hidden_states.shape[1] != self.hidden_size:
             raise ConfigurationError(

@@ -16,6 +16,7 @@ from lockstep.engine.kv_cache import KVCache
 from lockstep.engine.sampling import Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.models.parallel import ModelParallel
+from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, Schedule, StepEntry
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class DeviceStep:
         self._last_tokens = torch.zeros(cache.block_table.shape[0], dtype=torch.int64, device=self._device)
         self._free_rows = list(range(cache.block_table.shape[0] - 1, -1, -1))
         self.decoder = _make_decoder(model, cache)
-        if graphs and parallel is not None and parallel.can_capture:
+        if graphs and parallel is not None and parallel.layers.can_capture:
             self.graphs = DecodeGraphs(parallel, self.decoder, self.lay_out, self._last_tokens, max_rows, self._device)
             self.graphs.capture()
 
@@ -123,13 +124,15 @@ class DeviceStep:
             self._free_rows.append(request.row)
             request.row = _NOWHERE
 
-    def run(self, schedule: Schedule, requests: Sequence[EngineRequest], many: bool) -> tuple[Drawn | None, bool]:
+    def run(
+        self, schedule: Schedule, requests: Sequence[EngineRequest], step: Step | None
+    ) -> tuple[Drawn | None, bool]:
         """Issue a step's forward pass and its sampling.
 
         Args:
             schedule: of this rank, with rows.
             requests: of its entries, in order.
-            many: whether the agreed counts give experts many rows each.
+            step: that the pass belongs to; None in a single process.
 
         Returns:
             The tokens, in the order of the entries that sample, or None where none does; whether a graph was replayed.
@@ -140,20 +143,25 @@ class DeviceStep:
             self.cache.grow(request.row, entry.start + entry.num_tokens)
         self.cache.flush()
         sampled = [request.row for request, entry in zip(requests, entries, strict=True) if entry.samples]
-        replays = len(entries) == schedule.num_decode_tokens and self.graphs is not None
-        if self.graphs is not None and replays:
-            logits, rows, positions = self.graphs.run(sampled, [entry.start for entry in entries], many)
+        replays = False
+        if len(entries) == schedule.num_decode_tokens and self.graphs is not None and step is not None:
+            # By the agreed counts alone: a graph holds one backend, and all ranks have to take the same.
+            replays = step.captures
+        if self.graphs is not None and step is not None and replays:
+            logits, rows, positions = self.graphs.run(sampled, [entry.start for entry in entries], step)
         else:
             laid_out, rows, positions = self._lay_out_step(entries, requests, schedule.num_decode_tokens)
             logits = self.decoder(laid_out)
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
         return drawn, replays
 
-    def run_without_rows(self, many: bool) -> bool:
-        """Take part in a step without rows by a graph, if there is one; return whether there is."""
-        if self.graphs is not None:
-            self.graphs.run([], [], many)
-        return self.graphs is not None
+    def run_without_rows(self, step: Step) -> bool:
+        """Take part in a step without rows; return whether by a graph."""
+        if self.graphs is None or not step.captures:
+            step.take_part_in_rest()
+            return False
+        self.graphs.run([], [], step)
+        return True
 
     def _lay_out_step(
         self, entries: Sequence[StepEntry], requests: Sequence[EngineRequest], num_decode: int
@@ -235,11 +243,11 @@ class DeviceStep:
         parallel = self._parallel
         if parallel is None or parallel.config.tensor_parallel_size == 1:
             return tokens
-        group = parallel.tensor_parallel_group
+        group = parallel.layers[0].tensor_parallel_group
         assert group is not None
         sizes = [len(tokens)] + [0] * (parallel.config.tensor_parallel_size - 1)
         own = tokens if parallel.config.tensor_parallel_rank == 0 else tokens[:0]
-        return all_gatherv([own[:, None]], sizes, group, parallel.deadline_s)[0][:, 0]
+        return all_gatherv([own[:, None]], sizes, group, parallel.options.deadline_s)[0][:, 0]
 
 
 def _make_decoder(model: Any, cache: KVCache) -> TransformersDecoder | FusedDecoder:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from lockstep.engine.decoder import Rows
+from lockstep.models.parallel import ModelParallel
+from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class DecodeGraphs:
     """The graphs of one rank's decoding steps, and of the steps in which it has no rows.
 
     Args:
-        parallel: of the model; None in a single process.
+        parallel: of the model.
         decoder: runs a pass over rows.
         lay_out: `(ids, positions, row_seqs) -> Rows`, on the device.
         last_tokens: the token that each row of the block table goes on with, `[max_num_seqs]` int64.
@@ -47,7 +48,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        parallel: Any,
+        parallel: ModelParallel,
         decoder: Callable[[Rows], torch.Tensor],
         lay_out: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rows],
         last_tokens: torch.Tensor,
@@ -76,8 +77,8 @@ class DecodeGraphs:
         self._inputs[1 + self._max_rows :] = 0
         for many in (True, False):
             for size in reversed(self._sizes):
-                with self._parallel.captured_step(self._inputs[:1], many):
-                    self._pass(size)
+                with self._begin(size, many) as step:
+                    self._pass(size, step)
                 self._graphs[size, many] = self._capture(size, many)
 
     def serves(self, num_rows: int) -> bool:
@@ -85,14 +86,14 @@ class DecodeGraphs:
         return num_rows <= self._max_rows
 
     def run(
-        self, row_seqs: Sequence[int], positions: Sequence[int], many: bool
+        self, row_seqs: Sequence[int], positions: Sequence[int], step: Step
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Replay the smallest graph that the rows fit into.
 
         Args:
             row_seqs: row of the block table of each row.
             positions: of the rows' tokens.
-            many: whether the agreed counts give experts many rows.
+            step: that they belong to; its `captures` is true.
 
         Returns:
             Logits of the rows, `[num_rows, vocabulary]`, valid until the next replay; None without rows. And on the
@@ -105,8 +106,9 @@ class DecodeGraphs:
             [num_rows, *row_seqs, *padding, *positions, *([0] * (most - num_rows))], dtype=torch.int32
         )
         self._inputs.copy_(packed.pin_memory(), non_blocking=True)
-        graph, logits = self._graphs[size, many]
+        graph, logits = self._graphs[size, step.has_many_rows]
         graph.replay()
+        step.replayed()
         own_rows = self._inputs[1 : 1 + num_rows]
         own_positions = self._inputs[1 + most : 1 + most + num_rows] + 1
         return (logits[:num_rows] if logits is not None else None), own_rows, own_positions
@@ -114,18 +116,22 @@ class DecodeGraphs:
     def _capture(self, size: int, many: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), self._parallel.captured_step(self._inputs[:1], many):
+        with torch.cuda.stream(self._stream), self._begin(size, many) as step:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                logits = self._pass(size)
+                logits = self._pass(size, step)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph, logits
 
-    def _pass(self, size: int) -> torch.Tensor | None:
+    def _begin(self, size: int, many: bool) -> Step:
+        layers = self._parallel.layers
+        return layers.begin_capture(layers.typical_sizes(many), num_rows=self._inputs[:1], capacity=size)
+
+    def _pass(self, size: int, step: Step) -> torch.Tensor | None:
         if not size:
-            self._parallel.take_part_in_capture()
+            step.take_part_in_rest()
             return None
         most = self._max_rows
         row_seqs, positions = self._inputs[1 : 1 + size], self._inputs[1 + most : 1 + most + size]

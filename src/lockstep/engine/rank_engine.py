@@ -20,6 +20,7 @@ from lockstep.engine.sampling import Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
 from lockstep.workload.policies import prefills_run
 
@@ -101,6 +102,7 @@ class _Flight:
     sampling: list[EngineRequest] = field(default_factory=list)  # whose token was drawn, in the order of the rows
     drawn: Drawn | None = None
     done: torch.cuda.Event | None = None
+    step: Step | None = None  # None in a single process
 
 
 class RankEngine:
@@ -328,19 +330,14 @@ class RankEngine:
             self._device_step.unseat(self._requests[request_id])
         requests = [self._requests[entry.request_id] for entry in schedule.entries]
         if self.parallel is None or decision is None:
-            flight.drawn, report.replayed = self._device_step.run(schedule, requests, many=False)
+            flight.drawn, report.replayed = self._device_step.run(schedule, requests, None)
         else:
-            many = self.parallel.has_many_rows(decision)
-            if schedule.num_tokens or self._device_step.graphs is not None:
-                with self.parallel.step(decision, waits=False):
-                    if schedule.num_tokens:
-                        flight.drawn, report.replayed = self._device_step.run(schedule, requests, many)
-                    else:
-                        report.replayed = self._device_step.run_without_rows(many)
-                    if report.replayed:
-                        self.parallel.was_replayed()
-            else:
-                self.parallel.run_idle_step(decision, own_stream=False)
+            with self.parallel.begin(decision) as step:
+                if schedule.num_tokens:
+                    flight.drawn, report.replayed = self._device_step.run(schedule, requests, step)
+                else:
+                    report.replayed = self._device_step.run_without_rows(step)
+            flight.step = step
         flight.sampling = [r for r, entry in zip(requests, schedule.entries, strict=True) if entry.samples]
         report.waited_s, report.done_s = waited_s() - waited, time.perf_counter()
         if self._device.type == "cuda":
@@ -372,8 +369,8 @@ class RankEngine:
         """Wait for a step's end on the GPU, at most until the deadline."""
         if flight.done is None:
             return
-        if self.parallel is not None:
-            self.parallel.await_event(flight.done)
+        if self.parallel is not None and flight.step is not None:
+            self.parallel.layers.wait(flight.done, flight.step.number)
         else:
             flight.done.synchronize()
         flight.report.done_s = time.perf_counter()

@@ -325,11 +325,10 @@ class Exchange:
         num_tokens: torch.Tensor,
         sizes: Sequence[int],
     ) -> torch.Tensor:
-        handle = dispatcher.dispatch(rows, topk_ids, topk_weights, num_tokens=num_tokens)
+        handle = dispatcher.dispatch(dispatcher.route(sizes), rows, topk_ids, topk_weights, num_tokens)
         rows_per_expert = sum(sizes) * dispatcher.top_k / dispatcher.num_experts
-        state = handle.state
         result = experts.on_device(
-            handle.hidden_states, state.scales, handle.gather_index, state.expert_offsets, rows_per_expert
+            handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets, rows_per_expert
         )
         return dispatcher.combine(result, handle)
 

@@ -19,7 +19,7 @@ _QUANTISED_DTYPES = ("F8", "F6", "F4", "I8", "U8", "I4", "U4")
 # Names that quantisation tools give to what belongs to a weight, at the end of a tensor's name.
 _QUANTISATION_NAMES = re.compile(
     r"(scale_inv|scales?|zero_points?|zeros|_blocks|qweight|g_idx|absmax|quant_map|quant_state[\w.]*|\.SCB|"
-    r"weight_format|weight_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
+    r"weight_format|_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
 )
 # What quantised activations are multiplied by: dequantised weights need none of it.
 _ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(scale|zero_point)(_inv)?$")

@@ -6,16 +6,13 @@ replayed. So one rank may replay its graph while another runs a prompt step by s
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from lockstep.dispatch.choose import captures
-from lockstep.metadata.chunks import ChunkPlan
-from lockstep.moe.experts import FEW_ROWS
-from lockstep.moe.layer import MoELayer
+from lockstep.moe.step import MoELayers, Step
 
 logger = logging.getLogger(__name__)
 
@@ -33,52 +30,40 @@ class StepGraphs:
         layers: the MoE layers in forward order.
     """
 
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
+    def __init__(self, layers: MoELayers) -> None:
         self._layers = layers
-        self._possible = all(
-            layer.dispatcher.abilities.cuda_graph and layer.config.tensor_parallel_size == 1 for layer in layers
-        )
         self._seen: set[Any] = set()
         self._failed: set[Any] = set()
         self._forwards: dict[Any, _CapturedForward] = {}
         self._idle: dict[Any, torch.cuda.CUDAGraph] = {}
 
-    def serves(self, plan: ChunkPlan) -> bool:
-        """Whether a step can be a graph on this rank: the backend allows it, and all rows go through in one chunk."""
-        if not self._possible or len(plan) != 1:
-            return False
-        sizes = next(iter(plan)).sizes
-        return all(
-            captures(layer.dispatcher, sizes, layer.hidden_size, layer.top_k, layer.dtype) for layer in self._layers
-        )
-
-    def run_idle(self, plan: ChunkPlan, eager: Callable[[], None]) -> None:
+    def run_idle(self, step: Step) -> None:
         """Take part in a step without rows, by a graph from the second time on; without one if that cannot be captured.
 
         Args:
-            plan: of the step.
-            eager: issues the exchanges of all layers, with zero rows.
+            step: whose `captures` is true.
         """
-        key = ("idle", *self._experts_kernels(plan))
+        key = ("idle", *self._experts_kernels(step))
         if key not in self._idle and key in self._seen and key not in self._failed:
             try:
-                self._idle[key] = self._capture(eager)
+                self._idle[key] = self._capture(step, Step.take_part_in_rest)
             except RuntimeError as error:
                 logger.info("an idle step cannot be a CUDA graph: %s", error)
                 self._failed.add(key)
         if key not in self._idle:
             self._seen.add(key)
-            eager()
+            step.take_part_in_rest()
             return
         self._idle[key].replay()
+        step.replayed()
 
     def run_forward(
-        self, plan: ChunkPlan, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any | None:
         """Run a forward pass by a graph, if it is of a kind that was seen before.
 
         Args:
-            plan: of the step.
+            step: that the pass belongs to; its `captures` is true.
             forward: the model's own.
             args: its positional arguments; with any, no graph is used.
             kwargs: its keyword arguments.
@@ -95,7 +80,7 @@ class StepGraphs:
         inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         leaves, structure = pytree.tree_flatten(inputs)
         # What is no tensor is part of the graph; of tensors only the shape is.
-        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves), *self._experts_kernels(plan))
+        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves), *self._experts_kernels(step))
         if key in self._failed:
             return None
         captured = self._forwards.get(key)
@@ -108,8 +93,12 @@ class StepGraphs:
             static_inputs = pytree.tree_unflatten(static, structure)
             outputs: list[Any] = []
             cache_of = weakref.ref(cache)  # a graph must not keep its cache alive
+
+            def issue(_: Step) -> None:
+                outputs.append(forward(past_key_values=cache_of(), **static_inputs))
+
             try:
-                graph = self._capture(lambda: outputs.append(forward(past_key_values=cache_of(), **static_inputs)))
+                graph = self._capture(step, issue)
             except RuntimeError as error:
                 logger.info("a decode step cannot be a CUDA graph: %s", error)
                 self._failed.add(key)
@@ -117,34 +106,30 @@ class StepGraphs:
             if len(self._forwards) >= _MOST_GRAPHS:
                 self._forwards.pop(next(iter(self._forwards)))
             captured = self._forwards[key] = _CapturedForward(graph, static, outputs[0])
-        return captured.replay(leaves, cache)
+        output = captured.replay(leaves, cache)
+        step.replayed()
+        return output
 
-    def _experts_kernels(self, plan: ChunkPlan) -> tuple[bool, ...]:
+    def _experts_kernels(self, step: Step) -> tuple[bool, ...]:
         """Which kernels each layer's experts run by in a step: a graph that has the others would be slow, not wrong."""
-        num_rows = sum(next(iter(plan)).sizes)
-        return tuple(layer.rows_per_expert(num_rows) <= FEW_ROWS for layer in self._layers)
+        num_rows = sum(step.route.sizes)
+        return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
 
-    def _capture(self, issue: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """Record what `issue` launches without running it.
+    def _capture(self, step: Step, issue: Callable[[Step], Any]) -> torch.cuda.CUDAGraph:
+        """Record what `issue` launches, in a step of its own that is captured, without running it.
 
         Not through `torch.cuda.graph`, which waits for the whole device: the script may stand in a barrier on it that
         other ranks come to only after this step.
         """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this one must not wait.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    issue()
-                finally:
-                    graph.capture_end()
-        except BaseException:
-            for layer in self._layers:  # nothing has run, so nothing is out of step
-                layer.in_step = True
-                layer.dispatcher.forget_capture()  # type: ignore[attr-defined]  # goes with `abilities.cuda_graph`
-            raise
+        with torch.cuda.stream(stream), self._layers.begin_capture(step.route.sizes) as captured:
+            # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this one must not wait.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                issue(captured)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 

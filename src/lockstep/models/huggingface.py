@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.session import Session
-from lockstep.dispatch.choose import DISPATCHERS
 from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import check_int
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import read_arguments
 from lockstep.models.groups import (
@@ -24,7 +22,9 @@ from lockstep.models.groups import (
     tensor_parallel_mesh,
 )
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
-from lockstep.models.parallel import EXPERTS_IMPLEMENTATION, OUTSIDE, ModelParallel, parallel_of
+from lockstep.models.options import ParallelOptions
+from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION
+from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
 from lockstep.models.seal import weights_are_there
 
 _PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
@@ -57,7 +57,7 @@ def from_pretrained(
         path: a folder, or a Hub id.
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`.
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
@@ -75,7 +75,7 @@ def from_pretrained(
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
-    _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
+    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug)
     placed = read_arguments(kwargs, dtype, device).device
     kwargs.pop("device_map", None)  # said by `placed` from here on
     group = find_group(process_group, deadline_s)
@@ -99,8 +99,7 @@ def from_pretrained(
     if group is None:
         return loaded
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    options = (max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch)
-    _attach(ModelParallel(model, config, group, *options, attention_group=attention))
+    _attach(ModelParallel(model, config, group, options, attention))
     return loaded
 
 
@@ -121,7 +120,7 @@ def parallelize(
     Args:
         model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.DISPATCHERS`.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`.
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
@@ -134,7 +133,7 @@ def parallelize(
     Raises:
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
-    _check_options(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s)
+    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug)
     group = find_group(process_group, deadline_s)
     if group is None:
         find_experts(model)
@@ -152,7 +151,7 @@ def parallelize(
     config = parallel_config(group, 1)
     shard_experts(inner, config.rank, config.world_size)
     model.eval()
-    _attach(ModelParallel(inner, config, group, max_chunk_size_per_rank, dispatcher, deadline_s, debug, fp8_dispatch))
+    _attach(ModelParallel(inner, config, group, options))
     return model
 
 
@@ -210,14 +209,14 @@ def _attach(parallel: ModelParallel) -> None:
     internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
     for index, (_, module) in enumerate(find_experts(model)):
         internals.route_experts(module, EXPERTS_IMPLEMENTATION)
-        module._lockstep_run = functools.partial(parallel._run_layer, index)
-    original = parallel._forward
+        module._lockstep_place = parallel, index
+    original = parallel.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if parallel._plan is not None and parallel.session is None:
-            return original(*args, **kwargs)  # an engine that forms its own steps has agreed already
         session = parallel.session
+        if session is None and parallel.current_step() is not None:
+            return original(*args, **kwargs)  # an engine that forms its own steps has agreed already
         if session is None:
             raise RuntimeError(OUTSIDE.format(type(model).__name__))
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -225,11 +224,11 @@ def _attach(parallel: ModelParallel) -> None:
             error = ConfigurationError(_CAPTURED.format(type(model).__name__))
             session.fail(error)  # the other ranks hear of it now, whatever becomes of the capture here
             raise error
-        parallel.check_unchanged()
+        parallel.weights.check()
         decision = session.begin_step(_count_tokens(args, kwargs))
         try:
-            with parallel.step(decision) as plan:
-                return parallel.run_forward(plan, original, args, kwargs)
+            with parallel.step(decision) as step:
+                return parallel.run_forward(step, args, kwargs)
         except BaseException as error:
             if not parallel.coordinator.usable:
                 session.break_off(error)
@@ -307,12 +306,16 @@ def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Stand among Transformers' experts implementations."""
-    run = getattr(module, "_lockstep_run", None)
-    if run is None:
+    place = getattr(module, "_lockstep_place", None)
+    if place is None:
         raise ConfigurationError(
             f"experts_implementation={EXPERTS_IMPLEMENTATION!r} is set by lockstep.parallelize, not by hand"
         )
-    output: torch.Tensor = run(hidden_states, top_k_index, top_k_weights)
+    parallel, index = place
+    step = parallel.current_step()
+    if step is None:
+        raise parallel.not_in_a_step(index)
+    output: torch.Tensor = step.run_layer(index, hidden_states, top_k_index, top_k_weights)
     return output
 
 
@@ -327,15 +330,3 @@ def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if embeds is None:
         raise ConfigurationError("a forward pass needs input_ids or inputs_embeds")
     return int(embeds.shape[:-1].numel())
-
-
-def _check_options(max_chunk_size_per_rank: int | None, dispatcher: str, fp8_dispatch: bool, deadline_s: float) -> None:
-    """Before anything is loaded."""
-    if max_chunk_size_per_rank is not None:
-        check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
-    if dispatcher not in DISPATCHERS:
-        raise ConfigurationError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {dispatcher!r}")
-    if fp8_dispatch and dispatcher != "nvlink":
-        raise ConfigurationError(f"fp8_dispatch needs dispatcher 'nvlink', got {dispatcher!r}")
-    if not 0 < deadline_s < float("inf"):
-        raise ConfigurationError(f"deadline_s must be a number > 0, got {deadline_s}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -16,6 +16,17 @@ _OVERWRITTEN = (
     "and use it without them; if every rank has written its own part on purpose, call "
     "lockstep.models.parallel.parallel_of(model).accept_weights()"
 )
+
+
+class _Weight(NamedTuple):
+    """A weight as it was when it was sealed."""
+
+    name: str
+    parameter: torch.Tensor
+    local: torch.Tensor
+    version: int | None
+    address: int
+    values: torch.Tensor
 
 
 class Seal:
@@ -33,9 +44,11 @@ class Seal:
 
     def accept(self) -> None:
         """Take the weights as they are now for right."""
-        self._sealed = list(self._parameters())
-        self._state = self._look()
-        self._values = {name: self._sample(parameter) for name, parameter in self._sealed}
+        self._sealed = [
+            _Weight(name, weight, _local(weight), _version(weight), _address(weight), self._sample(weight))
+            for name, weight in self._parameters()
+        ]
+        self._count = len(self._module._parameters)
 
     def check(self) -> None:
         """Check that nobody has written, moved or replaced the weights, without reading them: cheap, for every step.
@@ -43,8 +56,17 @@ class Seal:
         Raises:
             ConfigurationError: naming the weight.
         """
-        if self._look() != self._state:
-            self._complain(self._first_difference())
+        found = self._module._parameters
+        for weight in self._sealed:
+            if found.get(weight.name) is not weight.parameter:
+                self._complain(weight.name, "was replaced")
+            local = weight.local
+            if weight.version is not None and local._version != weight.version:
+                self._complain(weight.name, "was written in place")
+            if local.data_ptr() != weight.address or local is not _local(weight.parameter):
+                self._complain(weight.name, "was moved or cast inside of join")
+        if len(found) != self._count:
+            self._complain(list(found)[-1], "was added")
 
     def check_values(self) -> None:
         """Check the weights between steps, where they may have been moved or cast; reads a few values of each expert.
@@ -53,47 +75,32 @@ class Seal:
             ConfigurationError: naming the weight.
         """
         now = dict(self._parameters())
-        for (name, parameter), (_, version, _) in zip(self._sealed, self._state, strict=True):
-            found = now.get(name)
-            if found is None or type(found) is not type(parameter) or found.shape != parameter.shape:
-                self._complain((name, "was replaced"))
+        is_as_before = True
+        for weight in self._sealed:
+            found = now.pop(weight.name, None)
+            if found is None or type(found) is not type(weight.parameter) or found.shape != weight.parameter.shape:
+                self._complain(weight.name, "was replaced")
             if found.is_meta:
                 raise ConfigurationError(
-                    f"{self._model}'s {self._name}.{name} is not there any more (offloaded to the meta device): keep "
-                    "the model on its device, without accelerate's cpu_offload, disk_offload or dispatch_model"
+                    f"{self._model}'s {self._name}.{weight.name} is not there any more (offloaded to the meta device): "
+                    "keep the model on its device, without accelerate's cpu_offload, disk_offload or dispatch_model"
                 )
-            if _version(found) != version and found is parameter:
-                self._complain((name, "was written in place"))
-            before, values = self._values[name], self._sample(found)
-            expected = before.to(values.dtype)
+            if found is weight.parameter and _version(found) != weight.version:
+                self._complain(weight.name, "was written in place")
+            values = self._sample(found)
+            expected = weight.values.to(values.dtype)
             if not bool(((expected == values) | (expected.isnan() & values.isnan())).all()):
-                self._complain((name, "has other values"))
-        if now.keys() - self._values.keys():
-            self._complain((min(now.keys() - self._values.keys()), "was added"))
-        if self._look() != self._state:  # moved or cast
+                self._complain(weight.name, "has other values")
+            is_as_before &= found is weight.parameter and _address(found) == weight.address
+        if now:
+            self._complain(min(now), "was added")
+        if not is_as_before:  # moved or cast
             self.accept()
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for name, parameter in self._module._parameters.items():
-            if parameter is not None:
-                yield name, parameter
+        return ((name, weight) for name, weight in self._module._parameters.items() if weight is not None)
 
-    def _look(self) -> list[tuple[int, int, int]]:
-        return [(id(weight), _version(weight), _address(weight)) for _, weight in self._parameters()]
-
-    def _first_difference(self) -> tuple[str, str]:
-        now = {name: (id(weight), _version(weight), _address(weight)) for name, weight in self._parameters()}
-        for (name, _), before in zip(self._sealed, self._state, strict=True):
-            if name not in now or now[name][0] != before[0]:
-                return name, "was replaced"
-            if now[name][1] != before[1]:
-                return name, "was written in place"
-            if now[name][2] != before[2]:
-                return name, "was moved or cast inside of join"
-        return next(iter(now), ""), "was added"
-
-    def _complain(self, difference: tuple[str, str]) -> NoReturn:
-        name, what = difference
+    def _complain(self, name: str, what: str) -> NoReturn:
         raise ConfigurationError(_OVERWRITTEN.format(model=self._model, weight=f"{self._name}.{name}", what=what))
 
     @staticmethod
@@ -131,9 +138,10 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def _version(weight: torch.Tensor) -> int:
+def _version(weight: torch.Tensor) -> int | None:
+    """How often the weight was written; None for one made under inference_mode, whose writes nobody counts."""
     local = _local(weight)
-    return 0 if local.is_inference() else local._version  # made under inference_mode: nobody counts its writes
+    return None if local.is_inference() else local._version
 
 
 def _address(weight: torch.Tensor) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.choose import make_dispatcher, make_mapped_dispatcher
+from lockstep.dispatch.base import ExpertsShape
+from lockstep.dispatch.choose import DispatcherOptions, make_dispatcher
 from lockstep.dispatch.constants import constants_for, stored_path
 from lockstep.errors import ConfigurationError, LockstepError
 
@@ -122,25 +123,18 @@ def prove(name: str, device_type: str) -> float:
     Raises:
         LockstepError: results that differ from the reference.
     """
-    from lockstep.coordination.forward_context import ForwardContext, set_forward_context
-    from lockstep.metadata.chunks import ChunkPlan
     from lockstep.metadata.config import ParallelConfig
-    from lockstep.metadata.dp_metadata import DPMetadata
     from lockstep.moe.experts import LocalExperts
     from lockstep.moe.layer import MoELayer
     from lockstep.moe.reference import moe_reference
+    from lockstep.moe.step import MoELayers
 
     rank, cuda = dist.get_rank(), device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     group = dist.new_group(backend="nccl" if cuda else "gloo")
-    if name == "nvlink":
-        dispatcher = make_mapped_dispatcher(
-            group, num_experts=_NUM_EXPERTS, hidden_size=_HIDDEN, top_k=_TOP_K, max_rows_per_rank=64,
-            deadline_s=_DEADLINE_S,
-        )  # fmt: skip
-    else:
-        dispatcher = make_dispatcher(name, group, _NUM_EXPERTS, deadline_s=_DEADLINE_S)
+    shape = ExpertsShape(_NUM_EXPERTS, _HIDDEN, _TOP_K, dtype, device)
+    dispatcher = make_dispatcher(name, group, shape, DispatcherOptions(_DEADLINE_S, max_rows_per_rank=64))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -151,22 +145,17 @@ def prove(name: str, device_type: str) -> float:
     mine = slice(rank * _NUM_EXPERTS // 2, (rank + 1) * _NUM_EXPERTS // 2)
     config = ParallelConfig(data_parallel_size=2, data_parallel_rank=rank)
     experts = LocalExperts.from_tensors(gate_up[mine].to(device), down[mine].to(device))
-    if name == "nvlink":
+    if dispatcher.abilities.counts_on_device:
         experts.warm_up(2 * 64 * _TOP_K, fp8=False)
-    layer = MoELayer(
-        experts, dispatcher, config,
-        hidden_size=_HIDDEN, top_k=_TOP_K, dtype=dtype, device=device, deadline_s=_DEADLINE_S,
-    )  # fmt: skip
+    layer = MoELayer(experts, dispatcher, config, shape, deadline_s=_DEADLINE_S)
+    layers = MoELayers([layer], max_chunk_size_per_rank=4)
     worst = 0.0
     for counts in _COUNTS:
         rows = [random(count, _HIDDEN).to(dtype) for count in counts]
         ids = [random(count, _NUM_EXPERTS).topk(_TOP_K).indices for count in counts]
         weights = [random(count, _TOP_K).softmax(1) for count in counts]
-        context = ForwardContext(
-            DPMetadata.make(config, counts[rank], counts), ChunkPlan(counts, rank=rank, max_chunk_size_per_rank=4)
-        )
-        with set_forward_context(context):
-            output = layer(rows[rank].to(device), ids[rank].to(device), weights[rank].to(device)).cpu()
+        with layers.begin(counts) as step:
+            output = step.run_layer(0, rows[rank].to(device), ids[rank].to(device), weights[rank].to(device)).cpu()
         expected = moe_reference(rows, ids, weights, gate_up, down)[rank]
         worst = max([worst, *(output.float() - expected.float()).abs().flatten().tolist()])
         tolerance = 0.05 if cuda else 1e-4

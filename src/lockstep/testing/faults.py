@@ -87,7 +87,7 @@ def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
         ConfigurationError: the model is not joined.
     """
     parallel = parallel_of(model)
-    if parallel is None or not parallel.layers:
+    if parallel is None or not parallel.is_open:
         raise ConfigurationError("faults are injected inside `with lockstep.join(model):`, over several ranks")
     with inject_into(parallel.recorder, parallel.coordinator, *faults) as happened:
         yield happened

@@ -1,0 +1,70 @@
+"""What a model's experts are called with, found by one forward pass, and a checksum of what all ranks have alike."""
+
+import contextlib
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lockstep.dispatch.base import ExpertsShape
+from lockstep.errors import ConfigurationError
+from lockstep.models.loading import find_experts
+from lockstep.moe.experts import LocalExperts
+
+
+@torch.no_grad()
+def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> list[ExpertsShape]:
+    """Send one token through the model with experts that only look, and return what each was called with.
+
+    No config names these the same in all architectures, and the order of the calls is known for certain.
+
+    Args:
+        model: whose experts modules hold one rank's experts.
+        forward: the model's own.
+        num_ranks: that hold as many experts each.
+
+    Returns:
+        One shape per MoE layer, in forward order.
+
+    Raises:
+        ConfigurationError: a model that does not call each of its MoE layers once and in order.
+    """
+    found = {id(module): index for index, (_, module) in enumerate(find_experts(model))}
+    seen: dict[int, ExpertsShape] = {}
+
+    def look(module: Any, rows: torch.Tensor, topk_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        num_experts = LocalExperts(module).num_local_experts * num_ranks
+        seen[found[id(module)]] = ExpertsShape(
+            num_experts, int(rows.shape[-1]), int(topk_ids.shape[-1]), rows.dtype, rows.device
+        )
+        return torch.zeros_like(rows)
+
+    with _experts_run_by(model, look):
+        forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    if list(seen) != list(range(len(found))):
+        raise ConfigurationError(
+            f"{type(model).__name__} does not call each of its {len(found)} MoE layers once and in order: {list(seen)}"
+        )
+    return list(seen.values())
+
+
+@torch.no_grad()
+def dense_checksum(model: Any) -> int:
+    """Hash the first values of every weight that all ranks must have alike: unlike seeds or checkpoints show up."""
+    experts = {id(parameter) for _, module in find_experts(model) for parameter in module.parameters()}
+    parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]
+    return zlib.crc32(torch.cat(parts).cpu().numpy().tobytes())
+
+
+@contextlib.contextmanager
+def _experts_run_by(model: Any, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    modules = [module for _, module in find_experts(model)]
+    for module in modules:
+        module.forward = functools.partial(function, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,0 +1,482 @@
+"""One step: which rows go through the MoE layers, how they travel, which layer is due, and how it failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from lockstep.coordination.coordinator import Coordinator
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.forward_context import ForwardContext, set_forward_context
+from lockstep.coordination.transports import wait_until
+from lockstep.dispatch.base import Route
+from lockstep.dispatch.collectives import DEADLINE_S, await_last
+from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, TokenCountError
+from lockstep.metadata.chunks import ChunkPlan
+from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.metadata.sizes import sp_rows
+from lockstep.moe.layer import MoELayer
+
+# Extra wait beyond the deadline, so that a kernel that timed out can report the missing rank.
+_KERNELS_S = 0.5
+
+_current: ContextVar[Step | None] = ContextVar("lockstep_step", default=None)
+
+
+def current_step() -> Step | None:
+    """Return the step that this thread is running, if it is in one. An idle step of another thread does not count."""
+    return _current.get()
+
+
+@contextmanager
+def _made_current(step: Step) -> Iterator[None]:
+    token = _current.set(step)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class MoELayers:
+    """The MoE layers of a model on this rank, in forward order, and what their steps share.
+
+    Args:
+        layers: at least one, all of one rank and device.
+        max_chunk_size_per_rank: most rows that one rank sends through a layer at a time; None for no limit.
+        coordinator: is told of a step that broke the ranks' groups. Engines that agree by other means leave it out.
+        recorder: is told where this rank is; by default the coordinator's.
+        deadline_s: longest wait for the device to end a step, in seconds.
+        abort: ends what waits in the ranks' groups on the device, after a step that broke them.
+        shares_attention: layers of the model itself have collectives, so that a rank cannot go on without it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MoELayer],
+        *,
+        max_chunk_size_per_rank: int | None = None,
+        coordinator: Coordinator | None = None,
+        recorder: FlightRecorder | None = None,
+        deadline_s: float = DEADLINE_S,
+        abort: Callable[[], None] | None = None,
+        shares_attention: bool = False,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.config = layers[0].config
+        self.device = layers[0].shape.device
+        self.dispatchers = tuple(dict.fromkeys(layer.dispatcher for layer in layers))
+        self.max_chunk_size_per_rank = max_chunk_size_per_rank
+        self.deadline_s = deadline_s
+        self.silent_recorder = FlightRecorder(self.config.rank, self.config.world_size)
+        if recorder is None:
+            recorder = coordinator.recorder if coordinator is not None else self.silent_recorder
+        self.recorder = recorder
+        self._coordinator = coordinator
+        self._abort = abort
+        self.shares_attention = shares_attention
+        self._last_event: torch.cuda.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[MoELayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index: int) -> MoELayer:
+        return self.layers[index]
+
+    def begin(
+        self,
+        num_tokens_across_dp: Sequence[int],
+        *,
+        num_rows: torch.Tensor | None = None,
+        capacity: int | None = None,
+    ) -> Step:
+        """Begin a step with agreed counts.
+
+        Args:
+            num_tokens_across_dp: rows of every data-parallel rank, `[data_parallel_size]`, agreed.
+            num_rows: this rank's count in device memory, `[1]`, int32, for a model that runs in buffers with more rows;
+                the rows beyond it go nowhere. None where the model's rows are the agreed ones.
+            capacity: rows of those buffers; goes with `num_rows`.
+
+        Returns:
+            The step, to be entered. Entering it raises `ConfigurationError` for buffers that are too small, for ranks
+            that share their rows, and for a step of several chunks.
+        """
+        if self._last_event is not None:
+            self._last_event.wait()  # steps run one after another, whichever stream each is on
+        config = self.config
+        rows = sp_rows(num_tokens_across_dp, config.tensor_parallel_size)
+        routes = [self.dispatchers[0].route(rows, self.max_chunk_size_per_rank)]
+        routes += [dispatcher.route(rows, routes[0].chunk_size) for dispatcher in self.dispatchers[1:]]
+        plan = ChunkPlan(num_tokens_across_dp, config.tensor_parallel_size, routes[0].chunk_size, config.rank)
+        return Step(self, routes, plan, num_rows, capacity)
+
+    def begin_capture(
+        self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
+    ) -> Step:
+        """Begin a step that a CUDA graph records. The graph is right for any counts of the other ranks.
+
+        It may be replayed, inside a step that was agreed on, where that step's `captures` is true and this rank's count
+        is in `num_rows`; without `num_rows`, where it is `capacity`.
+
+        Args:
+            sizes: rows of every rank, `[ranks]`, as they will roughly be: they choose kernels, not results.
+            num_rows: see `begin`; read at every replay. None: the rows of the buffers are all tokens.
+            capacity: rows of the buffers that the model runs in; by default this rank's size.
+
+        Raises:
+            ConfigurationError: a dispatcher that cannot be captured, or ranks that share their rows.
+        """
+        if self.config.tensor_parallel_size > 1:
+            raise ConfigurationError("steps of ranks that share their rows cannot be CUDA graphs")
+        limit = self.max_chunk_size_per_rank
+        routes = [dispatcher.route(sizes, limit, capture=True) for dispatcher in self.dispatchers]
+        return Step(self, routes, None, num_rows, sizes[self.config.rank] if capacity is None else capacity)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether steps can be CUDA graphs here, see `begin_capture`."""
+        on_device = all(dispatcher.abilities.counts_on_device for dispatcher in self.dispatchers)
+        return self.device.type == "cuda" and on_device and self.config.tensor_parallel_size == 1
+
+    def typical_sizes(self, many: bool) -> list[int]:
+        """Return sizes for `begin_capture`, of steps in which experts get few rows each or many.
+
+        Args:
+            many: see `MoELayer.takes_few_rows`.
+        """
+        nobody = [0] * self.config.world_size
+        most = self.dispatchers[0].route(nobody, self.max_chunk_size_per_rank, capture=True).chunk_size
+        return [most] * self.config.world_size if many else nobody
+
+    def end_step(self) -> torch.cuda.Event | None:
+        """Note where on the device the step ends that was issued last."""
+        if self.device.type == "cuda":
+            self._last_event = torch.cuda.current_stream().record_event()
+        return self._last_event
+
+    def wait(self, event: torch.cuda.Event, number: int) -> None:
+        """Wait for an event behind a step, at most until the deadline; find out whether all ranks took part to there.
+
+        Args:
+            event: recorded at the step's end, or later.
+            number: of the step, for messages.
+
+        Raises:
+            RankAbsentError: a rank did not come before the deadline.
+            PeerFailedError: another rank failed in the middle of the step.
+        """
+        failure: Exception | None = None
+        try:
+            wait_until(event.query, self.deadline_s + _KERNELS_S, self.recorder.check)
+            for dispatcher in self.dispatchers:
+                dispatcher.check()
+        except TimeoutError as error:
+            text = f"step {number} did not end on the GPU: {error}"
+            failure = error if isinstance(error, LockstepError) else self.recorder.absent(text)
+        except (LockstepError, RuntimeError) as error:
+            failure = error
+        if failure is not None:
+            self.give_up(failure)
+            raise failure
+
+    def give_up(self, failure: BaseException) -> None:
+        """Use the ranks' groups no more, tell the others why, and end what waits for them on the device."""
+        if self._coordinator is not None:
+            self._coordinator.give_up(failure)
+        if self._abort is not None:
+            self._abort()
+
+
+class Step:
+    """One forward pass of the model, on all ranks together. A context manager: the model runs inside.
+
+    A rank with rows, an idle one, and one that failed differ only in what they hand in: each takes part in every layer.
+    Leaving the block takes part in the layers that are left, so that the others can go on whatever happened here.
+    Made by `MoELayers.begin`.
+
+    Attributes:
+        layers: what all steps of the model share.
+        plan: the chunks of the step; None in one that is captured.
+        route: how its rows travel.
+        number: of the step, for messages and records.
+        num_rows: this rank's count in device memory, `[1]`, int32; None where the model's rows are the agreed ones.
+        captured: a CUDA graph records this step.
+        next_layer: index of the layer that is due.
+        in_step: whether this rank has issued every collective of the layers so far: after an error, whether the groups
+            can be used again.
+        failure: what broke on this rank, if anything.
+        recorder: is told where this rank is.
+    """
+
+    def __init__(
+        self,
+        layers: MoELayers,
+        routes: Sequence[Route],
+        plan: ChunkPlan | None,
+        num_rows: torch.Tensor | None,
+        capacity: int | None,
+    ) -> None:
+        self.layers = layers
+        self.plan = plan
+        self.route = routes[0]
+        self.recorder = layers.silent_recorder if plan is None else layers.recorder
+        self.number = self.recorder.step
+        self.num_rows = num_rows
+        self.captured = plan is None
+        self.next_layer = 0
+        self.in_step = True
+        self.failure: BaseException | None = None
+        self._event: torch.cuda.Event | None = None
+        self._capacity = capacity
+        self._contexts = ExitStack()
+        config = layers.config
+        if plan is None:
+            assert capacity is not None
+            self._rows_due = self._own_rows = capacity
+            spans = [slice(0, capacity)]
+            chunks = [[(route, spans[0])] for route in routes]
+        else:
+            self._rows_due = plan.num_tokens_across_dp[config.data_parallel_rank]
+            self._own_rows = plan.sp_rows[config.rank]
+            if len(plan) == 1:
+                chunks = [[(route, slice(0, self._own_rows))] for route in routes]
+            else:
+                spans = [slice(chunk.start, chunk.stop) for chunk in plan]
+                chunks = [
+                    [(route.of_chunk(chunk.sizes), span) for chunk, span in zip(plan, spans, strict=True)]
+                    for route in routes
+                ]
+            if capacity is not None:
+                self._rows_due = capacity
+        self._chunks = dict(zip(layers.dispatchers, chunks, strict=True))
+
+    @property
+    def captures(self) -> bool:
+        """Whether this rank may issue the step as a CUDA graph: its rows take a backend that can be captured, at once.
+
+        True on all ranks or on none; each rank is free to use a graph or not.
+        """
+        return self.route.captures and self.layers.config.tensor_parallel_size == 1 and any(self.route.sizes)
+
+    @property
+    def has_many_rows(self) -> bool:
+        """Whether the agreed rows give each expert so many that other kernels serve better."""
+        return not self.layers[0].takes_few_rows(sum(self.route.sizes))
+
+    def __enter__(self) -> Step:
+        try:
+            self._enter()
+        except BaseException as error:  # the others have agreed on this step too: they are not left waiting
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _enter(self) -> None:
+        if self._capacity is not None:
+            self._check_buffers(self._capacity)
+        if self.num_rows is not None:
+            _check_cell(self.num_rows, self._capacity, self.layers.device)
+        self._contexts.enter_context(_made_current(self))
+        if self.plan is not None:
+            counts, config = self.plan.num_tokens_across_dp, self.layers.config
+            metadata = DPMetadata.make(config, counts[config.data_parallel_rank], list(counts))
+            self._contexts.enter_context(set_forward_context(ForwardContext(metadata, self.plan, self.number)))
+            self.recorder.mark(Phase.MODEL)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self._contexts.close()
+        if error is not None and self._rows_due and self.layers.shares_attention:
+            # Whoever shares this rank's requests waits for it in a layer that it can no longer take part in.
+            self.layers.give_up(error)
+            return False
+        if not self.captured:
+            self.take_part_in_rest()
+            self.finish(error)
+            return False
+        if error is not None or self.failure is not None:
+            for dispatcher in self.layers.dispatchers:
+                dispatcher.forget_capture()
+        if error is None and self.failure is not None:
+            raise self.failure
+        return False
+
+    def chunks(self, layer: MoELayer) -> list[tuple[Route, slice]]:
+        """Return how a layer's rows travel, and which of this rank's rows, chunk by chunk."""
+        return self._chunks[layer.dispatcher]
+
+    def run_layer(
+        self, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run this rank's rows through an MoE layer. Collective; layers come in order.
+
+        Args:
+            index: number of the layer, from 0.
+            hidden_states: all rows of this data-parallel rank in the step, `[..., hidden]`.
+            topk_ids: global experts of each row, `[..., top_k]`.
+            topk_weights: their weights, `[..., top_k]`.
+
+        Returns:
+            The weighted sums, in the shape and dtype of `hidden_states`.
+
+        Raises:
+            TokenCountError: other rows than were agreed, or than the buffers have.
+            ConfigurationError: rows of another size or device, or another number of experts each.
+            PeerFailedError: another rank's experts failed in this step; from the last layer.
+            RuntimeError: another layer is due; and from `backward`, where gradients are asked for.
+        """
+        if index != self.next_layer:
+            raise RuntimeError(f"MoE layer {index} was called where layer {self.next_layer} was due in this step")
+        layer = self.layers.layers[index]
+        shape, top_k = layer.shape, topk_ids.shape[-1]
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if (rows.shape[1], top_k, rows.device) != (shape.hidden_size, shape.top_k, shape.device):
+            raise ConfigurationError(
+                f"rows of {rows.shape[1]} values on {rows.device} with {top_k} experts each came to MoE layer {index}, "
+                f"which was set up for {shape.hidden_size} on {shape.device} with {shape.top_k}"
+            )
+        if rows.shape[0] != self._rows_due:
+            raise self._wrong_count(index, rows.shape[0])
+        self.next_layer = index + 1
+        with torch.no_grad():
+            # One dtype on the wire: under autocast a rank's rows may come in another one than those of its idle peers.
+            own = rows.to(shape.dtype), topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
+            if self.layers.config.tensor_parallel_size > 1:
+                own = self._share(*own)
+            output = layer.run(self, index, *own).to(rows.dtype)
+        if self.next_layer == len(self.layers):
+            self._end_last_layer()
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            output = _InferenceOnly.apply(rows, output)
+        return output.view_as(hidden_states)
+
+    @torch.no_grad()
+    def take_part_in_rest(self) -> None:
+        """Run the local experts for the others in all layers that are left, with no rows of this rank's own.
+
+        Where rows of this rank were agreed on, rows that go to no expert take their place. What breaks here is kept in
+        `failure`: the others still count on the layers after it. Stops where a collective was left out.
+        """
+        if not self.captured:
+            self.num_rows = None  # what is handed in now is as many rows as were agreed
+        while self.next_layer < len(self.layers) and self.in_step:
+            index, layer = self.next_layer, self.layers.layers[self.next_layer]
+            self.next_layer += 1
+            try:
+                layer.run(self, index, *layer.rows_for_nobody(self._own_rows))
+            except Exception as error:
+                self.failure = self.failure or error
+
+    def replayed(self) -> None:
+        """Say that a CUDA graph has issued all layers of this step on this rank."""
+        self.next_layer = len(self.layers)
+
+    def spoil(self, error: Exception) -> None:
+        """Keep that this rank's experts have failed; what the others receive from it in this step is no result."""
+        self.failure = self.failure or error
+        self.recorder.spoil_step()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the issuing of the step; nothing waits for the device, see `wait`.
+
+        Args:
+            error: by which the model ended, if it did; the caller raises it.
+
+        Raises:
+            Exception: `failure`, where there is no `error`.
+        """
+        if self.in_step:
+            try:
+                self._await_collectives()
+            except Exception as broken:
+                self.failure = self.failure or broken
+        self._event = self.layers.end_step()
+        if not self.in_step:
+            self.layers.give_up(error or self.failure or RuntimeError("a collective did not end"))
+        self.recorder.mark(Phase.END)
+        if error is None and self.failure is not None:
+            raise self.failure
+
+    def wait(self) -> None:
+        """Wait until the device has done this rank's step: nobody takes for a result what a missing rank has spoiled.
+
+        Raises:
+            RankAbsentError: a rank did not come before the deadline.
+            PeerFailedError: another rank failed in the middle of the step.
+        """
+        if self._event is not None:
+            self.layers.wait(self._event, self.number)
+
+    def _end_last_layer(self) -> None:
+        """Before anybody needs the model's output on the host: it must have come, and be no other rank's waste."""
+        if self.captured:
+            return
+        self._await_collectives()
+        spoiled_by = self.recorder.spoiled_by()
+        if spoiled_by is not None:
+            own, blamed = self.recorder.name(self.layers.config.rank), self.recorder.name(spoiled_by)
+            raise PeerFailedError(
+                f"rank {own} stops in step {self.number}: the experts of rank {blamed} failed", blamed
+            )
+
+    def _await_collectives(self) -> None:
+        try:
+            await_last(self.recorder)
+        except Exception as error:
+            self.layers.give_up(error)
+            raise
+
+    def _share(self, *rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut out the rows that this rank of its tensor-parallel group takes into the experts."""
+        assert self.plan is not None
+        start, stop = self.plan.sp_span(self.layers.config.rank)
+        hidden_states, topk_ids, topk_weights = rows
+        return hidden_states[start:stop], topk_ids[start:stop], topk_weights[start:stop]
+
+    def _wrong_count(self, index: int, num_rows: int) -> TokenCountError:
+        buffered = self.captured or self.num_rows is not None
+        due = f"its buffers have {self._rows_due}" if buffered else f"{self._rows_due} were agreed for this step"
+        return TokenCountError(
+            f"{num_rows} rows came to MoE layer {index}, but {due} on DP rank {self.layers.config.data_parallel_rank}"
+        )
+
+    def _check_buffers(self, capacity: int) -> None:
+        if self.plan is None:
+            return
+        if self.layers.config.tensor_parallel_size > 1 or len(self.plan) > 1:
+            raise ConfigurationError(
+                f"buffers with more rows than the step need one chunk and no tensor parallelism, got {len(self.plan)} "
+                f"chunks and tensor_parallel_size {self.layers.config.tensor_parallel_size}"
+            )
+        if capacity < self._own_rows:
+            raise ConfigurationError(f"{self._own_rows} rows do not fit into buffers of {capacity}")
+
+
+def _check_cell(num_rows: torch.Tensor, capacity: int | None, device: torch.device) -> None:
+    if capacity is None:
+        raise ConfigurationError("num_rows goes with the capacity of the buffers that it counts")
+    if num_rows.dtype is not torch.int32 or num_rows.numel() != 1 or num_rows.device != device:
+        raise ConfigurationError(
+            f"num_rows must be int32 [1] on {device}, got {num_rows.dtype} {list(num_rows.shape)} on {num_rows.device}"
+        )
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """A gradient that silently left out the experts would be worse than none."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        raise RuntimeError("Lockstep's MoE layer is for inference: no gradients flow through it")
