@@ -1,5 +1,6 @@
 """On 2 GPUs: a rank that stops or dies inside a step is named by the other in time; a killed one costs a restart."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -57,7 +58,8 @@ def broken_steps(folder, dispatcher):
 
     with lockstep.join(model):  # one rank may compile for longer than the other
         first = step()
-    parallel_of(model).deadline_s = DEADLINE_S
+    parallel = parallel_of(model)
+    parallel.options = dataclasses.replace(parallel.options, deadline_s=DEADLINE_S)
     parallel_of(model).close()
     late = broken_step("delay")
     torch.cuda.synchronize()  # nothing on the GPU waits any more

@@ -14,26 +14,18 @@ from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_g
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.termination import speak_before_termination
-from lockstep.dispatch.base import Dispatcher, ExpertsShape
-from lockstep.dispatch.choose import (
-    MAPPED_ROWS,
-    DispatcherOptions,
-    can_map,
-    constants_of,
-    make_dispatcher,
-    mapping_facts,
-)
+from lockstep.dispatch.choose import can_map, constants_of, mapping_facts
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.models.graphs import StepGraphs
 from lockstep.models.groups import Start, abort, open_groups
+from lockstep.models.layers import make_layers
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
 from lockstep.models.probe import dense_checksum, experts_shapes
 from lockstep.models.watched_group import WatchedGroup
-from lockstep.moe.layer import MoELayer
 from lockstep.moe.step import MoELayers, Step, current_step
 
 OUTSIDE = (
@@ -309,23 +301,7 @@ class ModelParallel:
             epoch=epoch,
             recorder=self.recorder,
         )
-        made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
-        layers = []
-        for experts, shape in zip(self.weights.experts, self._shapes, strict=True):
-            # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
-            kind = shape, experts.run_on_device
-            if kind not in made:
-                made[kind] = self._make_dispatcher(*kind, groups.data, maps)
-            layers.append(
-                MoELayer(
-                    experts,
-                    made[kind],
-                    config,
-                    shape,
-                    tensor_parallel_group=groups.tensor_parallel,
-                    deadline_s=options.deadline_s,
-                )
-            )
+        layers = make_layers(self.weights.experts, self._shapes, config, groups, options, self._constants, can_map=maps)
         self.layers = MoELayers(
             layers,
             max_chunk_size_per_rank=options.max_chunk_size_per_rank,
@@ -334,33 +310,7 @@ class ModelParallel:
             abort=lambda: abort(self._groups, self.device, config.rank),
             shares_attention=self._attention_group is not None,
         )
-        self._warm_up()
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
-
-    def _make_dispatcher(
-        self, shape: ExpertsShape, experts_on_device: bool, group: dist.ProcessGroup, maps: bool
-    ) -> Dispatcher:
-        options = DispatcherOptions(
-            deadline_s=self.options.deadline_s,
-            max_rows_per_rank=self.options.max_chunk_size_per_rank,
-            fp8=self.options.fp8_dispatch,
-            can_map=maps,
-            experts_on_device=experts_on_device,
-            constants=self._constants,
-        )
-        return make_dispatcher(self.options.dispatcher, group, shape, options)
-
-    def _warm_up(self) -> None:
-        """Load the experts' kernels before anybody waits for anybody in a step."""
-        if self.device.type != "cuda":
-            return
-        num_rows = self.config.world_size * (self.options.max_chunk_size_per_rank or MAPPED_ROWS)
-        warm = set()
-        for layer, experts in zip(self.layers, self.weights.experts, strict=True):
-            kind = experts.module.down_proj.shape, layer.shape.top_k
-            if layer.dispatcher.abilities.counts_on_device and kind not in warm:
-                warm.add(kind)
-                experts.warm_up(num_rows * layer.shape.top_k, self.options.fp8_dispatch)
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks; small, so that it can be compared by name."""
