@@ -13,6 +13,8 @@ from lockstep.integrations import vllm_exchange
 from lockstep.integrations.vllm_exchange import Step, Watch
 from lockstep.testing import run_ranks
 
+DEADLINE_S = 4.0  # a busy machine may let a thread wait for a second
+
 
 def agreement():
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -37,7 +39,7 @@ def one_stops():
     step = Step()
     step.serving = True
     ended = []
-    watch = Watch(step, beats, rank, 1.0, ended.append)
+    watch = Watch(step, beats, rank, DEADLINE_S, ended.append)
     watch.start()
     left = [path.name for path in Path("/dev/shm").glob("lockstep-vllm-*")]
     time.sleep(0.5)
@@ -46,7 +48,7 @@ def one_stops():
 
     def step_that_waits():
         began = time.monotonic()
-        while not ended and time.monotonic() - began < 10:
+        while not ended and time.monotonic() - began < 30:
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -54,6 +56,7 @@ def one_stops():
     if rank == 0:
         time.sleep(2.0)  # rank 1 has seen it too
         os.kill(pids[2], signal.SIGCONT)
+    dist.barrier(group)  # where rank 2 is when it is stopped
     return took_s, watch.look() if rank else "", sorted(vllm_exchange._told), left
 
 
@@ -62,6 +65,6 @@ def test_a_rank_that_is_stopped_is_named_by_the_others_within_the_deadline_and_g
     results = run_ranks(3, one_stops)
     for rank in (0, 1):
         took_s, _, told, _ = results[rank]
-        assert 1.0 <= took_s < 1.0 + Watch.GRACE_S + 3
-        assert told == [f"EP rank 2 has been silent for 1 s while rank {rank} is in a step"]
+        assert DEADLINE_S <= took_s < DEADLINE_S + Watch.GRACE_S + 3
+        assert told == [f"EP rank 2 has been silent for 4 s while rank {rank} is in a step"]
     assert results[2][2] == []

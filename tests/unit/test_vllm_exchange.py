@@ -238,7 +238,7 @@ def test_a_wrong_deadline_is_refused(monkeypatch, text):
 
 def watch_of(step, silent_s, deadline_s=5.0, end=None):
     """Rank 1 of three; the others were last heard of so many seconds ago."""
-    beats = torch.tensor([time.monotonic_ns() - int(each * 1e9) for each in silent_s])
+    beats = torch.tensor([*(time.monotonic_ns() - int(each * 1e9) for each in silent_s), 0])
     return Watch(step, beats, 1, deadline_s, end)
 
 
@@ -276,6 +276,16 @@ def test_a_worker_that_cannot_be_called_off_is_ended_after_the_rank_is_named(mon
     step.within(ended.wait, 10.0)
     assert ended.is_set()
     assert "EP rank 2 has been silent for 0.2 s while rank 1 is in a step" in caplog.text
+
+
+def test_an_idle_rank_learns_that_requests_are_served():
+    beats = torch.zeros(4, dtype=torch.int64)
+    idle, busy = step_of(0), step_of(4)
+    watch = Watch(idle, beats, 0, 5.0)
+    assert not idle.serving
+    Watch(busy, beats, 1, 5.0)
+    watch.beat()
+    assert idle.serving
 
 
 def test_a_call_that_fails_is_over_too():
@@ -498,7 +508,7 @@ def joined(vllm, experts, monkeypatch):
     vllm("v1.worker.gpu_model_runner")
     group = SimpleNamespace(world_size=4, rank_in_group=1, cpu_group="cpu", device_group="gpu")
     vllm("distributed.parallel_state").GROUP = group
-    monkeypatch.setattr(vllm_exchange, "share_beats", lambda group, rank: torch.zeros(4, dtype=torch.int64))
+    monkeypatch.setattr(vllm_exchange, "share_beats", lambda group, rank: torch.zeros(5, dtype=torch.int64))
     monkeypatch.setattr(vllm_exchange.Watch, "start", lambda self: None)
     made = []
 

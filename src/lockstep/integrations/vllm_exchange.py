@@ -152,7 +152,7 @@ class Watch:
 
     Args:
         step: of this process.
-        beats: `[ranks]` int64, nanoseconds of `time.monotonic_ns`, in shared memory.
+        beats: `[ranks + 1]` int64 in shared memory: nanoseconds of `time.monotonic_ns`, and 1 once a rank has served.
         rank: this rank.
         deadline_s: how long another rank may be silent during a step of this one.
         end: what to do where the worker does not end by itself: vLLM's wait cannot be called off.
@@ -173,15 +173,19 @@ class Watch:
         threading.Thread(target=self._run, name="lockstep-watch", daemon=True).start()
 
     def beat(self) -> None:
-        """Say that this rank is alive."""
+        """Say that this rank is alive, and pass on that requests are served: an idle rank sees none of its own."""
         self.beats[self.rank] = time.monotonic_ns()
+        if self.step.serving:
+            self.beats[-1] = 1
+        elif int(self.beats[-1]):
+            self.step.serving = True
 
     def silent_ranks(self) -> list[int]:
         """Return the ranks that have been silent for as long as the deadline, while this rank is in a step."""
         now = time.monotonic()
         if not self.step.serving or now - min(list(self.step.calls.values()), default=now) < self.deadline_s:
             return []
-        beats = self.beats.tolist()
+        beats = self.beats.tolist()[:-1]
         return [rank for rank, beat in enumerate(beats) if rank != self.rank and now - beat / 1e9 >= self.deadline_s]
 
     def look(self) -> str:
@@ -209,7 +213,7 @@ class Watch:
 
 
 def share_beats(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
-    """Return memory that all ranks of a host share, `[ranks]` int64. Collective.
+    """Return memory that all ranks of a host share, `[ranks + 1]` int64, see `Watch`. Collective.
 
     Args:
         group: the ranks, for tensors on the CPU.
@@ -220,7 +224,7 @@ def share_beats(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
     if rank == 0:
         path.touch(mode=0o600, exist_ok=False)
     gather_texts("made", group)
-    beats = torch.from_file(str(path), shared=True, size=group.size(), dtype=torch.int64)
+    beats = torch.from_file(str(path), shared=True, size=group.size() + 1, dtype=torch.int64)
     beats[rank] = time.monotonic_ns()
     gather_texts("mapped", group)  # with everybody's first beat in it
     if rank == 0:
