@@ -18,7 +18,20 @@ _PUBLIC = {
     "set_forward_context": "lockstep.coordination.forward_context",
     "get_forward_context": "lockstep.coordination.forward_context",
     "Session": "lockstep.coordination.session",
+    "Dispatcher": "lockstep.dispatch.base",
+    "ExpertsShape": "lockstep.dispatch.base",
+    "Route": "lockstep.dispatch.base",
+    "DispatcherOptions": "lockstep.dispatch.choose",
+    "make_dispatcher": "lockstep.dispatch.choose",
+    "register_dispatcher": "lockstep.dispatch.choose",
+    "LocalExperts": "lockstep.moe.experts",
     "MoELayer": "lockstep.moe.layer",
+    "MoELayers": "lockstep.moe.step",
+    "Step": "lockstep.moe.step",
+    "current_step": "lockstep.moe.step",
+    "ModelParallel": "lockstep.models.parallel",
+    "parallel_of": "lockstep.models.parallel",
+    "ParallelOptions": "lockstep.models.options",
     "from_pretrained": "lockstep.models.huggingface",
     "parallelize": "lockstep.models.huggingface",
     "join": "lockstep.models.huggingface",
@@ -46,6 +59,12 @@ if TYPE_CHECKING:
     from lockstep.coordination.step import StepDecision as StepDecision
     from lockstep.coordination.step import StepRecord as StepRecord
     from lockstep.coordination.step import decide as decide
+    from lockstep.dispatch.base import Dispatcher as Dispatcher
+    from lockstep.dispatch.base import ExpertsShape as ExpertsShape
+    from lockstep.dispatch.base import Route as Route
+    from lockstep.dispatch.choose import DispatcherOptions as DispatcherOptions
+    from lockstep.dispatch.choose import make_dispatcher as make_dispatcher
+    from lockstep.dispatch.choose import register_dispatcher as register_dispatcher
     from lockstep.engine.outputs import RequestOutput as RequestOutput
     from lockstep.engine.rank_engine import RankEngine as RankEngine
     from lockstep.engine.sampling_params import SamplingParams as SamplingParams
@@ -62,7 +81,14 @@ if TYPE_CHECKING:
     from lockstep.models.huggingface import join as join
     from lockstep.models.huggingface import parallelize as parallelize
     from lockstep.models.norms import fuse_norms as fuse_norms
+    from lockstep.models.options import ParallelOptions as ParallelOptions
+    from lockstep.models.parallel import ModelParallel as ModelParallel
+    from lockstep.models.parallel import parallel_of as parallel_of
+    from lockstep.moe.experts import LocalExperts as LocalExperts
     from lockstep.moe.layer import MoELayer as MoELayer
+    from lockstep.moe.step import MoELayers as MoELayers
+    from lockstep.moe.step import Step as Step
+    from lockstep.moe.step import current_step as current_step
     from lockstep.runner.engine import Engine as Engine
 
 

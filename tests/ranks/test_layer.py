@@ -1,7 +1,10 @@
 """The layer over real ranks against the reference in one process."""
 
 import contextlib
+import importlib.util
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from lockstep.moe.reference import moe_reference
 from lockstep.moe.step import MoELayers
 from lockstep.testing import MoEInputs, record_collectives, run_ranks
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_engine.py"
 DISPATCHERS = {"allgather": AllGatherDispatcher}
 COUNTS = {
     4: [[3, 1, 4, 2], [5, 0, 0, 7], [0, 1, 0, 0], [0, 0, 0, 0], [12, 1, 1, 1]],
@@ -167,3 +171,16 @@ def run_in_buffers():
 @pytest.mark.ranks(2)
 def test_rows_of_a_buffer_beyond_the_agreed_ones_go_nowhere():
     assert run_ranks(2, run_in_buffers) == [True, True]
+
+
+def run_example():
+    spec = importlib.util.spec_from_file_location("tiny_engine", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return [rows.shape[0] for rows in example.run(dist.group.WORLD)]
+
+
+@pytest.mark.ranks(2)
+def test_an_engine_of_public_names_alone():
+    assert run_ranks(2, run_example) == [[3, 0, 4], [5, 2, 0]]
+    assert set(re.findall(r"^from (lockstep\S*) import", EXAMPLE.read_text(), re.MULTILINE)) == {"lockstep"}
