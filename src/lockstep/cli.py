@@ -22,6 +22,7 @@ from lockstep.cli_types import (
     STEPS,
     TIME,
     AsJson,
+    Clock,
     Dispatcher,
     DType,
     KvCapacityTokens,
@@ -108,6 +109,10 @@ def run(
     seconds_per_step: Annotated[
         float, typer.Option(**SCALE, help="Seconds of the workload's time that pass per step.")
     ] = 0.05,
+    clock: Annotated[
+        Clock,
+        typer.Option(help="When requests arrive: by the number of the step, which repeats exactly, or in real time."),
+    ] = "steps",
     seed: Annotated[int, typer.Option(**SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
     dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[
@@ -158,6 +163,7 @@ def run(
         dtype=dtype,
         device=device,
         seed=seed,
+        clock=clock,
         deadline_s=deadline,
         workload_options=WorkloadOptions(
             rate_scale=rate_scale,

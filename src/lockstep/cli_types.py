@@ -101,6 +101,7 @@ def _short(text: Any) -> str:
 Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
 DType = Literal["float32", "bfloat16", "float16"]
 LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
+Clock = Literal["steps", "wall"]
 LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
 ROW_SHAPES = ("ragged", "dummy", "equal")
 MOST_RANKS = 100_000

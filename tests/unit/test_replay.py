@@ -74,6 +74,13 @@ def test_a_run_with_stops_and_preemptions_is_planned_again_exactly(run_folder):
     assert summary["overrun_rows"] >= 3
 
 
+def test_a_run_in_real_time_cannot_be_planned_again(run_folder):
+    path = run_folder / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clock": "wall"}))
+    with pytest.raises(ConfigurationError, match=r"was run with --clock wall: .* use a run with --clock steps"):
+        read_replay(run_folder, COST)
+
+
 def test_the_first_difference_is_named(run_folder):
     lines = (run_folder / "steps.jsonl").read_text().splitlines()
     changed = json.loads(lines[2 * 7 + 1])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from lockstep.errors import ConfigurationError
 from lockstep.models.tiny import byte_tokenizer, make_tiny
 
 
@@ -77,6 +78,24 @@ def test_files_of_a_checkpoint_that_are_none(checkpoint, tmp_path, refused, name
     model = copied(checkpoint, tmp_path)
     (model / name).write_bytes(content)
     assert message in refused(model, {"prompt": "a", "max_new_tokens": 1})
+
+
+@pytest.mark.parametrize("clock", ["steps", "wall"])
+def test_the_duration_in_real_time_is_said_before_ranks_start(tmp_path, monkeypatch, command_line, clock):
+    def launch(*_, **__):
+        raise ConfigurationError("ranks would start now")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+    lines = [{"timestamp": 1000 * second, "input_length": 5, "output_length": 1} for second in (0, 200_000)]
+    (tmp_path / "workload").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, shown, stderr = command_line("run", "--workload", "workload", "--clock", clock)
+    assert (code, shown) == (2, "")
+    told = (
+        "--clock wall: the last request arrives after 2 d 7 h 33 min, so the run takes at least that long; ranks wait"
+    )
+    assert (told in stderr) == (clock == "wall")
+    assert "ranks would start now" in stderr
 
 
 def test_a_request_beyond_the_context_is_said_before_ranks_start(checkpoint, refused):

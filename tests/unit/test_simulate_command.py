@@ -289,6 +289,9 @@ def test_a_step_goes_from_one_agreement_to_the_next():
         StepLogRecord(1, 1, 1, start_s=17, duration_s=8, agreement_s=1),
     ]
     assert cost_columns(found)["duration_us"].tolist() == [12e6, 7e6]
+    # Where step numbers are missing, ranks had no requests: the wait before step 7 is not step 0's.
+    later = [replace(record, step=7) if record.step else record for record in found]
+    assert cost_columns(later)["duration_us"].tolist() == [10e6, 7e6]
     with pytest.raises(ConfigurationError, match="not of a measured run"):
         cost_columns([StepLogRecord(0, 0, 1)])
     with pytest.raises(ConfigurationError, match="not the same number of each of 2 ranks"):
@@ -377,6 +380,9 @@ def test_two_runs_that_differ(tmp_path):
     assert comparison["first_different_step"] == 10
     assert comparison["different_outputs"] == 1
     assert "counts differ from step 10 on" in invoke("compare", str(a), str(b)).output
+    (b / "summary.json").write_text('{"clock": "wall"}')
+    assert compare_runs(a, b)["clock"] == {"a": None, "b": "wall"}
+    assert "B ran with --clock wall: steps depend on the machine's speed" in invoke("compare", str(a), str(b)).output
     with pytest.raises(ConfigurationError, match="not the folder of a run"):
         compare_runs(a, tmp_path)
 

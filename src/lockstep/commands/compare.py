@@ -22,9 +22,10 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
         b: the same.
 
     Returns:
-        `a`, `b`: the figures of each by name; `first_different_step`: the first step in which a rank had other counts
-        of prompt or generated tokens, None where all are equal; `different_outputs`: how many requests of both
-        generated other tokens, None where tokens were not recorded.
+        `a`, `b`: the figures of each by name; `clock`: of each, `steps` or `wall`, None where it is not recorded;
+        `first_different_step`: the first step in which a rank had other counts of prompt or generated tokens, None
+        where all are equal; `different_outputs`: how many requests of both generated other tokens, None where tokens
+        were not recorded.
 
     Raises:
         ConfigurationError: if a folder has no step log.
@@ -38,6 +39,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
     return {
         "a": {"folder": str(a), **_figures(tables[0], a)},
         "b": {"folder": str(b), **_figures(tables[1], b)},
+        "clock": {"a": _clock(a), "b": _clock(b)},
         "first_different_step": _first_difference(*tables),
         "different_outputs": different,
     }
@@ -105,6 +107,14 @@ def _outputs(folder: Path) -> list[dict[str, Any]]:
                     f"{path}: line {number} is not a request's output: expected a JSON object with a request_id"
                 ) from None
     return found
+
+
+def _clock(folder: Path) -> str | None:
+    try:
+        clock = json.loads((folder / "summary.json").read_bytes())["clock"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # a simulation, or a run of an earlier version
+    return clock if clock in ("steps", "wall") else None
 
 
 def _tokens(folder: Path) -> dict[int, Any]:

@@ -19,6 +19,7 @@ from lockstep.commands.folder import output_folder
 from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.terminal import Terminal
+from lockstep.runner.clock import CLOCKS, expected_duration
 from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
 from lockstep.workload import load_workload
 
@@ -177,6 +178,10 @@ def _check_options(options: RunOptions, console: Console) -> None:
         )
     trace = load_workload(options.workload, options.workload_options, options.seed)
     options.scheduler.check_fits(trace.requests)
+    if options.clock not in CLOCKS:
+        raise ConfigurationError(f"clock must be one of {', '.join(CLOCKS)}, got {options.clock!r}")
+    if options.clock == "wall" and os.environ.get("RANK", "0") == "0":
+        console.print(expected_duration(trace.requests), style="dim", soft_wrap=True)
     if options.metrics_port is not None and os.environ.get("RANK", "0") == "0":
         from lockstep.report.metrics import RunMetrics
 
@@ -337,6 +342,7 @@ def _summary(
         "prefill_tokens": totals["prefill_tokens"] // options.tensor_parallel_size,
         "decode_tokens": totals["decode_tokens"] // options.tensor_parallel_size,
         "wall_s": round(wall_s, 3),
+        "clock": options.clock,
         "model": options.model,
         "workload": options.workload,
         "data_parallel_size": options.data_parallel_size,

@@ -39,6 +39,7 @@ class EngineRecord(StepRecord):
     num_decoding: int = decided("gather", 0)
     prefill_wait_steps: int = decided("gather", -1)
     num_messages: int = decided("gather", 0)
+    elapsed_ms: int = decided("max", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class RankEngine:
         states: of all ranks' schedulers, as agreed last, in rank order.
         num_tokens_across_dp: rows of every data-parallel rank in the step agreed last.
         all_stopped: whether no rank had or expected work at the last agreement.
+        elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
         step_number: of the next step.
         reports: of the steps whose tokens have come since the caller last emptied it.
 
@@ -172,6 +174,7 @@ class RankEngine:
         self.states = [self.state] * ranks
         self.num_tokens_across_dp = (0,) * ranks
         self.all_stopped = False
+        self.elapsed_ms = 0
         self._num_messages: Sequence[int] = [0] * (self.parallel.config.world_size if self.parallel is not None else 1)
         self.step_number = 0
         self.reports: list[StepReport] = []
@@ -266,12 +269,13 @@ class RankEngine:
         }
 
     @torch.no_grad()
-    def step(self, *, unfinished: bool | None = None, num_messages: int = 0) -> list[TokenOutput]:
+    def step(self, *, unfinished: bool | None = None, num_messages: int = 0, elapsed_ms: int = 0) -> list[TokenOutput]:
         """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
 
         Args:
             unfinished: whether this rank may get more work; None for whether it has any now.
             num_messages: how many messages this rank has got, see `num_messages_everywhere`.
+            elapsed_ms: time since the run's start on this rank; afterwards the attribute has all ranks' maximum.
 
         Raises:
             LockstepError: see `Coordinator.agree` and `ModelParallel.step`.
@@ -285,7 +289,7 @@ class RankEngine:
         schedule = self.scheduler.next_step(self.step_number, run_prefills)
         self.step_number += 1
         unfinished = self.has_unfinished if unfinished is None else unfinished
-        decision = self._agree(schedule, unfinished, num_messages)
+        decision = self._agree(schedule, unfinished, num_messages, elapsed_ms)
         report = StepReport(schedule, self.num_tokens_across_dp, began, time.perf_counter())
         before, self._flight = self._flight, None
         try:
@@ -304,15 +308,19 @@ class RankEngine:
         before, self._flight = self._flight, None
         return self._collect(before) if before is not None else []
 
-    def _agree(self, schedule: Schedule, unfinished: bool, num_messages: int) -> StepDecision | None:
+    def _agree(self, schedule: Schedule, unfinished: bool, num_messages: int, elapsed_ms: int) -> StepDecision | None:
         self.state = self.scheduler.state()
         if self.parallel is None:
             self.states, self.num_tokens_across_dp = [self.state], (schedule.num_tokens,)
-            self.all_stopped = not unfinished
+            self.all_stopped, self.elapsed_ms = not unfinished, max(self.elapsed_ms, elapsed_ms)
             return None
         decision = self.parallel.coordinator.agree(
             EngineRecord(
-                num_tokens=schedule.num_tokens, unfinished=unfinished, num_messages=num_messages, **self.state._asdict()
+                num_tokens=schedule.num_tokens,
+                unfinished=unfinished,
+                num_messages=num_messages,
+                elapsed_ms=elapsed_ms,
+                **self.state._asdict(),
             )
         )
         tp_size = self.parallel.config.tensor_parallel_size
@@ -320,6 +328,7 @@ class RankEngine:
         self.states = [SchedulerState(*row) for row in zip(*columns, strict=True)]
         self.all_stopped = not decision.values["unfinished"]
         self._num_messages = decision.values["num_messages"]
+        self.elapsed_ms = max(self.elapsed_ms, decision.values["elapsed_ms"])
         self.num_tokens_across_dp = decision.num_tokens_across_dp
         return decision
 

@@ -14,6 +14,12 @@ CAUSE_WORDS = {
 }
 """Each of `StepTable.lost_by_cause`'s causes as a heading."""
 
+CLOCK_WORDS = {
+    "steps": "Arrivals follow virtual time (--clock steps); seconds to the first token count from the step of arrival.",
+    "wall": "Arrivals follow real time (--clock wall); seconds to the first token count from the moment of arrival.",
+}
+"""What a run's clock means for its latencies, in terminal and report."""
+
 CAUSE_REASONS = {
     "other_prompts": "ranks waited while another ran a prompt",
     "uneven_generation": "ranks waited for one with more requests that generate",

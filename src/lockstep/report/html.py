@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep._version import __version__
 from lockstep.coordination.step_log import StepLogRecord
-from lockstep.report.figures import CAUSE_WORDS, headline, share
+from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, headline, share
 from lockstep.simulation.step_table import StepTable, loss_figures
 
 # Cells (step x rank) that a page carries; beyond it, steps are added up in equal groups. About 2 MB packed.
@@ -279,6 +279,8 @@ def _sections(
             f'<section><h2>{item["title"]}</h2><p>{item["reading"]}</p><div id="latency{index}"></div></section>'
             for index, item in enumerate(data["latencies"])
         )
+        if summary.get("clock") in CLOCK_WORDS:
+            parts.append(f"<p>{CLOCK_WORDS[summary['clock']]}</p>")
         parts.append(f'<div class="columns">{sections}</div>')
     if requests:
         parts.append(_requests_table(requests))

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.coordination.step_log import StepLogRecord
-from lockstep.report.figures import FIGURE_WORDS, headline, share
+from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, share
 from lockstep.report.terminal import Terminal
 from lockstep.workload import Trace
 
@@ -49,6 +49,8 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
         f"{summary['generated_tokens']:,} tokens generated in {summary['wall_s']:.1f} s, "
         f"{summary['tokens_per_s']:,.1f} per second"
     )
+    if summary.get("clock") in CLOCK_WORDS:
+        console.print(CLOCK_WORDS[summary["clock"]])
     console.print(_verdict(summary))
     console.print(f"report: {report}", soft_wrap=True)
 
@@ -220,6 +222,11 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     else:
         console.print(
             "every rank had the same counts in every step" if step is None else f"counts differ from step {step} on"
+        )
+    if real_time := [name.upper() for name, clock in comparison["clock"].items() if clock == "wall"]:
+        console.print(
+            f"{' and '.join(real_time)} ran with --clock wall: steps depend on the machine's speed there, "
+            "and only runs with --clock steps can have equal ones"
         )
     if comparison["different_outputs"] is not None:
         console.print(f"requests with other tokens: {comparison['different_outputs']}")

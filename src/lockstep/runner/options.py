@@ -27,6 +27,8 @@ class RunOptions:
         dtype: of the weights, by name.
         device: `cpu`, `cuda`, or None for a GPU where there is one.
         seed: of made-up prompts and workloads.
+        clock: what decides which requests have arrived: `steps`, virtual time that repeats exactly; or `wall`, the time
+            that has passed since the run's start, from which latencies count then.
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
         deadline_s: longest wait for any rank, in seconds.
@@ -44,6 +46,7 @@ class RunOptions:
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
+    clock: str = "steps"
     workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     deadline_s: float = 30.0

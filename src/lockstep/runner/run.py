@@ -19,6 +19,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.models.huggingface import from_pretrained
 from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
@@ -194,7 +195,7 @@ class _Notes:
     """What is known of a request that has not ended."""
 
     assigned_step: int
-    assigned_at: float
+    arrived_at: float
     first_step: int | None = None
     first_token_step: int | None = None
     first_token_at: float = 0.0
@@ -254,6 +255,9 @@ class _Run:
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
         engine = self.engine
         self.run_began = time.perf_counter()
+        if self.options.clock == "wall":
+            self._loop_in_real_time(RunClock(self.started_s), on_progress)
+            return
         while self.arrivals.left or engine.any_unfinished:
             now = time.perf_counter()
             for request in self.arrivals.before_step(engine.states):
@@ -261,7 +265,20 @@ class _Run:
             self._take(engine.step(unfinished=True), on_progress)
         self._take(engine.drain(), on_progress)
 
-    def _add(self, request: Request, now: float) -> None:
+    def _loop_in_real_time(self, clock: RunClock, on_progress: Callable[[Progress], None] | None) -> None:
+        """As `loop`, but requests arrive when their time has come, and idle ranks wait for it."""
+        engine = self.engine
+        while self.arrivals.left or engine.any_unfinished:
+            for request in self.arrivals.before_step(engine.states, engine.elapsed_ms / 1000):
+                self._add(request, clock.moment(request.arrival_s))
+            next_arrival_s = self.arrivals.next_arrival_s
+            if next_arrival_s is not None and not engine.any_unfinished and not engine.has_unfinished:
+                clock.wait_for(next_arrival_s, self.options.deadline_s / 4)
+            self._take(engine.step(unfinished=True, elapsed_ms=clock.elapsed_ms()), on_progress)
+            clock.catch_up(engine.elapsed_ms)
+        self._take(engine.drain(), on_progress)
+
+    def _add(self, request: Request, arrived_at: float) -> None:
         ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
         params = SamplingParams(
             max_tokens=request.max_new_tokens,
@@ -270,7 +287,7 @@ class _Run:
             logprobs=0 if self.options.keep_logprobs else None,
         )
         self.engine.add(request.request_id, ids, params)
-        self.open_requests[request.request_id] = _Notes(self.first_step + self.engine.step_number, now)
+        self.open_requests[request.request_id] = _Notes(self.first_step + self.engine.step_number, arrived_at)
 
     def _take(self, outputs: list[TokenOutput], on_progress: Callable[[Progress], None] | None) -> None:
         """Note what the step whose tokens have come was and gave, and write down requests that it finished."""
@@ -313,7 +330,7 @@ class _Run:
             "steps": [notes.first_step, step],
             "queue_steps": notes.first_step - notes.assigned_step,
             "ttft_steps": notes.first_token_step - notes.assigned_step + 1,
-            "ttft_s": round(notes.first_token_at - notes.assigned_at, 6),
+            "ttft_s": round(notes.first_token_at - notes.arrived_at, 6),
             "tpot_s": round((now - notes.first_token_at) / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
         }
         if self.options.keep_logprobs:

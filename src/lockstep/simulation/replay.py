@@ -99,8 +99,8 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
         cost: what a step costs; it decides no counts here, since requests arrive by the number of the step.
 
     Raises:
-        ConfigurationError: for a folder of something else, a run whose ranks were started again, or a file that lacks
-            something, naming file, line and field.
+        ConfigurationError: for a folder of something else, a run in real time or whose ranks were started again, or a
+            file that lacks something, naming file, line and field.
     """
     for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
         if not (run_folder / name).is_file():
@@ -111,6 +111,11 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
     summary = _object(path, path.read_bytes())
     num_ranks = _whole(path, summary, "data_parallel_size", 1)
     tensor_parallel_size = _whole(path, summary, "tensor_parallel_size", 1)
+    if summary.get("clock", "steps") != "steps":
+        raise ConfigurationError(
+            f"{run_folder} was run with --clock {summary['clock']!s:.20}: when its requests arrived depended on the "
+            "machine's speed, so it cannot be planned again; use a run with --clock steps"
+        )
     scheduler = summary.get("scheduler")
     if not isinstance(scheduler, dict):
         raise ConfigurationError(f"{path}: scheduler is missing: this run cannot be planned again")

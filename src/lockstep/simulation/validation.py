@@ -47,6 +47,8 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
     agreement_s = grid("agreement_s")
     following_s = np.vstack([agreement_s[1:], np.zeros(len(ranks))])
+    # Ranks without requests agreed in between, and waited for requests: that is no time of the step before.
+    following_s[:-1][np.diff(grid("step")[:, 0]) > 1] = 0
     duration_us = 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1)
     return {
         "tokens": grid("real_rows"),

@@ -32,7 +32,7 @@ from lockstep.workload.schedule import Schedule, SchedulerConfig
 
 
 class Arrivals:
-    """Which of a workload's requests reach one rank before each step: virtual time and load balancing.
+    """Which of a workload's requests reach one rank before each step: virtual or real time, and load balancing.
 
     Args:
         requests: the workload, in order of arrival, the same on every rank.
@@ -53,33 +53,53 @@ class Arrivals:
         config.check_fits(requests)
         self._num_ranks = num_ranks
         self._rank = rank
-        self._arrivals = deque((ceil(request.arrival_s / config.seconds_per_step), request) for request in requests)
+        self._waiting = deque(requests)
+        self._seconds_per_step = config.seconds_per_step
         self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
         self._balancer = LoadBalancer(config.load_balancing, num_ranks)
 
     @property
     def left(self) -> bool:
         """Whether requests have not arrived yet; the same on every rank."""
-        return bool(self._arrivals)
+        return bool(self._waiting)
 
-    def before_step(self, states: Sequence[SchedulerState]) -> list[Request]:
+    @property
+    def next_arrival_s(self) -> float | None:
+        """When the next request arrives; the same on every rank. None where all have arrived."""
+        return self._waiting[0].arrival_s if self._waiting else None
+
+    def before_step(self, states: Sequence[SchedulerState], elapsed_s: float | None = None) -> list[Request]:
         """Return the requests that this rank gets before the next step; call it once per step.
-
-        Where all ranks are idle, virtual time jumps to the next arrival instead of running empty steps.
 
         Args:
             states: every rank's `SchedulerState`, as agreed with the step before, `[num_ranks]`.
+            elapsed_s: age of the run, as agreed with the step before: requests up to it have arrived. None for virtual
+                time, which passes by steps; where all ranks are idle, it jumps to the next arrival instead of running
+                empty steps.
         """
         if len(states) != self._num_ranks:
             raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
-        if self._arrivals and not any(state.num_outstanding_tokens for state in states):
-            self._clock = max(self._clock, self._arrivals[0][0])
-        arriving = []
-        while self._arrivals and self._arrivals[0][0] <= self._clock:
-            arriving.append(self._arrivals.popleft()[1])
-        self._clock += 1
+        arriving = self._by_step(states) if elapsed_s is None else self._by_time(elapsed_s)
         ranks = self._balancer.assign(arriving, states)
         return [request for request, rank in zip(arriving, ranks, strict=True) if rank == self._rank]
+
+    def _by_step(self, states: Sequence[SchedulerState]) -> list[Request]:
+        if self._waiting and not any(state.num_outstanding_tokens for state in states):
+            self._clock = max(self._clock, self._arrival_step())
+        arriving = []
+        while self._waiting and self._arrival_step() <= self._clock:
+            arriving.append(self._waiting.popleft())
+        self._clock += 1
+        return arriving
+
+    def _by_time(self, elapsed_s: float) -> list[Request]:
+        arriving = []
+        while self._waiting and self._waiting[0].arrival_s <= elapsed_s:
+            arriving.append(self._waiting.popleft())
+        return arriving
+
+    def _arrival_step(self) -> int:
+        return ceil(self._waiting[0].arrival_s / self._seconds_per_step)
 
 
 class WorkloadScheduler:
