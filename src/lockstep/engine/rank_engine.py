@@ -165,8 +165,8 @@ class RankEngine:
         self.scheduler = RankScheduler(config)
         self.cache = KVCache(shapes, num_pages, config.max_num_seqs, self.max_model_len, dtype, self._device)
         self._eos = frozenset(eos_token_ids)
-        num_logits = int(model.get_output_embeddings().weight.shape[0])
-        sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
+        self.num_logits = int(model.get_output_embeddings().weight.shape[0])
+        sampler = Sampler(config.max_num_seqs, self.num_logits, self._device, eos_token_ids=sorted(self._eos))
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, graphs)
         ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
@@ -210,6 +210,10 @@ class RankEngine:
                 f"request {request_id} has {len(prompt)} prompt tokens and up to {params.max_tokens} new ones, more "
                 f"than the context of {self.max_model_len}"
             )
+        if (wrong := next((token for token in params.stop_token_ids if token >= self.num_logits), None)) is not None:
+            raise ConfigurationError(
+                f"request {request_id} has token {wrong} in stop_token_ids, but the model draws from {self.num_logits}"
+            )
         request = Request(request_id, 0.0, len(prompt), params.max_tokens)
         self.config.check_fits([request])
         if seed is None:
@@ -244,6 +248,24 @@ class RankEngine:
         """Whether any rank had work left at the last agreement; the same on all ranks."""
         return any(state.num_outstanding_tokens for state in self.states)
 
+    @property
+    def can_watch(self) -> bool:
+        """Whether `others_wait` can tell."""
+        return self.parallel is not None and self.parallel.coordinator.can_watch
+
+    def others_wait(self) -> bool:
+        """Return whether another rank has begun the next agreement; False where that is not known."""
+        return self.parallel is not None and self.parallel.coordinator.wanted()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks, in place of the next agreement, that this one has failed; they raise then.
+
+        Args:
+            error: why. Returns in any case, so that the caller can raise it.
+        """
+        if self.parallel is not None:
+            self.parallel.coordinator.fail(error, EngineRecord)
+
     def num_messages_everywhere(self, received: int) -> int:
         """Return how many messages all ranks of this data-parallel rank have got, so that they may act on them.
 
@@ -260,6 +282,7 @@ class RankEngine:
         """Return what a person may want to know of this engine, as plain values."""
         return {
             "vocab_size": self.vocab_size,
+            "num_logits": self.num_logits,
             "max_model_len": self.max_model_len,
             "kv_tokens": self.config.kv_capacity_tokens,
             "eos_token_ids": sorted(self._eos),
@@ -297,9 +320,7 @@ class RankEngine:
                 self._flight = self._issue(report, decision)
             return self._collect(before) if before is not None else []
         except Exception as error:
-            # This rank has taken part in all that was agreed; now the others learn why it stops.
-            if self.parallel is not None:
-                self.parallel.coordinator.fail(error, EngineRecord)
+            self.fail(error)  # this rank has taken part in all that was agreed; now the others learn why it stops
             raise
 
     @torch.no_grad()

@@ -1,44 +1,43 @@
-"""`lockstep.Engine`: prompts in, outputs out, over ranks that it starts itself."""
+"""`lockstep.Engine`: prompts in, outputs out, over ranks that it starts itself, or that torchrun has started."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import difflib
+import logging
 import os
-import queue
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
-import lockstep.errors
-from lockstep.engine.outputs import RequestOutput
 from lockstep.engine.sampling_params import SamplingParams
-from lockstep.engine.text import Detokenizer
-from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
-from lockstep.runner.rank_loop import add_message
-from lockstep.runner.ranks import EngineOptions
+from lockstep.errors import ConfigurationError
+from lockstep.runner.front import EngineStats, Front, NewRequest, Outputs
+from lockstep.runner.own_rank import OwnRank
+from lockstep.runner.rank_processes import RankProcesses, Ranks
+from lockstep.runner.ranks import EngineOptions, check_checkpoint, check_config, detokenizer_of, load_tokenizer
 from lockstep.runner.router import Router
-from lockstep.workload.policies import SchedulerState
+from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
-_STOP_S = 10.0
+logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Generates text with a Mixture-of-Experts model over several ranks of this host.
+    """Generates text with a Mixture-of-Experts model over several ranks.
 
-    The ranks are processes that end with this one. A script needs no `if __name__ == "__main__"`.
+    By itself it starts its ranks on this host: processes that end with this one, however it ends. A script needs no
+    `if __name__ == "__main__"`. Under torchrun each process is one of the ranks, and brings prompts of its own: any
+    number of them, at any time, or none. Leaving the `with` block waits there until all ranks have left it.
+
+    Ranks that share requests (`tensor_parallel_size` > 1 under torchrun) call `generate` alike.
 
     Args:
         model: a checkpoint's folder or Hub id.
-        data_parallel_size: ranks with requests of their own, >= 1.
+        data_parallel_size: ranks with requests of their own, >= 1; 1 by default, under torchrun all there are.
         **options: see `EngineOptions`.
 
     Attributes:
+        options: of this engine.
         about: what rank 0 said when all were ready: context, pages of the cache, kernels, dispatcher.
 
     Raises:
@@ -53,58 +52,66 @@ class Engine:
         ...         print(output.text)
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, data_parallel_size: int = 1, **options: Any) -> None:
-        unknown = set(options) - set(EngineOptions.__dataclass_fields__)
-        if unknown:
-            raise ConfigurationError(f"Engine has no option {sorted(unknown)[0]!r}")
-        self.options = EngineOptions(str(model), data_parallel_size, **options)
-        self._tokenizer = _load_tokenizer(self.options.model)
-        self._events: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-        self._failure: LockstepError | None = None
-        self._ranks = _Ranks(self.options, self._events)
-        self.about: dict[str, Any] = {}
-        try:
-            self._await_ready()
-        except BaseException:
-            self._ranks.kill()
-            raise
-        detokenizer = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
-        self._router = Router(
-            data_parallel_size,
-            self.options.load_balancing,
-            eos_token_ids=self.about["eos_token_ids"],
-            detokenizer=detokenizer,
+    def __init__(self, model: str | os.PathLike[str], *, data_parallel_size: int | None = None, **options: Any) -> None:
+        self._pid = os.getpid()
+        self.options = _read_options(model, data_parallel_size, options)
+        check_checkpoint(self.options.model, self.options.world_size)
+        check_config(self.options.model)
+        self._tokenizer = load_tokenizer(self.options.model)
+        started = started_ranks()
+        ranks: Ranks = RankProcesses(self.options) if started is None else OwnRank(self.options)
+        self._first_rank = 0 if started is None else started[0] // self.options.tensor_parallel_size
+        self._num_data_ranks = self.options.data_parallel_size if started is None else 1
+        self._front = Front(
+            ranks,
+            self._make_router,
+            tensor_parallel_size=self.options.tensor_parallel_size if started is None else 1,
+            num_data_ranks=self._num_data_ranks,
+            start_timeout_s=self.options.start_timeout_s,
         )
+        self.about = self._front.start()
+        if self._first_rank == 0:
+            logger.info("engine: %s", ", ".join(f"{name} {value}" for name, value in self.about.items()))
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return self._front.stats
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
-        """Generate for all prompts, and yield each output when it is done; `index` says which prompt it belongs to.
+        prompts: Iterable[str | Sequence[int]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> Outputs:
+        """Generate for all prompts, and give each output when it is done; `index` says which prompt it belongs to.
+
+        The requests start at once, beside those of other calls. What is not waited for any more, because the iterator
+        is closed or let go, is ended.
 
         Args:
             prompts: texts, or lists of token ids.
             sampling_params: for all of them, or one for each; None for the defaults.
 
+        Returns:
+            An iterator of `RequestOutput`, in the order in which requests end. It raises `LockstepError` if a rank
+            failed; the engine is closed then.
+
         Raises:
             ConfigurationError: a prompt or parameters that cannot work, naming the prompt; before anything runs.
-            LockstepError: a rank failed; the engine is closed then.
+            LockstepError: what has closed the engine.
         """
-        if isinstance(prompts, str):
-            raise ConfigurationError("prompts must be a list of prompts, got one string")
-        params = sampling_params if sampling_params is not None else SamplingParams()
-        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(all_params) != len(prompts):
-            raise ConfigurationError(f"{len(prompts)} prompts, but {len(all_params)} sampling_params")
-        ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
-        for index, (prompt_ids, one) in enumerate(zip(ids, all_params, strict=True)):
-            self._check(index, prompt_ids, one)
-        return self._run(ids, all_params)
+        self._check_usable()
+        return Outputs(self._front, self._read_requests(prompts, sampling_params))
 
     def close(self) -> None:
-        """End the ranks, once they have nothing left to do. Closing twice does nothing."""
-        self._ranks.stop()
+        """End what runs, and the ranks; closing twice does nothing. Under torchrun, waits until all ranks close.
+
+        Raises:
+            LockstepError: under torchrun, what has ended another rank, unless `generate` has raised it.
+        """
+        if os.getpid() != self._pid:  # a fork of the process that the engine belongs to
+            return
+        self._front.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -112,206 +119,144 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._ranks.kill()
+        if os.getpid() != self._pid:
+            return
+        if error is not None:
+            self._front.kill(error)
+            return
+        self.close()
+        if self._front.failure is not None:
+            raise self._front.failure
 
-    def _run(self, ids: list[list[int]], params: list[SamplingParams]) -> Iterator[RequestOutput]:
-        mine: set[int] = set()
-        try:
-            for index, (prompt_ids, one) in enumerate(zip(ids, params, strict=True)):
-                entry = self._router.add(prompt_ids, one, index)
-                mine.add(entry.request_id)
-                self._ranks.send(entry.rank, add_message(entry.request_id, prompt_ids, one))
-            while mine:
-                for output in self._next_outputs():
-                    mine.discard(output.request_id)
-                    yield output
-        finally:
-            for request_id in mine:  # the caller has stopped listening
-                if (aborted := self._router.abort(request_id)) is not None and self._ranks.alive:
-                    self._ranks.send(aborted.rank, {"abort": request_id})
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConfigurationError(f"this engine belongs to process {self._pid}; a forked process cannot use it")
+        if self._front.error is not None:
+            raise self._front.error
 
-    def _next_outputs(self) -> list[RequestOutput]:
-        """Wait for a message of a rank, and return what it has ended."""
-        rank, message = self._next_event(None)
-        if "refused" in message:
-            self._router.abort(message["refused"])
-            raise ConfigurationError(message["why"])
-        if "tokens" not in message or rank % self.options.tensor_parallel_size:
-            return []
-        data_rank = rank // self.options.tensor_parallel_size
-        self._router.observe(data_rank, SchedulerState(*message["state"]), message["taken_in"])
-        outputs = []
-        for request_id, position, token, logprob, top, finish in message["tokens"]:
-            taken = self._router.take(request_id, position, token, logprob, top)
-            if taken is not None and taken[1].finish_reason is not None:
-                if finish is None:  # a stop string, of which the rank knows nothing
-                    self._ranks.send(data_rank, {"abort": request_id})
-                outputs.append(taken[0].output())
-        return outputs
+    def _make_router(self, about: dict[str, Any]) -> Router:
+        return Router(
+            self._num_data_ranks,
+            self.options.load_balancing,
+            first_rank=self._first_rank,
+            all_ranks=self.options.data_parallel_size,
+            eos_token_ids=about["eos_token_ids"],
+            detokenizer=detokenizer_of(self._tokenizer),
+        )
 
-    def _next_event(self, timeout_s: float | None) -> tuple[int, dict[str, Any]]:
-        if self._failure is not None:
-            raise self._failure
-        try:
-            rank, message = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            raise RankAbsentError(f"no rank answered within {timeout_s:.0f} s") from None
-        if "failed" in message:
-            self._failure = self._failure_of(rank, message)
-            self._ranks.kill()
-            raise self._failure
-        return rank, message
+    def _read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:
+        """What `RankEngine.add` would refuse, and more, before anything is sent."""
+        if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
+            kind = "one string" if isinstance(prompts, str) else type(prompts).__name__
+            raise ConfigurationError(f"prompts must be a list of texts or of lists of token ids, got {kind}")
+        prompts = list(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if isinstance(sampling_params, str | bytes | dict) or not isinstance(sampling_params, Iterable):
+            raise ConfigurationError(
+                f"sampling_params must be a SamplingParams or a list of them, got {type(sampling_params).__name__}"
+            )
+        sampling_params = list(sampling_params)
+        if len(sampling_params) != len(prompts):
+            raise ConfigurationError(f"{len(prompts)} prompts, but {len(sampling_params)} sampling_params")
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            if not isinstance(params, SamplingParams):
+                raise ConfigurationError(
+                    f"sampling_params of prompt {index} must be a SamplingParams, got {type(params).__name__}"
+                )
+            ids = self._prompt_ids(index, prompt)
+            self._check(index, ids, params)
+            requests.append(NewRequest(index, ids, params))
+        return requests
 
-    def _failure_of(self, rank: int, message: dict[str, Any]) -> LockstepError:
-        """The cause, not its echoes: a rank that reports another's failure is asked last."""
-        failures = [(rank, message)]
-        until = time.monotonic() + 3.0
-        while message["failed"] in ("PeerFailedError", "RankAbsentError") and time.monotonic() < until:
-            with contextlib.suppress(queue.Empty):
-                other, message = self._events.get(timeout=max(0.01, until - time.monotonic()))
-                if "failed" in message:
-                    failures.append((other, message))
-                else:
-                    message = failures[0][1]
-        rank, message = failures[-1] if failures[-1][1]["failed"] not in ("PeerFailedError",) else failures[0]
-        kind = getattr(lockstep.errors, message["failed"], None)
-        if isinstance(kind, type) and issubclass(kind, LockstepError) and kind is not PeerFailedError:
-            return kind(message["why"])
-        return PeerFailedError(f"rank {rank} failed: {message['why']}", rank, message["why"])
-
-    def _await_ready(self) -> None:
-        ends = time.monotonic() + self.options.start_timeout_s
-        missing = set(range(self.options.world_size))
-        while missing:
+    def _prompt_ids(self, index: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ConfigurationError(f"prompt {index} is a text, but {self.options.model} has no tokenizer")
             try:
-                rank, message = self._next_event(max(0.0, ends - time.monotonic()))
-            except RankAbsentError:
-                late = ", ".join(map(str, sorted(missing)))
-                raise RankAbsentError(
-                    f"rank {late} was not ready within {self.options.start_timeout_s:g} s", tuple(sorted(missing))
-                ) from None
-            if "ready" in message:
-                missing.discard(rank)
-                self.about = message["ready"] if rank == 0 else self.about
-
-    def _prompt_ids(self, index: int, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self._tokenizer is None:
-            raise ConfigurationError(f"prompt {index} is a text, but {self.options.model} has no tokenizer")
-        ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        return ids
+                return list(self._tokenizer(prompt)["input_ids"])
+            except (TypeError, ValueError):  # such as half a surrogate pair
+                raise ConfigurationError(f"prompt {index} is not a valid text: {prompt!r:.80}") from None
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array or a tensor
+        if not isinstance(ids, Sequence) or isinstance(ids, bytes | bytearray):
+            raise ConfigurationError(
+                f"prompt {index} must be a text or a list of token ids, got {type(prompt).__name__} {prompt!r:.80}"
+            )
+        for token in ids:
+            if not isinstance(token, Integral) or isinstance(token, bool):
+                raise ConfigurationError(f"prompt {index} must hold integers, got {token!r:.80}")
+        return [int(token) for token in ids]
 
     def _check(self, index: int, ids: list[int], params: SamplingParams) -> None:
-        """What `RankEngine.add` would refuse, before anything is sent."""
+        about = self.about
         if not ids:
             raise ConfigurationError(f"prompt {index} has no tokens")
-        if (wrong := next((t for t in ids if not 0 <= t < self.about["vocab_size"]), None)) is not None:
+        if (wrong := next((token for token in ids if not 0 <= token < about["vocab_size"]), None)) is not None:
             raise ConfigurationError(
-                f"prompt {index} has token {wrong}, but the model's embedding has {self.about['vocab_size']} entries"
+                f"prompt {index} has token {wrong}, but the model's embedding has {about['vocab_size']} entries"
             )
-        limit = min(self.about["max_model_len"], self.about["kv_tokens"] or self.about["max_model_len"])
-        if len(ids) + params.max_tokens > limit:
+        sizes = f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}"
+        longest = len(ids) + params.max_tokens
+        if longest > about["max_model_len"]:
+            raise ConfigurationError(f"{sizes}, together more than the context of {about['max_model_len']}")
+        if about["kv_tokens"] is not None and num_pages(longest) > about["kv_tokens"] // PAGE_SIZE:
             raise ConfigurationError(
-                f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
-                f"{limit} that a request may have"
+                f"{sizes}, together more than the {about['kv_tokens'] // PAGE_SIZE} pages of {PAGE_SIZE} tokens that "
+                "a rank's KV cache has"
             )
-
-
-class _Ranks:
-    """The processes, a socket to each, and a thread that listens to each."""
-
-    def __init__(self, options: EngineOptions, events: queue.SimpleQueue[tuple[int, dict[str, Any]]]) -> None:
-        self._options = options
-        self._events = events
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self.alive = True
-        self._stopping = False
-        self._store = _open_store() if options.world_size > 1 else None
-        port = self._store.port if self._store is not None else 0
-        for rank in range(options.world_size):
-            mine, theirs = socket.socketpair()
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(options.world_size),
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            }
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lockstep.runner.worker", str(theirs.fileno())],
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+        if (
+            wrong := next((token for token in params.stop_token_ids if token >= about["num_logits"]), None)
+        ) is not None:
+            raise ConfigurationError(
+                f"stop_token_ids of prompt {index} has token {wrong}, but the model draws from {about['num_logits']}"
             )
-            theirs.close()
-            self._processes.append(process)
-            self._sockets.append(mine)
-            thread = threading.Thread(target=self._listen, args=(rank,), name=f"lockstep-rank-{rank}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-            self._send_one(rank, {"options": options.to_json(), "store_port": port})
-
-    def send(self, data_rank: int, message: dict[str, Any]) -> None:
-        """Send a message to all processes of a data-parallel rank."""
-        size = self._options.tensor_parallel_size
-        for rank in range(data_rank * size, (data_rank + 1) * size):
-            self._send_one(rank, message)
-
-    def stop(self) -> None:
-        """Let the ranks end by themselves; end those that do not."""
-        if not self.alive:
-            return
-        self._stopping = True
-        for rank in range(self._options.world_size):
-            self._send_one(rank, {"stop": True})
-        until = time.monotonic() + _STOP_S
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
-        self.kill()
-
-    def kill(self) -> None:
-        """End all ranks now."""
-        self.alive, self._stopping = False, True
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-        for process in self._processes:
-            process.wait()
-        for connection in self._sockets:
-            connection.close()
-
-    def _send_one(self, rank: int, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a rank that is gone is reported by the thread that listens to it
-            self._sockets[rank].sendall(json.dumps(message).encode() + b"\n")
-
-    def _listen(self, rank: int) -> None:
-        with contextlib.suppress(OSError, ValueError), self._sockets[rank].makefile("rb") as lines:
-            for line in lines:
-                self._events.put((rank, json.loads(line)))
-        if not self._stopping:
-            code = self._processes[rank].wait()
-            self._events.put((rank, {"failed": "died", "why": f"its process ended with exit code {code}"}))
+        if params.stop_strings and self._tokenizer is None:
+            raise ConfigurationError(f"prompt {index} has stop strings, but {self.options.model} has no tokenizer")
 
 
-def _open_store() -> Any:
+def started_ranks() -> tuple[int, int] | None:
+    """Return this process's rank and the number of ranks where torchrun, or the script, has started them; else None."""
     import torch.distributed as dist
 
-    # Of its own accord the store would listen on every interface.
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        try:
+            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except ValueError:
+            raise ConfigurationError(
+                f"the environment's RANK and WORLD_SIZE must be numbers, got {os.environ['RANK']!r:.40} and "
+                f"{os.environ['WORLD_SIZE']!r:.40}"
+            ) from None
+    return None
 
 
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError):  # token ids only
-        return None
+def _read_options(model: Any, data_parallel_size: int | None, options: dict[str, Any]) -> EngineOptions:
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigurationError(
+            f"model must be a checkpoint's folder or Hub id, got {type(model).__name__}; a model in memory runs by "
+            "lockstep.RankEngine or inside lockstep.join"
+        )
+    known = [name for name in EngineOptions.__dataclass_fields__ if name != "model"]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f": it has {', '.join(known)}"
+            raise ConfigurationError(f"Engine has no option {name!r}{hint}")
+    started = started_ranks()
+    read = EngineOptions(os.fspath(model), data_parallel_size=1 if data_parallel_size is None else data_parallel_size,
+                         **options)  # fmt: skip
+    if started is None:
+        return read
+    world_size, tp_size = started[1], read.tensor_parallel_size
+    if world_size % tp_size:
+        raise ConfigurationError(f"tensor_parallel_size must divide the {world_size} ranks, got {tp_size}")
+    if data_parallel_size not in (None, world_size // tp_size):
+        raise ConfigurationError(
+            f"data_parallel_size is {data_parallel_size}, but torchrun has started {world_size} ranks, and "
+            f"tensor_parallel_size is {tp_size}: leave it out, or set it to {world_size // tp_size}"
+        )
+    return EngineOptions(read.model, data_parallel_size=world_size // tp_size, **options)

@@ -45,14 +45,21 @@ def run_folder() -> Iterator[Path]:
         _remove(folder)
 
 
+def kill_with_parent() -> None:
+    """Let the kernel end this process by SIGKILL, which also ends what is stopped, when its parent ends.
+
+    Linux means the thread of the parent that started this process.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def end_with_parent() -> None:
     """Let this process, started by `multiprocessing`, end when the one that started it does; also if it is stopped."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    with contextlib.suppress(OSError, AttributeError):
-        # SIGKILL, which also ends what is stopped, when the server that forked this process ends, and that ends with
-        # the process that started it.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The server that forked this process ends with the process that started it.
+    kill_with_parent()
     # Each process that the server forks keeps it alive by a descriptor of its own, a stopped one for ever.
     server: Any = forkserver._forkserver
     descriptor = getattr(server, "_forkserver_alive_fd", None)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from lockstep.engine.rank_engine import RankEngine
+from lockstep.engine.rank_engine import RankEngine, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.stopping import StopChecker
+from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 
-IDLE_S = 0.002  # how long an idle rank waits for a message between two agreements
+# After an agreement in which no rank had work, the next one comes after a pause that doubles up to the second figure.
+# Where a rank can see that another one has begun an agreement, its pauses are longer: they end when one has, and only
+# show that this rank lives.
+_PAUSE_S = (0.0005, 0.02)
+_WATCHED_PAUSE_S = 0.1
+_LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
 
 
 class Mailbox(Protocol):
@@ -29,55 +37,138 @@ def add_message(request_id: int, prompt_token_ids: Sequence[int], params: Sampli
     return {"add": request_id, "prompt": list(prompt_token_ids), "params": dataclasses.asdict(params)}
 
 
-def run_rank(engine: RankEngine, mailbox: Mailbox, after_step: Callable[[], None] | None = None) -> None:
+def run_rank(
+    engine: RankEngine,
+    mailbox: Mailbox,
+    *,
+    detokenizer: Detokenizer | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> None:
     """Serve requests until every rank has been told to stop and has none left. Every rank calls it.
 
     Ranks that share a data-parallel rank's requests get the same messages, but not at the same time: each says at every
     agreement how many have come, and acts on those that all of them had at the agreement before.
 
+    A stop string is found here, so that it costs a request one overrun row, as a stop token does, however slow the
+    router is.
+
     Args:
         engine: of this rank.
-        mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": id}` and `{"stop": true}`; gets
-            `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...]}` and `{"refused": id, "why": text}`.
+        mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": id}`, `{"stop": true}` and, within
+            one process, `{"fail": exception}`; gets `{"tokens": [...], "state": [...], "rows": [...],
+            "taken_in": [...], "counts": {...}}` and `{"refused": id, "why": text}`.
+        detokenizer: finds stop strings; None leaves them to the router.
         after_step: called after every step.
 
     Raises:
         LockstepError: see `RankEngine.step`.
+        BaseException: what a `fail` message brought, once the other ranks know.
     """
-    inbox: deque[dict[str, Any]] = deque()
-    num_received = num_done = 0
-    stopping, idle = False, True
-    while True:
-        messages = mailbox.receive(IDLE_S if idle and not stopping else 0.0)
-        inbox.extend(messages)
-        num_received += len(messages)
-        taken_in = []
-        ready = engine.num_messages_everywhere(num_received)
-        while inbox and num_done < ready:
-            message = inbox.popleft()
-            num_done += 1
+    _RankLoop(engine, mailbox, detokenizer).run(after_step)
+
+
+class _RankLoop:
+    def __init__(self, engine: RankEngine, mailbox: Mailbox, detokenizer: Detokenizer | None) -> None:
+        self.engine = engine
+        self.mailbox = mailbox
+        self.detokenizer = detokenizer
+        self.inbox: deque[dict[str, Any]] = deque()
+        self.num_received = 0
+        self.stopping = False
+        self.checkers: dict[int, StopChecker] = {}  # of requests with stop strings
+        self.counts = {"steps": 0, "overrun_rows": 0, "preempted": 0}
+
+    def run(self, after_step: Callable[[], None] | None) -> None:
+        engine, pause_s = self.engine, _PAUSE_S[0]
+        longest_s = _WATCHED_PAUSE_S if engine.can_watch else _PAUSE_S[1]
+        while True:
+            idle = not (engine.any_unfinished or engine.has_unfinished or self.inbox)
+            messages = self._pause(pause_s) if idle else self.mailbox.receive(0.0)
+            pause_s = min(2 * pause_s, longest_s) if idle and not messages else _PAUSE_S[0]
+            self.inbox.extend(messages)
+            self.num_received += len(messages)
+            failure = next((message["fail"] for message in messages if "fail" in message), None)
+            if failure is not None:
+                engine.fail(failure)
+                raise failure
+            taken_in = self._act()
+            unfinished = not self.stopping or engine.has_unfinished
+            outputs = self._find_stops(engine.step(unfinished=unfinished, num_messages=self.num_received))
+            if self._count_reports() or outputs or taken_in:
+                self.mailbox.send(
+                    {
+                        "tokens": [list(output) for output in outputs],
+                        "state": list(engine.state),
+                        "rows": list(engine.num_tokens_across_dp),
+                        "taken_in": taken_in,
+                        "counts": self.counts,
+                    }
+                )
+            if after_step is not None:
+                after_step()
+            if engine.all_stopped:
+                return
+
+    def _pause(self, pause_s: float) -> list[dict[str, Any]]:
+        """Wait until a message comes, another rank begins an agreement, or the time is over."""
+        until = time.monotonic() + pause_s
+        while True:
+            left_s = until - time.monotonic()
+            look_s = min(left_s, _LOOK_S) if self.engine.can_watch else left_s
+            messages = self.mailbox.receive(max(0.0, look_s))
+            if messages or left_s <= look_s or self.engine.others_wait():
+                return messages
+
+    def _act(self) -> list[int]:
+        """Act on messages that all ranks with the same requests have; return the requests taken in."""
+        taken_in: list[int] = []
+        ready = self.engine.num_messages_everywhere(self.num_received) - (self.num_received - len(self.inbox))
+        for _ in range(ready):
+            message = self.inbox.popleft()
             if message.get("stop"):
-                stopping = True
+                self.stopping = True
             elif "abort" in message:
-                engine.abort(message["abort"], missing_ok=True)
+                self.checkers.pop(message["abort"], None)
+                self.engine.abort(message["abort"], missing_ok=True)
             else:
                 taken_in.append(message["add"])
-                try:
-                    engine.add(message["add"], message["prompt"], SamplingParams(**message["params"]))
-                except ConfigurationError as error:
-                    mailbox.send({"refused": message["add"], "why": str(error)})
-        outputs = engine.step(unfinished=not stopping or engine.has_unfinished, num_messages=num_received)
-        idle = not engine.any_unfinished and not engine.has_unfinished
-        if outputs or taken_in:
-            mailbox.send(
-                {
-                    "tokens": [list(output) for output in outputs],
-                    "state": list(engine.state),
-                    "rows": list(engine.num_tokens_across_dp),
-                    "taken_in": taken_in,
-                }
-            )
-        if after_step is not None:
-            after_step()
-        if engine.all_stopped:
+                self._add(message)
+        return taken_in
+
+    def _add(self, message: dict[str, Any]) -> None:
+        request_id = message["add"]
+        try:
+            params = SamplingParams(**message["params"])
+            self.engine.add(request_id, message["prompt"], params)
+        except ConfigurationError as error:
+            self.mailbox.send({"refused": request_id, "why": str(error)})
             return
+        if params.stop_strings and self.detokenizer is not None:
+            self.checkers[request_id] = StopChecker(params, detokenizer=self.detokenizer)
+
+    def _find_stops(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        """End requests whose text a stop string has ended; their last token says so."""
+        if not self.checkers:
+            return outputs
+        found = []
+        for output in outputs:
+            checker = self.checkers.get(output.request_id)
+            reason = output.finish_reason
+            if checker is not None:
+                stopped = checker.push(output.token_id).finish_reason == "stop"
+                if stopped and reason is None:
+                    self.engine.abort(output.request_id)
+                    reason = "stop"
+                if reason is not None:
+                    del self.checkers[output.request_id]
+            found.append(output._replace(finish_reason=reason))
+        return found
+
+    def _count_reports(self) -> bool:
+        """Add up what the steps that have ended were; return whether this rank had anything to do in them."""
+        reports, self.engine.reports = self.engine.reports, []
+        for report in reports:
+            self.counts["steps"] += 1
+            self.counts["overrun_rows"] += report.overrun_rows
+            self.counts["preempted"] += len(report.schedule.preempted)
+        return any(report.overrun_rows or report.schedule.preempted for report in reports)

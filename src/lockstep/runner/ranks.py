@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import check_int
 from lockstep.workload import SchedulerConfig
+from lockstep.workload.policies import LOAD_BALANCING
+
+# What `lockstep.dispatch.choose` and torch know, written out: options are checked before either is imported.
+DISPATCHERS = ("allgather", "alltoall", "auto", "nvlink")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -58,15 +68,31 @@ class EngineOptions:
     graphs: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("data_parallel_size", "tensor_parallel_size", "max_model_len", "max_chunk_size"):
+        for name in ("data_parallel_size", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("max_model_len", "max_chunk_size", "kv_capacity_tokens"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        check_int("max_prefill_delay_steps", self.max_prefill_delay_steps, 0)
+        for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} must be >= 1, got {value}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        for name in ("deadline_s", "start_timeout_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigurationError(f"{name} must be a number > 0, got {getattr(self, name)}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value <= most
+                or value == math.inf
+            ):
+                limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
+                raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
+        if not isinstance(self.graphs, bool):
+            raise ConfigurationError(f"graphs must be True or False, got {self.graphs!r:.80}")
+        for name, names in (
+            ("dispatcher", DISPATCHERS),
+            ("dtype", ("auto", *DTYPES)),
+            ("load_balancing", LOAD_BALANCING),
+        ):
+            if getattr(self, name) not in names:
+                raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
         self.scheduler()
 
     @classmethod
@@ -104,16 +130,16 @@ def join_group(store_port: int, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
+    from lockstep.models.groups import connect
+
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     if size == 1:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=timeout)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+    connect(store, rank, size, timeout_s)
 
 
 def make_engine(options: EngineOptions) -> Any:
@@ -148,6 +174,69 @@ def make_engine(options: EngineOptions) -> Any:
         eos_token_ids=eos_token_ids(model),
         graphs=options.graphs,
     )
+
+
+def check_checkpoint(model: str, world_size: int) -> None:
+    """Say what can be said of a checkpoint before any rank has started.
+
+    Args:
+        model: a folder, or a Hub id, of which nothing is known yet.
+        world_size: ranks over which its experts are divided.
+
+    Raises:
+        ConfigurationError: no such folder, no checkpoint in it, or experts that the ranks do not divide.
+    """
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
+            raise ConfigurationError(f"no checkpoint at {path}: there is no such folder")
+        return
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path / 'config.json'} must hold an object, got {type(config).__name__}")
+    text_config = config.get("text_config")
+    for names in (config, text_config if isinstance(text_config, dict) else {}):
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            num_experts = names.get(name)
+            if isinstance(num_experts, int) and num_experts % world_size:
+                raise ConfigurationError(f"{num_experts} experts cannot be divided over {world_size} ranks")
+
+
+def check_config(model: str) -> None:
+    """Let Transformers read a checkpoint's configuration, from the Hub too.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigurationError(f"the configuration of {model} cannot be read: {first}") from None
+
+
+def load_tokenizer(model: str) -> Any:
+    """Return a checkpoint's tokenizer; None where it has none that can be used, so that prompts must be token ids."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Without its files, Transformers makes a tokenizer that knows no letter.
+        return tokenizer if tokenizer("a")["input_ids"] else None
+    except Exception:  # the package tokenizers raises just that
+        return None
+
+
+def detokenizer_of(tokenizer: Any) -> Detokenizer | None:
+    """Return what turns a tokenizer's tokens into text; None without a tokenizer."""
+    return Detokenizer(tokenizer) if tokenizer is not None else None
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:

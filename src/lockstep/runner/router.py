@@ -57,6 +57,9 @@ class Router:
     Args:
         num_ranks: data-parallel ranks, >= 1.
         load_balancing: one of `lockstep.workload.policies.LOAD_BALANCING`.
+        first_rank: number of the first of these ranks, where other ranks have routers of their own.
+        all_ranks: data-parallel ranks of all routers together; None for `num_ranks`. No two requests of theirs have the
+            same number, which is also the seed of a request that names none.
         eos_token_ids: tokens that end a request.
         detokenizer: turns tokens into text; None for token ids only.
 
@@ -69,6 +72,8 @@ class Router:
         num_ranks: int,
         load_balancing: str,
         *,
+        first_rank: int = 0,
+        all_ranks: int | None = None,
         eos_token_ids: Sequence[int] = (),
         detokenizer: Detokenizer | None = None,
     ) -> None:
@@ -78,7 +83,9 @@ class Router:
         self._sent: list[dict[int, Request]] = [{} for _ in range(num_ranks)]  # not counted in the rank's state yet
         self._eos_token_ids = tuple(eos_token_ids)
         self._detokenizer = detokenizer
-        self._next_id = 0
+        self._first_rank = first_rank
+        self._next_id = first_rank
+        self._id_step = all_ranks // num_ranks if all_ranks is not None else 1
 
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
         """Take a request in and choose its rank.
@@ -97,13 +104,19 @@ class Router:
         request = Request(self._next_id, 0.0, len(prompt_token_ids), params.max_tokens)
         (rank,) = self._balancer.assign([request], [self._expected(rank) for rank in range(len(self._states))])
         self._sent[rank][request.request_id] = request
-        entry = Entry(index, request.request_id, list(prompt_token_ids), params, rank, checker)
+        entry = Entry(index, request.request_id, list(prompt_token_ids), params, self._first_rank + rank, checker)
         self.entries[entry.request_id] = entry
-        self._next_id += 1
+        self._next_id += self._id_step
         return entry
 
     def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
-        """Note what a rank says of its scheduler, and which requests that counts for the first time."""
+        """Note what a rank says of its scheduler, and which requests that counts for the first time.
+
+        Args:
+            rank: counted from `first_rank`.
+            state: of its scheduler.
+            taken_in: requests that the state counts.
+        """
         self._states[rank] = state
         for request_id in taken_in:
             self._sent[rank].pop(request_id, None)

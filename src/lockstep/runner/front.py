@@ -1,0 +1,339 @@
+"""What stands between callers and ranks: one thread, which alone touches the ledger."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lockstep.engine.outputs import RequestOutput
+from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.stopping import TextDelta
+from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
+from lockstep.runner.rank_loop import add_message
+from lockstep.runner.rank_processes import ECHOES_S, Ranks, error_of, first_cause, is_echo
+from lockstep.runner.router import Entry, Router
+from lockstep.workload.policies import SchedulerState
+
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request that was checked.
+
+    Attributes:
+        index: its place among the prompts of a call.
+        prompt_token_ids: its prompt.
+        params: how to sample and when to stop.
+    """
+
+    index: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class Listener(Protocol):
+    """Who hears of requests. Called from the front's thread: return at once, and raise nothing."""
+
+    def on_token(self, entry: Entry, delta: TextDelta) -> None:
+        """A request has a new token; it has ended where `delta.finish_reason` is set."""
+
+    def on_error(self, error: Exception) -> None:
+        """All that has not ended is lost."""
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done since it was started.
+
+    Attributes:
+        steps: steps in which any rank had rows.
+        overrun_rows: of each data-parallel rank: rows of requests that had ended when the step ran.
+        preempted: of each data-parallel rank: how often a request lost its pages and was computed again.
+        num_tokens_across_dp: rows of each data-parallel rank in the step known last.
+        unfinished_requests: requests that have not ended.
+    """
+
+    steps: int = 0
+    overrun_rows: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    num_tokens_across_dp: list[int] = field(default_factory=list)
+    unfinished_requests: int = 0
+
+
+class Front:
+    """Takes requests from callers of any thread, gives them to ranks, and tells callers what became of them.
+
+    Args:
+        ranks: not started yet.
+        make_router: makes the ledger, given what the ranks said when they were ready.
+        tensor_parallel_size: processes per data-parallel rank.
+        num_data_ranks: data-parallel ranks behind this front.
+        start_timeout_s: longest wait for the ranks to be ready, in seconds.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        make_router: Callable[[dict[str, Any]], Router],
+        *,
+        tensor_parallel_size: int,
+        num_data_ranks: int,
+        start_timeout_s: float,
+    ) -> None:
+        self.ranks = ranks
+        self.error: Exception | None = None  # why nothing is taken in any more
+        self._told = False
+        self.stats = EngineStats(
+            overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks, num_tokens_across_dp=[]
+        )
+        self._make_router = make_router
+        self._tensor_parallel_size = tensor_parallel_size
+        self._start_timeout_s = start_timeout_s
+        self._events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
+        self._listeners: dict[int, Listener] = {}
+        self._closed = ConfigurationError("this engine is closed")
+        self._too_late: list[Listener] = []
+        self._ready: Future[dict[str, Any]] = Future()
+        self._ended = threading.Event()
+        self._router: Router
+        self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What has ended the ranks, if no caller has heard of it."""
+        return None if self._told or self.error is None or self.error is self._closed else self.error
+
+    def start(self) -> dict[str, Any]:
+        """Start the ranks and wait until they are ready; return what the first of them said of itself."""
+        self._thread.start()
+        try:
+            return self._ready.result()
+        except BaseException as error:
+            self.kill(error)
+            raise
+
+    def submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
+        """Take requests in; `listener` hears of each."""
+        self._put("submit", listener, requests)
+
+    def abandon(self, listener: Listener) -> None:
+        """End all requests of a listener; it hears nothing more. May be called from a finalizer."""
+        self._put("abandon", listener, None)
+
+    def close(self) -> None:
+        """End what runs and let the ranks end; wait for that. After that, nothing is taken in."""
+        self._put("close", None, None)
+        try:
+            self._thread.join()
+        except BaseException as error:
+            self.ranks.kill(error)
+            raise
+
+    def kill(self, error: BaseException | None) -> None:
+        """End the ranks at once, or as soon as the others know why."""
+        self.ranks.kill(error)
+        self._put("close", None, None)
+        self._thread.join()
+
+    def _put(self, *event: Any) -> None:
+        self._events.put(event)
+        if self._ended.is_set():
+            self._refuse_the_rest()
+
+    def _run(self) -> None:
+        try:
+            self.ranks.start(lambda rank, message: self._put("rank", rank, message))
+            about = self._await_ready()
+            self._router = self._make_router(about)
+        except BaseException as error:
+            self.ranks.kill()
+            self.error = error if isinstance(error, Exception) else LockstepError(repr(error))
+            self._ended.set()
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(about)
+        try:
+            while self._take_event():
+                pass
+            self.error = self._closed
+            self._lose(self._closed)
+            self.ranks.stop()
+        except Exception as error:
+            self.error = error if isinstance(error, LockstepError) else _unforeseen(error)
+            self._lose(self.error)
+            self.ranks.kill()
+        self._ended.set()
+        self._refuse_the_rest()
+
+    def _take_event(self) -> bool:
+        try:
+            # While nobody waits for anything, nothing has to be looked at.
+            kind, who, what = self._events.get(timeout=_LOOK_S if self._listeners else None)
+        except queue.Empty:
+            self.ranks.check()
+            return True
+        if kind == "rank":
+            self._take_message(who, what)
+        elif kind == "submit":
+            self._submit(who, what)
+        elif kind == "abandon":
+            self._abandon(who)
+        return kind != "close"
+
+    def _take_message(self, rank: int, message: dict[str, Any]) -> None:
+        if "failed" in message:
+            raise self._cause(rank, message)
+        if "refused" in message:  # what `RankEngine.add` checks was checked before, so that this is a fault of ours
+            raise LockstepError(f"rank {rank} refused a request: {message['why']}")
+        if "tokens" not in message or rank % self._tensor_parallel_size:
+            return
+        data_rank = rank // self._tensor_parallel_size
+        self._router.observe(data_rank, SchedulerState(*message["state"]), message["taken_in"])
+        stats, counts = self.stats, message["counts"]
+        stats.steps = max(stats.steps, counts["steps"])
+        stats.overrun_rows[data_rank], stats.preempted[data_rank] = counts["overrun_rows"], counts["preempted"]
+        stats.num_tokens_across_dp = list(message["rows"])
+        for request_id, position, token, logprob, top, finish in message["tokens"]:
+            taken = self._router.take(request_id, position, token, logprob, top)
+            if taken is None:
+                continue
+            entry, delta = taken
+            listener = self._listeners[request_id]
+            if delta.finish_reason is not None:
+                del self._listeners[request_id]
+                stats.unfinished_requests = len(self._listeners)
+                if finish is None:  # a rank that looks for no stop strings
+                    self.ranks.send(entry.rank, {"abort": request_id})
+            listener.on_token(entry, delta)
+
+    def _submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
+        for new in requests:
+            entry = self._router.add(new.prompt_token_ids, new.params, new.index)
+            self._listeners[entry.request_id] = listener
+            self.ranks.send(entry.rank, add_message(entry.request_id, new.prompt_token_ids, new.params))
+        self.stats.unfinished_requests = len(self._listeners)
+
+    def _abandon(self, listener: Listener) -> None:
+        for request_id in [number for number, one in self._listeners.items() if one is listener]:
+            del self._listeners[request_id]
+            entry = self._router.abort(request_id)
+            if entry is not None:
+                self.ranks.send(entry.rank, {"abort": request_id})
+        self.stats.unfinished_requests = len(self._listeners)
+
+    def _lose(self, error: Exception) -> None:
+        for listener in {id(one): one for one in (*self._listeners.values(), *self._too_late)}.values():
+            listener.on_error(error)
+            self._told = self._told or error is not self._closed
+            if error is self._closed:
+                self._abandon(listener)
+        self._listeners, self._too_late = {}, []
+        self.stats.unfinished_requests = 0
+
+    def _refuse_the_rest(self) -> None:
+        """Tell whoever has submitted since that it was in vain."""
+        while True:
+            try:
+                kind, listener, _ = self._events.get_nowait()
+            except queue.Empty:
+                return
+            if kind == "submit":
+                assert self.error is not None
+                listener.on_error(self.error)
+
+    def _cause(self, rank: int, message: dict[str, Any]) -> Exception:
+        """The cause, not its echoes: a rank that may report another's failure is asked last."""
+        failures, until = [(rank, message)], time.monotonic() + ECHOES_S
+        while all(is_echo(told) for _, told in failures) and len(failures) < self.ranks.num_processes:
+            try:
+                kind, other, told = self._events.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if kind == "rank" and "failed" in told:
+                failures.append((other, told))
+            elif kind == "submit":
+                self._too_late.append(other)
+        return error_of(*first_cause(failures))
+
+    def _await_ready(self) -> dict[str, Any]:
+        ends = time.monotonic() + self._start_timeout_s
+        missing = set(range(self.ranks.num_processes))
+        about: dict[str, Any] = {}
+        while missing:
+            try:
+                kind, rank, message = self._events.get(timeout=max(0.0, ends - time.monotonic()))
+            except queue.Empty:
+                late = ", ".join(map(str, sorted(missing)))
+                raise RankAbsentError(
+                    f"rank {late} was not ready within {self._start_timeout_s:g} s", tuple(sorted(missing))
+                ) from None
+            if kind == "close":  # the caller was interrupted
+                raise self._closed
+            if kind == "rank" and "failed" in message:
+                raise self._cause(rank, message)
+            if kind == "rank" and "ready" in message:
+                missing.discard(rank)
+                about = message["ready"] if rank == 0 else about
+        return about
+
+
+class Outputs(Iterator[RequestOutput]):
+    """The outputs of one call, each when it is done. Requests whose outputs nobody waits for any more are ended.
+
+    Args:
+        front: takes the requests.
+        requests: of the call.
+    """
+
+    def __init__(self, front: Front, requests: Sequence[NewRequest]) -> None:
+        self._front = front
+        self._inbox = _Inbox()  # what the front holds: this object ends when its caller lets it go
+        self._left = len(requests)
+        if requests:
+            front.submit(self._inbox, requests)
+
+    def __iter__(self) -> Outputs:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        if not self._left:
+            raise StopIteration
+        output = self._inbox.received.get()
+        if isinstance(output, Exception):
+            self._left = 0
+            raise output
+        self._left -= 1
+        return output
+
+    def close(self) -> None:
+        """End the requests that have not ended; their rows are free within a few steps."""
+        if self._left:
+            self._left = 0
+            self._front.abandon(self._inbox)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Inbox:
+    def __init__(self) -> None:
+        self.received: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+
+    def on_token(self, entry: Entry, delta: TextDelta) -> None:
+        if delta.finish_reason is not None:
+            self.received.put(entry.output())
+
+    def on_error(self, error: Exception) -> None:
+        self.received.put(error)
+
+
+def _unforeseen(error: Exception) -> LockstepError:
+    failure = LockstepError(f"the engine's thread failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
