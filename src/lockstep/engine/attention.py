@@ -219,6 +219,7 @@ def attend_prompts(
     *,
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     max_length: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with the last rows of some requests, packed; their own keys are in pages already.
 
@@ -236,6 +237,8 @@ def attend_prompts(
         options: of the layer.
         max_rows: most rows of one request.
         fresh: key and value of the packed rows, if every request begins with them.
+        out: contiguous `[rows, num_heads, value_dim]`, written if given, but for rows outside of `cu_rows`, which may
+            then begin above 0. For CUDA graphs: the launch depends on the shapes only.
         max_length: longest of `lengths`, where the host knows it: FlashAttention 3 may then serve rows that continue a
             request, over keys copied out of their pages.
 
@@ -250,6 +253,16 @@ def attend_prompts(
     value_dim = value_pages.shape[3]
     if not num_rows:
         return query.new_empty(0, num_heads, value_dim)
+    if out is not None:
+        reason = _uses_triton(query.device)
+        if reason is not None:
+            raise ConfigurationError(f"attention of prompts into given memory: {reason}")
+        from lockstep.engine import attention_kernels
+
+        attention_kernels.attend_prompts(
+            _dense_rows(query), key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out
+        )
+        return out
     if _uses_triton(query.device) is not None:
         return _prompts_dense(
             query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, fresh

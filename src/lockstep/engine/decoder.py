@@ -33,11 +33,13 @@ class Prompts:
 
     Attributes:
         row_seqs: row of the block table of each prompt, `[num_prompts]` int32.
-        cu_rows: where each prompt's rows begin among these, and their end, `[num_prompts + 1]` int32.
+        cu_rows: where each prompt's rows begin among these, and their end, `[num_prompts + 1]` int32. With
+            `in_graph`: among all rows of the step; prompts that are not there have no rows.
         lengths: tokens of each prompt that are in pages after this step, `[num_prompts]` int32.
         max_rows: most rows of one prompt.
         max_length: largest of `lengths`.
         fresh: whether every prompt begins in this step, so that its keys are this step's.
+        in_graph: whether only the device knows which rows are whose: then `Rows.lengths` is 0 for all rows of prompts.
     """
 
     row_seqs: torch.Tensor
@@ -46,6 +48,7 @@ class Prompts:
     max_rows: int
     max_length: int
     fresh: bool
+    in_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Rows:
         ids: tokens, `[num_rows]` int64.
         positions: of the tokens in their requests, `[num_rows]` int64.
         row_seqs: row of the block table of each row, `[num_rows]` int32; -1 for rows that pad a graph.
-        lengths: keys that each row sees, its own included, `[num_rows]` int32; 0 for rows that pad a graph.
+        lengths: keys that each row sees that generates, its own included, `[num_rows]` int32; 0 for rows that pad a
+            graph.
         slots: `page * PAGE_SIZE + offset` where each row's key goes, `[num_rows]` int32; -1 for nowhere.
-        num_decode: rows that generate; they come first.
+        num_decode: rows that generate, or in a graph the most that may; they come first.
         prompts: of the other rows; None where there are none.
         sampled: rows whose logits are wanted, `[num_sampled]` int64; None for all.
     """
@@ -110,6 +114,10 @@ def attend(
             workspace=cache.workspace(query.shape[1], layer),
         )  # fmt: skip
     prompts = rows.prompts
+    if prompts.in_graph:
+        return attend_prompts(
+            query, *pages, prompts.row_seqs, prompts.cu_rows, prompts.lengths, options, prompts.max_rows, out=output
+        )
     own = (fresh[0][split:], fresh[1][split:]) if fresh is not None and prompts.fresh else None
     output[split:] = attend_prompts(
         query[split:], *pages, prompts.row_seqs, prompts.cu_rows, prompts.lengths, options, prompts.max_rows, fresh=own,

@@ -11,7 +11,7 @@ import torch
 
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.engine.decoder import Prompts, Rows, TransformersDecoder
-from lockstep.engine.graphs import DecodeGraphs
+from lockstep.engine.graphs import EngineGraphs, HostRows
 from lockstep.engine.kv_cache import KVCache
 from lockstep.engine.sampling import Sampler
 from lockstep.engine.sampling_params import SamplingParams
@@ -81,11 +81,12 @@ class DeviceStep:
         cache: pages of keys and values.
         sampler: draws tokens.
         max_rows: of a decoding step.
-        graphs: run decoding as CUDA graphs where that is possible.
+        max_mixed_rows: of a step with prompts.
+        graphs: run steps as CUDA graphs where that is possible.
 
     Attributes:
         decoder: runs a forward pass.
-        graphs: of decoding steps; None where there are none.
+        graphs: of its steps; None where there are none.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class DeviceStep:
         cache: KVCache,
         sampler: Sampler,
         max_rows: int,
+        max_mixed_rows: int,
         graphs: bool,
     ) -> None:
         self.cache = cache
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: EngineGraphs | None = None
         self._parallel = parallel
         self._sampler = sampler
         self._device = cache.block_table.device
@@ -107,7 +109,9 @@ class DeviceStep:
         self._free_rows = list(range(cache.block_table.shape[0] - 1, -1, -1))
         self.decoder = _make_decoder(model, cache)
         if graphs and parallel is not None and parallel.layers.can_capture:
-            self.graphs = DecodeGraphs(parallel, self.decoder, self.lay_out, self._last_tokens, max_rows, self._device)
+            self.graphs = EngineGraphs(
+                parallel, self.decoder, self.lay_out, self._last_tokens, max_rows, max_mixed_rows, self._device
+            )
             self.graphs.capture()
 
     def seat(self, request: EngineRequest) -> None:
@@ -143,17 +147,21 @@ class DeviceStep:
             self.cache.grow(request.row, entry.start + entry.num_tokens)
         self.cache.flush()
         sampled = [request.row for request, entry in zip(requests, entries, strict=True) if entry.samples]
-        replays = False
-        if len(entries) == schedule.num_decode_tokens and self.graphs is not None and step is not None:
-            # By the agreed counts alone: a graph holds one backend, and all ranks have to take the same.
-            replays = step.captures
-        if self.graphs is not None and step is not None and replays:
-            logits, rows, positions = self.graphs.run(sampled, [entry.start for entry in entries], step)
+        num_decode = schedule.num_decode_tokens
+        replayed = None
+        # By the agreed counts alone: a graph holds one backend, and all ranks have to take the same.
+        if self.graphs is not None and step is not None and step.captures:
+            if len(entries) == num_decode:
+                replayed = self.graphs.run(sampled, [entry.start for entry in entries], step)
+            else:
+                replayed = self.graphs.run_mixed(_lay_out_on_host(entries, requests, num_decode), step)
+        if replayed is not None:
+            logits, rows, positions = replayed
         else:
-            laid_out, rows, positions = self._lay_out_step(entries, requests, schedule.num_decode_tokens)
+            laid_out, rows, positions = self._lay_out_step(entries, requests, num_decode)
             logits = self.decoder(laid_out)
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
-        return drawn, replays
+        return drawn, replayed is not None
 
     def run_without_rows(self, step: Step) -> bool:
         """Take part in a step without rows; return whether by a graph."""
@@ -172,36 +180,21 @@ class DeviceStep:
             The rows; the table's row of each sampled one, `[num_sampled]` int32; and the position of the token to be
             drawn, `[num_sampled]` int64.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        row_seqs: list[int] = []
-        last_rows: list[int] = []
-        prompts, cu_rows, lengths = [], [0], []
-        for index, (entry, request) in enumerate(zip(entries, requests, strict=True)):
-            stop = entry.start + entry.num_tokens
-            if index < num_decode:
-                ids.append(-1)  # drawn by the step before; the host may not know it yet
-            else:
-                ids += request.tokens[entry.start : stop]
-                prompts.append(request.row)
-                cu_rows.append(cu_rows[-1] + entry.num_tokens)
-                lengths.append(stop)
-            positions += range(entry.start, stop)
-            row_seqs += [request.row] * entry.num_tokens
-            if entry.samples:
-                last_rows.append(len(positions) - 1)
-        parts = self._to_device(ids, positions, row_seqs, last_rows, prompts, cu_rows, lengths)
-        device_ids, device_positions, device_rows, sampled, prompt_rows, device_cu_rows, prompt_lengths = parts
+        host = _lay_out_on_host(entries, requests, num_decode)
+        parts = self._to_device(
+            host.ids, host.positions, host.row_seqs, host.sampled, host.prompts, host.cu_rows, host.lengths
+        )
+        device_ids, device_positions, device_rows, sampled, prompt_rows, cu_rows, prompt_lengths = parts
         last = self._last_tokens[device_rows.long()]
         rows = self.lay_out(torch.where(device_ids < 0, last, device_ids.long()), device_positions, device_rows)
         sampled = sampled.long()
-        if prompts:
+        if host.prompts:
             own = Prompts(
                 row_seqs=prompt_rows,
-                cu_rows=device_cu_rows,
+                cu_rows=cu_rows,
                 lengths=prompt_lengths,
-                max_rows=max(b - a for a, b in itertools.pairwise(cu_rows)),
-                max_length=max(lengths),
+                max_rows=max(b - a for a, b in itertools.pairwise(host.cu_rows)),
+                max_length=max(host.lengths),
                 fresh=all(entry.start == 0 for entry in entries[num_decode:]),
             )
             rows = replace(rows, num_decode=num_decode, prompts=own, sampled=sampled)
@@ -248,6 +241,25 @@ class DeviceStep:
         sizes = [len(tokens)] + [0] * (parallel.config.tensor_parallel_size - 1)
         own = tokens if parallel.config.tensor_parallel_rank == 0 else tokens[:0]
         return all_gatherv([own[:, None]], sizes, group, parallel.options.deadline_s)[0][:, 0]
+
+
+def _lay_out_on_host(entries: Sequence[StepEntry], requests: Sequence[EngineRequest], num_decode: int) -> HostRows:
+    """Lay out the rows of a step, those that generate first, as plain integers."""
+    host = HostRows(num_decode)
+    for index, (entry, request) in enumerate(zip(entries, requests, strict=True)):
+        stop = entry.start + entry.num_tokens
+        if index < num_decode:
+            host.ids.append(-1)  # drawn by the step before; the host may not know it yet
+        else:
+            host.ids += request.tokens[entry.start : stop]
+            host.prompts.append(request.row)
+            host.cu_rows.append(host.cu_rows[-1] + entry.num_tokens)
+            host.lengths.append(stop)
+        host.positions += range(entry.start, stop)
+        host.row_seqs += [request.row] * entry.num_tokens
+        if entry.samples:
+            host.sampled.append(len(host.positions) - 1)
+    return host
 
 
 def _make_decoder(model: Any, cache: KVCache) -> TransformersDecoder | FusedDecoder:

@@ -168,7 +168,9 @@ class RankEngine:
         self.num_logits = int(model.get_output_embeddings().weight.shape[0])
         sampler = Sampler(config.max_num_seqs, self.num_logits, self._device, eos_token_ids=sorted(self._eos))
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, graphs)
+        self._device_step = DeviceStep(
+            model, self.parallel, self.cache, sampler, max_rows, config.max_num_batched_tokens, graphs
+        )
         ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
         self.state = SchedulerState()
         self.states = [self.state] * ranks
