@@ -64,6 +64,16 @@ def test_who_is_absent_is_found_by_where_the_ranks_are(recorders, others, guilty
     assert recorders[0].absent("all_gatherv did not end").absent_ranks == guilty
 
 
+def test_who_waits_for_the_rank_that_shares_its_requests_is_not_named_with_it(recorders):
+    first, second, third = recorders
+    at(third, 13, Phase.DISPATCH, 0)
+    at(second, 13, Phase.MODEL)
+    at(first, 13, Phase.MODEL)
+    with first.in_exchange():  # of its attention, for which the second is late
+        error = third.absent("not all ranks came to all_gatherv", (0, 1))  # as the exchange itself has found
+    assert error.absent_ranks == (1,)
+
+
 def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(recorders):
     first, second, third = recorders
     at(first, 6, Phase.AGREEMENT)

@@ -248,7 +248,7 @@ class FlightRecorder:
         for rank, words in self._all_last_words():
             return self._after_last_words(rank, words)
         alone = self._has_gone_on_alone()
-        ranks = (self.rank,) if alone else ranks or self._missing_ranks(among)
+        ranks = (self.rank,) if alone else self._late_among(ranks) or self._missing_ranks(among)
         if alone:
             who = f"rank {self.name(self.rank)} itself has left a collective out: all others still wait in one before"
         elif ranks:
@@ -418,6 +418,13 @@ class FlightRecorder:
             said = []
         return [(rank, words) for rank, words in said if words is not None]
 
+    def _late_among(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Leave out the ranks that wait for one that shares their requests, unless all of these do."""
+        if self._board is None:
+            return ranks
+        phases = {rank: _unpack_place(self._board.place(rank)[0])[1] for rank in ranks}
+        return tuple(rank for rank in ranks if phases[rank] != Phase.TENSOR_PARALLEL) or ranks
+
     def _missing_ranks(self, among: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Find out which ranks the others wait for."""
         others = [rank for rank in among or range(self.num_ranks) if rank != self.rank]
@@ -431,9 +438,7 @@ class FlightRecorder:
         mine = _order(_pack_place(self.step, self.phase, self.layer))
         places = {rank: _order(self._board.place(rank)[0]) for rank in others}
         behind = tuple(rank for rank in others if places[rank] < mine)
-        # Who waits for the rank that shares its requests is not the one that is late.
-        late = tuple(rank for rank in behind if places[rank][-1] != Phase.TENSOR_PARALLEL)
-        behind = late or behind
+        behind = self._late_among(behind)
         # Nobody is behind: then somebody has gone on although this rank had not come.
         return behind or tuple(rank for rank in others if places[rank] > mine)
 
