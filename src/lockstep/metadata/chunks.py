@@ -3,6 +3,8 @@ from dataclasses import dataclass
 
 from lockstep.metadata.sizes import abridged, check_counts, check_int, chunk_sizes, num_chunks, sp_rows, sp_sizes
 
+_OPTIONS = ("sequence_parallel_size", "max_chunk_size_per_rank", "rank", "min_rows")
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -70,15 +72,12 @@ class ChunkPlan:
         self.rank = check_int("rank", rank, 0, len(self.sp_rows) - 1)
         # The first slice of a DP rank is never shorter than its others, so real and padded rows need as many chunks.
         longest = max(self.sp_rows)
-        if max_chunk_size_per_rank is None:
-            self.max_chunk_size_per_rank = max(1, longest)
-        else:
-            self.max_chunk_size_per_rank = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
+        limit = max(1, longest) if max_chunk_size_per_rank is None else max_chunk_size_per_rank
+        self.max_chunk_size_per_rank = check_int("max_chunk_size_per_rank", limit, 1)
         self._num_chunks = num_chunks(longest, self.max_chunk_size_per_rank)
-        # Without dummy rows the sizes are real; with them, what the padded slices of DPMetadata show.
-        self._step_sizes = (
-            sp_sizes(self.num_tokens_across_dp, self.sequence_parallel_size) if self.min_rows else self.sp_rows
-        )
+        self._step_sizes = self.sp_rows
+        if self.min_rows:
+            self._step_sizes = sp_sizes(self.num_tokens_across_dp, self.sequence_parallel_size)
         self._chunks: tuple[Chunk, ...] | None = None
 
     def __len__(self) -> int:
@@ -96,29 +95,17 @@ class ChunkPlan:
         return self._make_chunk(chunk_idx % self._num_chunks)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ChunkPlan):
-            return NotImplemented
-        return self._key() == other._key()
+        return self._key() == other._key() if isinstance(other, ChunkPlan) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        return (
-            f"ChunkPlan({abridged(self.num_tokens_across_dp)}, "
-            f"sequence_parallel_size={self.sequence_parallel_size}, "
-            f"max_chunk_size_per_rank={self.max_chunk_size_per_rank}, rank={self.rank}, min_rows={self.min_rows}): "
-            f"{self._num_chunks} chunks"
-        )
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in _OPTIONS)
+        return f"ChunkPlan({abridged(self.num_tokens_across_dp)}, {options}): {self._num_chunks} chunks"
 
     def sp_span(self, rank: int) -> tuple[int, int]:
-        """Return which of its DP rank's tokens an EP rank takes into the experts.
-
-        Args:
-            rank: the EP rank, `0..ep_size - 1`.
-
-        Returns:
-            `(start, stop)` within the tokens of that DP rank, padding left out; empty where none are left for it.
+        """Return which of its DP rank's tokens an EP rank takes into the experts: `(start, stop)`, without padding.
 
         Raises:
             ConfigurationError: if `rank` is out of range.
@@ -133,21 +120,10 @@ class ChunkPlan:
         return start, start + self.sp_rows[rank]
 
     def _make_chunk(self, chunk_idx: int) -> Chunk:
-        limit = self.max_chunk_size_per_rank
-        own_rows = self.sp_rows[self.rank]
+        limit, own_rows = self.max_chunk_size_per_rank, self.sp_rows[self.rank]
         start = min(chunk_idx * limit, own_rows)
-        return Chunk(
-            index=chunk_idx,
-            sizes=chunk_sizes(self._step_sizes, limit, chunk_idx, self.min_rows),
-            start=start,
-            stop=min(start + limit, own_rows),
-        )
+        sizes = chunk_sizes(self._step_sizes, limit, chunk_idx, self.min_rows)
+        return Chunk(chunk_idx, sizes, start, stop=min(start + limit, own_rows))
 
     def _key(self) -> tuple[object, ...]:
-        return (
-            self.num_tokens_across_dp,
-            self.sequence_parallel_size,
-            self.max_chunk_size_per_rank,
-            self.rank,
-            self.min_rows,
-        )
+        return (self.num_tokens_across_dp, *(getattr(self, name) for name in _OPTIONS))

@@ -52,14 +52,4 @@ class ParallelConfig:
 
 
 # The constructor is made by dataclass, without a docstring; readers of ours show the constructor's as that of `new`.
-ParallelConfig.__init__.__doc__ = """Say how many ranks there are in each direction, and which of them this one is.
-
-Args:
-    data_parallel_size: ranks with tokens of their own, >= 1.
-    data_parallel_rank: this rank's place among them, `0..data_parallel_size - 1`.
-    tensor_parallel_size: ranks that share one data-parallel rank's tokens, >= 1.
-    tensor_parallel_rank: this rank's place among those, `0..tensor_parallel_size - 1`.
-
-Raises:
-    ConfigurationError: if a size is below 1, a rank is not below its size, or one of them is not an integer.
-"""
+ParallelConfig.__init__.__doc__ = ParallelConfig.__doc__

@@ -4,17 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import (
-    abridged,
-    as_plain_int,
-    check_int,
-    chunk_sizes,
-    cu_sizes,
-    sp_size_list,
-    sp_sizes,
-)
+from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_sizes, cu_sizes, sp_size_list, sp_sizes
 
-NO_KEY = object()
 MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
 
@@ -37,17 +28,13 @@ class HoldsLocalSizes(Protocol):
 class StepSizes:
     """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`.
 
-    Args:
+    Attributes:
         counts: tokens per DP rank, `[dp_size]`, checked.
         dp_rank: this rank, for messages; None where it is not known.
-        shown: the tensor that shows the counts; this module only keeps it, and looks whether it was written to.
-
-    Attributes:
-        counts: as given.
+        shown: the tensor that shows the counts; kept here only to see whether somebody wrote to it.
         lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
-        last: the sequence-parallel size that was asked for last, its sizes, and the tensor that showed the counts then
-            with its version; each layer of a model asks for the same. In one tuple, so that a thread which asks for
-            another never comes in between.
+        last: the sequence-parallel size asked for last, its sizes, and the tensor that showed the counts then with its
+            version: every layer asks for the same. One tuple, so that no other thread comes in between.
     """
 
     __slots__ = ("counts", "dp_rank", "last", "lists", "shown")
@@ -57,18 +44,10 @@ class StepSizes:
         self.dp_rank = dp_rank
         self.shown = shown
         self.lists: dict[object, list[int]] = {}
-        self.last: tuple[object, list[int], Any, int] = (NO_KEY, [], None, 0)
+        self.last: tuple[object, list[int], Any, int] = (None, [], None, 0)
 
     def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
-        """Return a size list, computed if nobody asked for it before.
-
-        Args:
-            function: one of `lockstep.metadata.sizes`, or made of them; it gets the counts and `args`.
-            args: further arguments.
-
-        Raises:
-            ConfigurationError: as the function does, with this rank in its message.
-        """
+        """Return `function(counts, *args)`, computed if nobody asked before; errors name this rank."""
         # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
         key = (function, *map(as_plain_int, args))
         sizes = self.lists.get(key)
@@ -85,14 +64,7 @@ class StepSizes:
         return sizes
 
     def find_last(self, sequence_parallel_size: int) -> list[int]:
-        """Return the sizes of the whole step, and keep them in `last`.
-
-        Args:
-            sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-
-        Raises:
-            ConfigurationError: as `sp_sizes`.
-        """
+        """Return the sizes of the whole step, and keep them in `last`."""
         sizes = self.find(sp_size_list, sequence_parallel_size)
         # Not by a tensor or array, which can be written to and be the same object with another value.
         if type(sequence_parallel_size) is int:
@@ -136,16 +108,7 @@ class SizesContext:
         return sizes
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Give the outer sizes back, or None.
-
-        Args:
-            exc_type: what ended the block, or None; exception types and foreign callers' strings alike.
-            exc: the exception, or None.
-            tb: its traceback, or None.
-
-        Returns:
-            False: an exception is never swallowed.
-        """
+        """Give the outer sizes back, or None. Takes foreign callers' strings too, and swallows no exception."""
         metadata = self.metadata
         if metadata._entered == id(self):
             metadata._entered = metadata.local_sizes = None
@@ -167,11 +130,7 @@ class SizesContext:
 
 
 def is_entered(context: SizesContext) -> bool:
-    """Return whether a context is entered and not left.
-
-    Args:
-        context: the context.
-    """
+    """Return whether a context is entered and not left."""
     entered = context.metadata._entered
     if isinstance(entered, list):
         return any(key == id(context) for key, _ in entered)
@@ -179,12 +138,7 @@ def is_entered(context: SizesContext) -> bool:
 
 
 def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
-    """Note that a context is entered inside another.
-
-    Args:
-        metadata: whose contexts they are.
-        context: which is entered.
-    """
+    """Note that a context is entered inside another."""
     entered = metadata._entered
     if isinstance(entered, list):
         entered.append((id(context), context.sizes))
@@ -193,12 +147,7 @@ def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
 
 
 def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
-    """Leave a context among several, or one that was left before, and give the sizes of the innermost.
-
-    Args:
-        metadata: whose contexts they are.
-        context: which is left; of several times that it was entered, the last.
-    """
+    """Leave a context among several (the last time it was entered), or one left before; show the innermost sizes."""
     entered = metadata._entered
     if not isinstance(entered, list):
         return
@@ -212,21 +161,10 @@ def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
 
 
 def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
-    """Return the rows of each rank in one chunk, `[ep_size]`: `chunk_sizes` of `sp_sizes`.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-        args: the chunk size and which chunk, as in `chunk_sizes`.
-    """
+    """Return the rows of each rank in one chunk, `[ep_size]`; `args` are those of `chunk_sizes`."""
     return list(chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args))
 
 
 def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
-    """Return the running sum of the rows of each rank, `[ep_size]`: `cu_sizes` of `sp_sizes`.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sp_size: ranks that share the tokens of one DP rank, >= 1.
-    """
+    """Return the running sum of the rows of each rank, `[ep_size]`."""
     return list(cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1))))

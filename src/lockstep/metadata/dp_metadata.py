@@ -29,17 +29,7 @@ INTEGER_DTYPES = (*SIGNED_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
-    """Check that a tensor holds integers on the CPU, one beside the other.
-
-    Args:
-        name: what the message calls it.
-        value: the tensor.
-        ndim: the number of dimensions that it must have.
-
-    Raises:
-        TokenCountError: if dtype, device, layout or shape is another, or its class keeps the values elsewhere, as
-            distributed and fake tensors do.
-    """
+    """Raise `TokenCountError` unless a tensor holds integers on the CPU, one beside the other, in `ndim` dimensions."""
     if value.dtype not in INTEGER_DTYPES:
         raise TokenCountError(f"{name} must have an integer dtype, got {value.dtype}")
     if not value.is_cpu:
@@ -54,14 +44,7 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
 
 
 def read_counts(counts: object) -> tuple[tuple[int, ...], torch.dtype]:
-    """Read token counts once.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`: an integer tensor on the CPU, an array, or a sequence of integers.
-
-    Returns:
-        The counts as plain integers, `[dp_size]`, and the dtype to show them with: that of the tensor that came in,
-        otherwise int32.
+    """Return token counts as plain integers, `[dp_size]`, and the dtype to show them with: a tensor's own, else int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
@@ -74,15 +57,7 @@ def read_counts(counts: object) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
-    """Check that the counts of all ranks fit to what this rank knows of itself.
-
-    Args:
-        parallel_config: anything with `data_parallel_size` and `data_parallel_rank`.
-        num_tokens: tokens of this rank.
-        counts: tokens per DP rank.
-
-    Returns:
-        This rank's DP rank.
+    """Check that the counts of all ranks fit to what this rank knows of itself, and return its DP rank.
 
     Raises:
         ConfigurationError: if size and rank cannot be read or do not fit together.
@@ -176,23 +151,13 @@ class HoldsCounts:
 
 
 def has_maximum(metadata: HoldsCounts) -> bool:
-    """Return whether the class has a field for the largest count; vLLM's has none.
-
-    Args:
-        metadata: an instance of it.
-    """
+    """Return whether the class has a field for the largest count; vLLM's has none."""
     declared: Any = metadata
     return MAX in declared.__dataclass_fields__
 
 
 def tensors_of(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the fields that show the counts, as new tensors.
-
-    Args:
-        metadata: whose fields.
-        counts: tokens per DP rank, `[dp_size]`, checked.
-        dtype: of the tensors.
-    """
+    """Return the fields that show the counts, as new tensors."""
     # Tensors made in inference mode do not tell whether they were written to.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         tensors = {COUNTS: torch.tensor(counts, dtype=dtype)}
@@ -202,14 +167,7 @@ def tensors_of(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtyp
 
 
 def checked_step(metadata: HoldsCounts) -> StepSizes:
-    """Return a metadata object's counts and sizes, if its fields still show them.
-
-    Args:
-        metadata: the object.
-
-    Raises:
-        TokenCountError: if one of the fields was written to or set.
-    """
+    """Return the counts and sizes; raise `TokenCountError` if a field that shows them was written to or set."""
     step = metadata._step
     for name, expected in ((COUNTS, list(step.counts)), (MAX, max(step.counts))):
         found = getattr(metadata, name, expected)  # not by `__dict__`: once made, it slows each attribute down
@@ -222,29 +180,14 @@ def checked_step(metadata: HoldsCounts) -> StepSizes:
 
 
 def further_fields(metadata: HoldsCounts, kind: Literal["compare", "repr"]) -> list[str]:
-    """Return the names of fields that a subclass has added.
-
-    Args:
-        metadata: an instance of it.
-        kind: for what: fields declared with `compare=False` or `repr=False` are left out of that.
-    """
+    """Return the fields that a subclass has added, without those declared with `compare=False` or `repr=False`."""
     own = (MAX, COUNTS, "local_sizes")
     declared: Any = metadata
     return [each.name for each in fields(declared) if each.name not in own and getattr(each, kind)]
 
 
 def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, local_sizes: object = None) -> None:
-    """Set a metadata object's attributes from what its constructor was given.
-
-    Args:
-        metadata: the object.
-        counts: tokens per DP rank, as for `read_counts`.
-        largest: the largest count, or None where the class has no field for it.
-        local_sizes: rows per rank, shown until the first context is entered, or None.
-
-    Raises:
-        TokenCountError: as the constructors.
-    """
+    """Set the attributes from what a constructor was given, checked; `largest` is None for a class without it."""
     plain, dtype = read_counts(counts)
     if has_maximum(metadata):
         if isinstance(largest, torch.Tensor):
@@ -259,14 +202,7 @@ def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, l
 
 
 def set_counts(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype, dp_rank: int | None = None) -> None:
-    """Set a metadata object's attributes.
-
-    Args:
-        metadata: the object, which may have none yet.
-        counts: tokens per DP rank, `[dp_size]`, checked.
-        dtype: of the tensors that show them.
-        dp_rank: this rank, for messages; None where it is not known.
-    """
+    """Set the attributes from checked counts; the object may have none yet."""
     for name, tensor in tensors_of(metadata, counts, dtype).items():
         setattr(metadata, name, tensor)
     metadata.local_sizes = metadata._entered = None
@@ -322,11 +258,7 @@ class DPMetadata(HoldsCounts):
         read_fields(self, num_tokens_across_dp_cpu, max_tokens_across_dp_cpu, local_sizes)
 
     @staticmethod
-    def make(
-        parallel_config: ParallelConfig,
-        num_tokens: int,
-        num_tokens_across_dp_cpu: TokenCounts,
-    ) -> "DPMetadata":
+    def make(parallel_config: ParallelConfig, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
         """Make the metadata of this step from the counts of all ranks, checked against what this rank knows.
 
         Args:

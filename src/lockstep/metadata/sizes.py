@@ -18,11 +18,7 @@ MAX_RANKS = 2**20
 
 
 def as_plain_int(value: object) -> int | None:
-    """Return `value` as a plain `int`, or None if it is not an integer; a bool is not one.
-
-    Args:
-        value: an `int`, or anything with `__index__`, such as a NumPy integer or an integer tensor of one element.
-    """
+    """Return an `int`, or what has `__index__` such as a one-element integer tensor, as `int`; None for all else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -34,11 +30,7 @@ def as_plain_int(value: object) -> int | None:
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Return a value as text for a message: on one line, not longer than that, and whatever it is.
-
-    Args:
-        value: what to show.
-        most: characters shown at most.
+    """Return a value as text for a message: on one line, at most `most` characters, and whatever it is.
 
     Example:
         >>> shown(10**5000), shown("tokens")
@@ -61,17 +53,10 @@ def check_int(
     maximum: int | None = INT32_MAX,
     error: type[LockstepError] = ConfigurationError,
 ) -> int:
-    """Return `value` as a plain `int` in `minimum..maximum`.
-
-    Args:
-        name: what the message calls it.
-        value: the integer to check.
-        minimum: smallest value allowed.
-        maximum: largest value allowed; None for no limit.
-        error: what to raise.
+    """Return `value` as a plain `int` in `minimum..maximum`; None is no upper limit.
 
     Raises:
-        LockstepError: `error`, if it is not an integer (a bool is none) or out of range.
+        LockstepError: `error`, naming `name`, if it is not an integer (a bool is none) or out of range.
     """
     number = as_plain_int(value)
     if number is None:
@@ -84,15 +69,11 @@ def check_int(
 
 
 def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[int, ...]:
-    """Return token counts as plain integers, each checked.
+    """Return token counts as plain integers, each checked, `[dp_size]`.
 
     Args:
-        counts: tokens per DP rank, `[dp_size]`, each in `0..2**31 - 1`: a sequence of integers or an array with
-            `tolist`.
+        counts: tokens per DP rank, each in `0..2**31 - 1`: a sequence of integers or an array with `tolist`.
         name: what the message calls them.
-
-    Returns:
-        The counts, `[dp_size]`.
 
     Raises:
         TokenCountError: if it is no sequence, is empty, or an entry is no integer, negative or beyond int32.
@@ -127,14 +108,7 @@ def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[in
 
 
 def read_entries(counts: object) -> tuple[Any, ...] | None:
-    """Return the entries of a sequence or array, whatever they are, or None if it is neither.
-
-    Args:
-        counts: the sequence, or anything with `tolist`.
-
-    Raises:
-        TypeError: if it is an array of times, which `tolist` would turn into integers.
-    """
+    """Return the entries of a sequence or array, None if it is neither; times, which `tolist` makes integers, raise."""
     dtype = getattr(counts, "dtype", None)
     if getattr(dtype, "kind", "i") in "mM":
         raise TypeError(f"it must have an integer dtype, got {dtype}")
@@ -146,11 +120,7 @@ def read_entries(counts: object) -> tuple[Any, ...] | None:
 
 
 def abridged(values: Sequence[int], most: int = 16) -> str:
-    """Return a list of integers as text on one line, its middle left out where it is long.
-
-    Args:
-        values: what to show.
-        most: entries shown at most.
+    """Return a list of integers as text on one line, its middle left out where it has more than `most` entries.
 
     Example:
         >>> abridged(range(100), most=4)
@@ -164,10 +134,6 @@ def abridged(values: Sequence[int], most: int = 16) -> str:
 
 def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
     """Return the rows of each rank when every DP rank's tokens are padded to a multiple of the sequence-parallel size.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
 
     Returns:
         `ceil(count / sequence_parallel_size)`, each repeated that many times, `[ep_size]`. Zero stays zero.
@@ -183,15 +149,7 @@ def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, .
 
 
 def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int]:
-    """Return `sp_sizes` as a new list.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-
-    Raises:
-        ConfigurationError: as `sp_sizes`.
-    """
+    """Return `sp_sizes` as a new list."""
     sp = check_int("sequence_parallel_size", sequence_parallel_size, 1)
     num_ranks = len(counts) * sp
     if num_ranks > MAX_RANKS:
@@ -211,10 +169,6 @@ def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int
 def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
     """Return the real rows of each rank: contiguous slices of `ceil(count / sp)`, the last ones shorter or empty.
 
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-
     Returns:
         Real rows, `[ep_size]`; those of one DP rank add up to its count.
 
@@ -231,13 +185,7 @@ def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ..
 
 
 def cu_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the running sum of sizes.
-
-    Args:
-        sizes: rows per rank, `[ep_size]`.
-
-    Returns:
-        Rows of this rank and all before it, `[ep_size]`.
+    """Return the running sum of sizes, `[ep_size]`: rows of each rank and all before it.
 
     Example:
         >>> cu_sizes([3, 3, 4, 4])
@@ -276,10 +224,6 @@ def chunk_sizes(
 
 def num_chunks(max_size: int, max_chunk_size_per_rank: int) -> int:
     """Return how many chunks the longest rank needs; 0 if no rank has rows.
-
-    Args:
-        max_size: rows of the longest rank, >= 0.
-        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1.
 
     Raises:
         ConfigurationError: if `max_chunk_size_per_rank` < 1 or `max_size` < 0.
