@@ -125,15 +125,14 @@ class Board:
         many = min(entry & 0xFFFFFFFF for entry in entries) >= self.num_ranks
         return many or len({entry >> 32 for entry in entries}) == self.num_ranks
 
+    def process(self, rank: int) -> ProcessIdentity:
+        """Return a rank's process; number 0 before it has registered."""
+        base = self._status(rank)
+        return ProcessIdentity(*(self.words[base + word] for word in (_PID, _STARTED, _NAMESPACE)))
+
     def process_state(self, rank: int) -> ProcessState:
         """Return what the operating system says about a rank's process."""
-        base = self._status(rank)
-        pid, started, namespace = (self.words[base + word] for word in (_PID, _STARTED, _NAMESPACE))
-        return ProcessIdentity(pid, started, namespace).state()
-
-    def pid(self, rank: int) -> int:
-        """Return a rank's process number, 0 before it has registered."""
-        return self.words[self._status(rank) + _PID]
+        return self.process(rank).state()
 
     def place_words(self, rank: int) -> tuple[int, int]:
         """Return the indices in `words` of a rank's place and of the time, in ns of the host's clock, it was taken."""

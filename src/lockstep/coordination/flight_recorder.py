@@ -13,6 +13,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,12 +79,10 @@ class FlightRecorder:
         epoch: of the groups; in file names and store keys.
         debug: compare `(operation, group, sizes)` of every collective over all ranks before it is issued.
         capacity: entries kept.
-        processes: each rank's number in the whole start, `[num_ranks]`, which messages and errors use; by default its
-            number here.
+        processes: each rank's number in the whole start, `[num_ranks]`, for messages and errors; by default the same.
 
     Attributes:
-        step: number of the present step.
-        phase, layer: where in it this rank is.
+        step, phase, layer: where this rank is.
         fingerprint: hash of all collectives noted so far.
         unfinished: waits for the last collective on this rank's GPU after which the host went on; None: there is none.
         on_mark: called with the recorder at every mark; for tests that break things on purpose.
@@ -113,9 +112,10 @@ class FlightRecorder:
         self.unfinished: Callable[[], None] | None = None
         self.fingerprint = 0
         self._spoiled_step = -2
+        self._others = [other for other in range(num_ranks) if other != rank]
         self._ring: deque[tuple[int, int, int, int, Any]] = deque(maxlen=capacity)
         self._board = board
-        self._store = store if board is None else None
+        self._store: Any = store if board is None else None
         self._file: Path | None = None
         self._said = False
         self._closed = threading.Event()
@@ -127,13 +127,7 @@ class FlightRecorder:
             threading.Thread(target=self._publish, name="lockstep-recorder", daemon=True).start()
 
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> None:
-        """Enter a phase of the present step.
-
-        Args:
-            phase: which.
-            layer: number of the MoE layer, from 0; -1 outside of one.
-            detail: kept in the ring: integers or short text.
-        """
+        """Enter a phase of the present step, `layer` is -1 outside of MoE layers; `detail` is kept in the ring."""
         self._ring.append((self._publish_place(phase, layer), self.step, phase, layer, detail))
         if self.on_mark is not None:
             self.on_mark(self)
@@ -193,12 +187,10 @@ class FlightRecorder:
 
     def spoiled_by(self) -> int | None:
         """Return another rank that has spoiled the present step, where ranks can see that."""
-        if self._board is None:
+        board = self._board
+        if board is None:
             return None
-        for rank in range(self.num_ranks):
-            if rank != self.rank and self._board.words[self._board.spoiled_word(rank)] == self.step + 1:
-                return rank
-        return None
+        return next((rank for rank in self._others if board.words[board.spoiled_word(rank)] == self.step + 1), None)
 
     def check_last_words(self) -> None:
         """Look whether another rank has given up; cheap enough for every agreement. Raises as `check`."""
@@ -215,19 +207,14 @@ class FlightRecorder:
         """
         if self._board is None:
             return
-        for rank in range(self.num_ranks):
-            if rank == self.rank:
-                continue
+        for rank in self._others:
+            # A rank may say why just before it goes, so its words are read after its state.
+            gone = self._board.process_state(rank) == "gone"
             words = self._board.last_words(rank)
             if words is not None:
                 raise self._after_last_words(rank, words)
-            if self._board.process_state(rank) == "gone":
-                # It may have said why just before it went.
-                words = self._board.last_words(rank)
-                if words is not None:
-                    raise self._after_last_words(rank, words)
-                doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
-                raise self.absent(f"{doing} there is no use in waiting on", (rank,))
+            if gone:
+                raise self.absent(f"{self._doing} there is no use in waiting on", (rank,))
 
     def name(self, rank: int) -> int:
         """Return a rank's number in the whole start."""
@@ -286,19 +273,14 @@ class FlightRecorder:
 
     def last_seen(self, rank: int) -> str:
         """Return what is known of a rank, to stand after its number: where it was, how long ago, whether it lives."""
-        place: int | None = None
-        ago = 0.0
-        state = "unknown"
+        place, ago, process = 0, 0.0, ""
         if self._board is not None:
-            state = self._board.process_state(rank)
+            process = self._board.process(rank).describe()
             place, ago = self._board.place(rank)
         elif self._store is not None:
             with contextlib.suppress(RuntimeError, ValueError, TimeoutError):
                 place, ago = self._published(rank)
-        text = _place_text(place, ago) if place else "has not been seen"
-        if state == "gone":
-            return f"{text}; its process {self._board.pid(rank) if self._board else ''} is gone"
-        return f"{text}; its process is {state}" if state != "unknown" else text
+        return (_place_text(place, ago) if place else "has not been seen") + process
 
     def write_file(self, reason: str) -> Path | None:
         """Write the ring, and where each thread of this process stands, to a file; once per recorder.
@@ -317,18 +299,16 @@ class FlightRecorder:
             names.get(ident, str(ident)): traceback.format_stack(frame)[-12:]
             for ident, frame in sys._current_frames().items()
         }
-        lines = [json.dumps(header)]
-        for now, step, phase, layer, detail in list(self._ring):
-            lines.append(json.dumps({"ns": now, "step": step, "phase": int(phase), "layer": layer, "detail": detail}))
-        lines.append(json.dumps({"stacks": stacks}))
+        entries = [
+            dict(zip(("ns", "step", "phase", "layer", "detail"), entry, strict=True)) for entry in list(self._ring)
+        ]
         try:
             folder = os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
             # A name that nobody can foresee: the folder may be everyone's.
-            descriptor, path = tempfile.mkstemp(
-                ".jsonl", f"lockstep-rank{self.name(self.rank)}-epoch{self.epoch}-", folder
-            )
+            prefix = f"lockstep-rank{self.name(self.rank)}-epoch{self.epoch}-"
+            descriptor, path = tempfile.mkstemp(".jsonl", prefix, folder)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+                file.writelines(json.dumps(line) + "\n" for line in (header, *entries, {"stacks": stacks}))
         except OSError as error:
             logger.warning("rank %d: the flight recorder could not be written: %s", self.rank, error)
             return None
@@ -346,14 +326,11 @@ class FlightRecorder:
         """
         if self._said or self._closed.is_set() or self.phase == Phase.LEFT:
             return ""
-        doing = _WORDS[self.phase].format(step=self.step, layer=self.layer)
-        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-        board = self._board
+        board, others = self._board, self._others
         gone = tuple(rank for rank in others if board is not None and board.process_state(rank) == "gone")
         if gone or board is None or any(board.last_words(rank) for rank in others):
-            return str(self.absent(f"SIGTERM came {doing}", gone))
-        own = self.name(self.rank)
-        self._say_last_words("failed", f"SIGTERM: rank {own} was ended {doing}", (self.rank,))
+            return str(self.absent(f"SIGTERM came {self._doing}", gone))
+        self._say_last_words("failed", f"SIGTERM: rank {self.name(self.rank)} was ended {self._doing}", (self.rank,))
         return ""
 
     def mute(self) -> None:
@@ -366,9 +343,13 @@ class FlightRecorder:
         """Stop publishing."""
         self._closed.set()
 
+    @property
+    def _doing(self) -> str:
+        return _WORDS[self.phase].format(step=self.step, layer=self.layer)
+
     def _compare(self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float) -> None:
         """Gather what each rank is about to issue, on the board or else on the group on which it would do so."""
-        mine = f"{name}{list(sizes)} {_WORDS[self.phase].format(step=self.step, layer=self.layer)}"
+        mine = f"{name}{list(sizes)} {self._doing}"
         wire = encode_message(mine.encode()[:MESSAGE_BYTES])
         if self._comparisons is None or self._comparisons.num_ranks != group.size():
             self._comparisons = ProcessGroupTransport(group)
@@ -402,21 +383,15 @@ class FlightRecorder:
 
     def _all_last_words(self) -> list[tuple[int, bytes]]:
         """Return which other ranks have said why they stopped, and what."""
-        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-        board, store = self._board, self._store
+        board, store, said = self._board, self._store, {}
         if board is not None:
-            said = [(rank, board.last_words(rank)) for rank in others]
+            said = {rank: board.last_words(rank) for rank in self._others}
         elif store is not None:
-            keys = {rank: f"last words/{self.epoch}/{rank}" for rank in others}
-            try:
-                said = within(
-                    lambda: [(rank, store.get(key)) for rank, key in keys.items() if store.check([key])], _STORE_S
-                )
-            except (RuntimeError, TimeoutError):  # the roll call will say that the store does not answer
-                said = []
-        else:
-            said = []
-        return [(rank, words) for rank, words in said if words is not None]
+            keys = {rank: f"last words/{self.epoch}/{rank}" for rank in self._others}
+            # Otherwise the roll call will say that the store does not answer.
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                said = within(lambda: {r: store.get(key) for r, key in keys.items() if store.check([key])}, _STORE_S)
+        return [(rank, words) for rank, words in said.items() if words is not None]
 
     def _late_among(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         """Leave out the ranks that wait for one that shares their requests, unless all of these do."""
@@ -427,28 +402,25 @@ class FlightRecorder:
 
     def _missing_ranks(self, among: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Find out which ranks the others wait for."""
-        others = [rank for rank in among or range(self.num_ranks) if rank != self.rank]
+        others = [rank for rank in among or self._others if rank != self.rank]
         if self._board is None:
             missing = self._roll_call() if self._store is not None else ()
             return tuple(rank for rank in missing if rank in others) or missing
-        states = {rank: self._board.process_state(rank) for rank in others}
-        lost = tuple(rank for rank in others if states[rank] in ("gone", "stopped"))
+        lost = tuple(rank for rank in others if self._board.process_state(rank) in ("gone", "stopped"))
         if lost:
             return lost
         mine = _order(_pack_place(self.step, self.phase, self.layer))
         places = {rank: _order(self._board.place(rank)[0]) for rank in others}
-        behind = tuple(rank for rank in others if places[rank] < mine)
-        behind = self._late_among(behind)
+        behind = self._late_among(tuple(rank for rank in others if places[rank] < mine))
         # Nobody is behind: then somebody has gone on although this rank had not come.
         return behind or tuple(rank for rank in others if places[rank] > mine)
 
     def _has_gone_on_alone(self) -> bool:
         """Whether all others, two at least, stand in one and the same collective, which this rank has behind it."""
-        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-        if self._board is None or len(others) < 2:
+        if self._board is None or len(self._others) < 2:
             return False
-        places = {self._board.place(rank)[0] for rank in others}
-        if len(places) > 1 or any(self._board.process_state(rank) in ("gone", "stopped") for rank in others):
+        places = {self._board.place(rank)[0] for rank in self._others}
+        if len(places) > 1 or any(self._board.process_state(rank) in ("gone", "stopped") for rank in self._others):
             return False
         (place,) = places
         mine = _pack_place(self.step, self.phase, self.layer)
@@ -457,7 +429,6 @@ class FlightRecorder:
     def _roll_call(self) -> tuple[int, ...]:
         """Ask through the store: all ranks that have ended their wait, or still publish, are there."""
         store = self._store
-        assert store is not None
         keys = [f"roll/{self.epoch}/{self.step}/{rank}" for rank in range(self.num_ranks)]
 
         def call() -> tuple[int, ...]:
@@ -470,14 +441,13 @@ class FlightRecorder:
                 time.sleep(0.02)
 
         try:
-            return within(call, _STORE_S)
+            return tuple(within(call, _STORE_S))
         except (RuntimeError, TimeoutError) as error:  # the store may have died with the rank that kept it
             logger.warning("rank %d: no roll call, the store does not answer: %s", self.rank, error)
             return ()
 
     def _publish(self) -> None:
         store = self._store
-        assert store is not None
         wait_s = 0.0
         while not self._closed.wait(wait_s):
             wait_s = _PUBLISH_S
@@ -489,15 +459,9 @@ class FlightRecorder:
             except RuntimeError:
                 return
 
-    def _published(self, rank: int) -> tuple[int | None, float]:
-        store = self._store
-        assert store is not None
-        key = f"place/{self.epoch}/{rank}"
-
-        def read() -> bytes:
-            return store.get(key) if store.check([key]) else b""
-
-        place, since = json.loads(within(read, _STORE_S) or b"[null, 0]")
+    def _published(self, rank: int) -> tuple[int, float]:
+        store, key = self._store, f"place/{self.epoch}/{rank}"
+        place, since = json.loads(within(lambda: store.get(key) if store.check([key]) else b"[0, 0]", _STORE_S))
         return place, max(0.0, time.time() - since)
 
 
@@ -507,10 +471,7 @@ _recorders: dict[str, tuple[FlightRecorder, tuple[int, ...]]] = {}
 def watch_group(group: "dist.ProcessGroup", recorder: FlightRecorder | None, members: Sequence[int] = ()) -> None:
     """Let the waits of a group's collectives be watched by a recorder; None ends it.
 
-    Args:
-        group: the group.
-        recorder: of this rank.
-        members: the recorder's numbers of the group's ranks; all by default.
+    `members` are the recorder's numbers of the group's ranks; all by default.
     """
     if recorder is None:
         _recorders.pop(group.group_name, None)
@@ -542,28 +503,22 @@ def within(call: Callable[[], Any], seconds: float, last_answer: Callable[[], fl
         TimeoutError: it did not return in time; it is left behind.
         Exception: what it raised.
     """
-    outcome: list[Any] = []
+    outcome: futures.Future[Any] = futures.Future()
 
     def run() -> None:
         try:
-            outcome.append((True, call()))
-        except Exception as error:
-            outcome.append((False, error))
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="lockstep-store", daemon=True)
     started = time.monotonic()
-    thread.start()
-    while thread.is_alive():
+    threading.Thread(target=run, name="lockstep-store", daemon=True).start()
+    while not outcome.done():
         left_s = (last_answer() if last_answer is not None else started) + seconds - time.monotonic()
         if left_s <= 0:
-            break
-        thread.join(left_s)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:.3g} s")
-    succeeded, value = outcome[0]
-    if not succeeded:
-        raise value
-    return value
+            raise TimeoutError(f"no answer within {seconds:.3g} s")
+        futures.wait([outcome], left_s)
+    return outcome.result()
 
 
 def _pack_place(step: int, phase: Phase, layer: int) -> int:

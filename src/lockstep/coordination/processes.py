@@ -1,6 +1,5 @@
 """What the operating system says about another process: alive, stopped, gone, or that it does not say."""
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,13 @@ class ProcessIdentity:
         found = _stat(os.getpid())
         return cls(os.getpid(), found[1] if found else 0, pid_namespace())
 
+    def describe(self) -> str:
+        """Return what is known of it, to stand at the end of a message; an empty string where nothing is."""
+        state = self.state()
+        if state == "gone":
+            return f"; its process {self.pid} is gone"
+        return f"; its process is {state}" if state != "unknown" else ""
+
     def state(self) -> ProcessState:
         """Return what is known of it. Only a process that certainly no longer exists is `gone`.
 
@@ -37,8 +43,12 @@ class ProcessIdentity:
         """
         if self.pid <= 0 or not self.namespace or self.namespace != pid_namespace():
             return "unknown"
-        if not _exists(self.pid):
+        try:
+            os.kill(self.pid, 0)  # the kernel itself, which needs neither `/proc` nor a file descriptor
+        except ProcessLookupError:
             return "gone"
+        except (PermissionError, OverflowError):
+            pass
         found = _stat(self.pid)
         if found is None:
             return "unknown"
@@ -54,16 +64,6 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
-
-
-def _exists(pid: int) -> bool:
-    """Ask the kernel itself, which needs neither `/proc` nor a file descriptor."""
-    with contextlib.suppress(PermissionError, OverflowError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

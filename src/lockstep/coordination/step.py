@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from operator import attrgetter, call, index, itemgetter
 from typing import Any, Literal, NamedTuple, SupportsIndex
 from zlib import crc32
@@ -48,12 +49,6 @@ def decided(by: Reducer, default: int | bool = 0) -> Any:
     Args:
         by: `gather` keeps every rank's value; `max`, `min`, `all`, `any` reduce them; `equal` demands that they agree.
         default: what a rank says that does not mention the field.
-
-    Returns:
-        A dataclass field.
-
-    Raises:
-        ConfigurationError: if `by` is none of these.
     """
     if by not in _REDUCERS:
         raise ConfigurationError(f"a step field is decided by one of {sorted(_REDUCERS)}, got {by!r}")
@@ -113,11 +108,7 @@ class Said(NamedTuple):
 
     @classmethod
     def of(cls, records: Sequence[StepRecord]) -> "Said":
-        """Return what records say, at least one, of one class.
-
-        Raises:
-            RankMismatchError: records of different classes.
-        """
+        """Return what records say, at least one; those of different classes raise `RankMismatchError`."""
         record_class = type(records[0])
         for rank, record in enumerate(records):
             if record.__class__ is not record_class:
@@ -178,13 +169,12 @@ class _Layout:
 
     def __init__(self, record_class: type[StepRecord]) -> None:
         items = fields(record_class)
+        name = record_class.__name__
         for item in items:
             if "decided_by" not in item.metadata:
-                raise ConfigurationError(
-                    f"field {item.name!r} of {record_class.__name__} does not say how it is decided: use decided(...)"
-                )
+                raise ConfigurationError(f"field {item.name!r} of {name} does not say how it is decided: use decided()")
         if len(items) > MAX_FIELDS:
-            raise ConfigurationError(f"{record_class.__name__} has {len(items)} fields; at most {MAX_FIELDS} travel")
+            raise ConfigurationError(f"{name} has {len(items)} fields; at most {MAX_FIELDS} travel")
         self.names = tuple(item.name for item in items)
         self.decided_by: tuple[Reducer, ...] = tuple(item.metadata["decided_by"] for item in items)
         self.reducers = tuple(_REDUCERS[by] for by in self.decided_by)
@@ -200,24 +190,14 @@ class _Layout:
         self.columns_of: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = itemgetter(
             *[slice(place, None, len(items)) for place in range(len(items))]
         )
-        self._tables: dict[int, struct.Struct] = {}
-
-    def table(self, num_ranks: int) -> struct.Struct:
-        """All values of all ranks, rank by rank, where one word carries each; the checksums are passed over."""
-        table = self._tables.get(num_ranks)
-        if table is None:
-            table = self._tables[num_ranks] = struct.Struct("<" + num_ranks * (len(self.names) * "i4x" + "8x"))
-        return table
+        # All values of all ranks, rank by rank, where one word carries each; the checksums are passed over.
+        self.table: Callable[[int], struct.Struct] = cache(
+            lambda num_ranks: struct.Struct("<" + num_ranks * (len(items) * "i4x" + "8x"))
+        )
 
 
-_layouts: dict[type[StepRecord], _Layout] = {}
-
-
-def _layout(record_class: type[StepRecord]) -> _Layout:
-    layout = _layouts.get(record_class)
-    if layout is None:
-        layout = _layouts[record_class] = _Layout(record_class)
-    return layout
+# mypy takes the hash of the records for that of their class.
+_layout: Callable[[type[StepRecord]], _Layout] = cache(_Layout)  # type: ignore[assignment]
 
 
 def decide(
@@ -233,9 +213,6 @@ def decide(
         tensor_parallel_size: ranks per tensor-parallel group, >= 1.
         names: each rank's number for messages; by default its index.
 
-    Returns:
-        The decision.
-
     Raises:
         ConfigurationError: no records, or a number of them that `tensor_parallel_size` does not divide.
         TokenCountError: a negative `num_tokens`, naming the rank.
@@ -244,9 +221,8 @@ def decide(
     """
     num_ranks = len(records.columns[0]) if isinstance(records, Said) else len(records)
     if not num_ranks or tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
-        raise ConfigurationError(
-            f"{num_ranks} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
-        )
+        text = f"{num_ranks} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
+        raise ConfigurationError(text)
     said = records if isinstance(records, Said) else Said.of(records)
     layout, columns = _layout(said.record_class), said.columns
     for place in layout.must_be_equal:
@@ -256,10 +232,7 @@ def decide(
     num_tokens: tuple[int, ...] = values["num_tokens"]
     if min(num_tokens) < 0:
         rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
-        raise TokenCountError(
-            f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {names[rank] if names else rank}"
-        )
-
+        raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {_name(rank, names)}")
     if values["failed"]:
         counts = (0,) * (num_ranks // tensor_parallel_size)
     elif tensor_parallel_size == 1:
@@ -309,13 +282,7 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
 
 
 class Alike(Sequence[Wire]):
-    """Records of all ranks that begin with the same head and are of one length.
-
-    Attributes:
-        head: of all.
-        bodies: what follows in each, one after another.
-        num_ranks: how many.
-    """
+    """Records of all ranks that begin with the same head and are of one length; `bodies` is what follows in each."""
 
     __slots__ = ("bodies", "head", "num_ranks")
 

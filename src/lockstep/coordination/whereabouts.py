@@ -26,12 +26,10 @@ class Whereabouts:
     Args:
         store: that all ranks of a start share.
         rank: this rank's number in the whole start, whatever groups it is in.
-
-    Attributes:
-        on_enter: of the class: called with the place at every `enter`; for tests that break things on purpose.
     """
 
     on_enter: ClassVar[Callable[[str], None] | None] = None
+    """Called with the place at every `enter`; for tests that break things on purpose."""
 
     def __init__(self, store: "dist.Store", rank: int) -> None:
         self.rank = rank
@@ -39,12 +37,7 @@ class Whereabouts:
         self._identity = ProcessIdentity.own()
 
     def enter(self, place: str, beat: int = 0) -> None:
-        """Publish where this rank is.
-
-        Args:
-            place: to stand after "was last seen", such as `loading /models/mixtral`.
-            beat: another number than before shows that this rank makes progress.
-        """
+        """Publish where this rank is, such as `loading /models/mixtral`; another `beat` than before shows progress."""
         own = self._identity
         entry = [place, beat, time.time(), own.pid, own.started, own.namespace]
         self._store.set(str(self.rank), json.dumps(entry))
@@ -73,8 +66,7 @@ class Whereabouts:
                         return
 
         self.enter(place)
-        thread = threading.Thread(target=publish, name="lockstep-whereabouts", daemon=True)
-        thread.start()
+        threading.Thread(target=publish, name="lockstep-whereabouts", daemon=True).start()
         try:
             yield
         finally:
@@ -101,22 +93,15 @@ class Whereabouts:
         if entry is None:
             return "has not been seen"
         place, _, since, *identity = entry
-        state = ProcessIdentity(*identity).state()
-        text = f"was last seen {place}, {max(0.0, time.time() - since):.1f} s ago"
-        if state == "gone":
-            return f"{text}; its process {identity[0]} is gone"
-        return f"{text}; its process is {state}" if state != "unknown" else text
+        ago_s = max(0.0, time.time() - since)
+        return f"was last seen {place}, {ago_s:.1f} s ago{ProcessIdentity(*identity).describe()}"
 
     def late(self, ranks: Sequence[int], place: str) -> tuple[tuple[int, ...], str]:
-        """Find out whom a wait at a place was for, however the store answers.
-
-        Args:
-            ranks: that should be there.
-            place: as given to `enter`.
+        """Find out for which of `ranks` a wait at a place was, however the store answers.
 
         Returns:
-            The ranks to name: those whose process is gone or stopped, otherwise those that are elsewhere; and what is
-            known of each, to stand at the end of a message.
+            The ranks whose process is gone or stopped, otherwise those that are elsewhere; and what is known of each,
+            to stand at the end of a message.
         """
 
         def look() -> tuple[tuple[int, ...], str]:
@@ -131,11 +116,10 @@ class Whereabouts:
             return (), "; the store in which ranks say where they are does not answer"
 
     def _entry(self, rank: int) -> "tuple[str, int, float, int, int, int] | None":
-        key = str(rank)
-        if not self._store.check([key]):
+        if not self._store.check([str(rank)]):
             return None
         try:
-            place, beat, since, pid, started, namespace = json.loads(self._store.get(key))
+            place, beat, since, pid, started, namespace = json.loads(self._store.get(str(rank)))
             return str(place), int(beat), float(since), int(pid), int(started), int(namespace)
         except (ValueError, TypeError):
             return None
@@ -144,8 +128,7 @@ class Whereabouts:
 def _bytes_read() -> int:
     """Return how much this process has read, from files or disks; 0 where the system does not say."""
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-        figures = dict(line.split(": ") for line in lines)
+        figures = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(figures["rchar"]) + int(figures["read_bytes"])
     except (OSError, ValueError, KeyError):
         return 0
