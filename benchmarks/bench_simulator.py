@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy
 
-from lockstep.coordination.step_log import StepColumns
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.steplog.files import StepColumns
 from lockstep.workload import SchedulerConfig, SyntheticParameters, WorkloadOptions, load_trace, synthetic_requests
 
 LINEAR = CostConstants.load("linear")
@@ -99,7 +99,7 @@ def memory(path):
 # Few requests with long outputs: so many steps that memory per step would show, and the workload itself stays small.
 _MEMORY = """
 import resource
-from lockstep.coordination.step_log import StepColumns
+from lockstep.steplog.files import StepColumns
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.workload import Request
 requests = [Request(index, float(index), 100, {steps}) for index in range(64)]

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from command import Command
 
-from lockstep.coordination.step_log import read_step_log
 from lockstep.models.tiny import make_tiny
 from lockstep.runner.run import mend_lines
+from lockstep.steplog.files import read_step_log
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 REQUESTS, RANKS = 14, 3

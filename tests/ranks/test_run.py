@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import Command
 
-from lockstep.coordination.step_log import read_step_log
+from lockstep.steplog.files import read_step_log
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from command import Command
 
-from lockstep.coordination.step_log import StepColumns, read_step_log
 from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.steplog.files import StepColumns, read_step_log
 from lockstep.workload import SchedulerConfig, WorkloadOptions, load_trace, synthetic_requests
 
 NAMES = (

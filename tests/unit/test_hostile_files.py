@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lockstep.coordination.step_log import FIELDS, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.models.checkpoint import check_files
 from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
+from lockstep.steplog.files import read_step_log
+from lockstep.steplog.record import FIELDS
 from lockstep.workload import WorkloadOptions, load_trace
 
 json_values = st.recursive(

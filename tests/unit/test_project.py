@@ -70,7 +70,14 @@ def test_help_does_not_wait_for_torch(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    ["lockstep", "lockstep.workload", "lockstep.coordination.step", "lockstep.metadata.chunks", "lockstep.simulation"],
+    [
+        "lockstep",
+        "lockstep.workload",
+        "lockstep.steplog.record",
+        "lockstep.coordination.step",
+        "lockstep.metadata.chunks",
+        "lockstep.simulation",
+    ],
 )
 def test_arithmetic_needs_no_torch(module, tmp_path):
     result = _python("-c", f"import sys, {module}; print('torch' in sys.modules)", cwd=tmp_path)

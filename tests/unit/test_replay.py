@@ -8,10 +8,11 @@ from cluster import overrun_rows, run_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.replay import read_replay
+from lockstep.steplog.files import StepLogWriter
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Request, SchedulerConfig, WorkloadOptions, synthetic_requests
 
 COST = CostConstants(1000, 10)

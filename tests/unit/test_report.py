@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from lockstep.commands.compare import compare_runs
-from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.errors import ConfigurationError
 from lockstep.report.figures import headline
 from lockstep.report.html import write_report
 from lockstep.report.tables import print_run
-from lockstep.simulation.step_table import StepTable, loss_figures
+from lockstep.steplog.files import StepLogWriter
+from lockstep.steplog.record import StepLogRecord
+from lockstep.steplog.table import StepTable, loss_figures
 
 RECORDS = [
     StepLogRecord(0, 0, real_rows=8, prefill_tokens=8, duration_s=2.0),

@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 from lockstep.cli import app, main
 from lockstep.cli_types import seconds, several, whole
 from lockstep.commands.compare import compare_runs
-from lockstep.coordination.step_log import StepColumns, StepLogRecord, StepLogWriter, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.report.perfetto import write_trace
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
+from lockstep.steplog.files import StepColumns, StepLogWriter, read_step_log
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Request, SyntheticParameters, synthetic_requests
 
 SYNTHETIC = "num_requests=150,rate=40,prompt_median=300,output_median=40"
@@ -415,7 +416,7 @@ def test_parquet_of_something_else_is_one_sentence(tmp_path, columns, message, c
 
 
 def test_few_bytes_of_parquet_that_stand_for_many_rows_are_not_read(tmp_path, monkeypatch, command_line):
-    monkeypatch.setattr("lockstep.simulation.step_table._MOST_PARQUET_ROWS", 99)
+    monkeypatch.setattr("lockstep.steplog.files._MOST_PARQUET_ROWS", 99)
     write_parquet(tmp_path / "steps.parquet", step=[0] * 100, rank=[0] * 100, real_rows=[0] * 100)
     code, _, stderr = command_line("compare", tmp_path, tmp_path)
     assert (code, "has 100 rows, more than 99" in stderr) == (2, True)

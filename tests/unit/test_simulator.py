@@ -6,14 +6,15 @@ from cluster import overrun_rows, run_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.coordination.step_log import StepColumns, read_step_log, summarize
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
 from lockstep.simulation.recorder import filler_rows
 from lockstep.simulation.simulator import simulate
-from lockstep.simulation.step_table import StepTable
+from lockstep.steplog.files import StepColumns, read_step_log
+from lockstep.steplog.record import summarize
+from lockstep.steplog.table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, synthetic_requests
 from lockstep.workload.policies import LOAD_BALANCING
 

@@ -2,16 +2,9 @@ import json
 
 import pytest
 
-from lockstep.coordination.step_log import (
-    FIELDS,
-    StepColumns,
-    StepLogRecord,
-    StepLogWriter,
-    by_step,
-    read_step_log,
-    summarize,
-)
 from lockstep.errors import ConfigurationError
+from lockstep.steplog.files import StepColumns, StepLogWriter, read_step_log
+from lockstep.steplog.record import FIELDS, StepLogRecord, by_step, summarize
 
 RECORDS = [
     StepLogRecord(0, 0, real_rows=8, prefill_tokens=8, duration_s=2.0),

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.coordination.step_log import read_step_log
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
+from lockstep.steplog.files import read_step_log
 
 _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.step_table import StepTable, loss_figures, read_parquet_columns
+from lockstep.steplog.files import read_parquet_columns
+from lockstep.steplog.table import StepTable, loss_figures
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _steps(folder: Path) -> StepTable:
-    from lockstep.coordination.step_log import read_step_log
+    from lockstep.steplog.files import read_step_log
 
     if (folder / "steps.parquet").is_file():
         return StepTable.from_parquet(folder / "steps.parquet")

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.commands.folder import output_folder
-from lockstep.coordination.step_log import StepLogRecord, read_step_log, summarize
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.terminal import Terminal
 from lockstep.runner.clock import CLOCKS, expected_duration
 from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
+from lockstep.steplog.files import read_step_log
+from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
 def _summary(
     options: RunOptions, result: dict[str, Any], records: list[StepLogRecord], verification: "Verification"
 ) -> dict[str, Any]:
-    from lockstep.simulation.step_table import StepTable, loss_figures
+    from lockstep.steplog.table import StepTable, loss_figures
 
     totals = summarize(records)
     loss = loss_figures(StepTable.from_records(records).lost_by_cause())

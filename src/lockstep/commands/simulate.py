@@ -18,7 +18,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.commands.calibrate import read_columns
 from lockstep.commands.folder import output_folder
-from lockstep.coordination.step_log import StepColumns, StepLogRecord
 from lockstep.report.figures import share
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
@@ -29,6 +28,8 @@ from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import join_runs, validate
+from lockstep.steplog.files import StepColumns
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from lockstep._version import __version__
-from lockstep.coordination.step_log import StepLogRecord
 from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, headline, share
-from lockstep.simulation.step_table import StepTable, loss_figures
+from lockstep.steplog.record import StepLogRecord
+from lockstep.steplog.table import StepTable, loss_figures
 
 # Cells (step x rank) that a page carries; beyond it, steps are added up in equal groups. About 2 MB packed.
 _MAX_CELLS = 2_000_000

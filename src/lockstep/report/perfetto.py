@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lockstep.coordination.step_log import StepLogRecord, by_step
+from lockstep.steplog.record import StepLogRecord, by_step
 
 # The words of the report. chrome://tracing takes these colours; Perfetto makes its own of the names.
 _COLORS = {

@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lockstep.coordination.step_log import StepLogRecord
 from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, share
 from lockstep.report.terminal import Terminal
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Trace
 
 _FRACTIONS = tuple(name for name in FIGURE_WORDS if name.startswith("lost") or name.endswith("fraction"))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lockstep.coordination.step_log import StepLogRecord, StepLogWriter
 from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
@@ -22,6 +21,8 @@ from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
+from lockstep.steplog.files import StepLogWriter
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants
-from lockstep.simulation.step_table import StepTable
+from lockstep.steplog.table import StepTable
 from lockstep.workload.schedule import SchedulerConfig
 
 ROW_SHAPES = ("ragged", "dummy", "equal")

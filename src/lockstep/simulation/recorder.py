@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lockstep.simulation.cost import CostConstants
-from lockstep.simulation.step_table import CAUSES, StepTable
+from lockstep.steplog.table import CAUSES, StepTable
 
 _BUFFER_CELLS = 400_000
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.coordination.step_log import StepLogRecord, read_step_log
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import simulate
+from lockstep.steplog.files import read_step_log
+from lockstep.steplog.record import StepLogRecord
 from lockstep.workload.request import Request
 from lockstep.workload.schedule import SchedulerConfig
 

@@ -17,7 +17,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.simulation.bookkeeping import NONE, LoadBalancerTwin, PageSteps, StopSteps
 from lockstep.simulation.config import SimulationConfig, SimulationResult, Stop
 from lockstep.simulation.recorder import StepSink, TakesColumns, filler_rows
-from lockstep.simulation.step_table import loss_figures
+from lockstep.steplog.table import loss_figures
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
 from lockstep.workload.schedule import Schedule

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.coordination.step_log import StepLogRecord
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.cost import CostConstants, fit
+from lockstep.steplog.record import StepLogRecord
 
 _COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_chunks", "filler_rows")
 

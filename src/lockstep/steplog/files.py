@@ -1,70 +1,24 @@
-"""The step log: one record per step and rank, written by the real run and by the simulator alike.
+"""The step log's files: JSON lines of a real run, columns of Parquet of the simulator.
 
-A real run writes JSON lines, one record a line, so that whatever was written before an interruption can be read. The
-simulator, with millions of records, writes the same fields as columns of a Parquet file.
+A real run writes one record a line, so that whatever was written before an interruption can be read. The simulator,
+with millions of records, writes the same fields as columns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.steplog.record import FIELDS, OPTIONAL_FIELDS, StepLogRecord
 
+if TYPE_CHECKING:
+    import numpy as np
 
-@dataclass(frozen=True, slots=True)
-class StepLogRecord:
-    """What one rank did in one step.
-
-    Rows are counted once per step, although every MoE layer sends them: layers of one step do not differ in that.
-
-    Attributes:
-        step: number of the step, from 0.
-        rank: expert-parallel rank, from 0.
-        real_rows: rows of requests that this rank took into the experts; 0 for an idle rank.
-        dummy_rows: rows sent only so that the rank took part.
-        padding_rows: rows added to make shapes equal.
-        prefill_tokens: tokens of prompts, of this rank's data-parallel rank.
-        decode_tokens: tokens of requests that generate, of this rank's data-parallel rank.
-        prefill_context_tokens: KV entries that its prompts' tokens attend to, summed over these tokens.
-        decode_context_tokens: the same of the tokens that generate.
-        num_waiting: requests left in the queue after the step was formed.
-        prefills_held: prompts that could have run were held, so that prompts of several ranks run together.
-        preempted: requests of its data-parallel rank that lost their KV cache before the step, to be computed again.
-        overrun_rows: rows of its data-parallel rank whose token is dropped: their request had ended by a stop token, a
-            stop string or an abort, after the step was planned.
-        num_chunks: chunks of the step, equal on all ranks; 0 where no rank had rows.
-        start_s: when the step began on this rank, in seconds after the run's first step began.
-        duration_s: how long it took there, from this rank's start to the start of its next step.
-        agreement_s: of that, the wait for all ranks' records.
-        busy_s: of that, this rank's own work; the rest it stood idle. None where it was not measured.
-    """
-
-    step: int
-    rank: int
-    real_rows: int
-    dummy_rows: int = 0
-    padding_rows: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefill_context_tokens: int = 0
-    decode_context_tokens: int = 0
-    num_waiting: int = 0
-    prefills_held: bool = False
-    preempted: int = 0
-    overrun_rows: int = 0
-    num_chunks: int = 1
-    start_s: float = 0.0
-    duration_s: float = 0.0
-    agreement_s: float = 0.0
-    busy_s: float | None = None
-
-
-FIELDS = tuple(item.name for item in fields(StepLogRecord))
-_OPTIONAL = tuple(item.name for item in fields(StepLogRecord) if item.default is None)
+_MOST_PARQUET_ROWS = 200_000_000
 
 
 class StepLogWriter:
@@ -152,43 +106,6 @@ def read_step_log(*paths: str | Path) -> StepLog:
     return StepLog(records, torn)
 
 
-def by_step(records: Iterable[StepLogRecord]) -> Iterator[list[StepLogRecord]]:
-    """Yield each step's records together, given records in order of step."""
-    group: list[StepLogRecord] = []
-    for record in records:
-        if group and record.step != group[0].step:
-            yield group
-            group = []
-        group.append(record)
-    if group:
-        yield group
-
-
-def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
-    """Return a run's totals.
-
-    Args:
-        records: in order of step, then rank, every rank in every step.
-
-    Returns:
-        `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`,
-        `decode_tokens`, `preempted` and `overrun_rows` (as recorded: tensor-parallel ranks of one group repeat each
-        other's), and `duration_s` (from the first step's start to the last one's end).
-    """
-    return {
-        "ranks": len({record.rank for record in records}),
-        "steps": len({record.step for record in records}),
-        "real_tokens": sum(record.real_rows for record in records),
-        "dummy_rows": sum(record.dummy_rows for record in records),
-        "padding_rows": sum(record.padding_rows for record in records),
-        "prefill_tokens": sum(record.prefill_tokens for record in records),
-        "decode_tokens": sum(record.decode_tokens for record in records),
-        "preempted": sum(record.preempted for record in records),
-        "overrun_rows": sum(record.overrun_rows for record in records),
-        "duration_s": max((record.start_s + record.duration_s for record in records), default=0.0),
-    }
-
-
 class StepColumns:
     """Writes the same records column by column to a Parquet file; memory does not grow with the run.
 
@@ -216,7 +133,7 @@ class StepColumns:
         for field in self._schema:
             values = columns.get(field.name)
             if values is None:
-                values = pyarrow.nulls(length, field.type) if field.name in _OPTIONAL else [0] * length
+                values = pyarrow.nulls(length, field.type) if field.name in OPTIONAL_FIELDS else [0] * length
             arrays.append(pyarrow.array(values).cast(field.type))
         self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
@@ -230,6 +147,51 @@ class StepColumns:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_parquet_columns(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Read columns of numbers from a Parquet file.
+
+    Args:
+        path: the file.
+        needed: columns that it must have.
+        wanted: columns that are read where it has them.
+
+    Raises:
+        ConfigurationError: not a Parquet file, a column that is missing or holds something else than numbers, or more
+            rows than any log has: a few bytes of Parquet may stand for any number of equal rows.
+        OSError: it cannot be opened.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with Path(path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+            for name in needed:
+                if names.count(name) != 1:
+                    raise ConfigurationError(f"{path} has {names.count(name)} columns {name}, and must have one")
+            if num_rows > _MOST_PARQUET_ROWS:
+                raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {_MOST_PARQUET_ROWS:,}")
+            chosen = [name for name in dict.fromkeys((*needed, *wanted)) if names.count(name) == 1]
+            for name in chosen:
+                kind = file.schema_arrow.field(name).type
+                if not (
+                    pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)
+                ):
+                    raise ConfigurationError(f"{path}: column {name} holds {kind}, and must hold numbers")
+            table = file.read(columns=chosen)
+        columns = {name: table.column(name).to_numpy() for name in chosen}
+    except pyarrow.ArrowException as error:
+        first = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigurationError(f"{path} is no Parquet file that can be read: {first}") from None
+    for name in needed:
+        if columns[name].dtype.kind == "f" and name in ("step", "rank", "real_rows"):
+            raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
+    for name, values in columns.items():
+        if len(values) and values.dtype.kind in "iu" and values.min() < 0:
+            raise ConfigurationError(f"{path}: column {name} has {values.min()}, and must be >= 0")
+    return columns
 
 
 def _arrow_type(name: str) -> Any:
@@ -264,7 +226,7 @@ def _record(row: Any) -> StepLogRecord:
     record = StepLogRecord(**{name: row[name] for name in FIELDS if name in row})
     for name in FIELDS:
         value = getattr(record, name)
-        if value is None and name in _OPTIONAL:
+        if value is None and name in OPTIONAL_FIELDS:
             continue
         kind = int | float if name.endswith("_s") else int
         if not isinstance(value, kind) or not 0 <= value < 2**63:

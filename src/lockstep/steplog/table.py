@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.coordination.step_log import FIELDS, StepLogRecord
 from lockstep.errors import ConfigurationError
+from lockstep.steplog.files import read_parquet_columns
+from lockstep.steplog.record import FIELDS, StepLogRecord
 
 CAUSES = ("other_prompts", "uneven_generation", "no_requests", "padding", "agreement")
 """Why time is lost: the rank waits while another runs prompts; while another generates for more requests; it has no
@@ -32,53 +33,6 @@ def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
 
 
 _MOST_HOLES = 10_000_000
-_MOST_PARQUET_ROWS = 200_000_000
-
-
-def read_parquet_columns(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read columns of numbers from a Parquet file.
-
-    Args:
-        path: the file.
-        needed: columns that it must have.
-        wanted: columns that are read where it has them.
-
-    Raises:
-        ConfigurationError: not a Parquet file, a column that is missing or holds something else than numbers, or more
-            rows than any log has: a few bytes of Parquet may stand for any number of equal rows.
-        OSError: it cannot be opened.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with Path(path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
-            for name in needed:
-                if names.count(name) != 1:
-                    raise ConfigurationError(f"{path} has {names.count(name)} columns {name}, and must have one")
-            if num_rows > _MOST_PARQUET_ROWS:
-                raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {_MOST_PARQUET_ROWS:,}")
-            chosen = [name for name in dict.fromkeys((*needed, *wanted)) if names.count(name) == 1]
-            for name in chosen:
-                kind = file.schema_arrow.field(name).type
-                if not (
-                    pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)
-                ):
-                    raise ConfigurationError(f"{path}: column {name} holds {kind}, and must hold numbers")
-            table = file.read(columns=chosen)
-        columns = {name: table.column(name).to_numpy() for name in chosen}
-    except pyarrow.ArrowException as error:
-        first = str(error).strip().split("\n", 1)[0][:200]
-        raise ConfigurationError(f"{path} is no Parquet file that can be read: {first}") from None
-    for name in needed:
-        if columns[name].dtype.kind == "f" and name in ("step", "rank", "real_rows"):
-            raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
-    for name, values in columns.items():
-        if len(values) and values.dtype.kind in "iu" and values.min() < 0:
-            raise ConfigurationError(f"{path}: column {name} has {values.min()}, and must be >= 0")
-    return columns
-
 
 _ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 
