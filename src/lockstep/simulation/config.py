@@ -90,8 +90,7 @@ class SimulationResult:
         summary: figures by name, see `simulate`.
         steps: the step log, several steps added into one row where there are many.
         rank, queue_s, ttft_s, tpot_s: of each request, `[requests]`: the rank it ran on; seconds until it first ran;
-        until
-            its first token; per further token (NaN where there was none).
+            until its first token; per further token (NaN where there was none).
     """
 
     summary: dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_object
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,11 @@ class CostConstants:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name != "source" and not (
-                isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-            ):
-                raise ConfigurationError(
-                    f"cost constant {item.name} must be a number >= 0 and < 1e12, got {value!r:.60}"
-                )
-            if item.name != "source":
-                object.__setattr__(self, item.name, float(value))
+        for name in (item.name for item in fields(self) if item.name != "source"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+                raise ConfigurationError(f"cost constant {name} must be a number >= 0 and < 1e12, got {value!r:.60}")
+            object.__setattr__(self, name, float(value))
         if not isinstance(self.source, str):
             raise ConfigurationError(f"source of cost constants must be text, got {self.source!r:.60}")
         if self.step_us <= 0:
@@ -74,11 +70,7 @@ class CostConstants:
             raise ConfigurationError(f"cost constant expert_share must be in 0..1, got {self.expert_share}")
 
     def own_us(
-        self,
-        tokens: np.ndarray,
-        decode_tokens: np.ndarray,
-        decode_context: np.ndarray,
-        prefill_context: np.ndarray,
+        self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray
     ) -> np.ndarray:
         """Return each rank's own part of the attention's time, in us; any shape."""
         return (
@@ -145,21 +137,14 @@ class CostConstants:
         path = Path(name)
         if not path.is_file():
             raise ConfigurationError(f"cost must be one of {sorted(COST_CONSTANTS)} or a JSON file, got {name!r}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{path} is not JSON: {error}") from None
-        names = [item.name for item in fields(cls)]
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"{path}: cost constants must be a JSON object, got {json.dumps(values):.60}")
+        values, names = json_object(path, path.read_bytes()), [item.name for item in fields(cls)]
         for name in ("step_us", "token_us"):
             if name not in values:
                 raise ConfigurationError(
                     f"{path}: cost constant {name} is missing; `lockstep bench calibrate` writes it"
                 )
-        for name in values:
-            if name not in names:
-                raise ConfigurationError(f"{path}: {name!r:.60} is no cost constant; there are {', '.join(names)}")
+        if foreign := next((name for name in values if name not in names), None):
+            raise ConfigurationError(f"{path}: {foreign!r:.60} is no cost constant; there are {', '.join(names)}")
         try:
             return cls(**values)
         except ConfigurationError as error:
@@ -186,7 +171,6 @@ COST_CONSTANTS = {
 }
 """Shipped sets by name."""
 
-
 _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
 
@@ -208,14 +192,7 @@ def fit(
     Errors count relative to a step's time, so that the many short steps are fitted as well as the few long ones. Steps
     that took more than five times as long as a first fit says (the machine did something else) are left out.
 
-    Args:
-        tokens: rows of requests, `[steps, ranks]`.
-        decode_tokens: those of them that generate, `[steps, ranks]`.
-        decode_context: see `StepLogRecord.decode_context_tokens`, `[steps, ranks]`.
-        prefill_context: see `StepLogRecord.prefill_context_tokens`, `[steps, ranks]`.
-        num_chunks: `[steps]`.
-        duration_us: measured, `[steps]`.
-        source: what to say about where the constants come from.
+    Counts are as for `CostConstants.step_times_us`, `duration_us` is what each step took, `[steps]`.
 
     Raises:
         ConfigurationError: with fewer than 10 steps.
@@ -226,15 +203,9 @@ def fit(
     total_rows = tokens.sum(axis=1)
     found: list[tuple[float, CostConstants]] = []
     for share in _EXPERT_SHARES:
+        ones, read = np.ones(len(total_rows)), 1 - (1 - share) ** total_rows
         # A step of one chunk is the usual one; its cost is in the first constant.
-        shared = np.column_stack(
-            [
-                np.ones(len(total_rows)),
-                np.maximum(num_chunks - 1, 0),
-                total_rows / tokens.shape[1],
-                1 - (1 - share) ** total_rows,
-            ]
-        )
+        shared = np.column_stack([ones, np.maximum(num_chunks - 1, 0), total_rows / tokens.shape[1], read])
         error, solution = _fit_longest(shared, own, duration_us)
         step, chunk, expert_row, weights, token, request, decode, prefill = (float(value) for value in solution)
         constants = CostConstants(
@@ -254,12 +225,7 @@ def fit(
 
 
 def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -> tuple[float, np.ndarray]:
-    """Fit coefficients of what all ranks share and of the longest rank's own work.
-
-    Args:
-        shared: `[steps, features]`.
-        own: each rank's, `[steps, ranks, features]`.
-        duration_us: `[steps]`.
+    """Fit coefficients of what all ranks share, `[steps, features]`, and of the longest rank's own work.
 
     Returns:
         The mean squared relative error, and the coefficients, those of `shared` first.

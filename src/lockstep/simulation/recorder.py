@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lockstep.simulation.cost import CostConstants
-from lockstep.steplog.table import CAUSES, StepTable
+from lockstep.simulation.config import SimulationConfig
+from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
 _BUFFER_CELLS = 400_000
 
@@ -21,16 +21,7 @@ class TakesColumns(Protocol):
 
 
 def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str) -> np.ndarray:
-    """Return the dummy or padding rows that each rank computes, the twin of walking through each step's `ChunkPlan`.
-
-    Args:
-        tokens: rows of requests, `[steps, ranks]`.
-        max_chunk_size: most rows per rank and chunk; None for no limit.
-        row_shapes: `ragged`, `dummy` or `equal`, see `SimulationConfig`.
-
-    Returns:
-        `[steps, ranks]`, int64.
-    """
+    """Return the dummy or padding rows that each rank computes, `[steps, ranks]`, from its rows of requests."""
     longest = tokens.max(axis=1, keepdims=True)
     if row_shapes == "equal":
         return longest - tokens
@@ -51,12 +42,8 @@ class StepSink:
     That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
 
     Args:
-        num_ranks: ranks, >= 1.
-        cost: what a step costs.
-        max_chunk_size: most rows per rank and chunk; None for no limit.
-        asked_chunk_size: the same before the exchange buffers' limit; steps that it would cut into fewer chunks are
-            counted in `totals`.
-        row_shapes: see `filler_rows`.
+        config: ranks, cost, chunks and row shapes. Steps that the exchange buffers cut into more chunks than
+            `max_chunk_size` would are counted in `totals`.
         step_log: takes every step, if given.
         max_cells: most cells (step x rank) of the table.
         on_flush: called with all rows of requests so far, whenever full buffers have been handed on.
@@ -64,15 +51,12 @@ class StepSink:
 
     def __init__(
         self,
-        num_ranks: int,
-        cost: CostConstants,
-        max_chunk_size: int | None,
-        asked_chunk_size: int | None,
-        row_shapes: str,
+        config: SimulationConfig,
         step_log: TakesColumns | None,
         max_cells: int,
         on_flush: Callable[[int], None] | None = None,
     ) -> None:
+        num_ranks = config.num_ranks
         # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
         self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
         shape = (self._size, num_ranks)
@@ -86,8 +70,7 @@ class StepSink:
         self.totals = dict.fromkeys(names, 0)
         self.real_rows_per_rank, self.prefill_tokens_per_rank = (np.zeros(num_ranks, np.int64) for _ in range(2))
         self._noted = False  # whether `note` has been called for what the buffers hold
-        self._cost, self._max_chunk_size, self._row_shapes = cost, max_chunk_size, row_shapes
-        self._asked_chunk_size = asked_chunk_size
+        self._config = config
         self._step_log = step_log
         self._on_flush = on_flush
         self._used = 0
@@ -130,7 +113,7 @@ class StepSink:
         if self._noted:
             self.totals["overrun"] += int(self.overrun[:used].sum())
         if self._step_log is not None:
-            self._write(table, chunks, used)
+            self._write(self._step_log, table, chunks)
         self._keep(table)
         self._first_step += used
         self._used = 0
@@ -157,14 +140,14 @@ class StepSink:
         return StepTable.joined(tables, lost=self.lost())
 
     def _table(self, used: int) -> tuple[StepTable, np.ndarray]:
-        cost, chunk_size, shapes = self._cost, self._max_chunk_size, self._row_shapes
+        config, cost = self._config, self._config.cost
         decode = self.decode[:used].copy()
         tokens = decode + self.prefill[:used]
-        filler = filler_rows(tokens, chunk_size, shapes)
+        filler = filler_rows(tokens, config.chunk_size, config.row_shapes)
         longest = tokens.max(axis=1)
-        chunks = _num_chunks(longest, chunk_size)
-        if chunk_size != self._asked_chunk_size:
-            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, self._asked_chunk_size)).sum())
+        chunks = _num_chunks(longest, config.chunk_size)
+        if config.chunk_size != config.max_chunk_size:
+            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, config.max_chunk_size)).sum())
         # A rank's own time: all that it would not have waited for. A rank without rows has none.
         own = cost.own_us(tokens, decode, self._decode_context(), self.prefill_context[:used])
         waits = own.max(axis=1, keepdims=True) - own
@@ -177,8 +160,8 @@ class StepSink:
         return StepTable(
             step=np.arange(self._first_step, self._first_step + used),
             real_rows=tokens,
-            dummy_rows=filler if shapes == "dummy" else nothing,
-            padding_rows=filler if shapes == "equal" else nothing,
+            dummy_rows=filler if config.row_shapes == "dummy" else nothing,
+            padding_rows=filler if config.row_shapes == "equal" else nothing,
             prefill_tokens=self.prefill[:used].copy(),
             decode_tokens=decode,
             num_waiting=self.num_waiting[:used].copy(),
@@ -193,35 +176,19 @@ class StepSink:
         steps = np.arange(self._first_step, self._first_step + self._used)[:, None]
         return self.context_base[: self._used] + steps * self.decode[: self._used]
 
-    def _write(self, table: StepTable, chunks: np.ndarray, used: int) -> None:
-        assert self._step_log is not None
-        num_ranks = table.num_ranks
-        self._step_log.write(
-            {
-                "step": np.repeat(table.step, num_ranks),
-                "rank": np.tile(np.arange(num_ranks), used),
-                "num_chunks": np.repeat(chunks, num_ranks),
-                "start_s": np.repeat(table.start_s, num_ranks),
-                "duration_s": np.repeat(table.duration_s, num_ranks),
-                "prefill_context_tokens": self.prefill_context[:used].ravel(),
-                "decode_context_tokens": self._decode_context().ravel(),
-                "prefills_held": self.held[:used].ravel(),
-                "preempted": self.preempted[:used].ravel(),
-                "overrun_rows": self.overrun[:used].ravel(),
-                **{
-                    name: getattr(table, name).ravel()
-                    for name in (
-                        "real_rows",
-                        "dummy_rows",
-                        "padding_rows",
-                        "prefill_tokens",
-                        "decode_tokens",
-                        "num_waiting",
-                        "busy_s",
-                    )
-                },
-            }
-        )
+    def _write(self, step_log: TakesColumns, table: StepTable, chunks: np.ndarray) -> None:
+        used, num_ranks = self._used, table.num_ranks
+        of_steps = {"step": table.step, "num_chunks": chunks, "start_s": table.start_s, "duration_s": table.duration_s}
+        of_ranks = {name: getattr(table, name) for name in (*ROWS, "busy_s")} | {
+            "prefill_context_tokens": self.prefill_context[:used],
+            "decode_context_tokens": self._decode_context(),
+            "prefills_held": self.held[:used],
+            "preempted": self.preempted[:used],
+            "overrun_rows": self.overrun[:used],
+        }
+        columns = {name: np.repeat(values, num_ranks) for name, values in of_steps.items()}
+        columns |= {name: values.ravel() for name, values in of_ranks.items()}
+        step_log.write({"rank": np.tile(np.arange(num_ranks), used), **columns})
 
     def _keep(self, table: StepTable) -> None:
         unit = min(self._unit, self._size)

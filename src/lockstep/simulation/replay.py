@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_object
 from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import simulate
@@ -43,11 +43,7 @@ class Replay:
     executed: Sequence[StepLogRecord]
 
     def run(self) -> tuple[dict[str, Any], str]:
-        """Plan the run again.
-
-        Returns:
-            The simulation's summary, and the first difference between executed and planned in words; empty if there is
-            none.
+        """Plan the run again; return the simulation's summary, and the first difference in words (empty for none).
 
         Raises:
             ConfigurationError: for a stop that cannot have happened, see `simulate`.
@@ -58,24 +54,19 @@ class Replay:
 
     def _first_difference(self, planned: _Columns) -> str:
         num_ranks = self.config.num_ranks
-        num_steps = len(self.executed) // num_ranks
         found = []
         for name in COMPARED:
             executed = np.array([getattr(record, name) for record in self.executed], np.int64)
             column = planned.column(name)
             length = min(len(executed), len(column))
-            different = np.flatnonzero(executed[:length] != column[:length])
-            if len(different):
-                cell = int(different[0])
+            for cell in np.flatnonzero(executed[:length] != column[:length])[:1].tolist():
                 found.append((cell, name, int(executed[cell]), int(column[cell])))
         if found:
             cell, name, was, is_planned = min(found)
             step, rank = divmod(cell, num_ranks)
             return f"step {step}, rank {rank}: {name} was {was} in the run, {is_planned} is planned"
-        planned_steps = len(planned.column("step")) // num_ranks
-        if planned_steps != num_steps:
-            return f"the run has {num_steps} steps, {planned_steps} are planned"
-        return ""
+        num_steps, planned_steps = len(self.executed) // num_ranks, len(planned.column("step")) // num_ranks
+        return "" if planned_steps == num_steps else f"the run has {num_steps} steps, {planned_steps} are planned"
 
 
 class _Columns:
@@ -109,7 +100,7 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
     if any(run_folder.glob("parts/steps-rank*-restart*.jsonl")):
         raise ConfigurationError(f"the ranks of {run_folder} were started again: such a run cannot be planned again")
     path = run_folder / "summary.json"
-    summary = _object(path, path.read_bytes())
+    summary = json_object(path, path.read_bytes())
     num_ranks = _whole(path, summary, "data_parallel_size", 1)
     tensor_parallel_size = _whole(path, summary, "tensor_parallel_size", 1)
     if summary.get("clock", "steps") != "steps":
@@ -139,7 +130,7 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
     stops: dict[int, Stop] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{path}: line {number}"
-        output = _object(where, line)
+        output = json_object(where, line)
         arrival_s = output.get("arrival_s")
         if isinstance(arrival_s, bool) or not isinstance(arrival_s, int | float) or not 0 <= arrival_s < 1e12:
             raise ConfigurationError(f"{where}: arrival_s must be a number >= 0 and < 1e12, got {arrival_s!r:.60}")
@@ -161,16 +152,6 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
         if step is not None or num_new_tokens < request.max_new_tokens:
             stops[request.request_id] = Stop(step, num_new_tokens)
     return [by_id[request_id] for request_id in sorted(by_id)], stops
-
-
-def _object(where: object, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{where} must be a JSON object, got {json.dumps(value):.60}")
-    return value
 
 
 def _whole(where: object, values: dict[str, Any], name: str, least: int) -> int:

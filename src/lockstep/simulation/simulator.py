@@ -21,6 +21,7 @@ from lockstep.steplog.table import loss_figures
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
 from lockstep.workload.schedule import Schedule
+from lockstep.workload.synthetic import percentile
 
 _FEW_RANKS = 32
 
@@ -99,18 +100,10 @@ class _Simulation:
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
         total_rows = sum(request.num_computed_tokens for request in requests)
-        self.recorder = StepSink(
-            num_ranks,
-            config.cost,
-            config.chunk_size,
-            config.max_chunk_size,
-            config.row_shapes,
-            step_log,
-            max_cells,
-            # Only where the buffers are handed on: a step knows nothing of it.
-            # Rows that a preemption makes necessary again are not in the total.
-            None if on_progress is None else lambda rows: on_progress(min(1.0, rows / total_rows)),
-        )
+        # Progress is told only where buffers are handed on. Rows that a preemption makes necessary again are not in
+        # the total.
+        on_flush = None if on_progress is None else lambda rows: on_progress(min(1.0, rows / total_rows))
+        self.recorder = StepSink(config, step_log, max_cells, on_flush)
 
     def run(self) -> SimulationResult:
         config, cost, recorder, requests = self.config, self.config.cost, self.recorder, self.requests
@@ -217,12 +210,7 @@ class _Simulation:
         return set(ranks)
 
     def _longest(self, step: int, prompts: Sequence[tuple[int, int, int]]) -> tuple[float, int]:
-        """Return the longest rank's own time in us, and the most rows of any rank.
-
-        Args:
-            step: its number.
-            prompts: `(rank, rows, context)` of the ranks that run prompts.
-        """
+        """Return the longest rank's own time in us, and the most rows of any; prompts are `(rank, rows, context)`."""
         cost = self.config.cost
         token_us, decode_us = cost.token_us + cost.request_us, cost.decode_context_us  # of a row that generates
         if self.decode_list is not None:
@@ -399,8 +387,5 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
     known = np.sort(values[~np.isnan(values)])
     if not len(known):
         return {"mean": 0.0, "p50": 0.0, "p99": 0.0}
-    return {
-        "mean": float(known.mean()),
-        "p50": float(known[ceil(0.5 * len(known)) - 1]),
-        "p99": float(known[ceil(0.99 * len(known)) - 1]),
-    }
+    ordered = known.tolist()
+    return {"mean": float(known.mean()), "p50": percentile(ordered, 0.5), "p99": percentile(ordered, 0.99)}

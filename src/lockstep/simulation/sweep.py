@@ -22,14 +22,8 @@ BEST_RULE = (
 )
 """By which `best` chooses."""
 
-SETTING_NAMES = (
-    "data_parallel_size",
-    "load_balancing",
-    "max_prefill_delay_steps",
-    "max_num_batched_tokens",
-    "max_chunk_size",
-    "row_shapes",
-)
+_OF_SCHEDULER = ("load_balancing", "max_prefill_delay_steps", "max_num_batched_tokens")
+SETTING_NAMES = ("data_parallel_size", *_OF_SCHEDULER, "max_chunk_size", "row_shapes")
 
 
 @dataclass(frozen=True)
@@ -60,35 +54,18 @@ class Grid:
         for name in SETTING_NAMES:
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} needs at least one value, got none")
-        return [
-            replace(
-                base,
-                num_ranks=ranks,
-                max_chunk_size=chunk,
-                row_shapes=shapes,
-                scheduler=replace(
-                    base.scheduler,
-                    load_balancing=balancing,
-                    max_prefill_delay_steps=delay,
-                    max_num_batched_tokens=budget,
-                ),
-            )
-            for ranks, balancing, delay, budget, chunk, shapes in itertools.product(
-                *(getattr(self, name) for name in SETTING_NAMES)
-            )
-        ]
+        found = []
+        for ranks, *of_scheduler, chunk, shapes in itertools.product(*(getattr(self, name) for name in SETTING_NAMES)):
+            scheduler = replace(base.scheduler, **dict(zip(_OF_SCHEDULER, of_scheduler, strict=True)))
+            found.append(replace(base, num_ranks=ranks, scheduler=scheduler, max_chunk_size=chunk, row_shapes=shapes))
+        return found
 
 
 def setting(config: SimulationConfig) -> dict[str, Any]:
     """Return the values of a configuration that a grid can change, by name."""
-    return {
-        "data_parallel_size": config.num_ranks,
-        "load_balancing": config.scheduler.load_balancing,
-        "max_prefill_delay_steps": config.scheduler.max_prefill_delay_steps,
-        "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
-        "max_chunk_size": config.max_chunk_size,
-        "row_shapes": config.row_shapes,
-    }
+    of_scheduler = [getattr(config.scheduler, name) for name in _OF_SCHEDULER]
+    values = (config.num_ranks, *of_scheduler, config.max_chunk_size, config.row_shapes)
+    return dict(zip(SETTING_NAMES, values, strict=True))
 
 
 def sweep(
@@ -137,23 +114,19 @@ def sweep(
     return summaries
 
 
-def best(
-    summaries: Sequence[dict[str, Any]],
-    ttft_p99_s: float | None = None,
-    tpot_p99_s: float | None = None,
-    queue_p99_s: float | None = None,
-) -> int | None:
-    """Return the index of the best setting within the limits, or None where none keeps to them.
+def best(summaries: Sequence[dict[str, Any]], **limits: float | None) -> int | None:
+    """Return the index of the best setting within the limits by `BEST_RULE`, or None where none keeps to them.
 
-    Best is the highest throughput. Workloads that arrive at their own rate end at nearly the same time whatever the
-    setting; throughputs within 1 % of the highest count as equal, and of these the best loses the least time to uneven
-    work, then has the lower time per token: `BEST_RULE` in words.
+    Workloads that arrive at their own rate end at nearly the same time whatever the setting: hence the 1 %.
+
+    Args:
+        summaries: of each setting, see `sweep`.
+        **limits: `ttft_p99_s`, `tpot_p99_s` and `queue_p99_s`, those that there are; None for no limit.
     """
-    limits = (("ttft_s", ttft_p99_s), ("tpot_s", tpot_p99_s), ("queue_s", queue_p99_s))
     allowed = [
         index
         for index, summary in enumerate(summaries)
-        if all(limit is None or summary[name]["p99"] <= limit for name, limit in limits)
+        if all(most is None or summary[name.replace("_p99", "")]["p99"] <= most for name, most in limits.items())
     ]
     if not allowed:
         return None

@@ -84,15 +84,7 @@ def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
-    """Fit the cost constants to recorded runs.
-
-    Args:
-        columns: see `cost_columns`.
-        source: what to say about where the constants come from.
-
-    Raises:
-        ConfigurationError: for runs with dummy or padding rows, or too few steps.
-    """
+    """Fit the cost constants to recorded runs' columns; none with dummy or padding rows."""
     if columns["filler_rows"].any():
         raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
     counts = {name: columns[name] for name in _COUNTS if name != "filler_rows"}

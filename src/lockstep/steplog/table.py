@@ -34,7 +34,7 @@ def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
 
 _MOST_HOLES = 10_000_000
 
-_ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
+ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,11 @@ class StepTable:
                 filled[cell] = columns[name].astype(dtype)
             return filled.reshape(shape)
 
+        rows: dict[str, Any] = {name: grid(name, 0, np.int64) for name in ROWS}
         agreement_s = grid("agreement_s", np.inf, np.float64).min(axis=1, initial=np.inf)
         return cls(
             step=steps.astype(np.int64),
-            real_rows=grid("real_rows", 0, np.int64),
-            dummy_rows=grid("dummy_rows", 0, np.int64),
-            padding_rows=grid("padding_rows", 0, np.int64),
-            prefill_tokens=grid("prefill_tokens", 0, np.int64),
-            decode_tokens=grid("decode_tokens", 0, np.int64),
-            num_waiting=grid("num_waiting", 0, np.int64),
+            **rows,
             start_s=grid("start_s", 0.0, np.float64).max(axis=1, initial=0.0),
             duration_s=grid("duration_s", 0.0, np.float64).max(axis=1, initial=0.0),
             agreement_s=np.where(np.isinf(agreement_s), 0.0, agreement_s),
@@ -129,7 +125,7 @@ class StepTable:
         """Return several tables of one run as one; `lost` is that of the whole, where it is known."""
         if len(tables) == 1:
             return replace(tables[0], lost=lost or tables[0].lost)
-        names = ("step", *_ROWS, "start_s", "duration_s", "agreement_s", "busy_s")
+        names = ("step", *ROWS, "start_s", "duration_s", "agreement_s", "busy_s")
         columns: dict[str, Any] = {name: np.concatenate([getattr(table, name) for table in tables]) for name in names}
         num_steps = sum(table.num_steps for table in tables)
         return cls(**columns, num_steps=num_steps, steps_per_row=tables[0].steps_per_row, lost=lost)
@@ -195,7 +191,7 @@ class StepTable:
         if steps_per_row == 1 or not self.num_rows:
             return self
         starts = np.arange(0, self.num_rows, steps_per_row)
-        added: dict[str, Any] = {name: np.add.reduceat(getattr(self, name), starts, axis=0) for name in _ROWS}
+        added: dict[str, Any] = {name: np.add.reduceat(getattr(self, name), starts, axis=0) for name in ROWS}
         # Rows of a merged table no longer say who waited for whom; busy seconds do, and are added up instead.
         busy = self.busy_share() * self.weights[:, None]
         return replace(

@@ -1,0 +1,25 @@
+"""JSON that somebody else wrote: a sentence says what is wrong with it."""
+
+import json
+from typing import Any
+
+from lockstep.errors import ConfigurationError
+
+
+def json_object(where: object, text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        where: what messages call the text: a path, a path and its line.
+        text: UTF-8.
+
+    Raises:
+        ConfigurationError: it is not JSON, or something else than an object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
+        raise ConfigurationError(f"{where} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where} must be a JSON object, got {json.dumps(value):.60}")
+    return value
