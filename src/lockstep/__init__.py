@@ -14,9 +14,9 @@ _PUBLIC = {
     "StepDecision": "lockstep.coordination.step",
     "decide": "lockstep.coordination.step",
     "Coordinator": "lockstep.coordination.coordinator",
-    "ForwardContext": "lockstep.coordination.forward_context",
-    "set_forward_context": "lockstep.coordination.forward_context",
-    "get_forward_context": "lockstep.coordination.forward_context",
+    "ForwardContext": "lockstep.metadata.forward_context",
+    "set_forward_context": "lockstep.metadata.forward_context",
+    "get_forward_context": "lockstep.metadata.forward_context",
     "Session": "lockstep.coordination.session",
     "Dispatcher": "lockstep.dispatch.base",
     "ExpertsShape": "lockstep.dispatch.base",
@@ -52,9 +52,6 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from lockstep.coordination.coordinator import Coordinator as Coordinator
-    from lockstep.coordination.forward_context import ForwardContext as ForwardContext
-    from lockstep.coordination.forward_context import get_forward_context as get_forward_context
-    from lockstep.coordination.forward_context import set_forward_context as set_forward_context
     from lockstep.coordination.session import Session as Session
     from lockstep.coordination.step import StepDecision as StepDecision
     from lockstep.coordination.step import StepRecord as StepRecord
@@ -77,6 +74,9 @@ if TYPE_CHECKING:
     from lockstep.metadata.chunks import ChunkPlan as ChunkPlan
     from lockstep.metadata.config import ParallelConfig as ParallelConfig
     from lockstep.metadata.dp_metadata import DPMetadata as DPMetadata
+    from lockstep.metadata.forward_context import ForwardContext as ForwardContext
+    from lockstep.metadata.forward_context import get_forward_context as get_forward_context
+    from lockstep.metadata.forward_context import set_forward_context as set_forward_context
     from lockstep.models.huggingface import from_pretrained as from_pretrained
     from lockstep.models.huggingface import join as join
     from lockstep.models.huggingface import parallelize as parallelize

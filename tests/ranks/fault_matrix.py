@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import lockstep
+from lockstep.coordination.groups import connect
 from lockstep.errors import LockstepError
-from lockstep.models.groups import connect
 from lockstep.models.parallel import parallel_of
 from lockstep.testing import Fault, InjectedFault, inject, inject_outside
 from lockstep.testing.faults import break_on_purpose

@@ -204,7 +204,7 @@ def test_gpus_that_are_not_there_are_missed_before_anything_starts(arguments, tm
 
 
 def test_of_gpus_without_a_number_each_rank_takes_its_own(monkeypatch):
-    from lockstep.models.groups import own_device
+    from lockstep.coordination.groups import own_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")

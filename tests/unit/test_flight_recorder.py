@@ -16,7 +16,8 @@ from lockstep.cli import app
 from lockstep.commands import postmortem
 from lockstep.commands.postmortem import postmortem_document, read_recorder
 from lockstep.coordination.board import Board
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, within
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase
+from lockstep.coordination.waits import within
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
 
 

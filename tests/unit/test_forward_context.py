@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from lockstep.coordination.forward_context import ForwardContext, get_forward_context, set_forward_context
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.metadata.forward_context import ForwardContext, get_forward_context, set_forward_context
 
 
 def test_outside_a_step_the_error_says_what_to_do():

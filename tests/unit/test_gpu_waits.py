@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination import groups
 from lockstep.coordination.board import Board
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase, watch_group
-from lockstep.coordination.transports import SharedMemoryTransport, wait_until
-from lockstep.dispatch import collectives
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase
+from lockstep.coordination.group_waits import await_parked, await_work, watch_group
+from lockstep.coordination.transports import SharedMemoryTransport
+from lockstep.coordination.waits import wait_until
 from lockstep.dispatch.base import Abilities, ExpertsShape, Route
 from lockstep.errors import PeerFailedError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.models import groups
 from lockstep.moe.layer import MoELayer
 from lockstep.moe.step import MoELayers
 
@@ -122,12 +123,12 @@ def test_a_collective_whose_peer_never_comes_names_it(ranks):
     watch_group(group, ranks.recorders[0])
     try:
         with pytest.raises(RankAbsentError, match="rank 1 was last seen in experts of layer 3 in step 7") as caught:
-            collectives._finish(Event(None), "reduce_scatterv", group, DEADLINE_S)
+            await_work(Event(None), "reduce_scatterv", group, DEADLINE_S)
     finally:
         watch_group(group, None)
     assert caught.value.absent_ranks == (1,)
     assert "reduce_scatterv did not end after 0.3" in str(caught.value)
-    collectives._finish(Event(0.05), "reduce_scatterv", group, DEADLINE_S)
+    await_work(Event(0.05), "reduce_scatterv", group, DEADLINE_S)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def combined(ranks, monkeypatch):
     """`combined(event)`: rank 0's host went on after a combine that ends with the event."""
     group = Group()
     watch_group(group, ranks.recorders[0])
-    yield lambda event: collectives._finish(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False)
+    yield lambda event: await_work(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False)
     watch_group(group, None)
 
 
@@ -144,19 +145,18 @@ def test_the_host_goes_on_after_combine_and_waits_once(ranks, combined):
     for seconds in (0.1, 0.15, 0.2):  # of three layers
         combined(Event(seconds))
     assert time.monotonic() - started < 0.1
-    collectives.await_last(ranks.recorders[0])
+    await_parked(ranks.recorders[0])
     assert 0.2 <= time.monotonic() - started < 1.0
-    assert ranks.recorders[0].unfinished is None
-    collectives.await_last(ranks.recorders[0])
+    await_parked(ranks.recorders[0])
 
 
 def test_a_wait_for_a_later_collective_is_one_for_those_before_it(ranks, combined):
     combined(Event(None))
     group = Group()
     watch_group(group, ranks.recorders[0])
-    collectives._finish(Event(0.05), "all_gatherv", group, DEADLINE_S)
+    await_work(Event(0.05), "all_gatherv", group, DEADLINE_S)
     watch_group(group, None)
-    collectives.await_last(ranks.recorders[0])
+    await_parked(ranks.recorders[0])
 
 
 def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ranks, combined):
@@ -174,7 +174,7 @@ def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ran
 def test_without_a_recorder_nobody_would_wait_later(ranks, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     with pytest.raises(RankAbsentError, match="rank 0: reduce_scatterv did not end"):
-        collectives._finish(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False)
+        await_work(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False)
 
 
 def waits(issued):
@@ -244,7 +244,7 @@ def test_anothers_reason_counts(ranks):
 
 
 def test_a_group_that_does_not_end_is_left_behind(ranks, monkeypatch):
-    monkeypatch.setattr("lockstep.models.groups._OPEN_S", 0.2)
+    monkeypatch.setattr("lockstep.coordination.groups._OPEN_S", 0.2)
     issued = step_of(ranks, Event(None))
     issued.group.abort = lambda: time.sleep(60)
     with pytest.raises(RankAbsentError):

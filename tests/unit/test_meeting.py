@@ -8,9 +8,9 @@ import time
 import pytest
 import torch.distributed as dist
 
+from lockstep.coordination.groups import find_group
 from lockstep.coordination.meeting import MeetingPlace
 from lockstep.errors import ConfigurationError, RankAbsentError
-from lockstep.models.groups import find_group
 
 
 @pytest.fixture(params=["hash", "file", "tcp"])

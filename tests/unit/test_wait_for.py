@@ -2,7 +2,7 @@
 
 import pytest
 
-from lockstep.coordination.transports import wait_for
+from lockstep.coordination.waits import wait_for
 
 
 class Work:

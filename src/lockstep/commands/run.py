@@ -192,8 +192,8 @@ def _check_options(options: RunOptions, console: Console) -> None:
 
 
 def _check_machine(options: RunOptions) -> None:
+    from lockstep.coordination.groups import own_device
     from lockstep.dispatch.choose import check_dispatcher
-    from lockstep.models.groups import own_device
     from lockstep.runner.run import DTYPES
 
     if options.dtype not in DTYPES:

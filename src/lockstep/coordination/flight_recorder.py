@@ -13,7 +13,6 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.coordination.board import GIVEN_UP_WORD, Board
 from lockstep.coordination.step import MESSAGE_BYTES, decode_message, encode_message, odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
+from lockstep.coordination.waits import within
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ class FlightRecorder:
     Attributes:
         step, phase, layer: where this rank is.
         fingerprint: hash of all collectives noted so far.
-        unfinished: waits for the last collective on this rank's GPU after which the host went on; None: there is none.
         on_mark: called with the recorder at every mark; for tests that break things on purpose.
     """
 
@@ -109,7 +108,6 @@ class FlightRecorder:
         self.phase = Phase.END
         self.layer = -1
         self.on_mark: Callable[[FlightRecorder], None] | None = None
-        self.unfinished: Callable[[], None] | None = None
         self.fingerprint = 0
         self._spoiled_step = -2
         self._others = [other for other in range(num_ranks) if other != rank]
@@ -463,62 +461,6 @@ class FlightRecorder:
         store, key = self._store, f"place/{self.epoch}/{rank}"
         place, since = json.loads(within(lambda: store.get(key) if store.check([key]) else b"[0, 0]", _STORE_S))
         return place, max(0.0, time.time() - since)
-
-
-_recorders: dict[str, tuple[FlightRecorder, tuple[int, ...]]] = {}
-
-
-def watch_group(group: "dist.ProcessGroup", recorder: FlightRecorder | None, members: Sequence[int] = ()) -> None:
-    """Let the waits of a group's collectives be watched by a recorder; None ends it.
-
-    `members` are the recorder's numbers of the group's ranks; all by default.
-    """
-    if recorder is None:
-        _recorders.pop(group.group_name, None)
-    else:
-        _recorders[group.group_name] = (recorder, tuple(members))
-
-
-def recorder_of(group: "dist.ProcessGroup") -> FlightRecorder | None:
-    """Return the recorder that watches a group, if any does."""
-    watched = _recorders.get(group.group_name)
-    return watched[0] if watched is not None else None
-
-
-def members_of(group: "dist.ProcessGroup") -> tuple[int, ...]:
-    """Return the recorder's numbers of a watched group's ranks; empty for all ranks."""
-    watched = _recorders.get(group.group_name)
-    return watched[1] if watched is not None else ()
-
-
-def within(call: Callable[[], Any], seconds: float, last_answer: Callable[[], float] | None = None) -> Any:
-    """Run a function that may hang, such as one that asks a store whose keeper is gone, and wait at most so long.
-
-    Args:
-        call: the function; runs in a thread of its own.
-        seconds: longest wait.
-        last_answer: when it was last seen to go on, on the monotonic clock; the limit then counts from there.
-
-    Raises:
-        TimeoutError: it did not return in time; it is left behind.
-        Exception: what it raised.
-    """
-    outcome: futures.Future[Any] = futures.Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    started = time.monotonic()
-    threading.Thread(target=run, name="lockstep-store", daemon=True).start()
-    while not outcome.done():
-        left_s = (last_answer() if last_answer is not None else started) + seconds - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(f"no answer within {seconds:.3g} s")
-        futures.wait([outcome], left_s)
-    return outcome.result()
 
 
 def _pack_place(step: int, phase: Phase, layer: int) -> int:

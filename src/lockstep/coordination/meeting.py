@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.coordination.flight_recorder import within
+from lockstep.coordination.waits import within
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import RankAbsentError
 

@@ -1,8 +1,5 @@
 """How records travel. A transport moves a few integers of each rank to all ranks, and knows when to give up."""
 
-import contextlib
-import datetime
-import os
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -13,15 +10,7 @@ import torch.distributed as dist
 
 from lockstep.coordination.board import EXCHANGE_BYTES, Board
 from lockstep.coordination.step import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wire, cut, decode_message, encode_message
-
-CHECK_S = 0.1
-"""How often a wait looks whether the others are still there, in seconds."""
-
-# See _pause.
-_SPIN_NS = 20_000
-_YIELD_NS = 400_000
-_SLEEP_SHARE = 0.02
-_SLEEP_S = (0.00002, 0.001)
+from lockstep.coordination.waits import CHECK_S, SPIN_NS, first_line, pause, wait_for
 
 
 class Pending(Protocol):
@@ -134,8 +123,8 @@ class SharedMemoryTransport:
         self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
         self._others = [r for r in range(board.num_ranks) if r != rank]
         # A rank that looks without pause must not keep another from answering.
-        self._spin_ns = _SPIN_NS if board.cores_suffice() else 0
-        self._shapes: dict[int, _Shape] = {}
+        self._spin_ns = SPIN_NS if board.cores_suffice() else 0
+        self._shapes: dict[int, _RecordShape] = {}
 
     def begin(self, wire: Wire) -> "_PendingBoard":
         """See `Transport`."""
@@ -143,7 +132,7 @@ class SharedMemoryTransport:
         size = len(wire)
         shape = self._shapes.get(size)
         if shape is None:
-            shape = self._shapes[size] = _Shape(self.num_ranks, size)
+            shape = self._shapes[size] = _RecordShape(self.num_ranks, size)
         stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
         start = self._starts[sequence & 1][self.rank]
         self.board.bytes[start : start + size] = stamped
@@ -156,7 +145,7 @@ class SharedMemoryTransport:
         return any(words[starts[rank] >> 3] >> 32 == following for rank in self._others)
 
 
-class _Shape:
+class _RecordShape:
     """What is worked out once for records of one size, from all ranks."""
 
     def __init__(self, num_ranks: int, size: int) -> None:
@@ -172,7 +161,7 @@ class _PendingBoard:
     __slots__ = ("_own_head", "_sequence", "_shape", "_stamped_head", "_transport")
 
     def __init__(
-        self, transport: SharedMemoryTransport, shape: _Shape, sequence: int, head: bytes, stamped: bytes
+        self, transport: SharedMemoryTransport, shape: _RecordShape, sequence: int, head: bytes, stamped: bytes
     ) -> None:
         self._transport = transport
         self._shape = shape
@@ -192,7 +181,7 @@ class _PendingBoard:
         awaited = [start // WORD_BYTES + last_word for start in self._transport._starts[sequence & 1]]
         while True:
             now = time.monotonic_ns()
-            slept = _pause(now - started, self._transport._spin_ns)
+            slept = pause(now - started, self._transport._spin_ns)
             while awaited and words[awaited[-1]] >> 32 == sequence:
                 awaited.pop()
             if not awaited or slept:
@@ -274,85 +263,3 @@ def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[
     if board is not None and all(decode_message(vote) == b"yes" for vote in votes):
         return SharedMemoryTransport(board, rank), board
     return transport, None
-
-
-def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Wait for a collective at most `timeout_s` seconds.
-
-    Args:
-        work: of an asynchronous collective.
-        timeout_s: longest wait, in seconds.
-        check: called every `CHECK_S` seconds; ends the wait by raising.
-
-    Raises:
-        TimeoutError: it did not end in time.
-        ConnectionError: a peer's connection broke.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        # Slices, because Python sees Ctrl-C only between two waits. A slice that ends leaves the collective running.
-        left_s = deadline - time.monotonic()
-        try:
-            work.wait(datetime.timedelta(seconds=min(max(left_s, 0.001), CHECK_S)))
-            return
-        except RuntimeError as error:
-            message = first_line(error)
-            timed_out = "imed out" in message or "imeout" in message
-            if not timed_out:
-                raise ConnectionError(f"a peer's connection broke ({message})") from error
-            if work.is_completed():
-                # It has come to its end since the slice ended: well, or by the group's own limit, which may come a
-                # little before ours. Waiting once more says which, at once.
-                with contextlib.suppress(RuntimeError):
-                    work.wait()
-                    return
-                raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
-            if left_s <= CHECK_S:
-                raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
-        if check is not None:
-            check()
-
-
-def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Look at most `timeout_s` seconds until something is done for which any other wait would have no limit.
-
-    Args:
-        done: asks an event, or a collective, of a GPU.
-        timeout_s: longest wait, in seconds.
-        check: called every `CHECK_S` seconds; ends the wait by raising.
-
-    Raises:
-        TimeoutError: it was not done in time.
-    """
-    if done():
-        return
-    started = time.monotonic_ns()
-    next_check = started + int(CHECK_S * 1e9)
-    while not done():
-        now = time.monotonic_ns()
-        if now >= started + timeout_s * 1e9:
-            raise TimeoutError(f"not done within {timeout_s:.3g} s")
-        if now >= next_check:
-            next_check = now + int(CHECK_S * 1e9)
-            if check is not None:
-                check()
-        _pause(now - started, _SPIN_NS)
-
-
-def _pause(waited_ns: int, spin_ns: int) -> bool:
-    """Let some time pass between two looks; return whether that was a sleep.
-
-    A wait looks without pause for the first time, then gives way to other threads, and then sleeps between looks: for a
-    share of what it has waited, so that it ends late by no more than that.
-    """
-    if waited_ns >= _YIELD_NS:
-        time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
-        return True
-    if waited_ns >= spin_ns:
-        os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
-    return False
-
-
-def first_line(error: BaseException) -> str:
-    """Return an exception's message up to its first line break; C++ stack traces follow there."""
-    return str(error).strip().split("\n", 1)[0]

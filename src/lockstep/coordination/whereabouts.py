@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lockstep.coordination.flight_recorder import within
 from lockstep.coordination.processes import ProcessIdentity, ProcessState
+from lockstep.coordination.waits import within
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
-from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv, reduce_scatterv
+from lockstep.dispatch.collectives import all_gatherv, reduce_scatterv
 
 
 class AllGatherDispatcher(CollectiveDispatcher):

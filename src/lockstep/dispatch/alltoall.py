@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
-from lockstep.dispatch.collectives import DEADLINE_S, all_to_allv, view_as
+from lockstep.dispatch.collectives import all_to_allv, view_as
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
 from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route, check_sizes
-from lockstep.dispatch.collectives import DEADLINE_S
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 

@@ -3,9 +3,7 @@
 Sizes are known on all ranks beforehand (they were agreed), so no call exchanges them first.
 """
 
-import functools
 import math
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +11,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.flight_recorder import FlightRecorder, members_of, recorder_of
-from lockstep.coordination.transports import wait_for, wait_until
-from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
-
-DEADLINE_S = 30.0
-
-_waited = threading.local()
+from lockstep.coordination.group_waits import DEADLINE_S, await_work, count_wait, recorder_of
+from lockstep.errors import ConfigurationError, TokenCountError
 
 _recorders: list[list[tuple[str, tuple[int, ...]]]] = []
 
@@ -38,12 +31,6 @@ def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
         _recorders.remove(log)
 
 
-def waited_s() -> float:
-    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
-    seconds: float = getattr(_waited, "seconds", 0.0)
-    return seconds
-
-
 def all_gatherv(
     tensors: Sequence[torch.Tensor],
     sizes: Sequence[int],
@@ -59,7 +46,7 @@ def all_gatherv(
         sizes: rows of every rank, `[ranks]`; 0 is allowed.
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
-        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
+        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
 
     Returns:
         For each tensor the rows of all ranks, `[sum(sizes), ...]`.
@@ -78,7 +65,7 @@ def all_gatherv(
     if mine.device.type == "cuda":
         _record("all_gatherv", sizes, group, deadline_s, on_cpu=False)
         work = dist.all_gather(list(everyones.split(list(sizes))), mine, group=group, async_op=True)
-        _finish(work, "all_gatherv", group, deadline_s, host_waits)
+        await_work(work, "all_gatherv", group, deadline_s, host_waits=host_waits)
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
         repeated = mine.repeat(len(sizes), 1)
@@ -130,7 +117,7 @@ def reduce_scatterv(
         sizes: rows of every rank, `[ranks]`; 0 is allowed.
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
-        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
+        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
 
     Returns:
         The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`.
@@ -173,7 +160,7 @@ def all_to_allv(
         group: gloo or NCCL.
         deadline_s: longest wait in seconds.
         name: what messages and records call the operation.
-        host_waits: False: on NCCL the host goes on, up to `await_last`; see there.
+        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
 
     Returns:
         The received rows, ordered by source, `[sum(recv_sizes), ...]`.
@@ -196,48 +183,6 @@ def all_to_allv(
     return received
 
 
-def await_last(recorder: FlightRecorder) -> None:
-    """Wait for the last collective after which the host went on, and so for all before it; nothing if there is none.
-
-    Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit. A
-    later collective that the host waits for does as well.
-
-    Args:
-        recorder: of this rank; that of the group that the collective ran in.
-
-    Raises:
-        RankAbsentError: a rank did not come in time; the group must not be used again.
-    """
-    unfinished, recorder.unfinished = recorder.unfinished, None
-    if unfinished is not None:
-        unfinished()
-
-
-def await_work(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a collective that was issued elsewhere as for those of this module.
-
-    Args:
-        work: of the collective.
-        name: what messages call it.
-        group: in which it runs.
-        deadline_s: longest wait in seconds.
-
-    Raises:
-        RankAbsentError: a rank did not come in time; the group must not be used again.
-    """
-    _finish(work, name, group, deadline_s)
-
-
-def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until all ranks of a group have come. Raises as `await_work`.
-
-    Args:
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-    """
-    await_work(dist.barrier(group, async_op=True), "barrier", group, deadline_s)
-
-
 def _exchange(
     name: str,
     noted_sizes: Sequence[int],
@@ -252,40 +197,7 @@ def _exchange(
     """Note, issue and end one all-to-all into `received`."""
     _record(name, noted_sizes, group, deadline_s, sent.device.type == "cpu")
     work = dist.all_to_all_single(received, sent, list(recv_sizes), list(send_sizes), group=group, async_op=True)
-    _finish(work, name, group, deadline_s, host_waits)
-
-
-def _finish(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float, host_waits: bool = True) -> None:
-    recorder = recorder_of(group)
-    if dist.get_backend(group) == "nccl":
-        work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
-        if recorder is not None:
-            recorder.unfinished = None
-            if not host_waits:
-                recorder.unfinished = functools.partial(_await, work, name, group, deadline_s)
-                return
-    _await(work, name, group, deadline_s)
-
-
-def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
-    recorder = recorder_of(group)
-    check = recorder.check if recorder is not None else None
-    started = time.perf_counter()
-    try:
-        if dist.get_backend(group) == "nccl":
-            wait_until(work.is_completed, deadline_s, check)
-            return  # most of that wait was for this rank's own GPU
-        wait_for(work, deadline_s, check)
-        _count_wait(started)
-    except LockstepError:  # another rank has ended the wait
-        raise
-    except (TimeoutError, ConnectionError) as error:
-        waited_for = (
-            f"{name} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
-        )
-        if recorder is not None:
-            raise recorder.absent(waited_for, among=members_of(group)) from error
-        raise RankAbsentError(f"rank {dist.get_rank(group)}: {waited_for}; its group is not used again") from error
+    await_work(work, name, group, deadline_s, host_waits=host_waits)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -325,8 +237,4 @@ def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_
     if recorder is not None and recorder.num_ranks == group.size():
         started = time.perf_counter()
         recorder.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
-        _count_wait(started)
-
-
-def _count_wait(started: float) -> None:
-    _waited.seconds = waited_s() + time.perf_counter() - started
+        count_wait(started)

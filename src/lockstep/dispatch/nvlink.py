@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.flight_recorder import recorder_of
+from lockstep.coordination.group_waits import barrier, recorder_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts, check_sizes
-from lockstep.dispatch.collectives import barrier
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
 from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lockstep.coordination.group_waits import waited_s
 from lockstep.coordination.step import StepDecision, StepRecord, decided
-from lockstep.dispatch.collectives import waited_s
 from lockstep.engine.attention import attention_name
 from lockstep.engine.decoder import probe_shapes
 from lockstep.engine.device_step import DeviceStep, Drawn, EngineRequest

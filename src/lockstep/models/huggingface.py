@@ -9,18 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.session import Session
-from lockstep.dispatch.collectives import DEADLINE_S
-from lockstep.errors import ConfigurationError
-from lockstep.models import transformers_internals as internals
-from lockstep.models.arguments import read_arguments
-from lockstep.models.groups import (
+from lockstep.coordination.group_waits import DEADLINE_S
+from lockstep.coordination.groups import (
     find_group,
     own_device,
     parallel_config,
     tensor_parallel_group,
     tensor_parallel_mesh,
 )
+from lockstep.coordination.session import Session
+from lockstep.errors import ConfigurationError
+from lockstep.models import transformers_internals as internals
+from lockstep.models.arguments import read_arguments
 from lockstep.models.loading import find_experts, load_pretrained, shard_experts
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION

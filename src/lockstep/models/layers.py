@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from lockstep.coordination.groups import Groups
 from lockstep.dispatch.base import Dispatcher, ExpertsShape
 from lockstep.dispatch.choose import MAPPED_ROWS, DispatcherOptions, make_dispatcher
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.metadata.config import ParallelConfig
-from lockstep.models.groups import Groups
 from lockstep.models.options import ParallelOptions
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lockstep.coordination.groups import Start
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import change_config, read_arguments
 from lockstep.models.checkpoint import check_files, check_scales, refuse_leftovers, undeclared_quantisation
-from lockstep.models.groups import Start
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,22 +10,23 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase, watch_group
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.group_waits import watch_group
+from lockstep.coordination.groups import Start, abort, open_groups
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.termination import speak_before_termination
+from lockstep.coordination.watched_group import WatchedGroup
 from lockstep.dispatch.choose import can_map, constants_of, mapping_facts
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.models.graphs import StepGraphs
-from lockstep.models.groups import Start, abort, open_groups
 from lockstep.models.layers import make_layers
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
 from lockstep.models.probe import dense_checksum, experts_shapes
-from lockstep.models.watched_group import WatchedGroup
 from lockstep.moe.step import MoELayers, Step, current_step
 
 OUTSIDE = (

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, ExpertsShape, Route
-from lockstep.dispatch.collectives import DEADLINE_S, all_gatherv
+from lockstep.dispatch.collectives import all_gatherv
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import FEW_ROWS, LocalExperts

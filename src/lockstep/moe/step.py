@@ -12,13 +12,13 @@ import torch
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase
-from lockstep.coordination.forward_context import ForwardContext, set_forward_context
-from lockstep.coordination.transports import wait_until
+from lockstep.coordination.group_waits import DEADLINE_S, await_parked
+from lockstep.coordination.waits import wait_until
 from lockstep.dispatch.base import Route
-from lockstep.dispatch.collectives import DEADLINE_S, await_last
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.dp_metadata import DPMetadata
+from lockstep.metadata.forward_context import ForwardContext, set_forward_context
 from lockstep.metadata.sizes import sp_rows
 from lockstep.moe.layer import MoELayer
 
@@ -430,7 +430,7 @@ class Step:
 
     def _await_collectives(self) -> None:
         try:
-            await_last(self.recorder)
+            await_parked(self.recorder)
         except Exception as error:
             self.layers.give_up(error)
             raise

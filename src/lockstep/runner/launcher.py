@@ -306,7 +306,7 @@ def _run_rank(
     import torch
     import torch.distributed as dist
 
-    from lockstep.models.groups import connect
+    from lockstep.coordination.groups import connect
 
     pid = os.getpid()
     try:

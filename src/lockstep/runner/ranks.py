@@ -130,7 +130,7 @@ def join_group(store_port: int, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from lockstep.models.groups import connect
+    from lockstep.coordination.groups import connect
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))

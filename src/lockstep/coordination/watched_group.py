@@ -5,9 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lockstep.coordination.flight_recorder import recorder_of
+from lockstep.coordination.group_waits import await_work, recorder_of
 from lockstep.coordination.whereabouts import Whereabouts
-from lockstep.dispatch.collectives import await_work
 from lockstep.errors import RankAbsentError
 
 _BACKEND = "lockstep_watched"

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.board import Board
-from lockstep.coordination.flight_recorder import within
 from lockstep.coordination.meeting import MeetingPlace
-from lockstep.coordination.transports import Transport, first_line, open_transport, wait_until
+from lockstep.coordination.transports import Transport, open_transport
+from lockstep.coordination.waits import first_line, wait_until, within
+from lockstep.coordination.watched_group import WatchedGroup, watched_group
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.models.watched_group import WatchedGroup, watched_group
 
 logger = logging.getLogger(__name__)
 
