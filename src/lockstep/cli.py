@@ -19,6 +19,7 @@ from lockstep.cli_types import (
     ROW_SHAPES,
     SCALE,
     SEED,
+    SHARE,
     STEPS,
     TIME,
     AsJson,
@@ -89,7 +90,7 @@ def run(
         int, typer.Option(**COUNT, help="Ranks that share one data-parallel rank's requests.")
     ] = 1,
     max_chunk_size: Annotated[int | None, typer.Option(**COUNT, help="Maximum rows per rank and MoE chunk.")] = None,
-    dispatcher: Annotated[Dispatcher, typer.Option(help="How tokens reach their experts.")] = "allgather",
+    dispatcher: Annotated[Dispatcher, typer.Option(help="How tokens reach their experts.")] = "auto",
     requests: Requests = None,
     rate_scale: RateScale = 1.0,
     length_scale: Annotated[
@@ -103,6 +104,12 @@ def run(
     max_num_batched_tokens: Annotated[int, typer.Option(**COUNT, help="Maximum tokens per rank and step.")] = 2048,
     max_num_seqs: MaxNumSeqs = 256,
     kv_capacity_tokens: KvCapacityTokens = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(**COUNT, help="Maximum tokens per request; by default the model's context.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(**SHARE, help="Share of a GPU's memory for weights, KV cache and the rest together.")
+    ] = 0.9,
     max_prefill_delay_steps: Annotated[
         int, typer.Option(**STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
     ] = 0,
@@ -114,7 +121,7 @@ def run(
         typer.Option(help="When requests arrive: by the number of the step, which repeats exactly, or in real time."),
     ] = "steps",
     seed: Annotated[int, typer.Option(**SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
-    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = "float32",
+    dtype: Annotated[DType, typer.Option(help="Type of the weights; `auto`: the checkpoint's.")] = "auto",
     device: Annotated[
         str | None,
         typer.Option(
@@ -181,7 +188,9 @@ def run(
             kv_capacity_tokens=kv_capacity_tokens,
             seconds_per_step=seconds_per_step,
         ),
-        keep_logprobs=verify and dtype != "float32",
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        keep_logprobs=verify,
         metrics_port=metrics_port,
     )
     raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))

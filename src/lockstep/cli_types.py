@@ -99,7 +99,7 @@ def _short(text: Any) -> str:
 
 # The names that the library knows, written out: a help page does not wait for torch. A test holds the two together.
 Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
 Clock = Literal["steps", "wall"]
 LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
@@ -114,6 +114,7 @@ SCALE: dict[str, Any] = {"parser": real(0, above=True), "metavar": "X"}
 TIME: dict[str, Any] = {"parser": seconds, "metavar": "2s|500ms"}
 _MALFORMED = "Refuse a file with a larger share of malformed lines; a single one is always left out."
 FRACTION: dict[str, Any] = {"parser": real(0, 1), "metavar": "0..1"}
+SHARE: dict[str, Any] = {"parser": real(0, 1, above=True), "metavar": "0..1"}
 
 # Options that several commands have.
 Requests = Annotated[int | None, typer.Option(**COUNT, help="Use only the first N requests.")]

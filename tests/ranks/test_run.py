@@ -57,6 +57,7 @@ def run_folder(tmp_path_factory):
         "--json",
     )
     assert result.returncode == 0, result.stderr
+    (folder / "stderr").write_text(result.stderr)
     return folder / "out", json.loads(result.stdout), len(lines)
 
 
@@ -72,6 +73,28 @@ def test_the_json_document_has_the_figures_and_all_tokens_are_verified(run_folde
     assert 0 < document["lost_fraction"] + document["no_requests_fraction"] < 1
     assert document["tokens_per_s"] > 0
     assert json.loads((out / "summary.json").read_text()) == document
+
+
+@pytest.mark.ranks(4)
+def test_what_was_chosen_and_why_is_said_once_and_kept(run_folder):
+    out, document, _ = run_folder
+    expected = {
+        "dispatcher": "auto",
+        "dispatcher_note": "allgather, alltoall; not nvlink: it needs GPUs",
+        "dtype": "float32",  # the checkpoint's
+        "device": "cpu",
+        "layers": "Transformers'",
+        "graphs": False,
+        "graphs_note": "they need a GPU",
+        "kv_capacity_tokens": None,
+        "max_model_len": 32768,
+    }
+    assert {name: document[name] for name in expected} == expected
+    assert document["attention_name"].startswith("scaled_dot_product_attention")
+    said = (out.parent / "stderr").read_text()
+    assert said.count("4 ranks on cpu, float32; dispatcher auto (allgather, alltoall; not nvlink: it needs GPUs)") == 1
+    report = (out / "report.html").read_text()
+    assert "dispatcher_note" in report and "attention_name" in report
 
 
 @pytest.mark.ranks(4)
@@ -162,8 +185,11 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--data-parallel-size", "0"], "--data-parallel-size must be >= 1, got 0"),
         (["--max-chunk-size", "0"], "--max-chunk-size must be >= 1, got 0"),
         (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens must be >= 1, got 0"),
+        (["--max-model-len", "0"], "--max-model-len must be >= 1, got 0"),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization must be a number"),
+        (["--gpu-memory-utilization", "1.1"], "--gpu-memory-utilization must be a number"),
         (["--requests", "-1"], "--requests must be >= 1, got -1"),
-        (["--dtype", "int3"], "--dtype: 'int3' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["--dtype", "int3"], "--dtype: 'int3' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
         (["--dispatcher", "pigeon"], "--dispatcher: 'pigeon' is not one of 'allgather'"),
         (["--device", "pigeon"], "--device must be cpu, cuda or cuda:N, got 'pigeon'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),

@@ -25,7 +25,7 @@ def test_choices_are_the_names_that_the_library_knows():
     from lockstep.workload.policies import LOAD_BALANCING
 
     assert get_args(cli_types.Dispatcher) == dispatcher_names()
-    assert get_args(cli_types.DType) == tuple(DTYPES)
+    assert get_args(cli_types.DType) == ("auto", *DTYPES)
     assert get_args(cli_types.Clock) == CLOCKS
     assert get_args(cli_types.LoadBalancing) == LOAD_BALANCING == cli_types.LOAD_BALANCING
     assert cli_types.ROW_SHAPES == ROW_SHAPES

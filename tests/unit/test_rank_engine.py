@@ -327,3 +327,15 @@ def test_a_cache_without_a_size_grows_and_keeps_what_it_holds():
     cache.grow(1, 1)
     assert cache.num_pages == 2 * first
     assert bool((cache.key_pages[0][:first] == 7.0).all())
+
+
+def test_a_longer_context_than_the_models_is_refused(qwen):
+    with pytest.raises(ConfigurationError, match="max_model_len must be at most the model's context of 32768"):
+        RankEngine(qwen, SchedulerConfig(), max_model_len=32769)
+
+
+def test_an_engine_says_what_was_chosen(qwen):
+    about = make_engine(qwen, kv_capacity_tokens=130).about()
+    assert (about["max_model_len"], about["kv_capacity_tokens"]) == (256, 128)  # whole pages
+    assert (about["dispatcher"], about["dtype"], about["device"]) == (None, "float32", "cpu")
+    assert (about["graphs"], about["graphs_note"]) == (False, "they need a GPU")

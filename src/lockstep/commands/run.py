@@ -30,6 +30,19 @@ if TYPE_CHECKING:
 
 _LINE_EVERY_S = 5.0
 _TINY_EXPERTS = 16
+# What was chosen for the run, of what its engine says of itself.
+_CHOSEN = (
+    "dispatcher",
+    "dispatcher_note",
+    "dtype",
+    "device",
+    "attention_name",
+    "layers",
+    "graphs",
+    "graphs_note",
+    "max_model_len",
+    "kv_capacity_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
     _quiet_transformers()
     from lockstep.report.metrics import RunMetrics
     from lockstep.runner import run as runner
+    from lockstep.runner.ranks import describe
 
     if rank != 0:
         return runner.run_rank(options)
@@ -151,7 +165,10 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
                 share = progress.rows_done / max(1, progress.rows_total)
                 console.print(f"step {progress.step}: {share:.0%} of all rows done; now {rows}", style="dim")
 
-        return runner.run_rank(options, show)
+        def say(about: dict[str, Any]) -> None:
+            console.print(describe(about, options.world_size), style="dim", soft_wrap=True)
+
+        return runner.run_rank(options, show, say)
 
 
 def _check_options(options: RunOptions, console: Console) -> None:
@@ -196,8 +213,8 @@ def _check_machine(options: RunOptions) -> None:
     from lockstep.dispatch.choose import check_dispatcher
     from lockstep.runner.run import DTYPES
 
-    if options.dtype not in DTYPES:
-        raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.dtype not in ("auto", *DTYPES):
+        raise ConfigurationError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {options.dtype!r}")
     check_dispatcher(options.dispatcher)
     own_device(options.device)
     if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
@@ -208,18 +225,14 @@ def _check_model_and_workload(options: RunOptions) -> None:
     """What a checkpoint's tokenizer and configuration say of the workload, before any rank has started."""
     if options.model == "tiny":
         return  # its byte tokenizer takes any prompt, and its context is checked by each rank
-    from transformers import AutoConfig
-
+    from lockstep.runner.checkpoint_checks import check_config
     from lockstep.runner.run import check_requests, load_requests, load_tokenizer
 
     _quiet_transformers()
-    try:
-        config = AutoConfig.from_pretrained(options.model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().split("\n", 1)[0][:200]
-        raise ConfigurationError(f"the configuration of {options.model} cannot be read: {first}") from None
+    config = check_config(options.model)
     tokenizer = load_tokenizer(options.model)
-    check_requests(load_requests(options, tokenizer), options.model, config, tokenizer, options.seed)
+    requests = load_requests(options, tokenizer)
+    check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)
 
 
 def _number_of(variable: str, default: int) -> int:
@@ -254,28 +267,12 @@ def _tiny(out: Path, rank: int, options: RunOptions) -> str:
 
 def _check_checkpoint(options: RunOptions) -> None:
     """What can be said of a checkpoint before any rank has started, and a folder made."""
-    if options.model == "tiny":
-        if _TINY_EXPERTS % options.world_size:
-            raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
-        return
-    path = Path(options.model)
-    if not path.exists():
-        if path.is_absolute() or len(path.parts) > 2 or options.model.startswith("."):
-            raise ConfigurationError(f"no checkpoint at {path}: there is no such folder")
-        return  # a Hub id
-    if not (path / "config.json").is_file():
-        raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {str(error)[:200]}") from None
-    if isinstance(config, dict):
-        text_config = config.get("text_config")
-        for names in (config, text_config if isinstance(text_config, dict) else {}):
-            for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-                num_experts = names.get(name)
-                if isinstance(num_experts, int) and num_experts % options.world_size:
-                    raise ConfigurationError(f"{num_experts} experts cannot be divided over {options.world_size} ranks")
+    from lockstep.runner.checkpoint_checks import check_checkpoint
+
+    if options.model != "tiny":
+        check_checkpoint(options.model, options.world_size)
+    elif _TINY_EXPERTS % options.world_size:
+        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
 
 
 def _quiet_transformers() -> None:
@@ -291,6 +288,7 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     from lockstep.runner.verify import Verification, verify
 
     out = Path(options.out)
+    options = replace(options, dtype=result["engine"]["dtype"])
     records = read_step_log(out / "steps.jsonl").records
     verification = Verification(None)
     if command.verify:
@@ -328,7 +326,7 @@ def _summary(
 
     totals = summarize(records)
     loss = loss_figures(StepTable.from_records(records).lost_by_cause())
-    wall_s = result["wall_s"]
+    wall_s, engine = result["wall_s"], result["engine"]
     return {
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
@@ -349,9 +347,9 @@ def _summary(
         "data_parallel_size": options.data_parallel_size,
         "tensor_parallel_size": options.tensor_parallel_size,
         "max_chunk_size": options.max_chunk_size,
-        "dispatcher": options.dispatcher,
-        "dtype": options.dtype,
-        "scheduler": asdict(options.scheduler),
+        **{name: engine[name] for name in _CHOSEN},
+        # With the capacity that the run had, so that a simulation of the same requests has it too.
+        "scheduler": asdict(options.scheduler) | {"kv_capacity_tokens": engine["kv_capacity_tokens"]},
         "seed": options.seed,
         "out": options.out,
     }

@@ -24,11 +24,13 @@ class Abilities:
         max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
         counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`: the experts must
             then run without it.
+        note: for a report: what the backend chooses from, and why not from more; empty where it chooses nothing.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     max_rows_per_rank: int | None = None
     counts_on_device: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -247,14 +247,22 @@ class AutoDispatcher:
         backends: to choose from, of the same ranks and experts; left open.
         shape: of the experts and the rows.
         constants: of the machine, the same on all ranks; by default those shipped for the rows' kind of device.
+        note: why other backends are not among them, for a report.
     """
 
     name = "auto"
 
     def __init__(
-        self, backends: Sequence[Dispatcher], shape: ExpertsShape, constants: DispatchConstants | None = None
+        self,
+        backends: Sequence[Dispatcher],
+        shape: ExpertsShape,
+        constants: DispatchConstants | None = None,
+        note: str = "",
     ) -> None:
-        self.abilities = Abilities(counts_on_device=any(one.abilities.counts_on_device for one in backends))
+        self.abilities = Abilities(
+            counts_on_device=any(one.abilities.counts_on_device for one in backends),
+            note=", ".join(backend.name for backend in backends) + note,
+        )
         self.num_experts = shape.num_experts
         self.num_local_experts = backends[0].num_local_experts
         self._num_ranks = self.num_experts // self.num_local_experts
@@ -333,9 +341,22 @@ def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: Dispatc
 
 def _make_auto(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
     names = ["allgather", "alltoall"]
-    if options.can_map and options.experts_on_device and shape.dtype is torch.bfloat16:
+    against = _against_nvlink(shape, options)
+    if not against:
         names.append("nvlink")
-    return AutoDispatcher([make_dispatcher(name, group, shape, options) for name in names], shape, options.constants)
+    backends = [make_dispatcher(name, group, shape, options) for name in names]
+    return AutoDispatcher(backends, shape, options.constants, f"; not nvlink: {against}" if against else "")
+
+
+def _against_nvlink(shape: ExpertsShape, options: DispatcherOptions) -> str:
+    """Say why `nvlink` cannot be had; nothing where it can."""
+    if shape.device.type != "cuda":
+        return "it needs GPUs"
+    if not options.can_map:
+        return "the ranks' GPUs do not map each other's memory"
+    if shape.dtype is not torch.bfloat16:
+        return f"it carries bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
+    return "" if options.experts_on_device else "these experts need the rows' counts on the host"
 
 
 register_dispatcher("allgather", _make_allgather)

@@ -156,6 +156,10 @@ class RankEngine:
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         context = getattr(text_config, "max_position_embeddings", None)
         self.max_model_len = int(max_model_len or context or 4096)
+        if context is not None and self.max_model_len > context:
+            raise ConfigurationError(
+                f"max_model_len must be at most the model's context of {context}, got {max_model_len}"
+            )
         self._device = model.get_input_embeddings().weight.device
         shapes, dtype = probe_shapes(model)
         num_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization)
@@ -281,17 +285,36 @@ class RankEngine:
         return min(self._num_messages[first : first + size])
 
     def about(self) -> dict[str, Any]:
-        """Return what a person may want to know of this engine, as plain values."""
+        """Return what a person may want to know of this engine, and what was chosen for it, as plain values."""
+        dispatcher = self.parallel.layers[0].dispatcher if self.parallel is not None else None
+        dtype = self.model.get_input_embeddings().weight.dtype
         return {
             "vocab_size": self.vocab_size,
             "num_logits": self.num_logits,
-            "max_model_len": self.max_model_len,
-            "kv_tokens": self.config.kv_capacity_tokens,
             "eos_token_ids": sorted(self._eos),
-            "attention": attention_name(self._device, self.cache.key_pages[0].dtype),
+            "max_model_len": self.max_model_len,
+            "kv_capacity_tokens": self.config.kv_capacity_tokens,
+            "dispatcher": dispatcher.name if dispatcher is not None else None,
+            "dispatcher_note": dispatcher.abilities.note if dispatcher is not None else "",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "attention_name": attention_name(self._device, self.cache.key_pages[0].dtype),
             "layers": self._device_step.decoder.name,
             "graphs": self._device_step.graphs is not None,
+            "graphs_note": self._against_graphs(),
         }
+
+    def _against_graphs(self) -> str:
+        """Say why steps are no CUDA graphs; nothing where they are."""
+        if self._device_step.graphs is not None:
+            return ""
+        if self._device.type != "cuda":
+            return "they need a GPU"
+        if self.parallel is None:
+            return "one process"
+        if self.parallel.config.tensor_parallel_size > 1:
+            return "tensor parallelism"
+        return "turned off" if self.parallel.layers.can_capture else "the dispatcher counts rows on the host"
 
     @torch.no_grad()
     def step(self, *, unfinished: bool | None = None, num_messages: int = 0, elapsed_ms: int = 0) -> list[TokenOutput]:

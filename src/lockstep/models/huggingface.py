@@ -40,7 +40,7 @@ def from_pretrained(
     *,
     tensor_parallel_size: int = 1,
     max_chunk_size_per_rank: int | None = None,
-    dispatcher: str = "allgather",
+    dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
@@ -57,7 +57,8 @@ def from_pretrained(
         path: a folder, or a Hub id.
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
+            for each step, the one that is expected to be fastest.
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
@@ -107,7 +108,7 @@ def parallelize(
     model: Any,
     *,
     max_chunk_size_per_rank: int | None = None,
-    dispatcher: str = "allgather",
+    dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
     deadline_s: float = DEADLINE_S,
@@ -120,7 +121,8 @@ def parallelize(
     Args:
         model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
+            for each step, the one that is expected to be fastest.
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.

@@ -30,7 +30,7 @@ class ParallelOptions:
     """
 
     max_chunk_size_per_rank: int | None = None
-    dispatcher: str = "allgather"
+    dispatcher: str = "auto"
     fp8_dispatch: bool = False
     deadline_s: float = DEADLINE_S
     debug: bool = False

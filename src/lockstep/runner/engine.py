@@ -12,10 +12,11 @@ from typing import Any
 
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
+from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
 from lockstep.runner.front import EngineStats, Front, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses, Ranks
-from lockstep.runner.ranks import EngineOptions, check_checkpoint, check_config, detokenizer_of, load_tokenizer
+from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, load_tokenizer
 from lockstep.runner.router import Router
 from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
@@ -71,7 +72,7 @@ class Engine:
         )
         self.about = self._front.start()
         if self._first_rank == 0:
-            logger.info("engine: %s", ", ".join(f"{name} {value}" for name, value in self.about.items()))
+            logger.info(describe(self.about, self.options.world_size))
 
     @property
     def stats(self) -> EngineStats:
@@ -202,7 +203,7 @@ class Engine:
         longest = len(ids) + params.max_tokens
         if longest > about["max_model_len"]:
             raise ConfigurationError(f"{sizes}, together more than the context of {about['max_model_len']}")
-        if about["kv_tokens"] is not None and num_pages(longest) > about["kv_tokens"] // PAGE_SIZE:
+        if about["kv_capacity_tokens"] is not None and num_pages(longest) > about["kv_capacity_tokens"] // PAGE_SIZE:
             raise ConfigurationError(
                 f"{sizes}, together more than the {about['kv_tokens'] // PAGE_SIZE} pages of {PAGE_SIZE} tokens that "
                 "a rank's KV cache has"

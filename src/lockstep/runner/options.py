@@ -23,16 +23,18 @@ class RunOptions:
         data_parallel_size: ranks with requests of their own, >= 1.
         tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
         max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
-        dispatcher: how tokens reach their experts.
-        dtype: of the weights, by name.
+        dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
+        dtype: of the weights, by name; `auto` is what the checkpoint says.
         device: `cpu`, `cuda`, or None for a GPU where there is one.
         seed: of made-up prompts and workloads.
         clock: what decides which requests have arrived: `steps`, virtual time that repeats exactly; or `wall`, the time
             that has passed since the run's start, from which latencies count then.
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
+        max_model_len: maximum tokens per request, prompt included; None takes the model's context.
+        gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
         deadline_s: longest wait for any rank, in seconds.
-        keep_logprobs: write the logprob of each chosen token, for a comparison in a dtype that rounds.
+        keep_logprobs: write the logprob of each chosen token where the dtype rounds, for a comparison.
         metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
     """
 
@@ -42,13 +44,15 @@ class RunOptions:
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
     max_chunk_size: int | None = None
-    dispatcher: str = "allgather"
-    dtype: str = "float32"
+    dispatcher: str = "auto"
+    dtype: str = "auto"
     device: str | None = None
     seed: int = 0
     clock: str = "steps"
     workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
     deadline_s: float = 30.0
     keep_logprobs: bool = False
     metrics_port: int | None = None

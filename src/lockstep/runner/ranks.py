@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lockstep.dispatch.choose import check_dispatcher
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
 from lockstep.workload import SchedulerConfig
 from lockstep.workload.policies import LOAD_BALANCING
 
-# What `lockstep.dispatch.choose` and torch know, written out: options are checked before either is imported.
-DISPATCHERS = ("allgather", "alltoall", "auto", "nvlink")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -86,8 +84,8 @@ class EngineOptions:
                 raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
         if not isinstance(self.graphs, bool):
             raise ConfigurationError(f"graphs must be True or False, got {self.graphs!r:.80}")
+        check_dispatcher(self.dispatcher)
         for name, names in (
-            ("dispatcher", DISPATCHERS),
             ("dtype", ("auto", *DTYPES)),
             ("load_balancing", LOAD_BALANCING),
         ):
@@ -176,52 +174,6 @@ def make_engine(options: EngineOptions) -> Any:
     )
 
 
-def check_checkpoint(model: str, world_size: int) -> None:
-    """Say what can be said of a checkpoint before any rank has started.
-
-    Args:
-        model: a folder, or a Hub id, of which nothing is known yet.
-        world_size: ranks over which its experts are divided.
-
-    Raises:
-        ConfigurationError: no such folder, no checkpoint in it, or experts that the ranks do not divide.
-    """
-    path = Path(model)
-    if not path.exists():
-        if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
-            raise ConfigurationError(f"no checkpoint at {path}: there is no such folder")
-        return
-    if not (path / "config.json").is_file():
-        raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {str(error)[:200]}") from None
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{path / 'config.json'} must hold an object, got {type(config).__name__}")
-    text_config = config.get("text_config")
-    for names in (config, text_config if isinstance(text_config, dict) else {}):
-        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-            num_experts = names.get(name)
-            if isinstance(num_experts, int) and num_experts % world_size:
-                raise ConfigurationError(f"{num_experts} experts cannot be divided over {world_size} ranks")
-
-
-def check_config(model: str) -> None:
-    """Let Transformers read a checkpoint's configuration, from the Hub too.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().split("\n", 1)[0][:200]
-        raise ConfigurationError(f"the configuration of {model} cannot be read: {first}") from None
-
-
 def load_tokenizer(model: str) -> Any:
     """Return a checkpoint's tokenizer; None where it has none that can be used, so that prompts must be token ids."""
     from transformers import AutoTokenizer
@@ -237,6 +189,32 @@ def load_tokenizer(model: str) -> Any:
 def detokenizer_of(tokenizer: Any) -> Detokenizer | None:
     """Return what turns a tokenizer's tokens into text; None without a tokenizer."""
     return Detokenizer(tokenizer) if tokenizer is not None else None
+
+
+def describe(about: Mapping[str, Any], world_size: int) -> str:
+    """Return what was chosen for an engine, and why, in one line.
+
+    Args:
+        about: what `RankEngine.about` said.
+        world_size: ranks in all.
+
+    Example:
+        >>> about = {"dispatcher": "auto", "dispatcher_note": "allgather, alltoall; not nvlink: it needs GPUs",
+        ...          "dtype": "float32", "device": "cpu", "attention_name": "SDPA", "layers": "Transformers'",
+        ...          "graphs": False, "graphs_note": "they need a GPU", "kv_capacity_tokens": None}
+        >>> describe(about, 2)  # doctest: +NORMALIZE_WHITESPACE
+        "2 ranks on cpu, float32; dispatcher auto (allgather, alltoall; not nvlink: it needs GPUs); layers:
+        Transformers'; attention: SDPA; no CUDA graphs (they need a GPU); KV cache: grows as needed"
+    """
+    note, capacity = about["dispatcher_note"], about["kv_capacity_tokens"]
+    device = about["device"].partition(":")[0]  # each rank has its own
+    parts = [f"{world_size} rank{'s' * (world_size > 1)} on {device}, {about['dtype']}"]
+    if about["dispatcher"] is not None:
+        parts.append(f"dispatcher {about['dispatcher']}" + (f" ({note})" if note else ""))
+    parts += [f"layers: {about['layers']}", f"attention: {about['attention_name']}"]
+    parts.append("CUDA graphs" if about["graphs"] else f"no CUDA graphs ({about['graphs_note']})")
+    parts.append("KV cache: " + ("grows as needed" if capacity is None else f"{capacity:,} tokens per rank"))
+    return "; ".join(parts)
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:

@@ -92,7 +92,14 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def check_requests(requests: Iterable[Request], model: str, config: Any, tokenizer: Any, seed: int) -> None:
+def check_requests(
+    requests: Iterable[Request],
+    model: str,
+    config: Any,
+    tokenizer: Any,
+    seed: int,
+    max_model_len: int | None = None,
+) -> None:
     """Raise where a request does not fit the model: longer than its context, or with tokens that it has no row for.
 
     Args:
@@ -101,12 +108,13 @@ def check_requests(requests: Iterable[Request], model: str, config: Any, tokeniz
         config: of the model.
         tokenizer: of the model.
         seed: of made-up prompts.
+        max_model_len: the caller's own limit; None for the model's context.
 
     Raises:
         ConfigurationError: naming the request, what it has and the limit.
     """
     text_config = config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = max_model_len or getattr(text_config, "max_position_embeddings", None)
     for request in requests:
         if limit is not None and request.num_kv_tokens > limit:
             raise ConfigurationError(
@@ -143,7 +151,11 @@ def _log_of_start(path: Path, restarts: int) -> Path:
     return path.with_stem(f"{path.stem}-restart{restarts}") if restarts else path
 
 
-def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def run_rank(
+    options: RunOptions,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run one rank to the end of the workload; every rank of the group calls it.
 
     Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
@@ -154,9 +166,11 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
     Args:
         options: the same on every rank.
         on_progress: called on rank 0 after every step.
+        on_ready: called on rank 0 before the first step, with what `RankEngine.about` says.
 
     Returns:
-        `wall_s`, `generated_tokens` and `requests` of the whole run on rank 0; an empty dict elsewhere.
+        `wall_s`, `generated_tokens`, `requests` and `engine` (as `RankEngine.about`) of the whole run on rank 0; an
+        empty dict elsewhere.
 
     Raises:
         ConfigurationError: options that cannot work, on every rank.
@@ -168,17 +182,19 @@ def run_rank(options: RunOptions, on_progress: Callable[[Progress], None] | None
         max_chunk_size_per_rank=options.max_chunk_size,
         dispatcher=options.dispatcher,
         deadline_s=options.deadline_s,
-        dtype=DTYPES[options.dtype],
+        dtype=DTYPES.get(options.dtype, "auto"),
         device=options.device,
     )
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
-    check_requests(requests, options.model, model.config, tokenizer, options.seed)
+    check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
     parallel = parallel_of(model)
     if parallel is not None:
         parallel.open()
     restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
     run = _Run(options, model, parallel, tokenizer, requests, restarts)
+    if on_ready is not None and run.rank == 0:
+        on_ready(run.engine.about())
     try:
         started = time.perf_counter()
         run.loop(on_progress)
@@ -222,7 +238,13 @@ class _Run:
         self.rank = parallel.config.rank if parallel is not None else 0
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
-        self.engine = RankEngine(model, options.scheduler)
+        self.engine = RankEngine(
+            model,
+            options.scheduler,
+            max_model_len=options.max_model_len,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+        )
+        self.keep_logprobs = options.keep_logprobs and model.dtype != torch.float32
         self.vocab_size = model.config.get_text_config().vocab_size
         self.open_requests: dict[int, _Notes] = {}
         self.rows_done, self.run_began, self.last_done_s = 0, 0.0, 0.0
@@ -285,7 +307,7 @@ class _Run:
             max_tokens=request.max_new_tokens,
             temperature=0.0,
             ignore_eos=True,
-            logprobs=0 if self.options.keep_logprobs else None,
+            logprobs=0 if self.keep_logprobs else None,
         )
         self.engine.add(request.request_id, ids, params)
         self.open_requests[request.request_id] = _Notes(self.first_step + self.engine.step_number, arrived_at)
@@ -334,7 +356,7 @@ class _Run:
             "ttft_s": round(notes.first_token_at - notes.arrived_at, 6),
             "tpot_s": round((now - notes.first_token_at) / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
         }
-        if self.options.keep_logprobs:
+        if self.keep_logprobs:
             line["logprobs"] = [round(logprob, 6) for logprob in notes.logprobs if logprob is not None]
         self._outputs.write(json.dumps(line) + "\n")
 
@@ -385,7 +407,7 @@ class _Run:
             "wall_s": self.started_s + wall_s,
             "requests": len(outputs),
             "generated_tokens": sum(output["num_new_tokens"] for output in outputs),
-            "kv_capacity_tokens": self.engine.config.kv_capacity_tokens,
+            "engine": self.engine.about(),
         }
 
     def _whole_steps(self) -> list[dict[str, Any]]:
