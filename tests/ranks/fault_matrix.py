@@ -232,7 +232,7 @@ def run_case(model, case, rank, expected):
     parallel = parallel_of(model)
     parallel.debug = case.debug
     if parallel.is_open:
-        parallel.recorder.debug = case.debug
+        parallel.peers.debug = case.debug
     error, outputs, happened = None, [], []
     row, shares = place_of(case, rank)
     idle = case.idle and shares

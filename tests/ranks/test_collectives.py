@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from said import say, sleep_until_said
 
-from lockstep.coordination.flight_recorder import FlightRecorder
 from lockstep.coordination.group_waits import waited_s, watch_group
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.transports import open_transport
 from lockstep.dispatch.collectives import all_gatherv, all_to_allv, record_collectives, reduce_scatterv
 from lockstep.errors import ConfigurationError, RankAbsentError, RankMismatchError, TokenCountError
@@ -85,7 +85,7 @@ def one_is_late(debug):
     rank = dist.get_rank()
     control, data = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2])
     _, board = open_transport(control, 20.0)
-    watch_group(data, FlightRecorder(rank, 3, board=board))
+    watch_group(data, Peers(rank, 3, board=board))
     # Late by less than the deadline: the wait is in slices, and the result whole.
     if rank == 1:
         time.sleep(0.5)
@@ -106,7 +106,7 @@ def different_sizes(on_board):
     rank = dist.get_rank()
     control, data = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2])
     _, board = open_transport(control, 20.0)
-    watch_group(data, FlightRecorder(rank, 3, board=board if on_board else None, debug=not on_board))
+    watch_group(data, Peers(rank, 3, board=board if on_board else None, debug=not on_board))
     sizes = [2, 2, 3] if rank == 2 else [2, 2, 2]
     try:
         all_gatherv([torch.zeros(sizes[rank], 2)], sizes, data, 5.0)

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from said import say, sleep_until_said
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import ProcessGroupTransport, SharedMemoryTransport, open_transport
 from lockstep.errors import LockstepError
@@ -25,8 +26,8 @@ def coordinator(shared, deadline_s=20.0, **options):
     if not shared:
         transport, board = ProcessGroupTransport(group), None
         store = dist.PrefixStore(group.group_name, dist.distributed_c10d._get_default_store())
-    recorder = FlightRecorder(rank, num_ranks, board=board, store=store, epoch=options.get("epoch", 0))
-    return Coordinator(transport=transport, rank=rank, deadline_s=deadline_s, recorder=recorder, **options)
+    peers = Peers(rank, num_ranks, board=board, store=store, epoch=options.get("epoch", 0))
+    return Coordinator(transport=transport, rank=rank, deadline_s=deadline_s, peers=peers, **options)
 
 
 def outcome(call):
@@ -75,7 +76,7 @@ def absence(shared, deadline_s, folder):
         agree.agree(StepRecord(rank))
     agree.deadline_s = deadline_s
     if rank == 1:
-        agree.recorder.mark(Phase.EXPERTS, layer=17)
+        agree.peers.mark(Phase.EXPERTS, layer=17)
         sleep_until_said(0, 2)
         late = outcome(lambda: agree.agree(StepRecord(1)))
         return type(late).__name__, str(late), getattr(late, "absent_ranks", None), 0.0, agree.usable

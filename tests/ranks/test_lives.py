@@ -15,7 +15,8 @@ from fault_matrix import expected_outputs, generate, prompts
 
 import lockstep
 from lockstep.coordination.board import Board
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.processes import ProcessIdentity
 from lockstep.coordination.termination import speak_before_termination
 from lockstep.errors import PeerFailedError, RankAbsentError
@@ -197,11 +198,11 @@ def wait_for_sigterm(board_name, gone, how):
     board.register(0)
     base = board._status(1)
     board.words[base], board.words[base + 2] = gone, board.words[board._status(0) + 2]
-    recorder = FlightRecorder(0, 2, board=board)
-    recorder.step = 7
-    recorder.mark(Phase.EXPERTS, layer=3)
+    peers = Peers(0, 2, board=board)
+    peers.recorder.step = 7
+    peers.mark(Phase.EXPERTS, layer=3)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    speak_before_termination(recorder)
+    speak_before_termination(peers)
     child = os.fork()
     if child == 0:  # such as a worker of a DataLoader, which is ended by SIGTERM
         time.sleep(60)

@@ -16,28 +16,29 @@ from lockstep.cli import app
 from lockstep.commands import postmortem
 from lockstep.commands.postmortem import postmortem_document, read_recorder
 from lockstep.coordination.board import Board
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, Phase
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.waits import within
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
 
 
 @pytest.fixture
-def recorders(tmp_path, monkeypatch):
+def peers(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     board = Board.create(3)
     board.unlink()
     for rank in range(3):
         board.register(rank)
-    return [FlightRecorder(rank, 3, board=board, epoch=2) for rank in range(3)]
+    return [Peers(rank, 3, board=board, epoch=2) for rank in range(3)]
 
 
-def at(recorder, step, phase, layer=-1):
-    recorder.step = step
-    recorder.mark(phase, layer)
+def at(peers, step, phase, layer=-1):
+    peers.recorder.step = step
+    peers.mark(phase, layer)
 
 
-def test_a_rank_is_said_to_be_where_it_was(recorders):
-    first, second, _ = recorders
+def test_a_rank_is_said_to_be_where_it_was(peers):
+    first, second, _ = peers
     assert first.last_seen(1) == "has not been seen; its process is alive"
     at(second, 812, Phase.EXPERTS, 17)
     pattern = r"was last seen in experts of layer 17 in step 812, \d+\.\d s ago; its process is alive"
@@ -58,15 +59,15 @@ def test_a_rank_is_said_to_be_where_it_was(recorders):
         ({1: (5, Phase.DISPATCH, 2), 2: (5, Phase.DISPATCH, 2)}, ()),
     ],
 )
-def test_who_is_absent_is_found_by_where_the_ranks_are(recorders, others, guilty):
-    at(recorders[0], 5, Phase.DISPATCH, 2)
+def test_who_is_absent_is_found_by_where_the_ranks_are(peers, others, guilty):
+    at(peers[0], 5, Phase.DISPATCH, 2)
     for rank, place in others.items():
-        at(recorders[rank], *place)
-    assert recorders[0].absent("all_gatherv did not end").absent_ranks == guilty
+        at(peers[rank], *place)
+    assert peers[0].absent("all_gatherv did not end").absent_ranks == guilty
 
 
-def test_who_waits_for_the_rank_that_shares_its_requests_is_not_named_with_it(recorders):
-    first, second, third = recorders
+def test_who_waits_for_the_rank_that_shares_its_requests_is_not_named_with_it(peers):
+    first, second, third = peers
     at(third, 13, Phase.DISPATCH, 0)
     at(second, 13, Phase.MODEL)
     at(first, 13, Phase.MODEL)
@@ -75,8 +76,8 @@ def test_who_waits_for_the_rank_that_shares_its_requests_is_not_named_with_it(re
     assert error.absent_ranks == (1,)
 
 
-def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(recorders):
-    first, second, third = recorders
+def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(peers):
+    first, second, third = peers
     at(first, 6, Phase.AGREEMENT)
     at(second, 5, Phase.COMBINE, 1)
     at(third, 5, Phase.DISPATCH, 1)
@@ -90,8 +91,8 @@ def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(record
     assert caught.value.absent_ranks == (0,)
 
 
-def test_the_first_reason_reaches_the_others_and_is_passed_on(recorders, tmp_path):
-    first, second, third = recorders
+def test_the_first_reason_reaches_the_others_and_is_passed_on(peers, tmp_path):
+    first, second, third = peers
     at(second, 4, Phase.COMBINE, 0)
     second.give_up("failed", "ValueError: broke", (1,))
     second.give_up("absent", "something later", (0,))
@@ -106,10 +107,10 @@ def test_the_first_reason_reaches_the_others_and_is_passed_on(recorders, tmp_pat
 
 
 @pytest.mark.parametrize(("kind", "error"), [("mismatch", RankMismatchError), ("absent", RankAbsentError)])
-def test_kinds_of_last_words(recorders, kind, error):
-    recorders[2].give_up(kind, "why", (1,))
+def test_kinds_of_last_words(peers, kind, error):
+    peers[2].give_up(kind, "why", (1,))
     with pytest.raises(error, match="rank 0: rank 2 has given up: why"):
-        recorders[0].check()
+        peers[0].check()
 
 
 @given(st.binary(max_size=300))
@@ -117,23 +118,23 @@ def test_any_last_words_end_in_a_sentence(words):
     board = Board.create(2)
     board.unlink()
     board.say_last_words(1, words or b"?")
-    recorder = FlightRecorder(0, 2, board=board)
-    recorder.write_file = lambda reason: None
+    peers = Peers(0, 2, board=board)
+    peers.recorder.write_file = lambda reason: None
     with pytest.raises((RankAbsentError, PeerFailedError, RankMismatchError)):
-        recorder.check()
+        peers.check()
 
 
-def test_a_spoiled_step_is_seen_by_the_others_and_only_then(recorders):
-    for recorder in recorders:
-        recorder.step = 7
-    assert recorders[0].spoiled_by() is None
-    recorders[1].spoil_step()
-    assert recorders[0].spoiled_by() == 1
-    assert recorders[1].spoiled
-    assert recorders[1].spoiled_by() is None
-    recorders[0].step = recorders[1].step = 8
-    assert recorders[0].spoiled_by() is None
-    assert not recorders[1].spoiled
+def test_a_spoiled_step_is_seen_by_the_others_and_only_then(peers):
+    for each in peers:
+        each.recorder.step = 7
+    assert peers[0].spoiled_by() is None
+    peers[1].spoil_step()
+    assert peers[0].spoiled_by() == 1
+    assert peers[1].spoiled
+    assert peers[1].spoiled_by() is None
+    peers[0].recorder.step = peers[1].recorder.step = 8
+    assert peers[0].spoiled_by() is None
+    assert not peers[1].spoiled
 
 
 def test_a_call_that_hangs_is_left_behind():
@@ -144,32 +145,32 @@ def test_a_call_that_hangs_is_left_behind():
     assert within(lambda: 5, 20.0) == 5
 
 
-def test_a_mark_costs_little(recorders):
+def test_a_mark_costs_little(peers):
     started = time.perf_counter()
     for layer in range(2000):
-        recorders[0].mark(Phase.EXPERTS, layer)
+        peers[0].mark(Phase.EXPERTS, layer)
     assert (time.perf_counter() - started) / 2000 < 100e-6  # about 1 us; the limit is for a busy host
 
 
 # files
 
 
-def recorded(recorders):
+def recorded(peers):
     """Three ranks go through two steps; in the second, rank 1 leaves out a collective."""
     for step in (0, 1):
-        for rank, recorder in enumerate(recorders):
-            at(recorder, step, Phase.AGREEMENT)
-            recorder.note((3, 0, 1))
-            at(recorder, step, Phase.DISPATCH, 0)
+        for rank, each in enumerate(peers):
+            at(each, step, Phase.AGREEMENT)
+            each.recorder.note((3, 0, 1))
+            at(each, step, Phase.DISPATCH, 0)
             if not (step == 1 and rank == 1):
-                recorder.note(("all_gatherv", 3, 0, 1))
-            at(recorder, step, Phase.COMBINE, 0)
-            recorder.note(("reduce_scatterv", 3, 0, 1))
-    return [recorder.write_file(f"rank {rank} waited in vain") for rank, recorder in enumerate(recorders)]
+                each.recorder.note(("all_gatherv", 3, 0, 1))
+            at(each, step, Phase.COMBINE, 0)
+            each.recorder.note(("reduce_scatterv", 3, 0, 1))
+    return [each.recorder.write_file(f"rank {rank} waited in vain") for rank, each in enumerate(peers)]
 
 
-def test_files_of_all_ranks_show_where_they_parted(recorders, tmp_path):
-    paths = recorded(recorders)
+def test_files_of_all_ranks_show_where_they_parted(peers, tmp_path):
+    paths = recorded(peers)
     document = postmortem_document([read_recorder(path) for path in paths])
     assert document["missing"] == []
     assert [(row["rank"], row["step"], row["phase"], row["layer"]) for row in document["ranks"]] == [
@@ -187,8 +188,8 @@ def test_files_of_all_ranks_show_where_they_parted(recorders, tmp_path):
     assert all(os.stat(path).st_mode & 0o077 == 0 for path in paths)  # for this user only
 
 
-def test_the_command(recorders):
-    paths = [str(path) for path in recorded(recorders)]
+def test_the_command(peers):
+    paths = [str(path) for path in recorded(peers)]
     result = CliRunner().invoke(app, ["postmortem", *paths[:2]])
     assert result.exit_code == 0
     assert "2 of 3 ranks left a flight recorder" in result.output
@@ -200,8 +201,8 @@ def test_the_command(recorders):
     assert "thread MainThread" in CliRunner().invoke(app, ["postmortem", "--stacks", *paths]).output
 
 
-def test_the_command_takes_a_folder_and_of_it_the_last_failure(recorders, tmp_path, monkeypatch, command_line):
-    paths = recorded(recorders)
+def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, monkeypatch, command_line):
+    paths = recorded(peers)
     folder = paths[0].parent
     earlier = folder / "lockstep-rank0-epoch0-earlier.jsonl"
     header, _, rest = paths[0].read_text().partition("\n")
@@ -242,8 +243,8 @@ def test_what_a_file_says_does_not_steer_the_terminal(tmp_path, command_line):
     assert "\x1b" not in stderr
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(recorders, tmp_path):
-    whole = recorded(recorders)[0].read_bytes()
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(peers, tmp_path):
+    whole = recorded(peers)[0].read_bytes()
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(whole[:-30])
     assert read_recorder(torn).stacks == {}
@@ -253,9 +254,9 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(recorders, tmp_
         read_recorder(torn)
 
 
-def test_files_of_other_runs_and_too_large_ones(recorders, tmp_path, monkeypatch):
-    files = [read_recorder(path) for path in recorded(recorders)]
-    other = FlightRecorder(0, 4, epoch=2).write_file("x")
+def test_files_of_other_runs_and_too_large_ones(peers, tmp_path, monkeypatch):
+    files = [read_recorder(path) for path in recorded(peers)]
+    other = Peers(0, 4, epoch=2).recorder.write_file("x")
     with pytest.raises(ConfigurationError, match=r"runs with \[3, 4\] ranks"):
         postmortem_document([*files, read_recorder(other)])
     with pytest.raises(ConfigurationError, match="at least one"):
@@ -267,8 +268,8 @@ def test_files_of_other_runs_and_too_large_ones(recorders, tmp_path, monkeypatch
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "missing"))
-    recorder = FlightRecorder(0, 2)
-    error = recorder.absent("it did not come")
+    peers = Peers(0, 2)
+    error = peers.absent("it did not come")
     assert str(error) == "rank 0: it did not come; it could not be found out which rank is absent"
 
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from lockstep.coordination import groups
 from lockstep.coordination.board import Board
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, Phase
 from lockstep.coordination.group_waits import await_parked, await_work, watch_group
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.transports import SharedMemoryTransport
 from lockstep.coordination.waits import wait_until
 from lockstep.dispatch.base import Abilities, ExpertsShape, Route
@@ -64,11 +65,11 @@ def ranks(tmp_path, monkeypatch):
     board.unlink()
     for rank in range(2):
         board.register(rank)
-    recorders = [FlightRecorder(rank, 2, board=board) for rank in range(2)]
-    for recorder, phase in zip(recorders, (Phase.COMBINE, Phase.EXPERTS), strict=True):
-        recorder.step = 7
-        recorder.mark(phase, 3)
-    return SimpleNamespace(board=board, recorders=recorders)
+    peers = [Peers(rank, 2, board=board) for rank in range(2)]
+    for each, phase in zip(peers, (Phase.COMBINE, Phase.EXPERTS), strict=True):
+        each.recorder.step = 7
+        each.mark(phase, 3)
+    return SimpleNamespace(board=board, peers=peers)
 
 
 class Dispatcher:
@@ -86,8 +87,8 @@ class Dispatcher:
 def step_of(ranks, event, check=lambda: None, deadline_s=DEADLINE_S, abort=None):
     """Rank 0's side of a step that was issued, and ends on the device with the event."""
     group = Group()
-    recorder = ranks.recorders[0]
-    coordinator = Coordinator(transport=SharedMemoryTransport(ranks.board, 0), rank=0, recorder=recorder)
+    peers = ranks.peers[0]
+    coordinator = Coordinator(transport=SharedMemoryTransport(ranks.board, 0), rank=0, peers=peers)
     config = ParallelConfig(2, 0)
     layer = MoELayer(None, Dispatcher(check), config, ExpertsShape(2, 8, 1))
     layers = MoELayers(
@@ -120,7 +121,7 @@ def test_a_check_ends_the_wait():
 
 def test_a_collective_whose_peer_never_comes_names_it(ranks):
     group = Group()
-    watch_group(group, ranks.recorders[0])
+    watch_group(group, ranks.peers[0])
     try:
         with pytest.raises(RankAbsentError, match="rank 1 was last seen in experts of layer 3 in step 7") as caught:
             await_work(Event(None), "reduce_scatterv", group, DEADLINE_S)
@@ -135,7 +136,7 @@ def test_a_collective_whose_peer_never_comes_names_it(ranks):
 def combined(ranks, monkeypatch):
     """`combined(event)`: rank 0's host went on after a combine that ends with the event."""
     group = Group()
-    watch_group(group, ranks.recorders[0])
+    watch_group(group, ranks.peers[0])
     yield lambda event: await_work(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False)
     watch_group(group, None)
 
@@ -145,18 +146,20 @@ def test_the_host_goes_on_after_combine_and_waits_once(ranks, combined):
     for seconds in (0.1, 0.15, 0.2):  # of three layers
         combined(Event(seconds))
     assert time.monotonic() - started < 0.1
-    await_parked(ranks.recorders[0])
+    await_parked(ranks.peers[0])
     assert 0.2 <= time.monotonic() - started < 1.0
-    await_parked(ranks.recorders[0])
+    started = time.monotonic()
+    await_parked(ranks.peers[0])
+    assert time.monotonic() - started < 0.1
 
 
 def test_a_wait_for_a_later_collective_is_one_for_those_before_it(ranks, combined):
     combined(Event(None))
     group = Group()
-    watch_group(group, ranks.recorders[0])
+    watch_group(group, ranks.peers[0])
     await_work(Event(0.05), "all_gatherv", group, DEADLINE_S)
     watch_group(group, None)
-    await_parked(ranks.recorders[0])
+    await_parked(ranks.peers[0])
 
 
 def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ranks, combined):
@@ -202,7 +205,7 @@ def test_the_host_goes_on_before_the_step_has_ended_on_the_device(ranks):
 def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
     issued = step_of(ranks, Event(None))
     issued.step.finish()
-    ranks.recorders[0].mark(Phase.COMBINE, 3)
+    ranks.peers[0].mark(Phase.COMBINE, 3)
     started = time.monotonic()
     match = "step 7 did not end on the GPU.*rank 1 was last seen in experts"
     with pytest.raises(RankAbsentError, match=match) as caught:
@@ -212,7 +215,7 @@ def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
     assert not issued.coordinator.usable
     assert issued.group.aborted == 1
     with pytest.raises(RankAbsentError, match="rank 0 has given up"):  # and rank 1 learns it
-        ranks.recorders[1].check()
+        ranks.peers[1].check()
 
 
 def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
@@ -227,7 +230,7 @@ def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
 
 def test_what_a_kernel_has_noticed_is_raised_before_anybody_takes_the_results(ranks):
     def late():
-        raise ranks.recorders[0].absent("rank 1 did not come within 0.3 s", (1,))
+        raise ranks.peers[0].absent("rank 1 did not come within 0.3 s", (1,))
 
     issued = step_of(ranks, Event(0.0), late)
     with pytest.raises(RankAbsentError, match=r"rank 1 did not come.*was last seen in experts of layer 3"):
@@ -236,7 +239,7 @@ def test_what_a_kernel_has_noticed_is_raised_before_anybody_takes_the_results(ra
 
 
 def test_anothers_reason_counts(ranks):
-    ranks.recorders[1].give_up("failed", "ValueError: broke", (1,))
+    ranks.peers[1].give_up("failed", "ValueError: broke", (1,))
     issued = step_of(ranks, Event(None))
     with pytest.raises(PeerFailedError, match="ValueError: broke"):
         waits(issued)

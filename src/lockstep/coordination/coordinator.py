@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.step import (
     MESSAGE_BYTES,
     Header,
@@ -45,7 +46,7 @@ class Coordinator:
         deadline_s: longest wait for any other rank, in seconds, > 0.
         fingerprint: hash of what this rank runs, 32 bits; ranks with another one are refused at the first agreement.
         epoch: how often groups have been opened anew; part of every header: a rank of an older epoch is refused.
-        recorder: keeps what this rank does, and knows where the others are.
+        peers: told what this rank does; knows where the others are.
 
     Raises:
         ConfigurationError: neither group nor transport, or a deadline or size out of range.
@@ -61,7 +62,7 @@ class Coordinator:
         deadline_s: float = 30.0,
         fingerprint: int = 0,
         epoch: int = 0,
-        recorder: FlightRecorder | None = None,
+        peers: Peers | None = None,
     ) -> None:
         if transport is None and process_group is None:
             raise ConfigurationError("a coordinator needs a process group or a transport")
@@ -87,7 +88,7 @@ class Coordinator:
         self.deadline_s = deadline_s
         self.epoch = epoch
         self.step = 0
-        self.recorder = recorder or FlightRecorder(rank, transport.num_ranks, epoch=epoch)
+        self.peers = peers or Peers(rank, transport.num_ranks, epoch=epoch)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
         self.under_way = False
         """Whether an agreement has been begun of which this rank does not know the outcome."""
@@ -119,16 +120,16 @@ class Coordinator:
             RankAbsentError: ranks did not come before the deadline; the coordinator is unusable from then on.
             TokenCountError: a negative number of tokens.
         """
-        step, recorder = self.step, self.recorder
+        step, peers = self.step, self.peers
         self._record_class = type(record)
-        recorder.step = step
-        recorder.mark(Phase.AGREEMENT, detail=record.num_tokens)
-        self._collectives = recorder.fingerprint
+        peers.recorder.step = step
+        peers.mark(Phase.AGREEMENT, detail=record.num_tokens)
+        self._collectives = peers.recorder.fingerprint
         words, pending = self._send(record)
         return self._conclude(step, words, record, pending)
 
     def _send(self, record: StepRecord) -> tuple[Wire, Pending]:
-        own = self.recorder.name(self.rank)
+        own = self.peers.name(self.rank)
         if self._closed_by:
             raise RankAbsentError(
                 f"rank {own}: these groups ended in an error and are not used again: {self._closed_by}"
@@ -162,36 +163,36 @@ class Coordinator:
 
     def give_up(self, error: BaseException) -> None:
         """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the others."""
-        numbers = {number: rank for rank, number in enumerate(self.recorder.processes)}
+        numbers = {number: rank for rank, number in enumerate(self.peers.processes)}
         if isinstance(error, RankAbsentError):
             ranks = [numbers[rank] for rank in error.absent_ranks if rank in numbers]
-            self.recorder.give_up("absent", str(error), ranks)
+            self.peers.give_up("absent", str(error), ranks)
         elif isinstance(error, PeerFailedError) and error.rank in numbers:
-            self.recorder.give_up("failed", error.peer_message or str(error), (numbers[error.rank],))
+            self.peers.give_up("failed", error.peer_message or str(error), (numbers[error.rank],))
         elif isinstance(error, RankMismatchError):
-            self.recorder.give_up("mismatch", str(error))
+            self.peers.give_up("mismatch", str(error))
         else:
-            self.recorder.give_up("failed", f"{type(error).__name__}: {error}", (self.rank,))
+            self.peers.give_up("failed", f"{type(error).__name__}: {error}", (self.rank,))
         self._close(error)
 
     def _close(self, error: BaseException) -> None:
         self._closed_by = self._closed_by or f"{type(error).__name__}: {error}"
 
     def _conclude(self, step: int, mine: Wire, record: StepRecord, pending: Pending) -> StepDecision:
-        recorder = self.recorder
+        peers = self.peers
         words = self._wait(pending, step)
         self.under_way = False
-        self._collectives = recorder.fingerprint
+        self._collectives = peers.recorder.fingerprint
         try:
-            names = recorder.processes
+            names = peers.processes
             decision = decide(decode(words, mine, type(record), names), self.tensor_parallel_size, names)
         except (RankMismatchError, TokenCountError) as error:
             # The ranks' steps may be out of order from here on.
-            recorder.give_up("mismatch", str(error))
+            peers.give_up("mismatch", str(error))
             self._close(error)
-            raise type(error)(f"{error}{recorder.file_note()}") from None
+            raise type(error)(f"{error}{peers.recorder.file_note()}") from None
         try:
-            recorder.check_last_words()  # of a rank that sent its record, but has given up waiting for this one
+            peers.check_last_words()  # of a rank that sent its record, but has given up waiting for this one
         except LockstepError as error:
             self._close(error)
             raise
@@ -199,12 +200,12 @@ class Coordinator:
             failed = decision.failed_ranks
             messages = self._exchange_messages(self._failure if record.failed else "", step)
             if not record.failed:
-                text = "; ".join(f"rank {recorder.name(rank)} raised {messages[rank]}" for rank in failed)
+                text = "; ".join(f"rank {peers.name(rank)} raised {messages[rank]}" for rank in failed)
                 # Who only passes on what another rank did is not to blame.
                 first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
-                stops = f"rank {recorder.name(self.rank)} stops at step {step}"
-                raise PeerFailedError(f"{stops}: {text}", recorder.name(first), messages[first])
-        recorder.note(decision.num_tokens_across_dp)
+                stops = f"rank {peers.name(self.rank)} stops at step {step}"
+                raise PeerFailedError(f"{stops}: {text}", peers.name(first), messages[first])
+        peers.recorder.note(decision.num_tokens_across_dp)
         return decision
 
     def _exchange_messages(self, message: str, step: int) -> list[str]:
@@ -219,7 +220,7 @@ class Coordinator:
     def _wait(self, pending: Pending, step: int) -> Sequence[Wire]:
         started = time.monotonic()
         try:
-            return pending.wait(self.deadline_s, self.recorder.check)
+            return pending.wait(self.deadline_s, self.peers.check)
         except LockstepError as error:  # another rank has ended the wait
             self._close(error)
             raise
@@ -233,6 +234,6 @@ class Coordinator:
             ) from error
 
     def _absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> LockstepError:
-        absent = self.recorder.absent(waited_for, ranks)
+        absent = self.peers.absent(waited_for, ranks)
         self._close(absent)
         return absent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from lockstep.coordination.flight_recorder import FlightRecorder
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.waits import wait_for, wait_until
 from lockstep.errors import LockstepError, RankAbsentError
 
@@ -23,12 +23,12 @@ class _Watch:
     """Who watches the waits of a group.
 
     Attributes:
-        recorder: knows where the other ranks are.
-        members: the recorder's numbers of the group's ranks; empty for all ranks.
+        peers: knows where the other ranks are.
+        members: the group's ranks as `peers` numbers them; empty for all ranks.
         parked: waits for the group's last collective on this rank's GPU after which the host went on; None: none.
     """
 
-    recorder: FlightRecorder
+    peers: Peers
     members: tuple[int, ...]
     parked: Callable[[], None] | None = None
 
@@ -36,24 +36,24 @@ class _Watch:
 _watches: dict[str, _Watch] = {}
 
 
-def watch_group(group: dist.ProcessGroup, recorder: FlightRecorder | None, members: Sequence[int] = ()) -> None:
-    """Let the waits of a group's collectives be watched by a recorder; None ends it.
+def watch_group(group: dist.ProcessGroup, peers: Peers | None, members: Sequence[int] = ()) -> None:
+    """Let the waits of a group's collectives be watched; None ends it.
 
     Args:
         group: gloo or NCCL.
-        recorder: of this rank.
-        members: the recorder's numbers of the group's ranks; all by default.
+        peers: of this rank: where the other ranks are.
+        members: the group's ranks as `peers` numbers them; all by default.
     """
-    if recorder is None:
+    if peers is None:
         _watches.pop(group.group_name, None)
     else:
-        _watches[group.group_name] = _Watch(recorder, tuple(members))
+        _watches[group.group_name] = _Watch(peers, tuple(members))
 
 
-def recorder_of(group: dist.ProcessGroup) -> FlightRecorder | None:
-    """Return the recorder that watches a group, if any does."""
+def peers_of(group: dist.ProcessGroup) -> Peers | None:
+    """Return the peers of a group that is watched."""
     watch = _watches.get(group.group_name)
-    return watch.recorder if watch is not None else None
+    return watch.peers if watch is not None else None
 
 
 def waited_s() -> float:
@@ -67,19 +67,19 @@ def count_wait(started: float) -> None:
     _waited.seconds = waited_s() + time.perf_counter() - started
 
 
-def await_parked(recorder: FlightRecorder) -> None:
-    """Wait for the collectives after which the host went on, of all groups of a recorder. No-op if there are none.
+def await_parked(peers: Peers) -> None:
+    """Wait for the collectives after which the host went on, in all groups of these peers. No-op if there are none.
 
     Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit.
 
     Args:
-        recorder: of this rank.
+        peers: of this rank.
 
     Raises:
         RankAbsentError: a rank did not come in time; the group must not be used again.
     """
     for watch in list(_watches.values()):
-        if watch.recorder is recorder and watch.parked is not None:
+        if watch.peers is peers and watch.parked is not None:
             parked, watch.parked = watch.parked, None
             parked()
 
@@ -123,7 +123,7 @@ def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
 
 def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float) -> None:
     watch = _watches.get(group.group_name)
-    check = watch.recorder.check if watch is not None else None
+    check = watch.peers.check if watch is not None else None
     started = time.perf_counter()
     try:
         if dist.get_backend(group) == "nccl":
@@ -138,5 +138,5 @@ def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: flo
             f"{name} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
         )
         if watch is not None:
-            raise watch.recorder.absent(waited_for, among=watch.members) from error
+            raise watch.peers.absent(waited_for, among=watch.members) from error
         raise RankAbsentError(f"rank {dist.get_rank(group)}: {waited_for}; its group is not used again") from error

@@ -171,7 +171,7 @@ class Session:
         left = [rank for rank in missing if not unfinished[rank]]
         if not left and waited_s <= coordinator.deadline_s:
             return
-        name = coordinator.recorder.name
+        name = coordinator.peers.name
         numbers = tuple(name(rank) for rank in left or missing)
         how = "have left their block" if left else f"have not called the model for {coordinator.deadline_s:g} s"
         raise RankAbsentError(
@@ -300,7 +300,7 @@ class Session:
             if not self._over:
                 self._over = True
                 self.error = error
-                self.coordinator.recorder.mark(Phase.LEFT)
+                self.coordinator.peers.mark(Phase.LEFT)
             self._changed.notify_all()
 
     def _ended(self) -> BaseException:

@@ -10,26 +10,26 @@ import threading
 import weakref
 from types import FrameType
 
-from lockstep.coordination.flight_recorder import FlightRecorder
+from lockstep.coordination.peers import Peers
 
 # How long the main thread may take until it runs a signal's handler: it may stand in a wait of torch's.
 _HANDLER_S = 1.0
 
-_recorders: "weakref.WeakSet[FlightRecorder]" = weakref.WeakSet()
+_peers_of_this_process: "weakref.WeakSet[Peers]" = weakref.WeakSet()
 _lock = threading.Lock()
 _installed = False
 
 
-def speak_before_termination(recorder: FlightRecorder) -> None:
+def speak_before_termination(peers: Peers) -> None:
     """Let SIGTERM end this process only after last words: who is gone, to stderr, to the other ranks, and to a file.
 
     A handler that the script or its launcher has set is left alone. Does nothing outside of the main thread.
 
     Args:
-        recorder: of this rank; kept weakly.
+        peers: of this rank; kept weakly.
     """
     global _installed
-    _recorders.add(recorder)
+    _peers_of_this_process.add(peers)
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -51,9 +51,9 @@ def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
 def _say() -> None:
     if not _lock.acquire(blocking=False):
         return
-    for recorder in list(_recorders):
+    for peers in list(_peers_of_this_process):
         with contextlib.suppress(Exception):  # whatever fails here, the process ends
-            text = recorder.terminate()
+            text = peers.terminate()
             if text:
                 os.write(2, f"{text}\n".encode(errors="replace"))
 
@@ -93,7 +93,7 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for recorder in list(_recorders):
-        recorder.mute()
-    _recorders.clear()
+    for peers in list(_peers_of_this_process):
+        peers.mute()
+    _peers_of_this_process.clear()
     _let_go()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import await_work, recorder_of
+from lockstep.coordination.group_waits import await_work, peers_of
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import RankAbsentError
 
@@ -73,12 +73,12 @@ class WatchedGroup(dist.ProcessGroup):
             RankAbsentError: a rank of the group did not come in time.
             PeerFailedError: another rank said that it failed.
         """
-        inner, recorder = self.inner, recorder_of(self.inner)
-        if recorder is None:
+        inner, peers = self.inner, peers_of(self.inner)
+        if peers is None:
             return self._run_before_join(name, *args)
         if dist.get_backend(inner) == "nccl":  # the end of the step waits for the GPU, with a deadline
             return getattr(inner, name)(*args)
-        with recorder.in_exchange():
+        with peers.in_exchange():
             work = getattr(inner, name)(*args)
             await_work(work, f"a tensor-parallel {name.strip('_')}", inner, self.deadline_s)
         return work

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S, await_work, count_wait, recorder_of
+from lockstep.coordination.group_waits import DEADLINE_S, await_work, count_wait, peers_of
 from lockstep.errors import ConfigurationError, TokenCountError
 
 _recorders: list[list[tuple[str, tuple[int, ...]]]] = []
@@ -232,9 +232,9 @@ def _check_sizes(name: str, sizes: Sequence[int], group: dist.ProcessGroup) -> N
 def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float, on_cpu: bool) -> None:
     for log in _recorders:
         log.append((name, tuple(sizes)))
-    recorder = recorder_of(group)
+    peers = peers_of(group)
     # Groups of some ranks have collectives of their own.
-    if recorder is not None and recorder.num_ranks == group.size():
+    if peers is not None and peers.num_ranks == group.size():
         started = time.perf_counter()
-        recorder.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
+        peers.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
         count_wait(started)

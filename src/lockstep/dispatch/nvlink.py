@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.group_waits import barrier, recorder_of
+from lockstep.coordination.group_waits import barrier, peers_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts, check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
@@ -431,13 +431,13 @@ class NvlinkDispatcher:
             )
         if code != FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
-        recorder = recorder_of(self._group)
+        peers = peers_of(self._group)
         absent_name, reporter_name = absent, reporter
-        if recorder is not None:
-            absent_name, reporter_name = recorder.name(absent), recorder.name(reporter)
+        if peers is not None:
+            absent_name, reporter_name = peers.name(absent), peers.name(reporter)
         late = f"rank {absent_name} did not come within {self._deadline_s:g} s; rank {reporter_name} gave up first"
-        if recorder is not None:
-            raise recorder.absent(late, (absent,))
+        if peers is not None:
+            raise peers.absent(late, (absent,))
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
 
     def set_deadline(self, deadline_s: float) -> None:

@@ -234,7 +234,7 @@ def _attach(parallel: ModelParallel) -> None:
         except BaseException as error:
             if not parallel.coordinator.usable:
                 session.break_off(error)
-            elif parallel.recorder.spoiled:  # the others have computed with it, so a script that goes on does not help
+            elif parallel.peers.spoiled:  # the others have computed with it, so a script that goes on does not help
                 session.fail(error)
             raise
         finally:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.group_waits import watch_group
 from lockstep.coordination.groups import Start, abort, open_groups
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.termination import speak_before_termination
@@ -62,7 +63,7 @@ class ModelParallel:
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
         coordinator: filled by `open`.
-        recorder: what this rank did last; filled by `open`.
+        peers: where the other ranks are, and what this one did last; filled by `open`.
         session: the `join` block that the model is in, if any.
         weights: what only this rank has of the model.
     """
@@ -80,7 +81,7 @@ class ModelParallel:
         self.options = options
         self.layers: MoELayers
         self.coordinator: Coordinator
-        self.recorder: FlightRecorder
+        self.peers: Peers
         self.session: Session | None = None
         self._process_group = process_group
         self._attention_group = attention_group
@@ -156,7 +157,7 @@ class ModelParallel:
     def close(self) -> None:
         """Let go of the groups that `open` opened; the next `open` makes new ones."""
         if self.is_open:
-            self.recorder.close()
+            self.peers.close()
         for group in self._groups:
             # Not destroyed before the process ends: torch gives a destroyed group's name to the next one of the same
             # ranks, which then finds the old addresses in the store and connects to nobody (seen on gloo).
@@ -230,7 +231,7 @@ class ModelParallel:
         control, deadline_s = self._groups[0], self.options.deadline_s
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
         try:
-            self.recorder.mark(Phase.MERGE)
+            self.peers.mark(Phase.MERGE)
             ones = [1] * self.config.world_size
             (lengths,) = all_gatherv([torch.tensor([[len(data)]])], ones, control, deadline_s)
             sizes = lengths.flatten().tolist()
@@ -277,7 +278,7 @@ class ModelParallel:
         tp_size, tp_first = config.tensor_parallel_size, config.data_parallel_rank * config.tensor_parallel_size
         groups = open_groups(self._process_group, config, self.device, options.deadline_s, epoch, self._start)
         self._groups = groups.opened
-        self.recorder = FlightRecorder(
+        self.peers = Peers(
             config.rank,
             config.world_size,
             board=groups.board,
@@ -286,10 +287,10 @@ class ModelParallel:
             debug=options.debug,
             processes=self._start.processes,
         )
-        speak_before_termination(self.recorder)
+        speak_before_termination(self.peers)
         for group in groups.opened:
             shared = group is groups.tensor_parallel
-            watch_group(group, self.recorder, range(tp_first, tp_first + tp_size) if shared else ())
+            watch_group(group, self.peers, range(tp_first, tp_first + tp_size) if shared else ())
         if groups.tensor_parallel is not None and self._attention_group is not None:
             self._attention_group.inner = groups.tensor_parallel
         self._epoch = epoch
@@ -300,7 +301,7 @@ class ModelParallel:
             deadline_s=options.deadline_s,
             fingerprint=zlib.crc32(json.dumps(self._settings(), sort_keys=True).encode()),
             epoch=epoch,
-            recorder=self.recorder,
+            peers=self.peers,
         )
         layers = make_layers(self.weights.experts, self._shapes, config, groups, options, self._constants, can_map=maps)
         self.layers = MoELayers(

@@ -92,7 +92,7 @@ class MoELayer:
 
         Args:
             step: says which rows are in which chunk, and learns how it went.
-            index: number of this layer in the step, for the recorder.
+            index: number of this layer in the step, for messages.
             hidden_states: the rows that this rank takes into the experts, `[num_tokens, hidden]`.
             topk_ids: global experts of each row, `[num_tokens, top_k]`.
             topk_weights: their weights, `[num_tokens, top_k]`.
@@ -114,7 +114,7 @@ class MoELayer:
                     step, (index, number), route, hidden_states[span], topk_ids[span], topk_weights[span]
                 )
         output = self._gather(step, output)
-        step.recorder.mark(Phase.MODEL, index)
+        step.peers.mark(Phase.MODEL, index)
         step.in_step = True
         if step.failure is not None and step.failure is not failed_before:
             raise step.failure
@@ -129,7 +129,7 @@ class MoELayer:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        mark = step.recorder.mark
+        mark = step.peers.mark
         mark(Phase.DISPATCH, *place)
         handle = self.dispatcher.dispatch(route, hidden_states, topk_ids, topk_weights, step.num_rows)
         mark(Phase.EXPERTS, *place)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.group_waits import DEADLINE_S, await_parked
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.waits import wait_until
 from lockstep.dispatch.base import Route
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, TokenCountError
@@ -49,7 +50,7 @@ class MoELayers:
         layers: at least one, all of one rank and device.
         max_chunk_size_per_rank: most rows that one rank sends through a layer at a time; None for no limit.
         coordinator: is told of a step that broke the ranks' groups. Engines that agree by other means leave it out.
-        recorder: is told where this rank is; by default the coordinator's.
+        peers: is told where this rank is; by default the coordinator's.
         deadline_s: longest wait for the device to end a step, in seconds.
         abort: ends what waits in the ranks' groups on the device, after a step that broke them.
         shares_attention: layers of the model itself have collectives, so that a rank cannot go on without it.
@@ -61,7 +62,7 @@ class MoELayers:
         *,
         max_chunk_size_per_rank: int | None = None,
         coordinator: Coordinator | None = None,
-        recorder: FlightRecorder | None = None,
+        peers: Peers | None = None,
         deadline_s: float = DEADLINE_S,
         abort: Callable[[], None] | None = None,
         shares_attention: bool = False,
@@ -72,10 +73,10 @@ class MoELayers:
         self.dispatchers = tuple(dict.fromkeys(layer.dispatcher for layer in layers))
         self.max_chunk_size_per_rank = max_chunk_size_per_rank
         self.deadline_s = deadline_s
-        self.silent_recorder = FlightRecorder(self.config.rank, self.config.world_size)
-        if recorder is None:
-            recorder = coordinator.recorder if coordinator is not None else self.silent_recorder
-        self.recorder = recorder
+        self.silent_peers = Peers(self.config.rank, self.config.world_size)
+        if peers is None:
+            peers = coordinator.peers if coordinator is not None else self.silent_peers
+        self.peers = peers
         self._coordinator = coordinator
         self._abort = abort
         self.shares_attention = shares_attention
@@ -175,12 +176,12 @@ class MoELayers:
         """
         failure: Exception | None = None
         try:
-            wait_until(event.query, self.deadline_s + _KERNELS_S, self.recorder.check)
+            wait_until(event.query, self.deadline_s + _KERNELS_S, self.peers.check)
             for dispatcher in self.dispatchers:
                 dispatcher.check()
         except TimeoutError as error:
             text = f"step {number} did not end on the GPU: {error}"
-            failure = error if isinstance(error, LockstepError) else self.recorder.absent(text)
+            failure = error if isinstance(error, LockstepError) else self.peers.absent(text)
         except (LockstepError, RuntimeError) as error:
             failure = error
         if failure is not None:
@@ -213,7 +214,7 @@ class Step:
         in_step: whether this rank has issued every collective of the layers so far: after an error, whether the groups
             can be used again.
         failure: what broke on this rank, if anything.
-        recorder: is told where this rank is.
+        peers: is told where this rank is.
     """
 
     def __init__(
@@ -227,8 +228,8 @@ class Step:
         self.layers = layers
         self.plan = plan
         self.route = routes[0]
-        self.recorder = layers.silent_recorder if plan is None else layers.recorder
-        self.number = self.recorder.step
+        self.peers = layers.silent_peers if plan is None else layers.peers
+        self.number = self.peers.recorder.step
         self.num_rows = num_rows
         self.captured = plan is None
         self.next_layer = 0
@@ -289,7 +290,7 @@ class Step:
             counts, config = self.plan.num_tokens_across_dp, self.layers.config
             metadata = DPMetadata.make(config, counts[config.data_parallel_rank], list(counts))
             self._contexts.enter_context(set_forward_context(ForwardContext(metadata, self.plan, self.number)))
-            self.recorder.mark(Phase.MODEL)
+            self.peers.mark(Phase.MODEL)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -383,7 +384,7 @@ class Step:
     def spoil(self, error: Exception) -> None:
         """Keep that this rank's experts have failed; what the others receive from it in this step is no result."""
         self.failure = self.failure or error
-        self.recorder.spoil_step()
+        self.peers.spoil_step()
 
     def finish(self, error: BaseException | None = None) -> None:
         """End the issuing of the step; nothing waits for the device, see `wait`.
@@ -402,7 +403,7 @@ class Step:
         self._event = self.layers.end_step()
         if not self.in_step:
             self.layers.give_up(error or self.failure or RuntimeError("a collective did not end"))
-        self.recorder.mark(Phase.END)
+        self.peers.mark(Phase.END)
         if error is None and self.failure is not None:
             raise self.failure
 
@@ -421,16 +422,16 @@ class Step:
         if self.captured:
             return
         self._await_collectives()
-        spoiled_by = self.recorder.spoiled_by()
+        spoiled_by = self.peers.spoiled_by()
         if spoiled_by is not None:
-            own, blamed = self.recorder.name(self.layers.config.rank), self.recorder.name(spoiled_by)
+            own, blamed = self.peers.name(self.layers.config.rank), self.peers.name(spoiled_by)
             raise PeerFailedError(
                 f"rank {own} stops in step {self.number}: the experts of rank {blamed} failed", blamed
             )
 
     def _await_collectives(self) -> None:
         try:
-            await_parked(self.recorder)
+            await_parked(self.peers)
         except Exception as error:
             self.layers.give_up(error)
             raise

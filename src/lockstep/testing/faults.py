@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FlightRecorder, Phase
+from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.peers import Peers
 from lockstep.coordination.step import WORD_BYTES, StepRecord, Wire
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.dispatch import collectives
@@ -89,7 +90,7 @@ def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
     parallel = parallel_of(model)
     if parallel is None or not parallel.is_open:
         raise ConfigurationError("faults are injected inside `with lockstep.join(model):`, over several ranks")
-    with inject_into(parallel.recorder, parallel.coordinator, *faults) as happened:
+    with inject_into(parallel.peers, parallel.coordinator, *faults) as happened:
         yield happened
 
 
@@ -123,11 +124,11 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
 
 
 @contextmanager
-def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
+def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
     """Let faults happen to an engine that has a coordinator of its own.
 
     Args:
-        recorder: the one that the engine's layers mark their phases in.
+        peers: the one that the engine's layers mark their phases in.
         coordinator: that the engine agrees through.
         *faults: those of other ranks are ignored.
 
@@ -135,23 +136,24 @@ def inject_into(recorder: FlightRecorder, coordinator: Coordinator, *faults: Fau
         As `inject`.
     """
     happened: list[float] = []
-    due = [fault for fault in faults if fault.rank == recorder.rank and fault.phase not in _PLACES]
+    due = [fault for fault in faults if fault.rank == peers.rank and fault.phase not in _PLACES]
 
-    def on_mark(marked: FlightRecorder) -> None:
+    def on_mark(marked: Peers) -> None:
+        place = marked.recorder
         for fault in due:
             phase = Phase[fault.phase.upper()]
             in_layer = phase in (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)
-            if marked.phase == phase and marked.step >= fault.step and (not in_layer or marked.layer == fault.layer):
+            if place.phase == phase and place.step >= fault.step and (not in_layer or place.layer == fault.layer):
                 due.remove(fault)
                 happened.append(time.monotonic())
                 break_on_purpose(fault, coordinator)
                 return
 
-    before, recorder.on_mark, exchange = recorder.on_mark, on_mark, collectives._exchange
+    before, peers.on_mark, exchange = peers.on_mark, on_mark, collectives._exchange
     try:
         yield happened
     finally:
-        recorder.on_mark = before
+        peers.on_mark = before
         collectives._exchange = exchange
         vars(coordinator).pop("_send", None)
         vars(coordinator.transport).pop("begin", None)
@@ -168,7 +170,7 @@ def break_on_purpose(fault: Fault, coordinator: Coordinator | None = None) -> No
         InjectedFault: for the action `raise`.
         ConfigurationError: an action that needs a coordinator.
     """
-    step = f" of step {coordinator.recorder.step}" if coordinator is not None else ""
+    step = f" of step {coordinator.peers.recorder.step}" if coordinator is not None else ""
     match fault.action:
         case "raise":
             raise InjectedFault(f"injected on rank {fault.rank} in {fault.phase}{step}")
