@@ -203,16 +203,16 @@ class Engine:
         longest = len(ids) + params.max_tokens
         if longest > about["max_model_len"]:
             raise ConfigurationError(f"{sizes}, together more than the context of {about['max_model_len']}")
-        if about["kv_capacity_tokens"] is not None and num_pages(longest) > about["kv_capacity_tokens"] // PAGE_SIZE:
+        capacity = about["kv_capacity_tokens"]
+        if capacity is not None and num_pages(longest) > capacity // PAGE_SIZE:
             raise ConfigurationError(
-                f"{sizes}, together more than the {about['kv_tokens'] // PAGE_SIZE} pages of {PAGE_SIZE} tokens that "
-                "a rank's KV cache has"
+                f"{sizes}, together more than the {capacity // PAGE_SIZE} pages of {PAGE_SIZE} tokens that a rank's KV "
+                "cache has"
             )
-        if (
-            wrong := next((token for token in params.stop_token_ids if token >= about["num_logits"]), None)
-        ) is not None:
+        largest = max(params.stop_token_ids, default=0)
+        if largest >= about["num_logits"]:
             raise ConfigurationError(
-                f"stop_token_ids of prompt {index} has token {wrong}, but the model draws from {about['num_logits']}"
+                f"stop_token_ids of prompt {index} has token {largest}, but the model draws from {about['num_logits']}"
             )
         if params.stop_strings and self._tokenizer is None:
             raise ConfigurationError(f"prompt {index} has stop strings, but {self.options.model} has no tokenizer")
