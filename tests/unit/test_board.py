@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from lockstep.coordination import board as board_module
 from lockstep.coordination import processes
 from lockstep.coordination.board import LAST_WORDS_BYTES, Board, board_bytes
-from lockstep.coordination.step import WORDS, Header, StepRecord, decode, encode, encode_message
+from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import RanksMissing, SharedMemoryTransport
+from lockstep.coordination.wire import WORDS, Header, decode, encode, encode_message
 from lockstep.errors import ConfigurationError, RankMismatchError
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")

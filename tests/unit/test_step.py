@@ -7,17 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.coordination.step import (
+from lockstep.coordination.step import StepRecord, decide, decided
+from lockstep.coordination.wire import (
     HEAD_BYTES,
     HEAD_WORDS,
     MESSAGE_BYTES,
     WORDS,
     Alike,
     Header,
-    StepRecord,
     cut,
-    decide,
-    decided,
     decode,
     decode_message,
     encode,

@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING
 
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.step import (
-    MESSAGE_BYTES,
-    Header,
-    StepDecision,
-    StepRecord,
-    Wire,
-    decide,
-    decode,
-    decode_message,
-    encode,
-    encode_message,
-)
+from lockstep.coordination.step import StepDecision, StepRecord, decide
 from lockstep.coordination.transports import Pending, ProcessGroupTransport, RanksMissing, Transport
+from lockstep.coordination.wire import MESSAGE_BYTES, Header, Wire, decode, decode_message, encode, encode_message
 from lockstep.errors import (
     ConfigurationError,
     LockstepError,

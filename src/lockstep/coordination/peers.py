@@ -16,9 +16,10 @@ from lockstep.coordination.flight_recorder import (
     place_text,
     unpack_place,
 )
-from lockstep.coordination.step import MESSAGE_BYTES, decode_message, encode_message, odd_ones_out
+from lockstep.coordination.step import odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
 from lockstep.coordination.waits import within
+from lockstep.coordination.wire import MESSAGE_BYTES, decode_message, encode_message
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
 
 if TYPE_CHECKING:

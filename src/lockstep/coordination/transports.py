@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.board import EXCHANGE_BYTES, Board
-from lockstep.coordination.step import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wire, cut, decode_message, encode_message
 from lockstep.coordination.waits import CHECK_S, SPIN_NS, first_line, pause, wait_for
+from lockstep.coordination.wire import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wire, cut, decode_message, encode_message
 
 
 class Pending(Protocol):

@@ -14,8 +14,9 @@ import torch
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.step import WORD_BYTES, StepRecord, Wire
+from lockstep.coordination.step import StepRecord
 from lockstep.coordination.whereabouts import Whereabouts
+from lockstep.coordination.wire import WORD_BYTES, Wire
 from lockstep.dispatch import collectives
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of

@@ -1,0 +1,226 @@
+"""Step records as bytes on their way between ranks, and short messages in their place. Pure Python."""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from operator import index, itemgetter
+from typing import Any, SupportsIndex
+from zlib import crc32
+
+from lockstep._version import __version__
+from lockstep.coordination.step import Said, StepRecord, by_rank, fields_of, name_of
+from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
+
+PROTOCOL_VERSION = 1
+HEAD_WORDS = 8
+MAX_FIELDS = 24
+WORDS = HEAD_WORDS + 1 + 2 * MAX_FIELDS
+"""Longest record on the wire, in words: a head, two per field, or one if all values are small, and a checksum."""
+WORD_BYTES = 8
+HEAD_BYTES = WORD_BYTES * HEAD_WORDS
+
+_MAGIC = 0x4C53 << 16  # "LS"; the low half of the first word is the record's length in words
+_MASK = 0xFFFFFFFF
+# Words on their way are guarded by TCP or the memory; the checksum tells that something else altogether has come. The
+# value of a CRC after data and their own CRC does not depend on the data. Each body's begins with that value and so
+# comes back to it: the bodies of all ranks, one after another, are checked at once.
+_CRC = crc32(bytes(WORD_BYTES))
+
+Wire = bytes
+"""A record on the wire: words of 8 bytes, lowest byte first, of which the lower halves count. The upper ones are 0, and
+a transport's own while they travel. The head must be equal on all ranks, but for the record's length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What must be the same on all ranks before any of their numbers may be believed. Each fits into 32 bits.
+
+    Attributes:
+        epoch: how often the ranks have opened new groups after an error.
+        fingerprint: hash of what this rank is about to run (model, sizes, options).
+        protocol: version of the wire format.
+        package: version of Lockstep, as `major * 10**6 + minor * 10**3 + patch`.
+    """
+
+    epoch: int = 0
+    fingerprint: int = 0
+    protocol: int = PROTOCOL_VERSION
+    package: int = sum(int(part) * 1000 ** (2 - i) for i, part in enumerate(__version__.split(".")[:3]))
+
+
+class _Layout:
+    """How the records of one class travel, worked out once per class."""
+
+    def __init__(self, record_class: type[StepRecord]) -> None:
+        known = fields_of(record_class)
+        num_fields = len(known.names)
+        if num_fields > MAX_FIELDS:
+            raise ConfigurationError(f"{record_class.__name__} has {num_fields} fields; at most {MAX_FIELDS} travel")
+        self.names, self.values_of, self.fingerprint = known.names, known.values_of, known.fingerprint
+        # Nearly all values fit into 32 bits: then one word carries each, otherwise two.
+        self.num_words = HEAD_WORDS + num_fields + 1
+        self.num_words_large = self.num_words + num_fields
+        self.small = struct.Struct("<" + HEAD_WORDS * "I4x" + num_fields * "i4x")
+        self.large = struct.Struct("<" + HEAD_WORDS * "I4x" + num_fields * "I4xi4x")
+        self.columns_of: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = itemgetter(
+            *[slice(place, None, num_fields) for place in range(num_fields)]
+        )
+        # All values of all ranks, rank by rank, where one word carries each; the checksums are passed over.
+        self.table: Callable[[int], struct.Struct] = cache(
+            lambda num_ranks: struct.Struct("<" + num_ranks * (num_fields * "i4x" + "8x"))
+        )
+
+
+# mypy takes the hash of the records for that of their class.
+_layout: Callable[[type[StepRecord]], _Layout] = cache(_Layout)  # type: ignore[assignment]
+
+
+def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> Wire:
+    """Return a record as words, at most `WORDS`: a head, the values, and their checksum.
+
+    Args:
+        header: of this rank.
+        step: number of the agreement within the epoch, from 0.
+        record: of any class.
+        collectives: hash of the collectives that this rank has issued so far.
+
+    Raises:
+        TokenCountError: a value that does not fit into 64 bits.
+    """
+    layout = _layout(record.__class__)
+    values = layout.values_of(record)
+    head = (
+        header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, layout.fingerprint,
+        collectives,
+    )  # fmt: skip
+    try:
+        words = layout.small.pack(_MAGIC | layout.num_words, *head, *values)
+    except struct.error:
+        halves: list[int] = []
+        for name, value in zip(layout.names, values, strict=True):
+            if not isinstance(value, SupportsIndex) or not -(2**63) <= index(value) < 2**63:
+                raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
+            halves += (index(value) & _MASK, index(value) >> 32)
+        words = layout.large.pack(_MAGIC | layout.num_words_large, *head, *halves)
+    return words + crc32(words[HEAD_BYTES:], _CRC).to_bytes(WORD_BYTES, "little")
+
+
+class Alike(Sequence[Wire]):
+    """Records of all ranks that begin with the same head and are of one length; `bodies` is what follows in each."""
+
+    __slots__ = ("bodies", "head", "num_ranks")
+
+    def __init__(self, head: bytes, bodies: bytes, num_ranks: int) -> None:
+        self.head = head
+        self.bodies = bodies
+        self.num_ranks = num_ranks
+
+    def __len__(self) -> int:
+        return self.num_ranks
+
+    def __getitem__(self, rank: Any) -> Any:
+        size = len(self.bodies) // self.num_ranks
+        start = size * range(self.num_ranks)[rank]
+        return self.head + self.bodies[start : start + size]
+
+
+def decode(
+    received: Sequence[Wire], mine: Wire, record_class: type[StepRecord], names: Sequence[int] | None = None
+) -> Said:
+    """Check every rank's head against the others' and return what the records say.
+
+    Every rank checks all heads, so either all ranks raise or none does.
+
+    Args:
+        received: what each rank sent, `[ranks]`; `Alike` only with the head of `mine`.
+        mine: what this rank sent.
+        record_class: the class of this rank's record.
+        names: each rank's number for messages; by default its index.
+
+    Raises:
+        RankMismatchError: naming the first part of the head that differs and each rank's value of it.
+    """
+    layout = _layout(record_class)
+    if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
+        if crc32(received.bodies, _CRC) != _CRC:
+            raise _mismatch(received, mine, names)
+        return Said(record_class, layout.columns_of(layout.table(received.num_ranks).unpack(received.bodies)))
+    rows = []
+    my_head = (_words(mine) or ())[1:HEAD_WORDS]
+    for wire in received:
+        words = _words(wire)
+        if words is None or words[1:HEAD_WORDS] != my_head:
+            raise _mismatch(received, mine, names)
+        body = words[HEAD_WORDS:-1]
+        if len(words) == layout.num_words:
+            rows.append([_signed(word) for word in body])
+        elif len(words) == layout.num_words_large:
+            rows.append([low | _signed(high) << 32 for low, high in zip(body[::2], body[1::2], strict=True)])
+        else:
+            raise _mismatch(received, mine, names)
+    return Said(record_class, tuple(zip(*rows, strict=True)))
+
+
+def cut(words: bytes) -> Wire:
+    """Return the record at the beginning of words of a transport that knows nothing of their meaning."""
+    return words[: WORD_BYTES * max(int.from_bytes(words[:2], "little"), HEAD_WORDS)]
+
+
+def _words(wire: Wire) -> tuple[int, ...] | None:
+    """A record's words, or None if it is damaged or no record."""
+    count, rest = divmod(len(wire), WORD_BYTES)
+    if rest or not HEAD_WORDS < count <= WORDS:
+        return None
+    words = struct.unpack("<" + count * "I4x", wire)
+    fields = struct.pack("<" + (count - HEAD_WORDS - 1) * "I4x", *words[HEAD_WORDS:-1])
+    return words if words[0] == _MAGIC | count and words[-1] == crc32(fields, _CRC) else None
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 31 << 32)
+
+
+_HEAD_NAMES = (
+    "record length", "protocol version", "package version", "epoch", "step", "fingerprint", "record fields",
+    "the collectives that they have issued (hash; debug=True names the first)",
+)  # fmt: skip
+
+
+def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None) -> RankMismatchError:
+    """Say what is wrong with the ranks' words. Something is."""
+    heads = []
+    for rank, wire in enumerate(received):
+        words = _words(wire)
+        if words is None:
+            return RankMismatchError(f"rank {name_of(rank, names)} sent a record that is damaged or not Lockstep's")
+        heads.append(words[:HEAD_WORDS])
+    for part in (1, 2, 3, 4, 5, 6, 7, 0):  # unlike lengths of records that are otherwise alike are no fault
+        column = [head[part] for head in heads]
+        if len(set(column)) > 1:
+            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[part]}: {by_rank(column, names)}")
+    # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
+    sent = struct.unpack("<" + HEAD_WORDS * "I4x", mine[:HEAD_BYTES])
+    return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
+
+
+MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)
+"""Bytes of a message that travel in one exchange."""
+_message = struct.Struct("<" + WORDS * "I4x")
+_message_body = struct.Struct(f"<{MESSAGE_BYTES // 4}I")
+_MESSAGE_HEAD = (WORDS,) * HEAD_WORDS
+
+
+def encode_message(part: bytes) -> Wire:
+    """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
+    return _message.pack(*_MESSAGE_HEAD, len(part), *_message_body.unpack(part.ljust(MESSAGE_BYTES, b"\0")))
+
+
+def decode_message(wire: Wire) -> bytes:
+    """Return the bytes of `encode_message`; nothing where the words are of something else."""
+    if len(wire) != _message.size:
+        return b""
+    words = _message.unpack(wire)
+    if words[:HEAD_WORDS] != _MESSAGE_HEAD:
+        return b""
+    return _message_body.pack(*words[HEAD_WORDS + 1 :])[: min(words[HEAD_WORDS], MESSAGE_BYTES)]
