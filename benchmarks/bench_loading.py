@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep import __version__
-from lockstep.models.loading import find_experts, load_pretrained
+from lockstep.models.experts_modules import find_experts
+from lockstep.models.loading import load_pretrained
 from lockstep.testing import run_ranks
 
 RESULTS = Path(__file__).parent / "results"

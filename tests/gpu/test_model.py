@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dispatch_rounds import round_to_fp8, undo_scales
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 from lockstep.testing import run_ranks
 from mapped import stand_in
 

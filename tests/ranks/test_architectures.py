@@ -21,7 +21,7 @@ from architectures import all_architectures, tiny_model
 import lockstep
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 from lockstep.testing import run_ranks
 from lockstep.workload import SchedulerConfig
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import lockstep
 from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.errors import ConfigurationError
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 from lockstep.moe.experts import FEW_ROWS, LocalExperts
 from lockstep.testing import run_ranks
 from mapped import on_device, stand_in

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lockstep.errors import ConfigurationError
-from lockstep.models import loading
-from lockstep.models.loading import find_experts, load_pretrained, shard_experts
+from lockstep.models.experts_modules import find_experts, shard_empty, shard_experts
+from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
 
 NUM_LAYERS, NUM_EXPERTS = 2, 8
@@ -180,12 +180,11 @@ def test_a_weight_of_another_shape(copy, ep_size):
         load_pretrained(copy, ep_rank=0, ep_size=ep_size)
 
 
-def test_no_checkpoint_there(tmp_path, monkeypatch):
+def test_no_checkpoint_there(tmp_path):
     with pytest.raises(ConfigurationError, match=r"no checkpoint at .*absent"):
         load_pretrained(tmp_path / "absent")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"no checkpoint 'someone/something'.*revision v1"):
-        load_pretrained("someone/something", revision="v1", local_files_only=True)
+        load_pretrained("someone/something", revision="v1", local_files_only=True, cache_dir=tmp_path)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         load_pretrained(tmp_path)
 
@@ -205,17 +204,18 @@ def test_a_quantisation_that_is_not_undone_is_refused_by_name(copy):
         load_pretrained(copy)
 
 
-def test_a_hub_id_and_its_revision_from_the_offline_cache(whole, tmp_path, monkeypatch):
+def test_a_hub_id_and_its_revision_from_the_offline_cache(whole, tmp_path):
     commit = "0123456789" * 4
     repository = tmp_path / "models--someone--tiny-moe"
     shutil.copytree(whole[0], repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "v1").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = load_pretrained("someone/tiny-moe", ep_rank=1, ep_size=2, revision="v1", local_files_only=True)
+    model = load_pretrained(
+        "someone/tiny-moe", ep_rank=1, ep_size=2, revision="v1", local_files_only=True, cache_dir=tmp_path
+    )
     assert_is_part_of(model, whole[1], 1, 2)
     with pytest.raises(ConfigurationError, match=r"'someone/tiny-moe'.*revision v2"):
-        load_pretrained("someone/tiny-moe", revision="v2", local_files_only=True)
+        load_pretrained("someone/tiny-moe", revision="v2", local_files_only=True, cache_dir=tmp_path)
 
 
 def test_experts_are_split_where_the_weights_are_to_be():
@@ -223,6 +223,6 @@ def test_experts_are_split_where_the_weights_are_to_be():
     module = torch.nn.Module()
     with torch.device("meta"):
         module.down_proj = torch.nn.Parameter(torch.empty(4, 3, 5))
-    loading._shard_empty(module, 1, 2, "cuda")
+    shard_empty(module, 1, 2, "cuda")
     assert module.down_proj.device_mesh.device_type == "cuda"
     assert module.down_proj.to_local().shape == (2, 3, 5)

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from lockstep.engine.attention import AttentionOptions, attend_batch, attend_decode, attend_prompts, write_keys
 from lockstep.engine.kv_cache import KVCache, KVShape
 from lockstep.errors import ConfigurationError
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 
 ATTENTION_NAME = "lockstep_paged"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}

@@ -21,7 +21,8 @@ from lockstep.coordination.session import Session
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import read_arguments
-from lockstep.models.loading import find_experts, load_pretrained, shard_experts
+from lockstep.models.experts_modules import find_experts, shard_experts
+from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of

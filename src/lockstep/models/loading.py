@@ -15,8 +15,9 @@ import torch
 from lockstep.coordination.groups import Start
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
 from lockstep.models import transformers_internals as internals
-from lockstep.models.arguments import change_config, read_arguments
+from lockstep.models.arguments import Arguments, change_config, read_arguments
 from lockstep.models.checkpoint import check_files, check_scales, refuse_leftovers, undeclared_quantisation
+from lockstep.models.experts_modules import find_experts, localise, num_local_experts, shard_empty
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,56 +25,6 @@ if TYPE_CHECKING:
 
 # Quantisations that Transformers undoes while it loads, in a way that was tried with experts split over ranks.
 _DEQUANTISED_ON_LOAD = ("mxfp4", "fp8")
-
-
-def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return every module that holds routed experts, in forward order.
-
-    Args:
-        model: any Transformers model; its experts are recognised by the attributes that `use_experts_implementation`
-            sets and by a three-dimensional `down_proj`.
-
-    Returns:
-        `(qualified name, module)` of each MoE layer's experts, at least one.
-
-    Raises:
-        ConfigurationError: if there are none; the message names the model's class.
-    """
-    found = [(name, module) for name, module in model.named_modules() if internals.is_experts_module(module)]
-    if not found:
-        raise ConfigurationError(
-            f"{type(model).__name__} has no MoE layer that follows Transformers' experts interface "
-            "(docs/architectures.md lists the models that do)"
-        )
-    return found
-
-
-def shard_experts(model: torch.nn.Module, ep_rank: int, ep_size: int) -> list[tuple[str, Any]]:
-    """Keep only this rank's experts of a model that is already in memory; the memory of the others is freed.
-
-    Expert `e` lives on rank `e // (num_experts // ep_size)`. Each experts module's `num_experts` becomes the local
-    number; routers keep all experts.
-
-    Args:
-        model: a Transformers model with whole experts.
-        ep_rank: this rank's place, in `0..ep_size - 1`.
-        ep_size: ranks that share the experts, >= 1.
-
-    Returns:
-        What `find_experts` returns.
-
-    Raises:
-        ConfigurationError: if the ranks do not divide the experts, or there are none.
-    """
-    found = find_experts(model)
-    for name, module in found:
-        size = _num_local_experts(name, module, ep_rank, ep_size)
-        for parameter_name, parameter in _expert_parameters(module):
-            # clone: a view would keep the whole tensor alive.
-            local = parameter.detach()[ep_rank * size : (ep_rank + 1) * size].clone()
-            module._parameters[parameter_name] = torch.nn.Parameter(local, requires_grad=parameter.requires_grad)
-        module.num_experts = size
-    return found
 
 
 def load_pretrained(
@@ -128,20 +79,10 @@ def load_pretrained(
     arguments = read_arguments(kwargs, dtype, device)
     place = str(arguments.device if arguments.device is not None else "cpu")
 
-    def look() -> tuple[Path, Any, Any, Any]:
-        folder = _resolve(path, revision, local_files_only, arguments.hub, arguments.subfolder)
-        config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
-        change_config(config, arguments.config_changes)
-        quantization = _dequantisation(config, folder)
-        tensors = check_files(folder, getattr(config, "transformers_weights", None))
-        if quantization is None:
-            undeclared_quantisation(folder, tensors)
-        else:
-            check_scales(tensors)
-        return folder, config, _class_of(config, folder, trust_remote_code), quantization
-
     together = _Together(process_group, str(path), deadline_s)
-    folder, config, model_class, quantization = together.do(look)
+    folder, config, model_class, quantization = together.do(
+        lambda: _look(path, revision, local_files_only, trust_remote_code, arguments)
+    )
 
     def load() -> Any:
         loading_class = _sharding_class(
@@ -165,6 +106,26 @@ def load_pretrained(
         return (model, loading_info) if arguments.output_loading_info else model
 
     return together.do(load)
+
+
+def _look(
+    path: str | os.PathLike[str],
+    revision: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
+    arguments: Arguments,
+) -> tuple[Path, Any, Any, Any]:
+    """The checkpoint's folder, config, class of the model and what undoes its quantisation; all files are checked."""
+    folder = _resolve(path, revision, local_files_only, arguments.hub, arguments.subfolder)
+    config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
+    change_config(config, arguments.config_changes)
+    quantization = _dequantisation(config, folder)
+    tensors = check_files(folder, getattr(config, "transformers_weights", None))
+    if quantization is None:
+        undeclared_quantisation(folder, tensors)
+    else:
+        check_scales(tensors)
+    return folder, config, _class_of(config, folder, trust_remote_code), quantization
 
 
 def _resolve(
@@ -265,20 +226,20 @@ def _sharding_class(
     def distribute(model: Any) -> None:
         found = find_experts(model)
         for name, module in found:
-            _num_local_experts(name, module, ep_rank, ep_size)
+            num_local_experts(name, module, ep_rank, ep_size)
             expert_names.append(name)
         if tp_mesh is not None and tp_mesh.size() > 1:
             internals.split_attention(model, tp_mesh, expert_names)
         if ep_size > 1:
             for _, module in found:
-                _shard_empty(module, ep_rank, ep_size, device_type)
+                shard_empty(module, ep_rank, ep_size, device_type)
 
     def on_loaded(model: Any, loading_info: Any) -> None:
         # Before Transformers fills what is missing with random numbers, which on a split model would be a
         # collective that only the ranks with something missing join.
         _refuse_incomplete(model, loading_info)
         for _, module in find_experts(model):
-            _localise(module)
+            localise(module)
 
     def on_finished(model: Any, loading_info: Any) -> None:
         refuse_leftovers(model, loading_info.unexpected_keys, is_dequantised)
@@ -290,45 +251,6 @@ def _sharding_class(
         on_finished=on_finished,
         local_parameters_of=expert_names,
     )
-
-
-def _shard_empty(module: Any, ep_rank: int, ep_size: int, device_type: str) -> None:
-    """Make each expert parameter of a model on the meta device a DTensor of this rank's part.
-
-    A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
-    """
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    class Place(DeviceMesh):
-        """A mesh that knows this rank's place and needs no process group: nothing is communicated while loading."""
-
-        def get_local_rank(self, mesh_dim: int | str | None = None) -> int:
-            return ep_rank
-
-    # The name tells the places of one process apart: torch keeps the local shapes of equal meshes, whatever their rank.
-    mesh = Place(
-        device_type, torch.arange(ep_size), mesh_dim_names=(f"ep{ep_rank}",), _init_backend=False, _rank=ep_rank
-    )
-    for name, parameter in _expert_parameters(module):
-        size = parameter.shape[0] // ep_size
-        local = parameter.detach()[ep_rank * size : (ep_rank + 1) * size]
-        placed = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        module._parameters[name] = torch.nn.Parameter(placed, requires_grad=parameter.requires_grad)
-
-
-def _localise(module: Any) -> None:
-    """Turn the DTensors of an experts module into plain tensors of this rank's experts."""
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in list(module._parameters.items()):
-        if isinstance(parameter, DTensor):
-            local = torch.nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
-            internals.mark_loaded(local)
-            module._parameters[name] = local
-    module.num_experts = int(module.down_proj.shape[0])
 
 
 def _refuse_incomplete(model: Any, loading_info: Any) -> None:
@@ -343,25 +265,6 @@ def _refuse_incomplete(model: Any, loading_info: Any) -> None:
         raise ConfigurationError(
             f"weight {key!r} has shape {list(found)} in the files, the model needs {list(expected)}"
         )
-
-
-def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters that have one entry per expert: all of an experts module's own ones of that length."""
-    num_experts = module.down_proj.shape[0]
-    return [
-        (name, parameter)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim >= 1 and parameter.shape[0] == num_experts
-    ]
-
-
-def _num_local_experts(name: str, module: Any, ep_rank: int, ep_size: int) -> int:
-    num_experts = int(module.down_proj.shape[0])
-    if ep_size < 1 or not 0 <= ep_rank < ep_size:
-        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
-    if num_experts % ep_size:
-        raise ConfigurationError(f"{num_experts} experts ({name}) cannot be divided over {ep_size} ranks")
-    return num_experts // ep_size
 
 
 @contextlib.contextmanager

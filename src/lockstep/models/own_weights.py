@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 from lockstep.models.seal import Seal, weights_are_there
 from lockstep.moe.experts import LocalExperts
 

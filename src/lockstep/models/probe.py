@@ -10,7 +10,7 @@ import torch
 
 from lockstep.dispatch.base import ExpertsShape
 from lockstep.errors import ConfigurationError
-from lockstep.models.loading import find_experts
+from lockstep.models.experts_modules import find_experts
 from lockstep.moe.experts import LocalExperts
 
 
