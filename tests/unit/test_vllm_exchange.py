@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.dispatch.base import Route
+from lockstep.dispatch.base import ExpertsShape, Route
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
-from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Shape, Step, Watch
+from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Step, Watch
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference
 
@@ -173,10 +173,9 @@ def test_sequence_parallel_ranks_share_the_tokens_in_order(experts, num_tokens, 
 def test_sequence_parallel_chunks():
     decode, prompt = OwnRowsDispatcher(2), OwnRowsDispatcher(4)
     exchange = Exchange(decode, prompt, sp_size=2, sp_rank=1)
-    own = torch.empty(4, HIDDEN)
     # 20 rows in all, 10 of this rank, 13 of them tokens: this rank has 3.
-    assert [int(exchange._tokens(step_of(13), own, start, 10)) for start in (0, 4, 8)] == [3, 0, 0]
-    assert [int(exchange._tokens(step_of(19), own, start, 10)) for start in (0, 4, 8)] == [4, 4, 1]
+    assert [int(exchange._num_tokens(step_of(13), 10, start, 4)) for start in (0, 4, 8)] == [3, 0, 0]
+    assert [int(exchange._num_tokens(step_of(19), 10, start, 4)) for start in (0, 4, 8)] == [4, 4, 1]
 
 
 def test_the_count_that_a_graph_reads_stays_where_it_is(experts):
@@ -184,7 +183,7 @@ def test_the_count_that_a_graph_reads_stays_where_it_is(experts):
     where = step.cell.data_ptr()
     decode = OwnRowsDispatcher(8)
     exchange = Exchange(decode, decode)
-    assert exchange._tokens(step, torch.empty(8, HIDDEN), 0) is step.cell
+    assert exchange._num_tokens(step, 8, 0, 8) is step.cell
     step.begin(5)
     assert step.cell.data_ptr() == where
     assert int(step.cell) == 5
@@ -208,9 +207,10 @@ def test_the_deadline_is_long_until_requests_are_served(experts):
 
 
 def test_a_missing_rank_is_named_in_error_and_log(experts, caplog):
+    vllm_exchange._told.clear()
     decode = OwnRowsDispatcher(8)
     step = step_of(4)
-    step.exchanges[Shape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
+    step.exchanges[ExpertsShape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
     step.check()
     decode.absent = 2
     for call in (step.check, lambda: step.begin(4)):
@@ -298,7 +298,7 @@ def test_a_call_that_fails_is_over_too():
 
 def test_a_kernels_verdict_ends_a_worker_that_waits_elsewhere():
     step, decode = step_of(4), OwnRowsDispatcher(8)
-    step.exchanges[Shape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
+    step.exchanges[ExpertsShape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
     watch = watch_of(step, (0, 0, 0))
     assert watch.look() == ""
     decode.absent = 2
@@ -512,7 +512,7 @@ def joined(vllm, experts, monkeypatch):
     monkeypatch.setattr(vllm_exchange.Watch, "start", lambda self: None)
     made = []
 
-    def make(config, moe, shape, group, device):
+    def make(moe, shape, group):
         assert group == "gpu"
         made.append(shape)
         dispatcher = OwnRowsDispatcher(8)
@@ -583,7 +583,7 @@ def test_the_layers_of_a_model_share_one_exchange_and_one_line_says_that_it_is_i
     again = method_of(joined.vllm, joined.moe)
     again.process_weights_after_loading(joined.layer)
     joined.method.process_weights_after_loading(joined.layer)  # new weights
-    assert joined.made == [Shape(EXPERTS, HIDDEN, TOP_K)]
+    assert joined.made == [ExpertsShape(EXPERTS, HIDDEN, TOP_K, torch.bfloat16)]
     assert again._exchange is joined.method._exchange
     assert joined.method.processed == 2
 
@@ -604,7 +604,7 @@ def test_a_layer_runs_through_the_exchange_with_the_steps_real_rows(joined, expe
 
 def test_the_newer_runners_dummy_runs_have_no_rows(joined):
     runner = joined.vllm("v1.worker.gpu_model_runner").GPUModelRunner
-    vllm_exchange.watch_runner(runner)  # once more changes nothing
+    vllm_exchange.watch(runner)  # once more changes nothing
 
     class Newer:
         def execute_model(self, scheduler_output, dummy_run=False):
@@ -616,7 +616,7 @@ def test_the_newer_runners_dummy_runs_have_no_rows(joined):
         def sample_tokens(self, grammar_output):
             return None
 
-    vllm_exchange.watch_runner(Newer)
+    vllm_exchange.watch(Newer)
     step = vllm_exchange.STEP
     Newer().execute_model(SimpleNamespace(total_num_scheduled_tokens=5))
     assert (step.num_tokens, int(step.cell)) == (5, 5)

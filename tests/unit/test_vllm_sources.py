@@ -63,16 +63,14 @@ with set_forward_context(None, config, num_tokens=8, num_tokens_across_dp=counts
     arguments = torch.zeros(8, 2048), torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int32)
     facts["applied"] = method.apply(SimpleNamespace(apply_router_weight_on_input=False), *arguments, None, None)
 facts["runners"] = {}
-for name, (runner, output) in vllm_exchange.RUNNERS.items():
+for name, owner in vllm_exchange.RUNNERS:
     try:
         module = importlib.import_module(name)
     except ImportError as error:  # of one of the many packages that a runner needs
-        facts["runners"][name] = f"not imported: {error}"
+        facts["runners"][f"{name}.{owner}"] = f"not imported: {error}"
         continue
-    lacks = [each for each in ("execute_model", "_dummy_run", "sample_tokens") if runner
-             and not hasattr(getattr(module, runner), each)]
-    lacks += ["get_output"] if output and not hasattr(getattr(module, output), "get_output") else []
-    facts["runners"][name] = lacks
+    needed = ("execute_model", "_dummy_run", "sample_tokens") if owner.endswith("Runner") else ("get_output",)
+    facts["runners"][f"{name}.{owner}"] = [each for each in needed if not hasattr(getattr(module, owner), each)]
 facts["watched"] = vllm_exchange.watch_runners()
 print(json.dumps(facts))
 """
@@ -122,4 +120,4 @@ def test_the_runners_have_what_is_wrapped(facts):
     if not found:
         pytest.skip(f"no runner of vLLM {facts['version']} can be imported here: {facts['runners']}")
     assert not any(found.values())
-    assert facts["watched"] == any(name.endswith("model_runner") for name in found)
+    assert facts["watched"] == any(name.endswith(".GPUModelRunner") for name in found)

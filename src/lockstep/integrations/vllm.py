@@ -45,21 +45,7 @@ MODES = {"": "", "0": "", "1": "metadata", "metadata": "metadata", "exchange": "
 
 
 def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: int, use_ep: int) -> list[int]:
-    """Return the rows of each rank under prefill context parallelism.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-        pcp_size: prefill-context-parallel ranks of one DP rank, >= 1.
-        use_ep: 1 where each of these ranks is an expert-parallel rank of its own, so that the count stands for each of
-            them; 0 where the experts see the tokens of all of them as one rank's.
-
-    Returns:
-        `[dp_size * pcp_size * sequence_parallel_size]` with `use_ep`, otherwise `[dp_size * sequence_parallel_size]`.
-
-    Raises:
-        ConfigurationError: if a size is below 1.
-        TokenCountError: if a count times `pcp_size` is beyond int32.
+    """Return the rows of each rank under prefill context parallelism, as `sp_local_sizes` of the class below.
 
     Example:
         >>> pcp_size_list([5, 7], 2, 2, 1), pcp_size_list([5, 7], 2, 2, 0)
@@ -139,13 +125,16 @@ class DPMetadata(HoldsCounts):
         Args:
             sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
             pcp_size: prefill-context-parallel ranks of one DP rank, >= 1.
-            use_ep: whether each of these is an expert-parallel rank of its own.
+            use_ep: whether each of these is an expert-parallel rank of its own, so that the count stands for each of
+                them; otherwise the experts see the tokens of all of them as one rank's.
 
         Returns:
-            A context manager; entering it sets the sizes and gives them, as `pcp_size_list`.
+            A context manager; entering it sets the sizes and gives them: `[dp_size * pcp_size *
+            sequence_parallel_size]` with `use_ep`, otherwise `[dp_size * sequence_parallel_size]`.
 
         Raises:
             ConfigurationError: at once, not on entering, if a size is below 1.
+            TokenCountError: if a count times `pcp_size` is beyond int32.
         """
         if pcp_size is not NO_PCP:
             sizes = checked_step(self).find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
@@ -193,57 +182,39 @@ def register() -> None:
         raise ConfigurationError(f"{SWITCH} must be one of {values}, or not set, got {switch!r}")
     if not mode:
         return
-    obstacle = replace_everywhere() if mode == "metadata" else register_exchange()
+    obstacle = _take_effect(mode)
     if obstacle and obstacle not in _warnings_given:
         _warnings_given.add(obstacle)
         logger.warning("%s=%s changes nothing: %s", SWITCH, switch, obstacle)
 
 
-def register_exchange() -> str:
-    """Have vLLM's routed experts run through our exchange, where a model's configuration allows it.
-
-    Returns:
-        Why they will not in any case, or an empty string.
-    """
-    # Not before it is asked for: it needs more of vLLM than the class does.
-    from lockstep.integrations import vllm_exchange
-
+def _take_effect(mode: str) -> str:
+    """Return why this vLLM stays as it is, or an empty string."""
     try:
         version = str(importlib.import_module("vllm").__version__)
     except (ImportError, AttributeError) as error:
         return f"vLLM cannot be imported ({error})"
-    return unknown_version(version, vllm_exchange.KNOWN_VERSIONS) or vllm_exchange.register_method()
+    if mode == "metadata":
+        known, replace = KNOWN_VERSIONS, replace_everywhere
+    else:  # imported only where asked for: it needs more of vLLM than the class does
+        from lockstep.integrations import vllm_exchange
 
-
-def unknown_version(version: str, known: Sequence[str]) -> str:
-    """Return that a version of vLLM is not known, or an empty string.
-
-    Args:
-        version: vLLM's.
-        known: versions known, as major.minor.
-    """
+        known, replace = vllm_exchange.KNOWN_VERSIONS, vllm_exchange.register_method
     release = re.match(r"\d+\.\d+", version)
     if release is None or release[0] not in known:
         return f"vLLM {version} is not among the versions known, {', '.join(known)}"
-    return ""
+    return replace()
 
 
 def replace_everywhere() -> str:
-    """Replace vLLM's class in every module that has imported it, under whatever name.
-
-    Returns:
-        Why nothing was replaced, or an empty string.
-    """
+    """Replace vLLM's class in every module that has imported it, under whatever name; return why not, or nothing."""
+    version = importlib.import_module("vllm").__version__
     try:
-        version = str(importlib.import_module("vllm").__version__)
         theirs = importlib.import_module("vllm.forward_context").DPMetadata
     except (ImportError, AttributeError) as error:
         return f"vLLM's DPMetadata cannot be imported ({error})"
     if theirs is DPMetadata:
         return ""
-    unknown = unknown_version(version, KNOWN_VERSIONS)
-    if unknown:
-        return unknown
     difference = surface_difference(theirs)
     if difference:
         return f"vLLM {version} has another DPMetadata than the one known: {difference}"
@@ -258,11 +229,7 @@ def replace_everywhere() -> str:
 
 
 def surface_difference(theirs: Any) -> str:
-    """Return in which function vLLM's class takes other parameters than ours, or an empty string.
-
-    Args:
-        theirs: vLLM's class.
-    """
+    """Return in which function vLLM's class takes other parameters than ours, or an empty string."""
     # Not chunked_sizes, which vLLM has dropped and ours keeps.
     for name in ("__init__", "make", "sp_local_sizes", "get_chunk_sizes_across_dp_rank", "cu_tokens_across_sp"):
         function = getattr(theirs, name, None)

@@ -13,18 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lockstep.dispatch.base import ExpertsShape
 from lockstep.dispatch.choose import can_map, mapping_facts
 from lockstep.errors import ConfigurationError, LockstepError
-from lockstep.moe.experts import LocalExperts
+from lockstep.moe.experts import LocalExperts, silu_and_multiply
 
 logger = logging.getLogger("vllm.plugins.lockstep")
 
@@ -34,21 +33,23 @@ KNOWN_VERSIONS = ("0.26", "0.33")
 METHOD_MODULE = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 METHOD = "UnquantizedFusedMoEMethod"
 
-SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
-    METHOD_MODULE: {METHOD: ("__init__", "process_weights_after_loading", "apply", "register_oot")},
-    "vllm.forward_context": {"get_forward_context": (), "is_forward_context_available": ()},
-    "vllm.distributed.parallel_state": {"get_ep_group": ()},
-    "vllm.config": {"get_current_vllm_config": ()},
+SYMBOLS = {
+    METHOD_MODULE: [METHOD, f"{METHOD}.process_weights_after_loading", f"{METHOD}.apply", f"{METHOD}.register_oot"],
+    "vllm.model_executor.custom_op": ["op_registry_oot"],
+    "vllm.forward_context": ["get_forward_context", "is_forward_context_available"],
+    "vllm.distributed.parallel_state": ["get_ep_group"],
+    "vllm.config": ["get_current_vllm_config"],
 }
-"""What is used in both versions: module, name in it, and what a class must have."""
+"""What is used in both versions, by module."""
 
-RUNNERS = {
-    "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner", "AsyncGPUModelRunnerOutput"),
-    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner", ""),
-    "vllm.v1.worker.gpu.async_utils": ("", "AsyncOutput"),
-}
-"""Where the worker runs its steps, and the class whose `get_output` hands out their tokens. Which of the two runners is
-in use depends on the model; only what the worker has imported is looked at."""
+RUNNERS = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu_model_runner", "AsyncGPUModelRunnerOutput"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.async_utils", "AsyncOutput"),
+)
+"""Module and class of what runs a worker's steps and of what hands out their tokens. Which are in use depends on the
+model; only what the worker has imported is looked at."""
 
 DEADLINE = "LOCKSTEP_VLLM_DEADLINE_S"
 """Longest wait for a rank in a step that serves requests, seconds; 30 if it is not set."""
@@ -58,21 +59,6 @@ START_DEADLINE_S = 600.0
 
 PROMPT_ROWS = 4096
 """Most rows of a rank in one dispatch of a step that no CUDA graph holds; more go in chunks."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The routed experts of a layer. Layers with equal shapes share their buffers.
-
-    Attributes:
-        num_experts: of all ranks.
-        hidden_size: of a row.
-        top_k: experts per row.
-    """
-
-    num_experts: int
-    hidden_size: int
-    top_k: int
 
 
 class Step:
@@ -93,14 +79,11 @@ class Step:
         self.cell: torch.Tensor | None = None
         self.serving = False
         self.calls: dict[object, float] = {}
-        self.exchanges: dict[Shape, Exchange] = {}
+        self.exchanges: dict[ExpertsShape, Exchange] = {}
         self.watch: Watch | None = None
 
     def begin(self, num_tokens: int) -> None:
-        """Note how many tokens this rank has. Called before each step, on the stream that will run it.
-
-        Args:
-            num_tokens: of requests; 0 where the rank only takes part.
+        """Note how many tokens of requests this rank has. Called before each step, on the stream that will run it.
 
         Raises:
             RankAbsentError: a rank did not come to an earlier step.
@@ -112,13 +95,7 @@ class Step:
             self.cell.fill_(num_tokens)
 
     def within(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a function of vLLM's in which it may wait for other ranks.
-
-        Args:
-            function: the function; gets `args` and `options`.
-            args: positional arguments.
-            options: keyword arguments.
-        """
+        """Call a function of vLLM's in which it may wait for other ranks."""
         call = object()
         self.calls[call] = time.monotonic()
         try:
@@ -136,7 +113,7 @@ class Step:
             try:
                 exchange.check()
             except LockstepError as error:
-                logger.error("LOCKSTEP_VLLM=exchange: %s", error)
+                tell(str(error), logging.ERROR)
                 raise
 
 
@@ -164,8 +141,7 @@ class Watch:
     def __init__(
         self, step: Step, beats: torch.Tensor, rank: int, deadline_s: float, end: Callable[[int], None] = os._exit
     ) -> None:
-        self.step, self.beats, self.rank, self.deadline_s = step, beats, rank, deadline_s
-        self._end = end
+        self.step, self.beats, self.rank, self.deadline_s, self._end = step, beats, rank, deadline_s, end
         self.beat()
 
     def start(self) -> None:
@@ -194,11 +170,9 @@ class Watch:
             self.step.check()
         except LockstepError as error:
             return str(error)
-        silent = self.silent_ranks()
-        if not silent:
-            return ""
-        names = ", ".join(map(str, silent))
-        return f"EP rank {names} has been silent for {self.deadline_s:g} s while rank {self.rank} is in a step"
+        names = ", ".join(map(str, self.silent_ranks()))
+        waited = f"has been silent for {self.deadline_s:g} s while rank {self.rank} is in a step"
+        return f"EP rank {names} {waited}" if names else ""
 
     def _run(self) -> None:
         while True:
@@ -206,19 +180,14 @@ class Watch:
             self.beat()
             reason = self.look()
             if reason:
-                tell(reason, level=logging.ERROR)
+                tell(reason, logging.ERROR)
                 time.sleep(self.GRACE_S)  # the worker may be about to raise the same
                 self._end(1)
                 return
 
 
 def share_beats(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
-    """Return memory that all ranks of a host share, `[ranks + 1]` int64, see `Watch`. Collective.
-
-    Args:
-        group: the ranks, for tensors on the CPU.
-        rank: this rank.
-    """
+    """Return memory that all ranks of a host share, `[ranks + 1]` int64, see `Watch`. Collective, on the CPU."""
     name = gather_texts(secrets.token_hex(8), group)[0]
     path = Path("/dev/shm") / f"lockstep-vllm-{name}"
     if rank == 0:
@@ -246,16 +215,13 @@ class Exchange:
         deadline_s: longest wait for a rank while requests are served.
     """
 
-    def __init__(
-        self, decode: Any, prompt: Any, *, sp_size: int = 1, sp_rank: int = 0, deadline_s: float = 30.0
-    ) -> None:
-        self.decode, self.prompt = decode, prompt
-        self.sp_size, self.sp_rank = sp_size, sp_rank
-        self.deadline_s = deadline_s
+    def __init__(self, decode: Any, prompt: Any, *, sp_size: int = 1, sp_rank: int = 0, deadline_s: float = 30) -> None:
+        self.decode, self.prompt, self.dispatchers = decode, prompt, list(dict.fromkeys((decode, prompt)))
+        self.sp_size, self.sp_rank, self.deadline_s = sp_size, sp_rank, deadline_s
 
     def check(self) -> None:
         """Raise if a kernel gave up waiting, naming the rank that did not come."""
-        for dispatcher in {id(each): each for each in (self.decode, self.prompt)}.values():
+        for dispatcher in self.dispatchers:
             dispatcher.check()
 
     def run(
@@ -287,54 +253,26 @@ class Exchange:
         # A graph keeps the deadline that it was captured with.
         in_earnest = step.serving or (rows.is_cuda and torch.cuda.is_current_stream_capturing())
         dispatcher.set_deadline(self.deadline_s if in_earnest else START_DEADLINE_S)
-        assert step.cell is not None
-        if largest <= limit:
-            return self._run_chunk(
-                dispatcher, experts, rows, topk_ids, topk_weights, self._tokens(step, rows, 0), sizes
-            )
-        output = torch.empty_like(rows)
-        for start in range(0, largest, limit):
+        outputs = []
+        for start in range(0, max(1, largest), limit):
             chunk = slice(start, start + limit)
-            own = rows[chunk]
-            chunk_sizes = [max(0, min(limit, size - start)) for size in sizes]
-            num_tokens = self._tokens(step, own, start, rows.shape[0])
-            output[chunk] = self._run_chunk(
-                dispatcher, experts, own, topk_ids[chunk], topk_weights[chunk], num_tokens, chunk_sizes
+            route = dispatcher.route([max(0, min(limit, size - start)) for size in sizes])
+            num_tokens = self._num_tokens(step, rows.shape[0], start, limit)
+            handle = dispatcher.dispatch(route, rows[chunk], topk_ids[chunk], topk_weights[chunk], num_tokens)
+            rows_per_expert = sum(route.sizes) * dispatcher.top_k / dispatcher.num_experts
+            result = experts.on_device(
+                handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets, rows_per_expert
             )
-        return output
+            outputs.append(dispatcher.combine(result, handle))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _tokens(self, step: Step, own: torch.Tensor, start: int, num_rows: int | None = None) -> torch.Tensor:
-        """Return how many of a chunk's rows are tokens, `[1]` int32 on the device.
-
-        Args:
-            step: the step.
-            own: this rank's rows of the chunk.
-            start: first of them, among this rank's rows.
-            num_rows: this rank's rows in the step, padding included; None: those of `own`.
-        """
+    def _num_tokens(self, step: Step, num_rows: int, start: int, limit: int) -> torch.Tensor:
+        """How many rows of the chunk at `start` are tokens, `[1]` int32 on the device; this rank has `num_rows`."""
         assert step.cell is not None
-        num_rows = own.shape[0] if num_rows is None else num_rows
-        before = self.sp_rank * num_rows + start  # tokens of the data-parallel rank that others or earlier chunks take
-        if before == 0 and num_rows == own.shape[0] and self.sp_size == 1:
+        if self.sp_size == 1 and num_rows <= limit and start == 0:
             return step.cell
-        return (step.cell - before).clamp_(0, own.shape[0])
-
-    def _run_chunk(
-        self,
-        dispatcher: Any,
-        experts: LocalExperts,
-        rows: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        num_tokens: torch.Tensor,
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
-        handle = dispatcher.dispatch(dispatcher.route(sizes), rows, topk_ids, topk_weights, num_tokens)
-        rows_per_expert = sum(sizes) * dispatcher.top_k / dispatcher.num_experts
-        result = experts.on_device(
-            handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets, rows_per_expert
-        )
-        return dispatcher.combine(result, handle)
+        before = self.sp_rank * num_rows + start  # tokens of the data-parallel rank that others or earlier chunks take
+        return (step.cell - before).clamp_(0, max(0, min(limit, num_rows - start)))
 
 
 class LayerWeights:
@@ -345,46 +283,33 @@ class LayerWeights:
     """
 
     has_gate = True
+    _apply_gate = staticmethod(silu_and_multiply)
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
 
     @property
-    def gate_up_proj(self) -> torch.Tensor:
+    def gate_up_proj(self) -> Any:
         """`[num_local_experts, 2 * intermediate, hidden]`."""
-        weight: torch.Tensor = self._layer.w13_weight
-        return weight
+        return self._layer.w13_weight
 
     @property
-    def down_proj(self) -> torch.Tensor:
+    def down_proj(self) -> Any:
         """`[num_local_experts, hidden, intermediate]`."""
-        weight: torch.Tensor = self._layer.w2_weight
-        return weight
-
-    @staticmethod
-    def _apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return self._layer.w2_weight
 
 
 def unsupported(config: Any, moe: Any, method: Any) -> str:
-    """Return why a model's experts keep vLLM's own path, judged by the configuration alone, or an empty string.
-
-    Args:
-        config: vLLM's configuration.
-        moe: the layer's `FusedMoEConfig`.
-        method: its MoE method, which has chosen a backend.
-    """
+    """Return why a layer's experts keep vLLM's own path by its and vLLM's configuration alone, or an empty string."""
     parallel, experts = config.parallel_config, moe.moe_parallel_config
     activation = str(getattr(moe.activation, "value", moe.activation))
     backend = str(getattr(getattr(method, "unquantized_backend", None), "name", None))
+    sp_is_missing = parallel.tensor_parallel_size > 1 and not experts.is_sequence_parallel
+    swiglu = any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
     checks = (
         (not experts.use_ep, "expert parallelism is off (enable_expert_parallel)"),
         (experts.dp_size < 2, "data_parallel_size is 1"),
-        (
-            parallel.tensor_parallel_size > 1 and not experts.is_sequence_parallel,
-            "tensor_parallel_size > 1 without sequence-parallel experts",
-        ),
+        (sp_is_missing, "tensor_parallel_size > 1 without sequence-parallel experts"),
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size > 1"),
         (experts.pcp_size > 1, "prefill_context_parallel_size > 1"),
         (experts.enable_eplb, "EPLB moves experts between ranks (enable_eplb)"),
@@ -398,28 +323,17 @@ def unsupported(config: Any, moe: Any, method: Any) -> str:
         (moe.in_dtype is not torch.bfloat16, f"dtype {moe.in_dtype}; only bfloat16 travels"),
         (moe.has_bias, "experts with biases"),
         (activation != "silu", f"activation {activation!r}; only gated SiLU"),
-        (
-            any(getattr(moe, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")),
-            "a clamped or scaled SwiGLU",
-        ),
+        (swiglu, "a clamped or scaled SwiGLU"),
         (moe.num_experts % experts.ep_size != 0, f"{moe.num_experts} experts on {experts.ep_size} ranks"),
         (moe.hidden_dim != (moe.hidden_dim_unpadded or moe.hidden_dim), "padded rows"),
         (bool(getattr(moe, "intermediate_pad", None)), "padded experts"),
-        (
-            backend != "TRITON",
-            f"weights in the layout of vLLM's backend {backend} (set moe_backend=triton)",
-        ),
+        (backend != "TRITON", f"weights in the layout of vLLM's backend {backend} (set moe_backend=triton)"),
     )
     return "; ".join(reason for holds, reason in checks if holds)
 
 
 def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
-    """Return a short text of every rank, in rank order. Collective.
-
-    Args:
-        text: this rank's; at most 4000 bytes of it arrive.
-        group: of the ranks, for tensors on the CPU.
-    """
+    """Return a text of every rank, of at most 4000 bytes each, in rank order. Collective, on the CPU."""
     raw = text.encode()[:4000]
     own = torch.zeros(4096, dtype=torch.uint8)
     own[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
@@ -429,11 +343,11 @@ def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
 
 
 def agree(reason: str, group: dist.ProcessGroup, device: torch.device) -> str:
-    """Return why the ranks cannot use the exchange, the same answer on all, or an empty string. Collective.
+    """Return why the ranks cannot use the exchange, the same answer on all, or an empty string. Collective, on the CPU.
 
     Args:
         reason: why this rank cannot, or an empty string.
-        group: the expert-parallel ranks, for tensors on the CPU.
+        group: the expert-parallel ranks.
         device: this rank's GPU.
     """
     facts = None if reason else mapping_facts(device)
@@ -442,16 +356,12 @@ def agree(reason: str, group: dist.ProcessGroup, device: torch.device) -> str:
         if answer["no"]:
             return f"{answer['no']} (on EP rank {rank})"
     if not can_map([answer["maps"] for answer in answers]):
-        return "the ranks' GPUs cannot map each other's memory: not on one host, or without NVLink between all of them"
+        return "the ranks' GPUs cannot map each other's memory: over 8, not on one host, or not all joined by NVLink"
     return ""
 
 
 def deadline_s() -> float:
-    """Return the deadline that the environment asks for, seconds.
-
-    Raises:
-        ConfigurationError: if it is no positive number.
-    """
+    """Return the deadline that the environment asks for, seconds; `ConfigurationError` if it is no positive number."""
     text = os.environ.get(DEADLINE, "30")
     try:
         seconds = float(text)
@@ -462,49 +372,30 @@ def deadline_s() -> float:
     return seconds
 
 
-def make_exchange(config: Any, moe: Any, shape: Shape, group: dist.ProcessGroup, device: torch.device) -> Exchange:
-    """Map the buffers of an exchange on all ranks. Collective.
-
-    Args:
-        config: vLLM's configuration.
-        moe: the layer's `FusedMoEConfig`.
-        shape: of its experts.
-        group: the expert-parallel ranks.
-        device: this rank's GPU.
-    """
+def make_exchange(moe: Any, shape: ExpertsShape, group: dist.ProcessGroup) -> Exchange:
+    """Map the buffers of an exchange on all ranks, as many rows as vLLM's `FusedMoEConfig` says. Collective."""
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 
     experts = moe.moe_parallel_config
     sp_size = max(1, experts.sp_size)
     largest = -(-int(moe.max_num_tokens) // sp_size)
     graphs = -(-int(moe.max_capture_size or 0) // sp_size) or 256
-    seconds = deadline_s()
     # Where each worker sees its own GPU only, all are number 0 to torch. That they differ was agreed before.
     os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 
     def make(capacity: int) -> NvlinkDispatcher:
         return NvlinkDispatcher(
-            group,
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden_size,
-            top_k=shape.top_k,
-            max_tokens_per_rank=capacity,
-            deadline_s=START_DEADLINE_S,
-            device=device,
-        )
+            group, num_experts=shape.num_experts, hidden_size=shape.hidden_size, top_k=shape.top_k,
+            max_tokens_per_rank=capacity, deadline_s=START_DEADLINE_S, device=shape.device,
+        )  # fmt: skip
 
     decode = make(min(graphs, largest))
-    prompt = decode if largest <= decode.max_tokens_per_rank else make(min(PROMPT_ROWS, largest))
-    sp_rank = int(experts.ep_rank) % sp_size
-    return Exchange(decode, prompt, sp_size=sp_size, sp_rank=sp_rank, deadline_s=seconds)
+    prompt = decode if largest <= graphs else make(min(PROMPT_ROWS, largest))
+    return Exchange(decode, prompt, sp_size=sp_size, sp_rank=experts.ep_rank % sp_size, deadline_s=deadline_s())
 
 
 def make_method(base: Any) -> Any:
-    """Return vLLM's method for unquantised experts with our exchange in it.
-
-    Args:
-        base: vLLM's `UnquantizedFusedMoEMethod`.
-    """
+    """Return `base`, vLLM's method for unquantised experts, with our exchange in it."""
 
     class LockstepFusedMoEMethod(base):  # known at run time only
         """vLLM's method; runs the experts through Lockstep's exchange where it can."""
@@ -521,11 +412,7 @@ def make_method(base: Any) -> Any:
             return self._exchange is None and bool(super().mk_can_overlap_shared_experts)
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            """Load as vLLM does, then join the exchange. Collective over the expert-parallel group.
-
-            Args:
-                layer: vLLM's `RoutedExperts`.
-            """
+            """Load as vLLM does, then join the exchange. Collective over the expert-parallel group."""
             super().process_weights_after_loading(layer)
             if self._experts is None:
                 self._experts = LocalExperts(LayerWeights(layer))
@@ -540,16 +427,7 @@ def make_method(base: Any) -> Any:
             shared_experts: Any = None,
             shared_experts_input: torch.Tensor | None = None,
         ) -> Any:
-            """Run the routed experts; see vLLM.
-
-            Args:
-                layer: vLLM's `RoutedExperts`.
-                x: rows, `[n, hidden]`.
-                topk_weights: `[n, top_k]`.
-                topk_ids: `[n, top_k]`.
-                shared_experts: run by vLLM before or after this call.
-                shared_experts_input: their input.
-            """
+            """Run the routed experts of rows `[n, hidden]`; vLLM runs the shared ones before or after this call."""
             if self._exchange is None or layer.apply_router_weight_on_input:
                 return super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
             assert self._experts is not None
@@ -559,11 +437,7 @@ def make_method(base: Any) -> Any:
 
 
 def counts_across_dp() -> list[int]:
-    """Return the rows of each data-parallel rank in this step, padding included, `[dp_size]`.
-
-    Raises:
-        ConfigurationError: outside a step of several ranks.
-    """
+    """Return the rows of each data-parallel rank in this step, padding included, `[dp_size]`."""
     context = importlib.import_module("vllm.forward_context")
     metadata = context.get_forward_context().dp_metadata if context.is_forward_context_available() else None
     if metadata is None:
@@ -575,55 +449,39 @@ def counts_across_dp() -> list[int]:
 _told: set[str] = set()
 
 
-def tell(text: str, *, level: int = logging.INFO) -> None:
-    """Log a line once per process.
-
-    Args:
-        text: the line.
-        level: how loud.
-    """
+def tell(text: str, level: int = logging.INFO) -> None:
+    """Log a line once per process."""
     if text not in _told:
         _told.add(text)
         logger.log(level, "LOCKSTEP_VLLM=exchange: %s", text)
 
 
 def join(config: Any, moe: Any, method: Any, experts: LocalExperts, device: torch.device) -> Exchange | None:
-    """Return the exchange for a layer's experts, or None where vLLM's own path stays. Collective; logs one line.
-
-    Args:
-        config: vLLM's configuration.
-        moe: the layer's `FusedMoEConfig`.
-        method: its MoE method.
-        experts: this rank's experts.
-        device: this rank's device.
-    """
+    """Return the exchange for a layer's experts, or None where vLLM's own path stays. Collective; logs one line."""
     reason = unsupported(config, moe, method)
     if reason:
         # Equal on all ranks, as the configuration is: nobody waits for anybody.
-        tell(f"vLLM's own path stays: {reason}", level=logging.WARNING)
+        tell(f"vLLM's own path stays: {reason}", logging.WARNING)
         return None
-    shape = Shape(int(moe.num_experts), int(moe.hidden_dim), int(moe.experts_per_token))
-    known = STEP.exchanges.get(shape)
-    if known is not None:
-        return known
+    shape = ExpertsShape(moe.num_experts, moe.hidden_dim, moe.experts_per_token, moe.in_dtype, device)
+    if shape in STEP.exchanges:
+        return STEP.exchanges[shape]
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group()
-    reason = "" if experts.run_on_device else "experts that our kernels do not run"
-    if not watch_runners():
-        reason = reason or "this vLLM runs its steps in a class that is not known"
-    if not reason and group.world_size > 8:
-        reason = f"{group.world_size} ranks; at most 8 GPUs of one host"
+    if not experts.run_on_device:
+        reason = "experts that our kernels do not run"
+    elif not watch_runners():
+        reason = "this vLLM runs its steps in a class that is not known"
     reason = agree(reason, group.cpu_group, device)
     if reason:
-        tell(f"vLLM's own path stays: {reason}", level=logging.WARNING)
+        tell(f"vLLM's own path stays: {reason}", logging.WARNING)
         return None
     # Tensors made in inference mode could not be written to outside it, where a step's count is noted.
     with torch.inference_mode(False):
         if STEP.cell is None:
             STEP.cell = torch.zeros(1, dtype=torch.int32, device=device)
-        exchange = make_exchange(config, moe, shape, group.device_group, device)
-    for dispatcher in {id(each): each for each in (exchange.decode, exchange.prompt)}.values():
-        slots = dispatcher.num_ranks * dispatcher.max_tokens_per_rank * dispatcher.top_k
-        experts.warm_up(slots, False)
+        exchange = make_exchange(moe, shape, group.device_group)
+    for dispatcher in exchange.dispatchers:
+        experts.warm_up(dispatcher.num_ranks * dispatcher.max_tokens_per_rank * dispatcher.top_k, fp8=False)
     STEP.exchanges[shape] = exchange
     if STEP.watch is None:
         beats = share_beats(group.cpu_group, group.rank_in_group)
@@ -637,76 +495,53 @@ def join(config: Any, moe: Any, method: Any, experts: LocalExperts, device: torc
     return exchange
 
 
+def _execute_model(function: Any, runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+    STEP.begin(0 if options.get("dummy_run", False) else int(scheduler_output.total_num_scheduled_tokens))
+    return STEP.within(function, runner, scheduler_output, *args, **options)
+
+
+def _dummy_run(function: Any, *args: Any, **options: Any) -> Any:
+    STEP.begin(0)
+    return STEP.within(function, *args, **options)
+
+
+def _hand_out_tokens(function: Any, *args: Any, **options: Any) -> Any:
+    result = STEP.within(function, *args, **options)
+    if not hasattr(result, "get_output"):
+        STEP.check()  # the tokens are on the host, so the step is over
+    return result
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "execute_model": _execute_model,
+    "_dummy_run": _dummy_run,
+    "sample_tokens": _hand_out_tokens,
+    "get_output": _hand_out_tokens,
+}
+
+
+def _wrapped(function: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return around(function, *args, **options)
+
+    vars(call)["_lockstep"] = True
+    return call
+
+
+def watch(owner: Any) -> bool:
+    """Wrap, once, the functions of a class that begin a step or hand out its tokens; say whether it runs steps."""
+    for name, around in _WRAPPERS.items():
+        function = getattr(owner, name, None)
+        if function is not None and not hasattr(function, "_lockstep"):
+            setattr(owner, name, _wrapped(function, around))
+    return all(hasattr(owner, name) for name in ("execute_model", "_dummy_run", "sample_tokens"))
+
+
 def watch_runners() -> bool:
-    """Have each step of this worker tell us its number of tokens, and ask us before tokens leave.
-
-    Returns:
-        Whether a class that runs steps was found.
-    """
-    found = False
-    for name, (runner, output) in RUNNERS.items():
-        module = sys.modules.get(name)
-        if not isinstance(module, ModuleType):
-            continue
-        if runner and hasattr(module, runner):
-            found = True
-            watch_runner(getattr(module, runner))
-        if output and hasattr(module, output):
-            watch_output(getattr(module, output))
-    return found
-
-
-def watch_runner(runner: Any) -> None:
-    """Wrap the functions of a runner class that begin a step and that hand out its tokens.
-
-    Args:
-        runner: a class with `execute_model`, `_dummy_run` and `sample_tokens`.
-    """
-    if getattr(runner, "_lockstep_watched", False):
-        return
-    runner._lockstep_watched = True
-    execute_model, dummy_run, sample_tokens = runner.execute_model, runner._dummy_run, runner.sample_tokens
-
-    @wraps(execute_model)
-    def counted_execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
-        is_dummy = options.get("dummy_run", False)
-        STEP.begin(0 if is_dummy else int(scheduler_output.total_num_scheduled_tokens))
-        return STEP.within(execute_model, self, scheduler_output, *args, **options)
-
-    @wraps(dummy_run)
-    def counted_dummy_run(self: Any, *args: Any, **options: Any) -> Any:
-        STEP.begin(0)
-        return STEP.within(dummy_run, self, *args, **options)
-
-    @wraps(sample_tokens)
-    def checked_sample_tokens(self: Any, *args: Any, **options: Any) -> Any:
-        result = STEP.within(sample_tokens, self, *args, **options)
-        if not hasattr(result, "get_output"):
-            STEP.check()  # its tokens are on the host, so the step is over
-        return result
-
-    runner.execute_model, runner._dummy_run = counted_execute_model, counted_dummy_run
-    runner.sample_tokens = checked_sample_tokens
-
-
-def watch_output(output: Any) -> None:
-    """Wrap the function that waits for a step's tokens.
-
-    Args:
-        output: a class with `get_output`.
-    """
-    if getattr(output, "_lockstep_watched", False):
-        return
-    output._lockstep_watched = True
-    get_output = output.get_output
-
-    @wraps(get_output)
-    def checked_get_output(self: Any, *args: Any, **options: Any) -> Any:
-        result = STEP.within(get_output, self, *args, **options)
-        STEP.check()
-        return result
-
-    output.get_output = checked_get_output
+    """Have each step of this worker say how many tokens it has, and its tokens wait for our word; False if none can."""
+    found = [watch(getattr(sys.modules.get(module), name, None)) for module, name in RUNNERS]
+    return any(found)
 
 
 def missing_symbols() -> str:
@@ -716,29 +551,21 @@ def missing_symbols() -> str:
             module = importlib.import_module(module_name)
         except ImportError as error:
             return f"{module_name} cannot be imported ({error})"
-        for name, attributes in names.items():
-            found = getattr(module, name, None)
-            if found is None:
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            if not hasattr(getattr(module, owner) if owner else module, attribute):
                 return f"{module_name} has no {name}"
-            for attribute in attributes:
-                if not hasattr(found, attribute):
-                    return f"{module_name}.{name} has no {attribute}"
     return ""
 
 
 def register_method() -> str:
-    """Put our method in the place of vLLM's in its registry of replacements.
-
-    Returns:
-        Why it was not, or an empty string.
-    """
+    """Put our method in the place of vLLM's in its registry of replacements; return why not, or an empty string."""
     obstacle = missing_symbols()
     if obstacle:
         return obstacle
     deadline_s()  # a wrong value is an error at start
     base = getattr(importlib.import_module(METHOD_MODULE), METHOD)
-    registry = importlib.import_module("vllm.model_executor.custom_op").op_registry_oot
-    registered = registry.get(METHOD)
+    registered = importlib.import_module("vllm.model_executor.custom_op").op_registry_oot.get(METHOD)
     if registered is None:
         base.register_oot(make_method(base))
     elif registered.__name__ != "LockstepFusedMoEMethod":

@@ -16,6 +16,12 @@ FEW_ROWS = 32
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` of rows `[n, 2 * intermediate]`, gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
 class LocalExperts:
     """This rank's experts as one function of rows: gate and up product, activation, down product. No weights of pairs.
 
@@ -41,28 +47,14 @@ class LocalExperts:
             raise ConfigurationError(f"experts of class {type(module).__name__} have no parameter {missing[0]!r}")
 
     @classmethod
-    def from_tensors(
-        cls,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu,
-    ) -> LocalExperts:
-        """Make gated experts of plain tensors: `down(activation(gate(x)) * up(x))`.
+    def from_tensors(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> LocalExperts:
+        """Make gated SiLU experts that share the memory of plain tensors.
 
         Args:
             gate_up_proj: gate rows first, then up rows, `[num_local_experts, 2 * intermediate, hidden]`.
             down_proj: `[num_local_experts, hidden, intermediate]`.
-            activation: applied to the gate's half.
-
-        Returns:
-            The experts, sharing the tensors' memory.
         """
-
-        def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return activation(gate) * up
-
-        return cls(SimpleNamespace(gate_up_proj=gate_up_proj, down_proj=down_proj, _apply_gate=apply_gate))
+        return cls(SimpleNamespace(gate_up_proj=gate_up_proj, down_proj=down_proj, _apply_gate=silu_and_multiply))
 
     @property
     def num_local_experts(self) -> int:
