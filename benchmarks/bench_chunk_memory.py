@@ -25,7 +25,7 @@ from lockstep import MoELayer, ParallelConfig, __version__
 from lockstep.dispatch.base import ExpertsShape
 from lockstep.dispatch.choose import make_dispatcher
 from lockstep.moe.experts import LocalExperts
-from lockstep.moe.step import MoELayers
+from lockstep.moe.layers import MoELayers
 from lockstep.testing import run_ranks
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ _PUBLIC = {
     "register_dispatcher": "lockstep.dispatch.choose",
     "LocalExperts": "lockstep.moe.experts",
     "MoELayer": "lockstep.moe.layer",
-    "MoELayers": "lockstep.moe.step",
+    "MoELayers": "lockstep.moe.layers",
     "Step": "lockstep.moe.step",
     "current_step": "lockstep.moe.step",
     "ModelParallel": "lockstep.models.parallel",
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from lockstep.models.parallel import parallel_of as parallel_of
     from lockstep.moe.experts import LocalExperts as LocalExperts
     from lockstep.moe.layer import MoELayer as MoELayer
-    from lockstep.moe.step import MoELayers as MoELayers
+    from lockstep.moe.layers import MoELayers as MoELayers
     from lockstep.moe.step import Step as Step
     from lockstep.moe.step import current_step as current_step
     from lockstep.runner.engine import Engine as Engine

@@ -16,8 +16,8 @@ from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.layer import MoELayer
+from lockstep.moe.layers import MoELayers
 from lockstep.moe.reference import moe_reference
-from lockstep.moe.step import MoELayers
 from lockstep.testing import MoEInputs, record_collectives, run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_engine.py"

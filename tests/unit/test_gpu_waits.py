@@ -20,7 +20,7 @@ from lockstep.dispatch.base import Abilities, ExpertsShape, Route
 from lockstep.errors import PeerFailedError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.layer import MoELayer
-from lockstep.moe.step import MoELayers
+from lockstep.moe.layers import MoELayers
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no POSIX shared memory on this system")
 DEADLINE_S = 0.3

@@ -12,7 +12,7 @@ from lockstep.metadata.config import ParallelConfig
 from lockstep.models import graphs
 from lockstep.models.graphs import StepGraphs
 from lockstep.moe.layer import MoELayer
-from lockstep.moe.step import MoELayers
+from lockstep.moe.layers import MoELayers
 
 
 class Cuda:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload import WorkloadOptions, load_trace, load_workload
+from lockstep.workload.trace_text import ReadLimits
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -148,14 +149,13 @@ def test_other_kinds_of_files_are_named(tmp_path, content, what):
         load_trace(write(tmp_path, content))
 
 
-def test_what_unpacks_to_far_more_than_a_trace_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("lockstep.workload.traces._UNPACKED_BYTES_ALLOWED", 2**20)
+def test_what_unpacks_to_far_more_than_a_trace_is_refused(tmp_path):
+    limits = ReadLimits(unpacked_bytes=2**20)
     for content in (b"\n", AZURE.encode() + b"x" * 100):
         with pytest.raises(ConfigurationError, match=r"unpacks to more than .* over 200 times its size"):
-            load_trace(write(tmp_path, gzip.compress(content + b"\n" * 2**23)))
-    monkeypatch.setattr("lockstep.workload.traces._MAX_ROWS", 5)
+            load_trace(write(tmp_path, gzip.compress(content + b"\n" * 2**23)), limits=limits)
     with pytest.raises(ConfigurationError, match="has more than 5 requests"):
-        load_trace(write(tmp_path, MOONCAKE * 3))
+        load_trace(write(tmp_path, MOONCAKE * 3), limits=ReadLimits(rows=5))
 
 
 def test_gzip_is_recognised_from_its_first_bytes(tmp_path):
@@ -242,12 +242,11 @@ def test_an_archive_that_breaks_off_keeps_the_rows_before(tmp_path):
     assert "gzip data ends or breaks" in str(trace.malformed[0])
 
 
-def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("lockstep.workload.traces._MAX_LINE_BYTES", 200)
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path):
     text = AZURE + "x" * 1000 + "\n2023-11-16 19:00:00,1,2\n"
     for content in (text, gzip.compress(text.encode())):
         with pytest.raises(ConfigurationError, match=r"trace: line 5 is longer than 200 bytes, the most"):
-            load_trace(write(tmp_path, content))
+            load_trace(write(tmp_path, content), limits=ReadLimits(line_bytes=200))
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe"])

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lockstep.moe.step import MoELayers, Step
+from lockstep.moe.layers import MoELayers
+from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
 

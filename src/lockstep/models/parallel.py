@@ -28,7 +28,8 @@ from lockstep.models.layers import make_layers
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
 from lockstep.models.probe import dense_checksum, experts_shapes
-from lockstep.moe.step import MoELayers, Step, current_step
+from lockstep.moe.layers import MoELayers
+from lockstep.moe.step import Step, current_step
 
 OUTSIDE = (
     "{} is spread over several ranks, so it cannot run alone: call it inside `with lockstep.join(model):`, "

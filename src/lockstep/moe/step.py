@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.group_waits import DEADLINE_S, await_parked
-from lockstep.coordination.peers import Peers
-from lockstep.coordination.waits import wait_until
+from lockstep.coordination.group_waits import await_parked
 from lockstep.dispatch.base import Route
-from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, TokenCountError
+from lockstep.errors import ConfigurationError, PeerFailedError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.dp_metadata import DPMetadata
 from lockstep.metadata.forward_context import ForwardContext, set_forward_context
-from lockstep.metadata.sizes import sp_rows
 from lockstep.moe.layer import MoELayer
 
-# Extra wait beyond the deadline, so that a kernel that timed out can report the missing rank.
-_KERNELS_S = 0.5
+if TYPE_CHECKING:
+    from lockstep.moe.layers import MoELayers
 
 _current: ContextVar[Step | None] = ContextVar("lockstep_step", default=None)
 
@@ -41,159 +37,6 @@ def _made_current(step: Step) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-class MoELayers:
-    """The MoE layers of a model on this rank, in forward order, and what their steps share.
-
-    Args:
-        layers: at least one, all of one rank and device.
-        max_chunk_size_per_rank: most rows that one rank sends through a layer at a time; None for no limit.
-        coordinator: is told of a step that broke the ranks' groups. Engines that agree by other means leave it out.
-        peers: is told where this rank is; by default the coordinator's.
-        deadline_s: longest wait for the device to end a step, in seconds.
-        abort: ends what waits in the ranks' groups on the device, after a step that broke them.
-        shares_attention: layers of the model itself have collectives, so that a rank cannot go on without it.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[MoELayer],
-        *,
-        max_chunk_size_per_rank: int | None = None,
-        coordinator: Coordinator | None = None,
-        peers: Peers | None = None,
-        deadline_s: float = DEADLINE_S,
-        abort: Callable[[], None] | None = None,
-        shares_attention: bool = False,
-    ) -> None:
-        self.layers = tuple(layers)
-        self.config = layers[0].config
-        self.device = layers[0].shape.device
-        self.dispatchers = tuple(dict.fromkeys(layer.dispatcher for layer in layers))
-        self.max_chunk_size_per_rank = max_chunk_size_per_rank
-        self.deadline_s = deadline_s
-        self.silent_peers = Peers(self.config.rank, self.config.world_size)
-        if peers is None:
-            peers = coordinator.peers if coordinator is not None else self.silent_peers
-        self.peers = peers
-        self._coordinator = coordinator
-        self._abort = abort
-        self.shares_attention = shares_attention
-        self._last_event: torch.cuda.Event | None = None
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[MoELayer]:
-        return iter(self.layers)
-
-    def __getitem__(self, index: int) -> MoELayer:
-        return self.layers[index]
-
-    def begin(
-        self,
-        num_tokens_across_dp: Sequence[int],
-        *,
-        num_rows: torch.Tensor | None = None,
-        capacity: int | None = None,
-    ) -> Step:
-        """Begin a step with agreed counts.
-
-        Args:
-            num_tokens_across_dp: rows of every data-parallel rank, `[data_parallel_size]`, agreed.
-            num_rows: this rank's count in device memory, `[1]`, int32, for a model that runs in buffers with more rows;
-                the rows beyond it go nowhere. None where the model's rows are the agreed ones.
-            capacity: rows of those buffers; goes with `num_rows`.
-
-        Returns:
-            The step, to be entered. Entering it raises `ConfigurationError` for buffers that are too small, for ranks
-            that share their rows, and for a step of several chunks.
-        """
-        if self._last_event is not None:
-            self._last_event.wait()  # steps run one after another, whichever stream each is on
-        config = self.config
-        rows = sp_rows(num_tokens_across_dp, config.tensor_parallel_size)
-        routes = [self.dispatchers[0].route(rows, self.max_chunk_size_per_rank)]
-        routes += [dispatcher.route(rows, routes[0].chunk_size) for dispatcher in self.dispatchers[1:]]
-        plan = ChunkPlan(num_tokens_across_dp, config.tensor_parallel_size, routes[0].chunk_size, config.rank)
-        return Step(self, routes, plan, num_rows, capacity)
-
-    def begin_capture(
-        self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
-    ) -> Step:
-        """Begin a step that a CUDA graph records. The graph is right for any counts of the other ranks.
-
-        It may be replayed, inside a step that was agreed on, where that step's `captures` is true and this rank's count
-        is in `num_rows`; without `num_rows`, where it is `capacity`.
-
-        Args:
-            sizes: rows of every rank, `[ranks]`, as they will roughly be: they choose kernels, not results.
-            num_rows: see `begin`; read at every replay. None: the rows of the buffers are all tokens.
-            capacity: rows of the buffers that the model runs in; by default this rank's size.
-
-        Raises:
-            ConfigurationError: a dispatcher that cannot be captured, or ranks that share their rows.
-        """
-        if self.config.tensor_parallel_size > 1:
-            raise ConfigurationError("steps of ranks that share their rows cannot be CUDA graphs")
-        limit = self.max_chunk_size_per_rank
-        routes = [dispatcher.route(sizes, limit, capture=True) for dispatcher in self.dispatchers]
-        return Step(self, routes, None, num_rows, sizes[self.config.rank] if capacity is None else capacity)
-
-    @property
-    def can_capture(self) -> bool:
-        """Whether steps can be CUDA graphs here, see `begin_capture`."""
-        on_device = all(dispatcher.abilities.counts_on_device for dispatcher in self.dispatchers)
-        return self.device.type == "cuda" and on_device and self.config.tensor_parallel_size == 1
-
-    def typical_sizes(self, many: bool) -> list[int]:
-        """Return sizes for `begin_capture`, of steps in which experts get few rows each or many.
-
-        Args:
-            many: see `MoELayer.takes_few_rows`.
-        """
-        nobody = [0] * self.config.world_size
-        most = self.dispatchers[0].route(nobody, self.max_chunk_size_per_rank, capture=True).chunk_size
-        return [most] * self.config.world_size if many else nobody
-
-    def end_step(self) -> torch.cuda.Event | None:
-        """Note where on the device the step ends that was issued last."""
-        if self.device.type == "cuda":
-            self._last_event = torch.cuda.current_stream().record_event()
-        return self._last_event
-
-    def wait(self, event: torch.cuda.Event, number: int) -> None:
-        """Wait for an event behind a step, at most until the deadline; find out whether all ranks took part to there.
-
-        Args:
-            event: recorded at the step's end, or later.
-            number: of the step, for messages.
-
-        Raises:
-            RankAbsentError: a rank did not come before the deadline.
-            PeerFailedError: another rank failed in the middle of the step.
-        """
-        failure: Exception | None = None
-        try:
-            wait_until(event.query, self.deadline_s + _KERNELS_S, self.peers.check)
-            for dispatcher in self.dispatchers:
-                dispatcher.check()
-        except TimeoutError as error:
-            text = f"step {number} did not end on the GPU: {error}"
-            failure = error if isinstance(error, LockstepError) else self.peers.absent(text)
-        except (LockstepError, RuntimeError) as error:
-            failure = error
-        if failure is not None:
-            self.give_up(failure)
-            raise failure
-
-    def give_up(self, failure: BaseException) -> None:
-        """Use the ranks' groups no more, tell the others why, and end what waits for them on the device."""
-        if self._coordinator is not None:
-            self._coordinator.give_up(failure)
-        if self._abort is not None:
-            self._abort()
 
 
 class Step:

@@ -126,8 +126,8 @@ def prove(name: str, device_type: str) -> float:
     from lockstep.metadata.config import ParallelConfig
     from lockstep.moe.experts import LocalExperts
     from lockstep.moe.layer import MoELayer
+    from lockstep.moe.layers import MoELayers
     from lockstep.moe.reference import moe_reference
-    from lockstep.moe.step import MoELayers
 
     rank, cuda = dist.get_rank(), device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -8,40 +8,21 @@ line is longer than any trace has, or if it grows beyond a limit when it is unpa
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import math
 import re
-import stat
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
+from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, short, table_rows
 
-_MAX_LINE_BYTES = 16 * 2**20
-_MAX_CELL_LINES = 1000
-_MAX_ROWS = 10_000_000
-# Text packs to a tenth or a twentieth; what unpacks to more than this was made to fill a memory.
-_MAX_UNPACKED_RATIO, _UNPACKED_BYTES_ALLOWED = 200, 64 * 2**20
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
-_OTHER_FILES = {
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip (an Excel workbook is one)",
-    b"PAR1": "Parquet",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
@@ -141,14 +122,11 @@ class Trace:
         return f"{self.source}: left out {lines}: {'; '.join(map(str, self.malformed[:3]))}"
 
 
-class _LineError(ValueError):
-    """What is wrong with one line."""
-
-
 def load_trace(
     path: str | Path,
     options: WorkloadOptions | None = None,
     count_tokens: Callable[[str], int] | None = None,
+    limits: ReadLimits | None = None,
 ) -> Trace:
     """Read a request trace.
 
@@ -157,6 +135,7 @@ def load_trace(
         options: scaling, limits, and the share of malformed lines at which the file is refused.
         count_tokens: the length in tokens of a prompt given as text; without it, its UTF-8 bytes are counted (which is
             what a byte tokenizer gives).
+        limits: of files, for tests; what no trace exceeds by default.
 
     Returns:
         The trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
@@ -169,11 +148,12 @@ def load_trace(
     """
     options = options or WorkloadOptions()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
-    reader = _Reader(str(path), options, count_tokens)
+    limits = limits or ReadLimits()
+    reader = _Reader(str(path), options, count_tokens, limits)
     # A cell may be as long as a line: prompts stand in some traces. The limit is the process's own, so it is put back.
-    cell_limit = csv.field_size_limit(_MAX_LINE_BYTES)
+    cell_limit = csv.field_size_limit(limits.line_bytes)
     try:
-        reader.read(_numbered_lines(Path(path)))
+        reader.read(numbered_lines(Path(path), limits))
     finally:
         csv.field_size_limit(cell_limit)
     return reader.finish()
@@ -182,66 +162,70 @@ def load_trace(
 class _Reader:
     """Recognises the format at the first line that has one, then turns lines into requests."""
 
-    def __init__(self, source: str, options: WorkloadOptions, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self, source: str, options: WorkloadOptions, count_tokens: Callable[[str], int], limits: ReadLimits
+    ) -> None:
         self._source = source
         self._options = options
         self._count_tokens = count_tokens
+        self._limits = limits
         self._format: str | None = None
         self._rows: list[tuple[float, int, int, str | None]] = []
         self._malformed: list[MalformedLine] = []
         self._num_malformed = 0
 
-    def read(self, lines: Iterable[tuple[int, str | _LineError]]) -> None:
+    def read(self, lines: Iterable[tuple[int, str | LineError]]) -> None:
         """Take lines until there are no more, or enough rows."""
         lines = iter(lines)
         for number, line in lines:
             if isinstance(line, str) and not line.strip():
                 continue
             try:
-                if isinstance(line, _LineError):
+                if isinstance(line, LineError):
                     raise line
                 if self._format is None:
-                    self._format, delimiter = _recognise(line)
+                    self._format, delimiter = _recognise(line, self._limits)
                     if delimiter:
-                        self._read_table(_table_rows(lines, number, line, delimiter), grouped=delimiter == ",")
+                        rows = table_rows(lines, number, line, delimiter, self._limits)
+                        self._read_table(rows, grouped=delimiter == ",")
                         return
                 self._rows.append(self._request(_json_object(line)))
-            except _LineError as error:
+            except LineError as error:
                 self._leave_out(number, error)
             if self._enough():
                 return
 
-    def _read_table(self, rows: Iterable[tuple[int, list[str] | _LineError]], grouped: bool) -> None:
+    def _read_table(self, rows: Iterable[tuple[int, list[str] | LineError]], grouped: bool) -> None:
         columns: dict[str, int] = {}
         num_columns = 0
         for number, cells in rows:
             try:
-                if isinstance(cells, _LineError):
+                if isinstance(cells, LineError):
                     raise cells
                 # A header may come again, where files were put together, and its columns in another order.
                 if set(_AZURE_COLUMNS) <= set(cells):
                     columns, num_columns = _columns(self._source, cells), len(cells)
                     continue
                 if len(cells) < num_columns or any(cells[num_columns:]):
-                    raise _LineError(f"{len(cells)} columns, and {num_columns} in the header")
+                    raise LineError(f"{len(cells)} columns, and {num_columns} in the header")
                 arrival = _timestamp(cells[columns["TIMESTAMP"]])
                 lengths = [_length(_integer(cells[columns[name]], grouped), name) for name in _AZURE_COLUMNS[1:]]
                 self._rows.append((arrival, *self._options.lengths(lengths[0], lengths[1]), None))
-            except _LineError as error:
+            except LineError as error:
                 self._leave_out(number, error)
             if self._enough():
                 return
 
-    def _leave_out(self, number: int, error: _LineError) -> None:
+    def _leave_out(self, number: int, error: LineError) -> None:
         self._num_malformed += 1
         if len(self._malformed) < _NUM_NAMED_LINES:
             expected = _EXPECTED[self._format] if self._format else "one of: " + "; ".join(_EXPECTED.values())
             self._malformed.append(MalformedLine(number, str(error), expected))
 
     def _enough(self) -> bool:
-        if len(self._rows) > _MAX_ROWS:
+        if len(self._rows) > self._limits.rows:
             raise ConfigurationError(
-                f"{self._source} has more than {_MAX_ROWS:,} requests, the most that are read: "
+                f"{self._source} has more than {self._limits.rows:,} requests, the most that are read: "
                 "num_requests takes the first N"
             )
         limit = self._options.num_requests
@@ -279,83 +263,18 @@ class _Reader:
             return (arrival, *self._options.lengths(lengths[0], lengths[1]), None)
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
-            raise _LineError(f'"prompt" is {_short(prompt)}')
+            raise LineError(f'"prompt" is {short(prompt)}')
         if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise _LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
+            raise LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
         num_prompt = self._count_tokens(prompt)
         if num_prompt < 1:
-            raise _LineError(f'"prompt" has {num_prompt} tokens')
+            raise LineError(f'"prompt" has {num_prompt} tokens')
         num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
         arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
         return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt)
 
 
-class _Unpacked(io.RawIOBase):
-    """A gzip file's content, refused once it is longer than a trace of the file's size can be."""
-
-    def __init__(self, path: Path, packed: io.BufferedIOBase, packed_bytes: int) -> None:
-        self._path = path
-        self._content = gzip.GzipFile(fileobj=packed)
-        self._limit = _UNPACKED_BYTES_ALLOWED + _MAX_UNPACKED_RATIO * packed_bytes
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        num_bytes = self._content.readinto1(buffer)
-        self._num_bytes += num_bytes
-        if self._num_bytes > self._limit:
-            raise ConfigurationError(
-                f"{self._path} unpacks to more than {self._limit:,} bytes, over {_MAX_UNPACKED_RATIO} times its size: "
-                "no trace does"
-            )
-        return num_bytes
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str | _LineError]]:
-    """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
-        raise ConfigurationError(
-            f"{path} is a pipe or a device: a workload is read several times, so it must be a file"
-        )
-    with path.open("rb") as raw:
-        start = raw.read(6)
-        raw.seek(0)
-        for magic, what in _OTHER_FILES.items():
-            if start.startswith(magic):
-                raise ConfigurationError(f"{path} is {what}; a workload is UTF-8 text, plain or packed with gzip")
-        stream: io.BufferedIOBase = raw
-        if start.startswith(b"\x1f\x8b"):
-            stream = io.BufferedReader(_Unpacked(path, raw, status.st_size))
-        number = 0
-        while True:
-            try:
-                line = stream.readline(_MAX_LINE_BYTES)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                yield number + 1, _LineError(f"the gzip data ends or breaks here ({error})")
-                return
-            except OSError as error:
-                error.filename = str(path)  # of a read the system does not say where
-                raise
-            if not line:
-                return
-            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                raise ConfigurationError(
-                    f"{path}: line {number + 1} is longer than {_MAX_LINE_BYTES} bytes, the most that a line of a "
-                    "trace may have"
-                )
-            for part in line.splitlines(keepends=True):  # at a carriage return alone as well
-                number += 1
-                try:
-                    yield number, part.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    yield number, _LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
-
-
-def _recognise(line: str) -> tuple[str, str]:
+def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
     """Return the format, and what separates the columns of a table."""
     if line.lstrip().startswith("{"):
         keys = _json_object(line).keys()
@@ -365,60 +284,12 @@ def _recognise(line: str) -> tuple[str, str]:
             return "mooncake-jsonl", ""
     for delimiter in _DELIMITERS:
         try:
-            (cells,) = (cells for _, cells in _table_rows(iter(()), 1, line, delimiter))
+            (cells,) = (cells for _, cells in table_rows(iter(()), 1, line, delimiter, limits))
         except ValueError:
             continue
-        if not isinstance(cells, _LineError) and set(_AZURE_COLUMNS) <= set(cells):
+        if not isinstance(cells, LineError) and set(_AZURE_COLUMNS) <= set(cells):
             return "azure-csv", delimiter
-    raise _LineError(f"{_short(line.strip())} fits no known format")
-
-
-def _table_rows(
-    lines: Iterator[tuple[int, str | _LineError]], number: int, line: str, delimiter: str
-) -> Iterator[tuple[int, list[str] | _LineError]]:
-    """Yield `(line number, cells)` of CSV whose cells may be quoted, and then hold delimiters, quotes and line ends.
-
-    A quote that is never closed would swallow all rows after it. So a row over several lines that is not well-formed is
-    malformed in its first line alone, and reading goes on with the next.
-
-    Args:
-        lines: those after the first.
-        number: the first one's.
-        line: the first one: the header.
-        delimiter: between cells.
-    """
-    ahead: deque[tuple[int, str | _LineError]] = deque([(number, line)])
-    taken: list[tuple[int, str | _LineError]] = []
-
-    def texts() -> Iterator[str]:
-        num_chars = 0
-        while item := ahead.popleft() if ahead else next(lines, None):
-            num_chars = num_chars * bool(taken) + len(str(item[1]))
-            taken.append(item)
-            if isinstance(item[1], _LineError):
-                raise item[1] if len(taken) == 1 else _LineError("a quote is not closed before a line that is no text")
-            if len(taken) > _MAX_CELL_LINES or num_chars > _MAX_LINE_BYTES:
-                raise _LineError(f"a quote is not closed within {_MAX_CELL_LINES} lines")
-            yield item[1]
-
-    def reader() -> Iterator[list[str]]:
-        return csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
-
-    rows = reader()
-    while True:
-        taken.clear()
-        try:
-            row = next(rows, None)
-        except (csv.Error, _LineError) as error:
-            yield taken[0][0], error if isinstance(error, _LineError) else _LineError(f"not CSV ({error})")
-            ahead.extendleft(reversed(taken[1:]))
-            rows = reader()
-            continue
-        if row is None:
-            return
-        cells = [cell.strip() for cell in row]
-        if any(cells):
-            yield taken[0][0], cells
+    raise LineError(f"{short(line.strip())} fits no known format")
 
 
 def _columns(source: str, header: list[str]) -> dict[str, int]:
@@ -432,19 +303,19 @@ def _columns(source: str, header: list[str]) -> dict[str, int]:
 def _json_object(line: str) -> dict[str, object]:
     try:
         row = json.loads(line, object_pairs_hook=_unique_keys)
-    except _LineError:
+    except LineError:
         raise
     except (ValueError, RecursionError) as error:  # no JSON, or an integer of thousands of digits
-        raise _LineError(f"not JSON ({_short(str(error))})") from None
+        raise LineError(f"not JSON ({short(str(error))})") from None
     if not isinstance(row, dict):
-        raise _LineError(f"{_short(row)} is not an object")
+        raise LineError(f"{short(row)} is not an object")
     return row
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise _LineError("a key stands twice in one object")
+        raise LineError("a key stands twice in one object")
     return row
 
 
@@ -455,7 +326,7 @@ def _timestamp(text: str) -> float:
             raise ValueError
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise _LineError(f"TIMESTAMP is {_short(text)}") from None
+        raise LineError(f"TIMESTAMP is {short(text)}") from None
     # A time without a zone is read as UTC, so that the result does not depend on this machine's zone.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
@@ -475,16 +346,11 @@ def _length(value: object, name: str) -> int:
     # JSON has booleans and fractions; neither a boolean nor 3.7 tokens is a length. A whole number may be written 3.0.
     number = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
-        raise _LineError(f"{name} is {_short(value)}")
+        raise LineError(f"{name} is {short(value)}")
     return number
 
 
 def _seconds(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
-        raise _LineError(f"{name} is {_short(value)}")
+        raise LineError(f"{name} is {short(value)}")
     return float(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
