@@ -77,8 +77,10 @@ def run_case(run, engine, case, tokens, numbers):
         if sum(report.num_tokens_across_dp) == total and i and sum(reports[i - 1].num_tokens_across_dp) == total
     ]  # fmt: skip
     steps = [marks[i + 1] - marks[i] for i in full[2:-2] if i + 1 < len(marks)]
-    first_full = full[0] if full else len(marks) - 1
-    return steps, marks[first_full] - marks[0], [got[number] for number in ids[: len(prompts)]], reports
+    last_prompt = max(i for i, report in enumerate(reports) if report.schedule.num_prefill_tokens or i == 0)
+    run.last_prompt = int(run.largest(last_prompt)[0])
+    prompts_s = marks[min(run.last_prompt + 1, len(marks) - 1)] - marks[0]
+    return steps, prompts_s, [got[number] for number in ids[: len(prompts)]], reports
 
 
 def floor_us(config, case, ranks, copy_gbps):

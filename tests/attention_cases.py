@@ -139,7 +139,7 @@ def check_decode(shape, lengths, dtype=torch.float32, device="cpu", seed=0, atte
     assert not out[[i for i, length in enumerate(lengths) if not length]].any()
 
 
-def check_prompts(shape, prompts, dtype=torch.float32, device="cpu", seed=0, fresh=False, attend=attend_prompts):
+def check_prompts(shape, prompts, dtype=torch.float32, device="cpu", seed=0, attend=attend_prompts):
     """Rows at the end of requests against the reference."""
     lengths = [past + rows for past, rows in prompts]
     cache = Cache(shape, lengths, dtype, device, seed)
@@ -147,10 +147,9 @@ def check_prompts(shape, prompts, dtype=torch.float32, device="cpu", seed=0, fre
     num_rows = [rows for _, rows in prompts]
     query = cache.randn(sum(num_rows), heads, shape.head_dim)
     cu_rows = [sum(num_rows[:i]) for i in range(len(prompts) + 1)]
-    more = {"fresh": (torch.cat(cache.keys), torch.cat(cache.values))} if fresh else {"max_length": max(lengths)}
     out = attend(
         query, cache.key_pages, cache.value_pages, cache.block_table, device_tensor(cache.order, device),
-        device_tensor(cu_rows, device), device_tensor(lengths, device), options, max(num_rows), **more,
+        device_tensor(cu_rows, device), device_tensor(lengths, device), options,
     )  # fmt: skip
     expected = [
         attend_plainly(query[start:stop], keys, values, options)

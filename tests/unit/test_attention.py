@@ -3,7 +3,6 @@
 import importlib.util
 import multiprocessing
 import os
-import sys
 import traceback
 
 import numpy
@@ -18,12 +17,10 @@ from attention_cases import (
     SHAPES,
     Cache,
     Shape,
-    attend_plainly,
     check_decode,
     check_prompts,
     device_tensor,
 )
-from lockstep.engine import attention
 from lockstep.engine.attention import (
     AttentionOptions,
     attend_decode,
@@ -52,8 +49,6 @@ def test_decode_rows_equal_the_reference(shape):
 def test_prompts_equal_the_reference(shape):
     for seed, prompts in enumerate(PROMPTS):
         check_prompts(shape, prompts, seed=seed)
-        if not any(past for past, _ in prompts):
-            check_prompts(shape, prompts, seed=seed, fresh=True)
 
 
 shapes = st.builds(
@@ -93,63 +88,12 @@ def test_nothing_to_do():
     assert torch.equal(cache.key_pages, before) or torch.equal(cache.key_pages.isnan(), before.isnan())
     pages = cache.key_pages, cache.value_pages, cache.block_table
     assert attend_decode(query, *pages, none, none, cache.options()).shape == (0, 4, 64)
-    assert attend_prompts(query, *pages, none, device_tensor([0], "cpu"), none, cache.options(), 0).shape == (0, 4, 64)
+    assert attend_prompts(query, *pages, none, device_tensor([0], "cpu"), none, cache.options()).shape == (0, 4, 64)
 
 
 def test_the_name_says_why():
-    assert attention_name("cpu", torch.float32) == ("scaled_dot_product_attention (the Triton kernels need a CUDA GPU)")
+    assert attention_name("cpu") == ("scaled_dot_product_attention (the Triton kernels need a CUDA GPU)")
     assert decode_workspace(4, 8, 2, 64, "cpu") is None
-
-
-def _varlen(query, key, value, cu_rows, cu_keys, max_rows, max_length, seqused_k, softmax_scale, causal, softcap):
-    """What FlashAttention 3's function for packed requests computes, request by request."""
-    used = cu_keys.diff() if seqused_k is None else seqused_k
-    assert causal and max_rows == int(cu_rows.diff().max()) and max_length == int(used.max())
-    options = AttentionOptions(softmax_scale, softcap=softcap or None)
-    outputs = []
-    for i in range(len(cu_rows) - 1):
-        length = int(used[i])
-        rows, keys = slice(cu_rows[i], cu_rows[i + 1]), slice(cu_keys[i], cu_keys[i] + length)
-        outputs.append(attend_plainly(query[rows], key[keys], value[keys], options))
-    assert torch.isfinite(key).all() and torch.isfinite(value).all()  # a masked NaN would still spoil the values' sum
-    return torch.cat(outputs).to(query.dtype)
-
-
-@pytest.mark.parametrize(
-    ("shape", "prompts", "fresh", "taken"),
-    [
-        (Shape(group=4, softcap=20.0), [(0, 70), (0, 1)], True, True),
-        (Shape(head_dim=192, value_dim=128), [(0, 70), (0, 1)], True, True),
-        (Shape(window=70), [(0, 70), (0, 1)], True, True),  # no prompt is longer than the window
-        (Shape(), [(200, 130), (3, 140)], False, True),
-        (Shape(), [(200, 130), (3, 40)], False, False),  # too few rows for the copy
-        (Shape(window=69), [(0, 70)], True, False),
-        (Shape(sinks=True), [(0, 70)], True, False),
-        (Shape(head_dim=96, value_dim=64), [(0, 70)], True, False),
-    ],
-    ids=str,
-)
-def test_flash_attention_3_gets_what_its_wheel_can_serve(monkeypatch, shape, prompts, fresh, taken):
-    calls = []
-
-    def attend(*arguments, **more):
-        with monkeypatch.context() as patch:
-            patch.setattr(attention, "_uses_triton", lambda device: None)
-            patch.setattr(attention, "_uses_fa3", lambda device, dtype: None)
-            patch.setattr(attention, "_load_fa3", lambda: lambda *a, **k: calls.append("fa3") or _varlen(*a, **k))
-            patch.setitem(sys.modules, "lockstep.engine.attention_kernels", _Kernels)
-            patch.setattr("lockstep.engine.attention_kernels", _Kernels, raising=False)
-            return attend_prompts(*arguments, **more)
-
-    class _Kernels:
-        @staticmethod
-        def attend_prompts(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out):
-            calls.append("triton")
-            dense = attention._prompts_dense
-            out.copy_(dense(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, None))
-
-    check_prompts(shape, prompts, fresh=fresh, attend=attend)
-    assert calls == ["fa3" if taken else "triton"]
 
 
 @pytest.mark.parametrize(

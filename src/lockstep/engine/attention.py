@@ -1,41 +1,25 @@
 """Attention over paged keys and values, for all rows of a step at once.
 
 A layer's keys are in pages of 64 tokens; the block table lists each request's pages. Which request a row belongs to and
-how many keys it sees are read from device memory, so one CUDA graph serves every step of its size. Three kinds of
-kernels are behind the same functions:
-
-| | decode rows | prompts |
-|---|---|---|
-| Triton, on any GPU that has it | split over keys, all rows in one launch | over pages |
-| `fa3-fwd` (FlashAttention 3), on Hopper in bfloat16 | | fresh keys, or keys gathered from pages |
-| PyTorch's `scaled_dot_product_attention`, elsewhere | few batched calls over gathered keys | one call per request |
-
-`attention_name` says which of them a device gets, and why.
+how many keys it sees are read from device memory, so one CUDA graph serves every step of its size. On GPUs the kernels
+are ours, in Triton; elsewhere PyTorch's `scaled_dot_product_attention` runs over gathered keys. `attention_name` says
+which of them a device gets, and why.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.workload import PAGE_SIZE
 
-PAGE_SIZE = 64
-"""Tokens per page."""
-MIN_GATHER_ROWS = 128
-"""Rows per request from which copying its keys out of their pages costs less than FlashAttention 3 saves. Estimated:
-a key's copy moves 4 KB (1.4 ns), each row on it saves 20 ps (Qwen3-30B's heads on an H100)."""
 CPU_CALL_BYTES = 4 << 20
 """Keys that one call on a CPU copies out of their pages: more than the caches hold costs more than a call saves."""
-# FlashAttention 3: the (head_dim, value_dim) that its wheel has kernels for, besides equal ones up to 256.
-_FA3_UNEQUAL = (192, 128)
 
 
 @dataclass(frozen=True)
@@ -106,22 +90,15 @@ def decode_workspace(
     )
 
 
-def attention_name(device: torch.device | str, dtype: torch.dtype) -> str:
+def attention_name(device: torch.device | str) -> str:
     """Return which kernels attend on this device, and why, as one line for a report.
 
     Example:
-        >>> attention_name("cpu", torch.float32)
+        >>> attention_name("cpu")
         'scaled_dot_product_attention (the Triton kernels need a CUDA GPU)'
     """
-    device = torch.device(device)
-    reason = _uses_triton(device)
-    if reason is not None:
-        return f"scaled_dot_product_attention ({reason})"
-    reason = _uses_fa3(device, dtype)
-    if reason is not None:
-        return f"Triton over pages (prompts without FlashAttention 3: {reason})"
-    version = importlib.metadata.version("fa3-fwd")
-    return f"decoding: Triton over pages; prompts: fa3-fwd {version} (windows shorter than a prompt, sinks: Triton)"
+    reason = _uses_triton(torch.device(device))
+    return "Triton over pages" if reason is None else f"scaled_dot_product_attention ({reason})"
 
 
 def write_keys(
@@ -215,15 +192,13 @@ def attend_prompts(
     cu_rows: torch.Tensor,
     lengths: torch.Tensor,
     options: AttentionOptions,
-    max_rows: int,
     *,
-    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
-    max_length: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with the last rows of some requests, packed; their own keys are in pages already.
 
-    Row `j` of a request with `n` rows and length `l` is at position `l - n + j` and sees the keys up to its own.
+    Row `j` of a request with `n` rows and length `l` is at position `l - n + j` and sees the keys up to its own. On a
+    GPU nothing is read by the host, and the launch depends on the shapes only.
 
     Args:
         query: `[rows, num_heads, head_dim]`.
@@ -231,16 +206,11 @@ def attend_prompts(
         value_pages: `[num_pages, 64, num_kv_heads, value_dim]`.
         block_table: page numbers per request, `[max_seqs, max_pages]` int32.
         seqs: each request's row of the block table, `[n]` int32.
-        cu_rows: running sum of the requests' rows, from 0, `[n + 1]` int32. Rows of `query` beyond its last entry come
-            back undefined.
+        cu_rows: where each request's rows begin, and their end, `[n + 1]` int32. Rows of `query` before its first and
+            beyond its last entry are not touched.
         lengths: keys of each request, own rows included, `[n]` int32.
         options: of the layer.
-        max_rows: most rows of one request.
-        fresh: key and value of the packed rows, if every request begins with them.
-        out: contiguous `[rows, num_heads, value_dim]`, written if given, but for rows outside of `cu_rows`, which may
-            then begin above 0. For CUDA graphs: the launch depends on the shapes only.
-        max_length: longest of `lengths`, where the host knows it: FlashAttention 3 may then serve rows that continue a
-            request, over keys copied out of their pages.
+        out: contiguous `[rows, num_heads, value_dim]`, written if given.
 
     Returns:
         `[rows, num_heads, value_dim]`.
@@ -249,50 +219,14 @@ def attend_prompts(
         ConfigurationError: for shapes that do not fit together.
     """
     _check(query, key_pages, value_pages, block_table, lengths, options)
-    num_rows, num_heads, head_dim = query.shape
-    value_dim = value_pages.shape[3]
-    if not num_rows:
-        return query.new_empty(0, num_heads, value_dim)
-    if out is not None:
-        reason = _uses_triton(query.device)
-        if reason is not None:
-            raise ConfigurationError(f"attention of prompts into given memory: {reason}")
-        from lockstep.engine import attention_kernels
-
-        attention_kernels.attend_prompts(
-            _dense_rows(query), key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out
-        )
+    if out is None:
+        out = query.new_empty(*query.shape[:2], value_pages.shape[3])
+    if not query.shape[0]:
         return out
     if _uses_triton(query.device) is not None:
-        return _prompts_dense(
-            query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, fresh
-        )  # fmt: skip
-    if fresh is not None:
-        max_length = max_rows
-    gathers = fresh is None and num_rows >= MIN_GATHER_ROWS * seqs.shape[0]
-    if (
-        max_length is not None
-        and (fresh is not None or gathers)
-        and _uses_fa3(query.device, query.dtype) is None
-        and _fa3_refusal(head_dim, value_dim, max_length, options) is None
-    ):
-        if fresh is None:
-            width = -(-max_length // PAGE_SIZE) * PAGE_SIZE
-            entries = _entries(block_table, seqs, lengths, width).flatten()
-            key, value = (
-                pages.view(-1, *pages.shape[2:]).index_select(0, entries) for pages in (key_pages, value_pages)
-            )
-            cu_keys = torch.arange(0, width * (seqs.shape[0] + 1), width, dtype=torch.int32, device=query.device)
-            used = lengths
-        else:
-            (key, value), cu_keys, used = fresh, cu_rows, None
-        return _fa3()(
-            query, key, value, cu_rows, cu_keys, max_rows, max_length, seqused_k=used, softmax_scale=options.scaling,
-            causal=True, softcap=options.softcap or 0.0,
-        )  # fmt: skip
+        return _prompts_dense(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out)
     from lockstep.engine import attention_kernels
 
-    out = query.new_empty(num_rows, num_heads, value_dim)
     attention_kernels.attend_prompts(
         _dense_rows(query), key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out
     )
@@ -351,48 +285,6 @@ def _uses_triton(device: torch.device) -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _uses_fa3(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if FlashAttention 3 serves prompts on this device, else why it does not."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it needs a Hopper GPU"
-    if dtype != torch.bfloat16:
-        return f"its wheel is built for bfloat16, not {str(dtype).removeprefix('torch.')}"
-    loaded = _load_fa3()
-    return loaded if isinstance(loaded, str) else None
-
-
-@functools.cache
-def _load_fa3() -> Callable[..., Any] | str:
-    """FlashAttention 3's function for packed requests, or why there is none."""
-    if importlib.util.find_spec("fa3_fwd_interface") is None:
-        return "fa3-fwd is not installed, see the extra 'attention'"
-    try:
-        from fa3_fwd_interface import flash_attn_varlen_func
-    except (ImportError, OSError) as error:
-        return f"fa3-fwd cannot be loaded: {str(error).splitlines()[0]}"
-    return flash_attn_varlen_func
-
-
-def _fa3() -> Callable[..., Any]:
-    function = _load_fa3()
-    assert not isinstance(function, str), function
-    return function
-
-
-def _fa3_refusal(head_dim: int, value_dim: int, max_length: int, options: AttentionOptions) -> str | None:
-    """Why FlashAttention 3's wheel cannot serve this layer, None if it can."""
-    if options.sinks is not None:
-        return "it has no sinks"
-    if options.sliding_window is not None and options.sliding_window < max_length:
-        return "its wheel is built without windows"
-    if head_dim % 8 or head_dim > 256 or (head_dim != value_dim and (head_dim, value_dim) != _FA3_UNEQUAL):
-        return f"its wheel has no kernel for heads of {head_dim} and {value_dim}"
-    return None
-
-
-# PyTorch's own attention
 
 
 def _entries(block_table: torch.Tensor, seqs: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
@@ -468,12 +360,10 @@ def _prompts_dense(
     cu_rows: torch.Tensor,
     lengths: torch.Tensor,
     options: AttentionOptions,
-    fresh: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """Request by request."""
-    num_kv_heads, value_dim = value_pages.shape[2:]
-    out = query.new_zeros(*query.shape[:2], value_dim)
-    groups = query.shape[1] // num_kv_heads
+    groups = query.shape[1] // value_pages.shape[2]
     ends = cu_rows.tolist()
     for i, length in enumerate(lengths.tolist()):
         start, stop = ends[i], ends[i + 1]
@@ -482,11 +372,8 @@ def _prompts_dense(
             continue
         # The first row sees the window's keys before it; earlier ones are seen by no row.
         first = max(0, length - num_rows + 1 - options.sliding_window) if options.sliding_window else 0
-        if fresh is None:
-            entries = _entries(block_table, seqs[i : i + 1], lengths[i : i + 1], length)[:, first:]
-            key, value = _gather(key_pages, entries, query.dtype), _gather(value_pages, entries, query.dtype)
-        else:
-            key, value = (rows[start:stop].transpose(0, 1)[None] for rows in fresh)
+        entries = _entries(block_table, seqs[i : i + 1], lengths[i : i + 1], length)[:, first:]
+        key, value = _gather(key_pages, entries, query.dtype), _gather(value_pages, entries, query.dtype)
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         mask = None
@@ -495,9 +382,8 @@ def _prompts_dense(
             seen = torch.arange(first, length, device=query.device)[None, :]
             mask = (seen <= position) & (seen > position - (options.sliding_window or length))
         rows = query[start:stop].transpose(0, 1)[None]
-        out[start:stop] = attend_batch(rows, key, value, mask, options, num_rows > 1 and mask is None)[0].transpose(
-            0, 1
-        )
+        attended = attend_batch(rows, key, value, mask, options, num_rows > 1 and mask is None)
+        out[start:stop] = attended[0].transpose(0, 1)
     return out
 
 

@@ -21,11 +21,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lockstep.errors import ConfigurationError
+from lockstep.workload import PAGE_SIZE
 
 if TYPE_CHECKING:
     from lockstep.engine.attention import AttentionOptions
 
-PAGE_SIZE = 64
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -521,7 +521,7 @@ class DecodeTiles:
     """
 
     tile: int = 64
-    stages: int = 3
+    stages: int = 4
     num_warps: int = 4
     programs_per_sm: int = 2
     max_pieces: int = 32
@@ -531,10 +531,10 @@ class DecodeTiles:
 class PromptTiles:
     """How the prompt kernel is cut: query rows per program, keys per step, tiles in flight plus one, warps."""
 
-    block_m: int = 128
+    block_m: int = 64
     tile: int = 64
     stages: int = 3
-    num_warps: int = 8
+    num_warps: int = 4
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> DecodeTiles:

@@ -33,22 +33,13 @@ class Prompts:
 
     Attributes:
         row_seqs: row of the block table of each prompt, `[num_prompts]` int32.
-        cu_rows: where each prompt's rows begin among these, and their end, `[num_prompts + 1]` int32. With
-            `in_graph`: among all rows of the step; prompts that are not there have no rows.
+        cu_rows: where each prompt's rows begin among the rows of the step, and their end, `[num_prompts + 1]` int32.
         lengths: tokens of each prompt that are in pages after this step, `[num_prompts]` int32.
-        max_rows: most rows of one prompt.
-        max_length: largest of `lengths`.
-        fresh: whether every prompt begins in this step, so that its keys are this step's.
-        in_graph: whether only the device knows which rows are whose: then `Rows.lengths` is 0 for all rows of prompts.
     """
 
     row_seqs: torch.Tensor
     cu_rows: torch.Tensor
     lengths: torch.Tensor
-    max_rows: int
-    max_length: int
-    fresh: bool
-    in_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,19 +72,11 @@ _pass: ContextVar[tuple[Rows, KVCache] | None] = ContextVar("lockstep_pass", def
 _probed: ContextVar[dict[int, tuple[KVShape, torch.dtype]] | None] = ContextVar("lockstep_probed", default=None)
 
 
-def attend(
-    query: torch.Tensor,
-    fresh: tuple[torch.Tensor, torch.Tensor] | None,
-    layer: int,
-    rows: Rows,
-    cache: KVCache,
-    options: AttentionOptions,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, layer: int, rows: Rows, cache: KVCache, options: AttentionOptions) -> torch.Tensor:
     """Attend with all rows of a step, whose keys are in their pages already.
 
     Args:
         query: `[num_rows, heads, head_dim]`.
-        fresh: keys and values of the same rows, where they are at hand, `[num_rows, kv_heads, dim]`.
         layer: index of the layer.
         rows: of the step.
         cache: the pages.
@@ -103,26 +86,14 @@ def attend(
         `[num_rows, heads, value_dim]`.
     """
     pages = cache.key_pages[layer], cache.value_pages[layer], cache.block_table
-    if rows.prompts is None:
-        workspace = cache.workspace(query.shape[1], layer)
-        return attend_decode(query, *pages, rows.row_seqs, rows.lengths, options, workspace=workspace)
-    split = rows.num_decode
     output = query.new_empty(*query.shape[:2], pages[1].shape[3])
+    split, workspace = rows.num_decode, cache.workspace(query.shape[1], layer)
     if split:
-        attend_decode(
-            query[:split], *pages, rows.row_seqs[:split], rows.lengths[:split], options, out=output[:split],
-            workspace=cache.workspace(query.shape[1], layer),
-        )  # fmt: skip
-    prompts = rows.prompts
-    if prompts.in_graph:
-        return attend_prompts(
-            query, *pages, prompts.row_seqs, prompts.cu_rows, prompts.lengths, options, prompts.max_rows, out=output
-        )
-    own = (fresh[0][split:], fresh[1][split:]) if fresh is not None and prompts.fresh else None
-    output[split:] = attend_prompts(
-        query[split:], *pages, prompts.row_seqs, prompts.cu_rows, prompts.lengths, options, prompts.max_rows, fresh=own,
-        max_length=prompts.max_length,
-    )  # fmt: skip
+        generating = rows.row_seqs[:split], rows.lengths[:split]
+        attend_decode(query[:split], *pages, *generating, options, out=output[:split], workspace=workspace)
+    if rows.prompts is not None:  # behind the other call, which writes zeros for rows that do not generate
+        prompts = rows.prompts
+        attend_prompts(query, *pages, prompts.row_seqs, prompts.cu_rows, prompts.lengths, options, out=output)
     return output
 
 
@@ -232,9 +203,9 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    fresh = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    write_keys(*fresh, cache.key_pages[module.layer_idx], cache.value_pages[module.layer_idx], rows.slots)
-    output = attend(query[0].transpose(0, 1).contiguous(), fresh, module.layer_idx, rows, cache, options)
+    key, value, layer = key[0].transpose(0, 1), value[0].transpose(0, 1), module.layer_idx
+    write_keys(key, value, cache.key_pages[layer], cache.value_pages[layer], rows.slots)
+    output = attend(query[0].transpose(0, 1).contiguous(), layer, rows, cache, options)
     return output[None], None
 
 

@@ -189,15 +189,8 @@ class DeviceStep:
         rows = self.lay_out(torch.where(device_ids < 0, last, device_ids.long()), device_positions, device_rows)
         sampled = sampled.long()
         if host.prompts:
-            own = Prompts(
-                row_seqs=prompt_rows,
-                cu_rows=cu_rows,
-                lengths=prompt_lengths,
-                max_rows=max(b - a for a, b in itertools.pairwise(host.cu_rows)),
-                max_length=max(host.lengths),
-                fresh=all(entry.start == 0 for entry in entries[num_decode:]),
-            )
-            rows = replace(rows, num_decode=num_decode, prompts=own, sampled=sampled)
+            prompts = Prompts(prompt_rows, cu_rows, prompt_lengths)
+            rows = replace(rows, num_decode=num_decode, prompts=prompts, sampled=sampled)
         return rows, device_rows[sampled], rows.positions[sampled] + 1
 
     def lay_out(self, ids: torch.Tensor, positions: torch.Tensor, row_seqs: torch.Tensor) -> Rows:
@@ -245,7 +238,7 @@ class DeviceStep:
 
 def _lay_out_on_host(entries: Sequence[StepEntry], requests: Sequence[EngineRequest], num_decode: int) -> HostRows:
     """Lay out the rows of a step, those that generate first, as plain integers."""
-    host = HostRows(num_decode)
+    host = HostRows(num_decode, cu_rows=[num_decode])
     for index, (entry, request) in enumerate(zip(entries, requests, strict=True)):
         stop = entry.start + entry.num_tokens
         if index < num_decode:

@@ -126,7 +126,7 @@ class FusedDecoder:
             qkv, cos, sin, layer.q_norm, layer.k_norm, layer.norm_eps, rows.slots, key_pages, value_pages,
             layer.num_heads,
         )  # fmt: skip
-        attended = attend(query, None, layer.index, rows, cache, layer.options)
+        attended = attend(query, layer.index, rows, cache, layer.options)
         hidden = layer.output(attended.flatten(1))
         norm = layer.post_norm
         normed, residual = kernels.add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)

@@ -39,7 +39,7 @@ class HostRows:
         row_seqs: row of the block table of each row.
         sampled: rows from which a token is drawn.
         prompts: row of the block table of each prompt.
-        cu_rows: where each prompt's rows begin among the rows of prompts, and their end.
+        cu_rows: where each prompt's rows begin, and their end.
         lengths: tokens of each prompt that are in pages after the step.
     """
 
@@ -49,7 +49,7 @@ class HostRows:
     row_seqs: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
-    cu_rows: list[int] = field(default_factory=lambda: [0])
+    cu_rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
 
@@ -189,11 +189,11 @@ class EngineGraphs:
         if graph is None:
             return None
         rows, prompts = size - num_rows, self._max_rows - num_prompts
-        first = host.num_decode
         packed = [
-            num_rows, first, *host.ids, *([0] * rows), *host.positions, *([0] * rows), *host.row_seqs, *([-1] * rows),
-            *host.prompts, *([0] * prompts), *(first + at for at in host.cu_rows),
-            *([first + host.cu_rows[-1]] * prompts), *host.lengths, *([0] * prompts),
+            num_rows, host.num_decode, *host.ids, *([0] * rows), *host.positions, *([0] * rows),
+            *host.row_seqs, *([-1] * rows),
+            *host.prompts, *([0] * prompts), *host.cu_rows, *([num_rows] * prompts),
+            *host.lengths, *([0] * prompts),
             *host.sampled, *([0] * (graph.most_sampled - len(host.sampled))),
         ]  # fmt: skip
         graph.inputs.copy_(torch.tensor(packed, dtype=torch.int32).pin_memory(), non_blocking=True)
@@ -238,7 +238,7 @@ class EngineGraphs:
             rows,
             lengths=torch.where(generates, rows.lengths, 0),
             num_decode=min(size, most),
-            prompts=Prompts(prompts, cu_rows, prompt_lengths, size, size, fresh=False, in_graph=True),
+            prompts=Prompts(prompts, cu_rows, prompt_lengths),
             sampled=chosen,
         )
         return self._decoder(rows), row_seqs[chosen], positions[chosen] + 1

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.engine.attention import PAGE_SIZE, DecodeWorkspace, decode_workspace
+from lockstep.engine.attention import DecodeWorkspace, decode_workspace
 from lockstep.errors import ConfigurationError
+from lockstep.workload import PAGE_SIZE
 
 _FIRST_PAGES = 32  # of a cache that grows
 

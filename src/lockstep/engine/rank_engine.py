@@ -298,7 +298,7 @@ class RankEngine:
             "dispatcher_note": dispatcher.abilities.note if dispatcher is not None else "",
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(self._device),
-            "attention_name": attention_name(self._device, self.cache.key_pages[0].dtype),
+            "attention_name": attention_name(self._device),
             "layers": self._device_step.decoder.name,
             "graphs": self._device_step.graphs is not None,
             "graphs_note": self._against_graphs(),

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class Sampler:
         self._params: list[SamplingParams | None] = [None] * max_num_seqs
         self._kinds: list[_Kind | None] = [None] * max_num_seqs
         self._asking: set[int] = set()  # slots whose request wants log probabilities
+        # Not on the device yet: the slots that a step fills go there in one copy, not in two each.
+        self._changes: dict[int, tuple[tuple[float, ...], tuple[int, int, int]]] = {}
         self._floats = torch.zeros(max_num_seqs, 6, dtype=torch.float64, device=self.device)
         self._ints = torch.zeros(max_num_seqs, 3, dtype=torch.int64, device=self.device)
         self._stop_ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=self.device)
@@ -154,8 +156,7 @@ class Sampler:
             params.frequency_penalty,
             params.repetition_penalty,
         )
-        self._floats[slot].copy_(self._upload(floats, torch.float64))
-        self._ints[slot].copy_(self._upload((seed_key(seed), top_k, free_from), torch.int64))
+        self._changes[slot] = floats, (seed_key(seed), top_k, free_from)
         self._params[slot] = params
         self._kinds[slot] = _Kind(self._path(params), params.has_penalties, holds_back)
         if params.logprobs is None:
@@ -216,6 +217,8 @@ class Sampler:
                 f"{list(logits.shape)}, {list(slots.shape)} and {list(positions.shape)}"
             )
         groups = self._groups(host_slots)
+        if any(kind != _GREEDY for kind in groups):
+            self._bring_changes()
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         for kind, rows in groups.items():
             for chunk in self._chunks(rows, whole=kind == _GREEDY):
@@ -226,6 +229,14 @@ class Sampler:
                 else:
                     index.put(tokens, chosen)
         return self._with_logprobs(logits, tokens, host_slots)
+
+    def _bring_changes(self) -> None:
+        if self._changes:
+            slots = self._upload(list(self._changes), torch.int64)
+            floats, ints = zip(*self._changes.values(), strict=True)
+            self._floats.index_copy_(0, slots, self._upload(floats, torch.float64))
+            self._ints.index_copy_(0, slots, self._upload(ints, torch.int64))
+            self._changes = {}
 
     def _groups(self, host_slots: Sequence[int]) -> dict[_Kind, list[int]]:
         groups: dict[_Kind, list[int]] = {}
@@ -368,7 +379,7 @@ class Sampler:
         if wrong is not None:
             raise ConfigurationError(f"{name} must be in 0..{self.vocab_size - 1}, got {wrong}")
 
-    def _upload(self, values: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor:
+    def _upload(self, values: Sequence[Any] | Tensor, dtype: torch.dtype) -> Tensor:
         tensor = torch.as_tensor(values, dtype=dtype)
         if self.device.type == "cpu":
             return tensor
