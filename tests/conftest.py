@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("untimed")
+
+# A shell starts what runs in the background (`make test &`) with Ctrl-C ignored, and what is started from here inherits
+# that: tests of Ctrl-C would wait for a signal that never comes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
