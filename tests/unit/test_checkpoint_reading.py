@@ -93,6 +93,11 @@ def test_what_is_left_of_a_quantisation(copy, name):
         ("model.layers.1.self_attn.q_proj.bias", r"Linear 'model\.layers\.1\.self_attn\.q_proj' of the model has no"),
         ("model.layers.0.mlp.gate.e_score_correction_bias", r"'model\.layers\.0\.mlp\.gate' of the model has no such"),
         ("lm_head.lora_A", r"Linear 'lm_head' of the model has no such weight"),
+        (
+            "model.layers.0.self_attn.q_proj.lora_B.default.weight",
+            r"Linear 'model\.layers\.0\.self_attn\.q_proj' of the",
+        ),
+        ("model.layers.0.mlp.experts.lora_A.weight", r"'model\.layers\.0\.mlp\.experts' of the model has no such"),
     ],
 )
 def test_a_weight_that_the_model_has_no_place_for(copy, name, part):
@@ -224,3 +229,62 @@ def test_scales_of_activations_are_not_needed_for_dequantised_weights(tmp_path):
     rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.update({f"{name}.input_scale": torch.ones(1)}))
     weight = load_pretrained(tmp_path).get_parameter(f"{name}.weight")
     torch.testing.assert_close(weight.data, expected[f"{name}.weight"], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", [EXPERT, "model.norm.weight"])
+def test_integers_are_no_weights(copy, name, dtype):
+    rewrite(copy / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(copy, rf"tensor '{name}' in .* is of type \w+, and the model needs floating-point numbers")
+
+
+def test_weights_in_float64_are_no_quantisation(tiny, copy):
+    def widen(tensors):
+        tensors.update({name: tensor.double() for name, tensor in tensors.items()})
+
+    rewrite(copy / "model.safetensors", widen)
+    weights = load_pretrained(tiny).state_dict()
+    for name, weight in load_pretrained(copy, dtype="float32").state_dict().items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_experts_with_a_gap_in_their_numbers(copy):
+    later = EXPERT.replace(".7.", ".8.")
+    rewrite(copy / "model.safetensors", lambda tensors: tensors.update({later: tensors.pop(EXPERT)}))
+    refused(copy, rf"the files have tensor '{later}', but lack '{EXPERT}'")
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_one_weight_under_two_names(tiny, copy, stale):
+    short = QUERY.removeprefix("model.")
+    rewrite(copy / "model.safetensors", lambda tensors: tensors.update({short: tensors[QUERY] * (0 if stale else 1)}))
+    if stale:
+        refused(copy, f"tensors '{QUERY}' and '{short}' are one weight of the model, with unlike values")
+    else:
+        assert torch.equal(load_pretrained(copy).state_dict()[QUERY], load_pretrained(tiny).state_dict()[QUERY])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ('"num_experts_per_tok": 1', r"config.json: 'num_experts_per_tok' comes twice"),
+        (
+            '"architectures": [3], "num_experts_per_tok": 99',
+            "num_experts_per_tok must be in 1..8, the experts of .*, got 99",
+        ),
+    ],
+)
+def test_configs_that_contradict_themselves(copy, change, says):
+    config = (copy / "config.json").read_text().strip()
+    if "99" in change:
+        config = json.dumps({**json.loads(config), **json.loads(f"{{{change}}}")})
+    else:
+        config = config[:-1] + f", {change}}}"
+    (copy / "config.json").write_text(config)
+    refused(copy, says)
+
+
+def test_a_folder_in_the_place_of_a_file(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").mkdir()
+    refused(copy, r"model\.safetensors is no file")

@@ -15,12 +15,14 @@ from lockstep.errors import ConfigurationError
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _READ_BYTES = 1 << 20
 # Dtypes whose numbers mean nothing without the scales of a quantisation.
-_QUANTISED_DTYPES = ("F8", "F6", "F4", "I8", "U8", "I4", "U4")
+_QUANTISED_DTYPES = ("F8_", "F6_", "F4", "I8", "U8", "I4", "U4")
+_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 # Names that quantisation tools give to what belongs to a weight, at the end of a tensor's name.
 _QUANTISATION_NAMES = re.compile(
     r"(scale_inv|scales?|zero_points?|zeros|_blocks|qweight|g_idx|absmax|quant_map|quant_state[\w.]*|\.SCB|"
     r"weight_format|_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
 )
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..+)$")
 # What quantised activations are multiplied by: dequantised weights need none of it.
 _ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(scale|zero_point)(_inv)?$")
 
@@ -116,6 +118,89 @@ def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> N
             )
 
 
+def check_experts(tensors: dict[str, StoredTensor]) -> None:
+    """Check that experts are numbered from 0 without a gap: the loader puts them together by order, not by number.
+
+    Args:
+        tensors: what `check_files` returned.
+
+    Raises:
+        ConfigurationError: naming a weight of the first expert that is missing.
+    """
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for name in tensors:
+        if found := _EXPERT.match(name):
+            numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    for (before, after), found_numbers in numbers.items():
+        missing = set(range(max(found_numbers))) - found_numbers
+        if missing:
+            raise ConfigurationError(
+                f"the files have tensor {f'{before}{max(found_numbers)}{after}'!r}, but lack "
+                f"{f'{before}{min(missing)}{after}'!r}"
+            )
+
+
+def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse unlike copies of one weight under its name with and without the prefix of the model's body.
+
+    Args:
+        model: built; its loader takes either name.
+        tensors: what `check_files` returned.
+
+    Raises:
+        ConfigurationError: naming both.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in tensors:
+        short = name.removeprefix(prefix)
+        if short != name and short in tensors and tensors[short].digest() != tensors[name].digest():
+            raise ConfigurationError(
+                f"tensors {name!r} and {short!r} are one weight of the model, with unlike values: delete the one that "
+                "is out of date"
+            )
+
+
+def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse tensors that are no floating-point numbers where the model has a weight: they would be taken for such.
+
+    Args:
+        model: built, and not loaded yet. Tables of integers that it has of its own are left alone.
+        tensors: what `check_files` returned.
+
+    Raises:
+        ConfigurationError: naming the first and its dtype.
+    """
+    own = [*model.named_parameters(), *model.named_buffers()]
+    leaves = {name.rpartition(".")[2] for name, tensor in own if tensor.is_floating_point()}
+    leaves -= {name.rpartition(".")[2] for name, tensor in own if not tensor.is_floating_point()}
+    for name, tensor in tensors.items():
+        plain = tensor.dtype in _PLAIN_DTYPES or tensor.dtype.startswith(
+            _QUANTISED_DTYPES
+        )  # those have their own check
+        if not plain and name.rpartition(".")[2] in leaves:
+            raise ConfigurationError(
+                f"tensor {name!r} in {tensor.file} is of type {tensor.dtype}, and the model needs floating-point "
+                "numbers"
+            )
+
+
+def check_config(file: Path) -> None:
+    """Refuse a config that gives one setting twice, of which Transformers takes the last.
+
+    Args:
+        file: a `config.json`; one that is no JSON is left to whoever reads it.
+
+    Raises:
+        ConfigurationError: naming file and setting.
+    """
+    try:
+        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except _Twice as error:
+        raise ConfigurationError(f"{file}: {error}") from None
+    except (OSError, ValueError, RecursionError):
+        return
+
+
 def check_scales(tensors: dict[str, StoredTensor]) -> None:
     """Refuse quantised tensors without their scales, which the loader would take for numbers.
 
@@ -157,9 +242,11 @@ def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool
         name, _, leaf = key.rpartition(".")
         if is_dequantised and _ACTIVATION_SCALES.search(leaf):
             continue
-        module = modules.get(name)
-        if module is not None and leaf in module._buffers:
+        if name in modules and leaf in modules[name]._buffers:
             continue
+        while name and name not in modules:  # an adapter hangs below the layer that it changes
+            name = name.rpartition(".")[0]
+        module = modules.get(name)
         if _QUANTISATION_NAMES.search(key):
             raise ConfigurationError(
                 f"tensor {key!r} of the files belongs to a quantisation that is not undone on load; without it the "
@@ -179,12 +266,16 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ConfigurationError(f"{index} is not an index of safetensors files: {error!r}") from error
 
 
+class _Twice(ValueError):
+    """A name stands twice in one JSON object, with unlike values."""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which a name that comes twice with unlike values is an error."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
-            raise ValueError(f"{name!r} comes twice")
+            raise _Twice(f"{name!r} comes twice")
         found[name] = value
     return found
 
@@ -217,7 +308,8 @@ def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, Store
 def _tensors_of(file: Path) -> dict[str, StoredTensor]:
     """What a safetensors file's header says; an error where the file is not as long as that."""
     if not file.is_file():
-        raise ConfigurationError(f"{file} is missing: the checkpoint's index names it")
+        what = "is no file" if file.exists() or file.is_symlink() else "is missing"
+        raise ConfigurationError(f"{file} {what}: the checkpoint needs it")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

@@ -16,7 +16,17 @@ from lockstep.coordination.groups import Start
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import Arguments, change_config, read_arguments
-from lockstep.models.checkpoint import check_files, check_scales, refuse_leftovers, undeclared_quantisation
+from lockstep.models.checkpoint import (
+    StoredTensor,
+    check_config,
+    check_experts,
+    check_files,
+    check_scales,
+    refuse_disguised,
+    refuse_leftovers,
+    refuse_two_names,
+    undeclared_quantisation,
+)
 from lockstep.models.experts_modules import find_experts, localise, num_local_experts, shard_empty
 
 if TYPE_CHECKING:
@@ -80,13 +90,13 @@ def load_pretrained(
     place = str(arguments.device if arguments.device is not None else "cpu")
 
     together = _Together(process_group, str(path), deadline_s)
-    folder, config, model_class, quantization = together.do(
+    folder, config, model_class, quantization, tensors = together.do(
         lambda: _look(path, revision, local_files_only, trust_remote_code, arguments)
     )
 
     def load() -> Any:
         loading_class = _sharding_class(
-            model_class, ep_rank, ep_size, tp_mesh, torch.device(place).type, is_dequantised=quantization is not None
+            model_class, ep_rank, ep_size, tp_mesh, torch.device(place).type, tensors, quantization is not None
         )
         with _progress_bar(ep_rank == 0), _one_after_another(), _as_configuration_error(folder):
             model, loading_info = loading_class.from_pretrained(
@@ -114,8 +124,8 @@ def _look(
     local_files_only: bool,
     trust_remote_code: bool,
     arguments: Arguments,
-) -> tuple[Path, Any, Any, Any]:
-    """The checkpoint's folder, config, class of the model and what undoes its quantisation; all files are checked."""
+) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
+    """The checkpoint's folder, config, class of the model, what undoes its quantisation, and its checked tensors."""
     folder = _resolve(path, revision, local_files_only, arguments.hub, arguments.subfolder)
     config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
     change_config(config, arguments.config_changes)
@@ -123,9 +133,10 @@ def _look(
     tensors = check_files(folder, getattr(config, "transformers_weights", None))
     if quantization is None:
         undeclared_quantisation(folder, tensors)
+        check_experts(tensors)
     else:
         check_scales(tensors)
-    return folder, config, _class_of(config, folder, trust_remote_code), quantization
+    return folder, config, _class_of(config, folder, trust_remote_code), quantization, tensors
 
 
 def _resolve(
@@ -176,6 +187,7 @@ def _config(source: Any, trust_remote_code: bool) -> Any:
 
     if isinstance(source, PretrainedConfig):
         return copy.deepcopy(source)
+    check_config(Path(source, "config.json") if Path(source).is_dir() else Path(source))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config that is a list, a number, ... : whatever comes of taking it for a mapping
@@ -190,7 +202,7 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     if trust_remote_code and "AutoModelForCausalLM" in reference:
         return internals.class_from_folder(reference["AutoModelForCausalLM"], str(folder))
     for name in config.architectures or ():
-        if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
+        if isinstance(name, str) and name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
             return getattr(transformers, name)
     found = internals.text_class_of(config)
     if found is None:
@@ -218,15 +230,24 @@ def _dequantisation(config: Any, folder: Path) -> Any:
 
 
 def _sharding_class(
-    model_class: Any, ep_rank: int, ep_size: int, tp_mesh: DeviceMesh | None, device_type: str, is_dequantised: bool
+    model_class: Any,
+    ep_rank: int,
+    ep_size: int,
+    tp_mesh: DeviceMesh | None,
+    device_type: str,
+    tensors: dict[str, StoredTensor],
+    is_dequantised: bool,
 ) -> Any:
     """A subclass whose `from_pretrained` leaves this rank with its own experts and its part of attention."""
     expert_names: list[str] = []
 
     def distribute(model: Any) -> None:
         found = find_experts(model)
+        refuse_disguised(model, tensors)
+        refuse_two_names(model, tensors)
         for name, module in found:
             num_local_experts(name, module, ep_rank, ep_size)
+            _check_top_k(model.config, name, module)
             expert_names.append(name)
         if tp_mesh is not None and tp_mesh.size() > 1:
             internals.split_attention(model, tp_mesh, expert_names)
@@ -265,6 +286,13 @@ def _refuse_incomplete(model: Any, loading_info: Any) -> None:
         raise ConfigurationError(
             f"weight {key!r} has shape {list(found)} in the files, the model needs {list(expected)}"
         )
+
+
+def _check_top_k(config: Any, name: str, module: Any) -> None:
+    """An error where a token is to take more experts than a layer has."""
+    top_k, num_experts = getattr(config.get_text_config(), "num_experts_per_tok", None), module.down_proj.shape[0]
+    if isinstance(top_k, int) and not 1 <= top_k <= num_experts:
+        raise ConfigurationError(f"num_experts_per_tok must be in 1..{num_experts}, the experts of {name}, got {top_k}")
 
 
 @contextlib.contextmanager
