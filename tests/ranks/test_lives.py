@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 from pathlib import Path
 
 import psutil
@@ -160,10 +161,25 @@ if __name__ == "__main__":
 
 
 @pytest.mark.ranks(2)
-def test_ranks_end_with_a_killed_launcher_and_its_folders_go_at_the_next_start(tmp_path, monkeypatch):
-    (tmp_path / "script.py").write_text(KILLED)
-    temporary, said = tmp_path / "tmp", tmp_path / "said"
+def test_a_temporary_folder_with_a_long_name(tmp_path):
+    """Longer than what the path of a socket may have."""
+    temporary = tmp_path / ("a" * 100)
     temporary.mkdir()
+    (tmp_path / "script.py").write_text(
+        "from lockstep.runner.launcher import launch\nif __name__ == '__main__':\n    print(launch(2, len, 'four'))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env={**ENVIRONMENT, "TMPDIR": str(temporary)}, capture_output=True,
+        text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (ended.stdout, ended.returncode) == ("4\n", 0), ended.stderr
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
+
+
+@pytest.mark.ranks(2)
+def test_ranks_end_with_a_killed_launcher_and_its_folders_go_at_the_next_start(tmp_path, tmp_path_factory, monkeypatch):
+    (tmp_path / "script.py").write_text(KILLED)
+    temporary, said = tmp_path_factory.mktemp("t"), tmp_path / "said"
     said.mkdir()
     mine = [temporary / "lockstep-run-of-mine", temporary / "pymp-of-mine", temporary / "lockstep-run-1-2-3-0123abcd"]
     for folder in mine:
@@ -183,6 +199,7 @@ def test_ranks_end_with_a_killed_launcher_and_its_folders_go_at_the_next_start(t
     assert not alive
     left = {path.name.split("-")[0] for path in temporary.iterdir() if path not in mine}
     assert left >= {"lockstep", "pymp"}, "there is nothing to remove: the test shows nothing"
+    util.get_temp_dir()  # of this process, which need not have started ranks before
     monkeypatch.setattr(leftovers.tempfile, "tempdir", str(temporary))
     with leftovers.run_folder() as folder:
         ours = {*temporary.glob("lockstep-*"), *temporary.glob("pymp-*")}

@@ -202,7 +202,9 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     if trust_remote_code and "AutoModelForCausalLM" in reference:
         return internals.class_from_folder(reference["AutoModelForCausalLM"], str(folder))
     for name in config.architectures or ():
-        if isinstance(name, str) and name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
+        if not isinstance(name, str) or not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            continue
+        if hasattr(transformers, name):
             return getattr(transformers, name)
     found = internals.text_class_of(config)
     if found is None:

@@ -25,6 +25,7 @@ _PR_SET_PDEATHSIG = 1
 _FOLDER = re.compile(r"lockstep-run-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}")
 _MARKER = "lockstep-run"
 _MARKER_BYTES = 100
+_SHORT_FOLDER, _MAX_SOCKET_PATH_BYTES = "/tmp", 107
 
 
 @contextlib.contextmanager
@@ -78,9 +79,22 @@ def end_with_parent() -> None:
 
 def _mark_folder_of_multiprocessing(own: ProcessIdentity) -> None:
     """Say whose the folder is in which multiprocessing keeps its server's socket; it goes with a process that ends."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _room_for_a_socket():
         marker = Path(util.get_temp_dir(), _MARKER)
         marker.write_text(f"{own.namespace}-{own.pid}-{own.started}\n")
+
+
+@contextlib.contextmanager
+def _room_for_a_socket() -> Iterator[None]:
+    """Take /tmp in the block where the path of the temporary folder is too long for a socket, as later Pythons do."""
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) + len("/pymp-01234567/listener-01234567") > _MAX_SOCKET_PATH_BYTES:
+        tempfile.tempdir = _SHORT_FOLDER
+        _remove_leftovers(Path(_SHORT_FOLDER))
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _remove_leftovers(base: Path) -> None:
