@@ -108,6 +108,8 @@ class DeviceStep:
         self._last_tokens = torch.zeros(cache.block_table.shape[0], dtype=torch.int64, device=self._device)
         self._free_rows = list(range(cache.block_table.shape[0] - 1, -1, -1))
         self.decoder = _make_decoder(model, cache)
+        if self._device.type == "cuda":  # no step of a run loads a kernel
+            sampler.warm_up(model.get_output_embeddings().weight.dtype)
         if graphs and parallel is not None and parallel.layers.can_capture:
             self.graphs = EngineGraphs(
                 parallel, self.decoder, self.lay_out, self._last_tokens, max_rows, max_mixed_rows, self._device
