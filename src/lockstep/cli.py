@@ -11,34 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lockstep import cli_types as opt
 from lockstep.cli_errors import run_to_status
-from lockstep.cli_types import (
-    COUNT,
-    LOAD_BALANCING,
-    MOST_RANKS,
-    ROW_SHAPES,
-    SCALE,
-    SEED,
-    SHARE,
-    STEPS,
-    TIME,
-    AsJson,
-    Clock,
-    Dispatcher,
-    DType,
-    KvCapacityTokens,
-    LoadBalancing,
-    MaxMalformedShare,
-    MaxNewTokens,
-    MaxNumSeqs,
-    MaxPromptTokens,
-    RateScale,
-    Requests,
-    one_of,
-    several,
-    whole,
-)
-from lockstep.cli_types import device as device_name
 from lockstep.extras import require
 
 app = typer.Typer(
@@ -80,73 +54,66 @@ def _options(
 @app.command()
 def run(
     model: Annotated[
-        str, typer.Option(help="Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")
+        str, opt.option("Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")
     ] = "tiny",
-    workload: Annotated[
-        str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL), or `synthetic`.")
-    ] = "synthetic",
-    data_parallel_size: Annotated[int, typer.Option(**COUNT, help="Ranks with requests of their own.")] = 2,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(**COUNT, help="Ranks that share one data-parallel rank's requests.")
-    ] = 1,
-    max_chunk_size: Annotated[int | None, typer.Option(**COUNT, help="Maximum rows per rank and MoE chunk.")] = None,
-    dispatcher: Annotated[Dispatcher, typer.Option(help="How tokens reach their experts.")] = "auto",
-    requests: Requests = None,
-    rate_scale: RateScale = 1.0,
+    workload: opt.Workload = "synthetic",
+    data_parallel_size: Annotated[int, opt.count("Ranks with requests of their own.")] = 2,
+    tensor_parallel_size: Annotated[int, opt.count("Ranks that share one data-parallel rank's requests.")] = 1,
+    max_chunk_size: Annotated[int | None, opt.count("Maximum rows per rank and MoE chunk.")] = None,
+    dispatcher: Annotated[opt.Dispatcher, opt.option("How tokens reach their experts.")] = "auto",
+    requests: opt.Requests = None,
+    rate_scale: opt.RateScale = 1.0,
     length_scale: Annotated[
-        float | None,
-        typer.Option(**SCALE, help="Multiply the lengths of a trace; 1, or 0.05 where the model is `tiny`."),
+        float | None, opt.scale("Multiply the lengths of a trace; 1, or 0.05 where the model is `tiny`.")
     ] = None,
-    max_prompt_tokens: MaxPromptTokens = None,
-    max_new_tokens: MaxNewTokens = None,
-    max_malformed_share: MaxMalformedShare = 0.01,
-    load_balancing: Annotated[LoadBalancing, typer.Option(help="Which rank gets a request.")] = "round-robin",
-    max_num_batched_tokens: Annotated[int, typer.Option(**COUNT, help="Maximum tokens per rank and step.")] = 2048,
-    max_num_seqs: MaxNumSeqs = 256,
-    kv_capacity_tokens: KvCapacityTokens = None,
+    max_prompt_tokens: opt.MaxPromptTokens = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    max_malformed_share: opt.MaxMalformedShare = 0.01,
+    load_balancing: Annotated[opt.LoadBalancing, opt.option("Which rank gets a request.")] = "round-robin",
+    max_num_batched_tokens: Annotated[int, opt.count("Maximum tokens per rank and step.")] = 2048,
+    max_num_seqs: opt.MaxNumSeqs = 256,
+    kv_capacity_tokens: opt.KvCapacityTokens = None,
     max_model_len: Annotated[
-        int | None, typer.Option(**COUNT, help="Maximum tokens per request; by default the model's context.")
+        int | None, opt.count("Maximum tokens per request; by default the model's context.")
     ] = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(**SHARE, help="Share of a GPU's memory for weights, KV cache and the rest together.")
+        float,
+        opt.option(
+            "Share of a GPU's memory for weights, KV cache and the rest together.",
+            parser=opt.real(0, 1, above=True),
+            metavar="0..1",
+        ),
     ] = 0.9,
     max_prefill_delay_steps: Annotated[
-        int, typer.Option(**STEPS, help="Maximum steps that a prompt waits for prompts of other ranks.")
+        int, opt.steps("Maximum steps that a prompt waits for prompts of other ranks.")
     ] = 0,
-    seconds_per_step: Annotated[
-        float, typer.Option(**SCALE, help="Seconds of the workload's time that pass per step.")
-    ] = 0.05,
+    seconds_per_step: Annotated[float, opt.scale("Seconds of the workload's time that pass per step.")] = 0.05,
     clock: Annotated[
-        Clock,
-        typer.Option(help="When requests arrive: by the number of the step, which repeats exactly, or in real time."),
+        opt.Clock,
+        opt.option("When requests arrive: by the number of the step, which repeats exactly, or in real time."),
     ] = "steps",
-    seed: Annotated[int, typer.Option(**SEED, help="Seed of made-up weights, prompts and workloads.")] = 0,
-    dtype: Annotated[DType, typer.Option(help="Type of the weights; `auto`: the checkpoint's.")] = "auto",
+    seed: Annotated[int, opt.seed_of("Seed of made-up weights, prompts and workloads.")] = 0,
+    dtype: Annotated[opt.DType, opt.option("Type of the weights; `auto`: the checkpoint's.")] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(
-            parser=device_name,
-            metavar="cpu|cuda|cuda:N",
-            help="Where the model runs; by default on a GPU if there is one.",
+        opt.option(
+            "Where the model runs; by default on a GPU if there is one.", parser=opt.device, metavar="cpu|cuda|cuda:N"
         ),
     ] = None,
-    deadline: Annotated[float, typer.Option(**SCALE, help="Longest wait for any rank, in seconds.")] = 30.0,
+    deadline: Annotated[float, opt.scale("Longest wait for any rank, in seconds.")] = 30.0,
     max_restarts: Annotated[
-        int,
-        typer.Option(**STEPS, help="How often ranks that died or hang are started again; finished requests are kept."),
+        int, opt.steps("How often ranks that died or hang are started again; finished requests are kept.")
     ] = 3,
-    verify: Annotated[bool, typer.Option(help="Compare with one process that holds all experts.")] = True,
+    verify: Annotated[bool, opt.option("Compare with one process that holds all experts.")] = True,
     metrics_port: Annotated[
         int | None,
-        typer.Option(
-            parser=whole(0, 65535), metavar="PORT", help="Serve Prometheus text on this port of the loopback address."
+        opt.option(
+            "Serve Prometheus text on this port of the loopback address.", parser=opt.whole(0, 65535), metavar="PORT"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/<date>-<time> by default.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout instead of the table.")
-    ] = False,
+    out: Annotated[Path | None, opt.option("Folder to write; runs/<date>-<time> by default.")] = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Run a model over several ranks with uneven work, check every token, and write a report.
 
@@ -160,50 +127,27 @@ def run(
     if length_scale is None:
         length_scale = 0.05 if model == "tiny" else 1.0
     options = RunOptions(
-        model=model,
-        workload=workload,
-        out=str(out) if out is not None else "",
-        data_parallel_size=data_parallel_size,
-        tensor_parallel_size=tensor_parallel_size,
-        max_chunk_size=max_chunk_size,
-        dispatcher=dispatcher,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        clock=clock,
-        deadline_s=deadline,
+        model=model, workload=workload, out=str(out or ""), data_parallel_size=data_parallel_size,
+        tensor_parallel_size=tensor_parallel_size, max_chunk_size=max_chunk_size, dispatcher=dispatcher, dtype=dtype,
+        device=device, seed=seed, clock=clock, deadline_s=deadline, metrics_port=metrics_port,
+        max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization, keep_logprobs=verify,
         workload_options=WorkloadOptions(
-            rate_scale=rate_scale,
-            length_scale=length_scale,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            num_requests=requests,
-            max_malformed_share=max_malformed_share,
+            rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share
         ),
         scheduler=SchedulerConfig(
-            load_balancing=load_balancing,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            max_prefill_delay_steps=max_prefill_delay_steps,
-            kv_capacity_tokens=kv_capacity_tokens,
-            seconds_per_step=seconds_per_step,
+            load_balancing, max_num_batched_tokens, max_num_seqs, max_prefill_delay_steps, kv_capacity_tokens,
+            seconds_per_step,
         ),
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-        keep_logprobs=verify,
-        metrics_port=metrics_port,
-    )
+    )  # fmt: skip
     raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))
 
 
 @app.command()
 def plan(
-    tokens: Annotated[str, typer.Option(help="Tokens of each data-parallel rank, such as 500,200,256.")],
-    max_chunk_size: Annotated[
-        int | None, typer.Option(**COUNT, help="Maximum rows per rank and chunk; without it, one chunk.")
-    ] = None,
-    sp: Annotated[int, typer.Option(**COUNT, help="Ranks that share the tokens of one data-parallel rank.")] = 1,
-    as_json: AsJson = False,
+    tokens: Annotated[str, opt.option("Tokens of each data-parallel rank, such as 500,200,256.")],
+    max_chunk_size: Annotated[int | None, opt.count("Maximum rows per rank and chunk; without it, one chunk.")] = None,
+    sp: Annotated[int, opt.count("Ranks that share the tokens of one data-parallel rank.")] = 1,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Show the sizes and the chunks of one step, without running it."""
     from lockstep.commands.plan import parse_tokens, plan_document, print_plan
@@ -222,102 +166,90 @@ def plan(
 
 @app.command()
 def simulate(
-    workload: Annotated[
-        str, typer.Option(help="Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")
-    ] = "synthetic",
+    workload: opt.Workload = "synthetic",
     synthetic: Annotated[
         Any,
-        typer.Option(
-            parser=_synthetic,
-            metavar="NAME=N,...",
-            help="Parameters of a synthetic workload: rate=5.5,burstiness=1,...",
+        opt.option(
+            "Parameters of a synthetic workload: rate=5.5,burstiness=1,...", parser=_synthetic, metavar="NAME=N,..."
         ),
     ] = None,
     data_parallel_size: Annotated[
         Any,
-        typer.Option(
-            parser=several(whole(1, MOST_RANKS)), metavar="N,...", help="Ranks; several values with commas, as below."
+        opt.option(
+            "Ranks; several values with commas, as below.",
+            parser=opt.several(opt.whole(1, opt.MOST_RANKS)),
+            metavar="N,...",
         ),
     ] = "8",
     load_balancing: Annotated[
         Any,
-        typer.Option(
-            parser=several(one_of(*LOAD_BALANCING)),
-            metavar="|".join(LOAD_BALANCING),
-            help="Which rank gets a request.",
+        opt.option(
+            "Which rank gets a request.",
+            parser=opt.several(opt.one_of(*opt.LOAD_BALANCING)),
+            metavar="|".join(opt.LOAD_BALANCING),
         ),
     ] = "round-robin",
     max_prefill_delay_steps: Annotated[
         Any,
-        typer.Option(
-            parser=several(whole(0)),
+        opt.option(
+            "Maximum steps that a prompt waits for prompts of other ranks.",
+            parser=opt.several(opt.whole(0)),
             metavar="N,...",
-            help="Maximum steps that a prompt waits for prompts of other ranks.",
         ),
     ] = "0",
-    max_num_batched_tokens: Annotated[
-        Any, typer.Option(parser=several(whole(1)), metavar="N,...", help="Maximum tokens per rank and step.")
-    ] = "2048",
+    max_num_batched_tokens: Annotated[Any, opt.counts("Maximum tokens per rank and step.")] = "2048",
     max_chunk_size: Annotated[
         Any,
-        typer.Option(
-            parser=several(whole(1), none="none"),
+        opt.option(
+            "Maximum rows per rank and MoE chunk, or `none`.",
+            parser=opt.several(opt.whole(1), "none"),
             metavar="N|none,...",
-            help="Maximum rows per rank and MoE chunk, or `none`.",
         ),
     ] = "none",
     row_shapes: Annotated[
         Any,
-        typer.Option(
-            parser=several(one_of(*ROW_SHAPES)),
-            metavar="|".join(ROW_SHAPES),
-            help="ragged; dummy: one row where a rank has none; equal: all padded to the longest.",
+        opt.option(
+            "ragged; dummy: one row where a rank has none; equal: all padded to the longest.",
+            parser=opt.several(opt.one_of(*opt.ROW_SHAPES)),
+            metavar="|".join(opt.ROW_SHAPES),
         ),
     ] = "ragged",
-    max_num_seqs: MaxNumSeqs = 256,
-    kv_capacity_tokens: KvCapacityTokens = None,
+    max_num_seqs: opt.MaxNumSeqs = 256,
+    kv_capacity_tokens: opt.KvCapacityTokens = None,
     buffer_capacity_rows: Annotated[
-        int | None,
-        typer.Option(
-            **COUNT, help="Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller."
-        ),
+        int | None, opt.count("Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller.")
     ] = None,
-    requests: Requests = None,
-    rate_scale: RateScale = 1.0,
-    length_scale: Annotated[float, typer.Option(**SCALE, help="Multiply the lengths by this factor.")] = 1.0,
-    max_prompt_tokens: MaxPromptTokens = None,
-    max_new_tokens: MaxNewTokens = None,
-    max_malformed_share: MaxMalformedShare = 0.01,
-    cost: Annotated[str, typer.Option(help="A shipped set of cost constants, or a JSON file.")] = "h200",
+    requests: opt.Requests = None,
+    rate_scale: opt.RateScale = 1.0,
+    length_scale: opt.LengthScale = 1.0,
+    max_prompt_tokens: opt.MaxPromptTokens = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    max_malformed_share: opt.MaxMalformedShare = 0.01,
+    cost: Annotated[str, opt.option("A shipped set of cost constants, or a JSON file.")] = "h200",
     ttft_p99: Annotated[
-        float | None,
-        typer.Option(**TIME, help="Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms."),
+        float | None, opt.limit("Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms.")
     ] = None,
-    tpot_p99: Annotated[
-        float | None, typer.Option(**TIME, help="The same limit for the time per further token.")
-    ] = None,
-    queue_p99: Annotated[float | None, typer.Option(**TIME, help="The same limit for the wait in the queue.")] = None,
-    seed: Annotated[int, typer.Option(**SEED, help="Seed of a synthetic workload.")] = 0,
-    workers: Annotated[int | None, typer.Option(**COUNT, help="Processes; one per core by default.")] = None,
+    tpot_p99: Annotated[float | None, opt.limit("The same limit for the time per further token.")] = None,
+    queue_p99: Annotated[float | None, opt.limit("The same limit for the wait in the queue.")] = None,
+    seed: Annotated[int, opt.seed_of("Seed of a synthetic workload.")] = 0,
+    workers: Annotated[int | None, opt.count("Processes; one per core by default.")] = None,
     validate: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Folder of a recorded run: compare its step times with the cost formula instead. Given several times "
+        opt.option(
+            "Folder of a recorded run: compare its step times with the cost formula instead. Given several times "
             "for repeats of one run, the median time of each step counts."
         ),
     ] = None,
     replay: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of a recorded run: plan its requests again, with the ends that it logged, and compare every "
+        opt.option(
+            "Folder of a recorded run: plan its requests again, with the ends that it logged, and compare every "
             "step with what was executed. Exit status 1 where they differ."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report, tables, steps and trace.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier simulation in that folder.")
-    ] = False,
-    as_json: AsJson = False,
+    out: Annotated[Path | None, opt.option("Folder for report, tables, steps and trace.")] = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Say what uneven ranks cost on a workload, and which setting gets it back, without running a model.
 
@@ -341,29 +273,13 @@ def simulate(
         seed,
         synthetic,
     )
-    command = SimulateCommand(
-        trace,
-        Grid(
-            data_parallel_size,
-            load_balancing,
-            max_prefill_delay_steps,
-            max_num_batched_tokens,
-            max_chunk_size,
-            row_shapes,
-        ),
-        SimulationConfig(
-            1,
-            SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens),
-            constants,
-            buffer_capacity_rows=buffer_capacity_rows,
-        ),
-        {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99},
-        str(out or ""),
-        overwrite,
-        as_json,
-        workers,
-        sys.argv[1:],
+    grid = Grid(
+        data_parallel_size, load_balancing, max_prefill_delay_steps, max_num_batched_tokens, max_chunk_size, row_shapes
     )
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens)
+    base = SimulationConfig(1, scheduler, constants, buffer_capacity_rows=buffer_capacity_rows)
+    limits = {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99}
+    command = SimulateCommand(trace, grid, base, limits, str(out or ""), overwrite, as_json, workers, sys.argv[1:])
     raise typer.Exit(execute(command))
 
 
@@ -371,7 +287,7 @@ def simulate(
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder of a run or a simulation.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Put two runs side by side: figures, where the time went, and whether they did the same."""
     parquet = any((folder / name).is_file() for folder in (a, b) for name in ("steps.parquet", "requests.parquet"))
@@ -387,9 +303,7 @@ def compare(
 
 
 @app.command()
-def env(
-    as_json: AsJson = False,
-) -> None:
+def env(as_json: opt.AsJson = False) -> None:
     """Show what this machine offers, and try every backend between two local ranks; exit status 1 if one fails."""
     from lockstep.runner.environment import all_work, describe, examine
 
@@ -410,21 +324,19 @@ def _workload_options() -> None:
 @workload_app.command()
 def describe(
     file: Annotated[str, typer.Argument(help="Request trace, or `synthetic`.")],
-    rate_scale: RateScale = 1.0,
-    length_scale: Annotated[float, typer.Option(**SCALE, help="Multiply the lengths by this factor.")] = 1.0,
-    requests: Requests = None,
-    max_malformed_share: MaxMalformedShare = 0.01,
-    as_json: AsJson = False,
+    rate_scale: opt.RateScale = 1.0,
+    length_scale: opt.LengthScale = 1.0,
+    requests: opt.Requests = None,
+    max_malformed_share: opt.MaxMalformedShare = 0.01,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Print a workload's rate, burstiness and lengths, and the synthetic parameters that resemble it."""
     from lockstep.report.tables import print_description
     from lockstep.workload import WorkloadOptions, load_workload
     from lockstep.workload.synthetic import describe as describe_requests
 
-    trace = load_workload(
-        file,
-        WorkloadOptions(rate_scale, length_scale, num_requests=requests, max_malformed_share=max_malformed_share),
-    )
+    options = WorkloadOptions(rate_scale, length_scale, None, None, requests, max_malformed_share)
+    trace = load_workload(file, options)
     description = describe_requests(trace.requests)
     if as_json:
         malformed = {"num_malformed": trace.num_malformed, "malformed": [str(line) for line in trace.malformed]}
@@ -448,17 +360,17 @@ def calibrate(
         list[Path] | None,
         typer.Argument(help="Recorded runs; without any, some are made. Of repeats, each step's median time counts."),
     ] = None,
-    model: Annotated[str, typer.Option(help="What to run then: a checkpoint, or `tiny`.")] = "tiny",
-    data_parallel_size: Annotated[int, typer.Option(**COUNT, help="Ranks of those runs.")] = 2,
-    requests: Annotated[int, typer.Option(**COUNT, help="Requests of those runs.")] = 120,
-    repeats: Annotated[int, typer.Option(**COUNT, help="How many times the same is run.")] = 3,
+    model: Annotated[str, opt.option("What to run then: a checkpoint, or `tiny`.")] = "tiny",
+    data_parallel_size: Annotated[int, opt.count("Ranks of those runs.")] = 2,
+    requests: Annotated[int, opt.count("Requests of those runs.")] = 120,
+    repeats: Annotated[int, opt.count("How many times the same is run.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="File for the constants: cost.json; or, of --dispatch, this machine's place.")
+        Path | None, opt.option("File for the constants: cost.json; or, of --dispatch, this machine's place.")
     ] = None,
     dispatch: Annotated[
-        bool, typer.Option("--dispatch", help="Instead, measure the backends and store by what `auto` is to choose.")
+        bool, opt.option("Instead, measure the backends and store by what `auto` is to choose.", "--dispatch")
     ] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Fit the simulator's cost constants, or those by which a backend is chosen, to this machine."""
     if dispatch:
@@ -487,8 +399,8 @@ def postmortem(
             "which ranks write, $LOCKSTEP_RECORDER_DIR or the system's temporary folder; its last failure counts."
         ),
     ] = None,
-    stacks: Annotated[bool, typer.Option(help="Also print where each thread of each rank stood.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    stacks: Annotated[bool, opt.option("Also print where each thread of each rank stood.")] = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Merge the ranks' flight recorders and show where they parted."""
     from lockstep.commands.postmortem import postmortem_document, print_postmortem, read_recorders

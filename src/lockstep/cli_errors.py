@@ -1,7 +1,6 @@
 """How the command line ends: every error as one sentence about what was typed, with its exit status."""
 
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -9,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from lockstep.commands.folder import BAD_PATH
 from lockstep.errors import ConfigurationError, LockstepError
 
 # How the library names what an option sets, where the two differ by more than dashes.
@@ -19,11 +19,6 @@ _LIBRARY_NAMES = {
     "max_chunk_size_per_rank": "--max-chunk-size",
     "num_tokens_across_dp": "--tokens",
     "deadline_s": "--deadline",
-}
-# What is wrong with something that was typed, rather than with the machine.
-_BAD_PATH = {
-    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
-    *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
 }
 _MOST_CHARACTERS = 4000
 _INTERRUPTED = 130
@@ -67,14 +62,14 @@ def run_to_status(app: typer.Typer) -> NoReturn:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in _BAD_PATH)
+    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in BAD_PATH)
 
 
 def _sentence(error: Exception, app: typer.Typer) -> str:
     if isinstance(error, OSError) and not isinstance(error, LockstepError):
         says = error.strerror or str(error)
         says = f"{error.filename}: {says}" if error.filename is not None else says
-        return says if error.errno in _BAD_PATH else f"{type(error).__name__}: {says}"
+        return says if error.errno in BAD_PATH else f"{type(error).__name__}: {says}"
     says = _in_words_of_options(str(error), app)
     return says if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {says}"
 

@@ -1,13 +1,13 @@
 """What an option of the command line may hold, checked while the line is read: before anything large is imported.
 
-Each function here makes a parser for `typer.Option(parser=...)`. A parser raises `typer.BadParameter`, and Typer adds
-the name of the option that was typed.
+A parser raises `typer.BadParameter`, and Typer adds the name of the option that was typed.
 """
 
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -102,29 +102,42 @@ Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
 Clock = Literal["steps", "wall"]
-LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+LOAD_BALANCING = get_args(LoadBalancing)
 ROW_SHAPES = ("ragged", "dummy", "equal")
 MOST_RANKS = 100_000
-# How options of a kind are declared: `typer.Option(**COUNT, help=...)`.
-COUNT: dict[str, Any] = {"parser": whole(1), "metavar": "N"}
-STEPS: dict[str, Any] = {"parser": whole(0), "metavar": "N"}
-SEED: dict[str, Any] = {"parser": whole(0, 2**32 - 1), "metavar": "N"}
-RATE: dict[str, Any] = {"parser": real(1e-9, 1e9), "metavar": "X"}
-SCALE: dict[str, Any] = {"parser": real(0, above=True), "metavar": "X"}
-TIME: dict[str, Any] = {"parser": seconds, "metavar": "2s|500ms"}
-_MALFORMED = "Refuse a file with a larger share of malformed lines; a single one is always left out."
-FRACTION: dict[str, Any] = {"parser": real(0, 1), "metavar": "0..1"}
-SHARE: dict[str, Any] = {"parser": real(0, 1, above=True), "metavar": "0..1"}
+
+
+def option(help: str, *names: str, parser: Callable[[Any], Any] | None = None, metavar: str | None = None) -> Any:
+    """Declare an option; its name is the parameter's where none is given."""
+    return typer.Option(*names, help=help, parser=parser, metavar=metavar)
+
+
+# Options of one kind, declared by their help alone: `count("Requests of those runs.")`.
+count = partial(option, parser=whole(1), metavar="N")
+steps = partial(option, parser=whole(0), metavar="N")
+seed_of = partial(option, parser=whole(0, 2**32 - 1), metavar="N")
+scale = partial(option, parser=real(0, above=True), metavar="X")
+limit = partial(option, parser=seconds, metavar="2s|500ms")
+counts = partial(option, parser=several(whole(1)), metavar="N,...")
 
 # Options that several commands have.
-Requests = Annotated[int | None, typer.Option(**COUNT, help="Use only the first N requests.")]
-RateScale = Annotated[float, typer.Option(**RATE, help="Multiply the arrival rate by this factor.")]
-MaxPromptTokens = Annotated[int | None, typer.Option(**COUNT, help="Cut longer prompts to N tokens.")]
-MaxNewTokens = Annotated[int | None, typer.Option(**COUNT, help="Cut longer outputs to N tokens.")]
-MaxMalformedShare = Annotated[float, typer.Option(**FRACTION, help=_MALFORMED)]
-MaxNumSeqs = Annotated[int, typer.Option(**COUNT, help="Maximum requests in progress per rank.")]
-KvCapacityTokens = Annotated[
-    int | None,
-    typer.Option(**COUNT, help="Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait."),
+Workload = Annotated[str, option("Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")]
+Requests = Annotated[int | None, count("Use only the first N requests.")]
+RateScale = Annotated[float, option("Multiply the arrival rate by this factor.", parser=real(1e-9, 1e9), metavar="X")]
+LengthScale = Annotated[float, scale("Multiply the lengths by this factor.")]
+MaxPromptTokens = Annotated[int | None, count("Cut longer prompts to N tokens.")]
+MaxNewTokens = Annotated[int | None, count("Cut longer outputs to N tokens.")]
+MaxMalformedShare = Annotated[
+    float,
+    option(
+        "Refuse a file with a larger share of malformed lines; a single one is always left out.",
+        parser=real(0, 1),
+        metavar="0..1",
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+MaxNumSeqs = Annotated[int, count("Maximum requests in progress per rank.")]
+KvCapacityTokens = Annotated[
+    int | None, count("Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait.")
+]
+Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]
+AsJson = Annotated[bool, option("Print one JSON document instead of the table.", "--json")]

@@ -71,7 +71,7 @@ def test_long_simulations_say_how_far_they_are(monkeypatch, tmp_path):
     shares = []
     simulate(requests, SimulationConfig(1), on_progress=shares.append)
     assert shares == pytest.approx([2**18 / 500_001, 1], rel=1e-4)
-    monkeypatch.setattr("lockstep.commands.simulate._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("lockstep.report.terminal._LINE_EVERY_S", 0.0)
     options = ("--synthetic", "num_requests=1,output_median=300000,output_sigma=0,output_max=300000")
     result = invoke("simulate", *options, "--data-parallel-size", "1", "--workers", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output

@@ -58,11 +58,7 @@ def calibrate(
 
 
 def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
-    """Return a recorded run as `cost_columns` does.
-
-    Raises:
-        ConfigurationError: for a folder of something else.
-    """
+    """Return a recorded run as `cost_columns` does; a `ConfigurationError` for a folder of something else."""
     path = run_folder / "steps.jsonl"
     if not path.is_file():
         raise ConfigurationError(f"{run_folder} is not the folder of a recorded run: it has no steps.jsonl")
@@ -96,15 +92,7 @@ def execute_calibration(
 
 
 def check_replaceable(out: Path, load: Callable[[], object]) -> None:
-    """Raise where a file of constants cannot be written, or is a file of something else.
-
-    Args:
-        out: the file.
-        load: reads it, or raises.
-
-    Raises:
-        ConfigurationError: there is no such folder, it cannot be written, or the file holds something else.
-    """
+    """Raise `ConfigurationError` where `out` cannot be written, or holds something that `load` cannot read."""
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigurationError(f"the folder of {out} does not exist")

@@ -12,7 +12,7 @@ import torch
 
 from lockstep.commands.calibrate import check_replaceable
 from lockstep.commands.dispatch_times import measure
-from lockstep.dispatch.constants import BACKENDS, DispatchConstants, Exchange, fit, machine_name, stored_path
+from lockstep.dispatch.constants import DispatchConstants, Exchange, fit, machine_name, stored_path
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.runner.launcher import launch
 from lockstep.runner.options import RANKS_PER_CORE
@@ -48,11 +48,9 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
         measured = launch(num_ranks, measure, device_type, _SAMPLES, limit_s=_LIMIT_S, preload=_PRELOAD)
     except LockstepError as error:
         raise LockstepError(f"{error}; `lockstep env` tries the backends one by one") from error
-    by_backend = {
-        name: [(exchange, us) for other, exchange, us in measured if other == name]
-        for name in BACKENDS
-        if any(other == name for other, _, _ in measured)
-    }
+    by_backend: dict[str, list[tuple[Exchange, float]]] = {}
+    for name, exchange, us in measured:
+        by_backend.setdefault(name, []).append((exchange, us))
     constants = DispatchConstants(
         {name: fit(name, times) for name, times in by_backend.items()},
         f"measured over {num_ranks} ranks of {machine_name(device_type)}",
@@ -76,6 +74,6 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
             f"{one.first_us_per_mb:,.3g} per MB of the first 2; "
             f"half of the {len(by_backend[name])} times within {100 * median_error[name]:.0f} %\n"
         )
-    sys.stdout.write(f"constants: {path}; dispatcher `auto` chooses by them from now on\n" if out is None else "")
-    sys.stdout.write(f"constants: {path}; used where LOCKSTEP_DISPATCH_CONSTANTS names it\n" if out else "")
+    use = "used where LOCKSTEP_DISPATCH_CONSTANTS names it" if out else "dispatcher `auto` chooses by them from now on"
+    sys.stdout.write(f"constants: {path}; {use}\n")
     return 0

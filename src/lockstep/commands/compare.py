@@ -13,6 +13,7 @@ import numpy as np
 from lockstep.errors import ConfigurationError
 from lockstep.steplog.files import read_parquet_columns
 from lockstep.steplog.table import StepTable, loss_figures
+from lockstep.workload.synthetic import percentile
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
@@ -57,25 +58,20 @@ def _steps(folder: Path) -> StepTable:
 
 
 def _figures(table: StepTable, folder: Path) -> dict[str, float]:
+    counts = ("real_rows", "prefill_tokens", "decode_tokens", "dummy_rows", "padding_rows")
     figures: dict[str, float] = {
         "ranks": table.num_ranks,
         "steps": table.num_steps,
         "duration_s": float(table.duration_s.sum()),
-        "real_rows": int(table.real_rows.sum()),
-        "prefill_tokens": int(table.prefill_tokens.sum()),
-        "decode_tokens": int(table.decode_tokens.sum()),
-        "dummy_rows": int(table.dummy_rows.sum()),
-        "padding_rows": int(table.padding_rows.sum()),
+        **{name: int(getattr(table, name).sum()) for name in counts},
     }
     loss = loss_figures(table.lost_by_cause())
     figures["lost_fraction"] = loss["lost_fraction"]
     figures.update({f"lost.{cause}": share for cause, share in loss["lost"].items() if cause != "no_requests"})
     figures["no_requests_fraction"] = loss["no_requests_fraction"]
     for name, values in _latencies(folder).items():
-        ordered = np.sort(np.array([value for value in values if _is_number(value)], np.float64))
-        if len(ordered):
-            figures[f"{name}_p50"] = float(ordered[math.ceil(0.5 * len(ordered)) - 1])
-            figures[f"{name}_p99"] = float(ordered[math.ceil(0.99 * len(ordered)) - 1])
+        if ordered := sorted(float(value) for value in values if _is_number(value)):
+            figures[f"{name}_p50"], figures[f"{name}_p99"] = percentile(ordered, 0.5), percentile(ordered, 0.99)
     return figures
 
 

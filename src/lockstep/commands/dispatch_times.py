@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from typing import Any
@@ -18,6 +19,8 @@ NUM_EXPERTS = 64
 SHAPES = {"cpu": ((256, 1), (256, 8), (2048, 1), (2048, 8)), "cuda": ((2048, 1), (2048, 8), (7168, 8))}
 # Rows of the first rank, and of each other. Not none at all: ranks that agreed on that exchange nothing.
 ROWS = ((1, 0), (1, 1), (16, 16), (128, 128), (512, 0), (512, 512), (1024, 128))
+
+_Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, ids and weights
 
 
 def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]:
@@ -60,12 +63,9 @@ def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]
 
 
 def _time_us(
-    dispatchers: dict[str, Dispatcher],
-    sizes: tuple[int, ...],
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    samples: int,
-    control: dist.ProcessGroup,
+    dispatchers: dict[str, Dispatcher], sizes: tuple[int, ...], rows: _Rows, samples: int, control: dist.ProcessGroup
 ) -> dict[str, float]:
+    """The median over the samples of each backend, in us; the slowest rank counts."""
     outputs = {}
     for name, dispatcher in dispatchers.items():
         handle = dispatcher.dispatch(dispatcher.route(sizes), *rows)
@@ -73,10 +73,7 @@ def _time_us(
         dispatcher.combine(outputs[name], handle)
     # In turns, so that what else the machine does meanwhile hits all of them alike.
     times = [
-        [
-            _once_us(dispatcher, dispatcher.route(sizes), rows, outputs[name], control)
-            for name, dispatcher in dispatchers.items()
-        ]
+        [_once_us(one, one.route(sizes), rows, outputs[name], control) for name, one in dispatchers.items()]
         for _ in range(samples)
     ]
     slowest = torch.tensor(times, dtype=torch.float64)
@@ -85,11 +82,7 @@ def _time_us(
 
 
 def _once_us(
-    dispatcher: Dispatcher,
-    route: Route,
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    expert_output: torch.Tensor,
-    control: dist.ProcessGroup,
+    dispatcher: Dispatcher, route: Route, rows: _Rows, expert_output: torch.Tensor, control: dist.ProcessGroup
 ) -> float:
     if expert_output.device.type == "cuda":
         torch.cuda.synchronize()
@@ -103,8 +96,6 @@ def _once_us(
 
 def _gather_json(everyones: list[Any], mine: Any, group: dist.ProcessGroup) -> None:
     """Give every rank what each said, as JSON: nothing from another process is unpickled."""
-    import json
-
     text = torch.tensor(list(json.dumps(mine).encode().ljust(256)), dtype=torch.uint8)
     parts = [torch.empty_like(text) for _ in everyones]
     dist.all_gather(parts, text, group=group)

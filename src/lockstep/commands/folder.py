@@ -34,10 +34,11 @@ _FILES = (
 )
 _FOLDERS = ("parts", "tiny-[0-9]*")
 _JOIN_S = 10.0
-_USERS_OWN = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
-)
+BAD_PATH = {
+    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
+}
+"""What is wrong with a path that somebody typed, rather than with the machine."""
 
 
 @contextlib.contextmanager
@@ -58,35 +59,37 @@ def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Ite
         OSError: the disk is full or fails.
     """
     out = Path(path)
-    try:
+    with _bad_path_named(out):
         _make(out, overwrite, bool(joint_run))
         # O_NOFOLLOW and no truncation: a marker that leads elsewhere, or is somebody's own, is not written to.
         descriptor = os.open(out / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        if error.errno in _USERS_OWN:
-            raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
-        raise
     with os.fdopen(descriptor, "r+b", buffering=0) as marker:
-        try:
+        with _bad_path_named(out):
             alone = _lock(marker, out, joint_run)
-            if alone and not (joint_run and _joint_run_of(marker) == joint_run):
+            if alone and not (joint_run and _said(marker)[1:2] == [joint_run]):
                 _check_ours(out, overwrite or not joint_run)
                 _clear(out)
                 _mark(marker, joint_run)
             if joint_run:
                 fcntl.flock(marker, fcntl.LOCK_SH)
-                if _joint_run_of(marker) != joint_run:
+                if _said(marker)[1:2] != [joint_run]:
                     raise _busy(out, marker)
-        except OSError as error:
-            if error.errno in _USERS_OWN:
-                raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
-            raise
         try:
             yield out
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
                 error.filename = str(out)  # of a write the system does not say where
             raise
+
+
+@contextlib.contextmanager
+def _bad_path_named(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in BAD_PATH:
+            raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
+        raise
 
 
 def _make(out: Path, overwrite: bool, joint: bool) -> None:
@@ -130,8 +133,7 @@ def _lock(marker: BinaryIO, out: Path, joint_run: str) -> bool:
 
 
 def _busy(out: Path, marker: BinaryIO) -> ConfigurationError:
-    marker.seek(0)
-    said = marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
+    said = _said(marker)
     who = f" ({said[0][:200]})" if said else ""
     return ConfigurationError(
         f"the output folder {out} is being written by another command{who}: wait until it ends, or choose another"
@@ -144,10 +146,10 @@ def _mark(marker: BinaryIO, joint_run: str) -> None:
     marker.write(_MARKED + f"process {os.getpid()} on {socket.gethostname()}\n{joint_run}\n".encode())
 
 
-def _joint_run_of(marker: BinaryIO) -> str:
+def _said(marker: BinaryIO) -> list[str]:
+    """What the marker says of its writer: the process, then the joint run."""
     marker.seek(0)
-    lines = marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
-    return lines[1] if len(lines) > 1 else ""
+    return marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
 
 
 def _clear(out: Path) -> None:

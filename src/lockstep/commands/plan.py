@@ -14,13 +14,7 @@ MOST_RANKS = 100_000
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Return the token counts of a comma-separated list.
-
-    Args:
-        text: such as `500,200,256`, one count per DP rank.
-
-    Raises:
-        TokenCountError: if an entry is no integer, naming its rank.
+    """Return the token counts of a comma-separated list; a `TokenCountError` names the rank of what is no integer.
 
     Example:
         >>> parse_tokens("500,200,256")
@@ -31,9 +25,8 @@ def parse_tokens(text: str) -> list[int]:
         try:
             counts.append(int(entry))
         except ValueError:
-            raise TokenCountError(
-                f"tokens must be integers separated by commas, got {entry!r} on DP rank {rank}"
-            ) from None
+            says = f"tokens must be integers separated by commas, got {entry!r} on DP rank {rank}"
+            raise TokenCountError(says) from None
     return counts
 
 
@@ -96,12 +89,7 @@ def plan_document(
 
 
 def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
-    """Print a plan for a person to read.
-
-    Args:
-        document: what `plan_document` returned.
-        most_ranks: ranks in the table; the lists above it say more.
-    """
+    """Print what `plan_document` returned for a person to read, at most `most_ranks` in the table."""
     from rich import box
     from rich.table import Table
 

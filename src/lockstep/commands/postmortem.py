@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import stat
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_object
 from lockstep.report.terminal import Terminal, plain
 
 FORMAT = "lockstep-flight-recorder-1"
@@ -30,15 +31,7 @@ _ONE_FAILURE_S = 300.0
 
 @dataclass(frozen=True)
 class RecordedEvent:
-    """One entry of a ring.
-
-    Attributes:
-        time: seconds since 1970.
-        step: number of the step.
-        phase: one of `PHASES`.
-        layer: number of the MoE layer; -1 outside of one.
-        detail: what was kept with it: counts, sizes, the name of a collective.
-    """
+    """One entry of a ring: seconds since 1970, the step, one of `PHASES`, the MoE layer or -1."""
 
     time: float
     step: int
@@ -49,19 +42,7 @@ class RecordedEvent:
 
 @dataclass(frozen=True)
 class RecorderFile:
-    """What one rank's flight recorder wrote.
-
-    Attributes:
-        rank: whose it is.
-        num_ranks: ranks of the run.
-        epoch: of the rank's groups.
-        host: name of the machine.
-        pid: of the process.
-        reason: why it was written.
-        time: when, in seconds since 1970.
-        events: oldest first.
-        stacks: where each thread stood.
-    """
+    """What one rank's flight recorder wrote: events oldest first, and where each thread stood."""
 
     rank: int
     num_ranks: int
@@ -113,19 +94,14 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
                 f"{recorder_folder()} (another folder: {FOLDER_VARIABLE})"
             )
         newest = max(found, key=lambda file: file.time)
-        one = [
-            file for file in found if file.num_ranks == newest.num_ranks and newest.time - file.time <= _ONE_FAILURE_S
-        ]
-        files += one
+        same = [file for file in found if file.num_ranks == newest.num_ranks]
+        files += (one := [file for file in same if newest.time - file.time <= _ONE_FAILURE_S])
         num_left_out += len(found) - len(one)
     return files, num_left_out
 
 
 def read_recorder(path: str | Path) -> RecorderFile:
     """Read a flight recorder's file. A last line that was torn off is left out.
-
-    Args:
-        path: the file.
 
     Raises:
         ConfigurationError: it is not one, naming the line and what is wrong there.
@@ -139,7 +115,7 @@ def read_recorder(path: str | Path) -> RecorderFile:
     if len(data) > _MOST_BYTES:
         raise ConfigurationError(f"{path}: a flight recorder's file has at most {_MOST_BYTES} bytes")
     lines = data.split(b"\n")
-    header = _object(path, 1, lines[0])
+    header = json_object(f"{path}: line 1", lines[0])
     if header.get("format") != FORMAT:
         raise ConfigurationError(f"{path}: line 1 is not a flight recorder's: format is {header.get('format')!r:.80}")
     names = ("rank", "num_ranks", "epoch", "pid", "clock_ns", "time")
@@ -151,7 +127,7 @@ def read_recorder(path: str | Path) -> RecorderFile:
         if not line:
             continue
         try:
-            entry = _object(path, number, line)
+            entry = json_object(f"{path}: line {number}", line)
         except ConfigurationError:
             if number == len(lines):  # without its end: the process was killed while it wrote
                 break
@@ -188,24 +164,18 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
     sizes = {file.num_ranks for file in files}
     if len(sizes) > 1:
         raise ConfigurationError(f"these files are of runs with {sorted(sizes)} ranks: pass those of one run")
-    last: dict[int, RecorderFile] = {}
-    for file in sorted(files, key=lambda file: file.time):
-        last[file.rank] = file
+    last = {file.rank: file for file in sorted(files, key=lambda file: file.time)}
     end = max((event.time for file in last.values() for event in file.events), default=0.0)
     ranks = []
-    for rank, file in sorted(last.items()):
-        event = next((event for event in reversed(file.events) if event.phase), None)
+    for _, file in sorted(last.items()):
+        event = next(
+            (event for event in reversed(file.events) if event.phase), RecordedEvent(math.nan, -1, "", -1, None)
+        )
         ranks.append(
             {
-                "rank": rank,
-                "host": file.host,
-                "pid": file.pid,
-                "epoch": file.epoch,
-                "step": event.step if event else -1,
-                "phase": event.phase if event else "",
-                "layer": event.layer if event else -1,
-                "seconds_before_end": round(end - event.time, 3) if event else None,
-                "reason": file.reason,
+                **{name: getattr(file, name) for name in ("rank", "host", "pid", "epoch", "reason")},
+                **{name: getattr(event, name) for name in ("step", "phase", "layer")},
+                "seconds_before_end": None if math.isnan(event.time) else round(end - event.time, 3),
             }
         )
     num_ranks = next(iter(sizes))
@@ -296,16 +266,6 @@ def _where_they_differ(lists: dict[int, list[str]], rank: int) -> str:
     rest = lists[rank][common:]
     done = f"{common} operations alike, then " if common else ""
     return done + (", ".join(rest[:4]) if rest else "nothing more")
-
-
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: line {number} is not JSON ({str(error)[:80]})") from None
-    if not isinstance(entry, dict):
-        raise ConfigurationError(f"{path}: line {number} is not an object")
-    return entry
 
 
 def _number(path: Path, number: int, name: str, value: Any) -> float:

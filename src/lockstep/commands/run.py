@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.commands.folder import output_folder
 from lockstep.errors import ConfigurationError, LockstepError
-from lockstep.report.terminal import Terminal
+from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import CLOCKS, expected_duration
 from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
 from lockstep.steplog.files import read_step_log
@@ -28,20 +27,12 @@ if TYPE_CHECKING:
     from lockstep.runner.run import Progress as RunProgress
     from lockstep.runner.verify import Verification
 
-_LINE_EVERY_S = 5.0
 _TINY_EXPERTS = 16
+_OPTIONS = ("clock", "model", "workload", "data_parallel_size", "tensor_parallel_size", "max_chunk_size", "seed", "out")
 # What was chosen for the run, of what its engine says of itself.
 _CHOSEN = (
-    "dispatcher",
-    "dispatcher_note",
-    "dtype",
-    "device",
-    "attention_name",
-    "layers",
-    "graphs",
-    "graphs_note",
-    "max_model_len",
-    "kv_capacity_tokens",
+    *("dispatcher", "dispatcher_note", "dtype", "device", "attention_name", "layers", "graphs", "graphs_note"),
+    *("max_model_len", "kv_capacity_tokens"),
 )
 
 
@@ -135,40 +126,24 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
     if rank != 0:
         return runner.run_rank(options)
     console = Terminal(stderr=True)
-    columns = (
-        TextColumn("running"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[now]}"),
-    )
     with ExitStack() as stack:
         metrics = None
         if options.metrics_port is not None:
             metrics = stack.enter_context(RunMetrics(options.metrics_port))
             console.print(f"metrics: http://127.0.0.1:{metrics.port}/metrics", style="dim")
-        bar = stack.enter_context(
-            Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
-        )
-        task = bar.add_task("run", now="loading the model")
-        last_line = time.monotonic()
+        show = stack.enter_context(progress(console, "running", None))
+        show(0, now="loading the model")
 
-        def show(progress: "RunProgress") -> None:
-            nonlocal last_line
+        def observe(seen: "RunProgress") -> None:
             if metrics is not None:
-                metrics.observe(progress.num_tokens_across_dp, progress.agreement_s)
-            rows = " ".join(f"{count:>4}" for count in progress.num_tokens_across_dp[:16])
-            bar.update(
-                task, total=progress.rows_total, completed=progress.rows_done, now=f"step {progress.step}, rows {rows}"
-            )
-            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
-                last_line = time.monotonic()
-                share = progress.rows_done / max(1, progress.rows_total)
-                console.print(f"step {progress.step}: {share:.0%} of all rows done; now {rows}", style="dim")
+                metrics.observe(seen.num_tokens_across_dp, seen.agreement_s)
+            rows = " ".join(f"{count:>4}" for count in seen.num_tokens_across_dp[:16])
+            show(seen.rows_done, seen.rows_total, f"step {seen.step}, rows {rows}")
 
         def say(about: dict[str, Any]) -> None:
             console.print(describe(about, options.world_size), style="dim", soft_wrap=True)
 
-        return runner.run_rank(options, show, say)
+        return runner.run_rank(options, observe, say)
 
 
 def _check_options(options: RunOptions, console: Console) -> None:
@@ -292,12 +267,8 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     records = read_step_log(out / "steps.jsonl").records
     verification = Verification(None)
     if command.verify:
-        with Progress(
-            TextColumn("comparing with one process"), BarColumn(), TimeElapsedColumn(), console=console,
-            disable=not console.is_terminal,
-        ) as bar:  # fmt: skip
-            task = bar.add_task("verify")
-            verification = verify(options, lambda done, total: bar.update(task, total=total, completed=done))
+        with progress(console, "comparing with one process", None) as show:
+            verification = verify(options, show)
     summary = _summary(options, result, records, verification)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -327,31 +298,24 @@ def _summary(
     totals = summarize(records)
     loss = loss_figures(StepTable.from_records(records).lost_by_cause())
     wall_s, engine = result["wall_s"], result["engine"]
+    # Each rank of a tensor-parallel group repeats these.
+    repeated = ("prefill_tokens", "decode_tokens", "preempted", "overrun_rows")
     return {
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
-        **{name: totals[name] // options.tensor_parallel_size for name in ("preempted", "overrun_rows")},
-        **{name: loss[name] for name in ("lost_fraction", "no_requests_fraction", "lost")},
+        **{name: totals[name] // options.tensor_parallel_size for name in repeated},
+        **loss,
         "tokens_per_s": round(result["generated_tokens"] / wall_s, 3),
         "verified": verification.verified,
         "mismatches": verification.mismatches if verification.verified is not None else None,
         "compared_tokens": verification.compared_tokens,
         "outside_tolerance": verification.outside_tolerance,
         "generated_tokens": result["generated_tokens"],
-        "prefill_tokens": totals["prefill_tokens"] // options.tensor_parallel_size,
-        "decode_tokens": totals["decode_tokens"] // options.tensor_parallel_size,
         "wall_s": round(wall_s, 3),
-        "clock": options.clock,
-        "model": options.model,
-        "workload": options.workload,
-        "data_parallel_size": options.data_parallel_size,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "max_chunk_size": options.max_chunk_size,
+        **{name: getattr(options, name) for name in _OPTIONS},
         **{name: engine[name] for name in _CHOSEN},
         # With the capacity that the run had, so that a simulation of the same requests has it too.
         "scheduler": asdict(options.scheduler) | {"kv_capacity_tokens": engine["kv_capacity_tokens"]},
-        "seed": options.seed,
-        "out": options.out,
     }
 
 

@@ -7,14 +7,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lockstep.commands.calibrate import read_columns
 from lockstep.commands.folder import output_folder
@@ -22,18 +19,17 @@ from lockstep.report.figures import share
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
-from lockstep.report.terminal import Terminal
+from lockstep.report.terminal import Terminal, progress
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import SimulationConfig, SimulationResult, simulate
-from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
+from lockstep.simulation.sweep import BEST_RULE, SETTING_NAMES, Grid, best, setting, sweep
 from lockstep.simulation.validation import join_runs, validate
 from lockstep.steplog.files import StepColumns
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000
-_LINE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def execute(command: SimulateCommand) -> int:
             console.print(command.trace.left_out, style="yellow", soft_wrap=True)
         started = time.perf_counter()
         count = "1 setting" if len(configs) == 1 else f"{len(configs)} settings"
-        with _progress(console, f"simulating {count}", len(configs)) as show:
+        with progress(console, f"simulating {count}", len(configs)) as show:
             summaries = sweep(command.trace.requests, configs, command.workers, show)
         chosen = best(summaries, **command.limits)
         document: dict[str, Any] = {
@@ -97,8 +93,8 @@ def execute(command: SimulateCommand) -> int:
         else:
             print_settings(document["settings"], chosen, command.limits, document["cost"], BEST_RULE)
         if out is not None:
-            with _progress(console, f"writing {out}", 1) as show:
-                _write(command, out, document, configs[chosen or 0], chosen, show)
+            with progress(console, f"writing {out}", 1) as show:
+                _write(command, out, document, chosen or 0, show)
             if not command.as_json:
                 Terminal().print(f"report: {out / 'report.html'}", soft_wrap=True)
     return 1 if chosen is None else 0
@@ -132,37 +128,16 @@ def execute_replay(run_folder: Path, cost: CostConstants, as_json: bool) -> int:
     return 1 if difference else 0
 
 
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Give a function that shows how much of `total` is done: a bar on a terminal, elsewhere a line now and then."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>5.1f} %"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        last_line = time.monotonic()
-
-        def show(done: float) -> None:
-            nonlocal last_line
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
-                last_line = time.monotonic()
-                percent = int(1000 * done / total) / 10  # the last steps have few rows: they are no 100 %
-                console.print(f"{what}: {percent} % of all rows done", style="dim", soft_wrap=True)
-
-        yield show
-
-
 def _write(
-    command: SimulateCommand,
-    out: Path,
-    document: dict[str, Any],
-    config: SimulationConfig,
-    chosen: int | None,
-    on_progress: Callable[[float], None],
+    command: SimulateCommand, out: Path, document: dict[str, Any], chosen: int, on_progress: Callable[[float], None]
 ) -> None:
     import pyarrow
 
     (out / "settings.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    rows = [_flat({key: value for key, value in item.items() if key != "per_rank"}) for item in document["settings"]]
+    configs = command.grid.configs(command.base)
+    names, config = _names([setting(item) for item in configs]), configs[chosen]
+    shown = [{key: value for key, value in item.items() if key != "per_rank"} for item in document["settings"]]
+    rows = [_flat(item) for item in shown]
     with (out / "settings.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -174,16 +149,13 @@ def _write(
     columns = _request_columns(command, result)
     _write_parquet(pyarrow.table(columns), out / "requests.parquet")
     write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * config.num_ranks))
-    names = _names([setting(item) for item in command.grid.configs(command.base)])
-    shown = {key: value for key, value in document["settings"][chosen or 0].items() if key != "per_rank"}
     write_report(
         out / "report.html",
-        {**shown, "workload": document["workload"], "cost": document["cost"]},
+        {**shown[chosen], "workload": document["workload"], "cost": document["cost"]},
         result.steps,
         _request_rows(columns),
         _compared(document, names) if len(names) > 1 else (),
-        title=f"Simulation of {Path(str(document['workload'])).name}"
-        + (f": {names[chosen or 0]}" if len(names) > 1 else ""),
+        title=f"Simulation of {Path(command.trace.source).name}{f': {names[chosen]}' if len(names) > 1 else ''}",
         command=shlex.join(["lockstep", *command.arguments]),
     )
 
@@ -219,9 +191,9 @@ def _request_columns(command: SimulateCommand, result: SimulationResult) -> dict
 
 def _request_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = [name for name in columns if name != "arrival_s"]
-    rows = zip(*(list(columns[name]) for name in names), strict=True)
     # A request of one token has no time per further token: NaN there, None here.
-    return [{name: None if value != value else value for name, value in zip(names, row, strict=True)} for row in rows]
+    values = [[None if value != value else value for value in columns[name]] for name in names]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def _first_records(path: Path, count: int) -> list[StepLogRecord]:
@@ -239,22 +211,13 @@ def _first_records(path: Path, count: int) -> list[StepLogRecord]:
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a short name of each setting: only what differs between them."""
     varying = [name for name in settings[0] if len({str(item[name]) for item in settings}) > 1]
-    words = {
-        "data_parallel_size": "{} ranks",
-        "load_balancing": "{}",
-        "max_prefill_delay_steps": "delay {}",
-        "max_num_batched_tokens": "budget {}",
-        "max_chunk_size": "chunk {}",
-        "row_shapes": "{} rows",
-    }
+    words = dict(zip(SETTING_NAMES, ("{} ranks", "{}", "delay {}", "budget {}", "chunk {}", "{} rows"), strict=True))
     return [", ".join(words[name].format(item[name]) for name in varying) or "the setting" for item in settings]
 
 
 def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     settings = document["settings"]
-    without_delay = [{**item, "max_prefill_delay_steps": 0} for item in settings]
-    names_of_setting = list(setting(SimulationConfig(1)))
-    groups = _names([{name: item[name] for name in names_of_setting} for item in without_delay])
+    groups = _names([{name: item[name] for name in SETTING_NAMES if "delay" not in name} for item in settings])
     return [
         {
             "name": names[index],

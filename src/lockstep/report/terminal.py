@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+_LINE_EVERY_S = 5.0
 
 
 def plain(text: str, keep: str = "\n") -> str:
@@ -48,3 +53,35 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as it is printed, in a table too."""
         return super().render_str(plain(text), **options)
+
+
+@contextmanager
+def progress(console: Console, what: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """Show how far something is while the block runs: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        console: to show it on.
+        what: is done.
+        total: all of it; None where only later calls know it.
+
+    Yields:
+        `show(done, total=None, now="")`, to be called as often as there is news; `now` says what is being done.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = ("{task.description}", BarColumn(), "{task.percentage:>5.1f} %", "{task.fields[now]}")
+    texts = (TextColumn(each, markup=False) if isinstance(each, str) else each for each in columns)
+    with Progress(*texts, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, now="")
+        last_line = time.monotonic()
+
+        def show(done: float, total: float | None = total, now: str = "") -> None:
+            nonlocal last_line
+            bar.update(task, completed=done, total=total, now=now)
+            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
+                last_line = time.monotonic()
+                percent = int(1000 * done / (total or 1)) / 10  # the last steps have few rows: they are no 100 %
+                line = f"{what}: {percent} % of all rows done{'; ' * bool(now)}{now}"
+                console.print(line, style="dim", soft_wrap=True)
+
+        yield show

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_object
 
 
 def check_checkpoint(model: str, world_size: int) -> None:
@@ -26,12 +26,7 @@ def check_checkpoint(model: str, world_size: int) -> None:
         return
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path / 'config.json'} is not JSON: {str(error)[:200]}") from None
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{path / 'config.json'} must hold an object, got {type(config).__name__}")
+    config = json_object(path / "config.json", (path / "config.json").read_bytes())
     text_config = config.get("text_config")
     for names in (config, text_config if isinstance(text_config, dict) else {}):
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
