@@ -80,9 +80,7 @@ class Coordinator:
         self.step = 0
         self.peers = peers or Peers(rank, transport.num_ranks, epoch=epoch)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
-        self.under_way = False
-        """Whether an agreement has been begun of which this rank does not know the outcome."""
-        self._collectives = 0
+        self.under_way = False  # an agreement has been begun of which this rank does not know the outcome
         self._failure = ""
         self._record_class = StepRecord
         self._closed_by = ""
@@ -114,20 +112,18 @@ class Coordinator:
         self._record_class = type(record)
         peers.recorder.step = step
         peers.mark(Phase.AGREEMENT, detail=record.num_tokens)
-        self._collectives = peers.recorder.fingerprint
         words, pending = self._send(record)
         return self._conclude(step, words, record, pending)
 
     def _send(self, record: StepRecord) -> tuple[Wire, Pending]:
         own = self.peers.name(self.rank)
         if self._closed_by:
-            raise RankAbsentError(
-                f"rank {own}: these groups ended in an error and are not used again: {self._closed_by}"
-            )
+            text = f"rank {own}: these groups ended in an error and are not used again: {self._closed_by}"
+            raise RankAbsentError(text)
         if record.num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {own}")
         step = self.step
-        words = encode(self._header, step, record, self._collectives)
+        words = encode(self._header, step, record, self.peers.recorder.fingerprint)
         self.under_way = True
         self.step = step + 1
         try:
@@ -141,9 +137,7 @@ class Coordinator:
         The others raise `PeerFailedError` with the error's message. Returns in any case, so that the caller can raise
         its own error: at once where the groups are unusable, and also where the others cannot be reached any more.
 
-        Args:
-            error: what this rank has raised.
-            record_class: of the ranks' records; that of the last agreement by default.
+        `record_class` is that of the ranks' records, by default that of the last agreement.
         """
         if not self.usable:
             return
@@ -172,7 +166,6 @@ class Coordinator:
         peers = self.peers
         words = self._wait(pending, step)
         self.under_way = False
-        self._collectives = peers.recorder.fingerprint
         try:
             names = peers.processes
             decision = decide(decode(words, mine, type(record), names), self.tensor_parallel_size, names)
@@ -216,12 +209,9 @@ class Coordinator:
             raise
         except (TimeoutError, ConnectionError) as error:
             ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
-            waited_s = time.monotonic() - started
-            raise self._absent(
-                f"the agreement of step {step} (epoch {self.epoch}) did not end after {waited_s:.2f} s, "
-                f"deadline {self.deadline_s:g} s: {error}",
-                ranks,
-            ) from error
+            after = f"after {time.monotonic() - started:.2f} s, deadline {self.deadline_s:g} s"
+            text = f"the agreement of step {step} (epoch {self.epoch}) did not end {after}: {error}"
+            raise self._absent(text, ranks) from error
 
     def _absent(self, waited_for: str, ranks: tuple[int, ...] = ()) -> LockstepError:
         absent = self.peers.absent(waited_for, ranks)

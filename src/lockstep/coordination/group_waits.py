@@ -37,13 +37,7 @@ _watches: dict[str, _Watch] = {}
 
 
 def watch_group(group: dist.ProcessGroup, peers: Peers | None, members: Sequence[int] = ()) -> None:
-    """Let the waits of a group's collectives be watched; None ends it.
-
-    Args:
-        group: gloo or NCCL.
-        peers: of this rank: where the other ranks are.
-        members: the group's ranks as `peers` numbers them; all by default.
-    """
+    """Let the waits of a group's collectives be watched; None ends it. `members`: as in `_Watch`."""
     if peers is None:
         _watches.pop(group.group_name, None)
     else:
@@ -71,9 +65,6 @@ def await_parked(peers: Peers) -> None:
     """Wait for the collectives after which the host went on, in all groups of these peers. No-op if there are none.
 
     Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit.
-
-    Args:
-        peers: of this rank.
 
     Raises:
         RankAbsentError: a rank did not come in time; the group must not be used again.
@@ -112,12 +103,7 @@ def await_work(
 
 
 def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until all ranks of a group have come. Raises as `await_work`.
-
-    Args:
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-    """
+    """Wait until all ranks of a group have come. Raises as `await_work`."""
     await_work(dist.barrier(group, async_op=True), "barrier", group, deadline_s)
 
 
@@ -134,9 +120,8 @@ def _await(work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: flo
     except LockstepError:  # another rank has ended the wait
         raise
     except (TimeoutError, ConnectionError) as error:
-        waited_for = (
-            f"{name} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
-        )
+        after = f"after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s"
+        waited_for = f"{name} did not end {after}: {error}"
         if watch is not None:
             raise watch.peers.absent(waited_for, among=watch.members) from error
         raise RankAbsentError(f"rank {dist.get_rank(group)}: {waited_for}; its group is not used again") from error

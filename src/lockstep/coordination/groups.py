@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,13 +91,9 @@ class Start:
             name: what the ranks meet at, to stand after "did not enter".
         """
         return MeetingPlace(
-            dist.PrefixStore(key, self.store),
-            self.rank,
-            len(self.processes),
-            name=name,
-            whereabouts=self.whereabouts,
-            processes=self.processes,
-        )
+            dist.PrefixStore(key, self.store), self.rank, len(self.processes),
+            name=name, whereabouts=self.whereabouts, processes=self.processes,
+        )  # fmt: skip
 
 
 def _whereabouts(store: dist.Store, rank: int) -> Whereabouts:
@@ -112,57 +108,59 @@ def open_groups(
     epoch: int,
     start: Start,
 ) -> Groups:
-    """Open groups of ranks that have just met. Collective.
-
-    Args:
-        process_group: the ranks.
-        config: this rank's place.
-        device: of the model.
-        deadline_s: longest wait for any rank in the groups' collectives, in seconds.
-        epoch: how often groups were opened before, for the message.
-        start: of the same ranks.
+    """Open groups of ranks that have just met, whose collectives wait `deadline_s` for any rank. Collective.
 
     Raises:
         RankAbsentError: not all could be opened in time.
     """
     ranks = dist.get_process_group_ranks(process_group)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def open_all(timeout_s: float) -> Groups:
+        control, data = (_new_group(ranks, name, timeout_s, device) for name in ("gloo", backend))
+        opened, tp_group = [control, data], None
+        if config.tensor_parallel_size > 1:
+            tp_group = _new_group(_sharers(config, ranks), backend, timeout_s, device)
+            opened.append(tp_group)
+        return Groups(data, tp_group, *open_transport(control, timeout_s), opened)
+
+    groups: Groups = _open(f"the groups of epoch {epoch}", open_all, ranks, device, deadline_s, start)
+    start.whereabouts.enter("in join()")
+    return groups
+
+
+def _open(
+    what: str,
+    action: Callable[[float], Any],
+    ranks: Sequence[int],
+    device: torch.device,
+    deadline_s: float,
+    start: Start,
+) -> Any:
+    """Run what opens groups of `ranks`, with its time-out in seconds; if it fails, say who was not there."""
     # All ranks have just met, but connecting takes some time, however short the deadline.
-    timeout_s = max(deadline_s, _OPEN_S)
-    opened: list[dist.ProcessGroup] = []
-    place = f"opening the groups of epoch {epoch}"
+    timeout_s, place = max(deadline_s, _OPEN_S), f"opening {what}"
 
-    def new_group(members: list[int], backend: str) -> dist.ProcessGroup:
-        opened.append(_new_group(members, backend, timeout_s, device))
-        return opened[-1]
-
-    def open_all() -> tuple[dist.ProcessGroup, dist.ProcessGroup | None, Transport, Board | None]:
+    def run() -> Any:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the current device is each thread's own
         start.whereabouts.enter(place)
-        control, data = new_group(ranks, "gloo"), new_group(ranks, device_backend)
-        tp_size = config.tensor_parallel_size
-        first = config.data_parallel_rank * tp_size
-        tp_group = new_group(ranks[first : first + tp_size], device_backend) if tp_size > 1 else None
-        return data, tp_group, *open_transport(control, timeout_s)
+        return action(timeout_s)
 
-    device_backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        # Each of them has a limit of its own, but not the store's in which the ranks find each other's addresses.
-        data, tp_group, transport, board = within(open_all, timeout_s + _MARGIN_S)
+        # Groups have a limit of their own, but not the store in which the ranks find each other's addresses.
+        return within(run, timeout_s + _MARGIN_S)
     except (RuntimeError, TimeoutError, ConnectionError) as error:
-        raise _not_opened(f"groups of epoch {epoch}", timeout_s, error, start, ranks, place) from error
-    start.whereabouts.enter("in join()")
-    return Groups(data, tp_group, transport, board, opened)
+        own = dist.get_rank()
+        absent, seen = start.whereabouts.late([rank for rank in ranks if rank != own], place)
+        text = f"rank {own}: {what} could not be opened within {timeout_s:g} s: {first_line(error)}{seen}"
+        raise RankAbsentError(text, absent) from error
 
 
-def _not_opened(
-    what: str, timeout_s: float, error: BaseException, start: Start, ranks: Sequence[int], place: str
-) -> RankAbsentError:
-    """Return the error for groups that could not be opened, naming who was not there."""
-    own = dist.get_rank()
-    absent, seen = start.whereabouts.late([rank for rank in ranks if rank != own], place)
-    text = f"rank {own}: {what} could not be opened within {timeout_s:g} s: {first_line(error)}{seen}"
-    return RankAbsentError(text, absent)
+def _sharers(config: ParallelConfig, ranks: Sequence[int]) -> list[int]:
+    """Those of all ranks that share this rank's requests."""
+    first = config.data_parallel_rank * config.tensor_parallel_size
+    return list(ranks[first : first + config.tensor_parallel_size])
 
 
 def _new_group(members: list[int], backend: str, timeout_s: float, device: torch.device) -> dist.ProcessGroup:
@@ -176,13 +174,7 @@ def _new_group(members: list[int], backend: str, timeout_s: float, device: torch
 
 
 def abort(groups: list[dist.ProcessGroup], device: torch.device, rank: int) -> None:
-    """End what waits in these groups on the GPU; otherwise the end of this process would wait for its kernels.
-
-    Args:
-        groups: not to be used again.
-        device: of the model.
-        rank: this rank, for messages.
-    """
+    """End what waits in these groups on the GPU; otherwise the end of this process would wait for its kernels."""
     for group in groups:
         if dist.get_backend(group) != "nccl":
             continue
@@ -217,9 +209,7 @@ def find_group(process_group: dist.ProcessGroup | None, deadline_s: float = 30.0
     return process_group if process_group is not None and process_group.size() > 1 else None
 
 
-def connect(
-    store: dist.Store, rank: int, world_size: int, deadline_s: float, *, limit: datetime.timedelta | None = None
-) -> None:
+def connect(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> None:
     """Open the default process group of ranks that start, when all of them have come. Collective.
 
     Args:
@@ -227,32 +217,27 @@ def connect(
         rank: this rank.
         world_size: all ranks.
         deadline_s: longest wait for any rank, in seconds.
-        limit: of the group's own collectives; torch's by default.
 
     Raises:
         RankAbsentError: ranks that did not come, by number.
     """
-    whereabouts = _whereabouts(store, rank)
-    meeting = MeetingPlace(
-        dist.PrefixStore("lockstep/start", store), rank, world_size, name="the start", whereabouts=whereabouts
-    )
+    whereabouts, keys = _whereabouts(store, rank), dist.PrefixStore("lockstep/start", store)
+    meeting = MeetingPlace(keys, rank, world_size, name="the start", whereabouts=whereabouts)
     meeting.meet({}, deadline_s, once=True)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     connecting_s = max(deadline_s, _OPEN_S)
 
     def open_default_group() -> None:
         whereabouts.enter(_CONNECTING)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         whereabouts.enter("after connecting")
 
     try:
         within(open_default_group, connecting_s)
     except (RuntimeError, TimeoutError) as error:
-        others = [other for other in range(world_size) if other != rank]
-        absent, seen = whereabouts.late(others, _CONNECTING)
-        raise RankAbsentError(
-            f"rank {rank}: the ranks could not connect within {connecting_s:g} s: {first_line(error)}{seen}", absent
-        ) from error
+        absent, seen = whereabouts.late([other for other in range(world_size) if other != rank], _CONNECTING)
+        text = f"rank {rank}: the ranks could not connect within {connecting_s:g} s: {first_line(error)}{seen}"
+        raise RankAbsentError(text, absent) from error
     atexit.register(_close_default_group, os.getpid())
 
 
@@ -272,11 +257,9 @@ def _store_of_this_start(rank: int, limit_s: float) -> dist.Store:
     except dist.DistNetworkError as error:
         if rank == 0:
             raise
-        raise RankAbsentError(
-            f"rank {rank}: rank 0, which keeps the store at {host}:{port}, did not answer within {limit_s:g} s: "
-            f"{first_line(error)}",
-            (0,),
-        ) from error
+        keeper = f"rank 0, which keeps the store at {host}:{port}"
+        text = f"rank {rank}: {keeper}, did not answer within {limit_s:g} s: {first_line(error)}"
+        raise RankAbsentError(text, (0,)) from error
 
 
 def _close_default_group(pid: int) -> None:
@@ -284,17 +267,8 @@ def _close_default_group(pid: int) -> None:
         dist.destroy_process_group()
 
 
-def local_rank() -> int:
-    """Return this rank's number among those of its host."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
-
-
 def own_device(device: torch.device | str | None) -> torch.device:
     """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs.
-
-    Args:
-        device: such as `cpu`, `cuda` or `cuda:1`, or None.
 
     Raises:
         ConfigurationError: for what is no device, and for a GPU where there is none.
@@ -310,15 +284,14 @@ def own_device(device: torch.device | str | None) -> torch.device:
         return meant
     if not has_gpus:
         raise ConfigurationError(f"device {str(device)!r} needs a GPU that PyTorch can use; it finds none here")
-    return torch.device("cuda", local_rank()) if meant.index is None else meant
+    if meant.index is not None:
+        return meant
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
 
 
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:
     """Return this rank's place: ranks that share their requests have numbers that follow each other.
-
-    Args:
-        group: from `find_group`.
-        tensor_parallel_size: ranks that share their requests, >= 1.
 
     Raises:
         ConfigurationError: a size that does not divide the ranks.
@@ -326,55 +299,33 @@ def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) 
     num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     if tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
         raise ConfigurationError(f"tensor_parallel_size must divide the {num_ranks} ranks, got {tensor_parallel_size}")
-    return ParallelConfig(
-        num_ranks // tensor_parallel_size,
-        rank // tensor_parallel_size,
-        tensor_parallel_size,
-        rank % tensor_parallel_size,
-    )
+    dp_rank, tp_rank = divmod(rank, tensor_parallel_size)
+    return ParallelConfig(num_ranks // tensor_parallel_size, dp_rank, tensor_parallel_size, tp_rank)
 
 
 def tensor_parallel_group(
     config: ParallelConfig, group: dist.ProcessGroup | None, device: torch.device, deadline_s: float
 ) -> WatchedGroup:
-    """Return the group that attention runs its collectives on, of the ranks that share this rank's requests.
+    """Return the group, of the ranks that share this rank's requests, that attention runs its collectives on.
 
-    Args:
-        config: this rank's place.
-        group: all ranks, which are all there.
-        device: of the model.
-        deadline_s: longest wait for any rank, in seconds.
+    `group` are all ranks, which are all there.
     """
     assert group is not None
     start = Start(group)
     key = f"tensor parallel/{start.next_number('tensor parallel')}"
     start.meeting_place(key, "from_pretrained()").meet({}, deadline_s, once=True)
-    first = config.data_parallel_rank * config.tensor_parallel_size
-    ranks = list(start.processes[first : first + config.tensor_parallel_size])
-    timeout_s = max(deadline_s, _OPEN_S)
-    place = "opening a tensor-parallel group"
+    ranks = _sharers(config, start.processes)
 
-    def open_group() -> WatchedGroup:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the current device is each thread's own
-        start.whereabouts.enter(place)
+    def open_group(timeout_s: float) -> WatchedGroup:
         inner = _new_group(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_s, device)
         return watched_group(ranks, inner, start.whereabouts, deadline_s)
 
-    try:
-        opened: WatchedGroup = within(open_group, timeout_s + _MARGIN_S)
-    except (RuntimeError, TimeoutError) as error:
-        raise _not_opened("a tensor-parallel group", timeout_s, error, start, ranks, place) from error
+    opened: WatchedGroup = _open("a tensor-parallel group", open_group, ranks, device, deadline_s, start)
     return opened
 
 
 def tensor_parallel_mesh(group: WatchedGroup, device_type: str) -> Any:
-    """Return the one-dimensional mesh of a tensor-parallel group, a torch `DeviceMesh`.
-
-    Args:
-        group: from `tensor_parallel_group`.
-        device_type: of the model.
-    """
+    """Return the one-dimensional mesh of a tensor-parallel group, a torch `DeviceMesh`."""
     from torch.distributed.device_mesh import DeviceMesh
 
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.coordination.waits import within
+from lockstep.coordination.waits import first_line, within
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import RankAbsentError
 
@@ -30,8 +30,7 @@ class MeetingPlace:
         num_ranks: all ranks.
         name: of what the ranks meet at, to stand after "did not enter".
         whereabouts: where ranks say what they are doing; by default nothing is known of them.
-        processes: each rank's number in the whole start, `[num_ranks]`, which messages and errors use; by default its
-            number here.
+        processes: each rank's number in the whole start, `[num_ranks]`, for messages and errors; by default the same.
     """
 
     def __init__(
@@ -64,20 +63,22 @@ class MeetingPlace:
             RankAbsentError: ranks that did not come, by number; or the store that does not answer.
         """
         self._answered = time.monotonic()
-        own = self._processes[self.rank]
+        store, limit_s = (
+            f"rank {self._processes[self.rank]}: the store through which ranks meet",
+            deadline_s + _MARGIN_S,
+        )
         try:
-            limit_s = deadline_s + _MARGIN_S
-            return within(lambda: self._meet(facts, deadline_s, once), limit_s, lambda: self._answered)
+            met: list[dict[str, Any]] = within(
+                lambda: self._meet(facts, deadline_s, once), limit_s, lambda: self._answered
+            )
+            return met
+        except RankAbsentError:
+            raise
         except TimeoutError as error:
-            if isinstance(error, RankAbsentError):
-                raise
-            raise RankAbsentError(
-                f"rank {own}: the store through which ranks meet did not answer within "
-                f"{deadline_s + _MARGIN_S:g} s: the process that keeps it may have stopped"
-            ) from error
+            why = f"did not answer within {limit_s:g} s: the process that keeps it may have stopped"
+            raise RankAbsentError(f"{store} {why}") from error
         except RuntimeError as error:
-            first = str(error).strip().split("\n", 1)[0]
-            raise RankAbsentError(f"rank {own}: the store through which ranks meet does not answer: {first}") from error
+            raise RankAbsentError(f"{store} does not answer: {first_line(error)}") from error
 
     def _meet(self, facts: dict[str, Any], deadline_s: float, once: bool) -> list[dict[str, Any]]:
         arrived = time.monotonic()
@@ -120,14 +121,12 @@ class MeetingPlace:
         return RankAbsentError(text, tuple(numbers))
 
     def _last_seen(self, ranks: list[int]) -> str:
-        """Return what is known of these ranks."""
         seen = ""
         if self._whereabouts is None:
             return seen
         for rank in ranks:
             place = self._whereabouts.place(rank)
-            here = place == f"waiting in {self.name}"  # in vain, earlier
-            if here:
+            if place == f"waiting in {self.name}":  # in vain, earlier
                 continue
             seen += f"; rank {rank} {self._whereabouts.last_seen(rank)}"
             if place.startswith("waiting in join() of") and self.name.startswith("join() of"):
@@ -153,13 +152,7 @@ class MeetingPlace:
 
 
 class _Patience:
-    """For how long to wait for which rank: a deadline from its last sign of progress, no longer for one that is gone.
-
-    Args:
-        whereabouts: where signs of progress are found, if anywhere.
-        processes: each rank's number there.
-        deadline_s: longest wait for a rank that shows none, in seconds.
-    """
+    """For how long to wait for which rank: a deadline from its last sign of progress, or until it is gone."""
 
     def __init__(self, whereabouts: Whereabouts | None, processes: Sequence[int], deadline_s: float) -> None:
         self._whereabouts = whereabouts
@@ -172,7 +165,7 @@ class _Patience:
     def exhausted(self, missing: Sequence[int]) -> list[int]:
         """Return the missing ranks for which there is no use in waiting on."""
         now = time.monotonic()
-        gone: list[int] = []
+        gone: set[int] = set()
         if self._whereabouts is not None and now - self._looked >= _LOOK_S:
             self._looked = now
             for rank in missing:
@@ -180,6 +173,6 @@ class _Patience:
                 if self._beats.setdefault(rank, beat) != beat:
                     self._beats[rank], self._changed[rank] = beat, now
                 if self._whereabouts.state(self._processes[rank]) == "gone":
-                    gone.append(rank)
-        late = [rank for rank in missing if now - self._changed.get(rank, self._began) > self._deadline_s]
-        return sorted({*gone, *late})
+                    gone.add(rank)
+        late = {rank for rank in missing if now - self._changed.get(rank, self._began) > self._deadline_s}
+        return sorted(gone | late)

@@ -9,13 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.coordination.board import GIVEN_UP_WORD, Board
-from lockstep.coordination.flight_recorder import (
-    FlightRecorder,
-    Phase,
-    place_order,
-    place_text,
-    unpack_place,
-)
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase, place_order, place_text, unpack_place
 from lockstep.coordination.step import odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
 from lockstep.coordination.waits import within
@@ -143,9 +137,8 @@ class Peers:
         board = self._board
         if board is None:
             return None
-        return next(
-            (rank for rank in self._others if board.words[board.spoiled_word(rank)] == self.recorder.step + 1), None
-        )
+        now = self.recorder.step + 1
+        return next((rank for rank in self._others if board.words[board.spoiled_word(rank)] == now), None)
 
     def check_last_words(self) -> None:
         """Look whether another rank has given up; cheap enough for every agreement. Raises as `check`."""
@@ -248,9 +241,8 @@ class Peers:
         gone = tuple(rank for rank in others if board is not None and board.process_state(rank) == "gone")
         if gone or board is None or any(board.last_words(rank) for rank in others):
             return str(self.absent(f"SIGTERM came {self.recorder.doing}", gone))
-        self._say_last_words(
-            "failed", f"SIGTERM: rank {self.name(self.rank)} was ended {self.recorder.doing}", (self.rank,)
-        )
+        message = f"SIGTERM: rank {self.name(self.rank)} was ended {self.recorder.doing}"
+        self._say_last_words("failed", message, (self.rank,))
         return ""
 
     def mute(self) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 from lockstep.coordination.coordinator import Coordinator
@@ -77,12 +77,7 @@ class Session:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> Literal[False]:
+    def __exit__(self, _type: Any = None, exc: BaseException | None = None, _trace: Any = None) -> Literal[False]:
         assert self._thread is not None
         if exc is not None:
             self.fail(exc)
@@ -102,21 +97,13 @@ class Session:
         return False
 
     def begin_step(self, num_tokens: int) -> StepDecision:
-        """Agree on the next step in which this rank's rows are due, running idle steps for the others until then.
+        """Agree on the next step in which this rank's `num_tokens` rows are due, running idle steps until then.
 
         Blocks the session's thread until `end_step`, which must follow also where the step fails.
 
-        Args:
-            num_tokens: rows that this rank brings, >= 0.
-
-        Returns:
-            The decision; its count for this data-parallel rank is `num_tokens`.
-
         Raises:
             TokenCountError: a negative count.
-            PeerFailedError: another rank failed.
-            RankAbsentError: a rank did not come before the deadline.
-            RankMismatchError: the ranks disagree about the step.
+            PeerFailedError, RankAbsentError, RankMismatchError: see `Coordinator.agree`.
             RuntimeError: the session has ended, or the script is inside a step already.
         """
         if num_tokens < 0:
@@ -158,15 +145,11 @@ class Session:
                 raise
 
     def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
-        """See whether the ranks that share this rank's requests will bring the same rows to a step.
-
-        Raises:
-            RankAbsentError: one of them has left its block, or has not called the model before the deadline.
-        """
+        """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""
         coordinator = self.coordinator
         size = coordinator.tensor_parallel_size
-        first = self._data_parallel_rank * size
-        rows, unfinished = decision.said.column("num_tokens"), decision.said.column("unfinished")
+        first, said = self._data_parallel_rank * size, decision.said
+        rows, unfinished = said.column("num_tokens"), said.column("unfinished")
         missing = [rank for rank in range(first, first + size) if not rows[rank]]
         left = [rank for rank in missing if not unfinished[rank]]
         if not left and waited_s <= coordinator.deadline_s:
@@ -174,11 +157,8 @@ class Session:
         name = coordinator.peers.name
         numbers = tuple(name(rank) for rank in left or missing)
         how = "have left their block" if left else f"have not called the model for {coordinator.deadline_s:g} s"
-        raise RankAbsentError(
-            f"rank {name(coordinator.rank)}: a step of {num_tokens} rows cannot begin: ranks {list(numbers)}, which "
-            f"share its requests, {how}",
-            numbers,
-        )
+        step = f"rank {name(coordinator.rank)}: a step of {num_tokens} rows cannot begin"
+        raise RankAbsentError(f"{step}: ranks {list(numbers)}, which share its requests, {how}", numbers)
 
     def end_step(self) -> None:
         """Leave the step that `begin_step` began. Ctrl-C that came during the step is raised here."""
@@ -194,9 +174,14 @@ class Session:
                 self._untold = True
             self._changed.notify_all()
 
-    def break_off(self, error: BaseException) -> None:
-        """End the session on this rank at once: its groups are in an unknown state, so nothing can be announced."""
-        self._end(error)
+    def break_off(self, error: BaseException | None) -> None:
+        """End the session on this rank at once; by an error, its groups are in an unknown state: none is announced."""
+        with self._changed:
+            if not self._over:
+                self._over = True
+                self.error = error
+                self.coordinator.peers.mark(Phase.LEFT)
+            self._changed.notify_all()
 
     def _take_part(self) -> None:
         """The session's thread: steps with zero rows, until all ranks have finished."""
@@ -209,7 +194,7 @@ class Session:
                     self._idle(decision)
                     pause_s = _PAUSE_S[0]
                 if not decision.unfinished:
-                    self._end(None)
+                    self.break_off(None)
             except BaseException as error:
                 self._stop_by(error)
             finally:
@@ -240,7 +225,7 @@ class Session:
             finally:
                 self._scripts_waiting -= 1
             if self._over:
-                raise self._ended()
+                raise self.error or RuntimeError("this session has ended")
             self._busy = True
             self._owner = threading.get_ident()
 
@@ -278,14 +263,14 @@ class Session:
     def _stop_by(self, error: BaseException) -> None:
         """End the session by an error that came out of an agreement, or announce it where that is still possible."""
         if not self.coordinator.usable or error is self._failure:
-            self._end(error)
+            self.break_off(error)
         elif isinstance(error, RankAbsentError):  # of an agreement that has ended: the others do not know of it
             self.fail(error)
         elif isinstance(error, LockstepError):
-            self._end(error)
+            self.break_off(error)
         elif self.coordinator.under_way:  # the others may be running a step that this rank knows nothing of
             self.coordinator.give_up(error)
-            self._end(error)
+            self.break_off(error)
         else:
             self.fail(error)
 
@@ -294,17 +279,6 @@ class Session:
             self._busy = False
             self._owner = None
             self._changed.notify_all()
-
-    def _end(self, error: BaseException | None) -> None:
-        with self._changed:
-            if not self._over:
-                self._over = True
-                self.error = error
-                self.coordinator.peers.mark(Phase.LEFT)
-            self._changed.notify_all()
-
-    def _ended(self) -> BaseException:
-        return self.error or RuntimeError("this session has ended")
 
 
 class HeldBackInterrupt:

@@ -24,15 +24,11 @@ def speak_before_termination(peers: Peers) -> None:
     """Let SIGTERM end this process only after last words: who is gone, to stderr, to the other ranks, and to a file.
 
     A handler that the script or its launcher has set is left alone. Does nothing outside of the main thread.
-
-    Args:
-        peers: of this rank; kept weakly.
     """
     global _installed
     _peers_of_this_process.add(peers)
-    if threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
     signal.signal(signal.SIGTERM, _on_sigterm)
     if not _installed:

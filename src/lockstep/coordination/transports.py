@@ -1,8 +1,10 @@
 """How records travel. A transport moves a few integers of each rank to all ranks, and knows when to give up."""
 
+import contextlib
 import struct
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -24,10 +26,9 @@ class Pending(Protocol):
             check: called from time to time; ends the wait by raising.
 
         Raises:
-            TimeoutError: they did not all come; `ranks_missing` names those that are known not to have come.
+            TimeoutError: they did not all come; `RanksMissing` names those that are known not to have come.
             ConnectionError: a peer's connection broke.
         """
-        ...
 
 
 class Transport(Protocol):
@@ -43,11 +44,9 @@ class Transport(Protocol):
 
     def begin(self, wire: Wire) -> Pending:
         """Send this rank's words, at most `WORDS`, and return at once."""
-        ...
 
     def wanted(self) -> bool:
         """Return whether another rank has begun an exchange that this one has not; False where that is not known."""
-        ...
 
 
 class RanksMissing(TimeoutError):
@@ -59,11 +58,7 @@ class RanksMissing(TimeoutError):
 
 
 class ProcessGroupTransport:
-    """Exchange over a torch process group: one all-gather of a few integers.
-
-    Args:
-        process_group: any group; gloo exchanges on the CPU, NCCL through the current device.
-    """
+    """Exchange over any torch process group: one all-gather of a few integers, on NCCL through the current device."""
 
     can_watch = False
 
@@ -124,15 +119,13 @@ class SharedMemoryTransport:
         self._others = [r for r in range(board.num_ranks) if r != rank]
         # A rank that looks without pause must not keep another from answering.
         self._spin_ns = SPIN_NS if board.cores_suffice() else 0
-        self._shapes: dict[int, _RecordShape] = {}
+        self._shape: Callable[[int], _RecordShape] = cache(lambda size: _RecordShape(board.num_ranks, size))
 
     def begin(self, wire: Wire) -> "_PendingBoard":
         """See `Transport`."""
         sequence = self._sequence = self._sequence + 1 & _MASK
         size = len(wire)
-        shape = self._shapes.get(size)
-        if shape is None:
-            shape = self._shapes[size] = _RecordShape(self.num_ranks, size)
+        shape = self._shape(size)
         stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
         start = self._starts[sequence & 1][self.rank]
         self.board.bytes[start : start + size] = stamped
@@ -228,14 +221,9 @@ _ONE_ABOVE = b"\0\0\0\0\1\0\0\0"  # a word with 1 in its upper half
 
 
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
-    """Return the fastest transport that all ranks of a group can use: shared memory if they share a host. Collective.
+    """Return the fastest transport that all ranks of a gloo group can use: shared memory if they share a host.
 
-    Args:
-        process_group: gloo; stays in use where there is no shared memory.
-        timeout_s: longest wait for any rank, in seconds.
-
-    Returns:
-        The transport, and the board that it is over, if it is.
+    Collective. Also returns the board that the transport is over, if it is.
 
     Raises:
         TimeoutError: a rank did not come.
@@ -244,16 +232,12 @@ def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[
     transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
     try:
         if rank == 0:
-            try:
+            with contextlib.suppress(OSError):  # no shared memory here, or none left: the group does as well
                 board = Board.create(transport.num_ranks)
-            except OSError:  # no shared memory here, or none left: the group does as well
-                board = None
         name = decode_message(transport.begin(encode_message(board.name.encode() if board else b"")).wait(timeout_s)[0])
         if rank != 0 and name:
-            try:
+            with contextlib.suppress(OSError, ValueError):  # another host, or a container with memory of its own
                 board = Board.attach(name.decode(errors="replace"), transport.num_ranks)
-            except (OSError, ValueError):  # another host, or a container with shared memory of its own
-                board = None
         if board is not None:
             board.register(rank)
         votes = transport.begin(encode_message(b"yes" if board is not None else b"no")).wait(timeout_s)

@@ -22,12 +22,7 @@ _SLEEP_S = (0.00002, 0.001)
 
 
 def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Wait for a collective at most `timeout_s` seconds.
-
-    Args:
-        work: of an asynchronous collective.
-        timeout_s: longest wait, in seconds.
-        check: called every `CHECK_S` seconds; ends the wait by raising.
+    """Wait for an asynchronous collective; `check`, called every `CHECK_S` seconds, ends the wait by raising.
 
     Raises:
         TimeoutError: it did not end in time.
@@ -42,8 +37,7 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
             return
         except RuntimeError as error:
             message = first_line(error)
-            timed_out = "imed out" in message or "imeout" in message
-            if not timed_out:
+            if "imed out" not in message and "imeout" not in message:
                 raise ConnectionError(f"a peer's connection broke ({message})") from error
             if work.is_completed():
                 # It has come to its end since the slice ended: well, or by the group's own limit, which may come a
@@ -59,18 +53,13 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Look at most `timeout_s` seconds until something is done for which any other wait would have no limit.
+    """Look until an event, or a collective, of a GPU is done; any other wait for it would have no limit.
 
-    Args:
-        done: asks an event, or a collective, of a GPU.
-        timeout_s: longest wait, in seconds.
-        check: called every `CHECK_S` seconds; ends the wait by raising.
+    `check` is called every `CHECK_S` seconds and ends the wait by raising.
 
     Raises:
         TimeoutError: it was not done in time.
     """
-    if done():
-        return
     started = time.monotonic_ns()
     next_check = started + int(CHECK_S * 1e9)
     while not done():

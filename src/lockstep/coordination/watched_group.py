@@ -1,6 +1,6 @@
 """A process group whose waits have a deadline and name who is missing, for collectives that other software issues."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -26,10 +26,6 @@ class WatchedGroup(dist.ProcessGroup):
     A tensor-parallel plan puts its group into every parameter for good, and waits in C++, for torch's half hour. This
     group stays where the plan has put it, while `inner` changes whenever groups are opened anew.
 
-    Args:
-        rank: this rank's number in the group.
-        size: ranks of the group.
-
     Attributes:
         inner: the group that carries the collectives now.
         ranks: the members' numbers in the whole start.
@@ -46,7 +42,6 @@ class WatchedGroup(dist.ProcessGroup):
         self._name = ""
 
     # What torch asks a group for; the base class would ask its own backends, of which this one has none.
-
     def _set_group_name(self, name: str) -> None:
         self._name = name
 
@@ -61,13 +56,6 @@ class WatchedGroup(dist.ProcessGroup):
 
     def run(self, name: str, *args: Any) -> Any:
         """Issue a collective on `inner` and wait for it, on NCCL only where no later wait does.
-
-        Args:
-            name: of the method of torch's group.
-            *args: for it.
-
-        Returns:
-            What torch returns, already at its end on gloo.
 
         Raises:
             RankAbsentError: a rank of the group did not come in time.
@@ -95,29 +83,15 @@ class WatchedGroup(dist.ProcessGroup):
         return work
 
 
-def _forwarded(name: str) -> Callable[..., Any]:
-    def call(self: WatchedGroup, *args: Any) -> Any:
-        return self.run(name, *args)
-
-    return call
-
-
 for _name in _COLLECTIVES:
     if hasattr(dist.ProcessGroup, _name):  # the names differ between torch's versions
-        setattr(WatchedGroup, _name, _forwarded(_name))
+        setattr(WatchedGroup, _name, lambda self, *args, _name=_name: self.run(_name, *args))
 
 
 def watched_group(
     ranks: Sequence[int], inner: dist.ProcessGroup, whereabouts: Whereabouts, deadline_s: float
 ) -> WatchedGroup:
-    """Make a watched group. Only its members call this.
-
-    Args:
-        ranks: the members' numbers in the whole start.
-        inner: what carries its collectives at first.
-        whereabouts: where the ranks say what they are doing.
-        deadline_s: longest wait for any rank, in seconds.
-    """
+    """Make a watched group of these ranks of the whole start. Only its members call this; see `WatchedGroup`."""
     if _BACKEND.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(
             _BACKEND, lambda _store, rank, size, _timeout: WatchedGroup(rank, size), devices=["cpu", "cuda"]
