@@ -11,7 +11,7 @@ from said import say, sleep_until_said
 
 pytest.importorskip("transformers")
 
-from lockstep import ConfigurationError, Engine, LockstepError, PeerFailedError, SamplingParams
+from lockstep import ConfigurationError, Engine, LockstepError, PeerFailedError, RankMismatchError, SamplingParams
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
@@ -93,6 +93,47 @@ def shared_requests(path):
 def test_ranks_that_share_requests_call_alike(tiny, alone):
     for outputs in run_ranks(2, shared_requests, tiny):
         assert outputs == [[alone(p) for p in prompts] for prompts in (prompts_of(0, 2), prompts_of(1, 1), [[3]])]
+
+
+def shared_requests_that_differ(path, how):
+    rank = dist.get_rank()
+    with Engine(path, tensor_parallel_size=2, deadline_s=20) as engine:
+        list(engine.generate([[1, 2]], GREEDY))
+        prompts = [[1, 2, 3]] if rank == 0 or how == "parameters" else [[1, 2, 4]]
+        params = SamplingParams(max_tokens=8 + rank, temperature=0) if how == "parameters" else GREEDY
+        with pytest.raises(RankMismatchError) as caught:
+            list(engine.generate(prompts, params))
+    return str(caught.value)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("how", ["prompts", "parameters"])
+def test_ranks_that_share_requests_and_call_otherwise_are_told(tiny, how):
+    for said in run_ranks(2, shared_requests_that_differ, tiny, how):
+        assert "ranks 0 to 1 share their requests, but were given different ones" in said
+
+
+def shared_requests_out_of_step(path):
+    """The ranks reach each line at other times, so that tokens have come on one of them and not on the other."""
+    rank, outputs = dist.get_rank(), []
+    with Engine(path, tensor_parallel_size=2) as engine:
+        for call in range(4):
+            time.sleep(0.15 * ((rank + call) % 2))
+            left = engine.generate([[1], [2, call]], SamplingParams(max_tokens=6 + 30 * call, temperature=0))
+            outputs.append(next(left).token_ids)
+            time.sleep(0.15 * ((rank + call) % 2))
+            left.close()
+        outputs += tokens_of(engine.generate([[3]], GREEDY))
+        engine.generate([[5]], SamplingParams(max_tokens=20, temperature=0))
+        kept = engine.generate([[5]], SamplingParams(max_tokens=20, temperature=0))
+        time.sleep(0.3 * rank)
+    del kept
+    return outputs[-1]
+
+
+@pytest.mark.ranks(2)
+def test_what_ranks_with_shared_requests_do_does_not_depend_on_when_tokens_come(tiny, alone):
+    assert run_ranks(2, shared_requests_out_of_step, tiny) == [alone([3])] * 2
 
 
 def leave_by_an_exception(path):

@@ -39,6 +39,7 @@ class EngineRecord(StepRecord):
     num_decoding: int = decided("gather", 0)
     prefill_wait_steps: int = decided("gather", -1)
     num_messages: int = decided("gather", 0)
+    messages_check: int = decided("gather", 0)
     elapsed_ms: int = decided("max", 0)
 
 
@@ -130,6 +131,7 @@ class RankEngine:
         states: of all ranks' schedulers, as agreed last, in rank order.
         num_tokens_across_dp: rows of every data-parallel rank in the step agreed last.
         all_stopped: whether no rank had or expected work at the last agreement.
+        messages_alike: whether ranks with the same requests got the same messages, as far as all of them have them.
         elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
         step_number: of the next step.
         reports: of the steps whose tokens have come since the caller last emptied it.
@@ -180,6 +182,7 @@ class RankEngine:
         self.states = [self.state] * ranks
         self.num_tokens_across_dp = (0,) * ranks
         self.all_stopped = False
+        self.messages_alike = True
         self.elapsed_ms = 0
         self._num_messages: Sequence[int] = [0] * (self.parallel.config.world_size if self.parallel is not None else 1)
         self.step_number = 0
@@ -284,6 +287,11 @@ class RankEngine:
         first = self.parallel.config.data_parallel_rank * size
         return min(self._num_messages[first : first + size])
 
+    @property
+    def shares_requests(self) -> bool:
+        """Whether other ranks have the same requests as this one."""
+        return self.parallel is not None and self.parallel.config.tensor_parallel_size > 1
+
     def about(self) -> dict[str, Any]:
         """Return what a person may want to know of this engine, and what was chosen for it, as plain values."""
         dispatcher = self.parallel.layers[0].dispatcher if self.parallel is not None else None
@@ -317,12 +325,21 @@ class RankEngine:
         return "turned off" if self.parallel.layers.can_capture else "the dispatcher counts rows on the host"
 
     @torch.no_grad()
-    def step(self, *, unfinished: bool | None = None, num_messages: int = 0, elapsed_ms: int = 0) -> list[TokenOutput]:
+    def step(
+        self,
+        *,
+        unfinished: bool | None = None,
+        num_messages: int = 0,
+        messages_check: int = 0,
+        elapsed_ms: int = 0,
+    ) -> list[TokenOutput]:
         """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
 
         Args:
             unfinished: whether this rank may get more work; None for whether it has any now.
             num_messages: how many messages this rank has got, see `num_messages_everywhere`.
+            messages_check: hash of those that all ranks with the same requests had at the agreement before, 31 bits;
+                afterwards `messages_alike` says whether theirs are the same.
             elapsed_ms: time since the run's start on this rank; afterwards the attribute has all ranks' maximum.
 
         Raises:
@@ -337,7 +354,8 @@ class RankEngine:
         schedule = self.scheduler.next_step(self.step_number, run_prefills)
         self.step_number += 1
         unfinished = self.has_unfinished if unfinished is None else unfinished
-        decision = self._agree(schedule, unfinished, num_messages, elapsed_ms)
+        told = {"num_messages": num_messages, "messages_check": messages_check, "elapsed_ms": elapsed_ms}
+        decision = self._agree(schedule, unfinished, told)
         report = StepReport(schedule, self.num_tokens_across_dp, began, time.perf_counter())
         before, self._flight = self._flight, None
         try:
@@ -354,18 +372,17 @@ class RankEngine:
         before, self._flight = self._flight, None
         return self._collect(before) if before is not None else []
 
-    def _agree(self, schedule: Schedule, unfinished: bool, num_messages: int, elapsed_ms: int) -> StepDecision | None:
+    def _agree(self, schedule: Schedule, unfinished: bool, told: dict[str, Any]) -> StepDecision | None:
         self.state = self.scheduler.state()
         if self.parallel is None:
             self.states, self.num_tokens_across_dp = [self.state], (schedule.num_tokens,)
-            self.all_stopped, self.elapsed_ms = not unfinished, max(self.elapsed_ms, elapsed_ms)
+            self.all_stopped, self.elapsed_ms = not unfinished, max(self.elapsed_ms, told["elapsed_ms"])
             return None
         decision = self.parallel.coordinator.agree(
             EngineRecord(
                 num_tokens=schedule.num_tokens,
                 unfinished=unfinished,
-                num_messages=num_messages,
-                elapsed_ms=elapsed_ms,
+                **told,
                 **self.state._asdict(),
             )
         )
@@ -374,6 +391,8 @@ class RankEngine:
         self.states = [SchedulerState(*row) for row in zip(*columns, strict=True)]
         self.all_stopped = not decision.values["unfinished"]
         self._num_messages = decision.values["num_messages"]
+        first = self.parallel.config.data_parallel_rank * tp_size
+        self.messages_alike = len(set(decision.values["messages_check"][first : first + tp_size])) == 1
         self.elapsed_ms = max(self.elapsed_ms, decision.values["elapsed_ms"])
         self.num_tokens_across_dp = decision.num_tokens_across_dp
         return decision

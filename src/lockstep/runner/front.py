@@ -96,7 +96,10 @@ class Front:
         self._tensor_parallel_size = tensor_parallel_size
         self._start_timeout_s = start_timeout_s
         self._events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
-        self._listeners: dict[int, Listener] = {}
+        self._listeners: dict[int, Listener] = {}  # of requests that have not ended
+        # Of calls, until they are abandoned or forgotten: what ranks hear must not depend on which tokens have come to
+        # this process, since ranks that share requests under torchrun have a front each.
+        self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
         self._too_late: list[Listener] = []
         self._ready: Future[dict[str, Any]] = Future()
@@ -125,6 +128,10 @@ class Front:
     def abandon(self, listener: Listener) -> None:
         """End all requests of a listener; it hears nothing more. May be called from a finalizer."""
         self._put("abandon", listener, None)
+
+    def forget(self, listener: Listener) -> None:
+        """Let go of a listener whose requests have all ended. May be called from a finalizer."""
+        self._put("forget", listener, None)
 
     def close(self) -> None:
         """End what runs and let the ranks end; wait for that. After that, nothing is taken in."""
@@ -183,7 +190,9 @@ class Front:
         elif kind == "submit":
             self._submit(who, what)
         elif kind == "abandon":
-            self._abandon(who)
+            self._abandon(id(who))
+        elif kind == "forget":
+            self._calls.pop(id(who), None)
         return kind != "close"
 
     def _take_message(self, rank: int, message: dict[str, Any]) -> None:
@@ -209,31 +218,36 @@ class Front:
                 del self._listeners[request_id]
                 stats.unfinished_requests = len(self._listeners)
                 if finish is None:  # a rank that looks for no stop strings
-                    self.ranks.send(entry.rank, {"abort": request_id})
+                    self.ranks.send(entry.rank, {"abort": [request_id]})
             listener.on_token(entry, delta)
 
     def _submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
+        entries = self._calls.setdefault(id(listener), [])
         for new in requests:
             entry = self._router.add(new.prompt_token_ids, new.params, new.index)
             self._listeners[entry.request_id] = listener
+            entries.append(entry)
             self.ranks.send(entry.rank, add_message(entry.request_id, new.prompt_token_ids, new.params))
         self.stats.unfinished_requests = len(self._listeners)
 
-    def _abandon(self, listener: Listener) -> None:
-        for request_id in [number for number, one in self._listeners.items() if one is listener]:
-            del self._listeners[request_id]
-            entry = self._router.abort(request_id)
-            if entry is not None:
-                self.ranks.send(entry.rank, {"abort": request_id})
+    def _abandon(self, call: int) -> None:
+        ids_of: dict[int, list[int]] = {}
+        for entry in self._calls.pop(call, []):
+            ids_of.setdefault(entry.rank, []).append(entry.request_id)
+            self._listeners.pop(entry.request_id, None)
+            self._router.abort(entry.request_id)
+        for rank, ids in ids_of.items():
+            self.ranks.send(rank, {"abort": ids})
         self.stats.unfinished_requests = len(self._listeners)
 
     def _lose(self, error: Exception) -> None:
         for listener in {id(one): one for one in (*self._listeners.values(), *self._too_late)}.values():
             listener.on_error(error)
             self._told = self._told or error is not self._closed
-            if error is self._closed:
-                self._abandon(listener)
-        self._listeners, self._too_late = {}, []
+        if error is self._closed:
+            for call in list(self._calls):
+                self._abandon(call)
+        self._listeners, self._too_late, self._calls = {}, [], {}
         self.stats.unfinished_requests = 0
 
     def _refuse_the_rest(self) -> None:
@@ -309,6 +323,8 @@ class Outputs(Iterator[RequestOutput]):
             self._left = 0
             raise output
         self._left -= 1
+        if not self._left:
+            self._front.forget(self._inbox)
         return output
 
     def close(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from lockstep.engine.rank_engine import RankEngine, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import StopChecker
 from lockstep.engine.text import Detokenizer
-from lockstep.errors import ConfigurationError
+from lockstep.errors import ConfigurationError, RankMismatchError
 
 # After an agreement in which no rank had work, the next one comes after a pause that doubles up to the second figure.
 # Where a rank can see that another one has begun an agreement, its pauses are longer: they end when one has, and only
@@ -47,15 +49,16 @@ def run_rank(
     """Serve requests until every rank has been told to stop and has none left. Every rank calls it.
 
     Ranks that share a data-parallel rank's requests get the same messages, but not at the same time: each says at every
-    agreement how many have come, and acts on those that all of them had at the agreement before.
+    agreement how many have come, and acts on those that all of them have, once an agreement has shown that they are
+    the same.
 
     A stop string is found here, so that it costs a request one overrun row, as a stop token does, however slow the
     router is.
 
     Args:
         engine: of this rank.
-        mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": id}`, `{"stop": true}` and, within
-            one process, `{"fail": exception}`; gets `{"tokens": [...], "state": [...], "rows": [...],
+        mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": [ids]}`, `{"stop": true}` and,
+            within one process, `{"fail": exception}`; gets `{"tokens": [...], "state": [...], "rows": [...],
             "taken_in": [...], "counts": {...}}` and `{"refused": id, "why": text}`.
         detokenizer: finds stop strings; None leaves them to the router.
         after_step: called after every step.
@@ -72,8 +75,11 @@ class _RankLoop:
         self.engine = engine
         self.mailbox = mailbox
         self.detokenizer = detokenizer
-        self.inbox: deque[dict[str, Any]] = deque()
+        self.inbox: deque[tuple[dict[str, Any], int]] = deque()  # with the hash of all messages up to here
         self.num_received = 0
+        self.num_acted = 0
+        self.received_check = self.acted_check = 0
+        self.taken_in: list[int] = []
         self.stopping = False
         self.checkers: dict[int, StopChecker] = {}  # of requests with stop strings
         self.counts = {"steps": 0, "overrun_rows": 0, "preempted": 0}
@@ -82,18 +88,29 @@ class _RankLoop:
         engine, pause_s = self.engine, _PAUSE_S[0]
         longest_s = _WATCHED_PAUSE_S if engine.can_watch else _PAUSE_S[1]
         while True:
-            idle = not (engine.any_unfinished or engine.has_unfinished or self.inbox)
+            can_act = engine.num_messages_everywhere(self.num_received) > self.num_acted
+            idle = not (engine.any_unfinished or engine.has_unfinished or can_act)
             messages = self._pause(pause_s) if idle else self.mailbox.receive(0.0)
             pause_s = min(2 * pause_s, longest_s) if idle and not messages else _PAUSE_S[0]
-            self.inbox.extend(messages)
-            self.num_received += len(messages)
             failure = next((message["fail"] for message in messages if "fail" in message), None)
             if failure is not None:
                 engine.fail(failure)
                 raise failure
-            taken_in = self._act()
+            self._receive(messages)
+            # What is taken in after a step, its state does not count yet.
+            taken_in, self.taken_in = self.taken_in, []
+            if not engine.shares_requests:
+                taken_in = self._act(self.num_received)
             unfinished = not self.stopping or engine.has_unfinished
-            outputs = self._find_stops(engine.step(unfinished=unfinished, num_messages=self.num_received))
+            ready = engine.num_messages_everywhere(self.num_received)
+            outputs = engine.step(
+                unfinished=unfinished, num_messages=self.num_received, messages_check=self._check_of(ready)
+            )
+            if not engine.messages_alike:
+                self._differ()
+            outputs = self._find_stops(outputs)
+            if engine.shares_requests and not engine.all_stopped:
+                self.taken_in = self._act(ready)
             if self._count_reports() or outputs or taken_in:
                 self.mailbox.send(
                     {
@@ -119,17 +136,42 @@ class _RankLoop:
             if messages or left_s <= look_s or self.engine.others_wait():
                 return messages
 
-    def _act(self) -> list[int]:
-        """Act on messages that all ranks with the same requests have; return the requests taken in."""
+    def _receive(self, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if self.engine.shares_requests:
+                text = json.dumps(message, sort_keys=True).encode()
+                self.received_check = zlib.crc32(text, self.received_check) & 0x7FFFFFFF
+            self.inbox.append((message, self.received_check))
+        self.num_received += len(messages)
+
+    def _check_of(self, num_messages: int) -> int:
+        """Return the hash of this rank's first messages, at least those acted on."""
+        waiting = num_messages - self.num_acted
+        return self.inbox[waiting - 1][1] if waiting else self.acted_check
+
+    def _differ(self) -> NoReturn:
+        assert self.engine.parallel is not None
+        config = self.engine.parallel.config
+        first = config.data_parallel_rank * config.tensor_parallel_size
+        error = RankMismatchError(
+            f"ranks {first} to {first + config.tensor_parallel_size - 1} share their requests, but were given "
+            "different ones: their scripts must call generate alike, from one thread each"
+        )
+        self.engine.fail(error)
+        raise error
+
+    def _act(self, num_messages: int) -> list[int]:
+        """Act on the first messages, as far as that has not been done; return the requests taken in."""
         taken_in: list[int] = []
-        ready = self.engine.num_messages_everywhere(self.num_received) - (self.num_received - len(self.inbox))
-        for _ in range(ready):
-            message = self.inbox.popleft()
+        while self.num_acted < num_messages:
+            message, self.acted_check = self.inbox.popleft()
+            self.num_acted += 1
             if message.get("stop"):
                 self.stopping = True
             elif "abort" in message:
-                self.checkers.pop(message["abort"], None)
-                self.engine.abort(message["abort"], missing_ok=True)
+                for request_id in message["abort"]:
+                    self.checkers.pop(request_id, None)
+                    self.engine.abort(request_id, missing_ok=True)
             else:
                 taken_in.append(message["add"])
                 self._add(message)
