@@ -105,7 +105,7 @@ def run_outside(path, case):
             )
         except RankFailure as failure:
             return case, [f"a rank hung: {failure}"], []
-    return case, matrix.verdict(case, results, matrix.SHORT_DEADLINE_S), results
+    return case, matrix.verdict(case, results, case.outer_deadline_s), results
 
 
 def kind_of(sentence):

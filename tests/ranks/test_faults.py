@@ -107,7 +107,7 @@ def test_outside_of_steps_waits_have_a_deadline_too(tiny, tmp_path):
         folder = tmp_path / case.name
         folder.mkdir()
         results = run_ranks(case.num_ranks, run_outer, tiny, case, str(folder), deadline_s=100, may_die=[1])
-        return case.name, verdict(case, results, SHORT_DEADLINE_S)
+        return case.name, verdict(case, results, case.outer_deadline_s)
 
     with ThreadPoolExecutor(3) as pool:
         wrong = {name: sentences for name, sentences in pool.map(run, OUTER) if sentences}
