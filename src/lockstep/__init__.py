@@ -95,7 +95,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lockstep' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        from lockstep.extras import lacking
+
+        if error.name is None or not (says := lacking(error.name.partition(".")[0])):
+            raise
+        raise ModuleNotFoundError(says.format(f"lockstep.{name}"), name=error.name) from error
     globals()[name] = value
     return value
 

@@ -380,6 +380,7 @@ def calibrate(
             raise typer.BadParameter(
                 f"--dispatch measures between ranks: --data-parallel-size must be >= 2, got {data_parallel_size}"
             )
+        require("numpy")
         from lockstep.commands.calibrate_dispatch import execute_dispatch_calibration
 
         raise typer.Exit(execute_dispatch_calibration(data_parallel_size, out, as_json))

@@ -57,6 +57,9 @@ def run_to_status(app: typer.Typer) -> NoReturn:
             raise
         _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
     if status == _INTERRUPTED:
+        # Python ends by the signal itself, whatever the status, where Ctrl-C came inside of an exec() (dataclasses are
+        # made in one), until an exec() has ended well.
+        exec("")
         _end("interrupted", status)
     sys.exit(status if isinstance(status, int) else 0)
 

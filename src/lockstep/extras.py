@@ -21,17 +21,29 @@ def require(*packages: str) -> None:
     Args:
         *packages: names as they are imported.
     """
+    if says := lacking(*packages):
+        sys.stderr.write(f"lockstep: error: {says.format('this command')}\n")
+        sys.exit(2)
+
+
+def lacking(*packages: str) -> str:
+    """Return which packages are missing, with the command that installs them; empty where none is.
+
+    Args:
+        *packages: names as they are imported.
+
+    Returns:
+        A sentence in which `{}` stands for what needs them.
+    """
     missing = [name for name in packages if not _is_there(name)]
     if missing:
         extras = list(dict.fromkeys(_EXTRA_OF[name] for name in missing if name in _EXTRA_OF))
         if "numpy" in missing and not {"models", "report"} & set(extras):  # both bring it
             extras.append("report")
         verb = "is" if len(missing) == 1 else "are"
-        sys.stderr.write(
-            f"lockstep: error: {', '.join(missing)} {verb} not installed, which this command needs: "
-            f"pip install 'lockstep-moe[{','.join(extras)}]'\n"
-        )
-        sys.exit(2)
+        extra = f"[{','.join(extras)}]" if extras else ""
+        return f"{', '.join(missing)} {verb} not installed, which {{}} needs: pip install 'lockstep-moe{extra}'"
+    return ""
 
 
 def _is_there(name: str) -> bool:

@@ -72,7 +72,7 @@ class Case:
 
     @property
     def outer_deadline_s(self) -> float:
-        """Outside of steps: as short as a wait that must last until it may be; longer where a rank is seen to be gone."""
+        """Outside of steps: short where a wait must last until it, longer where a rank is seen to be gone."""
         action = self.fault.action if self.fault else self.leave
         return DEADLINE_S + 1 if action in ("kill", "exit") else SHORT_DEADLINE_S
 

@@ -65,6 +65,7 @@ def test_without_the_extra_cli_the_command_says_what_to_type(package, arguments)
         (["compare", ".", "."], ["numpy"], "report"),
         (["bench", "calibrate"], ["numpy"], "report"),
         (["bench", "calibrate"], ["transformers"], "models"),
+        (["bench", "calibrate", "--dispatch"], ["numpy"], "report"),
     ],
 )
 def test_what_a_command_lacks_is_named_before_it_does_anything(
@@ -78,6 +79,30 @@ def test_what_a_command_lacks_is_named_before_it_does_anything(
     assert f"{', '.join(missing)} " in stderr
     assert f"pip install 'lockstep-moe[{extras}]'" in stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("lockstep.Engine", "ModuleNotFoundError: transformers is not installed, which lockstep.Engine needs"),
+        (
+            "lockstep.from_pretrained('.')",
+            "ConfigurationError: transformers is not installed, which from_pretrained needs",
+        ),
+    ],
+)
+def test_what_the_library_lacks_is_named_too(call, says):
+    code = f"import sys; sys.modules['transformers'] = None; import lockstep; {call}"
+    assert f"{says}: pip install 'lockstep-moe[models]'" in python(code).stderr.splitlines()[-1]
+
+
+def test_ctrl_c_inside_of_an_exec_ends_with_130_too():
+    """Python would end by the signal: what is run here is what makes dataclasses, which imports do all the time."""
+    done = python(
+        "import typer\nfrom lockstep.cli_errors import run_to_status\napp = typer.Typer()\n"
+        "@app.command()\ndef work():\n    exec('raise KeyboardInterrupt')\nrun_to_status(app)"
+    )
+    assert (done.returncode, done.stderr) == (130, "lockstep: interrupted\n")
 
 
 def test_python_m_lockstep_is_the_command():

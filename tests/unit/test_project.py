@@ -134,3 +134,9 @@ def test_the_lowest_versions_are_those_that_are_declared():
     # The first release that the bound admits may have been withdrawn: the next of its patches, then.
     unlike = {name for name, bound in bounds.items() if not f"{pinned[name]}.".startswith(f"{bound}.")}
     assert not unlike
+
+
+def test_no_two_test_files_have_one_name():
+    """Pytest would leave out the second of them."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert len(names) == len(set(names))

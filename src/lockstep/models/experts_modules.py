@@ -21,6 +21,8 @@ def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
     Raises:
         ConfigurationError: if there are none; the message names the model's class.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigurationError(f"a model of Transformers is needed, got {type(model).__name__}: {model!r:.80}")
     found = [(name, module) for name, module in model.named_modules() if internals.is_experts_module(module)]
     if not found:
         raise ConfigurationError(

@@ -14,6 +14,7 @@ import torch
 
 from lockstep.coordination.groups import Start
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
+from lockstep.extras import lacking
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import Arguments, change_config, read_arguments
 from lockstep.models.checkpoint import (
@@ -86,6 +87,8 @@ def load_pretrained(
     if ep_size < 1 or not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
 
+    if says := lacking("transformers", "safetensors"):
+        raise ConfigurationError(says.format("from_pretrained"))
     arguments = read_arguments(kwargs, dtype, device)
     place = str(arguments.device if arguments.device is not None else "cpu")
 
