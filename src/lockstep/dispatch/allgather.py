@@ -1,26 +1,15 @@
 """All ranks see all rows, compute their own experts on them, and sum: best where most rows go to most ranks anyway."""
 
 import torch
-import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
 from lockstep.dispatch.collectives import all_gatherv, reduce_scatterv
 
 
 class AllGatherDispatcher(CollectiveDispatcher):
-    """Ragged all-gather, then ragged reduce-scatter. Two collectives per chunk, sizes known beforehand.
+    """Ragged all-gather, then ragged reduce-scatter. Two collectives per chunk, sizes known beforehand."""
 
-    Args:
-        process_group: the expert-parallel ranks; left open.
-        num_experts: experts of the layer over all ranks; the ranks must divide it.
-        deadline_s: longest wait for any rank, in seconds.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
-        super().__init__("allgather", process_group.rank(), process_group.size(), num_experts)
-        self._group = process_group
-        self._deadline_s = deadline_s
+    name = "allgather"
 
     def dispatch(
         self,

@@ -7,23 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
 from lockstep.dispatch.collectives import all_to_allv, view_as
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """Where this rank's rows went.
-
-    Attributes:
-        rows: the row of each copy, ordered by destination, then by row, `[sum(send_sizes)]`.
-        send_sizes: copies to each rank, `[ranks]`.
-        recv_sizes: rows from each rank, `[ranks]`.
-        num_rows: tokens of this rank.
-    """
+    """Where this rank's rows went: the row of each copy, ordered by destination, and copies to and from each rank."""
 
     rows: torch.Tensor
     send_sizes: list[int]
@@ -36,17 +27,9 @@ class AllToAllDispatcher(CollectiveDispatcher):
 
     A row that several experts of one rank need travels there once, and their weighted sum travels back once. The sums
     are taken in rank order in float32, so the result has the same bits as the all-gather backend's.
-
-    Args:
-        process_group: the expert-parallel ranks; left open.
-        num_experts: experts of the layer over all ranks; the ranks must divide it.
-        deadline_s: longest wait for any rank, in seconds.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
-        super().__init__("alltoall", process_group.rank(), process_group.size(), num_experts)
-        self._group = process_group
-        self._deadline_s = deadline_s
+    name = "alltoall"
 
     def dispatch(
         self,
@@ -109,27 +92,13 @@ class AllToAllDispatcher(CollectiveDispatcher):
 
 
 def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:
-    """Return which ranks hold an expert of each row.
-
-    Args:
-        topk_ids: global experts of each row, `[num_rows, top_k]`; negative for none.
-        num_local_experts: experts per rank; expert `e` lives on rank `e // num_local_experts`.
-        num_ranks: ranks that share the experts.
-
-    Returns:
-        `[num_rows, num_ranks]`, bool.
-    """
+    """Return which ranks hold an expert of each row, `[num_rows, num_ranks]`, bool; negative ids are none."""
     owner = torch.div(topk_ids, num_local_experts, rounding_mode="floor")
     return (owner.unsqueeze(2) == torch.arange(num_ranks, device=topk_ids.device)).any(dim=1)
 
 
 def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> float:
     """Return on how many ranks a row's experts live, on average over routers that choose evenly.
-
-    Args:
-        num_experts: experts of the layer, a multiple of `num_ranks`.
-        top_k: distinct experts per row, at most `num_experts`.
-        num_ranks: ranks that share the experts, >= 1.
 
     Example:
         >>> round(expected_ranks_per_row(256, 8, 4), 2)

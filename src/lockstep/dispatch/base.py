@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
+from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.errors import ConfigurationError, TokenCountError
 
 NO_EXPERT = -1
@@ -187,22 +189,20 @@ class CollectiveDispatcher:
     """What the backends share that exchange rows by collectives, eagerly, with counts known to the host.
 
     Args:
-        name: of the backend.
-        rank: this rank, in the group.
-        num_ranks: of the group.
-        num_experts: of the layer over all ranks; the ranks must divide it.
-
-    Raises:
-        ConfigurationError: if they do not.
+        process_group: the expert-parallel ranks; left open.
+        num_experts: experts of the layer over all ranks; the ranks must divide it.
+        deadline_s: longest wait for any rank, in seconds.
     """
 
-    def __init__(self, name: str, rank: int, num_ranks: int, num_experts: int) -> None:
-        self.name = name
+    name: str
+
+    def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
+        self._group, self._deadline_s = process_group, deadline_s
+        self._rank, self._num_ranks = process_group.rank(), process_group.size()
         self.abilities = Abilities()
         self.num_experts = num_experts
-        self.num_local_experts = check_experts(num_experts, num_ranks)
-        self._rank, self._num_ranks = rank, num_ranks
-        self._first_expert = rank * self.num_local_experts
+        self.num_local_experts = check_experts(num_experts, self._num_ranks)
+        self._first_expert = self._rank * self.num_local_experts
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
@@ -231,12 +231,7 @@ class CollectiveDispatcher:
 
 
 def check_sizes(sizes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
-    """Return one size per rank as a tuple.
-
-    Raises:
-        ConfigurationError: another number of them.
-        TokenCountError: a negative one, naming the rank.
-    """
+    """Return one size per rank as a tuple; a negative one raises `TokenCountError`, naming the rank."""
     if len(sizes) != num_ranks:
         raise ConfigurationError(f"sizes must have one entry per rank: {num_ranks} ranks, got {len(sizes)}")
     if min(sizes) < 0:
@@ -257,8 +252,7 @@ def pairs_of_local_experts(
         num_local_experts: how many it holds.
 
     Returns:
-        `gather_index [pairs]`, `tokens_per_expert [num_local_experts]` and `expert_offsets [num_local_experts + 1]` in
-        int32, `pair_weights [pairs]` in float32.
+        The fields of `DispatchHandle`: `gather_index`, `tokens_per_expert`, `expert_offsets` and `pair_weights`.
     """
     top_k = topk_ids.shape[1]
     local = topk_ids.reshape(-1) - first_expert
@@ -275,16 +269,9 @@ def pairs_of_local_experts(
 def sum_pairs(
     expert_output: torch.Tensor, gather_index: torch.Tensor, pair_weights: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
-    """Weight every pair and sum the pairs of each row in the order of the experts, in float32.
+    """Weight every pair and sum the pairs of each row in the order of the experts, in float32: `[num_rows, hidden]`.
 
-    Args:
-        expert_output: `[pairs, hidden]`.
-        gather_index: row of each pair, `[pairs]`.
-        pair_weights: `[pairs]`.
-        num_rows: rows of the result.
-
-    Returns:
-        `[num_rows, hidden]`, float32. The same inputs give the same bits.
+    The same inputs give the same bits.
     """
     weighted = expert_output.float() * pair_weights.unsqueeze(1)
     total = weighted.new_zeros((num_rows, expert_output.shape[1]))
@@ -303,11 +290,7 @@ def sum_pairs(
 
 
 def check_experts(num_experts: int, num_ranks: int) -> int:
-    """Return the experts per rank.
-
-    Raises:
-        ConfigurationError: if the ranks do not divide the experts.
-    """
+    """Return the experts per rank; raise `ConfigurationError` if the ranks do not divide the experts."""
     if num_experts < 1 or num_experts % num_ranks:
         raise ConfigurationError(f"{num_experts} experts cannot be divided evenly among {num_ranks} ranks")
     return num_experts // num_ranks

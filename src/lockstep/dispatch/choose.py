@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,24 +115,13 @@ def make_dispatcher(
 
 
 def constants_of(name: str, device_type: str) -> DispatchConstants | None:
-    """Return the machine's constants where this dispatcher chooses by them, so that ranks can compare them; else None.
-
-    Args:
-        name: of the dispatcher.
-        device_type: "cpu" or "cuda".
-    """
+    """Return the machine's constants if this dispatcher chooses by them: ranks compare them; else None."""
     return constants_for(device_type) if name == AutoDispatcher.name else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is expected to be fastest.
-
-    Attributes:
-        backend: its name.
-        max_chunk_size: most rows that one rank brings at a time; None for all at once.
-        predicted_us: dispatch and combine of all chunks, slowest rank, us.
-    """
+    """What is expected to be fastest: a backend, its most rows per rank at a time, the slowest rank's time in us."""
 
     backend: str
     max_chunk_size: int | None
@@ -155,9 +144,6 @@ def choose(
         constants: the same on all ranks.
         available: backends that can be had, each with the most rows that one rank may bring it at a time, None for any.
         max_chunk_size: the caller's own limit, to bound memory; None for none.
-
-    Raises:
-        ConfigurationError: if there are no constants for any of the backends.
 
     Example:
         >>> two = (("allgather", None), ("alltoall", None))
@@ -193,21 +179,13 @@ def _chunks(exchange: Exchange, limit: int | None) -> list[tuple[Exchange, int]]
         # Chunks stay the same until the next rank runs out of rows.
         ending = min(size for size in exchange.sizes if size > start)
         times = max(1, (ending - start) // limit)
-        found.append((Exchange(sizes, *_weights(exchange)), times))
+        found.append((replace(exchange, sizes=sizes), times))
         start += times * limit
     return found
 
 
-def _weights(exchange: Exchange) -> tuple[int, int, int, int]:
-    return exchange.num_experts, exchange.top_k, exchange.dispatch_row_bytes, exchange.combine_row_bytes
-
-
 def mapping_facts(device: torch.device) -> list[str] | None:
-    """Say what other ranks need to know to tell whether `nvlink` can serve: this host's and this GPU's identity.
-
-    Returns:
-        `[boot id, GPU id]`, or None where this rank cannot map its peers' memory: no GPU, no Triton, no peer access.
-    """
+    """Return this host's and this GPU's identity, `[boot id, GPU id]`; None where peers' memory cannot be mapped."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -221,9 +199,6 @@ def mapping_facts(device: torch.device) -> list[str] | None:
 
 def can_map(everyones: Sequence[list[str] | None]) -> bool:
     """Say whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with a GPU of its own.
-
-    Args:
-        everyones: what `mapping_facts` said on every rank, `[ranks]`.
 
     Example:
         >>> can_map([["host", "GPU-0"], ["host", "GPU-1"]]), can_map([["host", "GPU-0"], ["host", "GPU-0"]])
@@ -241,13 +216,8 @@ def can_map(everyones: Sequence[list[str] | None]) -> bool:
 class AutoDispatcher:
     """The backend that is expected to be fastest, chosen anew for every step.
 
-    Chosen from agreed sizes and constants only, so that all ranks choose alike.
-
-    Args:
-        backends: to choose from, of the same ranks and experts; left open.
-        shape: of the experts and the rows.
-        constants: of the machine, the same on all ranks; by default those shipped for the rows' kind of device.
-        note: why other backends are not among them, for a report.
+    Chosen from agreed sizes and constants only, so that all ranks choose alike. The backends are of the same ranks and
+    experts; constants are by default those shipped for the rows' kind of device.
     """
 
     name = "auto"
@@ -310,12 +280,11 @@ class AutoDispatcher:
             backend.forget_capture()
 
 
-def _make_allgather(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
-    return AllGatherDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
-
-
-def _make_alltoall(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
-    return AllToAllDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
+def _make_collective(
+    kind: type[AllGatherDispatcher | AllToAllDispatcher], group: dist.ProcessGroup, shape: ExpertsShape,
+    options: DispatcherOptions,
+) -> Dispatcher:  # fmt: skip
+    return kind(group, shape.num_experts, deadline_s=options.deadline_s)
 
 
 def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
@@ -350,16 +319,14 @@ def _make_auto(group: dist.ProcessGroup, shape: ExpertsShape, options: Dispatche
 
 def _against_nvlink(shape: ExpertsShape, options: DispatcherOptions) -> str:
     """Say why `nvlink` cannot be had; nothing where it can."""
-    if shape.device.type != "cuda":
-        return "it needs GPUs"
     if not options.can_map:
-        return "the ranks' GPUs do not map each other's memory"
+        return "it needs GPUs" if shape.device.type != "cuda" else "the ranks' GPUs do not map each other's memory"
     if shape.dtype is not torch.bfloat16:
         return f"it carries bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
     return "" if options.experts_on_device else "these experts need the rows' counts on the host"
 
 
-register_dispatcher("allgather", _make_allgather)
-register_dispatcher("alltoall", _make_alltoall)
+register_dispatcher("allgather", functools.partial(_make_collective, AllGatherDispatcher))
+register_dispatcher("alltoall", functools.partial(_make_collective, AllToAllDispatcher))
 register_dispatcher("nvlink", _make_nvlink, carries_fp8=True)
 register_dispatcher(AutoDispatcher.name, _make_auto)

@@ -78,14 +78,7 @@ def all_gatherv(
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Take columns of a matrix for values of another dtype; copied where they do not lie as that dtype has to.
-
-    Args:
-        columns: `[rows, n]`, a slice of a wider matrix or not.
-        dtype: whose size divides a row's bytes.
-
-    Returns:
-        `[rows, n * old size / new size]`.
+    """Take columns `[rows, n]` of a matrix for values of another dtype; copied where they do not lie as that has to.
 
     Example:
         >>> row = torch.tensor([[7, 1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
@@ -110,21 +103,10 @@ def reduce_scatterv(
     """Sum every rank's rows over all ranks and give each rank its own: the inverse of `all_gatherv`.
 
     The parts are added in rank order in float32, so the same inputs give the same bits. It moves the bytes of a
-    reduce-scatter: each part goes straight to its owner.
-
-    Args:
-        rows: this rank's part of everyone's sums, `[sum(sizes), hidden]`.
-        sizes: rows of every rank, `[ranks]`; 0 is allowed.
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
+    reduce-scatter: each part goes straight to its owner. Further arguments and errors: as for `all_gatherv`.
 
     Returns:
-        The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`.
-
-    Raises:
-        TokenCountError: `rows` has not `sum(sizes)` rows.
-        RankAbsentError: a rank did not come in time; the group must not be used again.
+        The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`, `[sum(sizes), hidden]`.
     """
     rank = dist.get_rank(group)
     _check_sizes("reduce_scatterv", sizes, group)
@@ -153,21 +135,11 @@ def all_to_allv(
 ) -> torch.Tensor:
     """Send each rank its slice of the rows and receive a slice of each, in rank order.
 
-    Args:
-        rows: what to send, ordered by destination, `[sum(send_sizes), ...]`.
-        send_sizes: rows for every rank, `[ranks]`; 0 is allowed.
-        recv_sizes: rows from every rank, `[ranks]`; must be what each of them sends here.
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-        name: what messages and records call the operation.
-        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
+    `send_sizes` are the rows for every rank, `recv_sizes` those from every rank; messages and records call the
+    operation `name`. Further arguments and errors: as for `all_gatherv`.
 
     Returns:
         The received rows, ordered by source, `[sum(recv_sizes), ...]`.
-
-    Raises:
-        TokenCountError: `rows` has not `sum(send_sizes)` rows.
-        RankAbsentError: a rank did not come in time; the group must not be used again.
     """
     rank = dist.get_rank(group)
     _check_sizes(name, send_sizes, group)

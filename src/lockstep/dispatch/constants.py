@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 import re
@@ -81,22 +82,10 @@ class BackendConstants:
                 raise ConfigurationError(f"dispatch constant {item.name} must be a number in [0, 1e9), got {value!r}")
 
     def predict_us(self, name: str, exchange: Exchange) -> float:
-        """Return the expected time of the slowest rank, in us, for a router that chooses evenly.
-
-        Args:
-            name: of the backend, one of `BACKENDS`: says how many bytes it moves.
-            exchange: the agreed facts.
-        """
-        _, rows, dispatch_mb, combine_mb, total_mb, first_mb = features(name, exchange)
-        return (
-            self.latency_us
-            + self.count_exchange_us
-            + self.row_us * rows
-            + self.dispatch_us_per_mb * dispatch_mb
-            + self.combine_us_per_mb * combine_mb
-            + self.total_us_per_mb * total_mb
-            + self.first_us_per_mb * first_mb
-        )
+        """Return the expected time of the slowest rank in us; by its `name`, a backend moves so many bytes."""
+        per_mb = (self.dispatch_us_per_mb, self.combine_us_per_mb, self.total_us_per_mb, self.first_us_per_mb)
+        constants = (self.latency_us + self.count_exchange_us, self.row_us, *per_mb)
+        return sum(map(operator.mul, constants, features(name, exchange)))
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be kept
@@ -146,9 +135,7 @@ class DispatchConstants:
 def features(name: str, exchange: Exchange) -> tuple[float, float, float, float, float, float]:
     """Return what the constants are multiplied by: 1, rows, MB to experts, MB back, MB of all ranks, the first 2 MB.
 
-    Args:
-        name: of the backend. `allgather` brings every row to every rank, the others only where it is needed.
-        exchange: the agreed facts.
+    `allgather` brings every row to every rank, the others only where it is needed.
 
     Example:
         >>> features("allgather", Exchange((3, 1), 8, 2, 500_000, 1_000_000))
@@ -167,11 +154,9 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
 
 
 def fit(name: str, measured: Sequence[tuple[Exchange, float]]) -> BackendConstants:
-    """Fit one backend's constants to measured times; all come out >= 0, and errors count relatively.
+    """Fit one backend's constants to measured times, in us; all come out >= 0, and errors count relatively.
 
-    Args:
-        name: of the backend.
-        measured: exchanges and their times, in us. An exchange of counts, where there is one, goes into `latency_us`.
+    An exchange of counts, where there is one, goes into `latency_us`.
 
     Raises:
         ConfigurationError: fewer measurements than constants, or times that are not positive.
@@ -208,9 +193,6 @@ def stored_path(device_type: str) -> Path:
 
     `$LOCKSTEP_DISPATCH_CONSTANTS` if that is set, otherwise `lockstep/dispatch-<machine>.json` in the user's
     configuration folder, `$XDG_CONFIG_HOME` or `~/.config`.
-
-    Args:
-        device_type: "cpu" or "cuda".
     """
     named = os.environ.get(PATH_VARIABLE)
     if named:
@@ -221,9 +203,6 @@ def stored_path(device_type: str) -> Path:
 
 def constants_for(device_type: str) -> DispatchConstants:
     """Return this machine's stored constants, or the shipped ones where there are none.
-
-    Args:
-        device_type: "cpu" or "cuda".
 
     Raises:
         ConfigurationError: a file that was named but is not there, or one that holds something else.

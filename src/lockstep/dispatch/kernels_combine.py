@@ -120,18 +120,10 @@ def _combine_words(
         tl.store(output + at, total.to(tl.bfloat16), (column < HIDDEN)[None, :])
     if (block == 0) & (WORLD > 1):
         wait_at_least(
-            own + FLAGS,
-            BLOCKS * 8,
-            (epoch << COUNT_BITS) + 1 + tl.zeros((WORLD_POW2,), tl.int64),
-            0,
-            peers,
-            status,
-            rank,
-            budget_ns,
-            WORLD,
-            WORLD_POW2,
-            ABORT,
-        )
+            own + FLAGS, BLOCKS * 8,
+            (epoch << COUNT_BITS) + 1 + tl.zeros((WORLD_POW2,), tl.int64), 0,
+            peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -182,18 +174,10 @@ def _combine_rounds(
                     if CHAINS:  # noqa: SIM102 - a constexpr, so that what follows is not even compiled
                         if stage == 1:
                             wait_at_least(
-                                own + FLAGS + block * 8,
-                                BLOCKS * 8,
-                                (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64),
-                                0,
-                                peers,
-                                status,
-                                rank,
-                                budget_ns,
-                                WORLD,
-                                WORLD_POW2,
-                                ABORT,
-                            )
+                                own + FLAGS + block * 8, BLOCKS * 8,
+                                (epoch << COUNT_BITS) + turn + tl.zeros((WORLD_POW2,), tl.int64), 0,
+                                peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT,
+                            )  # fmt: skip
                     begin = block + (turn - stage) * tiles * BLOCKS
                     end = tl.minimum(tl.cdiv(theirs, BLOCK_TOKENS) * column_blocks, begin + tiles * BLOCKS)
                     for task in range(begin, end, BLOCKS):

@@ -56,13 +56,6 @@ def launch_sizes(
 ) -> LaunchSizes:
     """Return the launch sizes that were measured to be best on H200 (docs/gpu.md).
 
-    Args:
-        num_multiprocessors: of the GPU.
-        num_ranks: ranks of the group.
-        num_local_experts: experts per rank.
-        hidden_size: of a row.
-        max_tokens_per_rank: capacity.
-
     Example:
         >>> launch_sizes(132, 2, 128, 7168, 4096).push_blocks
         136

@@ -7,7 +7,6 @@ ranks have mapped, epochs, and the word in host memory through which a kernel sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -147,77 +146,41 @@ class NvlinkDispatcher:
         buffer, addresses, self._mapping = _map_buffer(self.layout.nbytes * num_channels, self.device, process_group)
         buffer.zero_()
         self._channels = [
-            _Channel(
-                self,
-                buffer[i * self.layout.nbytes : (i + 1) * self.layout.nbytes],
-                [address + i * self.layout.nbytes for address in addresses],
-            )
-            for i in range(num_channels)
+            _Channel(self, buffer[begin : begin + self.layout.nbytes], [address + begin for address in addresses])
+            for begin in range(0, num_channels * self.layout.nbytes, self.layout.nbytes)
         ]
         self._next_channel = 0
         # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
         early = self.device.type == "cuda" and not share_device
+        launch, layout = self.launch, self.layout
         common = {
-            "WORLD": self.num_ranks,
-            "WORLD_POW2": triton.next_power_of_2(self.num_ranks),
-            "CAPACITY": max_tokens_per_rank,
-            "TOPK": top_k,
-            "TOPK_POW2": triton.next_power_of_2(top_k),
-            "EXPERTS": self.num_local_experts,
-            "HIDDEN": hidden_size,
-            "HIDDEN_STRIDE": self.hidden_stride,
-            "BLOCK_COLUMNS": self.launch.columns,
-            "IDS": self.layout.ids,
-            "WEIGHTS": self.layout.weights,
-            "ABORT": self.layout.abort,
-            "SKEW_TOKENS": self.launch.skew_tokens,
-            "CHAIN_ROUND": self.launch.chain_round,
-            "PDL": early,
-            "num_warps": _THREADS // 32,
-            "maxnreg": _REGISTERS,
-            "launch_pdl": early,
-        }
+            "WORLD": self.num_ranks, "WORLD_POW2": triton.next_power_of_2(self.num_ranks), "HIDDEN": hidden_size,
+            "HIDDEN_STRIDE": self.hidden_stride, "TOPK": top_k, "TOPK_POW2": triton.next_power_of_2(top_k),
+            "CAPACITY": max_tokens_per_rank, "EXPERTS": self.num_local_experts, "BLOCK_COLUMNS": launch.columns,
+            "SKEW_TOKENS": launch.skew_tokens, "CHAIN_ROUND": launch.chain_round, "IDS": layout.ids,
+            "WEIGHTS": layout.weights, "ABORT": layout.abort, "PDL": early,
+            "num_warps": _THREADS // 32, "maxnreg": _REGISTERS, "launch_pdl": early,
+        }  # fmt: skip
         self._dispatch_options = dict(
-            common,
-            GROUPS=self.groups,
-            FP8=fp8,
-            PLAN_BLOCKS=self.launch.plan_blocks,
-            PUSH_BLOCKS=self.launch.push_blocks,
-            BLOCK_TOKENS=self.launch.dispatch_tokens,
-            WORD_TOKENS=self.layout.row_word_tokens,
-            ROW_WORDS=self.layout.words_per_row,
-            TINY_TILE=self.launch.tiny_tile,
-            TILES=self.launch.tiles,
-            SLICE=self.launch.slice,
+            common, GROUPS=self.groups, FP8=fp8, PLAN_BLOCKS=launch.plan_blocks, PUSH_BLOCKS=launch.push_blocks,
+            BLOCK_TOKENS=launch.dispatch_tokens, WORD_TOKENS=layout.row_word_tokens, ROW_WORDS=layout.words_per_row,
+            TINY_TILE=launch.tiny_tile, TILES=launch.tiles, SLICE=launch.slice, PAIRS=launch.pairs,
             EXPERTS_POW2=_expert_lanes(self.num_local_experts),
-            COPIES_POW2=triton.next_power_of_2(self.launch.plan_blocks + self.launch.push_blocks),
-            PAIRS=self.launch.pairs,
-            ROWS=self.layout.rows,
-            SCALES=self.layout.scales,
-            ROWS_AS_WORDS=self.layout.rows_as_words,
-            COUNTS=self.layout.counts,
-            FLAGS=self.layout.dispatch_flags,
-        )
+            COPIES_POW2=triton.next_power_of_2(launch.plan_blocks + launch.push_blocks), ROWS=layout.rows,
+            SCALES=layout.scales, ROWS_AS_WORDS=layout.rows_as_words, COUNTS=layout.counts, FLAGS=layout.dispatch_flags,
+        )  # fmt: skip
         self._combine_options = dict(
-            common,
-            BLOCKS=self.launch.combine_blocks,
-            BLOCK_TOKENS=self.launch.combine_tokens,
-            WORD_TOKENS=self.launch.word_tokens,
-            ROW_WORDS=self.hidden_stride // 2,
-            ROUND=self.launch.round,
-            RETURNED=self.layout.returned,
-            RETURNED_AS_WORDS=self.layout.returned_as_words,
-            FLAGS=self.layout.combine_flags,
-        )
+            common, BLOCKS=launch.combine_blocks, BLOCK_TOKENS=launch.combine_tokens, WORD_TOKENS=launch.word_tokens,
+            ROW_WORDS=self.hidden_stride // 2, ROUND=launch.round, RETURNED=layout.returned,
+            RETURNED_AS_WORDS=layout.returned_as_words, FLAGS=layout.combine_flags,
+        )  # fmt: skip
         self._settle()
         self._warm_up()
 
     def __enter__(self) -> NvlinkDispatcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -275,40 +238,19 @@ class NvlinkDispatcher:
             )
         hidden_states = _aligned(hidden_states)
         arguments = (
-            hidden_states,
-            topk_ids.contiguous(),
-            topk_weights.contiguous(),
-            self._all_tokens if num_tokens is None else num_tokens,
-            channel.peers,
-            channel.cells,
-            channel.counts,
-            channel.gather_index,
-            channel.pair_weights,
-            channel.tokens_per_expert,
-            channel.expert_offsets,
-            channel.inverse,
-            channel.scratch,
-            self._status.data_ptr(),
-            rows,
-            self.rank,
-            int(self._deadline_s * 1e9),
-        )
+            hidden_states, topk_ids.contiguous(), topk_weights.contiguous(),
+            self._all_tokens if num_tokens is None else num_tokens, channel.peers, channel.cells, channel.counts,
+            channel.gather_index, channel.pair_weights, channel.tokens_per_expert, channel.expert_offsets,
+            channel.inverse, channel.scratch, self._status.data_ptr(), rows, self.rank, int(self._deadline_s * 1e9),
+        )  # fmt: skip
         blocks = self.launch.plan_blocks + self.launch.push_blocks
         kind = (topk_ids.dtype, topk_weights.dtype)
         self._run(dispatch_kernel, blocks, kind, arguments, self._dispatch_options)
         self._next_channel = (self._next_channel + 1) % len(self._channels)
         channel.under_way = DispatchHandle(
-            route,
-            rows,
-            channel.rows,
-            channel.scales,
-            channel.gather_index,
-            channel.tokens_per_expert,
-            channel.expert_offsets,
-            channel.pair_weights,
-            num_pairs=None,
-            own=channel,
-        )
+            route, rows, channel.rows, channel.scales, channel.gather_index, channel.tokens_per_expert,
+            channel.expert_offsets, channel.pair_weights, num_pairs=None, own=channel,
+        )  # fmt: skip
         return channel.under_way
 
     def combine(
@@ -363,16 +305,9 @@ class NvlinkDispatcher:
                 f"{output.dtype} {tuple(output.shape)} on rank {self.rank}"
             )
         arguments = (
-            _aligned(expert_output),
-            output,
-            channel.inverse,
-            channel.peers,
-            channel.cells,
-            channel.counts,
-            self._status.data_ptr(),
-            self.rank,
-            int(self._deadline_s * 1e9),
-        )
+            _aligned(expert_output), output, channel.inverse, channel.peers, channel.cells, channel.counts,
+            self._status.data_ptr(), self.rank, int(self._deadline_s * 1e9),
+        )  # fmt: skip
         kind = (reduced, output.data_ptr() % 16 == 0)
         options = self._combine_options | {"REDUCED": reduced}
         self._run(combine_kernel, self.launch.combine_blocks, kind, arguments, options)
@@ -384,13 +319,8 @@ class NvlinkDispatcher:
     ) -> None:
         """Launch a kernel: by Triton's own call the first time, then without its look at every argument's kind.
 
-        Args:
-            kernel: to launch; its compile-time arguments come last.
-            blocks: of the launch.
-            kind: what may differ from call to call and makes it another binary; all else is this dispatcher's own, or
-                was checked: a binary that is launched directly takes any tensor for what it was compiled for.
-            arguments: of run time, in order.
-            options: compile-time arguments and Triton's options, by name.
+        `kind` is what may differ from call to call and makes it another binary; all else is this dispatcher's own, or
+        was checked: a binary that is launched directly takes any tensor for what it was compiled for.
         """
         compiled = self._compiled.get((kernel, kind))
         if compiled is None:
@@ -409,10 +339,7 @@ class NvlinkDispatcher:
         self._next_channel = 0  # where a model begins each step, since every dispatch of it is combined in turn
 
     def check(self, *, wait: bool = False) -> None:
-        """Raise if a kernel has ended because a rank did not come or brought too many tokens.
-
-        Args:
-            wait: first wait for everything launched so far; otherwise only look.
+        """See `Dispatcher.check`.
 
         Raises:
             RankAbsentError: naming the rank whose flag did not come, and the rank that gave up first.
@@ -441,11 +368,7 @@ class NvlinkDispatcher:
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
 
     def set_deadline(self, deadline_s: float) -> None:
-        """Set the longest wait for a peer's flag in calls from now on; a graph keeps that of its capture.
-
-        Args:
-            deadline_s: seconds.
-        """
+        """Set the longest wait in seconds for a peer's flag in later calls; a graph keeps that of its capture."""
         self._deadline_s = deadline_s
 
     def reset(self) -> None:
@@ -530,11 +453,7 @@ def _host_word(device: torch.device) -> torch.Tensor:
 
 
 def _map_buffer(nbytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, list[int], Any]:
-    """Allocate `nbytes` on every rank and map all of them here. Collective.
-
-    Returns:
-        This rank's buffer as bytes, the addresses of all ranks' buffers in rank order, and what keeps them mapped.
-    """
+    """Allocate on every rank: this rank's bytes, all addresses in rank order, what keeps them mapped. Collective."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
