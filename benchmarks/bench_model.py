@@ -321,7 +321,9 @@ def measure_lockstep(run, model, layers, cases, references, names):
         lockstep_graphs._CapturedForward.replay = counted
         plain = [module for module in model.modules() if "forward" not in vars(module)]
         if "norms" in words:
-            run.say(f"{lockstep.fuse_norms(model)} norms fused")
+            from lockstep.models.norms import fuse_norms
+
+            run.say(f"{fuse_norms(model)} norms fused")
         measure_cases(run, f"lockstep {name}", model, layers, cases, references, joined, graphs)
         for module in plain:
             vars(module).pop("forward", None)
@@ -404,7 +406,7 @@ def main():
     parser.add_argument(
         "--backends", nargs="*", default=["allgather", "nvlink", "nvlink graph"],
         help='of the first part: a dispatcher, and any of "graph" (decode steps as graphs), "fp8" (rows sent in fp8), '
-        '"norms" (by lockstep.fuse_norms)',
+        '"norms" (by fuse_norms=True)',
     )  # fmt: skip
     parser.add_argument("--backends-all-layers", nargs="*", default=["nvlink graph", "nvlink graph norms", "nvlink"])
     parser.add_argument("--backends-last", nargs="*", default=["allgather"], help="likewise, if time is left")

@@ -35,7 +35,6 @@ _PUBLIC = {
     "from_pretrained": "lockstep.models.huggingface",
     "parallelize": "lockstep.models.huggingface",
     "join": "lockstep.models.huggingface",
-    "fuse_norms": "lockstep.models.norms",
     "Engine": "lockstep.runner.engine",
     "RankEngine": "lockstep.engine.rank_engine",
     "RequestOutput": "lockstep.engine.outputs",
@@ -80,7 +79,6 @@ if TYPE_CHECKING:
     from lockstep.models.huggingface import from_pretrained as from_pretrained
     from lockstep.models.huggingface import join as join
     from lockstep.models.huggingface import parallelize as parallelize
-    from lockstep.models.norms import fuse_norms as fuse_norms
     from lockstep.models.options import ParallelOptions as ParallelOptions
     from lockstep.models.parallel import ModelParallel as ModelParallel
     from lockstep.models.parallel import parallel_of as parallel_of

@@ -277,3 +277,28 @@ def test_a_single_process_is_left_alone(tiny):
     with lockstep.join(model) as same:
         assert same is model
         assert _generate(model, _prompts(0, 1)) == _generate(_whole_model(tiny), _prompts(0, 1))
+
+
+def by_mesh(path):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, said = dist.get_rank(), []
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "ep"))
+    for options in ({"device_mesh": mesh}, {"device_mesh": mesh["ep"], "process_group": dist.group.WORLD}):
+        try:
+            lockstep.from_pretrained(path, **options)
+        except lockstep.ConfigurationError as error:
+            said.append(str(error))
+    model = lockstep.from_pretrained(path, device_mesh=mesh["ep"])
+    with lockstep.join(model):
+        outputs = _generate(model, _prompts(rank, rank))
+    return said, outputs
+
+
+@pytest.mark.ranks(4)
+def test_two_replicas_by_an_axis_of_a_device_mesh(tiny):
+    model = _whole_model(tiny)
+    for rank, (said, outputs) in enumerate(run_ranks(4, by_mesh, tiny)):
+        assert "device_mesh must have one dimension, got 2 ('replica', 'ep')" in said[0]
+        assert "both name the ranks" in said[1]
+        assert outputs == _generate(model, _prompts(rank, rank))

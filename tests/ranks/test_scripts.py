@@ -11,6 +11,7 @@ from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "scripts.md"
+ENGINE_PAGE = PAGE.with_name("engine_of_your_own.md")
 PROMPTS = ["one", "the second prompt", "3", "a fourth, which is somewhat longer than the others", "five"]
 
 
@@ -18,6 +19,14 @@ def example(name):
     """The code of one section of the page."""
     section = PAGE.read_text().split(f"## {name}\n", 1)[1].split("\n## ", 1)[0]
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+
+
+def run_engine(batches_of):
+    """Run the page's script with this rank's batches; its outputs."""
+    blocks = re.findall(r"^```python\n(.*?)^```", ENGINE_PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = {"batches": batches_of[dist.get_rank()]}
+    exec(compile("\n".join(blocks), ENGINE_PAGE.name, "exec"), names)
+    return [rows.tolist() for rows in names["outputs"]]
 
 
 def run_example(name, path):
@@ -65,3 +74,17 @@ def test_accelerate_with_its_barriers_and_gathers(tiny, expected):
     gathered = run_ranks(2, run_example, "Accelerate", tiny)
     num_bytes = sum(len(prompt.encode()) for prompt in PROMPTS)  # one token each
     assert gathered == [(expected, num_bytes)] * 2  # every rank has all of them
+
+
+@pytest.mark.ranks(2)
+def test_an_engine_of_your_own_gives_on_two_ranks_what_it_gives_on_one():
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(rows, 16, generator=generator) for rows in sizes] for sizes in ((3, 1, 5), (2,)))
+    spread = run_ranks(2, run_engine, [first, second])
+    assert [[len(rows) for rows in outputs] for outputs in spread] == [[3, 1, 5], [2]]
+    for mine, found in zip((first, second), spread, strict=True):
+        (alone,) = run_ranks(1, run_engine, [mine])
+        for expected, rows in zip(alone, found, strict=True):
+            torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    text = ENGINE_PAGE.read_text()
+    assert not re.findall(r"lockstep\.\w+\.\w+ import|from lockstep\.", text)

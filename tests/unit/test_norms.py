@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lockstep
+from lockstep.models.norms import fuse_norms, is_fused
 from lockstep.models.tiny import make_tiny
 
 
@@ -22,8 +23,8 @@ def test_every_norm_is_fused_and_the_logits_stay(checkpoint):
     ids = torch.arange(12).view(2, 6)
     expected = model(ids).logits
     # Per layer two norms of rows, one of queries and one of keys; and the last.
-    assert lockstep.fuse_norms(model) == 2 * 4 + 1
-    assert lockstep.fuse_norms(model) == 2 * 4 + 1
+    assert fuse_norms(model) == 2 * 4 + 1
+    assert fuse_norms(model) == 2 * 4 + 1
     seen = []
     rms_norm = torch.nn.functional.rms_norm
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +38,7 @@ def test_rows_of_another_dtype_go_the_old_way(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     norm, rows = model.model.norm, torch.randn(3, 64).bfloat16()
     expected = norm(rows)
-    lockstep.fuse_norms(model)
+    fuse_norms(model)
     assert torch.equal(norm(rows), expected)
 
 
@@ -62,7 +63,7 @@ def adds_epsilon_to_the_root(norm, rows):
 def test_another_formula_is_left_alone(formula):
     model = torch.nn.Sequential(MadeUpRMSNorm(torch.ones(8), formula))
     with pytest.raises(lockstep.ConfigurationError, match="Sequential has no RMSNorm that computes as PyTorch's does"):
-        lockstep.fuse_norms(model)
+        fuse_norms(model)
     assert "forward" not in vars(model[0])
 
 
@@ -71,7 +72,7 @@ def test_a_forward_that_somebody_replaced_is_left_alone(checkpoint):
     norm, calls = model.model.norm, []
     plain = norm.forward
     norm.forward = lambda rows: calls.append(rows.shape) or plain(rows)
-    assert lockstep.fuse_norms(model) == 2 * 4
+    assert fuse_norms(model) == 2 * 4
     model(torch.arange(6)[None])
     assert calls == [(1, 6, 64)]
 
@@ -80,4 +81,13 @@ def test_weights_that_are_not_there_yet_are_said(checkpoint):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
     with pytest.raises(lockstep.ConfigurationError, match="are not there yet: load it first"):
-        lockstep.fuse_norms(model)
+        fuse_norms(model)
+
+
+def test_norms_are_fused_while_a_model_is_loaded(checkpoint):
+    model = lockstep.from_pretrained(checkpoint, fuse_norms=True, device="cpu")
+    assert fuse_norms(model) == sum(map(is_fused, model.modules())) == 2 * 4 + 1
+    plain = lockstep.from_pretrained(checkpoint, device="cpu")
+    assert not any(map(is_fused, plain.modules()))
+    assert lockstep.parallelize(plain, fuse_norms=True) is plain
+    assert any(map(is_fused, plain.modules()))

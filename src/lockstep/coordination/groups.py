@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from lockstep.coordination.watched_group import WatchedGroup, watched_group
 from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +169,7 @@ def _sharers(config: ParallelConfig, ranks: Sequence[int]) -> list[int]:
 def _new_group(members: list[int], backend: str, timeout_s: float, device: torch.device) -> dist.ProcessGroup:
     """Open a group of ranks that are all there, and connect it; its collectives end after a limit."""
     limit = datetime.timedelta(seconds=timeout_s + (_WATCHDOG_S if backend == "nccl" else 0))
-    group = dist.new_group(members, timeout=limit, backend=backend, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(members, timeout=limit, backend=backend, use_local_synchronization=True)
     if backend == "nccl":  # its ranks connect at the first collective, where they would wait without a limit
         connected = dist.all_reduce(torch.zeros(1, device=device), group=group, async_op=True)
         wait_until(connected.is_completed, timeout_s)
@@ -207,6 +210,28 @@ def find_group(process_group: dist.ProcessGroup | None, deadline_s: float = 30.0
             connect(store, rank, world_size, limit_s)
         process_group = dist.group.WORLD if dist.is_initialized() else None
     return process_group if process_group is not None and process_group.size() > 1 else None
+
+
+def group_of(process_group: dist.ProcessGroup | None, device_mesh: "DeviceMesh | None") -> dist.ProcessGroup | None:
+    """Return the group that a script means, by either of its names; None where it gives neither.
+
+    Args:
+        process_group: the ranks.
+        device_mesh: the same ranks as a mesh of one dimension, such as `mesh["ep"]` of a larger one.
+
+    Raises:
+        ConfigurationError: both are given, or a mesh of several dimensions.
+    """
+    if device_mesh is None:
+        return process_group
+    if process_group is not None:
+        raise ConfigurationError("process_group and device_mesh both name the ranks: give one of them")
+    if device_mesh.ndim != 1:
+        raise ConfigurationError(
+            f"device_mesh must have one dimension, got {device_mesh.ndim} {device_mesh.mesh_dim_names or ''}: "
+            "slice the one whose ranks share the experts, such as mesh['ep']"
+        )
+    return device_mesh.get_group()
 
 
 def connect(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> None:

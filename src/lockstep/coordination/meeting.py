@@ -142,13 +142,14 @@ class MeetingPlace:
 
     def _verdict(self, number: int) -> str:
         key = f"{number}/verdict"
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+        verdict: bytes = self._store.get(key) if self._store.check([key]) else b""
+        return verdict.decode()
 
     def _settle(self, number: int, verdict: str) -> str:
         """Write how a meeting ended, unless that stands already; return what stands."""
-        stands = self._store.compare_set(f"{number}/verdict", "", verdict).decode()
+        stands: bytes = self._store.compare_set(f"{number}/verdict", "", verdict)
         self._store.compare_set("now", str(number) if number else "", str(number + 1))
-        return stands
+        return stands.decode()
 
 
 class _Patience:

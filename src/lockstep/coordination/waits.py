@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 CHECK_S = 0.1
 """How often a wait looks whether the others are still there, in seconds."""
@@ -92,7 +94,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def within(call: Callable[[], Any], seconds: float, last_answer: Callable[[], float] | None = None) -> Any:
+def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], float] | None = None) -> T:
     """Run a function that may hang, such as one that asks a store whose keeper is gone, and wait at most so long.
 
     Args:
@@ -104,7 +106,7 @@ def within(call: Callable[[], Any], seconds: float, last_answer: Callable[[], fl
         TimeoutError: it did not return in time; it is left behind.
         Exception: what it raised.
     """
-    outcome: futures.Future[Any] = futures.Future()
+    outcome: futures.Future[T] = futures.Future()
 
     def run() -> None:
         try:

@@ -72,7 +72,8 @@ class AllToAllDispatcher(CollectiveDispatcher):
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
         parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.route.sizes, host_waits=False)
         total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
-        for rows, part in zip(sent.rows.split(sent.send_sizes), parts.split(sent.send_sizes), strict=True):
+        both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
+        for rows, part in zip(*both, strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
             total.index_add_(0, rows, part.float())
         return self._full(total.to(dtype), handle.num_rows)

@@ -64,13 +64,13 @@ def all_gatherv(
     everyones = mine.new_empty((sum(sizes), mine.shape[1]))
     if mine.device.type == "cuda":
         _record("all_gatherv", sizes, group, deadline_s, on_cpu=False)
-        work = dist.all_gather(list(everyones.split(list(sizes))), mine, group=group, async_op=True)
+        work = dist.all_gather(list(torch.split(everyones, list(sizes))), mine, group=group, async_op=True)
         await_work(work, "all_gatherv", group, deadline_s, host_waits=host_waits)
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
         repeated = mine.repeat(len(sizes), 1)
         _exchange("all_gatherv", sizes, everyones, repeated, sizes, [sizes[rank]] * len(sizes), group, deadline_s)
-    columns = everyones.split([part.shape[1] for part in parts], dim=1)
+    columns = torch.split(everyones, [part.shape[1] for part in parts], dim=1)
     return [
         view_as(column, tensor.dtype).view(sum(sizes), *tensor.shape[1:])
         for column, tensor in zip(columns, tensors, strict=True)

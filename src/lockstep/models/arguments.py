@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "experts_implementation": ((None,), "the experts are run by Lockstep: leave it out"),
     "from_flax": ((None, False), _CONVERT),
     "from_tf": ((None, False), _CONVERT),
-    "fusion_config": ((None, {}), "leave it out; lockstep.models.norms.fuse_norms fuses the norms"),
+    "fusion_config": ((None, {}), "leave it out; fuse_norms=True fuses the norms"),
     "gguf_file": ((None,), _CONVERT),
     "ignore_mismatched_sizes": ((None, False), "a weight of another shape would be made up of random numbers"),
     "kernel_config": ((None,), _KERNELS),

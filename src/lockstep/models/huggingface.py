@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.coordination.groups import (
     find_group,
+    group_of,
     own_device,
     parallel_config,
     tensor_parallel_group,
@@ -19,6 +20,7 @@ from lockstep.coordination.groups import (
 )
 from lockstep.coordination.session import Session
 from lockstep.errors import ConfigurationError
+from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
 from lockstep.models.arguments import read_arguments
 from lockstep.models.experts_modules import find_experts, shard_experts
@@ -28,6 +30,12 @@ from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
 from lockstep.models.seal import weights_are_there
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+ModelT = TypeVar("ModelT")
+
 _PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
 _CAPTURED = (
     "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: turn the graphs off, "
@@ -36,6 +44,42 @@ _CAPTURED = (
 )
 
 
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    tensor_parallel_size: int = ...,
+    max_chunk_size_per_rank: int | None = ...,
+    dispatcher: str = ...,
+    fp8_dispatch: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    device_mesh: "DeviceMesh | None" = ...,
+    deadline_s: float = ...,
+    debug: bool = ...,
+    fuse_norms: bool = ...,
+    dtype: torch.dtype | str = ...,
+    device: torch.device | str | None = ...,
+    output_loading_info: Literal[False] = ...,
+    **kwargs: Any,
+) -> "PreTrainedModel": ...
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    tensor_parallel_size: int = ...,
+    max_chunk_size_per_rank: int | None = ...,
+    dispatcher: str = ...,
+    fp8_dispatch: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    device_mesh: "DeviceMesh | None" = ...,
+    deadline_s: float = ...,
+    debug: bool = ...,
+    fuse_norms: bool = ...,
+    dtype: torch.dtype | str = ...,
+    device: torch.device | str | None = ...,
+    output_loading_info: Literal[True],
+    **kwargs: Any,
+) -> "tuple[PreTrainedModel, dict[str, Any]]": ...
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
@@ -44,8 +88,10 @@ def from_pretrained(
     dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    device_mesh: "DeviceMesh | None" = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
+    fuse_norms: bool = False,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
@@ -63,8 +109,10 @@ def from_pretrained(
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
+        device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
+        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
         **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
@@ -77,10 +125,10 @@ def from_pretrained(
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
-    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug)
+    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
     placed = read_arguments(kwargs, dtype, device).device
     kwargs.pop("device_map", None)  # said by `placed` from here on
-    group = find_group(process_group, deadline_s)
+    group = find_group(group_of(process_group, device_mesh), deadline_s)
     config = parallel_config(group, tensor_parallel_size)
     device = own_device(placed)
     attention, tp_mesh = None, None
@@ -98,23 +146,27 @@ def from_pretrained(
         deadline_s=deadline_s,
         **kwargs,
     )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if fuse_norms:
+        norms.fuse_norms(model)
     if group is None:
         return loaded
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
     _attach(ModelParallel(model, config, group, options, attention))
     return loaded
 
 
 def parallelize(
-    model: Any,
+    model: ModelT,
     *,
     max_chunk_size_per_rank: int | None = None,
     dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    device_mesh: "DeviceMesh | None" = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
-) -> Any:
+    fuse_norms: bool = False,
+) -> ModelT:
     """Spread the experts of a Transformers MoE model that is already in memory over all ranks, each keeping its own.
 
     Every rank must hold the same model. In a single process the model is returned as it is.
@@ -127,8 +179,10 @@ def parallelize(
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         process_group: the ranks; all of them by default. Left open.
+        device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
         deadline_s: longest wait for any rank, in seconds.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
+        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
 
     Returns:
         The same model, ready for `join`.
@@ -136,10 +190,13 @@ def parallelize(
     Raises:
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
-    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug)
-    group = find_group(process_group, deadline_s)
+    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
+    group = find_group(group_of(process_group, device_mesh), deadline_s)
     if group is None:
-        find_experts(model)
+        inner = internals.transformers_model_in(model)
+        find_experts(inner)
+        if fuse_norms:
+            norms.fuse_norms(inner)
         return model
     if parallel_of(model) is not None:
         raise ConfigurationError(f"this {type(model).__name__} is already spread over the ranks")
@@ -153,13 +210,16 @@ def parallelize(
             )
     config = parallel_config(group, 1)
     shard_experts(inner, config.rank, config.world_size)
-    model.eval()
+    if fuse_norms:
+        norms.fuse_norms(inner)
+    outer: Any = model
+    outer.eval()
     _attach(ModelParallel(inner, config, group, options))
     return model
 
 
 @contextlib.contextmanager
-def join(model: Any, *, grace_s: float = 0.01) -> Iterator[Any]:
+def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
     """Call the model as often as you like with whatever you like, on every rank; no call hangs.
 
     Enter it on every rank. Inside, the script of a rank may call `model(...)` or `model.generate(...)` any number of

@@ -19,6 +19,7 @@ class ParallelOptions:
         fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values.
         deadline_s: longest wait for any rank, in seconds, > 0.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
+        fuse_norms: each RMSNorm is run as one kernel.
 
     Raises:
         ConfigurationError: naming the option, its limit and its value.
@@ -34,6 +35,7 @@ class ParallelOptions:
     fp8_dispatch: bool = False
     deadline_s: float = DEADLINE_S
     debug: bool = False
+    fuse_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.max_chunk_size_per_rank is not None:

@@ -332,6 +332,7 @@ class ModelParallel:
             "dtype": str(first.dtype),
             "weights (checksum)": self._checksum,
             "debug": options.debug,
+            "fuse_norms": options.fuse_norms,
         }
 
 

@@ -133,12 +133,12 @@ class StepTable:
     @property
     def num_rows(self) -> int:
         """Rows of the table: its steps, or groups of them."""
-        return self.real_rows.shape[0]
+        return len(self.real_rows)
 
     @property
     def num_ranks(self) -> int:
         """Columns of the table."""
-        return self.real_rows.shape[1]
+        return int(self.real_rows.shape[1])
 
     @property
     def weights(self) -> np.ndarray:
@@ -154,10 +154,11 @@ class StepTable:
         by_rows = self.real_rows / np.maximum(longest, 1)
         if self.duration_s.any() and not np.isnan(self.busy_s).all():
             measured = self.busy_s / np.maximum(self.duration_s, 1e-12)[:, None]
-            return np.clip(np.where(np.isnan(measured), by_rows, measured), 0, 1)
+            by_rows = np.where(np.isnan(measured), by_rows, measured)
+            return np.asarray(np.clip(by_rows, 0, 1))
         if self.duration_s.any():
             by_rows = by_rows * (1 - self.agreement_s / np.maximum(self.duration_s, 1e-12))[:, None]
-        return np.clip(by_rows, 0, 1)
+        return np.asarray(np.clip(by_rows, 0, 1))
 
     def lost_by_cause(self) -> dict[str, float]:
         """Return the share of all ranks' time that is lost, split by `CAUSES`; the rest of 1 was work."""
