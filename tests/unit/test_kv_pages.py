@@ -4,11 +4,12 @@ import copy
 from math import ceil
 
 import pytest
+from cluster import WorkloadScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload import PAGE_SIZE, RankScheduler, Request, SchedulerConfig, SchedulerState, WorkloadScheduler
+from lockstep.workload import PAGE_SIZE, RankScheduler, Request, SchedulerConfig, SchedulerState
 from lockstep.workload.kv_pages import KVPages, num_pages
 
 

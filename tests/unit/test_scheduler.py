@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from cluster import WorkloadScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from lockstep.workload import (
     SchedulerConfig,
     SchedulerState,
     StepEntry,
-    WorkloadScheduler,
     random_prompt_ids,
 )
 from lockstep.workload.policies import LOAD_BALANCING, LoadBalancer, prefills_run

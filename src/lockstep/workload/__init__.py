@@ -6,7 +6,7 @@ from lockstep.workload.policies import SchedulerState
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request, random_prompt_ids
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
-from lockstep.workload.scheduler import Arrivals, WorkloadScheduler
+from lockstep.workload.scheduler import Arrivals
 from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
 from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
 
@@ -22,7 +22,6 @@ __all__ = [
     "SyntheticParameters",
     "Trace",
     "WorkloadOptions",
-    "WorkloadScheduler",
     "load_trace",
     "load_workload",
     "random_prompt_ids",
