@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import platform
 import re
@@ -85,7 +84,7 @@ class BackendConstants:
         """Return the expected time of the slowest rank in us; by its `name`, a backend moves so many bytes."""
         per_mb = (self.dispatch_us_per_mb, self.combine_us_per_mb, self.total_us_per_mb, self.first_us_per_mb)
         constants = (self.latency_us + self.count_exchange_us, self.row_us, *per_mb)
-        return sum(map(operator.mul, constants, features(name, exchange)))
+        return sum(constant * amount for constant, amount in zip(constants, features(name, exchange), strict=True))
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be kept
