@@ -10,8 +10,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
-from lockstep.simulation.recorder import filler_rows
 from lockstep.simulation.simulator import simulate
+from lockstep.simulation.sink import filler_rows
 from lockstep.steplog.files import StepColumns, read_step_log
 from lockstep.steplog.record import summarize
 from lockstep.steplog.table import StepTable
@@ -164,7 +164,7 @@ def test_buffers_and_the_reports_table_may_be_small(monkeypatch):
     requests = synthetic_requests(SyntheticParameters(num_requests=200, prompt_median=80), seed=1)
     config = SimulationConfig(4, cost=COST)
     whole = simulate(requests, config)
-    monkeypatch.setattr("lockstep.simulation.recorder._BUFFER_CELLS", 64)
+    monkeypatch.setattr("lockstep.simulation.sink._BUFFER_CELLS", 64)
     small = simulate(requests, config, max_report_cells=128)
     assert small.summary["lost"] == pytest.approx(whole.summary["lost"])
     assert small.summary["real_tokens"] == whole.summary["real_tokens"]

@@ -16,7 +16,7 @@ import numpy as np
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.bookkeeping import NONE, LoadBalancerTwin, PageSteps, StopSteps
 from lockstep.simulation.config import SimulationConfig, SimulationResult, Stop
-from lockstep.simulation.recorder import StepSink, TakesColumns, filler_rows
+from lockstep.simulation.sink import StepSink, TakesColumns, filler_rows
 from lockstep.steplog.table import loss_figures
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
@@ -103,10 +103,10 @@ class _Simulation:
         # Progress is told only where buffers are handed on. Rows that a preemption makes necessary again are not in
         # the total.
         on_flush = None if on_progress is None else lambda rows: on_progress(min(1.0, rows / total_rows))
-        self.recorder = StepSink(config, step_log, max_cells, on_flush)
+        self.sink = StepSink(config, step_log, max_cells, on_flush)
 
     def run(self) -> SimulationResult:
-        config, cost, recorder, requests = self.config, self.config.cost, self.recorder, self.requests
+        config, cost, sink, requests = self.config, self.config.cost, self.sink, self.requests
         delay = config.scheduler.max_prefill_delay_steps
         in_steps = config.clock == "steps"
         arrivals = [
@@ -137,9 +137,9 @@ class _Simulation:
             if self.stops is not None and (stopped := self.stops.before(step)):
                 visited = visited | self._stop(stopped, step)
 
-            slot = recorder.next_slot()
-            recorder.decode[slot] = self.decode
-            recorder.context_base[slot] = self.context_base
+            slot = sink.next_slot()
+            sink.decode[slot] = self.decode
+            sink.context_base[slot] = self.context_base
             num_prefill = 0
             schedules = []
             prompts = []
@@ -153,8 +153,8 @@ class _Simulation:
                     context = schedule.prefill_context_tokens
                     prompts.append((rank, prefill, context))
                     num_prefill += prefill
-                    recorder.prefill[slot, rank] = prefill
-                    recorder.prefill_context[slot, rank] = context
+                    sink.prefill[slot, rank] = prefill
+                    sink.prefill_context[slot, rank] = context
             num_tokens = self.total_decode + num_prefill
             own_us, longest = self._longest(step, prompts)
             step_us = (
@@ -164,29 +164,32 @@ class _Simulation:
                 + cost.row_us * longest
                 + cost.experts_us(num_tokens if ragged else num_tokens + self._num_filler(prompts), config.num_ranks)
             )
-            recorder.start_s[slot] = now_s
-            recorder.duration_s[slot] = step_us * 1e-6
+            sink.start_s[slot] = now_s
+            sink.duration_s[slot] = step_us * 1e-6
             started_s, now_s = now_s, now_s + step_us * 1e-6
             clock = clock + 1 if in_steps else now_s
             if not run_prefills:
-                held = recorder.held[slot]
-                for rank in self.heads:
-                    held[rank] = True
-                for rank, schedule in schedules:
-                    held[rank] = schedule.prefills_held
+                self._note_held(slot, schedules)
             self.balancer.computed(self.decode, prompts)
             for rank, schedule in schedules:
                 self._after(rank, schedule, step, started_s, now_s, delay > 0)
             if self.stops is not None:
                 self._note_ends(self.stops, step, slot, now_s)
             if self.queued:
-                recorder.num_waiting[slot] = self.num_waiting
+                sink.num_waiting[slot] = self.num_waiting
                 self.kv_waits += len(self.kv_waiting)
             step += 1
-        recorder.flush()
+        sink.flush()
         if self.stops is not None:
             self.stops.check_all_done(step)
         return self._result(step, now_s)
+
+    def _note_held(self, slot: int, schedules: list[tuple[int, Schedule]]) -> None:
+        held = self.sink.held[slot]
+        for rank in self.heads:
+            held[rank] = True
+        for rank, schedule in schedules:
+            held[rank] = schedule.prefills_held
 
     def _prefills_run(self, step: int, delay: int) -> bool:
         """The twin of `prefills_run`, from what changed instead of all ranks' states."""
@@ -270,9 +273,9 @@ class _Simulation:
         decode = schedule.num_decode_tokens
         base = schedule.decode_context_tokens - schedule.step * decode
         self._set_decode(rank, decode, base)
-        self.recorder.decode[slot, rank] = decode
-        self.recorder.context_base[slot, rank] = base
-        self.recorder.note(self.recorder.preempted, slot, rank, len(schedule.preempted))
+        self.sink.decode[slot, rank] = decode
+        self.sink.context_base[slot, rank] = base
+        self.sink.note(self.sink.preempted, slot, rank, len(schedule.preempted))
         self.num_preemptions += len(schedule.preempted)
         if self.stops is not None:
             for request_id in schedule.preempted:
@@ -332,10 +335,10 @@ class _Simulation:
         for index in last:
             self.last_s[index] = now_s
         for index in overrun:
-            self.recorder.note(self.recorder.overrun, slot, self.rank_of[index], 1)
+            self.sink.note(self.sink.overrun, slot, self.rank_of[index], 1)
 
     def _result(self, num_steps: int, now_s: float) -> SimulationResult:
-        recorder, requests = self.recorder, self.requests
+        recorder, requests = self.sink, self.requests
         num_new_tokens = [request.max_new_tokens for request in requests]
         if self.stops is not None:
             num_new_tokens = self.stops.num_new_tokens()
@@ -377,8 +380,8 @@ class _Simulation:
         np.add.at(new_tokens, ranks, np.array(num_new_tokens, np.int64))
         return {
             "requests": np.bincount(ranks, minlength=self.config.num_ranks).tolist(),
-            "real_rows": self.recorder.real_rows_per_rank.tolist(),
-            "prefill_tokens": self.recorder.prefill_tokens_per_rank.tolist(),
+            "real_rows": self.sink.real_rows_per_rank.tolist(),
+            "prefill_tokens": self.sink.prefill_tokens_per_rank.tolist(),
             "new_tokens": new_tokens.tolist(),
         }
 
