@@ -338,7 +338,7 @@ class _Simulation:
             self.sink.note(self.sink.overrun, slot, self.rank_of[index], 1)
 
     def _result(self, num_steps: int, now_s: float) -> SimulationResult:
-        recorder, requests = self.sink, self.requests
+        sink, requests = self.sink, self.requests
         num_new_tokens = [request.max_new_tokens for request in requests]
         if self.stops is not None:
             num_new_tokens = self.stops.num_new_tokens()
@@ -346,7 +346,7 @@ class _Simulation:
         more[more <= 0] = np.nan
         arrived_s, begun_s, first_s, last_s = map(np.array, (self.arrived_s, self.begun_s, self.first_s, self.last_s))
         ttft_s, tpot_s, queue_s = first_s - arrived_s, (last_s - first_s) / more, begun_s - arrived_s
-        lost = recorder.lost()
+        lost = sink.lost()
         num_output = sum(num_new_tokens)
         num_tokens = sum(request.num_prompt_tokens for request in requests) + num_output
         summary = {
@@ -355,11 +355,11 @@ class _Simulation:
             "steps": num_steps,
             "rank_steps": num_steps * self.config.num_ranks,
             "duration_s": now_s,
-            "real_tokens": recorder.totals["real_rows"],
+            "real_tokens": sink.totals["real_rows"],
             "tokens_per_s": num_tokens / now_s if now_s else 0.0,
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
-            "dummy_rows": recorder.totals["dummy_rows"],
-            "padding_rows": recorder.totals["padding_rows"],
+            "dummy_rows": sink.totals["dummy_rows"],
+            "padding_rows": sink.totals["padding_rows"],
             **loss_figures(lost),
             "per_rank": self._per_rank(num_new_tokens),
             "ttft_s": _percentiles(ttft_s),
@@ -367,11 +367,11 @@ class _Simulation:
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,
             "preempted": self.num_preemptions,
-            "overrun_rows": recorder.totals["overrun"],
-            "buffer_limited_steps": recorder.totals["buffer_limited"],
-            "held_rank_steps": recorder.totals["held"],
+            "overrun_rows": sink.totals["overrun"],
+            "buffer_limited_steps": sink.totals["buffer_limited"],
+            "held_rank_steps": sink.totals["held"],
         }
-        return SimulationResult(summary, recorder.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
+        return SimulationResult(summary, sink.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
 
     def _per_rank(self, num_new_tokens: list[int]) -> dict[str, list[int]]:
         """What each rank got and computed, rows that preemptions made necessary again included."""
