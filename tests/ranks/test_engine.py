@@ -150,7 +150,7 @@ def test_stop_strings_cut_the_text_exactly_and_cost_one_row(engine, alone):
     for text in texts:  # two characters in a row that are whole tokens, somewhere in the text
         pairs = (text[start : start + 2] for start in range(3, 50))
         stops.append(next(pair for pair in pairs if pair.isascii() and pair.isprintable()))
-    before = sum(engine.stats.overrun_rows)
+    before, dropped = sum(engine.stats.overrun_rows), engine.stats.dropped_tokens
     params = [SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, stop=stop) for stop in stops]
     outputs = in_order(engine.generate(prompts, params))
     for output, text, stop in zip(outputs, texts, stops, strict=True):
@@ -158,6 +158,7 @@ def test_stop_strings_cut_the_text_exactly_and_cost_one_row(engine, alone):
         assert (output.finish_reason, output.stop_reason) == ("stop", stop)
     list(engine.generate([[1]], GREEDY))  # by whose end the overrun rows have been told
     assert 1 <= sum(engine.stats.overrun_rows) - before <= len(prompts)
+    assert engine.stats.dropped_tokens == dropped  # its rank has found each stop string by itself
 
 
 @pytest.mark.ranks(2)

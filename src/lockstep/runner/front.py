@@ -55,6 +55,7 @@ class EngineStats:
         steps: steps in which any rank had rows.
         overrun_rows: of each data-parallel rank: rows of requests that had ended when the step ran.
         preempted: of each data-parallel rank: how often a request lost its pages and was computed again.
+        dropped_tokens: tokens of requests that had ended without their rank knowing it yet, as abandoned ones have.
         num_tokens_across_dp: rows of each data-parallel rank in the step known last.
         unfinished_requests: requests that have not ended.
     """
@@ -62,6 +63,7 @@ class EngineStats:
     steps: int = 0
     overrun_rows: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    dropped_tokens: int = 0
     num_tokens_across_dp: list[int] = field(default_factory=list)
     unfinished_requests: int = 0
 
@@ -211,6 +213,7 @@ class Front:
         for request_id, position, token, logprob, top, finish in message["tokens"]:
             taken = self._router.take(request_id, position, token, logprob, top)
             if taken is None:
+                stats.dropped_tokens += 1
                 continue
             entry, delta = taken
             listener = self._listeners[request_id]
