@@ -16,6 +16,7 @@ from lockstep._version import __version__
 from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, headline, share
 from lockstep.steplog.record import StepLogRecord
 from lockstep.steplog.table import StepTable, loss_figures
+from lockstep.workload.synthetic import percentile
 
 # Cells (step x rank) that a page carries; beyond it, steps are added up in equal groups. About 2 MB packed.
 _MAX_CELLS = 2_000_000
@@ -155,8 +156,8 @@ def _page_data(
         "weight": _packed(shown.weights.astype(np.float32)),
     }
     if has_filler:
-        share = filler_share / np.maximum(shown.weights, 1e-12)[:, None]
-        arrays["filler"] = _packed(np.rint(np.clip(share, 0, 1) * 255))
+        of_step = filler_share / np.maximum(shown.weights, 1e-12)[:, None]
+        arrays["filler"] = _packed(np.rint(np.clip(of_step, 0, 1) * 255))
     return {
         "num_ranks": table.num_ranks,
         "rank_names": [str(rank) for rank in range(table.num_ranks)],
@@ -182,10 +183,8 @@ def _packed(values: np.ndarray) -> dict[str, str]:
     else:
         top = int(values.max(initial=0))
         kind = "u1" if top < 2**8 else "u2" if top < 2**16 else "u4"
-    return {
-        "type": kind,
-        "data": base64.b64encode(zlib.compress(values.astype("<" + kind).tobytes(), 6)).decode(),
-    }
+    packed = zlib.compress(values.astype("<" + kind).tobytes(), 6)
+    return {"type": kind, "data": base64.b64encode(packed).decode()}
 
 
 def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -201,13 +200,9 @@ def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             at = np.maximum(np.ceil(shares * len(values)).astype(int) - 1, 0)
             curves.append({"name": name, "values": values[at].tolist(), "shares": shares.tolist()})
         if curves:
-            quantiles = ", ".join(
-                f"{name} {curves[0]['values'][max(0, int(np.ceil(share * len(curves[0]['values']))) - 1)]:.3g} {unit}"
-                for name, share in (("Half within", 0.5), ("99 % within", 0.99))
-            )
-            found.append(
-                {"title": title, "reading": f"{reading} {quantiles}.", "axis": axis, "unit": unit, "curves": curves}
-            )
+            half, most = (percentile(curves[0]["values"], part) for part in (0.5, 0.99))
+            reading += f" Half within {half:.3g} {unit}, 99 % within {most:.3g} {unit}."
+            found.append({"title": title, "reading": reading, "axis": axis, "unit": unit, "curves": curves})
     # Steps say nothing more where seconds are known.
     return found[:2] if any(item["unit"] == "s" for item in found) else found
 
@@ -223,9 +218,13 @@ def _sections(
 ) -> list[str]:
     loss = loss_figures(table.lost_by_cause())
     lost = loss["lost"]
+    says = headline(table.num_ranks, table.num_steps, len(requests), loss)
+    if settings and not table.num_steps:
+        best = next((item["name"] for item in settings if item.get("best")), None)
+        says = f"{len(settings)} settings compared." + (f" Best: {best}." if best else "")
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="headline">{html.escape(_headline(table, loss, requests, settings))}</p>',
+        f'<p class="headline">{html.escape(says)}</p>',
         f'<p class="quiet"><code>{html.escape(command)}</code></p>' if command else "",
         f'<div class="cards">{"".join(_cards(summary, table, loss))}</div>',
         '<p id="failure" class="screen" hidden></p>',
@@ -264,7 +263,8 @@ def _sections(
             'wait for each other.</p><div id="rows"></div></section>',
             '<div class="columns"><section><h2>Each rank\'s time</h2><p>What share of the whole run each rank spent '
             'how.</p><div id="ranks"></div></section>',
-            f"<section><h2>Where the time was lost</h2><p>{_loss_sentence(lost)}</p>"
+            "<section><h2>Where the time was lost</h2><p>Of all ranks' time together, "
+            f"{share(1 - sum(lost.values()))} was work on requests. The rest went to:</p>"
             '<div id="loss"></div></section></div>',
         ]
         if data["has_filler"] and table.num_ranks <= 128:
@@ -288,31 +288,13 @@ def _sections(
     return [part for part in parts if part]
 
 
-def _headline(
-    table: StepTable,
-    loss: Mapping[str, Any],
-    requests: Sequence[Mapping[str, Any]],
-    settings: Sequence[Mapping[str, Any]],
-) -> str:
-    if settings and not table.num_steps:
-        best = next((item["name"] for item in settings if item.get("best")), None)
-        return f"{len(settings)} settings compared." + (f" Best: {best}." if best else "")
-    return headline(table.num_ranks, table.num_steps, len(requests), loss)
-
-
-def _loss_sentence(lost: Mapping[str, float]) -> str:
-    return f"Of all ranks' time together, {share(1 - sum(lost.values()))} was work on requests. The rest went to:"
-
-
 def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]) -> list[str]:
     cards = []
     if "verified" in summary:
         verified = summary["verified"]
         words = {True: "yes", False: "NO", None: "not compared"}[verified]
         told = (
-            "every output equals one process's"
-            if verified is not False
-            else f"{summary.get('mismatches')} outputs differ"
+            f"{summary.get('mismatches')} outputs differ" if verified is False else "every output equals one process's"
         )
         cards.append(_card(words, "verified: " + told if verified is not None else "outputs", verified is False))
     if table.num_steps:
@@ -325,9 +307,8 @@ def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]
 
 
 def _card(value: str, words: str, bad: bool = False) -> str:
-    return (
-        f'<div class="card{" bad" if bad else ""}"><b>{html.escape(value)}</b><span>{html.escape(words)}</span></div>'
-    )
+    kind = "card bad" if bad else "card"
+    return f'<div class="{kind}"><b>{html.escape(value)}</b><span>{html.escape(words)}</span></div>'
 
 
 def _number(value: Any) -> str:

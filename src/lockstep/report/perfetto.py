@@ -26,7 +26,7 @@ _PROCESS, _FIRST_THREAD = 100_000, 100_001
 
 
 def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: int = 100_000) -> int:
-    """Write a trace file.
+    """Write the first `max_steps` steps (viewers choke on more) as a trace, and return how many they are.
 
     Each rank is a thread. Its slices are the wait for the agreement, its own work (named by what it was) and the wait
     for other ranks; rows and waiting requests are counters. Where a rank's own work was not measured, it is taken to be
@@ -35,10 +35,7 @@ def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: i
     Args:
         path: the file, replaced where it exists.
         records: in order of step, then rank.
-        max_steps: the first so many steps are written; viewers choke on more.
-
-    Returns:
-        How many steps were written.
+        max_steps: most steps.
     """
     written = 0
     ends_ns: dict[int, int] = {}  # of each rank's last slice
@@ -83,14 +80,8 @@ def _events(group: list[StepLogRecord], ends_ns: dict[int, int]) -> Iterator[dic
         ):
             if last > first:
                 times = {"ts": first / 1e3, "dur": (last - first) / 1e3}
-                of_rank = {
-                    "ph": "X",
-                    "pid": _PROCESS,
-                    "tid": _FIRST_THREAD + record.rank,
-                    "name": name,
-                    "cname": _COLORS[name],
-                }
-                yield {**of_rank, **times, "args": _details(record)}
+                of_rank = {"ph": "X", "pid": _PROCESS, "tid": _FIRST_THREAD + record.rank}
+                yield {**of_rank, "name": name, "cname": _COLORS[name], **times, "args": _details(record)}
     for counter, field in (("rows", "real_rows"), ("requests waiting", "num_waiting")):
         values = {f"rank {record.rank}": getattr(record, field) for record in group}
         yield {"ph": "C", "pid": _PROCESS, "ts": round(group[0].start_s * 1e9) / 1e3, "name": counter, "args": values}

@@ -10,27 +10,27 @@ from rich.text import Text
 
 from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, share
 from lockstep.report.terminal import Terminal
+from lockstep.simulation.sweep import SETTING_NAMES
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Trace
 
 _FRACTIONS = tuple(name for name in FIGURE_WORDS if name.startswith("lost") or name.endswith("fraction"))
 _MOST_RANKS = 64
+_SAID_WHERE_ANY = {
+    "kv_waits": "requests waited because the KV cache was full in {:,} steps of ranks",
+    "preempted": "requests were preempted because the KV cache was full, and computed again: {:,}",
+    "overrun_rows": "overrun rows, planned before it was known that their request had ended: {:,}",
+    "buffer_limited_steps": "steps ran in more, smaller chunks because the exchange buffers were full: {:,}",
+}
 
 
 def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path) -> None:
-    """Print what a run did, a line per rank, on stdout.
-
-    Args:
-        summary: the run's figures by name.
-        records: its step log.
-        report: the page that was written.
-    """
+    """Print what a run did, a line per rank, and where its `report` is, on stdout."""
     console = Terminal()
     filler = [name for name in ("dummy_rows", "padding_rows", "preempted", "overrun_rows") if summary.get(name)]
-    table = Table(title=f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps")
     headings = ("rank", "rows of requests", "of prompts", "steps with work", "steps idle")
-    for heading in (*headings, *(FIGURE_WORDS[name] for name in filler)):
-        table.add_column(heading, justify="right")
+    title = f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps"
+    table = _table(title, (*headings, *(FIGURE_WORDS[name] for name in filler)))
     for rank in range(summary["ranks"]):
         mine = [record for record in records if record.rank == rank]
         busy = sum(record.real_rows > 0 for record in mine)
@@ -82,23 +82,14 @@ def print_settings(
         cost: where the cost constants come from.
         best_rule: by which the best was chosen.
     """
-    names = {
-        "data_parallel_size": "ranks",
-        "load_balancing": "balancing",
-        "max_prefill_delay_steps": "delay",
-        "max_num_batched_tokens": "budget",
-        "max_chunk_size": "chunk",
-        "row_shapes": "rows",
-    }
+    names = dict(zip(SETTING_NAMES, ("ranks", "balancing", "delay", "budget", "chunk", "rows"), strict=True))
     shown = [name for name in names if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
     headings = [names[name] for name in shown] + ["tok/s", "lost", "no requests"]
     headings += [name.replace("_", " ") for name in counted]
     count = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
     title = f"{settings[0]['requests']:,} requests, {count}; times in ms, half/99 % within"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
-    for heading in (*headings, "TTFT", "TPOT", "queue"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(title, (*headings, "TTFT", "TPOT", "queue"), dense=True)
     for index, item in enumerate(settings):
         cells = [str(item[name]) for name in shown]
         cells += [
@@ -126,18 +117,9 @@ def print_settings(
         "TTFT: time to the first token; TPOT: time per further token; queue: mean wait before the first step"
     )
     console.print(f"cost: {cost}")
-    waits = sum(item["kv_waits"] for item in settings)
-    if waits:
-        console.print(f"requests waited because the KV cache was full in {waits:,} steps of ranks")
-    preempted = sum(item["preempted"] for item in settings)
-    if preempted:
-        console.print(f"requests were preempted because the KV cache was full, and computed again: {preempted:,}")
-    overrun = sum(item["overrun_rows"] for item in settings)
-    if overrun:
-        console.print(f"overrun rows, planned before it was known that their request had ended: {overrun:,}")
-    limited = sum(item["buffer_limited_steps"] for item in settings)
-    if limited:
-        console.print(f"steps ran in more, smaller chunks because the exchange buffers were full: {limited:,}")
+    for name, sentence in _SAID_WHERE_ANY.items():
+        if total := sum(item[name] for item in settings):
+            console.print(sentence.format(total))
     asked = ", ".join(
         f"{name.removesuffix('_s')} <= {limit:g} s" for name, limit in limits.items() if limit is not None
     )
@@ -150,15 +132,9 @@ def print_settings(
 
 
 def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
-    words = {
-        "requests": "requests",
-        "real_rows": FIGURE_WORDS["real_rows"],
-        "prefill_tokens": FIGURE_WORDS["prefill_tokens"],
-        "new_tokens": "new tokens",
-    }
-    for heading in ("rank", *words.values()):
-        table.add_column(heading, justify="right", no_wrap=True)
+    words = {name: FIGURE_WORDS.get(name, name) for name in ("requests", "real_rows", "prefill_tokens")}
+    words["new_tokens"] = "new tokens"
+    table = _table(None, ("rank", *words.values()), dense=True)
     num_ranks = len(per_rank["requests"])
     for rank in range(min(num_ranks, _MOST_RANKS)):
         table.add_row(str(rank), *(f"{per_rank[name][rank]:,}" for name in words))
@@ -169,24 +145,11 @@ def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> No
 
 def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     """Print how well the cost formula predicts a recorded run, on stdout; see `validate`."""
-    table = Table(title=f"{run}: measured and predicted")
-    for heading in (
-        "steps",
-        "measured",
-        "predicted",
-        "total differs by",
-        "a step's median error",
-        "90 % of steps within",
-    ):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        f"{result['steps']:,}",
-        _seconds(result["measured_s"]),
-        _seconds(result["predicted_s"]),
-        f"{result['total_error']:+.1%}",
-        f"{result['median_step_error']:.1%}",
-        f"{result['p90_step_error']:.1%}",
-    )
+    errors = ("total differs by", "a step's median error", "90 % of steps within")
+    table = _table(f"{run}: measured and predicted", ("steps", "measured", "predicted", *errors))
+    times = (_seconds(result["measured_s"]), _seconds(result["predicted_s"]), f"{result['total_error']:+.1%}")
+    step_errors = (f"{result['median_step_error']:.1%}", f"{result['p90_step_error']:.1%}")
+    table.add_row(f"{result['steps']:,}", *times, *step_errors)
     console = Terminal()
     console.print(table)
     console.print(f"cost: {source}")
@@ -195,24 +158,17 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """Print two runs side by side, on stdout; see `compare_runs`."""
     a, b = comparison["a"], comparison["b"]
-    table = Table(title="two runs")
-    table.add_column("")
-    for name, run in (("A", a), ("B", b)):
-        table.add_column(f"{name}: {Path(run['folder']).name}", justify="right")
-    table.add_column("B against A", justify="right")
+    runs = [f"{name}: {Path(run['folder']).name}" for name, run in (("A", a), ("B", b))]
+    table = _table("two runs", ("", *runs, "B against A"))
     for name in a:
         if name == "folder" or name not in b:
             continue
-        shares = name in _FRACTIONS
-        if shares:
+        if name in _FRACTIONS:
             cells = [share(run[name]) for run in (a, b)]
+            change = f"{100 * (b[name] - a[name]):+.1f} points"
         else:
             cells = [f"{run[name]:,.4g}" if isinstance(run[name], float) else f"{run[name]:,}" for run in (a, b)]
-        change = ""
-        if shares:
-            change = f"{100 * (b[name] - a[name]):+.1f} points"
-        elif a[name]:
-            change = f"{b[name] / a[name] - 1:+.1%}"
+            change = f"{b[name] / a[name] - 1:+.1%}" if a[name] else ""
         table.add_row(FIGURE_WORDS.get(name, name), *cells, change)
     console = Terminal()
     console.print(table)
@@ -233,16 +189,9 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
 
 
 def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
-    """Print what a workload is like, on stdout.
-
-    Args:
-        trace: the workload.
-        description: see `describe`.
-    """
+    """Print what a workload is like (see `describe`), on stdout."""
     console = Terminal()
-    table = Table(title=f"{trace.source} ({trace.format})")
-    for heading in ("", "total", "mean", "p50", "p90", "p99", "max"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = _table(f"{trace.source} ({trace.format})", ("", "total", "mean", "p50", "p90", "p99", "max"))
     for name in ("prompt_tokens", "output_tokens"):
         table.add_row(name.replace("_", " "), *(f"{value:,}" for value in description[name].values()))
     console.print(table)
@@ -256,6 +205,15 @@ def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
     options = ",".join(f"{name}={value}" for name, value in description["synthetic"].items())
     console.print("a synthetic workload that resembles it:", style="dim")
     console.print(f"--workload synthetic --synthetic {options}", soft_wrap=True)
+
+
+def _table(title: str | None, headings: Sequence[str], dense: bool = False) -> Table:
+    """A table of numbers: all columns but one without a heading are justified to the right."""
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0), "pad_edge": False} if dense else {}
+    table = Table(title=title, **style)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=dense)
+    return table
 
 
 def _seconds(value: float) -> str:
