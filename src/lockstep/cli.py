@@ -84,6 +84,7 @@ def run(
             metavar="0..1",
         ),
     ] = 0.9,
+    prefix_caching: opt.PrefixCaching = True,
     max_prefill_delay_steps: Annotated[
         int, opt.steps("Maximum steps that a prompt waits for prompts of other ranks.")
     ] = 0,
@@ -136,7 +137,7 @@ def run(
         ),
         scheduler=SchedulerConfig(
             load_balancing, max_num_batched_tokens, max_num_seqs, max_prefill_delay_steps, kv_capacity_tokens,
-            seconds_per_step,
+            seconds_per_step, prefix_caching,
         ),
     )  # fmt: skip
     raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))
@@ -216,6 +217,7 @@ def simulate(
     ] = "ragged",
     max_num_seqs: opt.MaxNumSeqs = 256,
     kv_capacity_tokens: opt.KvCapacityTokens = None,
+    prefix_caching: opt.PrefixCaching = True,
     buffer_capacity_rows: Annotated[
         int | None, opt.count("Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller.")
     ] = None,
@@ -276,7 +278,9 @@ def simulate(
     grid = Grid(
         data_parallel_size, load_balancing, max_prefill_delay_steps, max_num_batched_tokens, max_chunk_size, row_shapes
     )
-    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens)
+    scheduler = SchedulerConfig(
+        max_num_seqs=max_num_seqs, kv_capacity_tokens=kv_capacity_tokens, enable_prefix_caching=prefix_caching
+    )
     base = SimulationConfig(1, scheduler, constants, buffer_capacity_rows=buffer_capacity_rows)
     limits = {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99}
     command = SimulateCommand(trace, grid, base, limits, str(out or ""), overwrite, as_json, workers, sys.argv[1:])

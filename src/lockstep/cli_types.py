@@ -139,5 +139,9 @@ MaxNumSeqs = Annotated[int, count("Maximum requests in progress per rank.")]
 KvCapacityTokens = Annotated[
     int | None, count("Tokens of KV cache per rank (whole pages of 64); prompts that do not fit wait.")
 ]
+PrefixCaching = Annotated[
+    bool,
+    option("Compute whole pages of equal beginnings of prompts only once.", "--prefix-caching/--no-prefix-caching"),
+]
 Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]
 AsJson = Annotated[bool, option("Print one JSON document instead of the table.", "--json")]

@@ -20,6 +20,7 @@ NAMES = (
         "decode_context_tokens",
     ),
     *("num_waiting", "prefills_held", "num_chunks", "dummy_rows", "padding_rows", "preempted", "overrun_rows"),
+    "cached_tokens",
 )
 
 
@@ -53,7 +54,7 @@ def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp
     trace = tmp_path / "trace.jsonl"
     lengths = [(60, 12), (58, 10), (20, 9), (62, 70), (61, 14), (59, 12), (100, 5), (30, 40), (57, 11), (63, 8)]
     lines = [{"timestamp": 50 * i, "input_length": p, "output_length": n} for i, (p, n) in enumerate(lengths)]
-    trace.write_text("".join(json.dumps({**line, "hash_ids": [0]}) + "\n" for line in lines))
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = Command(
         *("run", "--workload", trace, "--out", tmp_path / "run", "--data-parallel-size", "2", "--length-scale", "1"),
         *("--load-balancing", "least-tokens", "--max-num-batched-tokens", "80", "--kv-capacity-tokens", "200"),
@@ -75,3 +76,42 @@ def test_a_run_that_preempts_is_that_of_the_simulator_and_equals_one_process(tmp
     shown = capsys.readouterr().out
     assert f"executed equals planned in all {summary['steps']:,} steps" in shown
     assert f"because the KV cache was full, and computed again: {summary['preempted']}" in shown
+
+
+@pytest.mark.ranks(2)
+def test_a_run_with_prefix_pages_is_that_of_the_simulator_and_equals_one_process(tmp_path, capsys):
+    # Four conversations: each turn begins with the blocks of the turn before. Eight pages for each rank are too few.
+    trace = tmp_path / "trace.jsonl"
+    lines = []
+    for turn in range(5):
+        for talk in range(4):
+            blocks = [0, *(10 * talk + block for block in range(1, turn + 1))]  # 512 tokens each before they are scaled
+            length = 512 * turn + 300 + 100 * talk
+            lines.append({"timestamp": 2000 * turn + 100 * talk, "input_length": length, "output_length": 30})
+            lines[-1]["hash_ids"] = blocks[: -(-length // 512)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--length-scale", "0.2", "--max-num-batched-tokens", "150", "--kv-capacity-tokens", "640")
+    run = ("run", "--workload", trace, "--data-parallel-size", "2", "--load-balancing", "least-tokens", *options)
+    assert Command(*run, "--out", tmp_path / "run").wait(250) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    scheduler = SchedulerConfig("least-tokens", 150, kv_capacity_tokens=640)
+    requests = load_trace(trace, WorkloadOptions(length_scale=0.2)).requests
+    with StepColumns(tmp_path / "simulated") as log:
+        summary = simulate(requests, SimulationConfig(2, scheduler, clock="steps"), log).summary
+    assert counts(tmp_path / "run" / "steps.jsonl") == counts(tmp_path / "simulated")
+    document = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert document["verified"] is True
+    assert document["cached_tokens"] == summary["cached_tokens"] >= 10 * 64
+    assert document["scheduler"]["enable_prefix_caching"] is True
+    outputs = [json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text().splitlines()]
+    assert sum(output["num_cached_tokens"] for output in outputs) == document["cached_tokens"]
+    told = f"prompt tokens whose pages were known, and which were not computed: {summary['cached_tokens']:,}"
+    assert told in shown
+    assert "prompt tokens from known pages" in (tmp_path / "run" / "report.html").read_text()
+    # What the run logged is enough to plan it again, without the trace.
+    assert Command("simulate", "--replay", tmp_path / "run").wait(60) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert Command(*run, "--no-prefix-caching", "--no-verify", "--out", tmp_path / "without").wait(250) == 0
+    without = [json.loads(line) for line in (tmp_path / "without" / "outputs.jsonl").read_text().splitlines()]
+    assert [output["tokens"] for output in without] == [output["tokens"] for output in outputs]
+    assert json.loads((tmp_path / "without" / "summary.json").read_text())["cached_tokens"] == 0

@@ -39,6 +39,7 @@ def record(folder, requests, config, num_ranks, stop_before=()):
                         prefills_held=plan.prefills_held,
                         preempted=len(plan.preempted),
                         overrun_rows=overrun[plan.step][rank],
+                        cached_tokens=plan.num_cached_tokens,
                     )
                 )
     lines = []
@@ -108,12 +109,14 @@ def test_without_its_stops_the_plan_is_another(run_folder):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 90), st.integers(1, 100)), min_size=1, max_size=15),
+    st.lists(
+        st.tuples(st.floats(0, 2), st.integers(1, 90), st.integers(1, 100), st.integers(0, 2)), min_size=1, max_size=15
+    ),
     st.lists(st.tuples(st.integers(0, 100), st.integers(0, 14), st.integers(0, 3)), max_size=8),
     st.integers(1, 3),
 )
 def test_any_run_is_planned_again_exactly(tmp_path_factory, rows, stops, num_ranks):
-    requests = [Request(i, *row) for i, row in enumerate(sorted(rows))]
+    requests = [Request(i, *row, block_ids=(block,)) for i, (*row, block) in enumerate(sorted(rows))]
     folder = tmp_path_factory.mktemp("run")
     record(folder, requests, CONFIG, num_ranks, [stop for stop in stops if stop[1] < len(requests)])
     assert read_replay(folder, COST).run()[1] == ""
@@ -138,6 +141,8 @@ def test_tensor_parallel_ranks_repeat_their_first(tmp_path):
         ({"num_new_tokens": 10**6}, r"line 1: num_new_tokens is 1000000, above max_new_tokens, 20"),
         ({"max_new_tokens": None}, r"line 1: max_new_tokens must be a whole number in 1\.\..*, got None"),
         ({"arrival_s": float("inf")}, r"line 1: arrival_s must be a number >= 0 and < 1e12, got inf"),
+        ({"block_ids": 7}, r"line 1: block_ids must be a list, got 7"),
+        ({"block_ids": [0, -1]}, r"line 1: block_ids must hold whole numbers in 0\.\.2\*\*63 - 1, got -1"),
         ({"request_id": 1}, r"line 2: request_id 1 is there twice"),
     ],
 )

@@ -22,15 +22,22 @@ COST = CostConstants(1000, 3, 50, 0.1, 0.01, 2, 5, request_us=7, weights_us=400,
 
 
 requests_of_a_workload = st.lists(
-    st.tuples(st.floats(0, 3), st.integers(1, 60), st.integers(1, 15) | st.integers(60, 130)), min_size=1, max_size=40
-).map(lambda rows: [Request(i, t, p, o) for i, (t, p, o) in enumerate(sorted(rows))])
+    st.tuples(
+        st.floats(0, 3),
+        st.integers(1, 60) | st.integers(60, 190),
+        st.integers(1, 15) | st.integers(60, 130),
+        st.lists(st.integers(0, 1), max_size=3),
+    ),
+    min_size=1,
+    max_size=40,
+).map(lambda rows: [Request(i, t, p, o, block_ids=tuple(b)) for i, (t, p, o, b) in enumerate(sorted(rows))])
 scheduler_configs = st.builds(
     SchedulerConfig,
     load_balancing=st.sampled_from(LOAD_BALANCING),
     max_num_batched_tokens=st.integers(1, 50),
     max_num_seqs=st.integers(1, 8),
     max_prefill_delay_steps=st.sampled_from([0, 1, 3, 10]),
-    kv_capacity_tokens=st.sampled_from([None, 192, 270, 400]),
+    kv_capacity_tokens=st.sampled_from([None, 320, 400, 600]),
     seconds_per_step=st.sampled_from([0.01, 0.05, 0.3]),
 )
 
@@ -59,12 +66,14 @@ def check_equal(requests, config, num_ranks, tmp_path, chunk, stop_before=()):
         assert record.num_waiting == plan.num_waiting
         assert record.prefills_held == plan.prefills_held
         assert record.preempted == len(plan.preempted)
+        assert record.cached_tokens == plan.num_cached_tokens
         assert record.overrun_rows == overrun[record.step][record.rank]
         row = [other.num_tokens for other in steps[plan.step]]
         assert record.num_chunks == len(ChunkPlan(row, max_chunk_size_per_rank=chunk))
     assert result.summary["kv_waits"] == sum(plan.num_waiting_for_kv > 0 for plans in steps for plan in plans)
     assert result.summary["preempted"] == sum(scheduler.num_preemptions for scheduler in ranks)
     assert result.summary["overrun_rows"] == sum(map(sum, overrun))
+    assert result.summary["cached_tokens"] == sum(plan.num_cached_tokens for plans in steps for plan in plans)
     assert result.rank.tolist() == [
         next(rank for rank, s in enumerate(ranks) if request in s.assigned) for request in requests
     ]
@@ -84,8 +93,11 @@ def test_counts_are_those_of_the_real_run_over_10_000_steps(tmp_path):
         "least-tokens", 256, max_prefill_delay_steps=8, kv_capacity_tokens=2600, seconds_per_step=0.03
     )
     stops = [(step, step // 10, step % 4) for step in range(0, 9000, 70)]
+    # Prompts of five kinds, each kind with a beginning of its own of up to 256 tokens.
+    requests = [replace(request, block_ids=(request.request_id % 5,), block_size=256) for request in requests]
     summary = check_equal(requests, config, 3, tmp_path, 100, stops).summary
     assert summary["steps"] > 10_000
+    assert summary["cached_tokens"] > 10_000
     assert summary["preempted"] > 50
     assert summary["overrun_rows"] > 10
 

@@ -103,6 +103,7 @@ def test_summary_worked_by_hand():
         "decode_tokens": 3,
         "preempted": 2,
         "overrun_rows": 1,
+        "cached_tokens": 0,
         "duration_s": 3.0,
     }
     assert summarize([])["duration_s"] == 0.0

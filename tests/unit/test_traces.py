@@ -48,6 +48,9 @@ def test_azure_columns_may_stand_in_any_order_with_windows_line_ends_and_a_byte_
 def test_mooncake_and_prompts_are_recognised_from_their_keys(tmp_path):
     trace = load_trace(write(tmp_path, MOONCAKE, "a.csv"))
     assert (trace.format, lengths(trace)) == ("mooncake-jsonl", [(6758, 500)] * 2)
+    assert [(request.block_ids, request.block_size) for request in trace.requests] == [((0, 1), 512)] * 2
+    scaled = load_trace(write(tmp_path, MOONCAKE), WorkloadOptions(length_scale=0.05)).requests[0]
+    assert (scaled.num_prompt_tokens, scaled.block_size) == (338, 25.6)
     trace = load_trace(write(tmp_path, PROMPTS))
     assert (trace.format, lengths(trace)) == ("prompts-jsonl", [(7, 5), (1, 1)])  # bytes: "é" is two
     assert [r.prompt for r in trace.requests] == ["A café", "b"]
@@ -206,6 +209,10 @@ def test_a_malformed_line_is_named_and_the_rows_around_it_are_kept(tmp_path, lin
         '{"timestamp": 0, "input_length": true, "output_length": 1}',
         '{"timestamp": 0, "input_length": 1.5, "output_length": 1}',
         '{"timestamp": 0, "input_length": 1}',
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": "0, 1"}',
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0, -1]}',
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0, true]}',
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0, 9223372036854775808]}',
         "[" * 100_000,
     ],
 )

@@ -299,7 +299,7 @@ def _summary(
     loss = loss_figures(StepTable.from_records(records).lost_by_cause())
     wall_s, engine = result["wall_s"], result["engine"]
     # Each rank of a tensor-parallel group repeats these.
-    repeated = ("prefill_tokens", "decode_tokens", "preempted", "overrun_rows")
+    repeated = ("prefill_tokens", "decode_tokens", "preempted", "overrun_rows", "cached_tokens")
     return {
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
@@ -314,8 +314,9 @@ def _summary(
         "wall_s": round(wall_s, 3),
         **{name: getattr(options, name) for name in _OPTIONS},
         **{name: engine[name] for name in _CHOSEN},
-        # With the capacity that the run had, so that a simulation of the same requests has it too.
-        "scheduler": asdict(options.scheduler) | {"kv_capacity_tokens": engine["kv_capacity_tokens"]},
+        # As the run had it, so that a simulation of the same requests has it too.
+        "scheduler": asdict(options.scheduler)
+        | {name: engine[name] for name in ("kv_capacity_tokens", "enable_prefix_caching")},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from lockstep.engine.sampling_params import SamplingParams
 from lockstep.models.parallel import ModelParallel
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, Schedule, StepEntry
+from lockstep.workload.kv_pages import PageKey
 
 if TYPE_CHECKING:
     from lockstep.engine.fused import FusedDecoder
@@ -35,6 +37,7 @@ class EngineRequest:
         params: how to sample and when to stop.
         seed: of its random numbers.
         generated: tokens that are on the host.
+        page_keys: of whole pages of the prompt, where they may be shared.
         row: of the block table, while it holds pages; -1 otherwise.
         scheduled_to_end: whether its last token is being drawn.
     """
@@ -44,6 +47,7 @@ class EngineRequest:
     params: SamplingParams
     seed: int
     generated: list[int] = field(default_factory=list)
+    page_keys: Sequence[PageKey] = ()
     row: int = _NOWHERE
     scheduled_to_end: bool = False
 
@@ -116,11 +120,19 @@ class DeviceStep:
             )
             self.graphs.capture()
 
-    def seat(self, request: EngineRequest) -> None:
-        """Give a request a row of the block table, if it has none."""
+    def seat(self, request: EngineRequest, num_cached: int = 0) -> None:
+        """Give a request a row of the block table, if it has none.
+
+        Args:
+            request: of the next step.
+            num_cached: tokens of its first pages, if it begins behind known ones.
+        """
         if request.row == _NOWHERE:
             request.row = self._free_rows.pop()
             self._sampler.set(request.row, request.params, request.seed, request.prompt, request.generated)
+            if num_cached:
+                keys = request.page_keys[: num_cached // PAGE_SIZE]
+                self.cache.share(request.row, keys, _packed(request.prompt[:num_cached]))
 
     def unseat(self, request: EngineRequest) -> None:
         """Take row and pages back, if it has any. Steps that are issued still read them; later ones write to them."""
@@ -145,7 +157,7 @@ class DeviceStep:
         """
         entries = schedule.entries
         for request, entry in zip(requests, entries, strict=True):
-            self.seat(request)
+            self.seat(request, entry.start)
             self.cache.grow(request.row, entry.start + entry.num_tokens)
         self.cache.flush()
         sampled = [request.row for request, entry in zip(requests, entries, strict=True) if entry.samples]
@@ -163,7 +175,15 @@ class DeviceStep:
             laid_out, rows, positions = self._lay_out_step(entries, requests, num_decode)
             logits = self.decoder(laid_out)
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
+        self._remember_pages(entries[num_decode:], requests[num_decode:])
         return drawn, replayed is not None
+
+    def _remember_pages(self, entries: Sequence[StepEntry], requests: Sequence[EngineRequest]) -> None:
+        """Let the pages that prompts have filled be known from the next step on, as the scheduler does."""
+        for entry, request in zip(entries, requests, strict=True):
+            first, stop = entry.start // PAGE_SIZE, (entry.start + entry.num_tokens) // PAGE_SIZE
+            if keys := request.page_keys[first:stop]:
+                self.cache.remember(request.row, first, keys, _packed(request.prompt))
 
     def run_without_rows(self, step: Step) -> bool:
         """Take part in a step without rows; return whether by a graph."""
@@ -255,6 +275,10 @@ def _lay_out_on_host(entries: Sequence[StepEntry], requests: Sequence[EngineRequ
         if entry.samples:
             host.sampled.append(len(host.positions) - 1)
     return host
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return array("I", token_ids).tobytes()
 
 
 def _make_decoder(model: Any, cache: KVCache) -> TransformersDecoder | FusedDecoder:

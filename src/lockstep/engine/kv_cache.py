@@ -10,6 +10,7 @@ import torch
 from lockstep.engine.attention import DecodeWorkspace, decode_workspace
 from lockstep.errors import ConfigurationError
 from lockstep.workload import PAGE_SIZE
+from lockstep.workload.kv_pages import PageKey
 
 _FIRST_PAGES = 32  # of a cache that grows
 
@@ -34,12 +35,30 @@ def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
     return sum(PAGE_SIZE * s.num_kv_heads * (s.head_dim + s.value_dim) for s in shapes) * dtype.itemsize
 
 
+@dataclass
+class _KnownPage:
+    """A page with the tokens of a prompt's beginning, which several requests may hold.
+
+    Attributes:
+        page: which one.
+        token_ids: of it, as bytes; those of the pages before it were compared when it was remembered.
+        num_holders: requests that hold it.
+    """
+
+    page: int
+    token_ids: bytes
+    num_holders: int
+
+
 class KVCache:
     """The pages of one rank.
 
     Pages are handed out and taken back on the host, at once; the table in device memory follows at `flush`, in the
     order of the stream. So a page may be given to another request while a step that reads it still runs: whoever writes
     to it does so in a later step.
+
+    Pages of a prompt's beginning can be known by a key: `remember`, `share`, `forget`. The scheduler decides which ones
+    are; here that is carried out.
 
     Args:
         shapes: of every layer, in order.
@@ -83,12 +102,14 @@ class KVCache:
         self._width = width
         self._free = list(range(num_pages - 1, -1, -1))
         self._pages: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._known: dict[PageKey, _KnownPage] = {}
+        self._known_pages: dict[int, _KnownPage] = {}  # the same by page
         self._workspaces: dict[tuple[int, int, int], DecodeWorkspace | None] = {}
         self._changes: dict[int, int] = {}  # place in the table -> page
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no request holds."""
+        """Pages that no request holds and that are not known."""
         return len(self._free)
 
     def grow(self, row: int, num_tokens: int) -> None:
@@ -121,9 +142,65 @@ class KVCache:
         self.num_pages *= 2
 
     def release(self, row: int) -> None:
-        """Take all pages of a request back."""
-        self._free.extend(reversed(self._pages[row]))
+        """Take all pages of a request back. Known ones stay known, and nobody writes to them."""
+        for page in reversed(self._pages[row]):
+            known = self._known_pages.get(page)
+            if known is None:
+                self._free.append(page)
+            else:
+                known.num_holders -= 1
         self._pages[row] = []
+
+    def share(self, row: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
+        """Let a request without pages begin with known ones.
+
+        Args:
+            row: of the table.
+            keys: of the pages, from the prompt's first on.
+            token_ids: of these pages, 4 bytes each, as `remember` got them.
+
+        Raises:
+            ConfigurationError: two prompts with other tokens have one key, which a hash of 128 bits rules out.
+        """
+        for index, key in enumerate(keys):
+            known = self._known[key]
+            if known.token_ids != _page_of(token_ids, index):
+                raise ConfigurationError(f"page {index} of a prompt has the key of a page with other tokens: {key!r}")
+            known.num_holders += 1
+            self._pages[row].append(known.page)
+            self._changes[row * self._width + index] = known.page
+
+    def remember(self, row: int, first: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
+        """Note that the step issued last has filled pages of a request.
+
+        Where another request has filled an equal page, both hold that one from the next step on.
+
+        Args:
+            row: of the table.
+            first: of the pages filled, its place in the prompt.
+            keys: of the pages filled.
+            token_ids: of the whole prompt, 4 bytes each.
+        """
+        pages = self._pages[row]
+        for index, key in enumerate(keys, first):
+            known = self._known.get(key)
+            if known is None:
+                known = _KnownPage(pages[index], _page_of(token_ids, index), 0)
+                self._known[key] = self._known_pages[known.page] = known
+            else:
+                self._free.append(pages[index])
+                pages[index] = known.page
+                self._changes[row * self._width + index] = known.page
+            known.num_holders += 1
+
+    def forget(self, keys: Sequence[PageKey]) -> None:
+        """Free known pages that no request holds."""
+        for key in keys:
+            known = self._known[key]
+            assert not known.num_holders
+            del self._known[key]
+            del self._known_pages[known.page]
+            self._free.append(known.page)
 
     def workspace(self, num_heads: int, layer: int) -> DecodeWorkspace | None:
         """Return what `attend_decode` works in; layers of one shape share it, since they run one after another."""
@@ -143,3 +220,7 @@ class KVCache:
         if self.block_table.device.type == "cuda":
             changes = changes.pin_memory().to(self.block_table.device, non_blocking=True)
         self.block_table.view(-1).index_copy_(0, changes[0], changes[1].to(torch.int32))
+
+
+def _page_of(token_ids: bytes, index: int) -> bytes:
+    return token_ids[4 * PAGE_SIZE * index : 4 * PAGE_SIZE * (index + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
 from lockstep.workload.policies import prefills_run
+from lockstep.workload.prefix_pages import token_page_keys
+
+logger = logging.getLogger(__name__)
 
 
 def _reserve_bytes(config: SchedulerConfig) -> int:
@@ -164,6 +168,7 @@ class RankEngine:
             )
         self._device = model.get_input_embeddings().weight.device
         shapes, dtype = probe_shapes(model)
+        config = self._without_unsupported(config, text_config)
         num_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization)
         if num_pages is not None:
             config = dataclasses.replace(config, kv_capacity_tokens=num_pages * PAGE_SIZE)
@@ -227,8 +232,9 @@ class RankEngine:
         self.config.check_fits([request])
         if seed is None:
             seed = params.seed if params.seed is not None else request_id
-        self._requests[request_id] = EngineRequest(request_id, prompt, params, seed)
-        self.scheduler.add(request, self.step_number)
+        keys = token_page_keys(prompt) if self.config.enable_prefix_caching else ()
+        self._requests[request_id] = EngineRequest(request_id, prompt, params, seed, page_keys=keys)
+        self.scheduler.add(request, self.step_number, keys)
 
     def abort(self, request_id: int, *, missing_ok: bool = False) -> None:
         """Let a request go. It may have rows in steps that are agreed already; their tokens are dropped.
@@ -310,6 +316,7 @@ class RankEngine:
             "layers": self._device_step.decoder.name,
             "graphs": self._device_step.graphs is not None,
             "graphs_note": self._against_graphs(),
+            "enable_prefix_caching": self.config.enable_prefix_caching,
         }
 
     def _against_graphs(self) -> str:
@@ -359,6 +366,9 @@ class RankEngine:
         report = StepReport(schedule, self.num_tokens_across_dp, began, time.perf_counter())
         before, self._flight = self._flight, None
         try:
+            for request_id in schedule.preempted:
+                self._device_step.unseat(self._requests[request_id])
+            self.cache.forget(schedule.forgotten)
             if any(self.num_tokens_across_dp):
                 self._flight = self._issue(report, decision)
             return self._collect(before) if before is not None else []
@@ -400,8 +410,6 @@ class RankEngine:
     def _issue(self, report: StepReport, decision: StepDecision | None) -> _Flight:
         """Issue this rank's part of a step; on a GPU it begins when the step before it ends."""
         schedule, flight, waited = report.schedule, _Flight(report), waited_s()
-        for request_id in schedule.preempted:
-            self._device_step.unseat(self._requests[request_id])
         requests = [self._requests[entry.request_id] for entry in schedule.entries]
         if self.parallel is None or decision is None:
             flight.drawn, report.replayed = self._device_step.run(schedule, requests, None)
@@ -421,6 +429,19 @@ class RankEngine:
             request.scheduled_to_end = True
             self._device_step.unseat(request)
         return flight
+
+    def _without_unsupported(self, config: SchedulerConfig, text_config: Any) -> SchedulerConfig:
+        """Return the limits without prefix pages where the model has layers that see a window of keys only."""
+        kinds = getattr(text_config, "layer_types", None)
+        windows = set(kinds) != {"full_attention"} if kinds else bool(getattr(text_config, "sliding_window", None))
+        if not (config.enable_prefix_caching and windows):
+            return config
+        if self.parallel is None or self.parallel.config.rank == 0:
+            logger.warning(
+                "prefix caching is off: %s has layers with sliding windows, whose pages are not shared",
+                type(self.model).__name__,
+            )
+        return dataclasses.replace(config, enable_prefix_caching=False)
 
     def _agree_on_pages(self, config: SchedulerConfig, bytes_of_page: int, utilization: float) -> int | None:
         """Return how many pages every rank has room for; None for as many as are needed."""

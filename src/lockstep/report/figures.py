@@ -38,6 +38,7 @@ FIGURE_WORDS = {
     "padding_rows": "padding rows",
     "preempted": "requests preempted",
     "overrun_rows": "overrun rows",
+    "cached_tokens": "prompt tokens from known pages",
     "ttft_s_p50": "first token: half within (s)",
     "ttft_s_p99": "first token: 99 % within (s)",
     "tpot_s_p50": "per further token: half within (s)",

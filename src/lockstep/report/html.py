@@ -33,8 +33,9 @@ _SUMMARY_WORDS = {
     "padding_rows": "padding rows",
     "preempted": "requests preempted",
     "overrun_rows": "overrun rows",
+    "cached_tokens": "prompt tokens from known pages",
 }
-_SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows")
+_SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "cached_tokens")
 _LATENCIES = (
     # title, how to read it, axis, unit, [(key of a request, curve's name)]
     (
@@ -340,6 +341,7 @@ def _requests_table(requests: Sequence[Mapping[str, Any]]) -> str:
         "request_id": "request",
         "rank": "rank",
         "num_prompt_tokens": "prompt tokens",
+        "num_cached_tokens": "of them from known pages",
         "num_new_tokens": "new tokens",
         "queue_steps": "steps in the queue",
         "ttft_steps": "steps to first token",
@@ -348,7 +350,10 @@ def _requests_table(requests: Sequence[Mapping[str, Any]]) -> str:
         "tpot_s": "s per further token",
         "text": "text",
     }
-    used = [key for key in keys if any(request.get(key) is not None for request in requests[:_MAX_LISTED_REQUESTS])]
+    listed_requests = requests[:_MAX_LISTED_REQUESTS]
+    used = [key for key in keys if any(request.get(key) is not None for request in listed_requests)]
+    if not any(request.get("num_cached_tokens") for request in listed_requests):
+        used = [key for key in used if key != "num_cached_tokens"]
 
     def cell(request: Mapping[str, Any], key: str) -> Any:
         value = request.get(key)

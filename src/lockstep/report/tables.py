@@ -19,6 +19,7 @@ _MOST_RANKS = 64
 _SAID_WHERE_ANY = {
     "kv_waits": "requests waited because the KV cache was full in {:,} steps of ranks",
     "preempted": "requests were preempted because the KV cache was full, and computed again: {:,}",
+    "cached_tokens": "prompt tokens whose pages were known, and which were not computed: {:,}",
     "overrun_rows": "overrun rows, planned before it was known that their request had ended: {:,}",
     "buffer_limited_steps": "steps ran in more, smaller chunks because the exchange buffers were full: {:,}",
 }
@@ -49,6 +50,8 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
         f"{summary['generated_tokens']:,} tokens generated in {summary['wall_s']:.1f} s, "
         f"{summary['tokens_per_s']:,.1f} per second"
     )
+    if summary.get("cached_tokens"):
+        console.print(_SAID_WHERE_ANY["cached_tokens"].format(summary["cached_tokens"]))
     if summary.get("clock") in CLOCK_WORDS:
         console.print(CLOCK_WORDS[summary["clock"]])
     console.print(_verdict(summary))

@@ -37,6 +37,7 @@ class EngineOptions:
         max_model_len: maximum tokens per request, prompt included; None takes the model's context.
         gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
         kv_capacity_tokens: tokens of KV cache per rank; None takes what the memory allows.
+        enable_prefix_caching: compute whole pages of equal beginnings of prompts only once.
         max_prefill_delay_steps: steps that a prompt may wait for prompts of other ranks.
         load_balancing: which rank gets a request, one of `lockstep.workload.policies.LOAD_BALANCING`.
         deadline_s: longest wait for any rank in a step, in seconds.
@@ -59,6 +60,7 @@ class EngineOptions:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_capacity_tokens: int | None = None
+    enable_prefix_caching: bool = True
     max_prefill_delay_steps: int = 0
     load_balancing: str = "least-tokens"
     deadline_s: float = 30.0
@@ -82,8 +84,9 @@ class EngineOptions:
             ):
                 limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
                 raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
-        if not isinstance(self.graphs, bool):
-            raise ConfigurationError(f"graphs must be True or False, got {self.graphs!r:.80}")
+        for name in ("graphs", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_dispatcher(self.dispatcher)
         for name, names in (
             ("dtype", ("auto", *DTYPES)),
@@ -115,6 +118,7 @@ class EngineOptions:
             max_num_seqs=self.max_num_seqs,
             max_prefill_delay_steps=self.max_prefill_delay_steps,
             kv_capacity_tokens=self.kv_capacity_tokens,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
 

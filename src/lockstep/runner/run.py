@@ -24,6 +24,7 @@ from lockstep.runner.options import PARTS, RunOptions
 from lockstep.steplog.files import StepLogWriter
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
+from lockstep.workload.prefix_pages import token_page_keys
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Progress:
 
     Attributes:
         step: steps done.
-        rows_done: rows computed so far on all ranks.
+        rows_done: rows of the workload that are planned on all ranks, or not needed since their pages were known.
         rows_total: rows that the whole workload needs.
         num_tokens_across_dp: rows of each rank in the step just done.
         agreement_s: this rank's wait for the agreement on it.
@@ -147,6 +148,11 @@ def mend_lines(path: Path) -> bytes:
     return whole
 
 
+def _block_id(key: bytes) -> int:
+    """Shorten a page's key to 52 bits, which every reader of JSON takes as a whole number."""
+    return int.from_bytes(key[:7], "little") >> 4
+
+
 def _log_of_start(path: Path, restarts: int) -> Path:
     return path.with_stem(f"{path.stem}-restart{restarts}") if restarts else path
 
@@ -216,6 +222,8 @@ class _Notes:
     first_step: int | None = None
     first_token_step: int | None = None
     first_token_at: float = 0.0
+    num_cached_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
 
@@ -247,7 +255,7 @@ class _Run:
         self.keep_logprobs = options.keep_logprobs and model.dtype != torch.float32
         self.vocab_size = model.config.get_text_config().vocab_size
         self.open_requests: dict[int, _Notes] = {}
-        self.rows_done, self.run_began, self.last_done_s = 0, 0.0, 0.0
+        self.run_began, self.last_done_s = 0.0, 0.0
         parts = Path(options.out, PARTS)
         parts.mkdir(parents=True, exist_ok=True)
         self.outputs_path = parts / f"outputs-rank{self.rank}.jsonl"
@@ -310,7 +318,10 @@ class _Run:
             logprobs=0 if self.keep_logprobs else None,
         )
         self.engine.add(request.request_id, ids, params)
-        self.open_requests[request.request_id] = _Notes(self.first_step + self.engine.step_number, arrived_at)
+        notes = _Notes(self.first_step + self.engine.step_number, arrived_at)
+        if self.engine.config.enable_prefix_caching:
+            notes.block_ids = [_block_id(key) for key in token_page_keys(ids)]
+        self.open_requests[request.request_id] = notes
 
     def _take(self, outputs: list[TokenOutput], on_progress: Callable[[Progress], None] | None) -> None:
         """Note what the step whose tokens have come was and gave, and write down requests that it finished."""
@@ -320,6 +331,8 @@ class _Run:
             for entry in report.schedule.entries:
                 notes = self.open_requests[entry.request_id]
                 notes.first_step = step if notes.first_step is None else notes.first_step
+            for request_id, num_tokens in report.schedule.prefix_hits:
+                self.open_requests[request_id].num_cached_tokens += num_tokens
             for output in outputs:
                 notes = self.open_requests[output.request_id]
                 if notes.first_token_step is None:
@@ -329,10 +342,11 @@ class _Run:
                 if output.finish_reason is not None:
                     self._finish(output.request_id, step, report.done_s)
             self._log(report, step)
-            self.rows_done += sum(report.num_tokens_across_dp)
             if on_progress is not None and self.rank == 0:
                 counts, waited = report.num_tokens_across_dp, report.agreed_s - report.began_s
-                on_progress(Progress(step + 1, self.rows_done, self.rows_total, counts, waited))
+                rows_left = sum(state.num_outstanding_tokens for state in self.engine.states)
+                rows_done = self.rows_total - self.arrivals.num_tokens_left - rows_left
+                on_progress(Progress(step + 1, rows_done, self.rows_total, counts, waited))
 
     def _finish(self, request_id: int, step: int, now: float) -> None:
         notes, request = self.open_requests.pop(request_id), self.requests[request_id]
@@ -347,6 +361,8 @@ class _Run:
             "num_prompt_tokens": request.num_prompt_tokens,
             "max_new_tokens": request.max_new_tokens,
             "num_new_tokens": len(tokens),
+            "num_cached_tokens": notes.num_cached_tokens,
+            "block_ids": notes.block_ids,  # of pages of 64 tokens: equal ones begin equal prompts
             "stopped_step": None,  # nothing ends a request before its last token
             "tokens": tokens,
             "text": self.tokenizer.decode(tokens),
@@ -383,6 +399,7 @@ class _Run:
                 prefills_held=schedule.prefills_held,
                 preempted=len(schedule.preempted),
                 overrun_rows=report.overrun_rows,
+                cached_tokens=schedule.num_cached_tokens,
                 num_chunks=len(chunks),
                 start_s=round(self.started_s + began - self.run_began, 6),
                 duration_s=round(report.done_s - began, 6),

@@ -21,7 +21,7 @@ from lockstep.workload.schedule import SchedulerConfig
 
 COMPARED = (
     *("prefill_tokens", "decode_tokens", "prefill_context_tokens", "decode_context_tokens"),
-    *("num_waiting", "prefills_held", "preempted", "overrun_rows"),
+    *("num_waiting", "prefills_held", "preempted", "overrun_rows", "cached_tokens"),
 )
 """Columns of the step log that say what a scheduler decided."""
 
@@ -139,6 +139,7 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
             arrival_s,
             _whole(where, output, "num_prompt_tokens", 1),
             _whole(where, output, "max_new_tokens", 1),
+            block_ids=_block_ids(where, output),
         )
         if request.request_id in by_id:
             raise ConfigurationError(f"{where}: request_id {request.request_id} is there twice")
@@ -152,6 +153,17 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
         if step is not None or num_new_tokens < request.max_new_tokens:
             stops[request.request_id] = Stop(step, num_new_tokens)
     return [by_id[request_id] for request_id in sorted(by_id)], stops
+
+
+def _block_ids(where: object, output: dict[str, Any]) -> tuple[int, ...]:
+    """Return the names of a prompt's pages, as `run` logs them where pages could be shared."""
+    found = output.get("block_ids", [])
+    if not isinstance(found, list):
+        raise ConfigurationError(f"{where}: block_ids must be a list, got {found!r:.60}")
+    for item in found:
+        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**63:
+            raise ConfigurationError(f"{where}: block_ids must hold whole numbers in 0..2**63 - 1, got {item!r:.60}")
+    return tuple(found)
 
 
 def _whole(where: object, values: dict[str, Any], name: str, least: int) -> int:

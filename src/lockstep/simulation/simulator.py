@@ -50,8 +50,9 @@ def simulate(
         lost` (see `loss_figures`), `per_rank` (`requests, real_rows, prefill_tokens, new_tokens`, each `[ranks]`),
         `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
         because the KV cache was full), `preempted` (requests that lost their pages and were computed again, counted
-        each time), `overrun_rows`, `buffer_limited_steps` (steps in more chunks than asked for, because larger ones do
-        not fit into the exchange buffers) and `held_rank_steps`.
+        each time), `cached_tokens` (of prompts, taken over from pages that were known), `overrun_rows`,
+        `buffer_limited_steps` (steps in more chunks than asked for, because larger ones do not fit into the exchange
+        buffers) and `held_rank_steps`.
 
     Raises:
         ConfigurationError: for a request that can never fit into a rank's KV cache, or a stop of one that has not
@@ -148,6 +149,8 @@ class _Simulation:
                 schedules.append((rank, schedule))
                 if schedule.preempted:
                     self._preempted(rank, schedule, slot)
+                if schedule.prefix_hits:
+                    sink.note(sink.cached, slot, rank, schedule.num_cached_tokens)
                 prefill = schedule.num_prefill_tokens
                 if prefill:
                     context = schedule.prefill_context_tokens
@@ -296,7 +299,7 @@ class _Simulation:
         scheduler, stops = self.schedulers[rank], self.stops
         for entry in schedule.entries:  # prompts only
             index = self.index[entry.request_id]
-            if entry.start == 0 and self.begun_s[index] != self.begun_s[index]:  # NaN: not after a preemption
+            if self.begun_s[index] != self.begun_s[index]:  # NaN: not after a preemption
                 self.begun_s[index] = started_s
             if entry.samples:
                 num_sampled = entry.start + entry.num_tokens + 1 - self.requests[index].num_prompt_tokens
@@ -315,7 +318,7 @@ class _Simulation:
         self.num_unfinished -= len(schedule.finished)
         decode, base, has_prompts, head = scheduler.counts()
         self._set_decode(rank, decode, base)
-        if schedule.preempted:
+        if schedule.preempted or schedule.prefix_hits:
             self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
         if self.page_steps is not None:
             # A rank whose first prompt could run is visited in the next step anyway, where prompts are never held.
@@ -367,6 +370,7 @@ class _Simulation:
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,
             "preempted": self.num_preemptions,
+            "cached_tokens": sink.totals["cached"],
             "overrun_rows": sink.totals["overrun"],
             "buffer_limited_steps": sink.totals["buffer_limited"],
             "held_rank_steps": sink.totals["held"],

@@ -46,7 +46,8 @@ class StepSink:
             `max_chunk_size` would are counted in `totals`.
         step_log: takes every step, if given.
         max_cells: most cells (step x rank) of the table.
-        on_flush: called with all rows of requests so far, whenever full buffers have been handed on.
+        on_flush: called with all rows of requests so far, and the tokens that needed none, whenever full buffers have
+            been handed on.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class StepSink:
             np.zeros(shape, np.int64) for _ in range(5)
         )
         self.held = np.zeros(shape, np.bool_)
-        self.preempted, self.overrun = (np.zeros(shape, np.int64) for _ in range(2))  # written by `note` only
+        # Written by `note` only.
+        self.preempted, self.overrun, self.cached = (np.zeros(shape, np.int64) for _ in range(3))
         self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
-        names = ("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited", "overrun")
+        names = ("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited", "overrun", "cached")
         self.totals = dict.fromkeys(names, 0)
         self.real_rows_per_rank, self.prefill_tokens_per_rank = (np.zeros(num_ranks, np.int64) for _ in range(2))
         self._noted = False  # whether `note` has been called for what the buffers hold
@@ -90,7 +92,7 @@ class StepSink:
         return self._used - 1
 
     def note(self, buffer: np.ndarray, slot: int, rank: int, count: int) -> None:
-        """Add what is rare, to `preempted` or `overrun`."""
+        """Add what is rare, to `preempted`, `overrun` or `cached`."""
         buffer[slot, rank] += count
         self._noted = True
 
@@ -112,6 +114,7 @@ class StepSink:
         self.totals["held"] += int(self.held[:used].sum())
         if self._noted:
             self.totals["overrun"] += int(self.overrun[:used].sum())
+            self.totals["cached"] += int(self.cached[:used].sum())
         if self._step_log is not None:
             self._write(self._step_log, table, chunks)
         self._keep(table)
@@ -121,10 +124,10 @@ class StepSink:
             buffer[:used] = 0
         if self._noted:
             self._noted = False
-            self.preempted[:used] = 0
-            self.overrun[:used] = 0
+            for buffer in (self.preempted, self.overrun, self.cached):
+                buffer[:used] = 0
         if self._on_flush is not None:
-            self._on_flush(self.totals["real_rows"])
+            self._on_flush(self.totals["real_rows"] + self.totals["cached"])
 
     def lost(self) -> dict[str, float]:
         """Return the lost share of all ranks' time by cause."""
@@ -185,6 +188,7 @@ class StepSink:
             "prefills_held": self.held[:used],
             "preempted": self.preempted[:used],
             "overrun_rows": self.overrun[:used],
+            "cached_tokens": self.cached[:used],
         }
         columns = {name: np.repeat(values, num_ranks) for name, values in of_steps.items()}
         columns |= {name: values.ravel() for name, values in of_ranks.items()}

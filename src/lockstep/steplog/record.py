@@ -28,6 +28,8 @@ class StepLogRecord:
         preempted: requests of its data-parallel rank that lost their KV cache before the step, to be computed again.
         overrun_rows: rows of its data-parallel rank whose token is dropped: their request had ended by a stop token, a
             stop string or an abort, after the step was planned.
+        cached_tokens: tokens of its data-parallel rank's prompts that begin in this step, taken over from pages that
+            were known; they need no rows.
         num_chunks: chunks of the step, equal on all ranks; 0 where no rank had rows.
         start_s: when the step began on this rank, in seconds after the run's first step began.
         duration_s: how long it took there, from this rank's start to the start of its next step.
@@ -48,6 +50,7 @@ class StepLogRecord:
     prefills_held: bool = False
     preempted: int = 0
     overrun_rows: int = 0
+    cached_tokens: int = 0
     num_chunks: int = 1
     start_s: float = 0.0
     duration_s: float = 0.0
@@ -80,8 +83,8 @@ def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
 
     Returns:
         `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`,
-        `decode_tokens`, `preempted` and `overrun_rows` (as recorded: tensor-parallel ranks of one group repeat each
-        other's), and `duration_s` (from the first step's start to the last one's end).
+        `decode_tokens`, `preempted`, `overrun_rows` and `cached_tokens` (as recorded: tensor-parallel ranks of one
+        group repeat each other's), and `duration_s` (from the first step's start to the last one's end).
     """
     return {
         "ranks": len({record.rank for record in records}),
@@ -93,5 +96,6 @@ def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
         "decode_tokens": sum(record.decode_tokens for record in records),
         "preempted": sum(record.preempted for record in records),
         "overrun_rows": sum(record.overrun_rows for record in records),
+        "cached_tokens": sum(record.cached_tokens for record in records),
         "duration_s": max((record.start_s + record.duration_s for record in records), default=0.0),
     }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Hashable
 from itertools import accumulate
 
 PAGE_SIZE = 64
 """Tokens in one page of KV cache."""
+
+PageKey = Hashable
+"""Stands for the tokens of a page and of all pages before it: pages of prompts with equal keys have equal contents."""
 
 
 def num_pages(num_tokens: int) -> int:
@@ -55,10 +59,9 @@ class KVPages:
         self._num_takers += 1
 
     def leave(self, num_tokens: int, step: int) -> None:
-        """Stop counting a decoding request with `num_tokens` tokens in the cache after `step`, and free its pages."""
+        """Stop counting a decoding request with `num_tokens` tokens in the cache after `step`; its pages stay taken."""
         self._takers[(step + 1 - num_tokens) % PAGE_SIZE] -= 1
         self._num_takers -= 1
-        self.num_free += num_pages(num_tokens)
 
     def needed_between(self, first: int, stop: int) -> int:
         """Return how many pages the decoding requests take in the steps `first..stop-1`."""

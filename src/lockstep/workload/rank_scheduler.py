@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, num_pages
+from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, num_pages
 from lockstep.workload.policies import SchedulerState
-from lockstep.workload.request import Request
+from lockstep.workload.prefix_pages import PrefixPages
+from lockstep.workload.request import Request, block_page_keys
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
 
 
@@ -22,13 +23,15 @@ class _Sequence:
             preempted.
         num_left: tokens to sample from there on, >= 1.
         ended: the step that computed the last of these rows; meaningful while it decodes.
+        page_keys: of the prompt's first pages.
     """
 
-    __slots__ = ("arrival", "ended", "num_left", "num_tokens", "request")
+    __slots__ = ("arrival", "ended", "num_left", "num_tokens", "page_keys", "request")
 
-    def __init__(self, request: Request, arrival: int) -> None:
+    def __init__(self, request: Request, arrival: int, page_keys: Sequence[PageKey]) -> None:
         self.request = request
         self.arrival = arrival
+        self.page_keys = page_keys
         self.num_tokens = request.num_prompt_tokens
         self.num_left = request.max_new_tokens
         self.ended = -1
@@ -42,6 +45,15 @@ class _Sequence:
         """Tokens in the cache after `step`, while it decodes."""
         return self.num_tokens + step - self.ended
 
+    def filled(self, start: int, stop: int) -> Sequence[PageKey]:
+        """Keys of the pages that are full once the tokens `start..stop-1` are in the cache, and were not before."""
+        return self.page_keys[start // PAGE_SIZE : stop // PAGE_SIZE]
+
+    @property
+    def sharable(self) -> Sequence[PageKey]:
+        """Keys of the pages that it may take over; at least one token is left to be computed, which gives logits."""
+        return self.page_keys[: (self.num_tokens - 1) // PAGE_SIZE]
+
 
 class RankScheduler:
     """One rank's queue, and the steps formed from it.
@@ -54,6 +66,10 @@ class RankScheduler:
     more pages than are free, the request admitted last is preempted: it gives its pages back and goes to the front of
     the queue. So the requests that hold pages are always those that arrived first, the first of them is never
     preempted, and every step with unfinished requests gets somewhere.
+
+    With `enable_prefix_caching`, a prompt begins behind the pages of its beginning that are known, and holds them as
+    their other holders do. A page that a prompt fills in one step can be taken over from the next step on: by then the
+    step that fills it has been issued. A page that nobody holds counts as free: it is used when no other is left.
 
     Nothing is kept per step: a step in which no prompt runs, no request ends and no page is missing costs nothing,
     however many requests generate.
@@ -79,6 +95,11 @@ class RankScheduler:
         self._outstanding = 0
         self._kv_tokens = 0
         self._pages = None if config.num_kv_pages is None else KVPages(config.num_kv_pages)
+        self._prefixes = PrefixPages(keeps_unheld=self._pages is not None)
+        self._hits: list[tuple[int, int]] = []  # of the step that is being planned, as its pages that get full
+        self._filled: list[Sequence[PageKey]] = []
+        # The prompt and the version of the known pages for which `_num_held` was worked out last, and what came out.
+        self._last_num_held: tuple[_Sequence | None, int, int] = (None, -1, 0)
         self.num_preemptions = 0
 
     def __contains__(self, request_id: object) -> bool:
@@ -92,15 +113,17 @@ class RankScheduler:
 
     @property
     def num_free_pages(self) -> int | None:
-        """Pages of KV cache that nobody holds after the step planned last; None for no limit."""
+        """Pages of KV cache that no request holds after the step planned last; None for no limit."""
         return None if self._pages is None else self._pages.num_free
 
-    def add(self, request: Request, step: int) -> None:
+    def add(self, request: Request, step: int, page_keys: Sequence[PageKey] | None = None) -> None:
         """Put a request at the end of the queue before `step` is planned; it may run from that step on.
 
         Args:
             request: its id must not be in use; its `arrival_s` is not read.
             step: number of the step to be planned next.
+            page_keys: of whole pages of its prompt, from the first on; None takes those of its `block_ids`. Without
+                `enable_prefix_caching`, they are not used.
 
         Raises:
             ConfigurationError: for an id in use, a step that was planned already, or a request that can never fit into
@@ -112,7 +135,12 @@ class RankScheduler:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
         if self._pages is not None:
             self._config.check_fits((request,))
-        self._waiting[request.request_id] = _Sequence(request, step)
+        if not self._config.enable_prefix_caching:
+            page_keys = ()
+        elif page_keys is None:
+            page_keys = block_page_keys(request)
+        sequence = _Sequence(request, step, page_keys[: request.num_prompt_tokens // PAGE_SIZE])
+        self._waiting[request.request_id] = sequence
         self._outstanding += request.num_computed_tokens
         self._kv_tokens += request.num_kv_tokens
 
@@ -138,6 +166,10 @@ class RankScheduler:
                 step, self._config.max_num_batched_tokens - num_decode, entries
             )
             self._outstanding -= num_prefill
+        hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
+        forgotten = self._prefixes.take_forgotten()
+        for keys in filled:
+            self._free(self._prefixes.fill(keys))
         finished = tuple(self._ends.pop(step, ()))
         for request_id in finished:
             self._leave(self._decoding.pop(request_id))
@@ -153,6 +185,8 @@ class RankScheduler:
             preempted,
             prefill_context,
             decode_context,
+            tuple(hits),
+            forgotten,
         )
 
     def stop(self, request_ids: Iterable[int]) -> None:
@@ -238,7 +272,7 @@ class RankScheduler:
             if needed > self._pages.num_free:
                 at = self._pages.runs_out_at(first, self._pages.num_free)
                 raise ConfigurationError(f"step {at} may not be left out: the KV cache runs out of pages in it")
-            self._pages.take(needed)
+            self._take(needed)
         self._outstanding -= (step - first) * self._num_decoding
         self._step = step - 1
 
@@ -257,14 +291,16 @@ class RankScheduler:
                 if not self._prompt_can_run(0):
                     break
                 _, self._partial = self._waiting.popitem(last=False)
-                self._partial_done = 0
+                self._partial_done = self._take_over_prefix(self._partial)
             sequence, start = self._partial, self._partial_done
             num_tokens = min(left, sequence.num_tokens - start)
             if pages is not None:
                 num_tokens = min(num_tokens, (num_pages(start) + pages.num_free) * PAGE_SIZE - start)
                 if not num_tokens:
                     break
-                pages.take(num_pages(start + num_tokens) - num_pages(start))
+                self._take(num_pages(start + num_tokens) - num_pages(start))
+            if keys := sequence.filled(start, start + num_tokens):
+                self._filled.append(keys)
             left -= num_tokens
             context += num_tokens * (2 * start + num_tokens + 1) // 2
             ends = start + num_tokens == sequence.num_tokens
@@ -283,6 +319,35 @@ class RankScheduler:
                 pages.join(sequence.num_tokens, step)
         return budget - left, context
 
+    def _take_over_prefix(self, sequence: _Sequence) -> int:
+        """Let a prompt that begins hold the known pages of its beginning; return their tokens."""
+        sharable = sequence.sharable
+        keys = sharable[: self._prefixes.num_known(sharable)]
+        if not keys:
+            return 0
+        unheld = self._prefixes.hold(keys)
+        if self._pages is not None:
+            self._pages.take(unheld)
+        num_tokens = len(keys) * PAGE_SIZE
+        self._outstanding -= num_tokens
+        self._hits.append((sequence.request.request_id, num_tokens))
+        return num_tokens
+
+    def _take(self, count: int) -> None:
+        """Use up free pages; known ones that nobody holds are forgotten where no others are left."""
+        assert self._pages is not None
+        self._pages.take(count)
+        self._prefixes.forget_oldest(self._pages.num_free)
+
+    def _free(self, count: int) -> None:
+        if self._pages is not None:
+            self._pages.free(count)
+
+    def _release(self, sequence: _Sequence, num_cached: int) -> None:
+        """Give the pages of a request with `num_cached` tokens in the cache back, as far as nobody else holds them."""
+        keys = sequence.page_keys[: num_cached // PAGE_SIZE]
+        self._free(num_pages(num_cached) - len(keys) + self._prefixes.let_go(keys))
+
     def _take_decode_pages(self, step: int) -> tuple[int, ...]:
         """Give the requests that generate the pages of `step`; return whom that preempts."""
         pages = self._pages
@@ -290,7 +355,7 @@ class RankScheduler:
         preempted = []
         while pages.needed(step) > pages.num_free:
             preempted.append(self._preempt())
-        pages.take(pages.needed(step))
+        self._take(pages.needed(step))
         return tuple(preempted)
 
     def _preempt(self) -> int:
@@ -328,7 +393,15 @@ class RankScheduler:
         """Free pages without which the first prompt has no rows in a step."""
         if self._partial is not None:
             return 0 if self._partial_done % PAGE_SIZE else 1
-        return num_pages(next(iter(self._waiting.values())).num_tokens + 1)
+        sequence = next(iter(self._waiting.values()))
+        return num_pages(sequence.num_tokens + 1) - self._num_held(sequence)
+
+    def _num_held(self, sequence: _Sequence) -> int:
+        """How many pages a prompt that waits can take over from requests that hold them."""
+        version = self._prefixes.version
+        if self._last_num_held[0] is not sequence or self._last_num_held[1] != version:
+            self._last_num_held = sequence, version, self._prefixes.num_held(sequence.sharable)
+        return self._last_num_held[2]
 
     def _num_waiting_for_kv(self, pages: KVPages) -> int:
         if not self._waiting:
@@ -342,8 +415,7 @@ class RankScheduler:
         sequence, num_done = self._partial, self._partial_done
         assert sequence is not None
         self._partial, self._partial_done = None, 0
-        if self._pages is not None:
-            self._pages.free(num_pages(num_done))
+        self._release(sequence, num_done)
         return sequence, num_done
 
     def _forget_end(self, sequence: _Sequence) -> None:
@@ -360,5 +432,7 @@ class RankScheduler:
         """Let a request generate no more, and free its pages."""
         self._num_decoding -= 1
         self._context_base -= sequence.num_tokens - sequence.ended
+        num_cached = sequence.num_cached(self._step)
         if self._pages is not None:
-            self._pages.leave(sequence.num_cached(self._step), self._step)
+            self._pages.leave(num_cached, self._step)
+        self._release(sequence, num_cached)

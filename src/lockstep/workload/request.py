@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import takewhile
+from math import ceil
 
 from lockstep.errors import ConfigurationError
+from lockstep.workload.kv_pages import PAGE_SIZE, PageKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,9 @@ class Request:
         max_new_tokens: tokens to generate, >= 1. Traces say how many were generated, and end-of-sequence is ignored, so
             that exactly so many are.
         prompt: the text, where the workload has one; None where only its length is known.
+        block_ids: names of the prompt's blocks of tokens, each >= 0: prompts whose first blocks have equal names begin
+            with the same tokens. Empty where nothing is known of that.
+        block_size: tokens per block, > 0; a fraction where the lengths of a trace were scaled.
     """
 
     request_id: int
@@ -26,6 +33,8 @@ class Request:
     num_prompt_tokens: int
     max_new_tokens: int
     prompt: str | None = None
+    block_ids: tuple[int, ...] = ()
+    block_size: float = PAGE_SIZE
 
     def __post_init__(self) -> None:
         if self.num_prompt_tokens < 1 or self.max_new_tokens < 1 or not self.arrival_s >= 0:
@@ -45,10 +54,38 @@ class Request:
         return self.num_prompt_tokens + self.max_new_tokens
 
 
+def block_page_keys(request: Request) -> tuple[PageKey, ...]:
+    """Return the keys of a prompt's whole pages where only the ids of its blocks are known.
+
+    A page's key is made of the ids of all blocks up to the one that its last token is in. Pages behind the last known
+    block have none.
+
+    Args:
+        request: with `block_ids`; without them, no page has a key.
+
+    Example:
+        >>> a = block_page_keys(Request(0, 0.0, 130, 1, block_ids=(7, 8), block_size=64))
+        >>> b = block_page_keys(Request(1, 0.0, 500, 1, block_ids=(7, 9), block_size=64))
+        >>> len(a), a[0] == b[0], a[1] == b[1]
+        (2, True, False)
+    """
+    chain: list[bytes] = []
+    key = b""
+    for block_id in request.block_ids:
+        key = blake2b(key + block_id.to_bytes(8, "little"), digest_size=16).digest()
+        chain.append(key)
+    if not chain:
+        return ()
+    pages = range(request.num_prompt_tokens // PAGE_SIZE)
+    blocks = (ceil(PAGE_SIZE * (page + 1) / request.block_size) - 1 for page in pages)
+    return tuple((chain[block], page) for page, block in enumerate(takewhile(lambda block: block < len(chain), blocks)))
+
+
 def random_prompt_ids(request: Request, vocab_size: int, seed: int) -> list[int]:
     """Return token ids for a request whose text is not known.
 
-    They depend on the seed and the request alone, never on the rank that computes it or on its neighbours.
+    They depend on the seed and the request alone, never on the rank that computes it or on its neighbours. Pages with
+    equal `block_page_keys` get equal ids.
 
     Args:
         request: the request; its `num_prompt_tokens` ids are made.
@@ -59,5 +96,9 @@ def random_prompt_ids(request: Request, vocab_size: int, seed: int) -> list[int]
         >>> random_prompt_ids(Request(7, 0.0, 4, 1), vocab_size=256, seed=0)
         [165, 77, 202, 24]
     """
+    ids: list[int] = []
+    for key in block_page_keys(request):
+        shared = random.Random(f"{seed} {key!r}")
+        ids += [shared.randrange(vocab_size) for _ in range(PAGE_SIZE)]
     generator = random.Random(seed * 1_000_003 + request.request_id)
-    return [generator.randrange(vocab_size) for _ in range(request.num_prompt_tokens)]
+    return ids + [generator.randrange(vocab_size) for _ in range(request.num_prompt_tokens - len(ids))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
+from lockstep.workload.kv_pages import PAGE_SIZE, PageKey, num_pages
 from lockstep.workload.policies import LOAD_BALANCING
 from lockstep.workload.request import Request
 
@@ -30,6 +30,9 @@ class SchedulerConfig:
             for no limit.
         seconds_per_step: how many seconds of the workload's arrival times pass per step, > 0. A run measured in steps
             repeats exactly, whatever the machine's speed.
+        enable_prefix_caching: whether whole pages at the beginning of a prompt are computed once and then shared. With
+            a limited KV cache, pages that no request holds are kept until their room is needed, and the least recently
+            used ones go first; without a limit, pages are kept only as long as some request holds them.
     """
 
     load_balancing: str = "round-robin"
@@ -38,6 +41,7 @@ class SchedulerConfig:
     max_prefill_delay_steps: int = 0
     kv_capacity_tokens: int | None = None
     seconds_per_step: float = 0.05
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         if self.load_balancing not in LOAD_BALANCING:
@@ -81,7 +85,8 @@ class StepEntry(NamedTuple):
 
     Attributes:
         request_id: the request.
-        start: position of the first token, = tokens of it already in the KV cache.
+        start: position of the first token, = tokens of it already in the KV cache. Above 0 in a prompt's first entry
+            where its first pages were known.
         num_tokens: rows, >= 1: a piece of the prompt, or the one token generated last.
         is_prefill: whether the rows are of the prompt. After a preemption, the tokens generated before it count as
             prompt.
@@ -113,6 +118,8 @@ class Schedule(NamedTuple):
             of the queue, and start again from their first token.
         prefill_context_tokens: KV entries that the prompts' tokens attend to, themselves included, summed over them.
         decode_context_tokens: the same of the tokens that generate.
+        prefix_hits: `(request id, tokens)` of the prompts that begin in this step behind pages that were known.
+        forgotten: keys of the pages that are known no more, in that order; their room is free from this step on.
     """
 
     step: int
@@ -126,6 +133,13 @@ class Schedule(NamedTuple):
     preempted: tuple[int, ...] = ()
     prefill_context_tokens: int = 0
     decode_context_tokens: int = 0
+    prefix_hits: tuple[tuple[int, int], ...] = ()
+    forgotten: tuple[PageKey, ...] = ()
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of prompts that need no rows, because their pages were known."""
+        return sum(tokens for _, tokens in self.prefix_hits)
 
     @property
     def num_tokens(self) -> int:

@@ -31,6 +31,7 @@ class Arrivals:
 
     Attributes:
         left: whether requests have not arrived yet; the same on every rank.
+        num_tokens_left: rows that these requests need.
 
     Raises:
         ConfigurationError: for a rank outside `0..num_ranks-1`, or a request that can never fit into a rank's KV cache.
@@ -43,6 +44,7 @@ class Arrivals:
         self._num_ranks = num_ranks
         self._rank = rank
         self._waiting = deque(requests)
+        self.num_tokens_left = sum(request.num_computed_tokens for request in requests)
         self._seconds_per_step = config.seconds_per_step
         self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
         self._balancer = LoadBalancer(config.load_balancing, num_ranks)
@@ -69,6 +71,7 @@ class Arrivals:
         if len(states) != self._num_ranks:
             raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
         arriving = self._by_step(states) if elapsed_s is None else self._by_time(elapsed_s)
+        self.num_tokens_left -= sum(request.num_computed_tokens for request in arriving)
         ranks = self._balancer.assign(arriving, states)
         return [request for request, rank in zip(arriving, ranks, strict=True) if rank == self._rank]
 

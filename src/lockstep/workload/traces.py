@@ -23,10 +23,12 @@ from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, 
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
+_MOONCAKE_BLOCK_SIZE = 512
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
-    "mooncake-jsonl": 'a JSON object with "timestamp" (ms, >= 0), "input_length" and "output_length" (integers >= 1)',
+    "mooncake-jsonl": 'a JSON object with "timestamp" (ms, >= 0), "input_length" and "output_length" (integers >= 1) '
+    'and, if wanted, "hash_ids" (a list of integers >= 0)',
     "prompts-jsonl": 'a JSON object with "prompt" (text, not empty), "max_new_tokens" (integer >= 1) and, if wanted, '
     '"arrival_s" (seconds, >= 0)',
 }
@@ -170,7 +172,7 @@ class _Reader:
         self._count_tokens = count_tokens
         self._limits = limits
         self._format: str | None = None
-        self._rows: list[tuple[float, int, int, str | None]] = []
+        self._rows: list[tuple[float, int, int, str | None, tuple[int, ...]]] = []
         self._malformed: list[MalformedLine] = []
         self._num_malformed = 0
 
@@ -210,7 +212,7 @@ class _Reader:
                     raise LineError(f"{len(cells)} columns, and {num_columns} in the header")
                 arrival = _timestamp(cells[columns["TIMESTAMP"]])
                 lengths = [_length(_integer(cells[columns[name]], grouped), name) for name in _AZURE_COLUMNS[1:]]
-                self._rows.append((arrival, *self._options.lengths(lengths[0], lengths[1]), None))
+                self._rows.append((arrival, *self._options.lengths(lengths[0], lengths[1]), None, ()))
             except LineError as error:
                 self._leave_out(number, error)
             if self._enough():
@@ -250,17 +252,18 @@ class _Reader:
         # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
         rows = sorted(self._rows, key=lambda row: row[0])
         first = rows[0][0]
+        size = _MOONCAKE_BLOCK_SIZE * self._options.length_scale
         requests = [
-            Request(index, (arrival - first) / self._options.rate_scale, num_prompt, num_new, prompt)
-            for index, (arrival, num_prompt, num_new, prompt) in enumerate(rows)
+            Request(index, (arrival - first) / self._options.rate_scale, num_prompt, num_new, prompt, block_ids, size)
+            for index, (arrival, num_prompt, num_new, prompt, block_ids) in enumerate(rows)
         ]
         return Trace(self._source, self._format, requests, self._num_malformed, self._malformed)
 
-    def _request(self, row: dict[str, object]) -> tuple[float, int, int, str | None]:
+    def _request(self, row: dict[str, object]) -> tuple[float, int, int, str | None, tuple[int, ...]]:
         if self._format == "mooncake-jsonl":
             arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
             lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
-            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None)
+            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None, _block_ids(row.get("hash_ids")))
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise LineError(f'"prompt" is {short(prompt)}')
@@ -271,7 +274,7 @@ class _Reader:
             raise LineError(f'"prompt" has {num_prompt} tokens')
         num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
         arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
-        return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt)
+        return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt, ())
 
 
 def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
@@ -348,6 +351,18 @@ def _length(value: object, name: str) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
         raise LineError(f"{name} is {short(value)}")
     return number
+
+
+def _block_ids(value: object) -> tuple[int, ...]:
+    """Return names of blocks of 512 tokens: equal ones stand for equal tokens, those of all blocks before included."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise LineError(f"hash_ids is {short(value)}")
+    for block_id in value:
+        if isinstance(block_id, bool) or not isinstance(block_id, int) or not 0 <= block_id < 2**63:
+            raise LineError(f"hash_ids has {short(block_id)}")
+    return tuple(value)
 
 
 def _seconds(value: object, name: str) -> float:

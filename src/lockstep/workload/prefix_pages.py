@@ -1,0 +1,125 @@
+"""Pages that hold a known beginning of a prompt: who holds them, and which of the others go first.
+
+Only whole pages are shared, and only of prompts. A page is known by its key, which stands for all tokens from the
+prompt's first to the page's last: equal keys mean equal keys and values. The engine makes keys of token ids
+(`token_page_keys`), the simulator of the block ids that a workload has (`block_page_keys`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import takewhile
+
+from lockstep.workload.kv_pages import PAGE_SIZE, PageKey
+
+_KEY_BYTES = 16
+
+
+def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
+    """Return the keys of a prompt's whole pages: each a hash of the key before it and of the page's token ids.
+
+    Args:
+        token_ids: the prompt, each id in `0..2**32-1`.
+
+    Returns:
+        One key per whole page, `[len(token_ids) // PAGE_SIZE]`.
+
+    Example:
+        >>> a, b = token_page_keys([1] * 130), token_page_keys([1] * 64 + [2] * 64)
+        >>> len(a), a[0] == b[0], a[1] == b[1]
+        (2, True, False)
+    """
+    keys, key = [], b""
+    for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
+        page = array("I", token_ids[start : start + PAGE_SIZE]).tobytes()
+        key = blake2b(key + page, digest_size=_KEY_BYTES).digest()
+        keys.append(key)
+    return tuple(keys)
+
+
+class PrefixPages:
+    """The known pages of one rank: how many requests hold each, and the order in which the unheld ones go.
+
+    Requests hold their pages from the first one on and let go of the last one first. So a page is never forgotten
+    before one that continues it.
+
+    Args:
+        keeps_unheld: whether pages that nobody holds stay known until `forget_oldest`.
+
+    Attributes:
+        version: changes whenever the answers of `num_known` or `num_held` may.
+    """
+
+    def __init__(self, keeps_unheld: bool) -> None:
+        self._keeps_unheld = keeps_unheld
+        self._holders: dict[PageKey, int] = {}
+        self._unheld: OrderedDict[PageKey, None] = OrderedDict()  # least recently used first
+        self._forgotten: list[PageKey] = []
+        self.version = 0
+
+    @property
+    def num_unheld(self) -> int:
+        """Known pages that no request holds."""
+        return len(self._unheld)
+
+    def num_known(self, keys: Sequence[PageKey]) -> int:
+        """Return how many of the first pages of a prompt are known."""
+        return sum(1 for _ in takewhile(lambda key: key in self._holders or key in self._unheld, keys))
+
+    def num_held(self, keys: Sequence[PageKey]) -> int:
+        """Return how many of the first pages of a prompt are held by requests."""
+        return sum(1 for _ in takewhile(self._holders.__contains__, keys))
+
+    def hold(self, keys: Sequence[PageKey]) -> int:
+        """Let one more request hold known pages; return how many of them nobody held."""
+        self.version += bool(keys)
+        taken = 0
+        for key in keys:
+            if key in self._unheld:
+                del self._unheld[key]
+                taken += 1
+            self._holders[key] = self._holders.get(key, 0) + 1
+        return taken
+
+    def fill(self, keys: Sequence[PageKey]) -> int:
+        """Note that a request has filled pages, which it holds.
+
+        Where another request has filled an equal page, both hold that one from now on.
+
+        Returns:
+            How many pages the request gives back, because equal ones were known.
+        """
+        known = [key for key in keys if key in self._holders or key in self._unheld]
+        unheld = self.hold(keys)
+        return len(known) - unheld
+
+    def let_go(self, keys: Sequence[PageKey]) -> int:
+        """Let one request less hold pages, the last first; return how many nobody holds any more."""
+        self.version += bool(keys)
+        left = 0
+        for key in reversed(keys):
+            self._holders[key] -= 1
+            if self._holders[key]:
+                continue
+            del self._holders[key]
+            left += 1
+            if self._keeps_unheld:
+                self._unheld[key] = None
+            else:
+                self._forgotten.append(key)
+        return left
+
+    def forget_oldest(self, most_unheld: int) -> None:
+        """Forget unheld pages, least recently used first, until at most `most_unheld` are left."""
+        while len(self._unheld) > most_unheld:
+            key, _ = self._unheld.popitem(last=False)
+            self._forgotten.append(key)
+            self.version += 1
+
+    def take_forgotten(self) -> tuple[PageKey, ...]:
+        """Return the pages forgotten since the last call, in that order."""
+        forgotten, self._forgotten = tuple(self._forgotten), []
+        return forgotten
