@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lockstep.errors import ConfigurationError
-from lockstep.models.seal import Seal, weights_are_there
+from lockstep.models.own_weights import Seal, weights_are_there
 from lockstep.moe.experts import LocalExperts
 
 

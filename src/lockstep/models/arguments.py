@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,9 +88,9 @@ class Arguments:
     config: Any
     subfolder: str
     output_loading_info: bool
-    hub: dict[str, Any] = field(default_factory=dict)
-    handed_on: dict[str, Any] = field(default_factory=dict)
-    config_changes: dict[str, Any] = field(default_factory=dict)
+    hub: dict[str, Any]
+    handed_on: dict[str, Any]
+    config_changes: dict[str, Any]
 
 
 def read_arguments(kwargs: dict[str, Any], dtype: Any = "auto", device: Any = None) -> Arguments:
@@ -110,14 +110,12 @@ def read_arguments(kwargs: dict[str, Any], dtype: Any = "auto", device: Any = No
         'bfloat16'
     """
     rest = dict(kwargs)
-    device_map = rest.pop("device_map", None)
-    torch_dtype = rest.pop("torch_dtype", None)
     taken = {
         "config": rest.pop("config", None),
         "subfolder": rest.pop("subfolder", None) or "",
         "output_loading_info": bool(rest.pop("output_loading_info", False)),
-        "dtype": _one_dtype(dtype, torch_dtype),
-        "device": _one_device(device, device_map),
+        "dtype": _one_dtype(dtype, rest.pop("torch_dtype", None)),
+        "device": _one_device(device, rest.pop("device_map", None)),
     }
     for name in WITHOUT_EFFECT:
         rest.pop(name, None)
@@ -131,11 +129,7 @@ def read_arguments(kwargs: dict[str, Any], dtype: Any = "auto", device: Any = No
 
 
 def change_config(config: Any, changes: dict[str, Any]) -> None:
-    """Set attributes of a config, as Transformers does with arguments that are none of its own.
-
-    Args:
-        config: changed in place.
-        changes: attributes and values.
+    """Set attributes of a config in place, as Transformers does with arguments that are none of its own.
 
     Raises:
         ConfigurationError: naming an argument that is no attribute of the config.
@@ -178,14 +172,11 @@ def _one_device(device: Any, device_map: Any) -> Any:
     """The one device that a `device_map` means; "auto" leaves the choice to each rank."""
     if device_map is None or device_map == "auto":
         return device
-    if isinstance(device_map, dict):
-        places = set(map(str, device_map.values()))
-        if len(places) != 1:
-            raise ConfigurationError(f"from_pretrained does not take device_map={device_map!r:.120}: {_ONE_DEVICE}")
-        device_map = next(iter(device_map.values()))
-    if device_map in ("balanced", "balanced_low_0", "sequential", "disk", "meta"):
-        raise ConfigurationError(f"from_pretrained does not take device_map={device_map!r}: {_ONE_DEVICE}")
-    meant = f"cuda:{device_map}" if isinstance(device_map, int) else device_map
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    spread = len(set(map(str, places))) != 1
+    if spread or places[0] in ("balanced", "balanced_low_0", "sequential", "disk", "meta"):
+        raise ConfigurationError(f"from_pretrained does not take device_map={device_map!r:.120}: {_ONE_DEVICE}")
+    meant = f"cuda:{places[0]}" if isinstance(places[0], int) else places[0]
     if device is not None and torch.device(device) != torch.device(meant):
-        raise ConfigurationError(f"device={str(device)!r} and device_map={str(device_map)!r} contradict each other")
+        raise ConfigurationError(f"device={str(device)!r} and device_map={str(places[0])!r} contradict each other")
     return meant

@@ -29,15 +29,7 @@ _ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(sca
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
-
-    Attributes:
-        file: that holds it.
-        dtype: as the header says, such as `BF16`.
-        shape: as the header says.
-        start: first byte in the file.
-        end: one past the last byte.
-    """
+    """Where a tensor lies, `start` to `end` in a file's bytes; dtype, such as `BF16`, and shape as its header says."""
 
     file: Path
     dtype: str
@@ -47,12 +39,11 @@ class StoredTensor:
 
     def digest(self) -> tuple[str, tuple[int, ...], bytes]:
         """Return what two equal tensors have in common, reading the bytes."""
-        hashed, left = hashlib.sha256(), self.end - self.start
+        hashed = hashlib.sha256()
         with self.file.open("rb") as stream:
             stream.seek(self.start)
-            while left > 0 and (block := stream.read(min(left, _READ_BYTES))):
-                hashed.update(block)
-                left -= len(block)
+            for start in range(self.start, self.end, _READ_BYTES):
+                hashed.update(stream.read(min(_READ_BYTES, self.end - start)))
         return self.dtype, self.shape, hashed.digest()
 
 
@@ -101,15 +92,7 @@ def check_files(folder: Path, weights_name: str | None = None) -> dict[str, Stor
 
 
 def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are quantised although the config says nothing of it: they would be taken for numbers.
-
-    Args:
-        folder: of the checkpoint, for the message.
-        tensors: what `check_files` returned.
-
-    Raises:
-        ConfigurationError: naming the first and its dtype.
-    """
+    """Refuse tensors that are quantised although the folder's config says nothing of it: they are no numbers."""
     for name, tensor in tensors.items():
         if tensor.dtype.startswith(_QUANTISED_DTYPES):
             raise ConfigurationError(
@@ -202,14 +185,7 @@ def check_config(file: Path) -> None:
 
 
 def check_scales(tensors: dict[str, StoredTensor]) -> None:
-    """Refuse quantised tensors without their scales, which the loader would take for numbers.
-
-    Args:
-        tensors: what `check_files` returned for a checkpoint whose config declares its quantisation.
-
-    Raises:
-        ConfigurationError: naming the tensor and the scale that it lacks.
-    """
+    """Refuse quantised tensors without their scales, which the loader would take for numbers."""
     for name, tensor in tensors.items():
         if name.endswith("_blocks"):
             scales = [f"{name.removesuffix('_blocks')}_scales"]
@@ -233,9 +209,6 @@ def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool
         model: loaded.
         unexpected: their names.
         is_dequantised: the loader has undone a quantisation of the weights; scales of activations are then left over.
-
-    Raises:
-        ConfigurationError: naming the first.
     """
     modules = dict(model.named_modules())
     for key in sorted(unexpected):
@@ -290,9 +263,7 @@ def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, Store
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         own = _tensors_of(file)
-        if missing := sorted(
-            tensor for tensor, place in weight_map.items() if place == file.name and tensor not in own
-        ):
+        if missing := sorted(name for name, place in weight_map.items() if place == file.name and name not in own):
             raise ConfigurationError(f"{file} lacks {len(missing)} tensors of the index, first {missing[0]!r}")
         for name, tensor in own.items():
             other = tensors.setdefault(name, tensor)
@@ -312,24 +283,17 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
         raise ConfigurationError(f"{file} {what}: the checkpoint needs it")
     size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        header_size = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + header_size > size:
-            raise ConfigurationError(f"{file} is truncated: {size} bytes, its header alone needs {8 + header_size}")
-        begin = 8 + header_size
+        first = stream.read(8)
+        begin = 8 + int.from_bytes(first, "little")
+        if len(first) < 8 or begin > size:
+            raise ConfigurationError(f"{file} is truncated: {size} bytes, its header alone needs {begin}")
         try:
-            header = json.loads(stream.read(header_size), object_pairs_hook=_unique)
-            tensors = {
-                name: StoredTensor(
-                    file,
-                    str(entry["dtype"]),
-                    tuple(entry["shape"]),
-                    begin + entry["data_offsets"][0],
-                    begin + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
+            header = json.loads(stream.read(begin - 8), object_pairs_hook=_unique)
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, entry in header.items():
+                start, end = (begin + offset for offset in entry["data_offsets"])
+                tensors[name] = StoredTensor(file, str(entry["dtype"]), tuple(entry["shape"]), start, end)
             needed = max((tensor.end for tensor in tensors.values()), default=begin)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise ConfigurationError(f"{file} has no readable safetensors header: {error!r}") from error

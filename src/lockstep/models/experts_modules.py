@@ -64,12 +64,6 @@ def shard_empty(module: Any, ep_rank: int, ep_size: int, device_type: str) -> No
     """Make each expert parameter of a module on the meta device a DTensor of this rank's part.
 
     A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
-
-    Args:
-        module: with all experts, which `ep_size` divides.
-        ep_rank: this rank's place, in `0..ep_size - 1`.
-        ep_size: ranks that share the experts.
-        device_type: of the weights, such as `cuda`.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
@@ -116,20 +110,15 @@ def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def num_local_experts(name: str, module: Any, ep_rank: int, ep_size: int) -> int:
-    """Return how many of a module's experts each rank holds.
-
-    Args:
-        name: of the module, for messages.
-        module: with all experts.
-        ep_rank: this rank's place, in `0..ep_size - 1`.
-        ep_size: ranks that share the experts, >= 1.
-
-    Raises:
-        ConfigurationError: if the ranks do not divide the experts.
-    """
+    """Return how many experts each rank holds of a module that has all; `ConfigurationError` if they do not divide."""
     num_experts = int(module.down_proj.shape[0])
-    if ep_size < 1 or not 0 <= ep_rank < ep_size:
-        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
+    check_place(ep_rank, ep_size)
     if num_experts % ep_size:
         raise ConfigurationError(f"{num_experts} experts ({name}) cannot be divided over {ep_size} ranks")
     return num_experts // ep_size
+
+
+def check_place(ep_rank: int, ep_size: int) -> None:
+    """Raise unless this is a rank among those that share the experts."""
+    if ep_size < 1 or not 0 <= ep_rank < ep_size:
+        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")

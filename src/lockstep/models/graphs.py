@@ -7,7 +7,7 @@ replayed. So one rank may replay its graph while another runs a prompt step by s
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,6 +17,7 @@ from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
 
+_Graph = TypeVar("_Graph")
 _MOST_GRAPHS = 8  # kept at a time, for as many caches; the oldest goes first
 
 
@@ -39,24 +40,14 @@ class StepGraphs:
         self._idle: dict[Any, torch.cuda.CUDAGraph] = {}
 
     def run_idle(self, step: Step) -> None:
-        """Take part in a step without rows, by a graph from the second time on; without one if that cannot be captured.
-
-        Args:
-            step: whose `captures` is true.
-        """
+        """Take part in a step without rows, whose `captures` is true, by a graph from the second time on."""
         key = ("idle", *self._experts_kernels(step))
-        if key not in self._idle and key in self._seen and key not in self._failed:
-            try:
-                self._idle[key] = self._capture(step, Step.take_part_in_rest)
-            except RuntimeError as error:
-                logger.info("an idle step cannot be a CUDA graph: %s", error)
-                self._failed.add(key)
-        if key not in self._idle:
-            self._seen.add(key)
+        graph = self._captured("an idle", self._idle, key, lambda: self._capture(step, Step.take_part_in_rest))
+        if graph is None:
             step.take_part_in_rest()
-            return
-        self._idle[key].replay()
-        step.replayed()
+        else:
+            graph.replay()
+            step.replayed()
 
     def run_forward(
         self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,8 +63,7 @@ class StepGraphs:
         Returns:
             The output with logits of its own, or None where the caller has to run the pass itself.
         """
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids")
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
             return None
         if not all(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None])):
@@ -82,34 +72,36 @@ class StepGraphs:
         leaves, structure = pytree.tree_flatten(inputs)
         # What is no tensor is part of the graph; of tensors only the shape is.
         key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves), *self._experts_kernels(step))
-        if key in self._failed:
-            return None
-        captured = self._forwards.get(key)
-        if captured is None:
-            if key not in self._seen:
-                self._seen.add(key)
-                weakref.finalize(cache, self._forget, key)
-                return None
+        if key not in self._seen:
+            weakref.finalize(cache, self._forget, key)
+
+        def capture() -> _CapturedForward:
             static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             static_inputs = pytree.tree_unflatten(static, structure)
             outputs: list[Any] = []
             cache_of = weakref.ref(cache)  # a graph must not keep its cache alive
+            graph = self._capture(step, lambda _: outputs.append(forward(past_key_values=cache_of(), **static_inputs)))
+            return _CapturedForward(graph, static, outputs[0])
 
-            def issue(_: Step) -> None:
-                outputs.append(forward(past_key_values=cache_of(), **static_inputs))
-
-            try:
-                graph = self._capture(step, issue)
-            except RuntimeError as error:
-                logger.info("a decode step cannot be a CUDA graph: %s", error)
-                self._failed.add(key)
-                return None
-            if len(self._forwards) >= _MOST_GRAPHS:
-                self._forwards.pop(next(iter(self._forwards)))
-            captured = self._forwards[key] = _CapturedForward(graph, static, outputs[0])
+        captured = self._captured("a decode", self._forwards, key, capture)
+        if captured is None:
+            return None
+        if len(self._forwards) > _MOST_GRAPHS:
+            self._forwards.pop(next(iter(self._forwards)))
         output = captured.replay(leaves, cache)
         step.replayed()
         return output
+
+    def _captured(self, kind: str, kept: dict[Any, _Graph], key: Any, capture: Callable[[], _Graph]) -> _Graph | None:
+        """What was captured for a key: captured at its second coming, None at its first and where that fails."""
+        if key not in kept and key in self._seen and key not in self._failed:
+            try:
+                kept[key] = capture()
+            except RuntimeError as error:
+                logger.info("%s step cannot be a CUDA graph: %s", kind, error)
+                self._failed.add(key)
+        self._seen.add(key)
+        return kept.get(key)
 
     def _experts_kernels(self, step: Step) -> tuple[bool, ...]:
         """Which kernels each layer's experts run by in a step: a graph that has the others would be slow, not wrong."""
@@ -142,11 +134,8 @@ class StepGraphs:
 
 class _CapturedForward:
     def __init__(self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any) -> None:
-        self._graph = graph
-        self._static = static
-        self._output = dict(output.items())
-        self._class = type(output)
-        self._output.pop("past_key_values", None)
+        self._graph, self._static, self._class = graph, static, type(output)
+        self._output = {name: value for name, value in output.items() if name != "past_key_values"}
 
     def replay(self, leaves: list[Any], cache: Any) -> Any:
         for mine, theirs in zip(self._static, leaves, strict=True):

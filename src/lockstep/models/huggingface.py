@@ -26,9 +26,8 @@ from lockstep.models.arguments import read_arguments
 from lockstep.models.experts_modules import find_experts, shard_experts
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
-from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION
+from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
-from lockstep.models.seal import weights_are_there
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -136,22 +135,14 @@ def from_pretrained(
         attention = tensor_parallel_group(config, group, device, deadline_s)
         tp_mesh = tensor_parallel_mesh(attention, device.type)
     loaded = load_pretrained(
-        path,
-        ep_rank=config.rank,
-        ep_size=config.world_size,
-        tp_mesh=tp_mesh,
-        dtype=dtype,
-        device=device,
-        process_group=group,
-        deadline_s=deadline_s,
-        **kwargs,
-    )
+        path, ep_rank=config.rank, ep_size=config.world_size, tp_mesh=tp_mesh, dtype=dtype, device=device,
+        process_group=group, deadline_s=deadline_s, **kwargs,
+    )  # fmt: skip
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if fuse_norms:
         norms.fuse_norms(model)
-    if group is None:
-        return loaded
-    _attach(ModelParallel(model, config, group, options, attention))
+    if group is not None:
+        _attach(ModelParallel(model, config, group, options, attention))
     return loaded
 
 
@@ -252,15 +243,10 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
     if parallel.session is not None:
         raise ConfigurationError(f"this {type(model).__name__} is joined already; leave that block first")
     parallel.open()
-    session = Session(
-        parallel.coordinator,
-        parallel.run_idle_step,
-        data_parallel_rank=parallel.config.data_parallel_rank,
-        grace_s=grace_s,
-    )
-    parallel.session = session
+    own = parallel.config.data_parallel_rank
+    parallel.session = Session(parallel.coordinator, parallel.run_idle_step, data_parallel_rank=own, grace_s=grace_s)
     try:
-        with session:
+        with parallel.session:
             yield model
     finally:
         parallel.session = None
@@ -302,24 +288,21 @@ def _attach(parallel: ModelParallel) -> None:
             session.end_step()
 
     if parallel.device.type == "cuda" and getattr(model, "generation_config", None) is not None:
-        model.generation_config.disable_compile = (
-            True  # decode steps are graphs of ours, which agree before each replay
-        )
+        # Decode steps are graphs of ours, which agree before each replay.
+        model.generation_config.disable_compile = True
     model.forward = forward
     if hasattr(model, "generate"):
         model.generate = _without_synced_gpus(model.generate)
-    model.save_pretrained = _refuse_to_save
     model.__dict__["_lockstep_parallel"] = parallel
-    _keep_wrappers_off(model)
-
-
-def _keep_wrappers_off(model: Any) -> None:
-    """Make those who would overwrite, save or restore this rank's part under the name of the whole say so."""
+    # Those who would overwrite, save or restore this rank's part under the name of the whole are refused.
+    model.save_pretrained = functools.partial(_refuse, _PART)
     # No gradients flow through the experts anyway, and what trains nothing is left alone by accelerate's `prepare`.
     model.requires_grad_(False)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
     for name, module in find_experts(model):
-        module.register_state_dict_pre_hook(_refuse_state_dict)
+        module.register_state_dict_pre_hook(
+            functools.partial(_refuse, f"state_dict: {_PART}; offloading needs one too")
+        )
         # The parent, which PEFT leaves in place when it puts adapters around experts.
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.register_load_state_dict_pre_hook(functools.partial(_refuse_to_load, name.rpartition(".")[2]))
@@ -336,10 +319,7 @@ class _RefusedByDDP:
 
 
 def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `generate` without Transformers' own way to keep ranks together.
-
-    It is not needed inside `join`, and waits in the default group for a call that the other ranks may never make.
-    """
+    """`generate` without Transformers' own way to keep ranks together, which waits for calls that may never come."""
 
     @functools.wraps(generate)
     def call(*args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
@@ -348,12 +328,8 @@ def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise ConfigurationError(_PART)
-
-
-def _refuse_state_dict(*_: Any, **__: Any) -> None:
-    raise ConfigurationError(f"state_dict: {_PART}; accelerate's offloading asks for one too")
+def _refuse(message: str, *_: Any, **__: Any) -> None:
+    raise ConfigurationError(message)
 
 
 def _refuse_to_load(child: str, module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -368,7 +344,7 @@ def _refuse_to_load(child: str, module: Any, state_dict: dict[str, Any], prefix:
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Stand among Transformers' experts implementations."""
+    """One of Transformers' experts implementations: the layer's place in the step that this thread runs."""
     place = getattr(module, "_lockstep_place", None)
     if place is None:
         raise ConfigurationError(
@@ -384,9 +360,7 @@ def _experts_forward(
 
 def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Rows that a forward pass will send through each layer."""
-    tokens = kwargs.get("input_ids")
-    if tokens is None and args:
-        tokens = args[0]
+    tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is not None:
         return int(tokens.numel())
     embeds = kwargs.get("inputs_embeds")

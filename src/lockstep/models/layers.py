@@ -1,6 +1,7 @@
 """A spread model's MoE layers, each with its dispatcher, made when the ranks have opened their groups."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lockstep.coordination.groups import Groups
 from lockstep.dispatch.base import Dispatcher, ExpertsShape
@@ -21,7 +22,7 @@ def make_layers(
     constants: DispatchConstants | None,
     can_map: bool,
 ) -> list[MoELayer]:
-    """Make the layers, in forward order, with their kernels loaded. Collective.
+    """Make the layers of this rank's experts, in forward order, with their kernels loaded. Collective.
 
     Args:
         experts: this rank's, `[layers]`.
@@ -32,41 +33,26 @@ def make_layers(
         constants: by which a dispatcher chooses, if it does.
         can_map: all ranks can map each other's memory.
     """
+    wanted = DispatcherOptions(
+        deadline_s=options.deadline_s,
+        max_rows_per_rank=options.max_chunk_size_per_rank,
+        fp8=options.fp8_dispatch,
+        can_map=can_map,
+        constants=constants,
+    )
+    # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
     made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
     for shape, on_device in dict.fromkeys((s, e.run_on_device) for s, e in zip(shapes, experts, strict=True)):
-        # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
-        wanted = DispatcherOptions(
-            deadline_s=options.deadline_s,
-            max_rows_per_rank=options.max_chunk_size_per_rank,
-            fp8=options.fp8_dispatch,
-            can_map=can_map,
-            experts_on_device=on_device,
-            constants=constants,
-        )
-        made[shape, on_device] = make_dispatcher(options.dispatcher, groups.data, shape, wanted)
-    layers = [
-        MoELayer(
-            one,
-            made[shape, one.run_on_device],
-            config,
-            shape,
-            tensor_parallel_group=groups.tensor_parallel,
-            deadline_s=options.deadline_s,
-        )
-        for one, shape in zip(experts, shapes, strict=True)
-    ]
-    if shapes[0].device.type == "cuda":
-        _warm_up(layers, experts, config.world_size * (options.max_chunk_size_per_rank or MAPPED_ROWS), options)
+        own = replace(wanted, experts_on_device=on_device)
+        made[shape, on_device] = make_dispatcher(options.dispatcher, groups.data, shape, own)
+    layers, warm = [], set()
+    for one, shape in zip(experts, shapes, strict=True):
+        dispatcher = made[shape, one.run_on_device]
+        tp_group, deadline_s = groups.tensor_parallel, options.deadline_s
+        layers.append(MoELayer(one, dispatcher, config, shape, tensor_parallel_group=tp_group, deadline_s=deadline_s))
+        kind = one.module.down_proj.shape, shape.top_k
+        if shape.device.type == "cuda" and dispatcher.abilities.counts_on_device and kind not in warm:
+            warm.add(kind)  # its kernels are loaded before anybody waits for anybody in a step
+            rows = config.world_size * (options.max_chunk_size_per_rank or MAPPED_ROWS)
+            one.warm_up(rows * shape.top_k, options.fp8_dispatch)
     return layers
-
-
-def _warm_up(
-    layers: Sequence[MoELayer], experts: Sequence[LocalExperts], num_rows: int, options: ParallelOptions
-) -> None:
-    """Load the experts' kernels before anybody waits for anybody in a step."""
-    warm = set()
-    for layer, one in zip(layers, experts, strict=True):
-        kind = one.module.down_proj.shape, layer.shape.top_k
-        if layer.dispatcher.abilities.counts_on_device and kind not in warm:
-            warm.add(kind)
-            one.warm_up(num_rows * layer.shape.top_k, options.fp8_dispatch)

@@ -28,7 +28,7 @@ from lockstep.models.checkpoint import (
     refuse_two_names,
     undeclared_quantisation,
 )
-from lockstep.models.experts_modules import find_experts, localise, num_local_experts, shard_empty
+from lockstep.models.experts_modules import check_place, find_experts, localise, num_local_experts, shard_empty
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,14 +84,11 @@ def load_pretrained(
         PeerFailedError: another rank of the group raised anything else.
         RankAbsentError: a rank of the group did not come in time.
     """
-    if ep_size < 1 or not 0 <= ep_rank < ep_size:
-        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
-
+    check_place(ep_rank, ep_size)
     if says := lacking("transformers", "safetensors"):
         raise ConfigurationError(says.format("from_pretrained"))
     arguments = read_arguments(kwargs, dtype, device)
     place = str(arguments.device if arguments.device is not None else "cpu")
-
     together = _Together(process_group, str(path), deadline_s)
     folder, config, model_class, quantization, tensors = together.do(
         lambda: _look(path, revision, local_files_only, trust_remote_code, arguments)
@@ -151,14 +148,11 @@ def _resolve(
         if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
             raise ConfigurationError(f"no checkpoint at {folder}: there is no such folder")
         folder = _download(str(path), revision, local_files_only, hub, subfolder)
-    if subfolder:
-        inside = folder / subfolder
-        if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
-            raise ConfigurationError(f"subfolder must be a folder inside of {folder}, got {subfolder!r}")
-        if not inside.is_dir():
-            raise ConfigurationError(f"no checkpoint at {inside}: there is no such folder")
-        return inside
-    return folder
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise ConfigurationError(f"subfolder must be a folder inside of {folder}, got {subfolder!r}")
+    if not (folder / subfolder).is_dir():
+        raise ConfigurationError(f"no checkpoint at {folder / subfolder}: there is no such folder")
+    return folder / subfolder
 
 
 def _download(
@@ -167,16 +161,11 @@ def _download(
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    if subfolder:
+        patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
+    wanted = {"revision": revision, "local_files_only": local_files_only, "allow_patterns": patterns, **hub}
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=[f"{subfolder}/{pattern}" for pattern in patterns] if subfolder else patterns,
-                **hub,
-            )
-        )
+        return Path(snapshot_download(repository, **wanted))
     except Exception as error:
         raise ConfigurationError(
             f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision or 'main'}) "
@@ -219,9 +208,8 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
 
 def _dequantisation(config: Any, folder: Path) -> Any:
     """What makes Transformers undo the checkpoint's quantisation on load; None where there is none."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        found = getattr(config.get_text_config(), "quantization_config", None)
+    places = (config, config.get_text_config())
+    found = next((one for place in places if (one := getattr(place, "quantization_config", None)) is not None), None)
     if found is None:
         return None
     settings = dict(found) if isinstance(found, dict) else found.to_dict()
@@ -267,14 +255,11 @@ def _sharding_class(
         for _, module in find_experts(model):
             localise(module)
 
-    def on_finished(model: Any, loading_info: Any) -> None:
-        refuse_leftovers(model, loading_info.unexpected_keys, is_dequantised)
-
     return internals.sharding_class(
         model_class,
         distribute=distribute,
         on_loaded=on_loaded,
-        on_finished=on_finished,
+        on_finished=lambda model, info: refuse_leftovers(model, info.unexpected_keys, is_dequantised),
         local_parameters_of=expert_names,
     )
 
@@ -332,13 +317,9 @@ def _one_after_another() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Give freed heap back to the system, where the C library can: pieces of weights are below its own threshold."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        # Pieces of weights are below the C library's own threshold for giving freed heap back to the system.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
@@ -353,20 +334,11 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
 
 
 class _Together:
-    """Does one thing after another on every rank of a group; what fails on one rank is raised on all of them.
-
-    Args:
-        process_group: the ranks; None for this process alone.
-        what: is loaded, for messages.
-        deadline_s: longest wait for a rank that is not there, or there and makes no progress, in seconds.
-    """
+    """Does one thing after another on every rank of a group; what fails on one rank is raised on all of them."""
 
     def __init__(self, process_group: ProcessGroup | None, what: str, deadline_s: float) -> None:
         self._start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
-        self._key = f"loading/{self._start.next_number('loading')}" if self._start is not None else ""
-        self._what = what
-        self._deadline_s = deadline_s
-        self._parts = 0
+        self._what, self._deadline_s = what, deadline_s
 
     def do(self, action: Callable[[], Any]) -> Any:
         """Run `action` and return what it returns, once it has succeeded on every rank.
@@ -379,22 +351,19 @@ class _Together:
         start = self._start
         if start is None:
             return action()
-        start.meeting_place(f"{self._key}/before {self._parts}", f"the loading of {self._what}").meet(
-            {}, self._deadline_s, once=True
-        )
-        result: Any = None
-        own: BaseException | None = None
+        key = f"loading/{start.next_number('loading')}"
+        before = start.meeting_place(f"{key}/before", f"the loading of {self._what}")
+        before.meet({}, self._deadline_s, once=True)
+        result, own = None, None
         try:
             with start.whereabouts.working(f"loading {self._what}"):
                 result = action()
         except BaseException as error:  # whatever it is, the other ranks wait for this one
             own = error
-        key = f"{self._key}/after {self._parts}"
-        self._parts += 1
         facts = {"type": "", "message": ""} if own is None else {"type": type(own).__name__, "message": str(own)}
-        meeting = start.meeting_place(key, f"the end of the loading of {self._what}")
+        after = start.meeting_place(f"{key}/after", f"the end of the loading of {self._what}")
         try:
-            answers = meeting.meet(facts, self._deadline_s, once=True)
+            answers = after.meet(facts, self._deadline_s, once=True)
         except RankAbsentError:
             if own is not None:
                 raise own from None
@@ -404,10 +373,10 @@ class _Together:
             return result
         if own is not None and not isinstance(own, ConfigurationError):
             raise own
-        others = [rank for rank, answer in failed.items() if answer["type"] != ConfigurationError.__name__]
-        if others:
-            text = f"{failed[others[0]]['type']}: {failed[others[0]]['message']}"
-            stops = f"rank {start.processes[start.rank]} stops loading {self._what}"
-            raise PeerFailedError(f"{stops}: rank {others[0]} raised {text}", others[0], text) from own
+        for rank, answer in failed.items():
+            if answer["type"] != ConfigurationError.__name__:
+                text = f"{answer['type']}: {answer['message']}"
+                stops = f"rank {start.processes[start.rank]} stops loading {self._what}"
+                raise PeerFailedError(f"{stops}: rank {rank} raised {text}", rank, text) from own
         seen = "every rank" if len(failed) == len(answers) else f"rank {', '.join(map(str, failed))}"
         raise ConfigurationError(f"{next(iter(failed.values()))['message']} (seen on {seen})") from own

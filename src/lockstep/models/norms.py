@@ -57,13 +57,14 @@ def _forward(norm: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden
 def is_rms_norm(module: Any) -> bool:
     """Say whether a module computes `rms_norm(rows) * weight`, by its attributes and by trying it."""
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or type(weight) is not torch.nn.Parameter:
-        return False
-    if weight.dim() != 1 or not isinstance(getattr(module, "variance_epsilon", None), float):
-        return False
-    if "forward" in vars(module):
-        return False  # replaced by somebody, who counts on being called
-    if len(inspect.signature(module.forward).parameters) != 1:
+    if not (
+        type(module).__name__.endswith("RMSNorm")
+        and type(weight) is torch.nn.Parameter
+        and weight.dim() == 1
+        and isinstance(getattr(module, "variance_epsilon", None), float)
+        and "forward" not in vars(module)  # otherwise replaced by somebody, who counts on being called
+        and len(inspect.signature(module.forward).parameters) == 1
+    ):
         return False
     rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))
     rows *= torch.tensor([[1.0], [module.variance_epsilon**0.5], [0.0]])  # the last two show what is done with epsilon

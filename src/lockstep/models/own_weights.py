@@ -1,8 +1,9 @@
-"""This rank's own part of a spread model: its experts and its slices, sealed against being overwritten in silence."""
+"""This rank's own part of a spread model, sealed: wrappers overwrite experts and slices in silence."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -10,11 +11,133 @@ from torch.distributed.tensor import DTensor
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
 from lockstep.models.experts_modules import find_experts
-from lockstep.models.seal import Seal, weights_are_there
 from lockstep.moe.experts import LocalExperts
 
 EXPERTS_IMPLEMENTATION = "lockstep"
 """Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
+
+_VALUES_PER_EXPERT = 4
+_OVERWRITTEN = (
+    "{model}'s {weight} {what} after it was spread over the ranks, so that this rank no longer has its own part: "
+    "DistributedDataParallel, Lightning's Trainer, FSDP, DeepSpeed and load_state_dict do that. Load the model anew "
+    "and use it without them; if every rank has written its own part on purpose, call "
+    "lockstep.models.parallel.parallel_of(model).accept_weights()"
+)
+
+
+class _Weight(NamedTuple):
+    """A weight as it was when it was sealed."""
+
+    name: str
+    parameter: torch.Tensor
+    local: torch.Tensor
+    version: int | None
+    address: int
+    values: torch.Tensor
+
+
+class Seal:
+    """The weights of one module that each rank has another part of, as they were when they were spread.
+
+    Args:
+        model: name of the model's class, for messages.
+        name: of the module.
+        module: whose own parameters are sealed.
+    """
+
+    def __init__(self, model: str, name: str, module: Any) -> None:
+        self._model, self._name, self._module = model, name, module
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the weights as they are now for right."""
+        self._sealed = [
+            _Weight(name, weight, _local(weight), _version(weight), _address(weight), self._sample(weight))
+            for name, weight in self._parameters()
+        ]
+        self._count = len(self._module._parameters)
+
+    def check(self) -> None:
+        """Raise if somebody has written, moved or replaced a weight, without reading them: cheap, for every step."""
+        found = self._module._parameters
+        for weight in self._sealed:
+            if found.get(weight.name) is not weight.parameter:
+                self._complain(weight.name, "was replaced")
+            if weight.version is not None and weight.local._version != weight.version:
+                self._complain(weight.name, "was written in place")
+            if weight.local.data_ptr() != weight.address or weight.local is not _local(weight.parameter):
+                self._complain(weight.name, "was moved or cast inside of join")
+        if len(found) != self._count:
+            self._complain(list(found)[-1], "was added")
+
+    def check_values(self) -> None:
+        """Raise if a weight was not only moved or cast between steps; reads a few values of each expert."""
+        now = dict(self._parameters())
+        is_as_before = True
+        for weight in self._sealed:
+            found = now.pop(weight.name, None)
+            if found is None or type(found) is not type(weight.parameter) or found.shape != weight.parameter.shape:
+                self._complain(weight.name, "was replaced")
+            if found.is_meta:
+                raise ConfigurationError(
+                    f"{self._model}'s {self._name}.{weight.name} is not there any more (offloaded to the meta device): "
+                    "keep the model on its device, without accelerate's cpu_offload, disk_offload or dispatch_model"
+                )
+            if found is weight.parameter and _version(found) != weight.version:
+                self._complain(weight.name, "was written in place")
+            values = self._sample(found)
+            expected = weight.values.to(values.dtype)
+            if not bool(((expected == values) | (expected.isnan() & values.isnan())).all()):
+                self._complain(weight.name, "has other values")
+            is_as_before &= found is weight.parameter and _address(found) == weight.address
+        if now:
+            self._complain(min(now), "was added")
+        if not is_as_before:  # moved or cast
+            self.accept()
+
+    def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return ((name, weight) for name, weight in self._module._parameters.items() if weight is not None)
+
+    def _complain(self, name: str, what: str) -> NoReturn:
+        raise ConfigurationError(_OVERWRITTEN.format(model=self._model, weight=f"{self._name}.{name}", what=what))
+
+    @staticmethod
+    @torch.no_grad()
+    def _sample(parameter: torch.Tensor) -> torch.Tensor:
+        """Values spread evenly over the weight, on the host."""
+        local = _local(parameter).detach()
+        if local.is_meta or not local.numel():
+            return torch.zeros(0)
+        count = _VALUES_PER_EXPERT * max(16, local.shape[0])
+        flat = local.reshape(-1) if local.is_contiguous() else local.flatten()
+        return flat[:: max(1, flat.numel() // count)].cpu().clone()
+
+
+def weights_are_there(model: torch.nn.Module) -> None:
+    """Raise unless all weights are in memory."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ConfigurationError(
+                f"the weights of {type(model).__name__} are not there ({name} is on the meta device): load it without "
+                "offloading, on one device, or let lockstep.from_pretrained load it"
+            )
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor."""
+    part: torch.Tensor = getattr(weight, "_local_tensor", weight)
+    return part
+
+
+def _version(weight: torch.Tensor) -> int | None:
+    """How often the weight was written; None for one made under inference_mode, whose writes nobody counts."""
+    local = _local(weight)
+    return None if local.is_inference() else local._version
+
+
+def _address(weight: torch.Tensor) -> int:
+    local = _local(weight)
+    return 0 if local.is_meta else local.data_ptr()
 
 
 class OwnWeights:
@@ -53,11 +176,7 @@ class OwnWeights:
         return weight.dtype, weight.device
 
     def check(self) -> None:
-        """Check that nobody has written the weights, and that the experts run over the ranks; cheap, for every step.
-
-        Raises:
-            ConfigurationError: naming the weight and what was done to it, or the experts implementation.
-        """
+        """Raise if somebody has written the weights or runs the experts by other means; cheap, for every step."""
         for seal in self._seals:
             seal.check()
         for name, experts in zip(self.names, self.experts, strict=True):
@@ -78,19 +197,15 @@ class OwnWeights:
         try:
             for seal in self._seals:
                 seal.check_values()
-            self._refuse_wrapped_experts()
         except ConfigurationError as error:
             return str(error)
-        return ""
-
-    def _refuse_wrapped_experts(self) -> None:
-        """Adapters on experts would have the sizes of all of them, or of one rank's."""
         now = dict(self._model.named_modules(remove_duplicate=False))
         for name, experts in zip(self.names, self.experts, strict=True):
-            if now.get(name) is not experts.module:
+            if now.get(name) is not experts.module:  # an adapter would have the size of all experts, or of one rank's
                 found = type(now[name]).__name__ if name in now else "nothing"
-                raise ConfigurationError(
+                return (
                     f"{name} of {self._kind} was replaced by {found}: experts that are spread over ranks take no "
                     "adapters; leave them out of target_modules and target_parameters, or merge the adapter into the "
                     "whole model (merge_and_unload) before lockstep.parallelize"
                 )
+        return ""

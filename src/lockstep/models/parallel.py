@@ -93,9 +93,8 @@ class ModelParallel:
         self._groups: list[dist.ProcessGroup] = []
         self._constants: DispatchConstants | None = None
         self._epoch = -1
-        self._meeting = self._start.meeting_place(
-            f"{number}/join", f"join() of {type(model).__name__} (model {number})"
-        )
+        met_at = f"join() of {type(model).__name__} (model {number})"
+        self._meeting = self._start.meeting_place(f"{number}/join", met_at)
         self._stream: torch.cuda.Stream | None = None
         self._graphs: StepGraphs | None = None
         self.forward = model.forward  # the model's own
@@ -130,15 +129,15 @@ class ModelParallel:
             torch.cuda.set_device(self.device)  # torchrun leaves all ranks of a host on the first GPU
         usable = self.is_open and self.coordinator.usable
         self._constants = constants_of(self.options.dispatcher, self.device.type)
-        facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), **self._settings()}
-        facts["complaint"] = complaint
-        answers = self._meeting.meet(facts, self.options.deadline_s)
+        facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), "complaint": complaint}
+        settings = self._settings()
+        answers = self._meeting.meet(facts | settings, self.options.deadline_s)
         complaining = [rank for rank, answer in enumerate(answers) if answer["complaint"]]
         if complaining:
             raise ConfigurationError(
                 f"{answers[complaining[0]]['complaint']} (seen on rank {', '.join(map(str, complaining))})"
             )
-        for name in self._settings():
+        for name in settings:
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
                 pairs = zip(self._start.processes, values, strict=True)

@@ -1,9 +1,8 @@
 """What a model's experts are called with, found by one forward pass, and a checksum of what all ranks have alike."""
 
-import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lockstep.moe.experts import LocalExperts
 
 @torch.no_grad()
 def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> list[ExpertsShape]:
-    """Send one token through the model with experts that only look, and return what each was called with.
+    """Send one token through the model with experts that only look, and return what each was called with, in order.
 
     No config names these the same in all architectures, and the order of the calls is known for certain.
 
@@ -25,29 +24,32 @@ def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> l
         forward: the model's own.
         num_ranks: that hold as many experts each.
 
-    Returns:
-        One shape per MoE layer, in forward order.
-
     Raises:
         ConfigurationError: a model that does not call each of its MoE layers once and in order.
     """
-    found = {id(module): index for index, (_, module) in enumerate(find_experts(model))}
-    seen: dict[int, ExpertsShape] = {}
+    modules = [module for _, module in find_experts(model)]
+    called: list[Any] = []
+    shapes: list[ExpertsShape] = []
 
     def look(module: Any, rows: torch.Tensor, topk_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        called.append(module)
         num_experts = LocalExperts(module).num_local_experts * num_ranks
-        seen[found[id(module)]] = ExpertsShape(
-            num_experts, int(rows.shape[-1]), int(topk_ids.shape[-1]), rows.dtype, rows.device
-        )
+        shapes.append(ExpertsShape(num_experts, rows.shape[-1], topk_ids.shape[-1], rows.dtype, rows.device))
         return torch.zeros_like(rows)
 
-    with _experts_run_by(model, look):
+    for module in modules:
+        module.forward = functools.partial(look, module)
+    try:
         forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    if list(seen) != list(range(len(found))):
+    finally:
+        for module in modules:
+            del module.forward
+    if called != modules:
         raise ConfigurationError(
-            f"{type(model).__name__} does not call each of its {len(found)} MoE layers once and in order: {list(seen)}"
+            f"{type(model).__name__} does not call each of its {len(modules)} MoE layers once and in order: "
+            f"{[modules.index(module) for module in called]}"
         )
-    return list(seen.values())
+    return shapes
 
 
 @torch.no_grad()
@@ -56,15 +58,3 @@ def dense_checksum(model: Any) -> int:
     experts = {id(parameter) for _, module in find_experts(model) for parameter in module.parameters()}
     parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]
     return zlib.crc32(torch.cat(parts).cpu().numpy().tobytes())
-
-
-@contextlib.contextmanager
-def _experts_run_by(model: Any, function: Callable[..., torch.Tensor]) -> Iterator[None]:
-    modules = [module for _, module in find_experts(model)]
-    for module in modules:
-        module.forward = functools.partial(function, module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

@@ -86,13 +86,7 @@ def no_distribution() -> Any:
 
 
 def split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: Iterable[str]) -> None:
-    """Apply the model's own tensor-parallel plan, all but its rules for experts.
-
-    Args:
-        model: empty, on the meta device.
-        tp_mesh: one-dimensional.
-        expert_names: of the experts modules, which stay as they are.
-    """
+    """Apply an empty model's own tensor-parallel plan over a one-dimensional mesh, all but its rules for experts."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     # Rules are written for all layers at once: `model.layers.*.mlp.experts`.
@@ -149,12 +143,7 @@ def class_from_folder(reference: str, folder: str) -> Any:
 
 
 def dequantisation_config(method: str, settings: dict[str, Any]) -> Any:
-    """Return what makes the loader undo a checkpoint's quantisation.
-
-    Args:
-        method: Transformers' name of it, such as `fp8`.
-        settings: the checkpoint's `quantization_config`.
-    """
+    """Return what makes the loader undo a quantisation by Transformers' method of that name, such as `fp8`."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
@@ -174,8 +163,7 @@ def route_experts(module: Any, name: str) -> None:
 
 def experts_route(module: Any) -> str | None:
     """Return the name of the implementation that an experts module runs by."""
-    name: str | None = module.config._experts_implementation
-    return name
+    return module.config._experts_implementation
 
 
 def is_experts_module(module: torch.nn.Module) -> bool:
