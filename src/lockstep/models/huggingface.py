@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT")
 
 _PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
+_STATE_DICT = f"state_dict: {_PART}; accelerate's offloading asks for one too"
 _CAPTURED = (
     "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: turn the graphs off, "
     "such as by ContinuousBatchingConfig(use_cuda_graph=False) in Transformers' continuous batching; Lockstep captures "
@@ -300,9 +301,7 @@ def _attach(parallel: ModelParallel) -> None:
     model.requires_grad_(False)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
     for name, module in find_experts(model):
-        module.register_state_dict_pre_hook(
-            functools.partial(_refuse, f"state_dict: {_PART}; offloading needs one too")
-        )
+        module.register_state_dict_pre_hook(functools.partial(_refuse, _STATE_DICT))
         # The parent, which PEFT leaves in place when it puts adapters around experts.
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.register_load_state_dict_pre_hook(functools.partial(_refuse_to_load, name.rpartition(".")[2]))

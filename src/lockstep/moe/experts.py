@@ -62,10 +62,7 @@ class LocalExperts:
         return int(self.module.down_proj.shape[0])
 
     def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        gather_index: torch.Tensor,
-        tokens_per_expert: torch.Tensor | Sequence[int],
+        self, hidden_states: torch.Tensor, gather_index: torch.Tensor, tokens_per_expert: torch.Tensor | Sequence[int]
     ) -> torch.Tensor:
         """Run each (row, expert) pair through its expert.
 
@@ -94,35 +91,26 @@ class LocalExperts:
         num_pairs = gather_index.shape[0]
         if num_pairs == 0:
             return hidden_states.new_zeros((0, hidden_states.shape[1]))
-        has_gate, has_bias = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
+        counts = torch.as_tensor(tokens_per_expert, device=hidden_states.device)
+        offsets = counts.cumsum(0, dtype=torch.int32)
         is_transposed = getattr(module, "is_transposed", False)
-        up_proj = module.gate_up_proj if has_gate else module.up_proj
-        groups = _Groups(tokens_per_expert, num_pairs, hidden_states.device)
 
-        rows = hidden_states.index_select(0, gather_index).to(up_proj.dtype)
-        rows = _grouped_linear(rows, up_proj, groups, is_transposed)
-        if has_bias:
-            rows = rows + groups.spread(module.gate_up_proj_bias if has_gate else module.up_proj_bias)
-        rows = module._apply_gate(rows) if has_gate else module.act_fn(rows)
-        rows = _grouped_linear(rows, module.down_proj, groups, is_transposed)
-        if has_bias:
-            rows = rows + groups.spread(module.down_proj_bias)
+        def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
+            rows = _grouped_linear(rows, getattr(module, name), offsets, is_transposed)
+            if not getattr(module, "has_bias", False):
+                return rows
+            bias = getattr(module, f"{name}_bias")
+            return rows + bias.repeat_interleave(counts, dim=0, output_size=num_pairs)
+
+        rows = hidden_states.index_select(0, gather_index)
+        if getattr(module, "has_gate", True):
+            rows = module._apply_gate(linear(rows, "gate_up_proj"))
+        else:
+            rows = module.act_fn(linear(rows, "up_proj"))
+        rows = linear(rows, "down_proj")
         if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
         return rows.to(hidden_states.dtype)
-
-    def check_device_kernels(self) -> None:
-        """Raise unless `on_device` can run these experts.
-
-        Raises:
-            ConfigurationError: for other than gated SiLU experts in bfloat16 without biases.
-        """
-        if not self.run_on_device:
-            raise ConfigurationError(
-                f"experts of class {type(self.module).__name__} in {self.module.down_proj.dtype} do not run on counts "
-                "that only the GPU knows, which needs gated SiLU experts in bfloat16 without biases: use another "
-                "dispatcher"
-            )
 
     @property
     def run_on_device(self) -> bool:
@@ -147,7 +135,7 @@ class LocalExperts:
         expert_offsets: torch.Tensor,
         rows_per_expert: float,
     ) -> torch.Tensor:
-        """Run the pairs whose number only the device knows; the host waits for nothing.
+        """Run the pairs whose number only the device knows; the host waits for nothing. See `few_rows_experts`.
 
         Args:
             hidden_states: received rows, `[received, hidden]`, bfloat16 or float8_e4m3fn.
@@ -189,49 +177,28 @@ class LocalExperts:
             self.on_device(rows, scales, index, offsets, rows_per_expert)
 
 
-class _Groups:
-    """Where each expert's pairs lie, in whichever form is asked for, computed once per call."""
-
-    def __init__(self, tokens_per_expert: torch.Tensor | Sequence[int], num_pairs: int, device: torch.device) -> None:
-        self.num_pairs = num_pairs
-        self.counts = torch.as_tensor(tokens_per_expert, device=device)
-        self.offsets = self.counts.cumsum(0, dtype=torch.int32)
-        self._given = tokens_per_expert
-
-    def sizes(self) -> list[int]:
-        """Pairs per expert on the host; waits for the device where they were given as its tensor."""
-        return self._given.tolist() if isinstance(self._given, torch.Tensor) else list(self._given)
-
-    def spread(self, per_expert: torch.Tensor) -> torch.Tensor:
-        """`[num_local_experts, n]` to one row per pair, `[num_pairs, n]`."""
-        return per_expert.repeat_interleave(self.counts, dim=0, output_size=self.num_pairs)
-
-
-def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, groups: _Groups, is_transposed: bool) -> torch.Tensor:
+def _grouped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool
+) -> torch.Tensor:
     """`rows[i] @ weight[expert of i]`; the weight is `[experts, out, in]`, or `[experts, in, out]` if transposed."""
     rows = rows.to(weight.dtype)
     per_expert = weight if is_transposed else weight.transpose(-2, -1)
     if _grouped_mm_serves(rows, weight):
-        return torch.nn.functional.grouped_mm(rows, per_expert, offs=groups.offsets)
+        return torch.nn.functional.grouped_mm(rows, per_expert, offs=offsets)
     output = rows.new_empty((rows.shape[0], per_expert.shape[2]))
     start = 0
-    for expert, size in enumerate(groups.sizes()):
-        if size:
-            output[start : start + size] = rows[start : start + size] @ per_expert[expert]
-        start += size
+    for expert, end in enumerate(offsets.tolist()):
+        output[start:end] = rows[start:end] @ per_expert[expert]
+        start = end
     return output
 
 
 def _grouped_mm_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `grouped_mm` takes these operands: its dtypes, and rows of whole 16 bytes on both sides."""
-    size = weight.element_size()
+    nbytes = [length * weight.element_size() for length in (rows.shape[1], *weight.shape[1:])]
     return (
         weight.dtype in _GROUPED_DTYPES
-        and rows.shape[1] * size % 16 == 0
-        and weight.shape[1] * size % 16 == 0
-        and weight.shape[2] * size % 16 == 0
-        and weight.data_ptr() % 16 == 0
-        and rows.data_ptr() % 16 == 0
+        and not any(number % 16 for number in (*nbytes, weight.data_ptr(), rows.data_ptr()))
         and rows.is_contiguous()
         and (weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) >= (8, 0))
     )

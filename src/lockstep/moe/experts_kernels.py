@@ -26,25 +26,10 @@ def _load_rows(rows, scales, index, k, inside, stride, groups, FP8: tl.constexpr
 
 @triton.jit
 def _gate_up_tile(
-    rows,
-    scales,
-    gather_index,
-    weights,
-    inner,
-    expert,
-    column,
-    start,
-    end,
-    stride,
-    groups,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    FP8: tl.constexpr,
-    PAIRS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    rows, scales, gather_index, weights, inner, expert, column, start, end, stride, groups,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     n = column * COLUMNS + tl.arange(0, COLUMNS)
     used = n < INTERMEDIATE
     gate = weights + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + n[:, None] * HIDDEN
@@ -69,22 +54,10 @@ def _gate_up_tile(
 
 @triton.jit
 def gate_up_kernel(
-    rows,
-    scales,
-    gather_index,
-    expert_offsets,
-    weights,
-    inner,
-    stride,
-    groups,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    FP8: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    rows, scales, gather_index, expert_offsets, weights, inner, stride, groups,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, FP8: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """`inner[p] = silu(gate(x[p])) * up(x[p])` for the pairs of one expert and `COLUMNS` inner columns per program."""
     if PDL:
         gdc_wait()
@@ -109,20 +82,10 @@ def gate_up_kernel(
 
 @triton.jit
 def _down_tile(
-    inner,
-    weights,
-    output,
-    expert,
-    column,
-    start,
-    end,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    inner, weights, output, expert, column, start, end,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     n = column * COLUMNS + tl.arange(0, COLUMNS)
     used = n < HIDDEN
     base = weights + expert.to(tl.int64) * (INTERMEDIATE * HIDDEN) + n[:, None] * INTERMEDIATE
@@ -132,11 +95,8 @@ def _down_tile(
         for k0 in tl.range(0, INTERMEDIATE, BLOCK_K, num_stages=STAGES):
             k = k0 + tl.arange(0, BLOCK_K)
             inside = k < INTERMEDIATE
-            x = tl.load(
-                inner + pair.to(tl.int64)[None, :] * INTERMEDIATE + k[:, None],
-                inside[:, None] & (pair < end)[None, :],
-                other=0.0,
-            )
+            x_at = pair.to(tl.int64)[None, :] * INTERMEDIATE + k[:, None]
+            x = tl.load(inner + x_at, inside[:, None] & (pair < end)[None, :], other=0.0)
             w = tl.load(base + k[None, :], used[:, None] & inside[None, :], other=0.0)
             total = tl.dot(w, x, total)
         at = pair.to(tl.int64)[None, :] * HIDDEN + n[:, None]
@@ -145,17 +105,10 @@ def _down_tile(
 
 @triton.jit
 def down_kernel(
-    inner,
-    expert_offsets,
-    weights,
-    output,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    inner, expert_offsets, weights, output,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """`output[p] = down(inner[p])` for the pairs of one expert and `COLUMNS` hidden columns per program."""
     if PDL:
         gdc_wait()
@@ -177,18 +130,9 @@ def down_kernel(
 
 @triton.jit
 def gather_kernel(
-    rows,
-    scales,
-    gather_index,
-    num_pairs,
-    output,
-    stride,
-    groups,
-    HIDDEN: tl.constexpr,
-    FP8: tl.constexpr,
-    PAIRS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, scales, gather_index, num_pairs, output, stride, groups,
+    HIDDEN: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """`output[p] = rows[gather_index[p]]` in bfloat16 for the pairs that exist."""
     blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     end = tl.load(num_pairs)

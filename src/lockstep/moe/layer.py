@@ -67,10 +67,7 @@ class MoELayer:
         self._nothing = self._rows_for_nobody(0)
 
     def rows_for_nobody(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what a rank hands in that has no rows, or has lost them: rows that go to no expert.
-
-        Args:
-            num_rows: that the others expect of this rank; 0 in an idle step.
+        """Return what a rank hands in that has no rows, or has lost them: `num_rows` rows that go to no expert.
 
         Returns:
             `hidden_states [num_rows, hidden]`, `topk_ids [num_rows, top_k]`, `topk_weights [num_rows, top_k]`.
@@ -78,11 +75,7 @@ class MoELayer:
         return self._rows_for_nobody(num_rows) if num_rows else self._nothing
 
     def takes_few_rows(self, num_rows: int) -> bool:
-        """Whether the experts' kernels for few rows run where all ranks together bring so many rows.
-
-        Args:
-            num_rows: of all ranks.
-        """
+        """Whether the experts' kernels for few rows run where all ranks together bring so many rows."""
         return self._rows_per_expert(num_rows) <= FEW_ROWS
 
     def run(
@@ -110,9 +103,8 @@ class MoELayer:
         else:
             output = torch.empty_like(hidden_states)
             for number, (route, span) in enumerate(chunks):
-                output[span] = self._run_chunk(
-                    step, (index, number), route, hidden_states[span], topk_ids[span], topk_weights[span]
-                )
+                rows = hidden_states[span], topk_ids[span], topk_weights[span]
+                output[span] = self._run_chunk(step, (index, number), route, *rows)
         output = self._gather(step, output)
         step.peers.mark(Phase.MODEL, index)
         step.in_step = True
@@ -121,14 +113,9 @@ class MoELayer:
         return output
 
     def _run_chunk(
-        self,
-        step: Step,
-        place: tuple[int, int],
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> torch.Tensor:
+        self, step: Step, place: tuple[int, int], route: Route,
+        hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         mark = step.peers.mark
         mark(Phase.DISPATCH, *place)
         handle = self.dispatcher.dispatch(route, hidden_states, topk_ids, topk_weights, step.num_rows)

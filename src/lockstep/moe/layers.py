@@ -69,11 +69,7 @@ class MoELayers:
         return self.layers[index]
 
     def begin(
-        self,
-        num_tokens_across_dp: Sequence[int],
-        *,
-        num_rows: torch.Tensor | None = None,
-        capacity: int | None = None,
+        self, num_tokens_across_dp: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
         """Begin a step with agreed counts.
 
@@ -125,11 +121,7 @@ class MoELayers:
         return self.device.type == "cuda" and on_device and self.config.tensor_parallel_size == 1
 
     def typical_sizes(self, many: bool) -> list[int]:
-        """Return sizes for `begin_capture`, of steps in which experts get few rows each or many.
-
-        Args:
-            many: see `MoELayer.takes_few_rows`.
-        """
+        """Return sizes for `begin_capture`, of steps in which experts get few rows each or many."""
         nobody = [0] * self.config.world_size
         most = self.dispatchers[0].route(nobody, self.max_chunk_size_per_rank, capture=True).chunk_size
         return [most] * self.config.world_size if many else nobody
@@ -141,11 +133,7 @@ class MoELayers:
         return self._last_event
 
     def wait(self, event: torch.cuda.Event, number: int) -> None:
-        """Wait for an event behind a step, at most until the deadline; find out whether all ranks took part to there.
-
-        Args:
-            event: recorded at the step's end, or later.
-            number: of the step, for messages.
+        """Wait for an event at or behind a step's end, until the deadline; find out whether all ranks took part so far.
 
         Raises:
             RankAbsentError: a rank did not come before the deadline.

@@ -61,45 +61,29 @@ class Step:
     """
 
     def __init__(
-        self,
-        layers: MoELayers,
-        routes: Sequence[Route],
-        plan: ChunkPlan | None,
-        num_rows: torch.Tensor | None,
-        capacity: int | None,
-    ) -> None:
-        self.layers = layers
-        self.plan = plan
-        self.route = routes[0]
+        self, layers: MoELayers, routes: Sequence[Route], plan: ChunkPlan | None,
+        num_rows: torch.Tensor | None, capacity: int | None,
+    ) -> None:  # fmt: skip
+        self.layers, self.plan, self.route = layers, plan, routes[0]
         self.peers = layers.silent_peers if plan is None else layers.peers
         self.number = self.peers.recorder.step
-        self.num_rows = num_rows
+        self.num_rows, self._capacity = num_rows, capacity
         self.captured = plan is None
-        self.next_layer = 0
-        self.in_step = True
+        self.next_layer, self.in_step = 0, True
         self.failure: BaseException | None = None
         self._event: torch.cuda.Event | None = None
-        self._capacity = capacity
         self._contexts = ExitStack()
         config = layers.config
         if plan is None:
             assert capacity is not None
-            self._rows_due = self._own_rows = capacity
-            spans = [slice(0, capacity)]
-            chunks = [[(route, spans[0])] for route in routes]
+            self._own_rows = self._rows_due = capacity
         else:
-            self._rows_due = plan.num_tokens_across_dp[config.data_parallel_rank]
             self._own_rows = plan.sp_rows[config.rank]
-            if len(plan) == 1:
-                chunks = [[(route, slice(0, self._own_rows))] for route in routes]
-            else:
-                spans = [slice(chunk.start, chunk.stop) for chunk in plan]
-                chunks = [
-                    [(route.of_chunk(chunk.sizes), span) for chunk, span in zip(plan, spans, strict=True)]
-                    for route in routes
-                ]
-            if capacity is not None:
-                self._rows_due = capacity
+            self._rows_due = plan.num_tokens_across_dp[config.data_parallel_rank] if capacity is None else capacity
+        if plan is None or len(plan) == 1:
+            chunks = [[(route, slice(0, self._own_rows))] for route in routes]
+        else:
+            chunks = [[(route.of_chunk(one.sizes), slice(one.start, one.stop)) for one in plan] for route in routes]
         self._chunks = dict(zip(layers.dispatchers, chunks, strict=True))
 
     @property
@@ -117,23 +101,17 @@ class Step:
 
     def __enter__(self) -> Step:
         try:
-            self._enter()
+            self._check_buffers()
+            self._contexts.enter_context(_made_current(self))
+            if self.plan is not None:
+                counts, config = self.plan.num_tokens_across_dp, self.layers.config
+                metadata = DPMetadata.make(config, counts[config.data_parallel_rank], list(counts))
+                self._contexts.enter_context(set_forward_context(ForwardContext(metadata, self.plan, self.number)))
+                self.peers.mark(Phase.MODEL)
         except BaseException as error:  # the others have agreed on this step too: they are not left waiting
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
-
-    def _enter(self) -> None:
-        if self._capacity is not None:
-            self._check_buffers(self._capacity)
-        if self.num_rows is not None:
-            _check_cell(self.num_rows, self._capacity, self.layers.device)
-        self._contexts.enter_context(_made_current(self))
-        if self.plan is not None:
-            counts, config = self.plan.num_tokens_across_dp, self.layers.config
-            metadata = DPMetadata.make(config, counts[config.data_parallel_rank], list(counts))
-            self._contexts.enter_context(set_forward_context(ForwardContext(metadata, self.plan, self.number)))
-            self.peers.mark(Phase.MODEL)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -146,12 +124,11 @@ class Step:
         if not self.captured:
             self.take_part_in_rest()
             self.finish(error)
-            return False
-        if error is not None or self.failure is not None:
+        elif error is not None or self.failure is not None:
             for dispatcher in self.layers.dispatchers:
                 dispatcher.forget_capture()
-        if error is None and self.failure is not None:
-            raise self.failure
+            if error is None and self.failure is not None:
+                raise self.failure
         return False
 
     def chunks(self, layer: MoELayer) -> list[tuple[Route, slice]]:
@@ -194,8 +171,10 @@ class Step:
         with torch.no_grad():
             # One dtype on the wire: under autocast a rank's rows may come in another one than those of its idle peers.
             own = rows.to(shape.dtype), topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
-            if self.layers.config.tensor_parallel_size > 1:
-                own = self._share(*own)
+            if self.layers.config.tensor_parallel_size > 1:  # this rank takes its share of the group's rows
+                assert self.plan is not None
+                start, stop = self.plan.sp_span(self.layers.config.rank)
+                own = own[0][start:stop], own[1][start:stop], own[2][start:stop]
             output = layer.run(self, index, *own).to(rows.dtype)
         if self.next_layer == len(self.layers):
             self._end_last_layer()
@@ -268,9 +247,8 @@ class Step:
         spoiled_by = self.peers.spoiled_by()
         if spoiled_by is not None:
             own, blamed = self.peers.name(self.layers.config.rank), self.peers.name(spoiled_by)
-            raise PeerFailedError(
-                f"rank {own} stops in step {self.number}: the experts of rank {blamed} failed", blamed
-            )
+            text = f"rank {own} stops in step {self.number}: the experts of rank {blamed} failed"
+            raise PeerFailedError(text, blamed)
 
     def _await_collectives(self) -> None:
         try:
@@ -279,13 +257,6 @@ class Step:
             self.layers.give_up(error)
             raise
 
-    def _share(self, *rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cut out the rows that this rank of its tensor-parallel group takes into the experts."""
-        assert self.plan is not None
-        start, stop = self.plan.sp_span(self.layers.config.rank)
-        hidden_states, topk_ids, topk_weights = rows
-        return hidden_states[start:stop], topk_ids[start:stop], topk_weights[start:stop]
-
     def _wrong_count(self, index: int, num_rows: int) -> TokenCountError:
         buffered = self.captured or self.num_rows is not None
         due = f"its buffers have {self._rows_due}" if buffered else f"{self._rows_due} were agreed for this step"
@@ -293,25 +264,23 @@ class Step:
             f"{num_rows} rows came to MoE layer {index}, but {due} on DP rank {self.layers.config.data_parallel_rank}"
         )
 
-    def _check_buffers(self, capacity: int) -> None:
-        if self.plan is None:
-            return
-        if self.layers.config.tensor_parallel_size > 1 or len(self.plan) > 1:
-            raise ConfigurationError(
-                f"buffers with more rows than the step need one chunk and no tensor parallelism, got {len(self.plan)} "
-                f"chunks and tensor_parallel_size {self.layers.config.tensor_parallel_size}"
-            )
-        if capacity < self._own_rows:
-            raise ConfigurationError(f"{self._own_rows} rows do not fit into buffers of {capacity}")
-
-
-def _check_cell(num_rows: torch.Tensor, capacity: int | None, device: torch.device) -> None:
-    if capacity is None:
-        raise ConfigurationError("num_rows goes with the capacity of the buffers that it counts")
-    if num_rows.dtype is not torch.int32 or num_rows.numel() != 1 or num_rows.device != device:
-        raise ConfigurationError(
-            f"num_rows must be int32 [1] on {device}, got {num_rows.dtype} {list(num_rows.shape)} on {num_rows.device}"
-        )
+    def _check_buffers(self) -> None:
+        """Raise where buffers with more rows than were agreed do not fit the step, or the cell that counts them."""
+        cell, capacity, device = self.num_rows, self._capacity, self.layers.device
+        tp_size = self.layers.config.tensor_parallel_size
+        if capacity is None and cell is not None:
+            raise ConfigurationError("num_rows goes with the capacity of the buffers that it counts")
+        if capacity is not None and self.plan is not None:
+            if tp_size > 1 or len(self.plan) > 1:
+                raise ConfigurationError(
+                    "buffers with more rows than the step need one chunk and no tensor parallelism, got "
+                    f"{len(self.plan)} chunks and tensor_parallel_size {tp_size}"
+                )
+            if capacity < self._own_rows:
+                raise ConfigurationError(f"{self._own_rows} rows do not fit into buffers of {capacity}")
+        if cell is not None and (cell.dtype is not torch.int32 or cell.numel() != 1 or cell.device != device):
+            found = f"{cell.dtype} {list(cell.shape)} on {cell.device}"
+            raise ConfigurationError(f"num_rows must be int32 [1] on {device}, got {found}")
 
 
 class _InferenceOnly(torch.autograd.Function):
