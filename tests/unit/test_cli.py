@@ -261,7 +261,7 @@ def test_what_starts_ranks_and_counts_wrongly_is_named(variable, value, monkeypa
     monkeypatch.setenv(variable, value)
     code, _, stderr = command_line("run")
     assert code == 2
-    assert f"{variable} must be a number, got" in stderr
+    assert f"{variable} must be a number >= 0, got" in stderr
 
 
 def test_a_full_disk_is_named_with_the_folder(tmp_path, monkeypatch, command_line):

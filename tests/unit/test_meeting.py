@@ -90,6 +90,32 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
         MeetingPlace(LostStore(), 0, 2).meet({}, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"MASTER_ADDR": None}, "variable MASTER_ADDR must name a host, got ''"),
+        ({"MASTER_ADDR": "no..host"}, "variable MASTER_ADDR must name a host, got 'no..host'"),
+        ({"MASTER_PORT": None}, r"variable MASTER_PORT must be a number in 0\.\.65535, it is not set"),
+        ({"MASTER_PORT": "70000"}, r"variable MASTER_PORT must be a number in 0\.\.65535, got '70000'"),
+        ({"MASTER_PORT": "9" * 5000}, "variable MASTER_PORT must be a number"),
+        ({"RANK": None}, r"variable RANK must be a number in 0\.\.1, it is not set"),
+        ({"RANK": "2"}, r"variable RANK must be a number in 0\.\.1, got '2'"),
+        ({"WORLD_SIZE": "two"}, "variable WORLD_SIZE must be a number >= 1, got 'two'"),
+        ({"WORLD_SIZE": "٢"}, "variable WORLD_SIZE must be a number >= 1"),
+    ],
+)
+def test_variables_that_say_nothing_are_named(changes, says, monkeypatch):
+    good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**good, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=says):
+        find_group(None)
+    assert not dist.is_initialized()
+
+
 def test_a_port_in_use_is_one_sentence(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

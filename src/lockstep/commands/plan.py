@@ -5,7 +5,7 @@ from typing import Any
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan
-from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, sp_sizes
+from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, shown, sp_sizes
 
 MOST_CHUNKS = 10_000
 """Chunks that are written out; beyond that somebody mistyped a size."""
@@ -25,7 +25,7 @@ def parse_tokens(text: str) -> list[int]:
         try:
             counts.append(int(entry))
         except ValueError:
-            says = f"tokens must be integers separated by commas, got {entry!r} on DP rank {rank}"
+            says = f"tokens must be integers separated by commas, got {shown(entry, 60)} on DP rank {rank}"
             raise TokenCountError(says) from None
     return counts
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from lockstep.commands.folder import output_folder
+from lockstep.coordination.environment import environment_number
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import CLOCKS, expected_duration
@@ -66,7 +67,7 @@ def execute(command: RunCommand) -> int:
         ConfigurationError: options that cannot work; before any rank is started, and under torchrun on every rank.
         LockstepError: the run failed.
     """
-    rank, under_torchrun = _number_of("RANK", 0), "RANK" in os.environ
+    rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
     console = Terminal(stderr=True)
     options = command.options
@@ -164,11 +165,13 @@ def _check_options(options: RunOptions, console: Console) -> None:
             f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
             f"{os.cpu_count()} cores: use torchrun on several hosts"
         )
-    if "RANK" in os.environ and _number_of("WORLD_SIZE", 0) != options.world_size:
-        raise ConfigurationError(
-            f"torchrun started {_number_of('WORLD_SIZE', 0)} ranks, but data_parallel_size * tensor_parallel_size "
-            f"is {options.world_size}"
-        )
+    if "RANK" in os.environ:
+        started = environment_number("WORLD_SIZE", 0, default=0)
+        if started != options.world_size:
+            raise ConfigurationError(
+                f"torchrun started {started} ranks, but data_parallel_size * tensor_parallel_size is "
+                f"{options.world_size}"
+            )
     trace = load_workload(options.workload, options.workload_options, options.seed)
     options.scheduler.check_fits(trace.requests)
     if options.clock not in CLOCKS:
@@ -208,14 +211,6 @@ def _check_model_and_workload(options: RunOptions) -> None:
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
     check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)
-
-
-def _number_of(variable: str, default: int) -> int:
-    """Return what whoever starts ranks has put into an environment variable."""
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal() or len(value) > 9:
-        raise ConfigurationError(f"the environment variable {variable} must be a number, got {value!r:.60}")
-    return int(value)
 
 
 def _dated_folder() -> Path:

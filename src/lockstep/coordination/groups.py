@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.board import Board
+from lockstep.coordination.environment import environment_number
 from lockstep.coordination.meeting import MeetingPlace
 from lockstep.coordination.transports import Transport, open_transport
 from lockstep.coordination.waits import first_line, wait_until, within
@@ -195,17 +197,26 @@ def find_group(process_group: dist.ProcessGroup | None, deadline_s: float = 30.0
         deadline_s: longest wait for any rank, in seconds; processes that start have half a minute at least.
 
     Raises:
-        ConfigurationError: the ranks could not meet at the address that torchrun gave.
+        ConfigurationError: environment variables that name no place to meet, or one where the ranks could not meet.
         RankAbsentError: ranks that did not come, by number.
     """
     if process_group is None:
-        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world_size = environment_number("WORLD_SIZE", 1, default=1)
+        if not dist.is_initialized() and world_size > 1:
+            rank = environment_number("RANK", 0, world_size - 1)
             limit_s = max(deadline_s, _START_S)
+            host, port = os.environ.get("MASTER_ADDR", ""), environment_number("MASTER_PORT", 0, 65535)
+            place = f"{host}:{port}"
+            if not host or (rank == 0 and not _is_a_host(host)):  # others may hear of rank 0's name later
+                raise ConfigurationError(f"the environment variable MASTER_ADDR must name a host, got {host!r:.200}")
             try:
-                store = _store_of_this_start(rank, limit_s)
+                # torch looks for a host without a name for longer than it is told to.
+                store = within(lambda: _store_of_this_start(host, port, rank, limit_s), limit_s + _MARGIN_S)
+            except TimeoutError as error:
+                raise RankAbsentError(
+                    f"rank {rank}: rank 0, which keeps the store at {place}, did not answer within {limit_s:g} s", (0,)
+                ) from error
             except (RuntimeError, ValueError) as error:
-                place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 raise ConfigurationError(f"the ranks could not meet at {place}: {first_line(error)}") from error
             connect(store, rank, world_size, limit_s)
         process_group = dist.group.WORLD if dist.is_initialized() else None
@@ -266,13 +277,20 @@ def connect(store: dist.Store, rank: int, world_size: int, deadline_s: float) ->
     atexit.register(_close_default_group, os.getpid())
 
 
-def _store_of_this_start(rank: int, limit_s: float) -> dist.Store:
+def _is_a_host(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def _store_of_this_start(host: str, port: int, rank: int, limit_s: float) -> dist.Store:
     """The store through which ranks of torchrun, or of anything that sets the same variables, find each other.
 
     Under torchrun it is that of its agent, with keys of this start's own: the agent may keep one store over restarts,
     and ranks would look for each other at the addresses of those that died.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=limit_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(host, port, is_master=False, timeout=limit)
@@ -312,7 +330,7 @@ def own_device(device: torch.device | str | None) -> torch.device:
     if meant.index is not None:
         return meant
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+    return torch.device("cuda", environment_number("LOCAL_RANK", 0, default=rank % torch.cuda.device_count()))
 
 
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:

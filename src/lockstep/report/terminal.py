@@ -36,6 +36,9 @@ def plain(text: str, keep: str = "\n") -> str:
     )
 
 
+_LEAST_WIDTH = 40
+
+
 class Terminal(Console):
     """A console that takes every string literally: no markup, no emoji codes, no control characters.
 
@@ -49,6 +52,7 @@ class Terminal(Console):
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         file = sys.stderr if stderr else sys.stdout
         super().__init__(file=file, markup=False, emoji=False, highlight=False, **options)
+        self.width = max(self.width, _LEAST_WIDTH)  # COLUMNS=0 would leave nothing of a table
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as it is printed, in a table too."""
