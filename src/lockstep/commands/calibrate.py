@@ -66,14 +66,9 @@ def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
 
 
 def execute_calibration(
-    run_folders: Sequence[Path],
-    model: str,
-    data_parallel_size: int,
-    requests: int,
-    repeats: int,
-    out: Path,
+    run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int, out: Path,
     as_json: bool,
-) -> int:
+) -> int:  # fmt: skip
     """Calibrate, write the constants and show how well they fit; return the exit status."""
     from lockstep.report.tables import print_validation
 

@@ -12,13 +12,9 @@ class AllGatherDispatcher(CollectiveDispatcher):
     name = "allgather"
 
     def dispatch(
-        self,
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:
+    ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`. Received rows are all ranks' rows in rank order, `[sum(sizes), hidden]`."""
         own = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
         rows, ids, weights = all_gatherv(own, route.sizes, self._group, self._deadline_s)

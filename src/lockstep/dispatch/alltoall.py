@@ -32,13 +32,9 @@ class AllToAllDispatcher(CollectiveDispatcher):
     name = "alltoall"
 
     def dispatch(
-        self,
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:
+    ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
         num_rows, sizes = hidden_states.shape[0], route.sizes
         hidden_states, topk_ids, topk_weights = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
@@ -79,14 +75,9 @@ class AllToAllDispatcher(CollectiveDispatcher):
         return self._full(total.to(dtype), handle.num_rows)
 
     def _exchange(
-        self,
-        rows: torch.Tensor,
-        send_sizes: list[int],
-        recv_sizes: list[int],
-        sizes: Sequence[int],
-        *,
+        self, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], sizes: Sequence[int], *,
         host_waits: bool = True,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         if sum(sizes) == 0:
             return rows.new_empty((0, *rows.shape[1:]))
         return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s, host_waits=host_waits)

@@ -139,13 +139,9 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch(
-        self,
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:
+    ) -> DispatchHandle:  # fmt: skip
         """Send this rank's rows to their experts' ranks. Collective.
 
         Args:

@@ -255,13 +255,9 @@ class AutoDispatcher:
         return self._backends[choice.backend].route(sizes, choice.max_chunk_size, capture=capture)
 
     def dispatch(
-        self,
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:
+    ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`."""
         return self._backends[route.backend].dispatch(route, hidden_states, topk_ids, topk_weights, num_tokens)
 

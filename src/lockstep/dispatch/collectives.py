@@ -32,13 +32,9 @@ def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
 
 
 def all_gatherv(
-    tensors: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    group: dist.ProcessGroup,
-    deadline_s: float = DEADLINE_S,
-    *,
+    tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor]:  # fmt: skip
     """Gather the rows of all ranks, in rank order, of several tensors in one exchange.
 
     Args:
@@ -93,13 +89,9 @@ def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def reduce_scatterv(
-    rows: torch.Tensor,
-    sizes: Sequence[int],
-    group: dist.ProcessGroup,
-    deadline_s: float = DEADLINE_S,
-    *,
+    rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Sum every rank's rows over all ranks and give each rank its own: the inverse of `all_gatherv`.
 
     The parts are added in rank order in float32, so the same inputs give the same bits. It moves the bytes of a
@@ -124,15 +116,9 @@ def reduce_scatterv(
 
 
 def all_to_allv(
-    rows: torch.Tensor,
-    send_sizes: Sequence[int],
-    recv_sizes: Sequence[int],
-    group: dist.ProcessGroup,
-    deadline_s: float = DEADLINE_S,
-    *,
-    name: str = "all_to_allv",
-    host_waits: bool = True,
-) -> torch.Tensor:
+    rows: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], group: dist.ProcessGroup,
+    deadline_s: float = DEADLINE_S, *, name: str = "all_to_allv", host_waits: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """Send each rank its slice of the rows and receive a slice of each, in rank order.
 
     `send_sizes` are the rows for every rank, `recv_sizes` those from every rank; messages and records call the
@@ -156,16 +142,9 @@ def all_to_allv(
 
 
 def _exchange(
-    name: str,
-    noted_sizes: Sequence[int],
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    recv_sizes: Sequence[int],
-    send_sizes: Sequence[int],
-    group: dist.ProcessGroup,
-    deadline_s: float,
-    host_waits: bool = True,
-) -> None:
+    name: str, noted_sizes: Sequence[int], received: torch.Tensor, sent: torch.Tensor, recv_sizes: Sequence[int],
+    send_sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float, host_waits: bool = True,
+) -> None:  # fmt: skip
     """Note, issue and end one all-to-all into `received`."""
     _record(name, noted_sizes, group, deadline_s, sent.device.type == "cpu")
     work = dist.all_to_all_single(received, sent, list(recv_sizes), list(send_sizes), group=group, async_op=True)

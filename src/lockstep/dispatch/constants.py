@@ -219,9 +219,7 @@ SHIPPED = {
     "cpu": DispatchConstants(
         {
             "allgather": BackendConstants(400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0),
-            "alltoall": BackendConstants(
-                400.0, count_exchange_us=400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0
-            ),
+            "alltoall": BackendConstants(400.0, 400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0),
         },
         "shipped, for gloo on one host",
     ),

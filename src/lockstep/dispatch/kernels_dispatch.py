@@ -75,18 +75,9 @@ def _forward_rows(
         slot = source * CAPACITY + token
         named = (token < longest)[:, None] & (choice < TOPK)
         ids, _ = arrived_words(
-            as_words(own + IDS),
-            tl.reshape(slot[:, None] * TOPK + choice, [BLOCK_TOKENS * width]),
-            tl.reshape(named, [BLOCK_TOKENS * width]),
-            tag,
-            peers,
-            status,
-            rank,
-            source,
-            budget_ns,
-            WORLD,
-            ABORT,
-        )
+            as_words(own + IDS), tl.reshape(slot[:, None] * TOPK + choice, [BLOCK_TOKENS * width]),
+            tl.reshape(named, [BLOCK_TOKENS * width]), tag, peers, status, rank, source, budget_ns, WORLD, ABORT,
+        )  # fmt: skip
         ids = tl.reshape(ids, [BLOCK_TOKENS, width])
         target = tl.where(named & (ids >= 0), ids // EXPERTS, -1)
         after, before, _ = chain(target, token, source, rank, WORLD)

@@ -57,12 +57,8 @@ def _fence(token):
     tl.debug_barrier()
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p fence.acq_rel.sys; mov.u32 $0, $1; }",
-        "=r,r",
-        [token],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        "=r,r", [token], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -71,12 +67,8 @@ def _store_flag(address, word):
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
         " @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,l",
-        [address, word],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        "=r,l,l", [address, word], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -84,12 +76,8 @@ def _barrier_any(flag):
     """A block barrier that returns 1 to all threads if `flag` is not 0 in any of them."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .pred q; setp.ne.u32 p, $1, 0; bar.red.or.pred q, 0, p; selp.u32 $0, 1, 0, q; }",
-        "=r,r",
-        [flag],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        "=r,r", [flag], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -87,18 +87,17 @@ class Layout:
     """Byte offsets of one channel's sections in the mapped buffer, each a multiple of 256; equal on all ranks.
 
     Attributes:
-        rows: received rows, `[ranks, capacity, hidden_stride]`.
-        scales: of fp8 rows, `[ranks, capacity, groups]` float32.
+        rows, scales: received rows `[ranks, capacity, hidden_stride]`; those in fp8 have `[ranks, capacity, groups]`
+            float32.
         rows_as_words: rows of few tokens, `[ranks, row_word_tokens, words_per_row]` int64: two bfloat16 or four fp8
             values in each, and one for each scale.
-        returned_as_words: their partial sums, `[ranks, word_tokens, hidden_stride / 2]` int64, two bfloat16 in each.
+        returned, returned_as_words: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16, or of few
+            tokens `[ranks, word_tokens, hidden_stride / 2]` int64, two bfloat16 in each.
         ids, weights: routing words, `[ranks, capacity, top_k]` int64.
         counts: count words, a copy per block, `[ranks, blocks]` int64.
         dispatch_flags, combine_flags: `[ranks, push_blocks]` and `[ranks, combine_blocks]` int64.
         abort: one int64.
-        returned: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16.
         nbytes: of one channel.
-        row_word_tokens, words_per_row: see `rows_as_words`.
     """
 
     rows: int

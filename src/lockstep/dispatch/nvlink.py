@@ -90,20 +90,10 @@ class NvlinkDispatcher:
     name = "nvlink"
 
     def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        *,
-        num_experts: int,
-        hidden_size: int,
-        top_k: int,
-        max_tokens_per_rank: int,
-        fp8: bool = False,
-        num_channels: int = 1,
-        deadline_s: float = 30.0,
-        launch: LaunchSizes | None = None,
-        share_device: bool = False,
-        device: torch.device | None = None,
-    ) -> None:
+        self, process_group: dist.ProcessGroup, *, num_experts: int, hidden_size: int, top_k: int,
+        max_tokens_per_rank: int, fp8: bool = False, num_channels: int = 1, deadline_s: float = 30.0,
+        launch: LaunchSizes | None = None, share_device: bool = False, device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         self.rank, self.num_ranks = process_group.rank(), process_group.size()
         if self.num_ranks > MAX_RANKS:
             raise ConfigurationError(f"{self.num_ranks} ranks, but at most {MAX_RANKS} GPUs of one host can be joined")
@@ -203,25 +193,14 @@ class NvlinkDispatcher:
         return Route(self.name, sizes, chunk_size, captures=in_one)
 
     def dispatch(
-        self,
-        route: Route,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:
-        """Send this rank's rows to their experts' ranks. Collective; returns at once, nothing waits on the host.
+    ) -> DispatchHandle:  # fmt: skip
+        """See `Dispatcher.dispatch`. Returns at once; nothing waits on the host.
 
-        The ranks' counts travel with the rows, so a captured call is right for any counts at its replay. What is handed
-        in is checked against the buffers: a kernel that is launched directly takes it for what it was compiled for.
-
-        Args:
-            route: from `route`; of its sizes nothing is read here.
-            hidden_states: `[n, hidden]` bfloat16, `n` <= `max_tokens_per_rank`.
-            topk_ids: global experts, `[n, top_k]`, int32 or int64; negative for none.
-            topk_weights: `[n, top_k]`.
-            num_tokens: int32 `[1]` on the device: how many of the `n` rows are tokens. For captured graphs: written
-                before each replay. None means all.
+        The ranks' counts travel with the rows, so a captured call is right for any counts at its replay, and nothing is
+        read of the route's sizes. What is handed in is checked against the buffers: a kernel that is launched directly
+        takes it for what it was compiled for. In graphs, `num_tokens` is written before each replay.
 
         Raises:
             ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or all channels under way.
@@ -254,25 +233,17 @@ class NvlinkDispatcher:
         return channel.under_way
 
     def combine(
-        self,
-        expert_output: torch.Tensor,
-        handle: DispatchHandle,
-        *,
-        reduced: bool = False,
+        self, expert_output: torch.Tensor, handle: DispatchHandle, *, reduced: bool = False,
         output: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Send the results back and sum them. Collective; returns at once, nothing waits on the host.
+    ) -> torch.Tensor:  # fmt: skip
+        """See `Dispatcher.combine`. Returns at once; nothing waits on the host.
 
         Args:
-            expert_output: bfloat16, one row per pair, `[>= pairs, hidden]`, in the order of `handle.gather_index`, not
-                weighted. With `reduced`: one row per slot of `handle.hidden_states`, already weighted and summed over
-                this rank's experts.
+            expert_output: bfloat16, one row per pair, `[>= pairs, hidden]`, not weighted. With `reduced`: one row per
+                slot of `handle.hidden_states`, already weighted and summed over this rank's experts.
             handle: of the same dispatch.
             reduced: see `expert_output`.
             output: where to put the result, contiguous; None makes a new tensor.
-
-        Returns:
-            `[n, hidden]` bfloat16, the rows beyond `num_tokens` unwritten. The same inputs give the same bits.
 
         Raises:
             ConfigurationError: a handle that is not under way, or wrong shapes or dtypes.
@@ -400,11 +371,7 @@ class NvlinkDispatcher:
         self._deadline_s = deadline_s
 
     def _check_rows(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_tokens: Any
     ) -> None:
         rows = hidden_states.shape[0]
         if rows > self.max_tokens_per_rank:

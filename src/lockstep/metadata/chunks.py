@@ -57,14 +57,9 @@ class ChunkPlan:
     """
 
     def __init__(
-        self,
-        num_tokens_across_dp: object,
-        sequence_parallel_size: int = 1,
-        max_chunk_size_per_rank: int | None = None,
-        rank: int = 0,
-        *,
-        min_rows: int = 0,
-    ) -> None:
+        self, num_tokens_across_dp: object, sequence_parallel_size: int = 1, max_chunk_size_per_rank: int | None = None,
+        rank: int = 0, *, min_rows: int = 0,
+    ) -> None:  # fmt: skip
         self.num_tokens_across_dp = check_counts(num_tokens_across_dp)
         self.sequence_parallel_size = check_int("sequence_parallel_size", sequence_parallel_size, 1)
         self.sp_rows = sp_rows(self.num_tokens_across_dp, self.sequence_parallel_size)

@@ -63,15 +63,10 @@ _LATENCIES = (
 
 
 def write_report(
-    path: str | Path,
-    summary: Mapping[str, Any],
-    steps: Sequence[StepLogRecord] | StepTable,
-    requests: Sequence[Mapping[str, Any]] = (),
-    settings: Sequence[Mapping[str, Any]] = (),
-    *,
-    title: str = "Lockstep run",
-    command: str = "",
-) -> None:
+    path: str | Path, summary: Mapping[str, Any], steps: Sequence[StepLogRecord] | StepTable,
+    requests: Sequence[Mapping[str, Any]] = (), settings: Sequence[Mapping[str, Any]] = (), *,
+    title: str = "Lockstep run", command: str = "",
+) -> None:  # fmt: skip
     """Write `report.html`.
 
     Every text that comes from outside (prompts, paths, names) is escaped; the page may not load anything from a
@@ -209,14 +204,9 @@ def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sections(
-    table: StepTable,
-    summary: Mapping[str, Any],
-    requests: Sequence[Mapping[str, Any]],
-    settings: Sequence[Mapping[str, Any]],
-    data: dict[str, Any],
-    title: str,
-    command: str,
-) -> list[str]:
+    table: StepTable, summary: Mapping[str, Any], requests: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]], data: dict[str, Any], title: str, command: str,
+) -> list[str]:  # fmt: skip
     loss = loss_figures(table.lost_by_cause())
     lost = loss["lost"]
     says = headline(table.num_ranks, table.num_steps, len(requests), loss)

@@ -93,14 +93,9 @@ class CostConstants:
         return rows_us + self.weights_us * (1 - (1 - self.expert_share) ** num_rows)
 
     def step_times_us(
-        self,
-        tokens: np.ndarray,
-        decode_tokens: np.ndarray,
-        decode_context: np.ndarray,
-        prefill_context: np.ndarray,
-        num_chunks: np.ndarray,
-        filler_rows: np.ndarray | None = None,
-    ) -> np.ndarray:
+        self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
+        num_chunks: np.ndarray, filler_rows: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Return how long each step takes, in us.
 
         Args:
@@ -175,14 +170,9 @@ _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
 
 def fit(
-    tokens: np.ndarray,
-    decode_tokens: np.ndarray,
-    decode_context: np.ndarray,
-    prefill_context: np.ndarray,
-    num_chunks: np.ndarray,
-    duration_us: np.ndarray,
-    source: str = "",
-) -> CostConstants:
+    tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
+    num_chunks: np.ndarray, duration_us: np.ndarray, source: str = "",
+) -> CostConstants:  # fmt: skip
     """Fit the constants to a measured run by least squares, none of them negative.
 
     Which rank is the longest depends on the constants, so the fit is repeated until the longest ranks stay. `row_us` is

@@ -27,13 +27,10 @@ _FEW_RANKS = 32
 
 
 def simulate(
-    requests: Sequence[Request],
-    config: SimulationConfig,
-    step_log: TakesColumns | None = None,
-    on_progress: Callable[[float], None] | None = None,
-    max_report_cells: int = 1_000_000,
+    requests: Sequence[Request], config: SimulationConfig, step_log: TakesColumns | None = None,
+    on_progress: Callable[[float], None] | None = None, max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None,
-) -> SimulationResult:
+) -> SimulationResult:  # fmt: skip
     """Simulate a workload to its end.
 
     Args:
@@ -66,14 +63,9 @@ class _Simulation:
     """The state of one simulation. Arrays have one entry per rank, or per request where they say so."""
 
     def __init__(
-        self,
-        requests: Sequence[Request],
-        config: SimulationConfig,
-        step_log: TakesColumns | None,
-        max_cells: int,
-        on_progress: Callable[[float], None] | None,
-        stops: Mapping[int, Stop],
-    ) -> None:
+        self, requests: Sequence[Request], config: SimulationConfig, step_log: TakesColumns | None, max_cells: int,
+        on_progress: Callable[[float], None] | None, stops: Mapping[int, Stop],
+    ) -> None:  # fmt: skip
         self.requests = requests
         self.config = config
         num_ranks = config.num_ranks
