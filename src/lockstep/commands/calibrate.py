@@ -26,15 +26,9 @@ _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "
 def calibrate(
     run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int
 ) -> tuple[CostConstants, dict[str, Any]]:
-    """Fit cost constants to recorded runs, or to runs that are made for it.
+    """Fit cost constants to recorded runs of the same ranks, or to `repeats` runs that are made for it.
 
-    Args:
-        run_folders: folders that `lockstep run` wrote, all with the same ranks; empty to run now. Of runs that did the
-            same steps, each step's median time counts.
-        model: what to run then.
-        data_parallel_size: ranks of those runs.
-        requests: their requests.
-        repeats: how many times the same is run, >= 1.
+    Of runs that did the same steps, each step's median time counts.
 
     Returns:
         The constants, and how well they describe the runs that they were fitted to (see `validate`).

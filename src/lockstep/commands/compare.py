@@ -19,10 +19,6 @@ from lockstep.workload.synthetic import percentile
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
     """Compare the folders of two runs or simulations.
 
-    Args:
-        a: folder with `steps.jsonl` or `steps.parquet`, and `outputs.jsonl` or `requests.parquet`.
-        b: the same.
-
     Returns:
         `a`, `b`: the figures of each by name; `clock`: of each, `steps` or `wall`, None where it is not recorded;
         `first_different_step`: the first step in which a rank had other counts of prompt or generated tokens, None

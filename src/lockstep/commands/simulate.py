@@ -37,12 +37,8 @@ class SimulateCommand:
     """What the command line asked for.
 
     Attributes:
-        trace: the workload.
-        grid: the settings to combine.
-        base: everything else of a configuration.
         limits: `ttft_p99_s`, `tpot_p99_s`, `queue_p99_s` of the setting to be named best; None for no limit.
         out: folder to write, empty for none; `overwrite` replaces an earlier simulation in it.
-        as_json: print one JSON document on stdout.
         workers: processes; None for one per core.
         arguments: the command line, for the report.
     """

@@ -62,15 +62,9 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
 
 def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Put several runs' columns into one: repeats of the same steps become one run, others are added to it.
+    """Put several runs' `cost_columns` into one: repeats of the same steps become one run, others are added to it.
 
     A step of repeats took the median of their times: what else a machine did meanwhile touches some of them.
-
-    Args:
-        runs: of each, what `cost_columns` returns.
-
-    Raises:
-        ConfigurationError: if the runs have other numbers of ranks.
     """
     if len({run["tokens"].shape[1] for run in runs}) > 1:
         raise ConfigurationError("runs to be put together must have the same ranks")
@@ -92,11 +86,7 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
-    """Compare what steps took with what the cost formula says of them.
-
-    Args:
-        columns: see `cost_columns`.
-        cost: the constants, fitted to another run.
+    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run.
 
     Returns:
         `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
