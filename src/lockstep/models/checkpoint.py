@@ -102,37 +102,20 @@ def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> N
 
 
 def check_experts(tensors: dict[str, StoredTensor]) -> None:
-    """Check that experts are numbered from 0 without a gap: the loader puts them together by order, not by number.
-
-    Args:
-        tensors: what `check_files` returned.
-
-    Raises:
-        ConfigurationError: naming a weight of the first expert that is missing.
-    """
+    """Check that experts are numbered from 0 without a gap: the loader puts them together by order, not by number."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in tensors:
-        if found := _EXPERT.match(name):
-            numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
-    for (before, after), found_numbers in numbers.items():
-        missing = set(range(max(found_numbers))) - found_numbers
-        if missing:
-            raise ConfigurationError(
-                f"the files have tensor {f'{before}{max(found_numbers)}{after}'!r}, but lack "
-                f"{f'{before}{min(missing)}{after}'!r}"
-            )
+        if parts := _EXPERT.match(name):
+            numbers.setdefault((parts[1], parts[3]), set()).add(int(parts[2]))
+    for (before, after), found in numbers.items():
+        last = max(found)
+        if missing := set(range(last)) - found:
+            there, lacking = f"{before}{last}{after}", f"{before}{min(missing)}{after}"
+            raise ConfigurationError(f"the files have tensor {there!r}, but lack {lacking!r}")
 
 
 def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse unlike copies of one weight under its name with and without the prefix of the model's body.
-
-    Args:
-        model: built; its loader takes either name.
-        tensors: what `check_files` returned.
-
-    Raises:
-        ConfigurationError: naming both.
-    """
+    """Refuse unlike copies of one weight under its name with and without the prefix of the model's body."""
     prefix = f"{model.base_model_prefix}."
     for name in tensors:
         short = name.removeprefix(prefix)
@@ -144,38 +127,24 @@ def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are no floating-point numbers where the model has a weight: they would be taken for such.
+    """Refuse tensors that are no floating-point numbers where a model, built and not loaded yet, has such a weight.
 
-    Args:
-        model: built, and not loaded yet. Tables of integers that it has of its own are left alone.
-        tensors: what `check_files` returned.
-
-    Raises:
-        ConfigurationError: naming the first and its dtype.
+    Tables of integers that the model has of its own are left alone.
     """
     own = [*model.named_parameters(), *model.named_buffers()]
     leaves = {name.rpartition(".")[2] for name, tensor in own if tensor.is_floating_point()}
     leaves -= {name.rpartition(".")[2] for name, tensor in own if not tensor.is_floating_point()}
     for name, tensor in tensors.items():
-        plain = tensor.dtype in _PLAIN_DTYPES or tensor.dtype.startswith(
-            _QUANTISED_DTYPES
-        )  # those have their own check
-        if not plain and name.rpartition(".")[2] in leaves:
+        is_checked = tensor.dtype in _PLAIN_DTYPES or tensor.dtype.startswith(_QUANTISED_DTYPES)
+        if not is_checked and name.rpartition(".")[2] in leaves:
             raise ConfigurationError(
-                f"tensor {name!r} in {tensor.file} is of type {tensor.dtype}, and the model needs floating-point "
-                "numbers"
+                f"tensor {name!r} in {tensor.file} is of type {tensor.dtype}, "
+                "and the model needs floating-point numbers"
             )
 
 
 def check_config(file: Path) -> None:
-    """Refuse a config that gives one setting twice, of which Transformers takes the last.
-
-    Args:
-        file: a `config.json`; one that is no JSON is left to whoever reads it.
-
-    Raises:
-        ConfigurationError: naming file and setting.
-    """
+    """Refuse a `config.json` that gives one setting twice, of which Transformers takes the last."""
     try:
         json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except _Twice as error:

@@ -46,6 +46,10 @@ _CAPTURED = (
 
 @overload
 def from_pretrained(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+) -> "tuple[PreTrainedModel, dict[str, Any]]": ...
+@overload
+def from_pretrained(
     path: str | os.PathLike[str],
     *,
     tensor_parallel_size: int = ...,
@@ -62,24 +66,6 @@ def from_pretrained(
     output_loading_info: Literal[False] = ...,
     **kwargs: Any,
 ) -> "PreTrainedModel": ...
-@overload
-def from_pretrained(
-    path: str | os.PathLike[str],
-    *,
-    tensor_parallel_size: int = ...,
-    max_chunk_size_per_rank: int | None = ...,
-    dispatcher: str = ...,
-    fp8_dispatch: bool = ...,
-    process_group: dist.ProcessGroup | None = ...,
-    device_mesh: "DeviceMesh | None" = ...,
-    deadline_s: float = ...,
-    debug: bool = ...,
-    fuse_norms: bool = ...,
-    dtype: torch.dtype | str = ...,
-    device: torch.device | str | None = ...,
-    output_loading_info: Literal[True],
-    **kwargs: Any,
-) -> "tuple[PreTrainedModel, dict[str, Any]]": ...
 def from_pretrained(
     path: str | os.PathLike[str],
     *,

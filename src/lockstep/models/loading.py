@@ -89,9 +89,10 @@ def load_pretrained(
         raise ConfigurationError(says.format("from_pretrained"))
     arguments = read_arguments(kwargs, dtype, device)
     place = str(arguments.device if arguments.device is not None else "cpu")
+    hub = {"revision": revision, "local_files_only": local_files_only, **arguments.hub}
     together = _Together(process_group, str(path), deadline_s)
     folder, config, model_class, quantization, tensors = together.do(
-        lambda: _look(path, revision, local_files_only, trust_remote_code, arguments)
+        lambda: _look(path, hub, trust_remote_code, arguments)
     )
 
     def load() -> Any:
@@ -119,14 +120,10 @@ def load_pretrained(
 
 
 def _look(
-    path: str | os.PathLike[str],
-    revision: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    arguments: Arguments,
+    path: str | os.PathLike[str], hub: dict[str, Any], trust_remote_code: bool, arguments: Arguments
 ) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
     """The checkpoint's folder, config, class of the model, what undoes its quantisation, and its checked tensors."""
-    folder = _resolve(path, revision, local_files_only, arguments.hub, arguments.subfolder)
+    folder = _resolve(path, hub, arguments.subfolder)
     config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
     change_config(config, arguments.config_changes)
     quantization = _dequantisation(config, folder)
@@ -139,15 +136,13 @@ def _look(
     return folder, config, _class_of(config, folder, trust_remote_code), quantization, tensors
 
 
-def _resolve(
-    path: str | os.PathLike[str], revision: str | None, local_files_only: bool, hub: dict[str, Any], subfolder: str
-) -> Path:
+def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) -> Path:
     """The folder of a checkpoint; a Hub id becomes its folder in the local cache."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
             raise ConfigurationError(f"no checkpoint at {folder}: there is no such folder")
-        folder = _download(str(path), revision, local_files_only, hub, subfolder)
+        folder = _download(str(path), hub, subfolder)
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise ConfigurationError(f"subfolder must be a folder inside of {folder}, got {subfolder!r}")
     if not (folder / subfolder).is_dir():
@@ -155,21 +150,19 @@ def _resolve(
     return folder / subfolder
 
 
-def _download(
-    repository: str, revision: str | None, local_files_only: bool, hub: dict[str, Any], subfolder: str
-) -> Path:
+def _download(repository: str, hub: dict[str, Any], subfolder: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     if subfolder:
         patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
-    wanted = {"revision": revision, "local_files_only": local_files_only, "allow_patterns": patterns, **hub}
     try:
-        return Path(snapshot_download(repository, **wanted))
+        return Path(snapshot_download(repository, allow_patterns=patterns, **hub))
     except Exception as error:
+        revision = hub["revision"] or "main"
         raise ConfigurationError(
-            f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision or 'main'}) "
-            f"it could not be had: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision}) it could "
+            f"not be had: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 
 

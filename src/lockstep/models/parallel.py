@@ -268,8 +268,7 @@ class ModelParallel:
             yield
             return
         torch.cuda.set_device(device)  # the current device is each thread's own
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             yield
 
@@ -279,14 +278,9 @@ class ModelParallel:
         groups = open_groups(self._process_group, config, self.device, options.deadline_s, epoch, self._start)
         self._groups = groups.opened
         self.peers = Peers(
-            config.rank,
-            config.world_size,
-            board=groups.board,
-            store=self._store,
-            epoch=epoch,
-            debug=options.debug,
+            config.rank, config.world_size, board=groups.board, store=self._store, epoch=epoch, debug=options.debug,
             processes=self._start.processes,
-        )
+        )  # fmt: skip
         speak_before_termination(self.peers)
         for group in groups.opened:
             shared = group is groups.tensor_parallel
@@ -294,24 +288,17 @@ class ModelParallel:
         if groups.tensor_parallel is not None and self._attention_group is not None:
             self._attention_group.inner = groups.tensor_parallel
         self._epoch = epoch
+        fingerprint = zlib.crc32(json.dumps(self._settings(), sort_keys=True).encode())
         self.coordinator = Coordinator(
-            transport=groups.transport,
-            rank=config.rank,
-            tensor_parallel_size=config.tensor_parallel_size,
-            deadline_s=options.deadline_s,
-            fingerprint=zlib.crc32(json.dumps(self._settings(), sort_keys=True).encode()),
-            epoch=epoch,
-            peers=self.peers,
-        )
+            transport=groups.transport, rank=config.rank, tensor_parallel_size=config.tensor_parallel_size,
+            deadline_s=options.deadline_s, fingerprint=fingerprint, epoch=epoch, peers=self.peers,
+        )  # fmt: skip
         layers = make_layers(self.weights.experts, self._shapes, config, groups, options, self._constants, can_map=maps)
         self.layers = MoELayers(
-            layers,
-            max_chunk_size_per_rank=options.max_chunk_size_per_rank,
-            coordinator=self.coordinator,
-            deadline_s=options.deadline_s,
-            abort=lambda: abort(self._groups, self.device, config.rank),
+            layers, max_chunk_size_per_rank=options.max_chunk_size_per_rank, coordinator=self.coordinator,
+            deadline_s=options.deadline_s, abort=lambda: abort(self._groups, self.device, config.rank),
             shares_attention=self._attention_group is not None,
-        )
+        )  # fmt: skip
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
 
     def _settings(self) -> dict[str, Any]:

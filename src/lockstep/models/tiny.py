@@ -88,13 +88,9 @@ def byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
     bos, eos, pad = _SPECIAL_TOKENS
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **names
     )
 
 
@@ -117,10 +113,5 @@ def _config(architecture: str, num_layers: int, hidden_size: int, num_experts: i
     }
     if architecture == "mixtral":
         return MixtralConfig(num_local_experts=num_experts, intermediate_size=2 * hidden_size, **shared)
-    return Qwen3MoeConfig(
-        num_experts=num_experts,
-        moe_intermediate_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        norm_topk_prob=True,
-        **shared,
-    )
+    sizes = {"moe_intermediate_size": hidden_size, "intermediate_size": 2 * hidden_size}
+    return Qwen3MoeConfig(num_experts=num_experts, norm_topk_prob=True, **sizes, **shared)
