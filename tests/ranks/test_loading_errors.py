@@ -60,7 +60,7 @@ def lose_an_expert_of_rank_1(path):
     [
         (truncate, "truncated"),
         (misshape_an_expert_of_rank_1, "model.layers.1.mlp.experts.gate_up_proj"),
-        (lose_an_expert_of_rank_1, "model.layers.1.mlp.experts.down_proj"),
+        (lose_an_expert_of_rank_1, "but lack 'model.layers.1.mlp.experts.6.down_proj.weight'"),
         (lambda path: (path / "model.safetensors").unlink(), "no safetensors files"),
     ],
     ids=["truncated", "misshaped", "lost", "missing"],
