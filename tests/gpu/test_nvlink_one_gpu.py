@@ -13,6 +13,8 @@ import pytest
 import test_nvlink
 import torch
 
+from lockstep.dispatch.mapped_memory import MappedMemory
+
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 pytestmark = [
@@ -25,21 +27,38 @@ pytestmark = [
 ]
 
 
+class ThreadsOfOneGPU(MappedMemory):
+    """Memory of ranks that are threads, each with a stream of its own."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+
+    def map(self, nbytes, device):
+        ranks = self.ranks
+        torch.cuda.current_stream().synchronize()
+        mine = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        ranks.maps[ranks.rank.value] = mine
+        ranks.met.wait()
+        self.buffers = [ranks.maps[rank] for rank in range(ranks.size)]
+        ranks.met.wait()
+        return mine, [buffer.data_ptr() for buffer in self.buffers]
+
+    def release(self):
+        self.buffers = []
+
+    def synchronize(self, device):
+        torch.cuda.current_stream().synchronize()
+
+    def meet(self, deadline_s):
+        self.ranks.met.wait()
+
+
 class Ranks:
     """What a process group is to the dispatcher, for ranks that are threads."""
 
     def __init__(self, size):
         self.size, self.met, self.rank = size, threading.Barrier(size, timeout=120), threading.local()
         self.maps = {}
-
-    def map_buffer(self, nbytes, device, group):
-        torch.cuda.current_stream().synchronize()
-        mine = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        self.maps[group.rank()] = mine
-        self.met.wait()
-        buffers = [self.maps[rank] for rank in range(self.size)]
-        self.met.wait()
-        return mine, [buffer.data_ptr() for buffer in buffers], buffers
 
     def warm_up(self, dispatcher):
         """Load the kernels one rank after another, with the abort cell set so that none waits.
@@ -67,9 +86,6 @@ def run(monkeypatch, size, *names):
     from lockstep.dispatch import nvlink
 
     ranks, errors = Ranks(size), []
-    monkeypatch.setattr(nvlink, "_map_buffer", ranks.map_buffer)
-    monkeypatch.setattr(nvlink, "_synchronize", lambda device: torch.cuda.current_stream().synchronize())
-    monkeypatch.setattr(nvlink.dist, "barrier", lambda group: ranks.met.wait())
 
     def dispatcher(**options):
         rank = ranks.rank.value
@@ -79,10 +95,12 @@ def run(monkeypatch, size, *names):
         sizes = nvlink.launch_sizes(66 // size, size, experts // size, hidden, capacity)
         word_tokens = options["launch"].word_tokens if "launch" in options else 8
         options["launch"] = dataclasses.replace(sizes, skew_tokens=20, chain_round=1, word_tokens=word_tokens)
-        return nvlink.NvlinkDispatcher(group, share_device=True, **options)
+        memory = ThreadsOfOneGPU(ranks)
+        made = nvlink.NvlinkDispatcher(group, share_device=True, memory=memory, warm_up=False, **options)
+        ranks.warm_up(made)
+        return made
 
     monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
-    monkeypatch.setattr(nvlink.NvlinkDispatcher, "_warm_up", lambda dispatcher: ranks.warm_up(dispatcher))
 
     def work(rank):
         ranks.rank.value = rank

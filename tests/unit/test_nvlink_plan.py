@@ -5,6 +5,7 @@ order, speed) is in tests/gpu.
 """
 
 import importlib.util
+import itertools
 import mmap
 import os
 import random
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from lockstep.dispatch.mapped_memory import MappedMemory
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -49,23 +52,43 @@ def _interpreted(folder, rank):
     kernels_wire._fence = lambda token: token
     kernels_wire._barrier_any = lambda flag: flag
     kernels_wire._store_flag = lambda address, word: tl.store(address.to(tl.pointer_type(tl.int64)), word)
+    return nvlink
 
-    def map_buffer(nbytes, device, group):
-        number = len(kept)
-        paths = [os.path.join(folder, f"buffer{number}_{peer}") for peer in range(group.size())]
-        with open(paths[rank], "wb") as file:
+
+class Files(MappedMemory):
+    """Files of a folder, which all ranks map."""
+
+    numbers = itertools.count()
+
+    def __init__(self, folder, rank):
+        super().__init__(dist.group.WORLD)
+        self.folder, self.rank = folder, rank
+
+    def map(self, nbytes, device):
+        number, ranks = next(self.numbers), dist.get_world_size()
+        paths = [os.path.join(self.folder, f"buffer{number}_{peer}") for peer in range(ranks)]
+        with open(paths[self.rank], "wb") as file:
             file.truncate(nbytes)
-        dist.barrier(group)
-        tensors = []
+        dist.barrier()
+        self.tensors = []
         for path in paths:
             with open(path, "r+b") as file:
-                tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8))
-        kept.append(tensors)
-        return tensors[rank], [tensor.data_ptr() for tensor in tensors], tensors
+                self.tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8))
+        return self.tensors[self.rank], [tensor.data_ptr() for tensor in self.tensors]
 
-    kept = []
-    nvlink._map_buffer = map_buffer
-    return nvlink
+
+class MadeUp(MappedMemory):
+    """Buffers of three ranks, of which only rank 1 runs: nobody is met."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def map(self, nbytes, device):
+        self.buffers.extend(torch.zeros(nbytes, dtype=torch.uint8) for _ in range(3))
+        return self.buffers[1], [buffer.data_ptr() for buffer in self.buffers]
+
+    def meet(self, deadline_s):
+        pass
 
 
 def _launch(nvlink, seed):
@@ -84,7 +107,8 @@ def _rounds(rank, folder, case, seed):
     nvlink = _interpreted(folder, rank)
     dispatcher = nvlink.NvlinkDispatcher(
         dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity,
-        fp8=fp8, num_channels=1 + seed % 2, deadline_s=60, launch=_launch(nvlink, seed), device=torch.device("cpu"),
+        fp8=fp8, num_channels=1 + seed % 2, deadline_s=60, launch=_launch(nvlink, seed),
+        device=torch.device("cpu"), memory=Files(folder, rank),
     )  # fmt: skip
     draw = random.Random(seed)
     for number in range(4):
@@ -128,7 +152,8 @@ def _words_or_flags(rank, folder, case, seed):
     both = [
         nvlink.NvlinkDispatcher(
             dist.group.WORLD, num_experts=6, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
-            deadline_s=60, launch=dataclasses.replace(launch, word_tokens=words), device=torch.device("cpu"),
+            deadline_s=60, launch=dataclasses.replace(launch, word_tokens=words),
+        device=torch.device("cpu"), memory=Files(folder, rank),
         )
         for words in (2 if fp8 else 3, 0)  # to their experts, fp8 rows go as words for twice as many tokens
     ]  # fmt: skip
@@ -169,7 +194,8 @@ def _absent(rank, folder, case, seed):
     nvlink = _interpreted(folder, rank)
     dispatcher = nvlink.NvlinkDispatcher(
         dist.group.WORLD, num_experts=3, hidden_size=32, top_k=1, max_tokens_per_rank=4, deadline_s=0.5,
-        launch=_launch(nvlink, 0), device=torch.device("cpu"),
+        launch=_launch(nvlink, 0),
+        device=torch.device("cpu"), memory=Files(folder, rank),
     )  # fmt: skip
     rows = torch.ones(2, 32, dtype=torch.bfloat16), torch.tensor([[0], [2]]), torch.ones(2, 1)
     route = dispatcher.route([2, 2, 2])
@@ -183,6 +209,8 @@ def _absent(rank, folder, case, seed):
         assert caught.value.absent_ranks == (2,)
         with pytest.raises(RankAbsentError):
             dispatcher.dispatch(route, *rows)
+    dist.barrier()  # rank 2 has had nothing to wait for
+    dispatcher.set_deadline(60)
     dispatcher.reset()
     for _ in range(3):
         handle = dispatcher.dispatch(route, *rows)
@@ -202,22 +230,16 @@ def _plan_blocks(rank, folder, case, seed):
 
     nvlink = _interpreted(folder, rank)
     kernels_plan._meet = lambda *arguments: None
-    nvlink.NvlinkDispatcher._settle = nvlink.NvlinkDispatcher._warm_up = lambda self: None
     ranks, top_k, capacity, hidden = 3, 3, 90, 32
     draw = random.Random(seed)
     for number in range(12):
         local, blocks = draw.choice([1, 5, 40]), draw.choice([1, 2, 5, 8])
         num_experts = ranks * local
-        buffers = []
-
-        def map_buffer(nbytes, device, group, buffers=buffers):
-            buffers.extend(torch.zeros(nbytes, dtype=torch.uint8) for _ in range(ranks))
-            return buffers[1], [buffer.data_ptr() for buffer in buffers], buffers
-
-        nvlink._map_buffer = map_buffer
+        memory = MadeUp()
         dispatcher = nvlink.NvlinkDispatcher(
             SimpleNamespace(rank=lambda: 1, size=lambda: ranks), num_experts=num_experts, hidden_size=hidden,
-            top_k=min(top_k, num_experts), max_tokens_per_rank=capacity, device=torch.device("cpu"),
+            top_k=min(top_k, num_experts), max_tokens_per_rank=capacity,
+            device=torch.device("cpu"), memory=memory, warm_up=False,
             launch=nvlink.LaunchSizes(
                 plan_blocks=blocks, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
                 tiny_tile=1, tiles=1, word_tokens=0, slice=draw.choice([32, 64]), skew_tokens=1000,
@@ -230,10 +252,10 @@ def _plan_blocks(rank, folder, case, seed):
         )
         layout, slots = dispatcher.layout, (ranks, capacity, dispatcher.top_k)
         words = {
-            name: buffers[1][offset : offset + 8 * torch.Size(slots).numel()].view(torch.int64).view(slots)
+            name: memory.buffers[1][offset : offset + 8 * torch.Size(slots).numel()].view(torch.int64).view(slots)
             for name, offset in (("ids", layout.ids), ("weights", layout.weights))
         }
-        flags = buffers[1][layout.counts : layout.abort].view(torch.int64)
+        flags = memory.buffers[1][layout.counts : layout.abort].view(torch.int64)
         flags[:] = 2**62
         copies = flags[: ranks * (blocks + 2)].view(ranks, blocks + 2)
         for source, count in enumerate(counts):
@@ -266,20 +288,13 @@ def _ahead(rank, folder, case, seed):
     from lockstep.errors import RankAbsentError
 
     nvlink = _interpreted(folder, rank)
-    nvlink.NvlinkDispatcher._settle = nvlink.NvlinkDispatcher._warm_up = lambda self: None
-    buffers = []
-
-    def map_buffer(nbytes, device, group):
-        buffers.extend(torch.zeros(nbytes, dtype=torch.uint8) for _ in range(3))
-        return buffers[1], [buffer.data_ptr() for buffer in buffers], buffers
-
-    nvlink._map_buffer = map_buffer
+    memory = MadeUp()
     dispatcher = nvlink.NvlinkDispatcher(
         SimpleNamespace(rank=lambda: 1, size=lambda: 3, group_name="made up"),
         num_experts=6, hidden_size=32, top_k=2, max_tokens_per_rank=8,
-        device=torch.device("cpu"), launch=_launch(nvlink, 0),
+        device=torch.device("cpu"), memory=memory, warm_up=False, launch=_launch(nvlink, 0),
     )  # fmt: skip
-    layout, channel = dispatcher.layout, dispatcher._channels[0]
+    layout, channel, buffers = dispatcher.layout, dispatcher._channels[0], memory.buffers
     counts = buffers[1][layout.counts : layout.dispatch_flags].view(torch.int64)
     counts[:9].view(3, 3)[0] = (5 << 20) | 7  # four epochs ahead
     counts[:9].view(3, 3)[2] = 1 << 20

@@ -103,6 +103,11 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
                 raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
             halves += (index(value) & _MASK, index(value) >> 32)
         words = layout.large.pack(_MAGIC | layout.num_words_large, *head, *halves)
+    return seal(words)
+
+
+def seal(words: bytes) -> Wire:
+    """Return a record's words with their checksum, which covers what follows the head."""
     return words + crc32(words[HEAD_BYTES:], _CRC).to_bytes(WORD_BYTES, "little")
 
 

@@ -5,8 +5,9 @@ Sizes are known on all ranks beforehand (they were agreed), so no call exchanges
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,8 @@ def all_gatherv(
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
         repeated = mine.repeat(len(sizes), 1)
-        _exchange("all_gatherv", sizes, everyones, repeated, sizes, [sizes[rank]] * len(sizes), group, deadline_s)
+        mine_to_all = [sizes[rank]] * len(sizes)
+        _exchange(AllToAll("all_gatherv", sizes, everyones, repeated, sizes, mine_to_all, group, deadline_s))
     columns = torch.split(everyones, [part.shape[1] for part in parts], dim=1)
     return [
         view_as(column, tensor.dtype).view(sum(sizes), *tensor.shape[1:])
@@ -137,18 +139,66 @@ def all_to_allv(
     # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
     noted = send_sizes if name != "all_to_allv" else ()
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
-    _exchange(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits)
+    _exchange(AllToAll(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits))
     return received
 
 
-def _exchange(
-    name: str, noted_sizes: Sequence[int], received: torch.Tensor, sent: torch.Tensor, recv_sizes: Sequence[int],
-    send_sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float, host_waits: bool = True,
-) -> None:  # fmt: skip
-    """Note, issue and end one all-to-all into `received`."""
-    _record(name, noted_sizes, group, deadline_s, sent.device.type == "cpu")
-    work = dist.all_to_all_single(received, sent, list(recv_sizes), list(send_sizes), group=group, async_op=True)
-    await_work(work, name, group, deadline_s, host_waits=host_waits)
+@dataclass(frozen=True)
+class AllToAll:
+    """One all-to-all that is about to be issued: every collective of this module on a CPU is one.
+
+    Attributes:
+        name: what messages and records call the operation.
+        noted_sizes: sizes by which ranks can be compared; empty where they differ between ranks.
+        received: filled by it, `[sum(recv_sizes), ...]`.
+        sent: ordered by destination, `[sum(send_sizes), ...]`.
+        recv_sizes, send_sizes: rows from and for every rank, `[ranks]`.
+        group: gloo or NCCL.
+        deadline_s: longest wait in seconds.
+        host_waits: False: on NCCL the host goes on.
+    """
+
+    name: str
+    noted_sizes: Sequence[int]
+    received: torch.Tensor
+    sent: torch.Tensor
+    recv_sizes: Sequence[int]
+    send_sizes: Sequence[int]
+    group: dist.ProcessGroup
+    deadline_s: float
+    host_waits: bool = True
+
+    def run(self) -> None:
+        """Note, issue and end it."""
+        _record(self.name, self.noted_sizes, self.group, self.deadline_s, self.sent.device.type == "cpu")
+        work = dist.all_to_all_single(
+            self.received, self.sent, list(self.recv_sizes), list(self.send_sizes), group=self.group, async_op=True
+        )
+        await_work(work, self.name, self.group, self.deadline_s, host_waits=self.host_waits)
+
+
+_in_place_of: list[Callable[[AllToAll], None]] = []
+
+
+@contextmanager
+def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
+    """Hand every all-to-all of this process to a function inside the block; for faults that are made on purpose.
+
+    Args:
+        run: called in the place of `AllToAll.run`, which it may call.
+    """
+    _in_place_of.append(run)
+    try:
+        yield
+    finally:
+        _in_place_of.remove(run)
+
+
+def _exchange(call: AllToAll) -> None:
+    if _in_place_of:
+        _in_place_of[-1](call)
+    else:
+        call.run()
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.group_waits import barrier, peers_of
+from lockstep.coordination.group_waits import peers_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts, check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
 from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS
 from lockstep.dispatch.mapped_layout import FP8_GROUP, LaunchSizes, launch_sizes, make_layout
+from lockstep.dispatch.mapped_memory import MappedMemory, aligned, host_word
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 MAX_RANKS = 8
@@ -82,6 +83,8 @@ class NvlinkDispatcher:
         launch: blocks and tiles; None takes the measured ones.
         share_device: several ranks run on one GPU (for tests): their launches together must fit it.
         device: this rank's GPU; None takes the current one.
+        memory: how the ranks map each other's memory; None for torch's symmetric memory.
+        warm_up: compile and load the kernels now; otherwise the first calls do, with peers waiting meanwhile.
 
     Raises:
         ConfigurationError: sizes that cannot work, or more than 8 ranks.
@@ -93,6 +96,7 @@ class NvlinkDispatcher:
         self, process_group: dist.ProcessGroup, *, num_experts: int, hidden_size: int, top_k: int,
         max_tokens_per_rank: int, fp8: bool = False, num_channels: int = 1, deadline_s: float = 30.0,
         launch: LaunchSizes | None = None, share_device: bool = False, device: torch.device | None = None,
+        memory: MappedMemory | None = None, warm_up: bool = True,
     ) -> None:  # fmt: skip
         self.rank, self.num_ranks = process_group.rank(), process_group.size()
         if self.num_ranks > MAX_RANKS:
@@ -129,11 +133,12 @@ class NvlinkDispatcher:
         )
         self._group = process_group
         self._deadline_s = deadline_s
-        self._status = _host_word(self.device)
+        self._status = host_word(self.device)
         self._status_word = self._status.numpy()  # the same memory, read ten times as fast
         self._compiled: dict[Any, Any] = {}
         self._all_tokens = torch.full((1,), ALL_TOKENS.value, dtype=torch.int32, device=self.device)
-        buffer, addresses, self._mapping = _map_buffer(self.layout.nbytes * num_channels, self.device, process_group)
+        self._memory = memory or MappedMemory(process_group)
+        buffer, addresses = self._memory.map(self.layout.nbytes * num_channels, self.device)
         buffer.zero_()
         self._channels = [
             _Channel(self, buffer[begin : begin + self.layout.nbytes], [address + begin for address in addresses])
@@ -141,31 +146,12 @@ class NvlinkDispatcher:
         ]
         self._next_channel = 0
         # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
-        early = self.device.type == "cuda" and not share_device
-        launch, layout = self.launch, self.layout
-        common = {
-            "WORLD": self.num_ranks, "WORLD_POW2": triton.next_power_of_2(self.num_ranks), "HIDDEN": hidden_size,
-            "HIDDEN_STRIDE": self.hidden_stride, "TOPK": top_k, "TOPK_POW2": triton.next_power_of_2(top_k),
-            "CAPACITY": max_tokens_per_rank, "EXPERTS": self.num_local_experts, "BLOCK_COLUMNS": launch.columns,
-            "SKEW_TOKENS": launch.skew_tokens, "CHAIN_ROUND": launch.chain_round, "IDS": layout.ids,
-            "WEIGHTS": layout.weights, "ABORT": layout.abort, "PDL": early,
-            "num_warps": _THREADS // 32, "maxnreg": _REGISTERS, "launch_pdl": early,
-        }  # fmt: skip
-        self._dispatch_options = dict(
-            common, GROUPS=self.groups, FP8=fp8, PLAN_BLOCKS=launch.plan_blocks, PUSH_BLOCKS=launch.push_blocks,
-            BLOCK_TOKENS=launch.dispatch_tokens, WORD_TOKENS=layout.row_word_tokens, ROW_WORDS=layout.words_per_row,
-            TINY_TILE=launch.tiny_tile, TILES=launch.tiles, SLICE=launch.slice, PAIRS=launch.pairs,
-            EXPERTS_POW2=_expert_lanes(self.num_local_experts),
-            COPIES_POW2=triton.next_power_of_2(launch.plan_blocks + launch.push_blocks), ROWS=layout.rows,
-            SCALES=layout.scales, ROWS_AS_WORDS=layout.rows_as_words, COUNTS=layout.counts, FLAGS=layout.dispatch_flags,
-        )  # fmt: skip
-        self._combine_options = dict(
-            common, BLOCKS=launch.combine_blocks, BLOCK_TOKENS=launch.combine_tokens, WORD_TOKENS=launch.word_tokens,
-            ROW_WORDS=self.hidden_stride // 2, ROUND=launch.round, RETURNED=layout.returned,
-            RETURNED_AS_WORDS=layout.returned_as_words, FLAGS=layout.combine_flags,
-        )  # fmt: skip
+        self._dispatch_options, self._combine_options = self._options(
+            early=self.device.type == "cuda" and not share_device
+        )
         self._settle()
-        self._warm_up()
+        if warm_up:
+            self._warm_up()
 
     def __enter__(self) -> NvlinkDispatcher:
         return self
@@ -173,12 +159,38 @@ class NvlinkDispatcher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _options(self, early: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the compile-time arguments and Triton's options of dispatch and of combine, by name."""
+        launch, layout = self.launch, self.layout
+        common = {
+            "WORLD": self.num_ranks, "WORLD_POW2": triton.next_power_of_2(self.num_ranks), "HIDDEN": self.hidden_size,
+            "HIDDEN_STRIDE": self.hidden_stride, "TOPK": self.top_k, "TOPK_POW2": triton.next_power_of_2(self.top_k),
+            "CAPACITY": self.max_tokens_per_rank, "EXPERTS": self.num_local_experts, "BLOCK_COLUMNS": launch.columns,
+            "SKEW_TOKENS": launch.skew_tokens, "CHAIN_ROUND": launch.chain_round, "IDS": layout.ids,
+            "WEIGHTS": layout.weights, "ABORT": layout.abort, "PDL": early,
+            "num_warps": _THREADS // 32, "maxnreg": _REGISTERS, "launch_pdl": early,
+        }  # fmt: skip
+        for_dispatch = dict(
+            common, GROUPS=self.groups, FP8=self.fp8, PLAN_BLOCKS=launch.plan_blocks, PUSH_BLOCKS=launch.push_blocks,
+            BLOCK_TOKENS=launch.dispatch_tokens, WORD_TOKENS=layout.row_word_tokens, ROW_WORDS=layout.words_per_row,
+            TINY_TILE=launch.tiny_tile, TILES=launch.tiles, SLICE=launch.slice, PAIRS=launch.pairs,
+            EXPERTS_POW2=_expert_lanes(self.num_local_experts),
+            COPIES_POW2=triton.next_power_of_2(launch.plan_blocks + launch.push_blocks), ROWS=layout.rows,
+            SCALES=layout.scales, ROWS_AS_WORDS=layout.rows_as_words, COUNTS=layout.counts, FLAGS=layout.dispatch_flags,
+        )  # fmt: skip
+        for_combine = dict(
+            common, BLOCKS=launch.combine_blocks, BLOCK_TOKENS=launch.combine_tokens, WORD_TOKENS=launch.word_tokens,
+            ROW_WORDS=self.hidden_stride // 2, ROUND=launch.round, RETURNED=layout.returned,
+            RETURNED_AS_WORDS=layout.returned_as_words, FLAGS=layout.combine_flags,
+        )  # fmt: skip
+        return for_dispatch, for_combine
+
     def close(self) -> None:
         """Let go of the buffers. The process group stays open."""
         if self._channels:
-            _synchronize(self.device)
+            self._memory.synchronize(self.device)
         self._channels = []
-        self._mapping = None
+        self._memory.release()
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`. A step that goes in one chunk can always be part of a graph."""
@@ -215,7 +227,7 @@ class NvlinkDispatcher:
                 f"all {len(self._channels)} channels of rank {self.rank} hold a dispatch that was not combined: "
                 f"combine one first, or raise num_channels"
             )
-        hidden_states = _aligned(hidden_states)
+        hidden_states = aligned(hidden_states)
         arguments = (
             hidden_states, topk_ids.contiguous(), topk_weights.contiguous(),
             self._all_tokens if num_tokens is None else num_tokens, channel.peers, channel.cells, channel.counts,
@@ -276,7 +288,7 @@ class NvlinkDispatcher:
                 f"{output.dtype} {tuple(output.shape)} on rank {self.rank}"
             )
         arguments = (
-            _aligned(expert_output), output, channel.inverse, channel.peers, channel.cells, channel.counts,
+            aligned(expert_output), output, channel.inverse, channel.peers, channel.cells, channel.counts,
             self._status.data_ptr(), self.rank, int(self._deadline_s * 1e9),
         )  # fmt: skip
         kind = (reduced, output.data_ptr() % 16 == 0)
@@ -317,7 +329,7 @@ class NvlinkDispatcher:
             TokenCountError: a device-side token count above the rows handed in.
         """
         if wait:
-            _synchronize(self.device)
+            self._memory.synchronize(self.device)
         word = int(self._status_word[0])
         if word == 0:
             return
@@ -344,8 +356,8 @@ class NvlinkDispatcher:
 
     def reset(self) -> None:
         """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
-        _synchronize(self.device)
-        barrier(self._group, self._deadline_s)
+        self._memory.synchronize(self.device)
+        self._memory.meet(self._deadline_s)
         for channel in self._channels:
             channel.buffer[: self.layout.scales].zero_()
             channel.cells.copy_(torch.tensor(_FIRST_CELLS))
@@ -355,9 +367,9 @@ class NvlinkDispatcher:
 
     def _settle(self) -> None:
         """After the buffers were zeroed: clear the status and let no rank go on before all are ready."""
-        _synchronize(self.device)
+        self._memory.synchronize(self.device)
         self._status.zero_()
-        barrier(self._group, self._deadline_s)
+        self._memory.meet(self._deadline_s)
 
     def _warm_up(self) -> None:
         """Compile and load the kernels with a round of zero tokens, before anybody waits for anybody in earnest."""
@@ -399,30 +411,5 @@ def _expert_lanes(num_local_experts: int) -> int:
     return int(max(32, triton.next_power_of_2(num_local_experts)))
 
 
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows contiguous and at a 16-byte address: other addresses would compile another kernel meanwhile."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
 def _num_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _host_word(device: torch.device) -> torch.Tensor:
-    """Return one int64 of host memory that kernels can write to."""
-    return torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-def _map_buffer(nbytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, list[int], Any]:
-    """Allocate on every rank: this rank's bytes, all addresses in rank order, what keeps them mapped. Collective."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-    mapping = symmetric_memory.rendezvous(buffer, group)
-    return buffer, [int(address) for address in mapping.buffer_ptrs], mapping

@@ -1,5 +1,7 @@
 """Break one rank on purpose, in a chosen step and phase, to see that all others end in time and name it."""
 
+import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -14,10 +16,10 @@ import torch
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.step import StepRecord
+from lockstep.coordination.transports import Pending, Transport
 from lockstep.coordination.whereabouts import Whereabouts
-from lockstep.coordination.wire import WORD_BYTES, Wire
-from lockstep.dispatch import collectives
+from lockstep.coordination.wire import HEAD_BYTES, WORD_BYTES, Wire, seal
+from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of
 
@@ -147,29 +149,33 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
             if place.phase == phase and place.step >= fault.step and (not in_layer or place.layer == fault.layer):
                 due.remove(fault)
                 happened.append(time.monotonic())
-                break_on_purpose(fault, coordinator)
+                break_on_purpose(fault, coordinator, changed)
                 return
 
-    before, peers.on_mark, exchange = peers.on_mark, on_mark, collectives._exchange
+    before, peers.on_mark, transport = peers.on_mark, on_mark, coordinator.transport
+    coordinator.transport = _ChangedWires(transport)
+    changed = _ChangedCollectives()
     try:
-        yield happened
+        with instead_of_all_to_all(changed):
+            yield happened
     finally:
         peers.on_mark = before
-        collectives._exchange = exchange
-        vars(coordinator).pop("_send", None)
-        vars(coordinator.transport).pop("begin", None)
+        coordinator.transport = transport
 
 
-def break_on_purpose(fault: Fault, coordinator: Coordinator | None = None) -> None:
+def break_on_purpose(
+    fault: Fault, coordinator: Coordinator | None = None, collectives: "_ChangedCollectives | None" = None
+) -> None:
     """Do at once what a fault says.
 
     Args:
         fault: its action and seconds count; where and when it should happen do not.
         coordinator: of this rank; needed by the actions that belong into a step.
+        collectives: of this process; needed by the actions that change the next ones.
 
     Raises:
         InjectedFault: for the action `raise`.
-        ConfigurationError: an action that needs a coordinator.
+        ConfigurationError: an action that needs what was not given.
     """
     step = f" of step {coordinator.peers.recorder.step}" if coordinator is not None else ""
     match fault.action:
@@ -188,65 +194,87 @@ def break_on_purpose(fault: Fault, coordinator: Coordinator | None = None) -> No
             time.sleep(fault.seconds)
         case "ctrl_c":
             os.kill(os.getpid(), signal.SIGINT)
-        case "skip" | "swap" | "wrong_size":
-            _next_collectives(fault.action)
-        case _ if coordinator is None:
+        case "skip" | "swap" | "wrong_size" if collectives is not None:
+            collectives.action = fault.action
+        case _ if coordinator is None or not isinstance(coordinator.transport, _ChangedWires):
             raise ConfigurationError(f"{fault.action} belongs into a step, got phase {fault.phase!r}")
         case "wrong_count":
-            _next_record(coordinator, lambda record: type(record)(record.num_tokens + 1, record.unfinished))
+            coordinator.transport.change = _one_row_more
         case "corrupted_header":
-            _next_wire(coordinator, 3, 1 << 20)
+            coordinator.transport.change = functools.partial(_flipped, word=3, bits=1 << 20)
         case "other_protocol":
-            _next_wire(coordinator, 1, 3)
+            coordinator.transport.change = functools.partial(_flipped, word=1, bits=3)
 
 
-def _next_record(coordinator: Coordinator, change: Callable[[StepRecord], StepRecord]) -> None:
-    send = coordinator._send
+class _ChangedWires:
+    """A transport that changes the next record on its way.
 
-    def changed(record: StepRecord) -> Any:
-        del coordinator._send
-        return send(change(record))
+    Attributes:
+        change: what becomes of it; None: it travels as it is.
+    """
 
-    coordinator._send = changed  # type: ignore[method-assign]
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.num_ranks, self.can_watch = transport.num_ranks, transport.can_watch
+        self.change: Callable[[Wire], Wire] | None = None
+
+    def begin(self, wire: Wire) -> Pending:
+        """See `Transport`."""
+        change, self.change = self.change, None
+        return self.transport.begin(wire if change is None else change(wire))
+
+    def wanted(self) -> bool:
+        """See `Transport`."""
+        return self.transport.wanted()
 
 
-def _next_wire(coordinator: Coordinator, word: int, bits: int) -> None:
-    """Flip bits in a word of the next record's head."""
-    transport: Any = coordinator.transport
-    begin = transport.begin
-
-    def changed(wire: Wire) -> Any:
-        del transport.begin
-        flipped = int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word
-        return begin(flipped.to_bytes(len(wire), "little"))
-
-    transport.begin = changed
+def _one_row_more(wire: Wire) -> Wire:
+    """The first field of every record is its number of rows; its word follows the head."""
+    rows = int.from_bytes(wire[HEAD_BYTES : HEAD_BYTES + WORD_BYTES], "little") + 1
+    return seal(wire[:HEAD_BYTES] + rows.to_bytes(WORD_BYTES, "little") + wire[HEAD_BYTES + WORD_BYTES : -WORD_BYTES])
 
 
-def _next_collectives(action: str) -> None:
-    """Change the next one or two collectives of this process. They are all issued in one place."""
-    module: Any = collectives
-    exchange = module._exchange
-    held: list[tuple[Any, ...]] = []
+def _flipped(wire: Wire, word: int, bits: int) -> Wire:
+    """Flip bits in a word of the record's head."""
+    return (int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word).to_bytes(len(wire), "little")
 
-    def changed(*call: Any) -> None:
-        if action == "swap" and not held:
+
+class _ChangedCollectives:
+    """Runs this process's collectives, and changes the next one or two where a fault says so.
+
+    Attributes:
+        action: `skip`, `swap` or `wrong_size` for the next; "" for none.
+    """
+
+    def __init__(self) -> None:
+        self.action = ""
+        self._held: AllToAll | None = None
+
+    def __call__(self, call: AllToAll) -> None:
+        """Run a collective, or what a fault makes of it."""
+        if self.action == "swap" and self._held is None:
             # Issue what follows a dispatch, a combine of the same sizes, before it.
-            held.append(call)
-            name, noted, received, sent, recv_sizes, send_sizes, group, *waits = call
-            exchange(
-                "reduce_scatterv" if name == "all_gatherv" else "all_gatherv", noted, torch.empty_like(sent),
-                torch.zeros_like(received), send_sizes, recv_sizes, group, *waits,
-            )  # fmt: skip
+            self._held = call
+            dataclasses.replace(
+                call,
+                name="reduce_scatterv" if call.name == "all_gatherv" else "all_gatherv",
+                received=torch.empty_like(call.sent),
+                sent=torch.zeros_like(call.received),
+                recv_sizes=call.send_sizes,
+                send_sizes=call.recv_sizes,
+            ).run()
             return
-        module._exchange = exchange
-        if action == "swap":
-            exchange(*held[0])
+        action, self.action = self.action, ""
+        held, self._held = self._held, None
+        if held is not None:
+            held.run()
         elif action == "wrong_size":
-            name, noted, received, sent, recv_sizes, send_sizes, group, *waits = call
-            more = torch.cat([sent, sent.new_zeros((1, *sent.shape[1:]))])
-            noted = [size + (rank == group.rank()) for rank, size in enumerate(noted)]
-            send_sizes = [*send_sizes[:-1], send_sizes[-1] + 1]
-            exchange(name, noted, received, more, recv_sizes, send_sizes, group, *waits)
-
-    module._exchange = changed
+            own = call.group.rank()
+            dataclasses.replace(
+                call,
+                noted_sizes=[size + (rank == own) for rank, size in enumerate(call.noted_sizes)],
+                sent=torch.cat([call.sent, call.sent.new_zeros((1, *call.sent.shape[1:]))]),
+                send_sizes=[*call.send_sizes[:-1], call.send_sizes[-1] + 1],
+            ).run()
+        elif action != "skip":
+            call.run()
