@@ -146,9 +146,8 @@ def decode_case(pool: Pool, case: str, lengths: list[int], tiles: list[DecodeTil
 
         def step(call, tile=tile, ready=ready):
             attention_kernels.attend_decode(
-                query, pool.keys, pool.values, tables[call], row_seqs, sees, OPTIONS, out,
-                workspace.partials, workspace.stats, workspace.arrivals, tile, ready,
-            )  # fmt: skip
+                query, pool.keys, pool.values, tables[call], row_seqs, sees, OPTIONS, out, workspace, tile, ready
+            )
 
         out.fill_(float("nan"))
         step(0)
@@ -190,7 +189,8 @@ def prompt_case(pool: Pool, requests: int, rows: int, past: int, tiles: list[Pro
     seqs = torch.arange(requests, dtype=torch.int32, device="cuda")
     cu_rows = torch.arange(requests + 1, dtype=torch.int32, device="cuda") * rows
     lengths = torch.full((requests,), length, dtype=torch.int32, device="cuda")
-    entries = attention._entries(tables[0], seqs, lengths, length)
+    position = torch.arange(length, device="cuda")
+    entries = tables[0][:, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
     keys, values = (p.view(-1, KV_HEADS, DIM)[entries[-1]] for p in (pool.keys, pool.values))
     few = min(rows, 256)
     expected = plainly(query[-few:], keys, values)
@@ -206,8 +206,8 @@ def prompt_case(pool: Pool, requests: int, rows: int, past: int, tiles: list[Pro
         check(out[-few:], expected, f"{tile} {requests} x {rows}")
         yield f"triton {tuple(vars(tile).values())}", time_us(step, calls, pool, 5)
     if fa3 is not None and not past:
-        order = [attention._entries(table, seqs, lengths, length).flatten() for table in tables]
-        fresh = [tuple(p.view(-1, KV_HEADS, DIM)[o] for p in (pool.keys, pool.values)) for o in order]
+        order = [table[:, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE for table in tables]
+        fresh = [tuple(p.view(-1, KV_HEADS, DIM)[o.flatten()] for p in (pool.keys, pool.values)) for o in order]
 
         def flash(call):
             return fa3.flash_attn_varlen_func(
@@ -247,7 +247,7 @@ def main() -> None:
     common = {
         "hardware": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": attention_kernels.triton.__version__, "commit": options.commit,
-        "attention": attention.attention_name("cuda", torch.bfloat16),
+        "attention": attention.attention_name("cuda"),
     }  # fmt: skip
     print(common, flush=True)
 

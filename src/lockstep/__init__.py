@@ -37,7 +37,7 @@ _PUBLIC = {
     "join": "lockstep.models.huggingface",
     "Engine": "lockstep.runner.engine",
     "RankEngine": "lockstep.engine.rank_engine",
-    "RequestOutput": "lockstep.engine.outputs",
+    "RequestOutput": "lockstep.engine.stopping",
     "SamplingParams": "lockstep.engine.sampling_params",
     "LockstepError": "lockstep.errors",
     "ConfigurationError": "lockstep.errors",
@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from lockstep.dispatch.choose import DispatcherOptions as DispatcherOptions
     from lockstep.dispatch.choose import make_dispatcher as make_dispatcher
     from lockstep.dispatch.choose import register_dispatcher as register_dispatcher
-    from lockstep.engine.outputs import RequestOutput as RequestOutput
     from lockstep.engine.rank_engine import RankEngine as RankEngine
     from lockstep.engine.sampling_params import SamplingParams as SamplingParams
+    from lockstep.engine.stopping import RequestOutput as RequestOutput
     from lockstep.errors import ConfigurationError as ConfigurationError
     from lockstep.errors import LockstepError as LockstepError
     from lockstep.errors import PeerFailedError as PeerFailedError

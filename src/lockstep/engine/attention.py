@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload import PAGE_SIZE
@@ -36,7 +38,7 @@ class AttentionOptions:
     scaling: float
     sliding_window: int | None = None
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,15 @@ class DecodeWorkspace:
         arrivals: pieces that have arrived, per row and key head, int32; zeros between calls.
     """
 
-    partials: torch.Tensor
-    stats: torch.Tensor
-    arrivals: torch.Tensor
+    partials: Tensor
+    stats: Tensor
+    arrivals: Tensor
 
 
 def decode_workspace(
-    max_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    value_dim: int,
-    device: torch.device | str,
-    *,
-    programs: int | None = None,
-) -> DecodeWorkspace | None:
+    max_rows: int, num_heads: int, num_kv_heads: int, value_dim: int, device: torch.device | str,
+    *, programs: int | None = None,
+) -> DecodeWorkspace | None:  # fmt: skip
     """Return memory for `attend_decode` calls of up to `max_rows` rows: all layers of a model can share it.
 
     Args:
@@ -77,12 +74,12 @@ def decode_workspace(
         The workspace; None where the kernel of this device needs none.
     """
     device = torch.device(device)
-    if _uses_triton(device) is not None:
+    if _why_dense(device) is not None:
         return None
     from lockstep.engine import attention_kernels
 
     programs = programs or attention_kernels.max_programs(device, attention_kernels.DecodeTiles())
-    group_pad = attention_kernels.group_pad(num_heads // num_kv_heads)
+    group_pad = attention_kernels.power_of_2(num_heads // num_kv_heads)
     return DecodeWorkspace(
         partials=torch.empty(2 * programs * group_pad * value_dim, dtype=torch.float32, device=device),
         stats=torch.empty(4 * programs * group_pad, dtype=torch.float32, device=device),
@@ -97,13 +94,11 @@ def attention_name(device: torch.device | str) -> str:
         >>> attention_name("cpu")
         'scaled_dot_product_attention (the Triton kernels need a CUDA GPU)'
     """
-    reason = _uses_triton(torch.device(device))
+    reason = _why_dense(torch.device(device))
     return "Triton over pages" if reason is None else f"scaled_dot_product_attention ({reason})"
 
 
-def write_keys(
-    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write_keys(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
     """Store new rows' keys and values in their pages.
 
     Args:
@@ -115,10 +110,10 @@ def write_keys(
     """
     if not key.shape[0]:
         return
-    if _uses_triton(key.device) is None:
+    if _why_dense(key.device) is None:
         from lockstep.engine import attention_kernels
 
-        attention_kernels.write_keys(_dense_rows(key), _dense_rows(value), key_pages, value_pages, slots)
+        attention_kernels.write_keys(_dense_heads(key), _dense_heads(value), key_pages, value_pages, slots)
         return
     kept = slots >= 0
     places = slots[kept].long()
@@ -127,18 +122,10 @@ def write_keys(
 
 
 def attend_decode(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    row_seqs: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-    *,
-    out: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None = None,
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, row_seqs: Tensor, lengths: Tensor,
+    options: AttentionOptions, *, out: Tensor | None = None, workspace: DecodeWorkspace | None = None,
     tables_ready: bool = False,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Attend with one token per row; the row's own key is in its page already.
 
     On a GPU nothing is read by the host, and the launch depends on the shapes only.
@@ -163,12 +150,10 @@ def attend_decode(
     Raises:
         ConfigurationError: for shapes that do not fit together.
     """
-    _check(query, key_pages, value_pages, block_table, lengths, options)
-    if out is None:
-        out = query.new_empty(*query.shape[:2], value_pages.shape[3])
+    out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if not query.shape[0]:
         return out
-    if _uses_triton(query.device) is not None:
+    if _why_dense(query.device) is not None:
         return _decode_dense(query, key_pages, value_pages, block_table, row_seqs, lengths, options, out)
     from lockstep.engine import attention_kernels
 
@@ -177,24 +162,16 @@ def attend_decode(
         workspace = decode_workspace(query.shape[0], num_heads, num_kv_heads, value_dim, query.device)
     assert workspace is not None
     attention_kernels.attend_decode(
-        _dense_rows(query), key_pages, value_pages, block_table, row_seqs, lengths, options, out,
-        workspace.partials, workspace.stats, workspace.arrivals, tables_ready=tables_ready,
+        _dense_heads(query), key_pages, value_pages, block_table, row_seqs, lengths, options, out, workspace,
+        tables_ready=tables_ready,
     )  # fmt: skip
     return out
 
 
 def attend_prompts(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seqs: torch.Tensor,
-    cu_rows: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-    *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, seqs: Tensor, cu_rows: Tensor,
+    lengths: Tensor, options: AttentionOptions, *, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend with the last rows of some requests, packed; their own keys are in pages already.
 
     Row `j` of a request with `n` rows and length `l` is at position `l - n + j` and sees the keys up to its own. On a
@@ -202,15 +179,15 @@ def attend_prompts(
 
     Args:
         query: `[rows, num_heads, head_dim]`.
-        key_pages: `[num_pages, 64, num_kv_heads, head_dim]`.
-        value_pages: `[num_pages, 64, num_kv_heads, value_dim]`.
-        block_table: page numbers per request, `[max_seqs, max_pages]` int32.
+        key_pages: as for `attend_decode`, like `value_pages`, `block_table`, `options` and `out`.
+        value_pages: see there.
+        block_table: see there.
         seqs: each request's row of the block table, `[n]` int32.
         cu_rows: where each request's rows begin, and their end, `[n + 1]` int32. Rows of `query` before its first and
             beyond its last entry are not touched.
         lengths: keys of each request, own rows included, `[n]` int32.
         options: of the layer.
-        out: contiguous `[rows, num_heads, value_dim]`, written if given.
+        out: see there.
 
     Returns:
         `[rows, num_heads, value_dim]`.
@@ -218,37 +195,35 @@ def attend_prompts(
     Raises:
         ConfigurationError: for shapes that do not fit together.
     """
-    _check(query, key_pages, value_pages, block_table, lengths, options)
-    if out is None:
-        out = query.new_empty(*query.shape[:2], value_pages.shape[3])
+    out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if not query.shape[0]:
         return out
-    if _uses_triton(query.device) is not None:
-        return _prompts_dense(query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out)
-    from lockstep.engine import attention_kernels
+    if _why_dense(query.device) is None:
+        from lockstep.engine import attention_kernels
 
-    attention_kernels.attend_prompts(
-        _dense_rows(query), key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out
-    )
+        attention_kernels.attend_prompts(
+            _dense_heads(query), key_pages, value_pages, block_table, seqs, cu_rows, lengths, options, out
+        )
+        return out
+    for i, (start, stop) in enumerate(itertools.pairwise(cu_rows.tolist())):
+        if start < stop:
+            request = seqs[i : i + 1], lengths[i : i + 1]
+            pages = key_pages, value_pages, block_table
+            out[start:stop] = _attend_requests(query[None, start:stop], *pages, *request, options)[0]
     return out
 
 
 def _check(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-) -> None:
-    """Shapes and dtypes, which cost the host nothing to look at."""
-    _, num_heads, head_dim = query.shape
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, lengths: Tensor,
+    options: AttentionOptions, out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Look at shapes and dtypes, which costs the host nothing; return room for the result."""
+    num_rows, num_heads, head_dim = query.shape
     num_kv_heads = key_pages.shape[2]
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
         if pages.dim() != 4 or pages.shape[1] != PAGE_SIZE or pages.shape[2] != num_kv_heads:
-            raise ConfigurationError(
-                f"{name} must be [num_pages, {PAGE_SIZE}, {num_kv_heads}, dim], got {list(pages.shape)}"
-            )
+            expected = f"[num_pages, {PAGE_SIZE}, {num_kv_heads}, dim]"
+            raise ConfigurationError(f"{name} must be {expected}, got {list(pages.shape)}")
         if not pages.is_contiguous():
             raise ConfigurationError(f"{name} must be contiguous, got strides {pages.stride()}")
     if key_pages.shape[3] != head_dim or num_heads % num_kv_heads:
@@ -262,24 +237,19 @@ def _check(
     for name, numbers in (("block_table", block_table), ("lengths", lengths)):
         if numbers.dtype != torch.int32 or not numbers.is_contiguous():
             raise ConfigurationError(f"{name} must be contiguous int32, got {numbers.dtype}")
+    return query.new_empty(num_rows, num_heads, value_pages.shape[3]) if out is None else out
 
 
-def _dense_rows(rows: torch.Tensor) -> torch.Tensor:
+def _dense_heads(rows: Tensor) -> Tensor:
     """A head's numbers next to each other; any strides of rows and heads."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-# Which kernels
-
-
-def _uses_triton(device: torch.device) -> str | None:
+def _why_dense(device: torch.device) -> str | None:
     """None if the Triton kernels run on this device, else why they do not."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernels need a CUDA GPU"
-    if not _has_triton():
-        return "Triton is not installed"
-    return None
+    return None if _has_triton() else "Triton is not installed"
 
 
 @functools.cache
@@ -287,114 +257,62 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _entries(block_table: torch.Tensor, seqs: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
-    """Where the first `width` keys of each request are, `[n, width]` int64, in a cache seen as `[num_pages * 64, ...]`.
-
-    Beyond a request's length its last key again: memory that nobody wrote may hold NaN, which no mask takes out.
-    """
-    position = torch.arange(width, device=block_table.device)
-    position = torch.minimum(position[None, :], (lengths[:, None] - 1).clamp_min(0))
-    pages = block_table[seqs.long()].long().gather(1, position // PAGE_SIZE)
-    return pages * PAGE_SIZE + position % PAGE_SIZE
-
-
-def _gather(pages: torch.Tensor, entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys of some requests, `[n, num_kv_heads, width, dim]`."""
-    rows = pages.view(-1, *pages.shape[2:]).index_select(0, entries.flatten())
-    return rows.view(*entries.shape, *rows.shape[1:]).transpose(1, 2).to(dtype)
+# Without Triton: keys are gathered
 
 
 def _decode_dense(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    row_seqs: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Rows of similar length in batched calls: lengths of one differ at most by a factor of two."""
-    num_kv_heads, value_dim = value_pages.shape[2:]
-    num_heads, head_dim = query.shape[1:]
-    table, key_bytes = block_table.long(), num_kv_heads * head_dim * query.element_size()
-    classes: dict[int, list[tuple[int, int, int, int]]] = {}
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, row_seqs: Tensor, lengths: Tensor,
+    options: AttentionOptions, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """Rows of similar length in batched calls: the keys that they see differ at most by a factor of two."""
+    key_bytes = key_pages.shape[2] * key_pages.shape[3] * query.element_size()
+    classes: dict[int, list[int]] = {}
     for row, (seq, length) in enumerate(zip(row_seqs.tolist(), lengths.tolist(), strict=True)):
-        length = 0 if seq < 0 else length
-        seen = min(length, options.sliding_window or length)
-        classes.setdefault(seen.bit_length(), []).append((row, seq, length, seen))
-    for bits, all_members in classes.items():
-        if not bits:
-            out[[row for row, *_ in all_members]] = 0
-            continue
+        seen = 0 if seq < 0 else min(length, options.sliding_window or length)
+        classes.setdefault(seen.bit_length(), []).append(row)
+    out[classes.pop(0, [])] = 0
+    for bits, all_rows in classes.items():
         rows_per_call = max(1, CPU_CALL_BYTES // (key_bytes << bits))
-        for i in range(0, len(all_members), rows_per_call):
-            rows, seqs, keys, seen_keys = torch.tensor(all_members[i : i + rows_per_call], device=query.device).unbind(
-                1
-            )
-            counts = [seen for *_, seen in all_members[i : i + rows_per_call]]
-            lane = torch.arange(max(counts), device=query.device)
-            # Beyond a row's keys its last one again, as in `_entries`.
-            position = torch.minimum((keys - seen_keys)[:, None] + lane, keys[:, None] - 1)
-            pages = table[seqs[:, None], position // PAGE_SIZE]
-            entries = pages * PAGE_SIZE + position % PAGE_SIZE
-            # The heads of one key head become rows of one product: keys are not repeated.
-            result = attend_batch(
-                query[rows].view(len(counts), num_kv_heads, -1, head_dim),
-                _gather(key_pages, entries, query.dtype),
-                _gather(value_pages, entries, query.dtype),
-                (lane < seen_keys[:, None])[:, None, None, :] if min(counts) < max(counts) else None,
-                options,
-                False,
-            )
-            out[rows] = result.reshape(len(counts), num_heads, value_dim)
+        for start in range(0, len(all_rows), rows_per_call):
+            rows = all_rows[start : start + rows_per_call]
+            requests = row_seqs[rows], lengths[rows]
+            pages = key_pages, value_pages, block_table
+            out[rows] = _attend_requests(query[rows].unsqueeze(1), *pages, *requests, options)[:, 0]
     return out
 
 
-def _prompts_dense(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seqs: torch.Tensor,
-    cu_rows: torch.Tensor,
-    lengths: torch.Tensor,
+def _attend_requests(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, seqs: Tensor, lengths: Tensor,
     options: AttentionOptions,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Request by request."""
-    groups = query.shape[1] // value_pages.shape[2]
-    ends = cu_rows.tolist()
-    for i, length in enumerate(lengths.tolist()):
-        start, stop = ends[i], ends[i + 1]
-        num_rows = stop - start
-        if not num_rows:
-            continue
-        # The first row sees the window's keys before it; earlier ones are seen by no row.
-        first = max(0, length - num_rows + 1 - options.sliding_window) if options.sliding_window else 0
-        entries = _entries(block_table, seqs[i : i + 1], lengths[i : i + 1], length)[:, first:]
-        key, value = _gather(key_pages, entries, query.dtype), _gather(value_pages, entries, query.dtype)
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mask = None
-        if num_rows > 1 and not (num_rows == length <= (options.sliding_window or length)):
-            position = torch.arange(length - num_rows, length, device=query.device)[:, None]
-            seen = torch.arange(first, length, device=query.device)[None, :]
-            mask = (seen <= position) & (seen > position - (options.sliding_window or length))
-        rows = query[start:stop].transpose(0, 1)[None]
-        attended = attend_batch(rows, key, value, mask, options, num_rows > 1 and mask is None)
-        out[start:stop] = attended[0].transpose(0, 1)
-    return out
+) -> Tensor:  # fmt: skip
+    """Attend with the last rows of `n` requests, `[n, rows, num_heads, head_dim]`, all of them in one product."""
+    num_requests, num_rows, num_heads, head_dim = query.shape
+    longest, lengths = int(lengths.max()), lengths.long()[:, None]
+    window = options.sliding_window or longest
+    seen = lengths.clamp(max=window + num_rows - 1)  # keys before the first row's window are seen by no row
+    position = lengths - seen + torch.arange(int(seen.max()), device=query.device)
+    # Beyond a request's keys its last one again: memory that nobody wrote may hold NaN, which no mask takes out.
+    existing = torch.minimum(position, lengths - 1)
+    entries = block_table[seqs.long()].long().gather(1, existing // PAGE_SIZE) * PAGE_SIZE + existing % PAGE_SIZE
+    key, value = (
+        pages.view(-1, *pages.shape[2:])[entries].transpose(1, 2).to(query.dtype) for pages in (key_pages, value_pages)
+    )
+    is_causal = num_requests == 1 and 1 < num_rows == longest <= window
+    mask = None
+    if not is_causal and (num_rows > 1 or int(seen.min()) < int(seen.max())):
+        own = lengths - num_rows + torch.arange(num_rows, device=query.device)
+        mask = (position[:, None] <= own[:, :, None]) & (position[:, None] > own[:, :, None] - window)
+        mask = mask[:, None]
+    if num_rows == 1:  # the heads of one key head become rows of one product: keys are not repeated
+        heads = query.reshape(num_requests, key.shape[1], -1, head_dim)
+        return attend_batch(heads, key, value, mask, options, False).reshape(num_requests, 1, num_heads, -1)
+    key, value = (part.repeat_interleave(num_heads // part.shape[1], dim=1) for part in (key, value))
+    return attend_batch(query.transpose(1, 2), key, value, mask, options, is_causal).transpose(1, 2)
 
 
 def attend_batch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: AttentionOptions,
-    is_causal: bool,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions, is_causal: bool
+) -> Tensor:
     """Attention of equal numbers of heads, `[batch, heads, rows, value_dim]`.
 
     Query rows of decoding may be heads of one key head, so sinks are spread over heads and rows alike.

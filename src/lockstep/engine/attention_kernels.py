@@ -18,40 +18,25 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from lockstep.engine.attention import AttentionOptions
+    from lockstep.engine.attention import AttentionOptions, DecodeWorkspace
 
-LOG2_E = 1.4426950408889634
-_LOG2_E = tl.constexpr(LOG2_E)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def write_kernel(
-    key,
-    value,
-    key_pages,
-    value_pages,
-    slots,
-    key_row_stride,
-    key_head_stride,
-    value_row_stride,
-    value_head_stride,
-    key_page_stride,
-    value_page_stride,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    HEADS_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    key, value, key_pages, value_pages, slots, key_row_stride, key_head_stride, value_row_stride, value_head_stride,
+    key_page_stride, value_page_stride,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr, HEADS_PAD: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Copy one row's keys and values of all heads to its slot; a negative slot writes nothing."""
     if PDL:
         gdc_wait()
@@ -75,27 +60,10 @@ def write_kernel(
 
 @triton.jit
 def _attend_tile(
-    q,
-    peak,
-    weight,
-    total,
-    key_pages,
-    value_pages,
-    key_at,
-    value_at,
-    seen_keys,
-    seen,
-    scaling,
-    softcap,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    GUARDED: tl.constexpr,
-):
+    q, peak, weight, total, key_pages, value_pages, key_at, value_at, seen_keys, seen, scaling, softcap,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
     """Take one tile of keys of one page into the running softmax: `peak` (base 2), `weight` and `total` per query row.
 
     Keys that no query row sees are never read: what their memory holds, NaN perhaps, has no effect.
@@ -104,9 +72,8 @@ def _attend_tile(
     value_dims = tl.arange(0, VALUE_PAD)[None, :]
     if MASKED:
         k = tl.load(key_pages + key_at[:, None] + dims, seen_keys[:, None] & (dims < HEAD_DIM), other=0.0)
-        v = tl.load(
-            value_pages + value_at[:, None] + value_dims, seen_keys[:, None] & (value_dims < VALUE_DIM), other=0.0
-        )
+        v_seen = seen_keys[:, None] & (value_dims < VALUE_DIM)
+        v = tl.load(value_pages + value_at[:, None] + value_dims, v_seen, other=0.0)
     else:
         if HEAD_DIM == HEAD_PAD:
             k = tl.load(key_pages + key_at[:, None] + dims)
@@ -147,20 +114,10 @@ def _normalise(peak, weight, total, sinks, heads, in_group, HAS_SINKS: tl.conste
 
 @triton.jit
 def _store_result(
-    output,
-    sinks,
-    peak,
-    weight,
-    total,
-    row,
-    head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
+    output, sinks, peak, weight, total, row, head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
     """Write the query heads of one row and key head."""
     group = tl.arange(0, GROUP_ROWS)
     dims = tl.arange(0, VALUE_PAD)
@@ -172,18 +129,10 @@ def _store_result(
 
 @triton.jit
 def _load_piece(
-    partials,
-    stats,
-    head_start,
-    share,
-    number,
-    pieces,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    partials, stats, head_start, share, number, pieces,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-):
+):  # fmt: skip
     """Return one program's piece of a row and key head: peak, weight, total. An absent piece weighs nothing."""
     program = head_start // share + number
     slot = (2 * program + (head_start > program * share).to(tl.int32)).to(tl.int64)
@@ -214,17 +163,10 @@ def _add_piece(peak, weight, total, other_peak, other_weight, other_total):
 
 @triton.jit
 def _merge(
-    partials,
-    stats,
-    head_start,
-    share,
-    pieces,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    partials, stats, head_start, share, pieces,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-):
+):  # fmt: skip
     """Merge the pieces of one row and key head in their order, whichever came last: the same bits every time."""
     peak, weight, total = _load_piece(
         partials, stats, head_start, share, 0, pieces, GROUP, GROUP_PAD, GROUP_ROWS, VALUE_DIM, VALUE_PAD
@@ -251,45 +193,14 @@ def _merge(
 
 @triton.jit(do_not_specialize=["num_rows", "max_pages", "window"])
 def decode_kernel(
-    query,
-    key_pages,
-    value_pages,
-    block_table,
-    row_seqs,
-    lengths,
-    sinks,
-    output,
-    partials,
-    stats,
-    arrivals,
-    num_rows,
-    max_pages,
-    window,
-    query_row_stride,
-    query_head_stride,
-    key_page_stride,
-    value_page_stride,
-    scaling,
-    softcap,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    MAX_PIECES: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    query, key_pages, value_pages, block_table, row_seqs, lengths, sinks, output, partials, stats, arrivals, num_rows,
+    max_pages, window, query_row_stride, query_head_stride, key_page_stride, value_page_stride, scaling, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, MAX_PIECES: tl.constexpr, STAGES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
     TABLES_READY: tl.constexpr,
-):
+):  # fmt: skip
     """Attend with rows of one token each. Tiles are counted in the order (row, key head, keys).
 
     Program `p` takes the tiles `p * share .. (p + 1) * share`. Of the row and key head that it begins with, and of the
@@ -397,40 +308,13 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_requests", "max_pages", "window"])
 def prompt_kernel(
-    query,
-    key_pages,
-    value_pages,
-    block_table,
-    seqs,
-    cu_rows,
-    lengths,
-    sinks,
-    output,
-    num_requests,
-    max_pages,
-    window,
-    query_row_stride,
-    query_head_stride,
-    key_page_stride,
-    value_page_stride,
-    scaling,
-    softcap,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    REQUESTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
+    query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, sinks, output, num_requests, max_pages, window,
+    query_row_stride, query_head_stride, key_page_stride, value_page_stride, scaling, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
     """Attend with the rows of several requests, causal at each request's end.
 
     A program has `BLOCK_M` query rows: the heads of one key head at consecutive positions of one request, so that short
@@ -539,12 +423,8 @@ class PromptTiles:
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> DecodeTiles:
     """Return the tiles that keep two programs' keys in flight within a multiprocessor's shared memory."""
-    stage_bytes = PAGE_SIZE * (_power_of_2(head_dim) + _power_of_2(value_dim)) * dtype.itemsize
-    if stage_bytes <= 32 << 10:
-        return DecodeTiles()
-    if stage_bytes <= 64 << 10:
-        return DecodeTiles(tile=32)
-    return DecodeTiles(tile=16)
+    stage_bytes = PAGE_SIZE * (power_of_2(head_dim) + power_of_2(value_dim)) * dtype.itemsize
+    return DecodeTiles(tile=64 if stage_bytes <= 32 << 10 else 32 if stage_bytes <= 64 << 10 else 16)
 
 
 def prompt_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> PromptTiles:
@@ -556,13 +436,9 @@ def prompt_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> PromptTil
     return PromptTiles(block_m=128, tile=32, stages=2, num_warps=8)
 
 
-def _power_of_2(number: int) -> int:
+def power_of_2(number: int) -> int:
+    """Return the least power of two that the matrix units take and `number` fits into: at least 16."""
     return max(16, triton.next_power_of_2(number))
-
-
-def group_pad(group: int) -> int:
-    """Return how many rows the decode kernel makes of the query heads of one key head: the matrix units take 16."""
-    return _power_of_2(group)
 
 
 def max_programs(device: torch.device, tiles: DecodeTiles) -> int:
@@ -578,91 +454,58 @@ def _launch_options(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
 
 
-def write_keys(
-    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, slots: torch.Tensor
-) -> None:
+# The wrappers of the three kernels take checked arguments from `attention.py`, which says what they mean.
+
+
+def write_keys(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
     """See `lockstep.engine.attention.write_keys`."""
     rows, kv_heads, head_dim = key.shape
     value_dim = value.shape[2]
     write_kernel[(rows,)](
         key, value, key_pages, value_pages, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         key_pages.stride(0), value_pages.stride(0), KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        HEAD_PAD=_power_of_2(head_dim), VALUE_DIM=value_dim, VALUE_PAD=_power_of_2(value_dim),
+        HEAD_PAD=power_of_2(head_dim), VALUE_DIM=value_dim, VALUE_PAD=power_of_2(value_dim),
         HEADS_PAD=triton.next_power_of_2(kv_heads), PAGE=PAGE_SIZE, num_warps=4, **_launch_options(key.device),
     )  # fmt: skip
 
 
 def attend_decode(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    row_seqs: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-    out: torch.Tensor,
-    partials: torch.Tensor,
-    stats: torch.Tensor,
-    arrivals: torch.Tensor,
-    tiles: DecodeTiles | None = None,
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, row_seqs: Tensor, lengths: Tensor,
+    options: AttentionOptions, out: Tensor, workspace: DecodeWorkspace, tiles: DecodeTiles | None = None,
     tables_ready: bool = False,
-) -> None:
-    """See `lockstep.engine.attention.attend_decode`.
-
-    Args:
-        query: `[rows, heads, head_dim]`.
-        key_pages: `[num_pages, 64, kv_heads, head_dim]`.
-        value_pages: `[num_pages, 64, kv_heads, value_dim]`.
-        block_table: `[max_seqs, max_pages]` int32.
-        row_seqs: `[rows]` int32.
-        lengths: `[rows]` int32.
-        options: of the layer.
-        out: contiguous `[rows, heads, value_dim]`.
-        partials: float32, room for 2 pieces per program, each `group_pad * value_dim`.
-        stats: float32, likewise, each `2 * group_pad`.
-        arrivals: int32 zeros, at least `rows * kv_heads`; zeros again afterwards.
-        tiles: how to cut; None for this dtype's and width's own.
-        tables_ready: as there.
-    """
+) -> None:  # fmt: skip
+    """See `lockstep.engine.attention.attend_decode`; `tiles` None takes this dtype's and width's own."""
     rows, num_heads, head_dim = query.shape
     kv_heads, value_dim = value_pages.shape[2:]
     tiles = tiles or decode_tiles(query.dtype, head_dim, value_dim)
     group = num_heads // kv_heads
-    padded = group_pad(group)
-    if arrivals.numel() < rows * kv_heads:
-        raise ConfigurationError(f"the workspace is for {arrivals.numel() // kv_heads} rows, got {rows}")
+    group_pad, room = power_of_2(group), workspace.arrivals.numel()
+    if room < rows * kv_heads:
+        raise ConfigurationError(f"the workspace is for {room // kv_heads} rows, got {rows}")
     programs = min(
         max_programs(query.device, tiles),
         rows * kv_heads * block_table.shape[1] * PAGE_SIZE // tiles.tile,
-        stats.numel() // (4 * padded),
+        workspace.stats.numel() // (4 * group_pad),
     )
     decode_kernel[(programs,)](
-        query, key_pages, value_pages, block_table, row_seqs, lengths, options.sinks, out, partials, stats, arrivals,
-        rows, block_table.shape[1], options.sliding_window or 0, query.stride(0), query.stride(1),
-        key_pages.stride(0), value_pages.stride(0), options.scaling, options.softcap or 1.0,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=padded, GROUP_ROWS=triton.next_power_of_2(group), HEAD_DIM=head_dim,
-        HEAD_PAD=_power_of_2(head_dim), VALUE_DIM=value_dim, VALUE_PAD=_power_of_2(value_dim),
+        query, key_pages, value_pages, block_table, row_seqs, lengths, options.sinks, out, workspace.partials,
+        workspace.stats, workspace.arrivals, rows, block_table.shape[1], options.sliding_window or 0, query.stride(0),
+        query.stride(1), key_pages.stride(0), value_pages.stride(0), options.scaling, options.softcap or 1.0,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad, GROUP_ROWS=triton.next_power_of_2(group),
+        HEAD_DIM=head_dim, HEAD_PAD=power_of_2(head_dim), VALUE_DIM=value_dim, VALUE_PAD=power_of_2(value_dim),
         # At least 256: the graphs of all usual sizes share one compiled kernel.
         ROWS=max(256, triton.next_power_of_2(rows)), PAGE=PAGE_SIZE, TILE=tiles.tile, MAX_PIECES=tiles.max_pieces,
         STAGES=tiles.stages, HAS_WINDOW=options.sliding_window is not None, HAS_SOFTCAP=options.softcap is not None,
-        HAS_SINKS=options.sinks is not None, num_warps=tiles.num_warps,
-        TABLES_READY=tables_ready, **_launch_options(query.device),
+        HAS_SINKS=options.sinks is not None, num_warps=tiles.num_warps, TABLES_READY=tables_ready,
+        **_launch_options(query.device),
     )  # fmt: skip
 
 
 def attend_prompts(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seqs: torch.Tensor,
-    cu_rows: torch.Tensor,
-    lengths: torch.Tensor,
-    options: AttentionOptions,
-    out: torch.Tensor,
-    tiles: PromptTiles | None = None,
-) -> None:
-    """See `lockstep.engine.attention.attend_prompts`; `out` is contiguous `[rows, heads, value_dim]`."""
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, seqs: Tensor, cu_rows: Tensor,
+    lengths: Tensor, options: AttentionOptions, out: Tensor, tiles: PromptTiles | None = None,
+) -> None:  # fmt: skip
+    """See `lockstep.engine.attention.attend_prompts`; `tiles` None takes this dtype's and width's own."""
     rows, num_heads, head_dim = query.shape
     kv_heads, value_dim = value_pages.shape[2:]
     tiles = tiles or prompt_tiles(query.dtype, head_dim, value_dim)
@@ -675,8 +518,8 @@ def attend_prompts(
         query, key_pages, value_pages, block_table, seqs, cu_rows, lengths, options.sinks, out, seqs.shape[0],
         block_table.shape[1], options.sliding_window or 0, query.stride(0), query.stride(1), key_pages.stride(0),
         value_pages.stride(0), options.scaling, options.softcap or 1.0, KV_HEADS=kv_heads, GROUP=group,
-        GROUP_PAD=padded, HEAD_DIM=head_dim, HEAD_PAD=_power_of_2(head_dim), VALUE_DIM=value_dim,
-        VALUE_PAD=_power_of_2(value_dim), REQUESTS=max(64, triton.next_power_of_2(seqs.shape[0])), BLOCK_M=block_m,
+        GROUP_PAD=padded, HEAD_DIM=head_dim, HEAD_PAD=power_of_2(head_dim), VALUE_DIM=value_dim,
+        VALUE_PAD=power_of_2(value_dim), REQUESTS=max(64, triton.next_power_of_2(seqs.shape[0])), BLOCK_M=block_m,
         PAGE=PAGE_SIZE, TILE=tiles.tile, STAGES=tiles.stages, HAS_WINDOW=options.sliding_window is not None,
         HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None, num_warps=tiles.num_warps,
     )  # fmt: skip

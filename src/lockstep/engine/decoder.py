@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
@@ -24,7 +25,6 @@ from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import find_experts
 
 ATTENTION_NAME = "lockstep_paged"
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Prompts:
         lengths: tokens of each prompt that are in pages after this step, `[num_prompts]` int32.
     """
 
-    row_seqs: torch.Tensor
-    cu_rows: torch.Tensor
-    lengths: torch.Tensor
+    row_seqs: Tensor
+    cu_rows: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,21 @@ class Rows:
         sampled: rows whose logits are wanted, `[num_sampled]` int64; None for all.
     """
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    row_seqs: torch.Tensor
-    lengths: torch.Tensor
-    slots: torch.Tensor
+    ids: Tensor
+    positions: Tensor
+    row_seqs: Tensor
+    lengths: Tensor
+    slots: Tensor
     num_decode: int
     prompts: Prompts | None = None
-    sampled: torch.Tensor | None = None
+    sampled: Tensor | None = None
 
 
 _pass: ContextVar[tuple[Rows, KVCache] | None] = ContextVar("lockstep_pass", default=None)
 _probed: ContextVar[dict[int, tuple[KVShape, torch.dtype]] | None] = ContextVar("lockstep_probed", default=None)
 
 
-def attend(query: torch.Tensor, layer: int, rows: Rows, cache: KVCache, options: AttentionOptions) -> torch.Tensor:
+def attend(query: Tensor, layer: int, rows: Rows, cache: KVCache, options: AttentionOptions) -> Tensor:
     """Attend with all rows of a step, whose keys are in their pages already.
 
     Args:
@@ -87,9 +87,8 @@ def attend(query: torch.Tensor, layer: int, rows: Rows, cache: KVCache, options:
     """
     pages = cache.key_pages[layer], cache.value_pages[layer], cache.block_table
     output = query.new_empty(*query.shape[:2], pages[1].shape[3])
-    split, workspace = rows.num_decode, cache.workspace(query.shape[1], layer)
-    if split:
-        generating = rows.row_seqs[:split], rows.lengths[:split]
+    if split := rows.num_decode:
+        generating, workspace = (rows.row_seqs[:split], rows.lengths[:split]), cache.workspace(query.shape[1], layer)
         attend_decode(query[:split], *pages, *generating, options, out=output[:split], workspace=workspace)
     if rows.prompts is not None:  # behind the other call, which writes zeros for rows that do not generate
         prompts = rows.prompts
@@ -108,7 +107,7 @@ class TransformersDecoder:
         cache: its pages.
 
     Raises:
-        ConfigurationError: see `check_supported`.
+        ConfigurationError: see `take_over_attention`.
     """
 
     name = "Transformers'"
@@ -117,38 +116,28 @@ class TransformersDecoder:
         take_over_attention(model)
         self._model = model
         self._cache = cache
-        self._pages = _PageCache()
+        self._pages = _PageCache(layers=[])
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def __call__(self, rows: Rows) -> torch.Tensor:
+    def __call__(self, rows: Rows) -> Tensor:
         """Run one pass; return the logits of `rows.sampled`, `[num_sampled, vocabulary]`."""
         keep = {}
         if self._takes_logits_to_keep and rows.sampled is not None:
             keep = {"logits_to_keep": rows.sampled}
+        inputs = {"input_ids": rows.ids[None], "position_ids": rows.positions[None], "past_key_values": self._pages}
         token = _pass.set((rows, self._cache))
         try:
-            logits: torch.Tensor = self._model(
-                input_ids=rows.ids[None],
-                position_ids=rows.positions[None],
-                past_key_values=self._pages,
-                use_cache=True,
-                **keep,
-            ).logits[0]
+            logits: Tensor = self._model(**inputs, use_cache=True, **keep).logits[0]
         finally:
             _pass.reset(token)
         return logits if keep or rows.sampled is None else logits[rows.sampled]
 
 
 class _PageCache(Cache):
-    """Stands where Transformers expects a cache, and keeps nothing: attention does."""
+    """Stands where Transformers expects a cache, and keeps nothing: attention puts keys into pages and reads them."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the new rows as they are: attention puts its keys into pages, and reads the others from there."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the new rows alone."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -156,103 +145,53 @@ class _PageCache(Cache):
         return 0
 
 
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that Transformers makes before the layers: none in a pass, where lengths say which keys a row sees."""
     return None if _pass.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Stand among Transformers' attention functions.
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Stand among Transformers' attention functions: `[batch, heads, rows, dim]` to `[batch, rows, heads, value_dim]`.
 
-    Args:
-        module: the attention layer.
-        query: `[1, heads, rows, head_dim]`; outside a pass, `[batch, heads, rows, head_dim]`.
-        key: of the same rows, `[1, kv_heads, rows, head_dim]`; outside a pass, of all keys.
-        value: likewise, `[1, kv_heads, rows, value_dim]`.
-        attention_mask: unused inside a pass; outside, which keys each row sees, `[batch, 1, rows, keys]`.
-        scaling: of the scores; `head_dim ** -0.5` where None.
-        sliding_window: keys that a row sees, its own included; None for all.
-        softcap: scores become `softcap * tanh(scores / softcap)`.
-        s_aux: attention sinks, one more score per head that takes its share and gives nothing, `[heads]`.
-        **kwargs: of other attention functions, unused.
-
-    Returns:
-        `[1, rows, heads, value_dim]`, and no attention weights.
+    In a pass the batch is one sequence, the step's rows. Outside of one `key` and `value` are of all keys, and the mask
+    says which of them each row sees. `s_aux` are the sinks.
     """
-    current = _pass.get()
-    shapes = _probed.get()
-    if shapes is not None:
+    if (shapes := _probed.get()) is not None:
         shapes[module.layer_idx] = KVShape(key.shape[1], key.shape[3], value.shape[3]), key.dtype
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    current = _pass.get()
     if current is None:
-        return _attend_outside(query, key, value, attention_mask, scaling, softcap, s_aux), None
-    rows, cache = current
-    options = AttentionOptions(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    key, value, layer = key[0].transpose(0, 1), value[0].transpose(0, 1), module.layer_idx
-    write_keys(key, value, cache.key_pages[layer], cache.value_pages[layer], rows.slots)
-    output = attend(query[0].transpose(0, 1).contiguous(), layer, rows, cache, options)
-    return output[None], None
-
-
-def _attend_outside(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of any batch, as the model was built for; see `_attention`."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap, sinks=sinks)
-    is_causal = mask is None and query.shape[2] > 1
-    return attend_batch(query, key, value, mask, options, is_causal).transpose(1, 2).contiguous()
+        groups, is_causal = query.shape[1] // key.shape[1], attention_mask is None and query.shape[2] > 1
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return attend_batch(query, key, value, attention_mask, options, is_causal).transpose(1, 2).contiguous(), None
+    (rows, cache), layer = current, module.layer_idx
+    new_rows = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    write_keys(*new_rows, cache.key_pages[layer], cache.value_pages[layer], rows.slots)
+    return attend(query[0].transpose(0, 1).contiguous(), layer, rows, cache, options)[None], None
 
 
 def take_over_attention(model: Any) -> None:
     """Let a model call `_attention`, which outside a pass attends as the model's own does.
 
     Raises:
-        ConfigurationError: see `check_supported`.
-    """
-    check_supported(model)
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    model.set_attn_implementation(ATTENTION_NAME)
-
-
-def check_supported(model: Any) -> None:
-    """Raise for a model whose layers keep something else than one key and value per token.
-
-    Raises:
-        ConfigurationError: naming the class and the layer: recurrent or linear attention, or attention that is not
-            called through Transformers' attention interface.
+        ConfigurationError: for layers that keep something else than one key and value per token, naming the class and
+            the layer: recurrent or linear attention, or attention that is not called through Transformers' attention
+            interface.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    if other := sorted(set(kinds) - _ATTENTION_LAYERS):
-        raise ConfigurationError(f"{name} has {other[0]!r} layers; packed rows need full or sliding-window attention")
-    if getattr(model, "_is_stateful", False):
-        raise ConfigurationError(f"{name} has recurrent layers; packed rows need full or sliding-window attention")
+    other = [repr(kind) for kind in sorted(set(kinds) - {"full_attention", "sliding_attention"})]
+    if other or getattr(model, "_is_stateful", False):
+        kind = other[0] if other else "recurrent"
+        raise ConfigurationError(f"{name} has {kind} layers; packed rows need full or sliding-window attention")
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigurationError(f"{name} does not call its attention through Transformers' attention interface")
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+    model.set_attn_implementation(ATTENTION_NAME)
 
 
 @torch.no_grad()
@@ -263,7 +202,7 @@ def probe_shapes(model: Any) -> tuple[list[KVShape], torch.dtype]:
         A shape per layer, in order, and the dtype of keys and values.
 
     Raises:
-        ConfigurationError: see `check_supported`.
+        ConfigurationError: see `take_over_attention`.
     """
     take_over_attention(model)
     shapes: dict[int, tuple[KVShape, torch.dtype]] = {}
@@ -281,7 +220,7 @@ def probe_shapes(model: Any) -> tuple[list[KVShape], torch.dtype]:
 
 
 @contextlib.contextmanager
-def stub_experts(model: Any, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+def stub_experts(model: Any, function: Callable[..., Tensor]) -> Iterator[None]:
     """Run a function of `(rows, ids, weights)` in place of every experts module."""
     modules = [module for _, module in find_experts(model)]
     before = [vars(module).get("forward") for module in modules]

@@ -17,16 +17,9 @@ _MOST_HEADS = 8  # heads of one program
 
 @triton.jit
 def add_rms_norm_kernel(
-    rows,
-    residual,
-    weight,
-    total,
-    normed,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EPS: tl.constexpr,
-    ADDS: tl.constexpr,
-):
+    rows, residual, weight, total, normed,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
     """`total = residual + rows; normed = rms_norm(total) * weight` for one row per program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -70,23 +63,10 @@ def add_rms_norm(
 
 @triton.jit
 def rope_and_write_kernel(
-    qkv,
-    cos,
-    sin,
-    q_weight,
-    k_weight,
-    slots,
-    query,
-    key_pages,
-    value_pages,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_POW2: tl.constexpr,
-    HEADS: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    qkv, cos, sin, q_weight, k_weight, slots, query, key_pages, value_pages,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_POW2: tl.constexpr, HEADS: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """Norm and rotate up to `HEADS` heads of one row; queries go to `query`, keys and values into their pages."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -108,14 +88,9 @@ def rope_and_write_kernel(
         if NORM:
             mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / dim
             scale = tl.rsqrt(mean + EPS)[:, None]
-            w1 = tl.where(
-                is_query, tl.load(q_weight + lane, used, other=0.0), tl.load(k_weight + lane, used, other=0.0)
-            )
-            w2 = tl.where(
-                is_query,
-                tl.load(q_weight + HALF + lane, used, other=0.0),
-                tl.load(k_weight + HALF + lane, used, other=0.0),
-            )
+            q1, k1 = tl.load(q_weight + lane, used, other=0.0), tl.load(k_weight + lane, used, other=0.0)
+            q2, k2 = tl.load(q_weight + HALF + lane, used, other=0.0), tl.load(k_weight + HALF + lane, used, other=0.0)
+            w1, w2 = tl.where(is_query, q1, k1), tl.where(is_query, q2, k2)
             # As the two modules round: after the norm, before the rotation.
             first = (first * scale * w1.to(tl.float32)[None, :]).to(qkv.dtype.element_ty).to(tl.float32)
             second = (second * scale * w2.to(tl.float32)[None, :]).to(qkv.dtype.element_ty).to(tl.float32)
@@ -143,17 +118,9 @@ def rope_and_write_kernel(
 
 
 def rope_and_write(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    slots: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    num_heads: int,
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
+    eps: float, slots: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, num_heads: int,
+) -> torch.Tensor:  # fmt: skip
     """Split the projection, norm and rotate queries and keys, and write keys and values into their pages.
 
     Args:
@@ -187,15 +154,9 @@ def rope_and_write(
 
 @triton.jit
 def route_kernel(
-    logits,
-    ids,
-    weights,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOPK_POW2: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-):
+    logits, ids, weights,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr, RENORMALIZE: tl.constexpr,
+):  # fmt: skip
     """The `TOPK` largest of one row's softmax; of equal ones the lowest expert first."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)

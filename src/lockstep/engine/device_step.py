@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.engine.decoder import Prompts, Rows, TransformersDecoder
 from lockstep.engine.graphs import EngineGraphs, HostRows
 from lockstep.engine.kv_cache import KVCache
-from lockstep.engine.sampling import Sampler
+from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.models.parallel import ModelParallel
 from lockstep.moe.step import Step
@@ -57,25 +58,6 @@ class EngineRequest:
         return self.prompt + self.generated
 
 
-@dataclass
-class Drawn:
-    """Tokens on their way to the host, one per sampling row; not to be read before the step's end."""
-
-    tokens: torch.Tensor
-    logprobs: torch.Tensor | None = None
-    top_ids: torch.Tensor | None = None
-    top_logprobs: torch.Tensor | None = None
-
-    def logprobs_of(self, row: int, wanted: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
-        """Return one token's logprob and the `wanted` most likely tokens with theirs; None for what is not wanted."""
-        if wanted is None or self.logprobs is None:
-            return None, None
-        if not wanted or self.top_ids is None or self.top_logprobs is None:
-            return float(self.logprobs[row]), None
-        top = zip(self.top_ids[row, :wanted].tolist(), self.top_logprobs[row, :wanted].tolist(), strict=True)
-        return float(self.logprobs[row]), tuple(top)
-
-
 class DeviceStep:
     """Runs the steps of one rank on its device.
 
@@ -94,15 +76,9 @@ class DeviceStep:
     """
 
     def __init__(
-        self,
-        model: Any,
-        parallel: ModelParallel | None,
-        cache: KVCache,
-        sampler: Sampler,
-        max_rows: int,
-        max_mixed_rows: int,
-        graphs: bool,
-    ) -> None:
+        self, model: Any, parallel: ModelParallel | None, cache: KVCache, sampler: Sampler, max_rows: int,
+        max_mixed_rows: int, graphs: bool,
+    ) -> None:  # fmt: skip
         self.cache = cache
         self.graphs: EngineGraphs | None = None
         self._parallel = parallel
@@ -115,9 +91,7 @@ class DeviceStep:
         if self._device.type == "cuda":  # no step of a run loads a kernel
             sampler.warm_up(model.get_output_embeddings().weight.dtype)
         if graphs and parallel is not None and parallel.layers.can_capture:
-            self.graphs = EngineGraphs(
-                parallel, self.decoder, self.lay_out, self._last_tokens, max_rows, max_mixed_rows, self._device
-            )
+            self.graphs = EngineGraphs(parallel, self.decoder, self.lay_out, max_rows, max_mixed_rows, self._device)
             self.graphs.capture()
 
     def seat(self, request: EngineRequest, num_cached: int = 0) -> None:
@@ -144,36 +118,36 @@ class DeviceStep:
 
     def run(
         self, schedule: Schedule, requests: Sequence[EngineRequest], step: Step | None
-    ) -> tuple[Drawn | None, bool]:
+    ) -> tuple[Sampled | None, bool]:
         """Issue a step's forward pass and its sampling.
 
         Args:
-            schedule: of this rank, with rows.
+            schedule: of this rank; without rows it only takes part in what the other ranks do.
             requests: of its entries, in order.
             step: that the pass belongs to; None in a single process.
 
         Returns:
             The tokens, in the order of the entries that sample, or None where none does; whether a graph was replayed.
         """
-        entries = schedule.entries
+        captures = self.graphs is not None and step is not None and step.captures
+        entries, num_decode = schedule.entries, schedule.num_decode_tokens
+        if not entries and step is not None and not captures:
+            step.take_part_in_rest()
+            return None, False
         for request, entry in zip(requests, entries, strict=True):
             self.seat(request, entry.start)
             self.cache.grow(request.row, entry.start + entry.num_tokens)
         self.cache.flush()
         sampled = [request.row for request, entry in zip(requests, entries, strict=True) if entry.samples]
-        num_decode = schedule.num_decode_tokens
         replayed = None
         # By the agreed counts alone: a graph holds one backend, and all ranks have to take the same.
-        if self.graphs is not None and step is not None and step.captures:
+        if captures:
+            assert self.graphs is not None and step is not None
             if len(entries) == num_decode:
                 replayed = self.graphs.run(sampled, [entry.start for entry in entries], step)
             else:
                 replayed = self.graphs.run_mixed(_lay_out_on_host(entries, requests, num_decode), step)
-        if replayed is not None:
-            logits, rows, positions = replayed
-        else:
-            laid_out, rows, positions = self._lay_out_step(entries, requests, num_decode)
-            logits = self.decoder(laid_out)
+        logits, rows, positions = replayed or self._run_eagerly(_lay_out_on_host(entries, requests, num_decode))
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
         self._remember_pages(entries[num_decode:], requests[num_decode:])
         return drawn, replayed is not None
@@ -185,52 +159,32 @@ class DeviceStep:
             if keys := request.page_keys[first:stop]:
                 self.cache.remember(request.row, first, keys, _packed(request.prompt))
 
-    def run_without_rows(self, step: Step) -> bool:
-        """Take part in a step without rows; return whether by a graph."""
-        if self.graphs is None or not step.captures:
-            step.take_part_in_rest()
-            return False
-        self.graphs.run([], [], step)
-        return True
-
-    def _lay_out_step(
-        self, entries: Sequence[StepEntry], requests: Sequence[EngineRequest], num_decode: int
-    ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-        """Lay out a step's rows.
-
-        Returns:
-            The rows; the table's row of each sampled one, `[num_sampled]` int32; and the position of the token to be
-            drawn, `[num_sampled]` int64.
-        """
-        host = _lay_out_on_host(entries, requests, num_decode)
-        parts = self._to_device(
-            host.ids, host.positions, host.row_seqs, host.sampled, host.prompts, host.cu_rows, host.lengths
-        )
-        device_ids, device_positions, device_rows, sampled, prompt_rows, cu_rows, prompt_lengths = parts
-        last = self._last_tokens[device_rows.long()]
-        rows = self.lay_out(torch.where(device_ids < 0, last, device_ids.long()), device_positions, device_rows)
-        sampled = sampled.long()
+    def _run_eagerly(self, host: HostRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits of the sampled rows, their rows of the block table, and the positions of the next tokens."""
+        lists = host.ids, host.positions, host.row_seqs, host.sampled, host.prompts, host.cu_rows, host.lengths
+        ids, positions, row_seqs, sampled, *prompts = self._to_device(*lists)
+        rows, sampled = self.lay_out(ids, positions, row_seqs), sampled.long()
         if host.prompts:
-            prompts = Prompts(prompt_rows, cu_rows, prompt_lengths)
-            rows = replace(rows, num_decode=num_decode, prompts=prompts, sampled=sampled)
-        return rows, device_rows[sampled], rows.positions[sampled] + 1
+            rows = replace(rows, num_decode=host.num_decode, prompts=Prompts(*prompts), sampled=sampled)
+        return self.decoder(rows), row_seqs[sampled], rows.positions[sampled] + 1
 
-    def lay_out(self, ids: torch.Tensor, positions: torch.Tensor, row_seqs: torch.Tensor) -> Rows:
+    def lay_out(self, ids: Tensor | None, positions: Tensor, row_seqs: Tensor) -> Rows:
         """Return the rows of requests that generate; on the device alone, so that a graph may hold it.
 
         Args:
-            ids: tokens, `[num_rows]` int64.
+            ids: tokens, `[num_rows]` int32; -1, or None in place of all, for the one that its request drew last.
             positions: of these, `[num_rows]` int32.
             row_seqs: row of the block table of each, `[num_rows]` int32; -1 for rows that pad a graph.
         """
-        real = row_seqs >= 0
-        page_index = (positions // PAGE_SIZE).long()
-        pages = self.cache.block_table[row_seqs.clamp(min=0).long(), page_index]
+        real, seqs = row_seqs >= 0, row_seqs.clamp(min=0).long()
+        last = self._last_tokens[seqs]
+        ids = last if ids is None else torch.where(ids < 0, last, ids.long())
+        pages = self.cache.block_table[seqs, (positions // PAGE_SIZE).long()]
         slots = torch.where(real, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
         lengths = torch.where(real, positions + 1, 0)
-        return Rows(ids, positions.long(), row_seqs, lengths, slots, num_decode=len(ids))
+        return Rows(ids, positions.long(), row_seqs, lengths, slots, num_decode=len(row_seqs))
 
-    def _to_device(self, *parts: Sequence[int]) -> list[torch.Tensor]:
+    def _to_device(self, *parts: Sequence[int]) -> list[Tensor]:
         """Copy lists of small integers to the device at once, in the order of the stream; int32."""
         lengths = [len(part) for part in parts]
         packed = torch.tensor(list(itertools.chain.from_iterable(parts)), dtype=torch.int32)
@@ -238,15 +192,14 @@ class DeviceStep:
             packed = packed.pin_memory().to(self._device, non_blocking=True)
         return list(packed.split(lengths))
 
-    def _sample(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, host_rows: list[int]) -> Drawn:
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: list[int]) -> Sampled:
         """Draw a token for each row of `logits`, and start its way to the host."""
         drawn = self._sampler.sample(logits, rows, positions, host_rows)
-        tokens = self._first_ranks_tokens(drawn.tokens)
-        self._last_tokens.index_copy_(0, rows.long(), tokens)
-        parts = (tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
-        return Drawn(*(None if part is None else part.to("cpu", non_blocking=True) for part in parts))  # type: ignore[arg-type]
+        drawn = replace(drawn, tokens=self._first_ranks_tokens(drawn.tokens))
+        self._last_tokens.index_copy_(0, rows.long(), drawn.tokens)
+        return drawn.to_host()
 
-    def _first_ranks_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _first_ranks_tokens(self, tokens: Tensor) -> Tensor:
         """Take what the first rank of a tensor-parallel group has drawn: logits may differ there in a last bit."""
         parallel = self._parallel
         if parallel is None or parallel.config.tensor_parallel_size == 1:
@@ -285,7 +238,6 @@ def _make_decoder(model: Any, cache: KVCache) -> TransformersDecoder | FusedDeco
     if cache.block_table.device.type == "cuda":
         from lockstep.engine.fused import FusedDecoder
 
-        fused = FusedDecoder.of(model, cache)
-        if fused is not None:
+        if (fused := FusedDecoder.of(model, cache)) is not None:
             return fused
     return TransformersDecoder(model, cache)

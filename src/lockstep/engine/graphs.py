@@ -10,20 +10,20 @@ captured when a step of their size comes for the first time: issuing that step t
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from lockstep.engine.decoder import Prompts, Rows
 from lockstep.models.parallel import ModelParallel
 from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
-
-_LEAST_MIXED = 64
 
 T = TypeVar("T")
 
@@ -60,12 +60,8 @@ def graph_sizes(max_rows: int) -> list[int]:
         >>> graph_sizes(100)
         [0, 1, 2, 4, 8, 16, 32, 64, 100]
     """
-    sizes = [0]
-    power = 1
-    while power < max_rows:
-        sizes.append(power)
-        power *= 2
-    return [*sizes, max_rows]
+    powers = (2**i for i in itertools.count())
+    return [0, *itertools.takewhile(lambda size: size < max_rows, powers), max_rows]
 
 
 def mixed_sizes(max_rows: int) -> list[int]:
@@ -75,11 +71,8 @@ def mixed_sizes(max_rows: int) -> list[int]:
         >>> mixed_sizes(200)
         [64, 80, 96, 112, 128, 160, 192, 200]
     """
-    sizes, base = [], _LEAST_MIXED
-    while base < max_rows:
-        sizes += [size for size in range(base, 2 * base, base // 4) if size < max_rows]
-        base *= 2
-    return [*sizes, max_rows]
+    steps = (size for i in itertools.count(6) for size in range(2**i, 2 ** (i + 1), 2**i // 4))
+    return [*itertools.takewhile(lambda size: size < max_rows, steps), max_rows]
 
 
 class EngineGraphs:
@@ -88,34 +81,28 @@ class EngineGraphs:
     Args:
         parallel: of the model.
         decoder: runs a pass over rows.
-        lay_out: `(ids, positions, row_seqs) -> Rows`, on the device.
-        last_tokens: the token that each row of the block table goes on with, `[max_num_seqs]` int64.
+        lay_out: `DeviceStep.lay_out`.
         max_rows: most rows of a decoding step, and most prompts of another.
         max_mixed_rows: most rows of a step with prompts.
         device: the GPU.
     """
 
     def __init__(
-        self,
-        parallel: ModelParallel,
-        decoder: Callable[[Rows], torch.Tensor],
-        lay_out: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rows],
-        last_tokens: torch.Tensor,
-        max_rows: int,
-        max_mixed_rows: int,
+        self, parallel: ModelParallel, decoder: Callable[[Rows], Tensor],
+        lay_out: Callable[[Tensor | None, Tensor, Tensor], Rows], max_rows: int, max_mixed_rows: int,
         device: torch.device,
-    ) -> None:
-        self._parallel = parallel
+    ) -> None:  # fmt: skip
+        self._layers = parallel.layers
         self._decoder = decoder
         self._lay_out = lay_out
-        self._last_tokens = last_tokens
         # One copy brings a step's inputs: how many rows are real, their rows of the block table, their positions.
-        self._inputs = torch.full((1 + 2 * max_rows,), -1, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(1 + 2 * max_rows, dtype=torch.int32, device=device)
+        self._inputs[1 : 1 + max_rows] = -1
         self._max_rows = max_rows
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._sizes = graph_sizes(max_rows)
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
         self._mixed_sizes = mixed_sizes(max_mixed_rows)
         self._mixed: dict[tuple[int, bool], _MixedGraph | None] = {}
         self._device = device
@@ -125,22 +112,19 @@ class EngineGraphs:
 
         Each pass first runs as it is, without real rows, which loads its kernels.
         """
-        self._inputs.fill_(-1)
-        self._inputs[0] = 0
-        self._inputs[1 + self._max_rows :] = 0
         for many in (True, False):
             for size in reversed(self._sizes):
-                with self._begin(size, many) as step:
+                with self._begin(size, many, self._inputs) as step:
                     self._pass(size, step)
                 self._graphs[size, many] = self._capture(size, many, self._inputs, self._pass)
             smallest = self._mixed_sizes[0]
             inputs = self._mixed_inputs(smallest)
-            with self._begin(smallest, many, inputs) as step:
-                self._mixed_pass(smallest, step, inputs)
+            with self._begin(smallest, many, inputs):
+                self._mixed_pass(smallest, inputs)
 
     def run(
         self, row_seqs: Sequence[int], positions: Sequence[int], step: Step
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Replay the smallest graph that the rows fit into.
 
         Args:
@@ -154,19 +138,16 @@ class EngineGraphs:
         """
         num_rows, most = len(row_seqs), self._max_rows
         size = next(size for size in self._sizes if size >= num_rows)
-        padding = [-1] * (most - num_rows)
-        packed = torch.tensor(
-            [num_rows, *row_seqs, *padding, *positions, *([0] * (most - num_rows))], dtype=torch.int32
-        )
+        rest = most - num_rows
+        packed = torch.tensor([num_rows, *row_seqs, *[-1] * rest, *positions, *[0] * rest], dtype=torch.int32)
         self._inputs.copy_(packed.pin_memory(), non_blocking=True)
         graph, logits = self._graphs[size, step.has_many_rows]
         graph.replay()
         step.replayed()
-        own_rows = self._inputs[1 : 1 + num_rows]
-        own_positions = self._inputs[1 + most : 1 + most + num_rows] + 1
-        return (logits[:num_rows] if logits is not None else None), own_rows, own_positions
+        _, own_rows, own_positions = self._inputs.split([1, most, most])
+        return (None if logits is None else logits[:num_rows]), own_rows[:num_rows], own_positions[:num_rows] + 1
 
-    def run_mixed(self, host: HostRows, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def run_mixed(self, host: HostRows, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
         """Replay the smallest graph that a step with prompts fits into, captured now if there is none yet.
 
         Args:
@@ -188,63 +169,58 @@ class EngineGraphs:
         graph = self._mixed[key]
         if graph is None:
             return None
-        rows, prompts = size - num_rows, self._max_rows - num_prompts
+        rows, prompts, count = size - num_rows, self._max_rows - num_prompts, len(host.sampled)
         packed = [
-            num_rows, host.num_decode, *host.ids, *([0] * rows), *host.positions, *([0] * rows),
-            *host.row_seqs, *([-1] * rows),
-            *host.prompts, *([0] * prompts), *host.cu_rows, *([num_rows] * prompts),
-            *host.lengths, *([0] * prompts),
-            *host.sampled, *([0] * (graph.most_sampled - len(host.sampled))),
+            num_rows, host.num_decode, *host.ids, *[0] * rows, *host.positions, *[0] * rows,
+            *host.row_seqs, *[-1] * rows, *host.prompts, *[0] * prompts, *host.cu_rows, *[num_rows] * prompts,
+            *host.lengths, *[0] * prompts, *host.sampled, *[0] * (len(graph.logits) - count),
         ]  # fmt: skip
         graph.inputs.copy_(torch.tensor(packed, dtype=torch.int32).pin_memory(), non_blocking=True)
         graph.graph.replay()
         step.replayed()
-        count = len(host.sampled)
         return graph.logits[:count], graph.row_seqs[:count], graph.positions[:count]
 
     def _capture_mixed(self, size: int, many: bool) -> _MixedGraph | None:
         inputs = self._mixed_inputs(size)
-
-        def issue(size: int, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return self._mixed_pass(size, step, inputs)
-
         try:
-            graph, outputs = self._capture(size, many, inputs, issue, "relaxed")
+            graph, outputs = self._capture(
+                size, many, inputs, lambda size, step: self._mixed_pass(size, inputs), "relaxed"
+            )
         except RuntimeError as error:  # nothing has run: the step goes on without a graph
             logger.warning("steps of %d rows with prompts cannot be CUDA graphs: %s", size, error)
             return None
         return _MixedGraph(graph, inputs, *outputs)
 
-    def _mixed_inputs(self, size: int) -> torch.Tensor:
+    def _mixed_lengths(self, size: int) -> list[int]:
+        """Numbers of the parts of a mixed step's inputs: counts, then what `HostRows` has, in its order."""
+        most = self._max_rows
+        return [2, size, size, size, most, most + 1, most, min(size, most)]
+
+    def _mixed_inputs(self, size: int) -> Tensor:
         """Room for the inputs of a step with prompts, as of one without real rows."""
-        inputs = torch.zeros(
-            2 + 3 * size + 3 * self._max_rows + 1 + min(size, self._max_rows), dtype=torch.int32, device=self._device
-        )
-        inputs[2 + 2 * size : 2 + 3 * size] = -1
+        inputs = torch.zeros(sum(self._mixed_lengths(size)), dtype=torch.int32, device=self._device)
+        inputs.split(self._mixed_lengths(size))[3].fill_(-1)
         return inputs
 
-    def _mixed_pass(
-        self, size: int, step: Step, inputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _mixed_pass(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of the sampled rows, their rows of the block table, and the positions of the next tokens."""
-        most = self._max_rows
-        lengths = [2, size, size, size, most, most + 1, most, min(size, most)]
-        header, ids, positions, row_seqs, prompts, cu_rows, prompt_lengths, sampled = inputs.split(lengths)
-        last = self._last_tokens[row_seqs.clamp(min=0).long()]
-        rows = self._lay_out(torch.where(ids < 0, last, ids.long()), positions, row_seqs)
+        header, ids, positions, row_seqs, prompts, cu_rows, prompt_lengths, sampled = inputs.split(
+            self._mixed_lengths(size)
+        )
+        rows = self._lay_out(ids, positions, row_seqs)
         generates = torch.arange(size, device=self._device) < header[1]
         chosen = sampled.long()
         rows = replace(
             rows,
             lengths=torch.where(generates, rows.lengths, 0),
-            num_decode=min(size, most),
+            num_decode=min(size, self._max_rows),
             prompts=Prompts(prompts, cu_rows, prompt_lengths),
             sampled=chosen,
         )
         return self._decoder(rows), row_seqs[chosen], positions[chosen] + 1
 
     def _capture(
-        self, size: int, many: bool, inputs: torch.Tensor, issue: Callable[[int, Step], T], mode: str = "thread_local"
+        self, size: int, many: bool, inputs: Tensor, issue: Callable[[int, Step], T], mode: str = "thread_local"
     ) -> tuple[torch.cuda.CUDAGraph, T]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -257,31 +233,22 @@ class EngineGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph, outputs
 
-    def _begin(self, size: int, many: bool, inputs: torch.Tensor | None = None) -> Step:
-        layers = self._parallel.layers
-        num_rows = (self._inputs if inputs is None else inputs)[:1]
-        return layers.begin_capture(layers.typical_sizes(many), num_rows=num_rows, capacity=size)
+    def _begin(self, size: int, many: bool, inputs: Tensor) -> Step:
+        return self._layers.begin_capture(self._layers.typical_sizes(many), num_rows=inputs[:1], capacity=size)
 
-    def _pass(self, size: int, step: Step) -> torch.Tensor | None:
+    def _pass(self, size: int, step: Step) -> Tensor | None:
         if not size:
             step.take_part_in_rest()
             return None
-        most = self._max_rows
-        row_seqs, positions = self._inputs[1 : 1 + size], self._inputs[1 + most : 1 + most + size]
-        ids = self._last_tokens[row_seqs.clamp(min=0).long()]
-        return self._decoder(self._lay_out(ids, positions, row_seqs))
+        _, row_seqs, positions = self._inputs.split([1, self._max_rows, self._max_rows])
+        return self._decoder(self._lay_out(None, positions[:size], row_seqs[:size]))
 
 
-@dataclass(frozen=True)
-class _MixedGraph:
+class _MixedGraph(NamedTuple):
     """A graph of steps with prompts, and what it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
-    logits: torch.Tensor
-    row_seqs: torch.Tensor
-    positions: torch.Tensor
-
-    @property
-    def most_sampled(self) -> int:
-        return int(self.logits.shape[0])
+    inputs: Tensor
+    logits: Tensor
+    row_seqs: Tensor
+    positions: Tensor

@@ -15,9 +15,9 @@ from lockstep.coordination.group_waits import waited_s
 from lockstep.coordination.step import StepDecision, StepRecord, decided
 from lockstep.engine.attention import attention_name
 from lockstep.engine.decoder import probe_shapes
-from lockstep.engine.device_step import DeviceStep, Drawn, EngineRequest
+from lockstep.engine.device_step import DeviceStep, EngineRequest
 from lockstep.engine.kv_cache import KVCache, page_bytes
-from lockstep.engine.sampling import Sampler
+from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import ModelParallel, parallel_of
@@ -27,11 +27,6 @@ from lockstep.workload.policies import prefills_run
 from lockstep.workload.prefix_pages import token_page_keys
 
 logger = logging.getLogger(__name__)
-
-
-def _reserve_bytes(config: SchedulerConfig) -> int:
-    """Return what a step's own tensors may need beside the cache, roughly: logits and the like."""
-    return 2**31 + config.max_num_seqs * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class _Flight:
 
     report: StepReport
     sampling: list[EngineRequest] = field(default_factory=list)  # whose token was drawn, in the order of the rows
-    drawn: Drawn | None = None
+    drawn: Sampled | None = None
     done: torch.cuda.Event | None = None
     step: Step | None = None  # None in a single process
 
@@ -145,30 +140,22 @@ class RankEngine:
     """
 
     def __init__(
-        self,
-        model: Any,
-        config: SchedulerConfig,
-        *,
-        max_model_len: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        eos_token_ids: Sequence[int] = (),
-        graphs: bool = True,
-    ) -> None:
+        self, model: Any, config: SchedulerConfig, *, max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9, eos_token_ids: Sequence[int] = (), graphs: bool = True,
+    ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         self.model = model
         self.parallel: ModelParallel | None = parallel_of(model)
-        text_config = model.config.get_text_config()
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        context = getattr(text_config, "max_position_embeddings", None)
+        embedding = model.get_input_embeddings().weight
+        self.vocab_size, self._device = int(embedding.shape[0]), embedding.device
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_model_len = int(max_model_len or context or 4096)
         if context is not None and self.max_model_len > context:
-            raise ConfigurationError(
-                f"max_model_len must be at most the model's context of {context}, got {max_model_len}"
-            )
-        self._device = model.get_input_embeddings().weight.device
+            limit = f"at most the model's context of {context}"
+            raise ConfigurationError(f"max_model_len must be {limit}, got {max_model_len}")
         shapes, dtype = probe_shapes(model)
-        config = self._without_unsupported(config, text_config)
+        config = self._without_unsupported(config, model.config.get_text_config())
         num_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization)
         if num_pages is not None:
             config = dataclasses.replace(config, kv_capacity_tokens=num_pages * PAGE_SIZE)
@@ -179,9 +166,8 @@ class RankEngine:
         self.num_logits = int(model.get_output_embeddings().weight.shape[0])
         sampler = Sampler(config.max_num_seqs, self.num_logits, self._device, eos_token_ids=sorted(self._eos))
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._device_step = DeviceStep(
-            model, self.parallel, self.cache, sampler, max_rows, config.max_num_batched_tokens, graphs
-        )
+        max_mixed_rows = config.max_num_batched_tokens
+        self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, max_mixed_rows, graphs)
         ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
         self.state = SchedulerState()
         self.states = [self.state] * ranks
@@ -189,7 +175,8 @@ class RankEngine:
         self.all_stopped = False
         self.messages_alike = True
         self.elapsed_ms = 0
-        self._num_messages: Sequence[int] = [0] * (self.parallel.config.world_size if self.parallel is not None else 1)
+        self._tp_size = self.parallel.config.tensor_parallel_size if self.parallel is not None else 1
+        self._num_messages: Sequence[int] = [0] * (ranks * self._tp_size)
         self.step_number = 0
         self.reports: list[StepReport] = []
         self._requests: dict[int, EngineRequest] = {}
@@ -211,23 +198,20 @@ class RankEngine:
                 model's context or than all pages hold, or a number in use. Nothing else is affected.
         """
         prompt = [int(token) for token in prompt_token_ids]
+        problem, num_new = None, params.max_tokens
         if request_id in self._requests:
-            raise ConfigurationError(f"request {request_id} is there already")
-        if not prompt:
-            raise ConfigurationError(f"request {request_id} has an empty prompt")
-        if wrong := next((token for token in prompt if not 0 <= token < self.vocab_size), None):
-            raise ConfigurationError(
-                f"request {request_id} has token {wrong}, but the model's embedding has {self.vocab_size} entries"
-            )
-        if len(prompt) + params.max_tokens > self.max_model_len:
-            raise ConfigurationError(
-                f"request {request_id} has {len(prompt)} prompt tokens and up to {params.max_tokens} new ones, more "
-                f"than the context of {self.max_model_len}"
-            )
-        if (wrong := next((token for token in params.stop_token_ids if token >= self.num_logits), None)) is not None:
-            raise ConfigurationError(
-                f"request {request_id} has token {wrong} in stop_token_ids, but the model draws from {self.num_logits}"
-            )
+            problem = "is there already"
+        elif not prompt:
+            problem = "has an empty prompt"
+        elif wrong := next((token for token in prompt if not 0 <= token < self.vocab_size), None):
+            problem = f"has token {wrong}, but the model's embedding has {self.vocab_size} entries"
+        elif len(prompt) + num_new > self.max_model_len:
+            problem = f"has {len(prompt)} prompt tokens and up to {num_new} new ones, more than the context of "
+            problem += str(self.max_model_len)
+        elif wrong := next((token for token in params.stop_token_ids if token >= self.num_logits), None):
+            problem = f"has token {wrong} in stop_token_ids, but the model draws from {self.num_logits}"
+        if problem is not None:
+            raise ConfigurationError(f"request {request_id} {problem}")
         request = Request(request_id, 0.0, len(prompt), params.max_tokens)
         self.config.check_fits([request])
         if seed is None:
@@ -246,12 +230,10 @@ class RankEngine:
         Raises:
             ConfigurationError: no unfinished request has this number.
         """
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            if missing_ok:
-                return
+        if request := self._requests.pop(request_id, None):
+            self._leave(request)
+        elif not missing_ok:
             raise ConfigurationError(f"request {request_id} is not an unfinished request of this rank")
-        self._leave(request)
 
     @property
     def has_unfinished(self) -> bool:
@@ -273,11 +255,7 @@ class RankEngine:
         return self.parallel is not None and self.parallel.coordinator.wanted()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks, in place of the next agreement, that this one has failed; they raise then.
-
-        Args:
-            error: why. Returns in any case, so that the caller can raise it.
-        """
+        """Tell the other ranks, in place of the next agreement, why this one has failed; they raise then."""
         if self.parallel is not None:
             self.parallel.coordinator.fail(error, EngineRecord)
 
@@ -287,16 +265,15 @@ class RankEngine:
         Args:
             received: by this rank.
         """
-        if self.parallel is None or self.parallel.config.tensor_parallel_size == 1:
+        if self.parallel is None or self._tp_size == 1:
             return received
-        size = self.parallel.config.tensor_parallel_size
-        first = self.parallel.config.data_parallel_rank * size
-        return min(self._num_messages[first : first + size])
+        first = self.parallel.config.data_parallel_rank * self._tp_size
+        return min(self._num_messages[first : first + self._tp_size])
 
     @property
     def shares_requests(self) -> bool:
         """Whether other ranks have the same requests as this one."""
-        return self.parallel is not None and self.parallel.config.tensor_parallel_size > 1
+        return self._tp_size > 1
 
     def about(self) -> dict[str, Any]:
         """Return what a person may want to know of this engine, and what was chosen for it, as plain values."""
@@ -327,7 +304,7 @@ class RankEngine:
             return "they need a GPU"
         if self.parallel is None:
             return "one process"
-        if self.parallel.config.tensor_parallel_size > 1:
+        if self._tp_size > 1:
             return "tensor parallelism"
         return "turned off" if self.parallel.layers.can_capture else "the dispatcher counts rows on the host"
 
@@ -353,11 +330,8 @@ class RankEngine:
             LockstepError: see `Coordinator.agree` and `ModelParallel.step`.
         """
         began = time.perf_counter()
-        run_prefills = prefills_run(
-            [state.prefill_wait_steps for state in self.states],
-            [state.num_decoding for state in self.states],
-            self.config.max_prefill_delay_steps,
-        )
+        waits, decoding = zip(*((state.prefill_wait_steps, state.num_decoding) for state in self.states), strict=True)
+        run_prefills = prefills_run(waits, decoding, self.config.max_prefill_delay_steps)
         schedule = self.scheduler.next_step(self.step_number, run_prefills)
         self.step_number += 1
         unfinished = self.has_unfinished if unfinished is None else unfinished
@@ -371,7 +345,7 @@ class RankEngine:
             self.cache.forget(schedule.forgotten)
             if any(self.num_tokens_across_dp):
                 self._flight = self._issue(report, decision)
-            return self._collect(before) if before is not None else []
+            return self._collect(before)
         except Exception as error:
             self.fail(error)  # this rank has taken part in all that was agreed; now the others learn why it stops
             raise
@@ -380,7 +354,7 @@ class RankEngine:
     def drain(self) -> list[TokenOutput]:
         """Return the tokens of the last step. Not collective: call it where no rank has work left."""
         before, self._flight = self._flight, None
-        return self._collect(before) if before is not None else []
+        return self._collect(before)
 
     def _agree(self, schedule: Schedule, unfinished: bool, told: dict[str, Any]) -> StepDecision | None:
         self.state = self.scheduler.state()
@@ -388,21 +362,14 @@ class RankEngine:
             self.states, self.num_tokens_across_dp = [self.state], (schedule.num_tokens,)
             self.all_stopped, self.elapsed_ms = not unfinished, max(self.elapsed_ms, told["elapsed_ms"])
             return None
-        decision = self.parallel.coordinator.agree(
-            EngineRecord(
-                num_tokens=schedule.num_tokens,
-                unfinished=unfinished,
-                **told,
-                **self.state._asdict(),
-            )
-        )
-        tp_size = self.parallel.config.tensor_parallel_size
-        columns = [decision.values[name][::tp_size] for name in SchedulerState._fields]
+        record = EngineRecord(num_tokens=schedule.num_tokens, unfinished=unfinished, **told, **self.state._asdict())
+        decision = self.parallel.coordinator.agree(record)
+        columns = [decision.values[name][:: self._tp_size] for name in SchedulerState._fields]
         self.states = [SchedulerState(*row) for row in zip(*columns, strict=True)]
         self.all_stopped = not decision.values["unfinished"]
         self._num_messages = decision.values["num_messages"]
-        first = self.parallel.config.data_parallel_rank * tp_size
-        self.messages_alike = len(set(decision.values["messages_check"][first : first + tp_size])) == 1
+        first = self.parallel.config.data_parallel_rank * self._tp_size
+        self.messages_alike = len(set(decision.values["messages_check"][first : first + self._tp_size])) == 1
         self.elapsed_ms = max(self.elapsed_ms, decision.values["elapsed_ms"])
         self.num_tokens_across_dp = decision.num_tokens_across_dp
         return decision
@@ -414,12 +381,8 @@ class RankEngine:
         if self.parallel is None or decision is None:
             flight.drawn, report.replayed = self._device_step.run(schedule, requests, None)
         else:
-            with self.parallel.begin(decision) as step:
-                if schedule.num_tokens:
-                    flight.drawn, report.replayed = self._device_step.run(schedule, requests, step)
-                else:
-                    report.replayed = self._device_step.run_without_rows(step)
-            flight.step = step
+            with self.parallel.begin(decision) as flight.step:
+                flight.drawn, report.replayed = self._device_step.run(schedule, requests, flight.step)
         flight.sampling = [r for r, entry in zip(requests, schedule.entries, strict=True) if entry.samples]
         report.waited_s, report.done_s = waited_s() - waited, time.perf_counter()
         if self._device.type == "cuda":
@@ -449,7 +412,9 @@ class RankEngine:
             return config.num_kv_pages
         free, total = torch.cuda.mem_get_info(self._device)
         room = free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        pages = max(0, int((room - (1 - utilization) * total - _reserve_bytes(config)) // bytes_of_page))
+        # What a step's own tensors may need beside the cache, roughly: logits and the like.
+        reserved = 2**31 + config.max_num_seqs * 2**20
+        pages = max(0, int((room - (1 - utilization) * total - reserved) // bytes_of_page))
         if self.parallel is not None:
             record = _CacheRecord(num_pages=pages, unfinished=True)
             pages = self.parallel.coordinator.agree(record).values["num_pages"]
@@ -460,19 +425,16 @@ class RankEngine:
             )
         return min(pages, config.max_num_seqs * -(-self.max_model_len // PAGE_SIZE))
 
-    def _await(self, flight: _Flight) -> None:
-        """Wait for a step's end on the GPU, at most until the deadline."""
-        if flight.done is None:
-            return
-        if self.parallel is not None and flight.step is not None:
-            self.parallel.layers.wait(flight.done, flight.step.number)
-        else:
-            flight.done.synchronize()
-        flight.report.done_s = time.perf_counter()
-
-    def _collect(self, flight: _Flight) -> list[TokenOutput]:
-        """Wait for a step's tokens; end the requests that they end."""
-        self._await(flight)
+    def _collect(self, flight: _Flight | None) -> list[TokenOutput]:
+        """Wait for a step's tokens, on a GPU at most until the deadline; end the requests that they end."""
+        if flight is None:
+            return []
+        if flight.done is not None:
+            if self.parallel is not None and flight.step is not None:
+                self.parallel.layers.wait(flight.done, flight.step.number)
+            else:
+                flight.done.synchronize()
+            flight.report.done_s = time.perf_counter()
         self.reports.append(flight.report)
         outputs: list[TokenOutput] = []
         if flight.drawn is None:
@@ -493,9 +455,8 @@ class RankEngine:
 
     def _finish_reason(self, request: EngineRequest, token: int) -> str | None:
         params, count = request.params, len(request.generated)
-        if count >= params.min_tokens and (
-            token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        ):
+        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        if ends and count >= params.min_tokens:
             return "stop"
         return "length" if count == params.max_tokens else None
 

@@ -43,13 +43,13 @@ _MASK64 = 2**64 - 1
 # SplitMix64 (Steele, Lea and Flood, 2014): a counter times an odd constant, then two rounds of xor-shift and multiply.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_TEMPERATURE, _TOP_P, _MIN_P, _PRESENCE, _FREQUENCY, _REPETITION = range(6)
+_TEMPERATURE, _TOP_P, _MIN_P, _PRESENCE = range(4)  # then frequency and repetition penalty
 _KEY, _TOP_K, _FREE_FROM = range(3)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The tokens of one step, still on the device.
+    """The tokens of one step, on the device or on their way to the host.
 
     Attributes:
         tokens: `[rows]` int64; 0 in padding rows.
@@ -64,6 +64,21 @@ class Sampled:
     logprobs: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+
+    def to_host(self) -> Sampled:
+        """Start copies to the host, not to be read before the work issued so far has ended."""
+        parts = (self.logprobs, self.top_ids, self.top_logprobs)
+        optional = (None if part is None else part.to("cpu", non_blocking=True) for part in parts)
+        return Sampled(self.tokens.to("cpu", non_blocking=True), *optional)
+
+    def logprobs_of(self, row: int, wanted: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+        """Return one token's logprob and the `wanted` most likely tokens with theirs; None for what is not wanted."""
+        if wanted is None or self.logprobs is None:
+            return None, None
+        if not wanted or self.top_ids is None or self.top_logprobs is None:
+            return float(self.logprobs[row]), None
+        top = zip(self.top_ids[row, :wanted].tolist(), self.top_logprobs[row, :wanted].tolist(), strict=True)
+        return float(self.logprobs[row]), tuple(top)
 
 
 class _Kind(NamedTuple):
@@ -87,21 +102,17 @@ class Sampler:
         device: where the logits are.
         eos_token_ids: tokens that `min_tokens` holds back besides the request's own.
 
-    Raises:
-        ConfigurationError: for sizes below 1.
     """
 
     def __init__(
         self, max_num_seqs: int, vocab_size: int, device: torch.device | str, *, eos_token_ids: Sequence[int] = ()
     ) -> None:
-        if max_num_seqs < 1 or vocab_size < 1:
-            raise ConfigurationError(f"max_num_seqs and vocab_size must be >= 1, got {max_num_seqs} and {vocab_size}")
         self.max_num_seqs = max_num_seqs
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         # An end-of-sequence token beyond the logits can never be drawn: nothing to hold back.
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
-        self._params: list[SamplingParams | None] = [None] * max_num_seqs
+        self._params = [SamplingParams()] * max_num_seqs
         self._kinds: list[_Kind | None] = [None] * max_num_seqs
         self._asking: set[int] = set()  # slots whose request wants log probabilities
         # Not on the device yet: the slots that a step fills go there in one copy, not in two each.
@@ -115,69 +126,47 @@ class Sampler:
         self._scale = float(2 ** (52 - vocab_size.bit_length()))
 
     def set(
-        self,
-        slot: int,
-        params: SamplingParams,
-        seed: int,
-        prompt_token_ids: Sequence[int],
-        generated_token_ids: Sequence[int] = (),
+        self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], generated: Sequence[int] = ()
     ) -> None:
         """Give a slot to a request.
 
         Args:
             slot: in `0..max_num_seqs - 1`.
-            params: the request's parameters; their `seed` is ignored.
+            params: the request's parameters, `stop_token_ids` below `vocab_size`; their `seed` is ignored.
             seed: any integer; 64 bits of it count.
-            prompt_token_ids: the request's prompt. Its length places `min_tokens`.
-            generated_token_ids: what it generated before it was preempted.
-
-        Raises:
-            ConfigurationError: for a slot, a stop token or, where penalties count them, a token out of range. The slot
-                keeps its request then.
+            prompt: the request's tokens, >= 0. Their number places `min_tokens`.
+            generated: tokens that it generated before it was preempted.
         """
-        if not 0 <= slot < self.max_num_seqs:
-            raise ConfigurationError(f"slot must be in 0..{self.max_num_seqs - 1}, got {slot}")
-        self._check_ids("stop_token_ids", params.stop_token_ids)
         if params.has_penalties:
-            self._check_ids("prompt_token_ids", prompt_token_ids)
-            self._check_ids("generated_token_ids", generated_token_ids)
-            self._count(slot, prompt_token_ids, generated_token_ids)
+            self._count(slot, prompt, generated)
         stop_ids = self._eos_token_ids + tuple(params.stop_token_ids)
         holds_back = params.min_tokens > 0 and bool(stop_ids)
         if holds_back:
             self._set_stop_ids(slot, stop_ids)
-        free_from = len(prompt_token_ids) + params.min_tokens if holds_back else 0
+        free_from = len(prompt) + params.min_tokens if holds_back else 0
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
-        floats = (
-            params.temperature,
-            params.top_p,
-            params.min_p,
-            params.presence_penalty,
-            params.frequency_penalty,
-            params.repetition_penalty,
-        )
+        penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+        floats = params.temperature, params.top_p, params.min_p, *penalties
         self._changes[slot] = floats, (seed_key(seed), top_k, free_from)
         self._params[slot] = params
-        self._kinds[slot] = _Kind(self._path(params), params.has_penalties, holds_back)
-        if params.logprobs is None:
-            self._asking.discard(slot)
-        else:
-            self._asking.add(slot)
+        path: Literal["greedy", "small_top_k", "sorted", "unfiltered"] = "unfiltered"
+        if params.is_greedy:
+            path = "greedy"
+        elif 0 < params.top_k <= _MAX_SMALL_TOP_K:
+            path = "small_top_k"
+        elif top_k < self.vocab_size or params.top_p < 1:
+            path = "sorted"
+        self._kinds[slot] = _Kind(path, params.has_penalties, holds_back)
+        (self._asking.discard if params.logprobs is None else self._asking.add)(slot)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Take every path once with all slots in use: later steps load no kernel and need no more memory than this.
 
-        The token counts of penalties are not allocated.
+        Comes before requests. The token counts of penalties are not allocated.
 
         Args:
             dtype: of the logits to come.
-
-        Raises:
-            ConfigurationError: a slot has a request.
         """
-        taken = [slot for slot, params in enumerate(self._params) if params is not None]
-        if taken:
-            raise ConfigurationError(f"warm_up comes before requests, but slot {taken[0]} has one")
         slots = torch.arange(self.max_num_seqs, device=self.device)
         logits = torch.zeros(self.max_num_seqs, self.vocab_size, dtype=dtype, device=self.device)
         for params in _ONE_OF_EACH_PATH:
@@ -189,7 +178,7 @@ class Sampler:
 
     def clear(self, slot: int) -> None:
         """Take a slot from its request. Steps already issued are not touched."""
-        self._params[slot] = self._kinds[slot] = None
+        self._kinds[slot] = None
         self._asking.discard(slot)
 
     @torch.no_grad()
@@ -207,8 +196,7 @@ class Sampler:
             Tokens and log probabilities, on the device.
 
         Raises:
-            ConfigurationError: for shapes that do not fit, or a slot that is out of range, without a request or there
-                twice.
+            ConfigurationError: for shapes that do not fit, or a slot without a request.
         """
         num_rows = len(host_slots)
         if logits.shape != (num_rows, self.vocab_size) or slots.shape != (num_rows,) or positions.shape != (num_rows,):
@@ -216,18 +204,24 @@ class Sampler:
                 f"expected logits [{num_rows}, {self.vocab_size}], slots and positions [{num_rows}], got "
                 f"{list(logits.shape)}, {list(slots.shape)} and {list(positions.shape)}"
             )
-        groups = self._groups(host_slots)
+        groups: dict[_Kind, list[int]] = {}
+        for row, slot in enumerate(host_slots):
+            if slot >= 0:
+                kind = self._kinds[slot]
+                if kind is None:
+                    raise ConfigurationError(f"slot {slot} of row {row} has no request")
+                groups.setdefault(kind, []).append(row)
         if any(kind != _GREEDY for kind in groups):
             self._bring_changes()
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         for kind, rows in groups.items():
-            for chunk in self._chunks(rows, whole=kind == _GREEDY):
-                index = self._index(chunk)
-                chosen = self._sample_group(kind, index(logits), index(slots), index(positions), chunk, host_slots)
+            for chunk in [rows] if kind == _GREEDY else self._chunks(rows):
+                index, params = self._index(chunk), [self._params[host_slots[row]] for row in chunk]
+                chosen = self._sample_group(kind, logits[index], slots[index], positions[index], params)
                 if len(chunk) == num_rows:
                     tokens = chosen
                 else:
-                    index.put(tokens, chosen)
+                    tokens[index] = chosen
         return self._with_logprobs(logits, tokens, host_slots)
 
     def _bring_changes(self) -> None:
@@ -238,28 +232,8 @@ class Sampler:
             self._ints.index_copy_(0, slots, self._upload(ints, torch.int64))
             self._changes = {}
 
-    def _groups(self, host_slots: Sequence[int]) -> dict[_Kind, list[int]]:
-        groups: dict[_Kind, list[int]] = {}
-        used = set()
-        for row, slot in enumerate(host_slots):
-            if slot < 0:
-                continue
-            kind = self._kinds[slot] if slot < self.max_num_seqs else None
-            if kind is None or slot in used:
-                problem = "is in two rows" if slot in used else "has no request"
-                raise ConfigurationError(f"slot {slot} of row {row} {problem} (slots: 0..{self.max_num_seqs - 1})")
-            used.add(slot)
-            groups.setdefault(kind, []).append(row)
-        return groups
-
     def _sample_group(
-        self,
-        kind: _Kind,
-        logits: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        rows: Sequence[int],
-        host_slots: Sequence[int],
+        self, kind: _Kind, logits: Tensor, slots: Tensor, positions: Tensor, params: list[SamplingParams]
     ) -> Tensor:
         """Return the tokens of rows of one kind: `[rows, vocab_size]` to `[rows]`."""
         if kind == _GREEDY:
@@ -274,9 +248,7 @@ class Sampler:
         if kind.path == "greedy":
             tokens = logits.argmax(-1)
         else:
-            draws = uniforms(ints[:, _KEY], positions)
-            params = [params for row in rows if (params := self._params[host_slots[row]]) is not None]
-            tokens = self._draw(kind.path, logits, draws, floats, ints, params)
+            tokens = self._draw(kind.path, logits, uniforms(ints[:, _KEY], positions), floats, ints, params)
         if kind.penalties:
             assert self._counts is not None
             where = (slots.long(), tokens)
@@ -315,9 +287,7 @@ class Sampler:
         counts = self._counts.index_select(0, slots)
         generated = counts > 0
         seen = self._in_prompt.index_select(0, slots).logical_or_(generated)
-        presence, frequency, repetition = (
-            floats[:, column, None].float() for column in (_PRESENCE, _FREQUENCY, _REPETITION)
-        )
+        presence, frequency, repetition = floats[:, _PRESENCE:, None].float().unbind(1)
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(seen, repeated, logits)
         return logits.sub_(counts * frequency).sub_(generated * presence)
@@ -334,35 +304,29 @@ class Sampler:
         num_rows, num_top = len(host_slots), min(MAX_LOGPROBS, self.vocab_size)
         logprobs = torch.full((num_rows,), torch.nan, device=self.device)
         top = ids = None
-        if any(params.logprobs for row in asking if (params := self._params[host_slots[row]]) is not None):
+        if any(self._params[host_slots[row]].logprobs for row in asking):
             ids = torch.full((num_rows, MAX_LOGPROBS), -1, dtype=torch.int64, device=self.device)
             top = torch.full((num_rows, MAX_LOGPROBS), torch.nan, device=self.device)
-        for chunk in self._chunks(asking, whole=False):
+        for chunk in self._chunks(asking):
             index = self._index(chunk)
-            values = index(logits).float()
+            values = logits[index].float()
             total = values.logsumexp(-1, keepdim=True)
-            index.put(logprobs, (values.gather(1, index(tokens)[:, None]) - total).squeeze(1))
+            logprobs[index] = (values.gather(1, tokens[index][:, None]) - total).squeeze(1)
             if ids is not None and top is not None:
                 chunk_ids = top_ids(values, num_top)
-                index.put(ids[:, :num_top], chunk_ids)
-                index.put(top[:, :num_top], values.gather(1, chunk_ids) - total)
+                ids[index, :num_top] = chunk_ids
+                top[index, :num_top] = values.gather(1, chunk_ids) - total
         return Sampled(tokens, logprobs, ids, top)
 
-    def _path(self, params: SamplingParams) -> Literal["greedy", "small_top_k", "sorted", "unfiltered"]:
-        if params.is_greedy:
-            return "greedy"
-        if 0 < params.top_k <= _MAX_SMALL_TOP_K:
-            return "small_top_k"
-        return "sorted" if 0 < params.top_k < self.vocab_size or params.top_p < 1 else "unfiltered"
-
-    def _count(self, slot: int, prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> None:
+    def _count(self, slot: int, prompt: Sequence[int], generated: Sequence[int]) -> None:
         shape = (self.max_num_seqs, self.vocab_size)
         if self._counts is None or self._in_prompt is None:
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
         in_prompt, counts = self._in_prompt[slot].zero_(), self._counts[slot].zero_()
-        in_prompt.index_fill_(0, self._upload(prompt_token_ids, torch.int64), True)
-        ids, repeats = torch.tensor(generated_token_ids, dtype=torch.int64).unique(return_counts=True)
+        # A token beyond the logits is never drawn: nothing to penalise.
+        in_prompt.index_fill_(0, self._upload([t for t in prompt if t < self.vocab_size], torch.int64), True)
+        ids, repeats = torch.tensor(generated, dtype=torch.int64).unique(return_counts=True)
         counts.index_copy_(0, self._upload(ids, torch.int64), self._upload(repeats, torch.int32))
 
     def _set_stop_ids(self, slot: int, ids: Sequence[int]) -> None:
@@ -374,11 +338,6 @@ class Sampler:
             width = len(ids)
         self._stop_ids[slot].copy_(self._upload([*ids, *[ids[0]] * (width - len(ids))], torch.int64))
 
-    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-        if wrong is not None:
-            raise ConfigurationError(f"{name} must be in 0..{self.vocab_size - 1}, got {wrong}")
-
     def _upload(self, values: Sequence[Any] | Tensor, dtype: torch.dtype) -> Tensor:
         tensor = torch.as_tensor(values, dtype=dtype)
         if self.device.type == "cpu":
@@ -386,34 +345,15 @@ class Sampler:
         # From pinned memory, which the allocator keeps until the copy is done: the host does not wait for the stream.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _chunks(self, rows: list[int], *, whole: bool) -> list[list[int]]:
-        size = len(rows) if whole else max(1, _CHUNK_LOGITS // self.vocab_size)
+    def _chunks(self, rows: list[int]) -> list[list[int]]:
+        size = max(1, _CHUNK_LOGITS // self.vocab_size)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def _index(self, rows: list[int]) -> _Rows:
-        contiguous = rows[-1] - rows[0] + 1 == len(rows)
-        return _Rows(slice(rows[0], rows[-1] + 1) if contiguous else self._upload(rows, torch.int64), len(rows))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a tensor: a slice where they are neighbours, so that nothing is copied; else their numbers."""
-
-    rows: slice | Tensor
-    num_rows: int
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor[self.rows] if isinstance(self.rows, slice) else tensor.index_select(0, self.rows)
-
-    def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write `values` into these rows of `tensor`."""
-        if isinstance(self.rows, slice):
-            tensor[self.rows] = values
-        else:
-            tensor.index_copy_(0, self.rows, values)
+    def _index(self, rows: list[int]) -> slice | Tensor:
+        """Some rows of a tensor: a slice where they are neighbours, so that nothing is copied; else their numbers."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return self._upload(rows, torch.int64)
 
 
 _GREEDY = _Kind("greedy", penalties=False, min_tokens=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -11,12 +10,16 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: float32 could not divide by much less
-MAX_TEMPERATURE = 1e4
 MAX_LOGPROBS = 5
 # Each costs work in every step, and a request comes from anybody.
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 256
 _INT32_MAX = 2**31 - 1
+_LIMITS: dict[str, tuple[float, float]] = {  # a field has its limits' type
+    "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 100.0), "max_tokens": (1, _INT32_MAX),
+    "top_k": (-1, _INT32_MAX), "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,16 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._set_int("max_tokens", 1, _INT32_MAX)
-        self._set_int("min_tokens", 0, self.max_tokens)
-        self._set_int("top_k", -1, _INT32_MAX)
-        self._set_float("temperature", 0.0, MAX_TEMPERATURE)
-        self._set_float("top_p", 0.0, 1.0)
+        for name, limits in _LIMITS.items():
+            if getattr(self, name) is not None or name not in ("seed", "logprobs"):
+                self._set_number(name, *limits)
         if self.top_p == 0:
             raise ConfigurationError("top_p must be above 0, got 0")
-        self._set_float("min_p", 0.0, 1.0)
-        self._set_float("presence_penalty", -2.0, 2.0)
-        self._set_float("frequency_penalty", -2.0, 2.0)
-        self._set_float("repetition_penalty", 0.01, 100.0)
-        if self.seed is not None:
-            self._set_int("seed", -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            self._set_int("logprobs", 0, MAX_LOGPROBS)
+        self._set_number("min_tokens", 0, self.max_tokens)
         if not isinstance(self.ignore_eos, bool):
             raise ConfigurationError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -106,23 +100,14 @@ class SamplingParams:
         """Whether a token's logit depends on the tokens before it."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
-    def _set_int(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not _is_int(value) or not low <= value <= high:
-            raise ConfigurationError(f"{name} must be an integer in {low}..{high}, got {_shown(value)}")
-        object.__setattr__(self, name, int(value))
-
-    def _set_float(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        # The comparison comes first: an integer too large for a float is out of range, not an OverflowError.
-        if not is_number or not low <= value <= high or not math.isfinite(value):
-            raise ConfigurationError(f"{name} must be a number in {low:g}..{high:g}, got {_shown(value)}")
-        object.__setattr__(self, name, float(value))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    def _set_number(self, name: str, low: float, high: float) -> None:
+        value, kind = getattr(self, name), type(low)
+        is_kind = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        # Compared before converted: an integer too large for a float is out of range. NaN is in no range.
+        if not is_kind or not low <= value <= high:
+            limits = f"an integer in {low}..{high}" if kind is int else f"a number in {low:g}..{high:g}"
+            raise ConfigurationError(f"{name} must be {limits}, got {_shown(value)}")
+        object.__setattr__(self, name, kind(value))
 
 
 def _shown(value: Any) -> str:
@@ -144,12 +129,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+def _token_ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
-        raise ConfigurationError(f"{name} must be a list of token ids, got {_shown(ids)}")
+        raise ConfigurationError(f"stop_token_ids must be a list of token ids, got {_shown(ids)}")
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise ConfigurationError(f"{name} must hold at most {MAX_STOP_TOKEN_IDS} token ids, got {len(ids)}")
+        raise ConfigurationError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} token ids, got {len(ids)}")
     for token in ids:
-        if not _is_int(token) or not 0 <= token <= _INT32_MAX:
-            raise ConfigurationError(f"{name} must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token <= _INT32_MAX:
+            raise ConfigurationError(f"stop_token_ids must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")
     return tuple(int(token) for token in ids)

@@ -1,4 +1,4 @@
-"""When a request ends, and what text leaves it: stop tokens, stop strings, lengths."""
+"""When a request ends, what text leaves it, and what it gives back: stop tokens, stop strings, lengths."""
 
 from __future__ import annotations
 
@@ -29,6 +29,45 @@ class TextDelta:
     stop_reason: str | int | None = None
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one place of the output, before penalties, temperature and filters.
+
+    Attributes:
+        logprob: of the token that was drawn.
+        top: the most likely tokens as `(token id, log probability)`, most likely first; as many as `logprobs` asked
+            for. The drawn token is among them only if it is one of these.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One finished request.
+
+    Attributes:
+        index: place of its prompt among the prompts of the call, from 0.
+        request_id: its number in the engine.
+        text: of the output, without the stop string or stop token that ended it; empty without a tokenizer.
+        token_ids: of the output, the last one included, whatever ended it.
+        rank: the data-parallel rank that ran it.
+        finish_reason: `"stop"`, `"length"` or `"abort"`.
+        logprobs: one entry per token; None if `SamplingParams.logprobs` was None.
+        stop_reason: the stop string or token of `stop_token_ids` that ended it; None for any other end.
+    """
+
+    index: int
+    request_id: int
+    text: str
+    token_ids: tuple[int, ...]
+    rank: int
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    stop_reason: str | int | None = None
+
+
 class StopChecker:
     """Follows one request on the host: tokens in, text and the end out.
 
@@ -54,11 +93,7 @@ class StopChecker:
     """
 
     def __init__(
-        self,
-        params: SamplingParams,
-        *,
-        eos_token_ids: Collection[int] = (),
-        detokenizer: Detokenizer | None = None,
+        self, params: SamplingParams, *, eos_token_ids: Collection[int] = (), detokenizer: Detokenizer | None = None
     ) -> None:
         if params.stop_strings and detokenizer is None:
             raise ConfigurationError(f"stop={params.stop_strings} needs a tokenizer, and there is none")
@@ -113,11 +148,8 @@ class StopChecker:
         return text
 
     def _completes_with_open_text(self) -> bool:
-        return (
-            bool(self._params.stop_strings)
-            and self._stream is not None
-            and self._matcher.would_match(self._stream.open_text())
-        )
+        stream = self._stream if self._params.stop_strings else None
+        return stream is not None and self._matcher.would_match(stream.open_text())
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None, text: str = "") -> TextDelta:
         self.finish_reason, self.stop_reason = reason, stop_reason
@@ -140,7 +172,8 @@ class _StopMatcher:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = [(string, _borders(string)) for string in dict.fromkeys(strings)]
+        self._strings = list(dict.fromkeys(strings))
+        self._borders = [_borders(string) for string in self._strings]
         self._first_characters = frozenset(string[0] for string in strings)
         self._states = [0] * len(self._strings)
         self.found = False
@@ -148,30 +181,25 @@ class _StopMatcher:
     def push(self, text: str, *, ignore: bool = False) -> tuple[str, str | None]:
         """Return the text that may leave, and the string that was found, if any; then nothing follows.
 
-        Args:
-            text: what comes next.
-            ignore: strings that complete in `text` are text like any other.
+        With `ignore`, strings that complete in `text` are text like any other.
         """
         if not any(self._states) and self._first_characters.isdisjoint(text):
             return text, None
         waited = self.rest()
-        for place, character in enumerate(text, start=1):
+        whole = waited + text
+        for place, character in enumerate(text, start=len(waited) + 1):
             self._states = [
                 _advance(string, borders, state, character)
-                for (string, borders), state in zip(self._strings, self._states, strict=True)
+                for string, borders, state in zip(self._strings, self._borders, self._states, strict=True)
             ]
-            complete = [
-                string for (string, _), state in zip(self._strings, self._states, strict=True) if state == len(string)
-            ]
+            complete = [i for i, string in enumerate(self._strings) if self._states[i] == len(string)]
             if complete and not ignore:
-                longest = max(complete, key=len)
+                longest = max((self._strings[i] for i in complete), key=len)
                 self.found = True
-                return _joined(waited, text, len(waited) + place - len(longest)), longest
-            for index, (string, borders) in enumerate(self._strings):
-                if self._states[index] == len(string):
-                    # Complete and ignored: its longest border may still be the beginning of the next one.
-                    self._states[index] = borders[-1]
-        return _joined(waited, text, len(waited) + len(text) - max(self._states)), None
+                return whole[: place - len(longest)], longest
+            for i in complete:  # ignored: its longest border may still be the beginning of the next one
+                self._states[i] = self._borders[i][-1]
+        return whole[: len(whole) - max(self._states)], None
 
     def would_match(self, text: str) -> bool:
         """Return whether a string completes if `text` comes next; nothing changes."""
@@ -182,14 +210,8 @@ class _StopMatcher:
 
     def rest(self) -> str:
         """Return the text that waits."""
-        waiting = ((string, state) for (string, _), state in zip(self._strings, self._states, strict=True))
-        string, state = max(waiting, key=lambda pair: pair[1], default=("", 0))
-        return string[:state]
-
-
-def _joined(waited: str, text: str, length: int) -> str:
-    """Return the first `length` characters of `waited + text`."""
-    return waited[:length] + text[: max(0, length - len(waited))]
+        waiting = (string[:state] for string, state in zip(self._strings, self._states, strict=True))
+        return max(waiting, key=len, default="")
 
 
 def _borders(string: str) -> list[int]:

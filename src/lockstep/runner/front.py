@@ -10,9 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lockstep.engine.outputs import RequestOutput
 from lockstep.engine.sampling_params import SamplingParams
-from lockstep.engine.stopping import TextDelta
+from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.rank_loop import add_message
 from lockstep.runner.rank_processes import ECHOES_S, Ranks, error_of, first_cause, is_echo

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lockstep.engine.outputs import RequestOutput, TokenLogprobs
 from lockstep.engine.sampling_params import SamplingParams
-from lockstep.engine.stopping import StopChecker, TextDelta
+from lockstep.engine.stopping import RequestOutput, StopChecker, TextDelta, TokenLogprobs
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.workload.policies import LoadBalancer, SchedulerState
