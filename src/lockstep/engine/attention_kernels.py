@@ -72,8 +72,9 @@ def _attend_tile(
     value_dims = tl.arange(0, VALUE_PAD)[None, :]
     if MASKED:
         k = tl.load(key_pages + key_at[:, None] + dims, seen_keys[:, None] & (dims < HEAD_DIM), other=0.0)
-        v_seen = seen_keys[:, None] & (value_dims < VALUE_DIM)
-        v = tl.load(value_pages + value_at[:, None] + value_dims, v_seen, other=0.0)
+        v = tl.load(
+            value_pages + value_at[:, None] + value_dims, seen_keys[:, None] & (value_dims < VALUE_DIM), other=0.0
+        )
     else:
         if HEAD_DIM == HEAD_PAD:
             k = tl.load(key_pages + key_at[:, None] + dims)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lockstep.engine import decoder_kernels as kernels
 from lockstep.engine.attention import AttentionOptions
@@ -35,11 +36,11 @@ class _Layer:
     index: int
     input_norm: Any
     post_norm: Any
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
     output: torch.nn.Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     norm_eps: float
     num_heads: int
     options: AttentionOptions
@@ -92,34 +93,29 @@ class FusedDecoder:
         return decoder
 
     @torch.no_grad()
-    def __call__(self, rows: Rows) -> torch.Tensor:
+    def __call__(self, rows: Rows) -> Tensor:
         """Run one pass; return the logits of `rows.sampled`, `[num_sampled, vocabulary]`."""
         hidden = self._base.embed_tokens(rows.ids)
         cos, sin = self._base.rotary_emb(hidden[None], position_ids=rows.positions[None])
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        residual: torch.Tensor | None = None
+        residual: Tensor | None = None
         for layer in self._layers:
             hidden, residual = self._run(layer, hidden, residual, cos, sin, rows)
         if rows.sampled is not None:
             hidden, residual = hidden[rows.sampled], residual[rows.sampled] if residual is not None else None
-        norm = self._base.norm
-        normed, _ = kernels.add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
-        logits: torch.Tensor = self._model.lm_head(normed)
+        return self._head(hidden, residual)
+
+    def _head(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        """Logits of the last layer's rows."""
+        logits: Tensor = self._model.lm_head(_add_norm(hidden, residual, self._base.norm)[0])
         return logits
 
     def _run(
-        self,
-        layer: _Layer,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: _Layer, hidden: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
         """Run one layer; its last addition is left to the next one's norm."""
         cache = self._cache
-        norm = layer.input_norm
-        normed, residual = kernels.add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
+        normed, residual = _add_norm(hidden, residual, layer.input_norm)
         qkv = torch.nn.functional.linear(normed, layer.qkv_weight, layer.qkv_bias)
         key_pages, value_pages = cache.key_pages[layer.index], cache.value_pages[layer.index]
         query = kernels.rope_and_write(
@@ -128,8 +124,7 @@ class FusedDecoder:
         )  # fmt: skip
         attended = attend(query, layer.index, rows, cache, layer.options)
         hidden = layer.output(attended.flatten(1))
-        norm = layer.post_norm
-        normed, residual = kernels.add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
+        normed, residual = _add_norm(hidden, residual, layer.post_norm)
         if layer.router is None:
             return layer.mlp(normed[None])[0], residual
         logits = torch.nn.functional.linear(normed, layer.router.weight)
@@ -164,15 +159,11 @@ class FusedDecoder:
                 if layer.router is not None:
                     _try_router(layer, hidden)
         table[0, 0] = kept
-        scale = base.embed_tokens(places[:1]) - base.embed_tokens.weight[:1]
-        if scale.abs().max() > 0:
+        embedded = base.embed_tokens(places[:1])
+        if (embedded - base.embed_tokens.weight[:1]).abs().max() > 0:
             raise _Unknown("embeddings are scaled")
         # Nothing between the last norm and the logits but the head: compared on a pass without layers.
-        first = self._own_logits(places[:1])
-        embedded = base.embed_tokens(places[:1])
-        norm = base.norm
-        normed, _ = kernels.add_rms_norm(embedded, None, norm.weight, norm.variance_epsilon)
-        second = self._model.lm_head(normed)
+        first, second = self._own_logits(places[:1]), self._head(embedded, None)
         if not float((first - second).float().norm() / first.float().norm()) < _TOLERANCE[dtype]:
             raise _Unknown("logits are scaled or capped")
 
@@ -180,25 +171,28 @@ class FusedDecoder:
         """Let the modules' projections be views of the joined ones, so that nothing is held twice."""
         for layer in self._layers:
             attention = self._base.layers[layer.index].self_attn
-            start = 0
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-                stop = start + part.out_features
-                part.weight.data = layer.qkv_weight[start:stop]
-                if layer.qkv_bias is not None:
-                    part.bias.data = layer.qkv_bias[start:stop]
-                start = stop
+            parts = attention.q_proj, attention.k_proj, attention.v_proj
+            sizes = [part.out_features for part in parts]
+            for part, weight in zip(parts, layer.qkv_weight.split(sizes), strict=True):
+                part.weight.data = weight
+            if layer.qkv_bias is not None:
+                for part, bias in zip(parts, layer.qkv_bias.split(sizes), strict=True):
+                    part.bias.data = bias
 
-    def _own_logits(self, ids: torch.Tensor) -> torch.Tensor:
+    def _own_logits(self, ids: Tensor) -> Tensor:
         """Logits of the model's own forward pass with its layers taken out."""
         base = self._base
-        layers, base.layers = base.layers, torch.nn.ModuleList()
-        number = base.config.num_hidden_layers
-        base.config.num_hidden_layers = 0
+        layers, number = base.layers, base.config.num_hidden_layers
+        base.layers, base.config.num_hidden_layers = torch.nn.ModuleList(), 0
         try:
-            logits: torch.Tensor = type(self._model).forward(self._model, input_ids=ids[None], use_cache=False).logits
+            logits: Tensor = type(self._model).forward(self._model, input_ids=ids[None], use_cache=False).logits
         finally:
             base.layers, base.config.num_hidden_layers = layers, number
         return logits[0]
+
+
+def _add_norm(hidden: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    return kernels.add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
 
 
 def _is_norm(module: Any) -> bool:
@@ -206,28 +200,27 @@ def _is_norm(module: Any) -> bool:
 
 
 def _take_apart(layer: Any, index: int) -> _Layer:
-    attention = layer.self_attn
-    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    attention, head_dim = layer.self_attn, layer.self_attn.head_dim
+    projections = *inputs, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    q_norm: Any = getattr(attention, "q_norm", None)
+    k_norm: Any = getattr(attention, "k_norm", None)
+    head_norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    biases = [part.bias for part in inputs if part.bias is not None]
+    problem = None
     if any(type(part) is not torch.nn.Linear for part in projections):
-        raise _Unknown(f"projections of layer {index} are no plain matrices")
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    q_norm: Any
-    k_norm: Any
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    if (q_norm is None) != (k_norm is None):
-        raise _Unknown(f"layer {index} norms queries or keys only")
-    norms += [norm for norm in (q_norm, k_norm) if norm is not None]
-    if not all(_is_norm(norm) for norm in norms):
-        raise _Unknown(f"layer {index} has norms of another formula")
-    head_dim = attention.head_dim
-    if q_norm is not None and (len(q_norm.weight) != head_dim or q_norm.variance_epsilon != k_norm.variance_epsilon):
-        raise _Unknown(f"layer {index} norms queries over other than one head")
-    if head_dim % 2 or getattr(attention, "sinks", None) is not None:
-        raise _Unknown(f"layer {index} has attention of another kind")
-    q_proj, k_proj, v_proj, o_proj = projections
-    biases = [part.bias for part in (q_proj, k_proj, v_proj)]
-    if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
-        raise _Unknown(f"layer {index} has a bias on some projections only")
+        problem = "has projections that are no plain matrices"
+    elif len(biases) not in (0, 3):
+        problem = "has a bias on some projections only"
+    elif len(head_norms) == 1:
+        problem = "norms queries or keys only"
+    elif not all(_is_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm, *head_norms)):
+        problem = "has norms of another formula"
+    elif head_norms and (len(q_norm.weight) != head_dim or q_norm.variance_epsilon != k_norm.variance_epsilon):
+        problem = "norms queries over other than one head"
+    elif head_dim % 2 or getattr(attention, "sinks", None) is not None:
+        problem = "has attention of another kind"
+    if problem is not None:
+        raise _Unknown(f"layer {index} {problem}")
     router: Any = getattr(layer.mlp, "gate", None) if getattr(layer.mlp, "experts", None) is not None else None
     known = router is not None and set(dict(layer.mlp.named_children())) == {"gate", "experts"}
     known = known and set(dict(router.named_parameters())) == {"weight"} and getattr(router, "top_k", None) is not None
@@ -235,13 +228,13 @@ def _take_apart(layer: Any, index: int) -> _Layer:
         index=index,
         input_norm=layer.input_layernorm,
         post_norm=layer.post_attention_layernorm,
-        qkv_weight=torch.cat([part.weight.detach() for part in (q_proj, k_proj, v_proj)]),
-        qkv_bias=None if biases[0] is None else torch.cat([bias.detach() for bias in biases]),
-        output=o_proj,
-        q_norm=None if q_norm is None else q_norm.weight,
-        k_norm=None if k_norm is None else k_norm.weight,
-        norm_eps=0.0 if q_norm is None or k_norm is None else q_norm.variance_epsilon,
-        num_heads=q_proj.out_features // head_dim,
+        qkv_weight=torch.cat([part.weight.detach() for part in inputs]),
+        qkv_bias=torch.cat([bias.detach() for bias in biases]) if biases else None,
+        output=output,
+        q_norm=q_norm.weight if head_norms else None,
+        k_norm=k_norm.weight if head_norms else None,
+        norm_eps=q_norm.variance_epsilon if head_norms else 0.0,
+        num_heads=attention.q_proj.out_features // head_dim,
         options=AttentionOptions(scaling=attention.scaling, sliding_window=getattr(attention, "sliding_window", None)),
         mlp=layer.mlp,
         router=router if known else None,
@@ -251,7 +244,7 @@ def _take_apart(layer: Any, index: int) -> _Layer:
     )
 
 
-def _try_router(layer: _Layer, hidden: torch.Tensor) -> None:
+def _try_router(layer: _Layer, hidden: Tensor) -> None:
     logits = torch.nn.functional.linear(hidden, layer.router.weight)
     ids, weights = kernels.route(logits, layer.top_k, layer.renormalize)
     outputs = layer.router(hidden)
@@ -267,6 +260,6 @@ def _try_router(layer: _Layer, hidden: torch.Tensor) -> None:
         raise _Unknown(f"the router of layer {layer.index} chooses otherwise")
 
 
-def _sum_of_weights(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _sum_of_weights(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Stands in for experts: shows what they were called with, but for the experts' numbers."""
     return (rows.float() * weights.float().sum(-1, keepdim=True)).to(rows.dtype)

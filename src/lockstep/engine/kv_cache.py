@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,15 +16,8 @@ from lockstep.workload.kv_pages import PageKey
 _FIRST_PAGES = 32  # of a cache that grows
 
 
-@dataclass(frozen=True)
-class KVShape:
-    """What one layer keeps of a token.
-
-    Attributes:
-        num_kv_heads: heads of keys and values.
-        head_dim: values of a key per head.
-        value_dim: values of a value per head.
-    """
+class KVShape(NamedTuple):
+    """What one layer keeps of a token: heads, and the width of a head's key and of its value."""
 
     num_kv_heads: int
     head_dim: int
@@ -77,30 +71,23 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        shapes: Sequence[KVShape],
-        num_pages: int | None,
-        max_num_seqs: int,
-        max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+        self, shapes: Sequence[KVShape], num_pages: int | None, max_num_seqs: int, max_model_len: int,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
         if num_pages is not None and num_pages < 1:
             raise ConfigurationError(f"the KV cache needs at least 1 page of {PAGE_SIZE} tokens, got {num_pages}")
         self._grows = num_pages is None
-        num_pages = num_pages or _FIRST_PAGES
-        # Zeros, not garbage: a NaN in a value that no row may see would still spoil a product with a weight of 0.
-        self.key_pages = [
-            torch.zeros(num_pages, PAGE_SIZE, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes
-        ]
-        self.value_pages = [
-            torch.zeros(num_pages, PAGE_SIZE, s.num_kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes
-        ]
-        width = -(-max_model_len // PAGE_SIZE)
-        self.num_pages = num_pages
-        self.block_table = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=device)
-        self._width = width
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.num_pages = num_pages or _FIRST_PAGES
+
+        def pages(num_kv_heads: int, dim: int) -> torch.Tensor:
+            # Zeros, not garbage: a NaN in a value that no row may see would still spoil a product with a weight of 0.
+            return torch.zeros(self.num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
+
+        self.key_pages = [pages(shape.num_kv_heads, shape.head_dim) for shape in shapes]
+        self.value_pages = [pages(shape.num_kv_heads, shape.value_dim) for shape in shapes]
+        self._width = -(-max_model_len // PAGE_SIZE)
+        self.block_table = torch.zeros(max_num_seqs, self._width, dtype=torch.int32, device=device)
+        self._free = list(range(self.num_pages - 1, -1, -1))
         self._pages: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self._known: dict[PageKey, _KnownPage] = {}
         self._known_pages: dict[int, _KnownPage] = {}  # the same by page
@@ -126,7 +113,7 @@ class KVCache:
         for index in range(len(pages), -(-num_tokens // PAGE_SIZE)):
             if not self._free and self._grows:
                 self._double()
-            if not self._free:
+            elif not self._free:
                 raise ConfigurationError(
                     f"row {row} needs page {index + 1} for {num_tokens} tokens, but all {self.num_pages} are in use"
                 )

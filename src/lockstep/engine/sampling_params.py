@@ -135,6 +135,6 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise ConfigurationError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} token ids, got {len(ids)}")
     for token in ids:
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token <= _INT32_MAX:
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= _INT32_MAX:
             raise ConfigurationError(f"stop_token_ids must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")
     return tuple(int(token) for token in ids)

@@ -70,8 +70,7 @@ class Detokenizer:
         self._is_byte_level = decoders == ["ByteLevel"]
         self._has_byte_fallback = "ByteFallback" in decoders
         self._bytes: dict[int, bytes] = {}
-        self._is_byte: dict[int, bool] = {}
-        self._has_text: dict[int, bool] = {}
+        self._known: dict[int, tuple[bool, bool]] = {}
 
     def stream(self) -> TextStream:
         """Return a stream for one request."""
@@ -79,11 +78,11 @@ class Detokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Return whether decoding looks at a token at all: not at special ones, nor at ids that no token has."""
-        known = self._has_text.get(token_id)
-        if known is None:
-            unknown = self._is_fast and self._tokenizer.id_to_token(token_id) is None
-            known = self._has_text[token_id] = token_id not in self._special_ids and not unknown
-        return known
+        return self._traits(token_id)[0]
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Return whether a token stands for one byte of a run, as `<0xE2>` does."""
+        return self._traits(token_id)[1]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token adds to the middle of a text, in UTF-8; nothing for a special token or an unknown id.
@@ -95,6 +94,14 @@ class Detokenizer:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
+    def _traits(self, token_id: int) -> tuple[bool, bool]:
+        known = self._known.get(token_id)
+        if known is None:
+            token = self._tokenizer.id_to_token(token_id) if self._is_fast else ""
+            is_byte = self._has_byte_fallback and token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+            known = self._known[token_id] = (token is not None and token_id not in self._special_ids, is_byte)
+        return known
+
     def _find_bytes(self, token_id: int) -> bytes:
         if not self.has_text(token_id):
             return b""
@@ -104,16 +111,6 @@ class Detokenizer:
             return bytes([int(self._tokenizer.id_to_token(token_id)[3:5], 16)])
         # Twice, since the start of a text may lose a space that its middle has.
         return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
-
-    def is_byte_token(self, token_id: int) -> bool:
-        """Return whether a token stands for one byte of a run, as `<0xE2>` does."""
-        if not self._has_byte_fallback:
-            return False
-        known = self._is_byte.get(token_id)
-        if known is None:
-            token = self._tokenizer.id_to_token(token_id)
-            known = self._is_byte[token_id] = token is not None and _BYTE_TOKEN.fullmatch(token) is not None
-        return known
 
     @property
     def marks_incomplete(self) -> bool:
