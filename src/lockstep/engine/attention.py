@@ -43,17 +43,11 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Memory for pieces of rows, kept from call to call. Calls that share one must be on the same stream.
+    """Memory for pieces of rows, kept from call to call. Calls that share one must be on the same stream."""
 
-    Attributes:
-        partials: unnormalised sums of values, float32.
-        stats: their largest score and sum of weights, float32.
-        arrivals: pieces that have arrived, per row and key head, int32; zeros between calls.
-    """
-
-    partials: Tensor
-    stats: Tensor
-    arrivals: Tensor
+    partials: Tensor  # unnormalised sums of values, float32
+    stats: Tensor  # their largest score and sum of weights, float32
+    arrivals: Tensor  # pieces that have arrived, per row and key head, int32; zeros between calls
 
 
 def decode_workspace(

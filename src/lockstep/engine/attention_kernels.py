@@ -395,21 +395,13 @@ def prompt_kernel(
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How the decode kernel is cut.
+    """How the decode kernel is cut."""
 
-    Attributes:
-        tile: keys per step of a program; divides the page size.
-        stages: tiles in flight per program, plus one.
-        num_warps: per program.
-        programs_per_sm: programs that share a multiprocessor; the grid is at most that many times their number.
-        max_pieces: most pieces of a row, about. More fill the machine with one long row, and are more to merge.
-    """
-
-    tile: int = 64
-    stages: int = 4
+    tile: int = 64  # keys per step of a program; divides the page size
+    stages: int = 4  # tiles in flight per program, plus one
     num_warps: int = 4
-    programs_per_sm: int = 2
-    max_pieces: int = 32
+    programs_per_sm: int = 2  # programs that share a multiprocessor; the grid is at most that many times their number
+    max_pieces: int = 32  # of a row, about. More fill the machine with one long row, and are more to merge
 
 
 @dataclass(frozen=True)

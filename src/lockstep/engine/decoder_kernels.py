@@ -182,15 +182,11 @@ def route_kernel(
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts by softmax and top-k.
-
-    Args:
-        logits: of the router, `[num_rows, num_experts]`, contiguous.
-        top_k: experts per row.
-        renormalize: make the chosen weights of a row sum to 1.
+    """Choose experts by softmax and top-k, `logits` being `[num_rows, num_experts]`, contiguous.
 
     Returns:
-        Experts, `[num_rows, top_k]` int32, and weights rounded to the dtype of `logits`, `[num_rows, top_k]` float32.
+        Experts, `[num_rows, top_k]` int32, and weights rounded to the dtype of `logits`, `[num_rows, top_k]` float32;
+        those of a row sum to 1 if `renormalize`.
     """
     num_rows, num_experts = logits.shape
     ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)

@@ -30,17 +30,9 @@ T = TypeVar("T")
 
 @dataclass
 class HostRows:
-    """A step's rows as plain integers; those that generate come first.
+    """A step's rows as plain integers, as in `Rows`, and its `prompts`, `cu_rows` and `lengths`, as in `Prompts`.
 
-    Attributes:
-        num_decode: rows that generate.
-        ids: token of each row; -1 for the one that its request drew last.
-        positions: of the tokens in their requests.
-        row_seqs: row of the block table of each row.
-        sampled: rows from which a token is drawn.
-        prompts: row of the block table of each prompt.
-        cu_rows: where each prompt's rows begin, and their end.
-        lengths: tokens of each prompt that are in pages after the step.
+    A token of -1 is the one that the row's request drew last.
     """
 
     num_decode: int
@@ -130,7 +122,7 @@ class EngineGraphs:
         Args:
             row_seqs: row of the block table of each row.
             positions: of the rows' tokens.
-            step: that they belong to; its `captures` is true.
+            step: one whose `captures` is true.
 
         Returns:
             Logits of the rows, `[num_rows, vocabulary]`, valid until the next replay; None without rows. And on the
@@ -150,14 +142,8 @@ class EngineGraphs:
     def run_mixed(self, host: HostRows, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
         """Replay the smallest graph that a step with prompts fits into, captured now if there is none yet.
 
-        Args:
-            host: the rows.
-            step: that they belong to; its `captures` is true.
-
         Returns:
-            Logits of the sampled rows, `[num_sampled, vocabulary]`, valid until the next replay; the rows of the block
-            table that they belong to, int32; and the positions of the tokens to be drawn, int32. None for rows that no
-            graph has room for, or where the capture failed.
+            As from `run`, for the sampled rows. None for rows that no graph has room for, or where the capture failed.
         """
         num_rows, num_prompts = len(host.ids), len(host.prompts)
         size = next((size for size in self._mixed_sizes if size >= num_rows), None)

@@ -447,11 +447,8 @@ def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
 def _draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """Return the place of the drawn token among weights in descending order, `[rows]`.
 
-    Args:
-        weights: `[rows, tokens]` int64, descending; each row's sum below 2**52.
-        draws: `[rows]` float64 in `[0, 1)`.
-        top_p: `[rows]` float64: the smallest prefix with this share of the first `top_k` weights is kept.
-        top_k: `[rows]` int64, >= 1.
+    Weights are `[rows, tokens]` int64, each row's sum below 2**52, draws in `[0, 1)`. The smallest prefix that has the
+    share `top_p` of the first `top_k` weights is kept.
     """
     last = weights.shape[1] - 1
     sums = weights.cumsum(-1)
@@ -464,10 +461,7 @@ def _draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tens
 def _draw_from_blocks(weights: Tensor, draws: Tensor, scale: float) -> Tensor:
     """Return the drawn token of weights in the vocabulary's order, `[rows]`: first its block, then its place there.
 
-    Args:
-        weights: `[rows, tokens]` float32 in 0..1.
-        draws: `[rows]` float64 in `[0, 1)`.
-        scale: what a weight of 1 counts as an integer.
+    Weights are `[rows, tokens]` float32 in 0..1; a weight of 1 counts as the integer `scale`.
     """
     num_rows, num_tokens = weights.shape
     num_blocks = -(-num_tokens // _BLOCK)
