@@ -91,7 +91,7 @@ def test_kernels_are_loaded_with_rows_of_the_kind_that_steps_bring(monkeypatch, 
 
 
 def test_fp8_is_refused_where_rows_cannot_be_sent_so():
-    with pytest.raises(ConfigurationError, match="fp8_dispatch needs dispatcher 'nvlink', got 'allgather'"):
+    with pytest.raises(ConfigurationError, match="fp8_dispatch needs dispatcher 'nvlink', got 'auto'"):
         lockstep.from_pretrained("nowhere", fp8_dispatch=True)
 
 
