@@ -145,9 +145,11 @@ def test_no_two_test_files_have_one_name():
 
 MAX_FILE_LINES, MAX_BODY_LINES, MAX_KERNEL_LINES = 450, 80, 130
 STILL_TOO_LONG = {
-    "cli.py", "engine/attention.py", "engine/attention_kernels.py", "engine/rank_engine.py",
-    "engine/sampling.py", "integrations/vllm_exchange.py",
-}  # fmt: skip
+    "engine/attention_kernels.py",
+    "engine/rank_engine.py",
+    "engine/sampling.py",
+    "integrations/vllm_exchange.py",
+}
 STILL_TOO_LONG_BODIES: set[str] = set()
 
 
