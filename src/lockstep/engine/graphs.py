@@ -178,7 +178,7 @@ class EngineGraphs:
         return _MixedGraph(graph, inputs, *outputs)
 
     def _mixed_lengths(self, size: int) -> list[int]:
-        """Numbers of the parts of a mixed step's inputs: counts, then what `HostRows` has, in its order."""
+        """Lengths of a mixed step's inputs: 2 counts, ids, positions, row_seqs, prompts, cu_rows, lengths, sampled."""
         most = self._max_rows
         return [2, size, size, size, most, most + 1, most, min(size, most)]
 
