@@ -43,30 +43,21 @@ class Coordinator:
     """
 
     def __init__(
-        self,
-        process_group: "dist.ProcessGroup | None" = None,
-        *,
-        transport: Transport | None = None,
-        rank: int | None = None,
-        tensor_parallel_size: int = 1,
-        deadline_s: float = 30.0,
-        fingerprint: int = 0,
-        epoch: int = 0,
-        peers: Peers | None = None,
-    ) -> None:
-        if transport is None and process_group is None:
-            raise ConfigurationError("a coordinator needs a process group or a transport")
+        self, process_group: "dist.ProcessGroup | None" = None, *, transport: Transport | None = None,
+        rank: int | None = None, tensor_parallel_size: int = 1, deadline_s: float = 30.0, fingerprint: int = 0,
+        epoch: int = 0, peers: Peers | None = None,
+    ) -> None:  # fmt: skip
         if not deadline_s > 0:
             raise ConfigurationError(f"deadline_s must be > 0, got {deadline_s}")
         if not 0 <= fingerprint < 2**32:
             raise ConfigurationError(f"fingerprint must be in 0..2**32-1, got {fingerprint}")
+        if process_group is not None:
+            transport = transport or ProcessGroupTransport(process_group)
+            rank = process_group.rank() if rank is None else rank
         if transport is None:
-            assert process_group is not None
-            transport = ProcessGroupTransport(process_group)
+            raise ConfigurationError("a coordinator needs a process group or a transport")
         if rank is None:
-            if process_group is None:
-                raise ConfigurationError("a coordinator over a bare transport must be told its rank")
-            rank = process_group.rank()
+            raise ConfigurationError("a coordinator over a bare transport must be told its rank")
         if tensor_parallel_size < 1 or transport.num_ranks % tensor_parallel_size:
             raise ConfigurationError(
                 f"tensor_parallel_size must divide the {transport.num_ranks} ranks, got {tensor_parallel_size}"
@@ -96,7 +87,7 @@ class Coordinator:
         return self.transport.can_watch
 
     def wanted(self) -> bool:
-        """Return whether another rank has begun an agreement that this one has not; False where that is not known."""
+        """See `Transport`."""
         return self.transport.wanted()
 
     def agree(self, record: StepRecord) -> StepDecision:

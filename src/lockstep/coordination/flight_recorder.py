@@ -54,16 +54,10 @@ _LAYER_BITS, _STEP_BITS = 16, 40
 class FlightRecorder:
     """A ring of what this rank did last: nothing is sent anywhere, and nobody is asked.
 
-    Args:
-        rank: this rank.
-        num_ranks: all ranks.
-        epoch: of the groups; in the file's name.
-        process: this rank's number in the whole start, which messages use; its rank by default.
-        capacity: entries kept.
+    `process` is this rank's number in the whole start, which messages use; its rank by default.
 
     Attributes:
-        step: number of the present step.
-        phase, layer: where in it this rank is.
+        step, phase, layer: where this rank is.
         fingerprint: hash of all collectives noted so far.
     """
 
@@ -82,13 +76,7 @@ class FlightRecorder:
         self._file: Path | None = None
 
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> int:
-        """Enter a phase of the present step and return the time of it, in ns of the monotonic clock.
-
-        Args:
-            phase: which.
-            layer: number of the MoE layer, from 0; -1 outside of one.
-            detail: integers or short text.
-        """
+        """Enter a phase of the present step and return the time of it, in ns of the monotonic clock."""
         now = time.monotonic_ns()
         self.phase, self.layer = phase, layer
         self._ring.append((now, self.step, phase, layer, detail))
@@ -119,11 +107,7 @@ class FlightRecorder:
         return _SAID_AS[self.phase].format(step=self.step, layer=self.layer)
 
     def write_file(self, reason: str) -> Path | None:
-        """Write the ring, and where each thread of this process stands, to a file; once per recorder.
-
-        Returns:
-            Its path, None if it could not be written.
-        """
+        """Write the ring, and where each thread stands, to a file, once; return its path, None if that failed."""
         if self._file is not None:
             return self._file
         header = {
@@ -135,9 +119,8 @@ class FlightRecorder:
             names.get(ident, str(ident)): traceback.format_stack(frame)[-12:]
             for ident, frame in sys._current_frames().items()
         }
-        entries = [
-            dict(zip(("ns", "step", "phase", "layer", "detail"), entry, strict=True)) for entry in list(self._ring)
-        ]
+        keys = ("ns", "step", "phase", "layer", "detail")
+        entries = [dict(zip(keys, entry, strict=True)) for entry in list(self._ring)]
         try:
             folder = os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
             # A name that nobody can foresee: the folder may be everyone's.

@@ -89,12 +89,7 @@ class Start:
         return next(_numbers.setdefault((self._identity, what), itertools.count()))
 
     def meeting_place(self, key: str, name: str) -> MeetingPlace:
-        """Return a place where the group's ranks meet.
-
-        Args:
-            key: of its own in the store.
-            name: what the ranks meet at, to stand after "did not enter".
-        """
+        """Return a place where the group's ranks meet: a key of its own in the store, and its `name` in messages."""
         return MeetingPlace(
             dist.PrefixStore(key, self.store), self.rank, len(self.processes),
             name=name, whereabouts=self.whereabouts, processes=self.processes,
@@ -106,13 +101,9 @@ def _whereabouts(store: dist.Store, rank: int) -> Whereabouts:
 
 
 def open_groups(
-    process_group: dist.ProcessGroup,
-    config: ParallelConfig,
-    device: torch.device,
-    deadline_s: float,
-    epoch: int,
+    process_group: dist.ProcessGroup, config: ParallelConfig, device: torch.device, deadline_s: float, epoch: int,
     start: Start,
-) -> Groups:
+) -> Groups:  # fmt: skip
     """Open groups of ranks that have just met, whose collectives wait `deadline_s` for any rank. Collective.
 
     Raises:
@@ -135,13 +126,9 @@ def open_groups(
 
 
 def _open(
-    what: str,
-    action: Callable[[float], Any],
-    ranks: Sequence[int],
-    device: torch.device,
-    deadline_s: float,
+    what: str, action: Callable[[float], Any], ranks: Sequence[int], device: torch.device, deadline_s: float,
     start: Start,
-) -> Any:
+) -> Any:  # fmt: skip
     """Run what opens groups of `ranks`, with its time-out in seconds; if it fails, say who was not there."""
     # All ranks have just met, but connecting takes some time, however short the deadline.
     timeout_s, place = max(deadline_s, _OPEN_S), f"opening {what}"
@@ -330,7 +317,7 @@ def own_device(device: torch.device | str | None) -> torch.device:
     if meant.index is not None:
         return meant
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.device("cuda", environment_number("LOCAL_RANK", 0, default=rank % torch.cuda.device_count()))
+    return torch.device("cuda", environment_number("LOCAL_RANK", 0, default=rank % max(1, torch.cuda.device_count())))
 
 
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:

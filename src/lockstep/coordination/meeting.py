@@ -34,15 +34,9 @@ class MeetingPlace:
     """
 
     def __init__(
-        self,
-        store: "dist.Store",
-        rank: int,
-        num_ranks: int,
-        *,
-        name: str = "join()",
-        whereabouts: Whereabouts | None = None,
-        processes: Sequence[int] | None = None,
-    ) -> None:
+        self, store: "dist.Store", rank: int, num_ranks: int, *, name: str = "join()",
+        whereabouts: Whereabouts | None = None, processes: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.num_ranks = num_ranks
         self.name = name

@@ -48,17 +48,9 @@ class Peers:
     """
 
     def __init__(
-        self,
-        rank: int,
-        num_ranks: int,
-        *,
-        board: Board | None = None,
-        store: "dist.Store | None" = None,
-        epoch: int = 0,
-        debug: bool = False,
-        capacity: int = 512,
-        processes: Sequence[int] | None = None,
-    ) -> None:
+        self, rank: int, num_ranks: int, *, board: Board | None = None, store: "dist.Store | None" = None,
+        epoch: int = 0, debug: bool = False, capacity: int = 512, processes: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.num_ranks = num_ranks
         self.processes = tuple(processes or range(num_ranks))
@@ -171,9 +163,8 @@ class Peers:
     def absent(self, waited_for: str, ranks: tuple[int, ...] = (), among: tuple[int, ...] = ()) -> LockstepError:
         """Return the error for a wait that did not end, naming who is missing and where each was last seen.
 
-        Where another rank has given up before, it is that rank's reason that counts.
-
-        The ring is written to a file, and the other ranks learn that this one has given up.
+        Where another rank has given up before, it is that rank's reason that counts. The ring is written to a file, and
+        the other ranks learn that this one has given up.
 
         Args:
             waited_for: what this rank waited for and how long.
@@ -199,10 +190,7 @@ class Peers:
     def give_up(self, kind: str, message: str, ranks: Sequence[int] = ()) -> None:
         """Tell the others that this rank's groups are not used again and why; the first reason counts.
 
-        Args:
-            kind: `absent`, `failed` or `mismatch`: which error the others raise.
-            message: for them.
-            ranks: the ranks that are to blame.
+        `kind` says which error the others raise: `absent`, `failed` or `mismatch`; `ranks` are to blame.
         """
         if self._said:
             return

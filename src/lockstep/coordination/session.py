@@ -43,13 +43,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        coordinator: Coordinator,
-        run_idle_step: Callable[[StepDecision], None],
-        *,
-        data_parallel_rank: int,
-        grace_s: float = 0.01,
-    ) -> None:
+        self, coordinator: Coordinator, run_idle_step: Callable[[StepDecision], None], *,
+        data_parallel_rank: int, grace_s: float = 0.01,
+    ) -> None:  # fmt: skip
         self.coordinator = coordinator
         self.error: BaseException | None = None
         self._run_idle_step = run_idle_step

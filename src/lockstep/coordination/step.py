@@ -74,9 +74,8 @@ class Said(NamedTuple):
         record_class = type(records[0])
         for rank, record in enumerate(records):
             if record.__class__ is not record_class:
-                raise RankMismatchError(
-                    f"rank {rank} sent a {type(record).__name__} where rank 0 sent a {record_class.__name__}"
-                )
+                sent = f"a {type(record).__name__} where rank 0 sent a {record_class.__name__}"
+                raise RankMismatchError(f"rank {rank} sent {sent}")
         return cls(record_class, tuple(zip(*map(fields_of(record_class).values_of, records), strict=True)))
 
     def column(self, name: str) -> tuple[int, ...]:
@@ -189,22 +188,17 @@ def decide(
         groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, num_ranks, tensor_parallel_size)]
         for number, group in enumerate(groups):
             if min(group) > 0 and len(set(group)) > 1:
-                members = range(number * tensor_parallel_size, (number + 1) * tensor_parallel_size)
-                first, last = (name_of(rank, names) for rank in (members[0], members[-1]))
-                raise RankMismatchError(
-                    f"the ranks of tensor-parallel group {number} share their requests but are about to run "
-                    f"{list(group)} rows (ranks {first} to {last})"
-                )
+                start = number * tensor_parallel_size
+                first, last = (name_of(rank, names) for rank in (start, start + tensor_parallel_size - 1))
+                sharers = f"the ranks of tensor-parallel group {number} share their requests"
+                rows = f"{list(group)} rows (ranks {first} to {last})"
+                raise RankMismatchError(f"{sharers} but are about to run {rows}")
         counts = tuple([min(group) for group in groups])
     return StepDecision(said, counts, values)
 
 
 def odd_ones_out(values: Sequence[Any], names: Sequence[int] | None = None) -> str:
     """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says.
-
-    Args:
-        values: what each rank says.
-        names: each rank's number for the text; by default its index.
 
     Example:
         >>> odd_ones_out([4, 5, 4])

@@ -4,6 +4,7 @@ import contextlib
 import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -50,9 +51,9 @@ class Transport(Protocol):
 
 
 class RanksMissing(TimeoutError):
-    """An exchange that did not end, with the ranks that have not sent anything, where that is known."""
+    """An exchange that did not end, with the ranks that have not sent anything."""
 
-    def __init__(self, message: str, ranks_missing: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, ranks_missing: tuple[int, ...]) -> None:
         super().__init__(message)
         self.ranks_missing = ranks_missing
 
@@ -84,11 +85,11 @@ class ProcessGroupTransport:
         return False
 
 
+@dataclass
 class _PendingAllGather:
-    def __init__(self, work: dist.Work, mine: torch.Tensor, everyones: torch.Tensor) -> None:
-        self._work = work
-        self._mine = mine  # kept: the transfer reads it until it is done
-        self._everyones = everyones
+    _work: dist.Work
+    _mine: torch.Tensor  # kept: the transfer reads it until it is done
+    _everyones: torch.Tensor
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
         wait_for(self._work, timeout_s, check)
@@ -102,10 +103,7 @@ class SharedMemoryTransport:
     all others carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has
     seen all others in the next, so nobody reads the old one any more.
 
-    Args:
-        board: shared by all ranks, which have registered.
-        rank: this rank.
-        lane: of the board; one for each kind of exchange that may be under way.
+    All ranks have registered on the board; each kind of exchange that may be under way has a lane of it.
     """
 
     can_watch = True
@@ -150,17 +148,13 @@ class _RecordShape:
         self.upper_halves = self.stamps * _MASK
 
 
+@dataclass(slots=True)
 class _PendingBoard:
-    __slots__ = ("_own_head", "_sequence", "_shape", "_stamped_head", "_transport")
-
-    def __init__(
-        self, transport: SharedMemoryTransport, shape: _RecordShape, sequence: int, head: bytes, stamped: bytes
-    ) -> None:
-        self._transport = transport
-        self._shape = shape
-        self._sequence = sequence
-        self._own_head = head
-        self._stamped_head = stamped
+    _transport: SharedMemoryTransport
+    _shape: _RecordShape
+    _sequence: int
+    _own_head: bytes
+    _stamped_head: bytes
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         received: Sequence[Wire] | None = self._take()
