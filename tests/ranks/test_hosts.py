@@ -6,6 +6,7 @@ are not allowed the tests skip themselves.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -16,7 +17,6 @@ import pytest
 
 from lockstep import cli
 from lockstep.models.tiny import make_tiny
-from lockstep.testing.ranks import ranks_context
 
 pytestmark = pytest.mark.ranks(4)
 HOSTS = (f"lockstep-{os.getpid()}-a", f"lockstep-{os.getpid()}-b")
@@ -65,7 +65,8 @@ def job(tmp_path_factory):
 
 def start(job, out, port, *more):
     """The ranks of the main job, two on each host, as torchrun would start them."""
-    processes = []
+    processes, context = [], multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "lockstep.models.huggingface"])
     for rank in range(4):
         environment = {
             "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "MASTER_ADDR": ADDRESSES[0],
@@ -75,7 +76,7 @@ def start(job, out, port, *more):
             "run", "--model", job / "tiny", "--workload", job / "prompts.jsonl", "--data-parallel-size", 4,
             "--out", job / out, "--json", *more,
         ]  # fmt: skip
-        process = ranks_context().Process(
+        process = context.Process(
             target=run_on_host,
             args=(HOSTS[rank // 2], environment, [str(part) for part in arguments], job / f"{out}-{rank}.log"),
         )

@@ -153,7 +153,7 @@ def test_verification_finds_a_changed_token(run_folder, tmp_path):
     lines = (out / "outputs.jsonl").read_text().splitlines()
     changed = json.loads(lines[3])
     changed["tokens"][-1] ^= 1
-    options = RunOptions(document["model"], document["workload"], str(tmp_path), dtype=document["dtype"])
+    options = RunOptions(document["model"], workload=document["workload"], out=str(tmp_path), dtype=document["dtype"])
     (tmp_path / "outputs.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
     found = verify(options)
     assert (found.verified, found.mismatches) == (False, 1)

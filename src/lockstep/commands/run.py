@@ -185,7 +185,8 @@ def _check_model_and_workload(options: RunOptions) -> None:
     if options.model == "tiny":
         return  # its byte tokenizer takes any prompt, and its context is checked by each rank
     from lockstep.runner.checkpoint_checks import check_config
-    from lockstep.runner.run import check_requests, load_requests, load_tokenizer
+    from lockstep.runner.ranks import load_tokenizer
+    from lockstep.runner.run import check_requests, load_requests
 
     _quiet_transformers()
     config = check_config(options.model)

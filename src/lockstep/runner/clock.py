@@ -61,21 +61,12 @@ class RunClock:
         self._elapsed_s = max(self.elapsed_s(), agreed_ms / 1000)
 
     def moment(self, run_s: float) -> float:
-        """Return the reading of the underlying clock at which the run was `run_s` seconds old.
-
-        Args:
-            run_s: at most `elapsed_s()`.
-        """
+        """Return the reading of the underlying clock at which the run was `run_s` seconds old, <= `elapsed_s()`."""
         elapsed_s = self.elapsed_s()
         return self._last_reading - (elapsed_s - run_s)
 
     def wait_for(self, run_s: float, longest_s: float) -> None:
-        """Sleep until the run is `run_s` seconds old, but only for a moment: the other ranks expect an agreement.
-
-        Args:
-            run_s: when the next request arrives.
-            longest_s: limit of this wait, below the deadline of an agreement.
-        """
+        """Sleep until the run is `run_s` seconds old, but for at most `longest_s`: the others expect an agreement."""
         # A millisecond more, since the agreement carries whole ones.
         wait_s = min(run_s - self.elapsed_s() + 0.001, longest_s, _LONGEST_WAIT_S)
         if wait_s > 0:
@@ -83,10 +74,7 @@ class RunClock:
 
 
 def expected_duration(requests: Sequence[Request]) -> str:
-    """Say how long a run with `--clock wall` takes at least, and name a gap in which it only waits.
-
-    Args:
-        requests: in order of arrival.
+    """Say how long a run of requests in order of arrival takes at least, and name a gap in which it only waits.
 
     Example:
         >>> expected_duration([Request(0, 0.0, 1, 1), Request(1, 200_000.0, 1, 1)])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from types import TracebackType
 from typing import Any
 
 from lockstep.engine.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
 from lockstep.runner.front import EngineStats, Front, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses, Ranks
-from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, load_tokenizer
+from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
 from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
@@ -35,7 +35,7 @@ class Engine:
     Args:
         model: a checkpoint's folder or Hub id.
         data_parallel_size: ranks with requests of their own, >= 1; 1 by default, under torchrun all there are.
-        **options: see `EngineOptions`.
+        **options: see `EngineOptions` and `ModelOptions`.
 
     Attributes:
         options: of this engine.
@@ -58,7 +58,7 @@ class Engine:
         self.options = _read_options(model, data_parallel_size, options)
         check_checkpoint(self.options.model, self.options.world_size)
         check_config(self.options.model)
-        self._tokenizer = load_tokenizer(self.options.model)
+        self._tokenizer = find_tokenizer(self.options.model)
         started = started_ranks()
         ranks: Ranks = RankProcesses(self.options) if started is None else OwnRank(self.options)
         self._first_rank = 0 if started is None else started[0] // self.options.tensor_parallel_size
@@ -117,9 +117,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if os.getpid() != self._pid:
             return
         if error is not None:
@@ -156,18 +154,16 @@ class Engine:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if isinstance(sampling_params, str | bytes | dict) or not isinstance(sampling_params, Iterable):
-            raise ConfigurationError(
-                f"sampling_params must be a SamplingParams or a list of them, got {type(sampling_params).__name__}"
-            )
+            kind = type(sampling_params).__name__
+            raise ConfigurationError(f"sampling_params must be a SamplingParams or a list of them, got {kind}")
         sampling_params = list(sampling_params)
         if len(sampling_params) != len(prompts):
             raise ConfigurationError(f"{len(prompts)} prompts, but {len(sampling_params)} sampling_params")
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
             if not isinstance(params, SamplingParams):
-                raise ConfigurationError(
-                    f"sampling_params of prompt {index} must be a SamplingParams, got {type(params).__name__}"
-                )
+                kind = type(params).__name__
+                raise ConfigurationError(f"sampling_params of prompt {index} must be a SamplingParams, got {kind}")
             ids = self._prompt_ids(index, prompt)
             self._check(index, ids, params)
             requests.append(NewRequest(index, ids, params))
@@ -183,9 +179,8 @@ class Engine:
                 raise ConfigurationError(f"prompt {index} is not a valid text: {prompt!r:.80}") from None
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array or a tensor
         if not isinstance(ids, Sequence) or isinstance(ids, bytes | bytearray):
-            raise ConfigurationError(
-                f"prompt {index} must be a text or a list of token ids, got {type(prompt).__name__} {prompt!r:.80}"
-            )
+            got = f"{type(prompt).__name__} {prompt!r:.80}"
+            raise ConfigurationError(f"prompt {index} must be a text or a list of token ids, got {got}")
         for token in ids:
             if not isinstance(token, Integral) or isinstance(token, bool):
                 raise ConfigurationError(f"prompt {index} must hold integers, got {token!r:.80}")
@@ -196,24 +191,20 @@ class Engine:
         if not ids:
             raise ConfigurationError(f"prompt {index} has no tokens")
         if (wrong := next((token for token in ids if not 0 <= token < about["vocab_size"]), None)) is not None:
-            raise ConfigurationError(
-                f"prompt {index} has token {wrong}, but the model's embedding has {about['vocab_size']} entries"
-            )
+            entries = f"the model's embedding has {about['vocab_size']} entries"
+            raise ConfigurationError(f"prompt {index} has token {wrong}, but {entries}")
         sizes = f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}"
         longest = len(ids) + params.max_tokens
         if longest > about["max_model_len"]:
             raise ConfigurationError(f"{sizes}, together more than the context of {about['max_model_len']}")
         capacity = about["kv_capacity_tokens"]
         if capacity is not None and num_pages(longest) > capacity // PAGE_SIZE:
-            raise ConfigurationError(
-                f"{sizes}, together more than the {capacity // PAGE_SIZE} pages of {PAGE_SIZE} tokens that a rank's KV "
-                "cache has"
-            )
+            pages = f"{capacity // PAGE_SIZE} pages of {PAGE_SIZE} tokens that a rank's KV cache has"
+            raise ConfigurationError(f"{sizes}, together more than the {pages}")
         largest = max(params.stop_token_ids, default=0)
         if largest >= about["num_logits"]:
-            raise ConfigurationError(
-                f"stop_token_ids of prompt {index} has token {largest}, but the model draws from {about['num_logits']}"
-            )
+            drawn = f"the model draws from {about['num_logits']}"
+            raise ConfigurationError(f"stop_token_ids of prompt {index} has token {largest}, but {drawn}")
         if params.stop_strings and self._tokenizer is None:
             raise ConfigurationError(f"prompt {index} has stop strings, but {self.options.model} has no tokenizer")
 
@@ -228,36 +219,32 @@ def started_ranks() -> tuple[int, int] | None:
         try:
             return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         except ValueError:
-            raise ConfigurationError(
-                f"the environment's RANK and WORLD_SIZE must be numbers, got {os.environ['RANK']!r:.40} and "
-                f"{os.environ['WORLD_SIZE']!r:.40}"
-            ) from None
+            got = f"{os.environ['RANK']!r:.40} and {os.environ['WORLD_SIZE']!r:.40}"
+            text = f"the environment's RANK and WORLD_SIZE must be numbers, got {got}"
+            raise ConfigurationError(text) from None
     return None
 
 
 def _read_options(model: Any, data_parallel_size: int | None, options: dict[str, Any]) -> EngineOptions:
     if not isinstance(model, str | os.PathLike):
-        raise ConfigurationError(
-            f"model must be a checkpoint's folder or Hub id, got {type(model).__name__}; a model in memory runs by "
-            "lockstep.RankEngine or inside lockstep.join"
-        )
+        hint = "a model in memory runs by lockstep.RankEngine or inside lockstep.join"
+        text = f"model must be a checkpoint's folder or Hub id, got {type(model).__name__}; {hint}"
+        raise ConfigurationError(text)
     known = [name for name in EngineOptions.__dataclass_fields__ if name != "model"]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f": it has {', '.join(known)}"
             raise ConfigurationError(f"Engine has no option {name!r}{hint}")
-    started = started_ranks()
-    read = EngineOptions(os.fspath(model), data_parallel_size=1 if data_parallel_size is None else data_parallel_size,
-                         **options)  # fmt: skip
+    started, dp_size = started_ranks(), 1 if data_parallel_size is None else data_parallel_size
+    read = EngineOptions(os.fspath(model), data_parallel_size=dp_size, **options)
     if started is None:
         return read
     world_size, tp_size = started[1], read.tensor_parallel_size
     if world_size % tp_size:
         raise ConfigurationError(f"tensor_parallel_size must divide the {world_size} ranks, got {tp_size}")
     if data_parallel_size not in (None, world_size // tp_size):
-        raise ConfigurationError(
-            f"data_parallel_size is {data_parallel_size}, but torchrun has started {world_size} ranks, and "
-            f"tensor_parallel_size is {tp_size}: leave it out, or set it to {world_size // tp_size}"
-        )
-    return EngineOptions(read.model, data_parallel_size=world_size // tp_size, **options)
+        there = f"torchrun has started {world_size} ranks, and tensor_parallel_size is {tp_size}"
+        hint = f"leave it out, or set it to {world_size // tp_size}"
+        raise ConfigurationError(f"data_parallel_size is {data_parallel_size}, but {there}: {hint}")
+    return dataclasses.replace(read, data_parallel_size=world_size // tp_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -49,20 +50,13 @@ def examine() -> dict[str, Any]:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     until = time.monotonic() + _ALL_S
     backends = [_try_backend(name, "cpu", until) for name in ("allgather", "alltoall")]
-    for name in ("allgather", "alltoall", "nvlink"):
-        missing = _missing(name, num_gpus)
-        if missing is None:
-            backends.append(_try_backend(name, "cuda", until))
-        else:
-            transport = "GPU memory" if name == "nvlink" else "nccl"
-            backends.append(_result(name, transport, None, missing[0], 0.0, _ADVICE[missing[1]]))
+    backends += [
+        _try_backend(name, "cuda", until, _missing(name, num_gpus)) for name in ("allgather", "alltoall", "nvlink")
+    ]
+    processor = platform.processor() or platform.machine()
     return {
         "versions": _versions(),
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
+        "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count()},
         "gpus": _gpus(num_gpus),
         "links": _links(num_gpus),
         "peer_bandwidth_gbps": _peer_bandwidth_gbps(num_gpus),
@@ -92,15 +86,12 @@ def describe(document: dict[str, Any]) -> str:
         lines.extend([f"links ({links['source']}):", links["table"].rstrip()])
     if document["peer_bandwidth_gbps"]:
         lines.append("copies between GPUs, GB/s, from row to column:")
-        lines.extend(
-            "  " + " ".join("     -" if value is None else f"{value:6.1f}" for value in row)
-            for row in document["peer_bandwidth_gbps"]
-        )
+        for row in document["peer_bandwidth_gbps"]:
+            lines.append("  " + " ".join("     -" if value is None else f"{value:6.1f}" for value in row))
     lines.append(f"symmetric memory: {document['symmetric_memory']['detail']}")
     constants = document["dispatch_constants"]
-    lines.append(
-        f"constants by which `auto` chooses: {constants['source']} (a measured set would be {constants['path']})"
-    )
+    measured = f"a measured set would be {constants['path']}"
+    lines.append(f"constants by which `auto` chooses: {constants['source']} ({measured})")
     lines.append("backends, tried between two ranks of this machine:")
     for backend in document["backends"]:
         verdict = {True: "works", False: "FAILS", None: "not tried"}[backend["works"]]
@@ -111,14 +102,9 @@ def describe(document: dict[str, Any]) -> str:
 
 
 def prove(name: str, device_type: str) -> float:
-    """Run an MoE layer of two ranks through one backend, and compare with the reference. Runs on each rank.
+    """Run an MoE layer of two ranks through one backend, compare with the reference, and return the largest error.
 
-    Args:
-        name: of the backend.
-        device_type: "cpu" (float32, gloo) or "cuda" (bfloat16, NCCL or mapped memory).
-
-    Returns:
-        The largest error of this rank, absolute.
+    Runs on each rank: on "cpu" in float32 over gloo, on "cuda" in bfloat16 over NCCL or mapped memory.
 
     Raises:
         LockstepError: results that differ from the reference.
@@ -164,33 +150,29 @@ def prove(name: str, device_type: str) -> float:
     return worst
 
 
-def _try_backend(name: str, device_type: str, until: float) -> dict[str, Any]:
+def _try_backend(name: str, device_type: str, until: float, missing: tuple[str, str] | None = None) -> dict[str, Any]:
+    """Prove a backend, unless something is missing for it, or the time for all is over."""
     from lockstep.runner.launcher import launch
 
     transport = "GPU memory" if name == "nvlink" else "gloo" if device_type == "cpu" else "nccl"
     started = time.perf_counter()
     limit_s = min(_LIMIT_S[transport], until - time.monotonic())
     if limit_s < 5:
-        return _result(name, transport, None, f"the others have used up the {_ALL_S:g} s for all", 0.0, _ADVICE["time"])
-    advice = ""
-    try:
-        error = launch(2, prove, name, device_type, limit_s=limit_s, preload=_PRELOAD)
-        works, detail = True, f"{len(_COUNTS)} uneven exchanges equal the reference, off by at most {error:.1g}"
-    except (LockstepError, OSError) as failure:
-        works, detail = False, str(failure)
-        advice = _ADVICE["gloo" if device_type == "cpu" else "cuda"]
-    return _result(name, transport, works, detail, time.perf_counter() - started, advice)
-
-
-def _result(name: str, transport: str, works: bool | None, detail: str, seconds: float, advice: str) -> dict[str, Any]:
+        missing = missing or (f"the others have used up the {_ALL_S:g} s for all", "time")
+    works: bool | None = None
+    if missing is not None:
+        detail, advice = missing
+    else:
+        try:
+            error = launch(2, prove, name, device_type, limit_s=limit_s, preload=_PRELOAD)
+            works, detail = True, f"{len(_COUNTS)} uneven exchanges equal the reference, off by at most {error:.1g}"
+            advice = ""
+        except (LockstepError, OSError) as failure:
+            works, detail, advice = False, str(failure), "gloo" if device_type == "cpu" else "cuda"
     return {
-        "name": name,
-        "transport": transport,
-        "works": works,
-        "detail": detail,
-        "seconds": round(seconds, 2),
-        "advice": advice,
-    }
+        "name": name, "transport": transport, "works": works, "detail": detail,
+        "seconds": round(time.perf_counter() - started, 2), "advice": _ADVICE.get(advice, ""),
+    }  # fmt: skip
 
 
 def _missing(name: str, num_gpus: int) -> tuple[str, str] | None:
@@ -223,36 +205,27 @@ def _versions() -> dict[str, str | None]:
 
 
 def _gpus(num_gpus: int) -> list[dict[str, Any]]:
-    found = []
-    for index in range(num_gpus):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "index": index,
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "capability": f"{properties.major}{properties.minor}",
-                "multiprocessors": properties.multi_processor_count,
-            }
-        )
-    return found
+    return [
+        {
+            "index": index, "name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "capability": f"{gpu.major}{gpu.minor}", "multiprocessors": gpu.multi_processor_count,
+        }
+        for index, gpu in enumerate(map(torch.cuda.get_device_properties, range(num_gpus)))
+    ]  # fmt: skip
 
 
 def _links(num_gpus: int) -> dict[str, str]:
     """How GPUs are connected, as nvidia-smi prints it; without that, who can reach whose memory."""
     command = shutil.which("nvidia-smi")
     if num_gpus and command:
-        try:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # what torch knows will do
             shown = subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=10, check=True)
             return {"source": "nvidia-smi topo -m", "table": shown.stdout}
-        except (OSError, subprocess.SubprocessError):
-            pass  # what torch knows will do
-    rows = [
-        " ".join(
-            "-" if a == b else "peer" if torch.cuda.can_device_access_peer(a, b) else "none" for b in range(num_gpus)
-        )
-        for a in range(num_gpus)
-    ]
+
+    def link(a: int, b: int) -> str:
+        return "-" if a == b else "peer" if torch.cuda.can_device_access_peer(a, b) else "none"
+
+    rows = [" ".join(link(a, b) for b in range(num_gpus)) for a in range(num_gpus)]
     return {"source": "peer access as torch sees it" if rows else "", "table": "\n".join(rows)}
 
 
@@ -260,26 +233,25 @@ def _peer_bandwidth_gbps(num_gpus: int) -> list[list[float | None]]:
     """Bandwidth of a copy of 256 MiB from each GPU to each other, GB/s, the best of 5; [] with fewer than two GPUs."""
     if num_gpus < 2:
         return []
-    buffers = [torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=f"cuda:{index}") for index in range(num_gpus)]
-    table: list[list[float | None]] = []
-    for source in range(num_gpus):
-        row: list[float | None] = []
-        for target in range(num_gpus):
-            if source == target:
-                row.append(None)
-                continue
-            seconds = []
-            for _ in range(6):
-                torch.cuda.synchronize(source)
-                torch.cuda.synchronize(target)
-                started = time.perf_counter()
-                buffers[target].copy_(buffers[source])
-                torch.cuda.synchronize(source)
-                torch.cuda.synchronize(target)
-                seconds.append(time.perf_counter() - started)
-            row.append(round(_COPY_BYTES / min(seconds[1:]) / 1e9, 1))
-        table.append(row)
-    return table
+    gpus = range(num_gpus)
+    buffers = [torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=f"cuda:{index}") for index in gpus]
+
+    def synchronize(*devices: int) -> None:
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    def copy_s(source: int, target: int) -> float:
+        synchronize(source, target)
+        started = time.perf_counter()
+        buffers[target].copy_(buffers[source])
+        synchronize(source, target)
+        return time.perf_counter() - started
+
+    def gbps(source: int, target: int) -> float:
+        copy_s(source, target)  # the first one sets up the access
+        return round(_COPY_BYTES / min(copy_s(source, target) for _ in range(5)) / 1e9, 1)
+
+    return [[None if source == target else gbps(source, target) for target in gpus] for source in gpus]
 
 
 def _symmetric_memory(num_gpus: int) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
+from lockstep.runner.failures import error_of, first_cause, is_echo
 from lockstep.runner.rank_loop import add_message
-from lockstep.runner.rank_processes import ECHOES_S, Ranks, error_of, first_cause, is_echo
+from lockstep.runner.rank_processes import ECHOES_S, Ranks
 from lockstep.runner.router import Entry, Router
 from lockstep.workload.policies import SchedulerState
 
@@ -23,13 +24,7 @@ _LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class NewRequest:
-    """A request that was checked.
-
-    Attributes:
-        index: its place among the prompts of a call.
-        prompt_token_ids: its prompt.
-        params: how to sample and when to stop.
-    """
+    """A request that was checked; `index` is its place among the prompts of a call."""
 
     index: int
     prompt_token_ids: list[int]
@@ -79,20 +74,13 @@ class Front:
     """
 
     def __init__(
-        self,
-        ranks: Ranks,
-        make_router: Callable[[dict[str, Any]], Router],
-        *,
-        tensor_parallel_size: int,
-        num_data_ranks: int,
-        start_timeout_s: float,
-    ) -> None:
+        self, ranks: Ranks, make_router: Callable[[dict[str, Any]], Router], *,
+        tensor_parallel_size: int, num_data_ranks: int, start_timeout_s: float,
+    ) -> None:  # fmt: skip
         self.ranks = ranks
         self.error: Exception | None = None  # why nothing is taken in any more
         self._told = False
-        self.stats = EngineStats(
-            overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks, num_tokens_across_dp=[]
-        )
+        self.stats = EngineStats(overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks)
         self._make_router = make_router
         self._tensor_parallel_size = tensor_parallel_size
         self._start_timeout_s = start_timeout_s
@@ -173,7 +161,10 @@ class Front:
             self._lose(self._closed)
             self.ranks.stop()
         except Exception as error:
-            self.error = error if isinstance(error, LockstepError) else _unforeseen(error)
+            self.error = error
+            if not isinstance(error, LockstepError):
+                self.error = LockstepError(f"the engine's thread failed: {type(error).__name__}: {error}")
+                self.error.__cause__ = error
             self._lose(self.error)
             self.ranks.kill()
         self._ended.set()
@@ -285,10 +276,9 @@ class Front:
             try:
                 kind, rank, message = self._events.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
-                late = ", ".join(map(str, sorted(missing)))
-                raise RankAbsentError(
-                    f"rank {late} was not ready within {self._start_timeout_s:g} s", tuple(sorted(missing))
-                ) from None
+                late = sorted(missing)
+                text = f"rank {', '.join(map(str, late))} was not ready within {self._start_timeout_s:g} s"
+                raise RankAbsentError(text, tuple(late)) from None
             if kind == "close":  # the caller was interrupted
                 raise self._closed
             if kind == "rank" and "failed" in message:
@@ -300,12 +290,7 @@ class Front:
 
 
 class Outputs(Iterator[RequestOutput]):
-    """The outputs of one call, each when it is done. Requests whose outputs nobody waits for any more are ended.
-
-    Args:
-        front: takes the requests.
-        requests: of the call.
-    """
+    """The outputs of one call, each when it is done. Requests whose outputs nobody waits for any more are ended."""
 
     def __init__(self, front: Front, requests: Sequence[NewRequest]) -> None:
         self._front = front
@@ -349,9 +334,3 @@ class _Inbox:
 
     def on_error(self, error: Exception) -> None:
         self.received.put(error)
-
-
-def _unforeseen(error: Exception) -> LockstepError:
-    failure = LockstepError(f"the engine's thread failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

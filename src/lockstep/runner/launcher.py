@@ -1,6 +1,7 @@
 """Starts the ranks of one host, watches them, and ends them."""
 
 import contextlib
+import functools
 import logging
 import math
 import multiprocessing
@@ -15,9 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import lockstep.errors
 from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
-from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
+from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
+from lockstep.runner.failures import error_of, failure_of, first_cause
 from lockstep.runner.leftovers import STORE, end_with_parent, run_folder
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,12 @@ _START_S = 5.0
 _LOOK_S = 0.25
 # What the ranks themselves find out comes first: it says more.
 _MARGIN_S = 1.5
-_ECHOES = ("PeerFailedError", "RankAbsentError")
 _INTERRUPTED = 130
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
+
+Ranks = list[tuple[Any, Connection]]
+"""Process and pipe of each rank."""
 
 
 class _Lost(Exception):
@@ -84,57 +87,53 @@ def launch(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
-    for restarts in range(max_restarts + 1):
+    restarts = 0
+    while True:
         try:
-            return _launch_once(num_ranks, function, args, restarts, limit_s, deadline_s, preload)
+            with run_folder() as folder, forked_ranks(
+                num_ranks, preload, _rank_main, num_ranks, str(folder), function, args, restarts, deadline_s
+            ) as ranks:  # fmt: skip
+                return _Watch(ranks, limit_s, deadline_s).result()
         except _Lost as lost:
             if restarts == max_restarts:
                 raise lost.error from None
-            logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts + 1, max_restarts)
-    raise AssertionError
+            restarts += 1
+            logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts, max_restarts)
 
 
-def _launch_once(
-    num_ranks: int,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    restarts: int,
-    limit_s: float | None,
-    deadline_s: float,
-    preload: Sequence[str],
-) -> Any:
+@contextlib.contextmanager
+def forked_ranks(num_ranks: int, preload: Sequence[str], main: Callable[..., None], *args: Any) -> Iterator[Ranks]:
+    """Run `main(rank, sender, *args)` in processes forked from a server that has imported `preload`.
+
+    In the block they are at work; they end with it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with run_folder() as folder:
-        ranks: list[tuple[Any, Connection]] = []
-        try:
-            with _uninterrupted():
-                for rank in range(num_ranks):
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(
-                        target=_rank_main,
-                        args=(rank, num_ranks, str(folder), sender, function, args, restarts, deadline_s),
-                        name=f"rank-{rank}",
-                    )
-                    process.start()
-                    sender.close()
-                    ranks.append((process, receiver))
-            return _Watch(ranks, limit_s, deadline_s).result()
-        except KeyboardInterrupt:
-            for process, _ in ranks:
-                if process.is_alive():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGINT)
-            until = time.monotonic() + _AFTER_INTERRUPT_S
-            for process, _ in ranks:
-                process.join(max(0.0, until - time.monotonic()))
-            raise
-        finally:
-            for process, receiver in ranks:
-                if process.is_alive():
-                    process.kill()
-                process.join(_AFTER_KILL_S)
-                receiver.close()
+    ranks: Ranks = []
+    try:
+        with _uninterrupted():
+            for rank in range(num_ranks):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=main, args=(rank, sender, *args), name=f"rank-{rank}")
+                process.start()
+                sender.close()
+                ranks.append((process, receiver))
+        yield ranks
+    except KeyboardInterrupt:
+        for process, _ in ranks:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
+        until = time.monotonic() + _AFTER_INTERRUPT_S
+        for process, _ in ranks:
+            process.join(max(0.0, until - time.monotonic()))
+        raise
+    finally:
+        for process, receiver in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join(_AFTER_KILL_S)
+            receiver.close()
 
 
 @contextlib.contextmanager
@@ -163,20 +162,14 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class _Watch:
-    """Waits for all ranks: for one that was stopped, and for the last ones, at most as long as for any rank.
+    """Waits for all ranks: for one that was stopped, and for the last ones, at most as long as for any rank."""
 
-    Args:
-        ranks: process and pipe of each.
-        limit_s: how long all of it may take, in seconds; None for as long as it takes.
-        deadline_s: longest wait for a rank, in seconds.
-    """
-
-    def __init__(self, ranks: list[tuple[Any, Connection]], limit_s: float | None, deadline_s: float) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, limit_s: float | None, deadline_s: float) -> None:
+        self._processes = [process for process, _ in ranks]
         self._limit_s = limit_s
         self._deadline_s = deadline_s
         self._waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
-        self._failures: list[tuple[int, str, str]] = []
+        self._failures: list[tuple[int, dict[str, Any]]] = []
         self._stopped_s = dict.fromkeys(range(len(ranks)), 0.0)
         self._result: Any = None
 
@@ -188,45 +181,45 @@ class _Watch:
             looked = time.monotonic()
             ready = wait(list(self._waiting), timeout=max(0.0, min(_LOOK_S, until - looked)))
             for receiver in ready:
-                assert isinstance(receiver, Connection)
                 if self._take(receiver):
                     limit_s, text = self._deadline_s + _MARGIN_S, "did not end within {:g} s after other ranks had"
                 else:
                     limit_s, text = _AFTER_FAILURE_S, "did not end within {:g} s after another rank had failed"
                 if time.monotonic() + limit_s < until:
                     until, why = time.monotonic() + limit_s, text.format(limit_s)
+            if ready:
+                continue
             now = time.monotonic()
-            if not ready:
-                stopped = self._stopped_too_long(min(now - looked, 2 * _LOOK_S))
-                if stopped and not self._failures:
-                    raise self._absent(stopped, f"stood still for more than {self._deadline_s:g} s")
-            if not ready and now >= until:
+            stopped = self._stopped_too_long(min(now - looked, 2 * _LOOK_S))
+            if stopped and not self._failures:
+                raise self._absent(stopped, f"stood still for more than {self._deadline_s:g} s")
+            if now >= until:
                 break
-        if not self._failures and self._waiting:
-            late = sorted(self._waiting.values())
-            if until == ends:
-                raise LockstepError(f"rank {', '.join(map(str, late))} {why}")
+        if self._failures:
+            raise self._worst_failure()
+        late = sorted(self._waiting.values())
+        if late and until == ends:
+            raise LockstepError(f"rank {', '.join(map(str, late))} {why}")
+        if late:
             raise self._absent(late, why)
-        if not self._failures:
-            return self._result
-        raise self._worst_failure()
+        return self._result
 
-    def _take(self, receiver: Connection) -> bool:
+    def _take(self, receiver: Any) -> bool:
         """Take what a rank has sent, or note its death; return whether it has ended well."""
         rank = self._waiting.pop(receiver)
         try:
-            kind, value = receiver.recv()
+            message = receiver.recv()
         except (EOFError, ConnectionResetError):
-            process = self._ranks[rank][0]
+            process = self._processes[rank]
             process.join(1.0)
-            kind, value = "died", f"its process ended with exit code {process.exitcode}"
-            if process.exitcode == _INTERRUPTED:
-                kind = "KeyboardInterrupt"
-        if kind == "done":
-            self._result = value if rank == 0 else self._result
-        else:
-            self._failures.append((rank, kind, value))
-        return bool(kind == "done")
+            interrupted = process.exitcode == _INTERRUPTED
+            why = f"its process ended with exit code {process.exitcode}"
+            message = {"failed": "KeyboardInterrupt" if interrupted else "died", "why": why}
+        if "failed" in message:
+            self._failures.append((rank, message))
+        elif rank == 0:
+            self._result = message["done"]
+        return "done" in message
 
     def _stopped_too_long(self, seconds: float) -> list[int]:
         """Count for how long each rank has been stopped. Time in which this process was stopped too does not count."""
@@ -238,7 +231,7 @@ class _Watch:
         return [rank for rank in sorted(self._waiting.values()) if self._stopped_s[rank] > limit_s]
 
     def _state(self, rank: int) -> ProcessState:
-        return ProcessIdentity(self._ranks[rank][0].pid or 0, 0, pid_namespace()).state()
+        return ProcessIdentity(self._processes[rank].pid or 0, 0, pid_namespace()).state()
 
     def _absent(self, ranks: list[int], why: str) -> _Lost:
         states = "; ".join(f"the process of rank {rank} is {self._state(rank)}" for rank in ranks)
@@ -246,31 +239,19 @@ class _Watch:
         return _Lost(RankAbsentError(f"rank{'s' if len(ranks) > 1 else ''} {numbers} {why}; {states}", tuple(ranks)))
 
     def _worst_failure(self) -> Exception:
-        # The cause, not its echoes: a rank that reports another's failure comes last.
-        rank, kind, message = min(self._failures, key=lambda failure: failure[1] in _ECHOES)
-        if kind == "died":
-            return _Lost(PeerFailedError(f"rank {rank} failed: {message}", rank, message))
-        if kind == "RankAbsentError":  # and none that says more
+        rank, message = first_cause(self._failures)
+        if message["failed"] == "died":
+            return _Lost(error_of(rank, message))
+        if message["failed"] == "RankAbsentError":  # and none that says more
             stopped = [late for late in self._waiting.values() if self._state(late) == "stopped"]
-            return _Lost(RankAbsentError(message, tuple(stopped)))
-        if kind == "OSError":  # a full disk is no fault of the ranks
-            return OSError(f"rank {rank}: {message}")
-        error_class = getattr(lockstep.errors, kind, None)
-        if isinstance(error_class, type) and issubclass(error_class, LockstepError):
-            return error_class(message)
-        return PeerFailedError(f"rank {rank} failed: {message}", rank, message)
+            return _Lost(RankAbsentError(message["why"], tuple(stopped)))
+        return error_of(rank, message)
 
 
 def _rank_main(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    sender: Connection,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    restarts: int,
-    deadline_s: float,
-) -> None:
+    rank: int, sender: Connection, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...],
+    restarts: int, deadline_s: float,
+) -> None:  # fmt: skip
     """A rank's life, from the first line to the last: whatever ends it, no traceback of ours is left on the terminal.
 
     Until the handler stands, Ctrl-C is held back by the mask that the server of ranks has.
@@ -288,7 +269,7 @@ def _rank_main(
         if os.getpid() == pid:
             sender.send(message)
             sender.close()
-        exit_code = int(message[0] != "done")
+        exit_code = int("failed" in message)
     except Exception:
         logger.exception("rank %d could not say how it ended", rank)
         exit_code = 1
@@ -301,22 +282,16 @@ def _rank_main(
 
 def _run_rank(
     rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], deadline_s: float
-) -> tuple[str, Any]:
-    """Return `("done", result)`, or the kind of the error and its message."""
-    import torch
+) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from lockstep.coordination.groups import connect
+    from lockstep.runner.ranks import join_group
 
     pid = os.getpid()
     try:
-        if num_ranks > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-            if torch.cuda.is_available():
-                torch.cuda.set_device(rank % torch.cuda.device_count())
-            store = dist.FileStore(str(Path(folder, STORE)), num_ranks)
-            connect(store, rank, num_ranks, max(deadline_s, _START_S))
-        return "done", function(*args)
+        store = functools.partial(dist.FileStore, str(Path(folder, STORE)), num_ranks)
+        join_group(rank, num_ranks, store, max(deadline_s, _START_S))
+        return {"done": function(*args)}
     except BaseException as error:
         if os.getpid() != pid:  # a forked child unwinds: it has no say in what becomes of this rank
             if not isinstance(error, SystemExit):
@@ -324,12 +299,7 @@ def _run_rank(
             raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from None
         if isinstance(error, KeyboardInterrupt):
             raise
-        if isinstance(error, LockstepError):
-            return type(error).__name__, str(error)
-        if isinstance(error, OSError):
-            return "OSError", str(error)
-        logger.error("rank %d failed:\n%s", rank, traceback.format_exc())
-        return type(error).__name__, f"{type(error).__name__}: {error}"
+        return failure_of(rank, error)
 
 
 def _terminate(*_: object) -> None:

@@ -30,11 +30,7 @@ _SHORT_FOLDER, _MAX_SOCKET_PATH_BYTES = "/tmp", 107
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
-    """Make a run's folder in the temporary folder, for as long as the block; what dead runs have left there goes.
-
-    Yields:
-        The folder.
-    """
+    """Make a run's folder in the temporary folder, for as long as the block; what dead runs have left there goes."""
     own, base = ProcessIdentity.own(), Path(tempfile.gettempdir())
     _remove_leftovers(base)
     _mark_folder_of_multiprocessing(own)
@@ -101,8 +97,7 @@ def _remove_leftovers(base: Path) -> None:
     """Remove folders of runs whose process is certainly gone, and of them only what a run puts there."""
     for folder in (*base.glob("lockstep-run-*"), *base.glob("pymp-*")):
         with contextlib.suppress(OSError):
-            status = folder.lstat()
-            if os.path.islink(folder) or not folder.is_dir() or status.st_uid != os.getuid():
+            if folder.is_symlink() or not folder.is_dir() or folder.lstat().st_uid != os.getuid():
                 continue
             owner = _owner(folder)
             if owner is not None and owner.state() == "gone":

@@ -13,51 +13,60 @@ RANKS_PER_CORE = 16
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What a run is; the same on every rank.
+class ModelOptions:
+    """Which model, and how it is spread over ranks; the same on every rank.
 
     Attributes:
         model: a checkpoint's folder or Hub id.
-        workload: a trace's path, or `synthetic`.
-        out: folder for what the run writes; exists.
         data_parallel_size: ranks with requests of their own, >= 1.
         tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
-        max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
         dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
         dtype: of the weights, by name; `auto` is what the checkpoint says.
         device: `cpu`, `cuda`, or None for a GPU where there is one.
+        max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
+        max_model_len: maximum tokens per request, prompt included; None takes the model's context.
+        gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
+        deadline_s: longest wait for any rank in a step, in seconds.
+    """
+
+    model: str
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    dispatcher: str = "auto"
+    dtype: str = "auto"
+    device: str | None = None
+    max_chunk_size: int | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    deadline_s: float = 30.0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """What a run is; the same on every rank. Its own, beside those of `ModelOptions`.
+
+    Attributes:
+        workload: a trace's path, or `synthetic`.
+        out: folder for what the run writes; exists.
         seed: of made-up prompts and workloads.
         clock: what decides which requests have arrived: `steps`, virtual time that repeats exactly; or `wall`, the time
             that has passed since the run's start, from which latencies count then.
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
-        max_model_len: maximum tokens per request, prompt included; None takes the model's context.
-        gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
-        deadline_s: longest wait for any rank, in seconds.
         keep_logprobs: write the logprob of each chosen token where the dtype rounds, for a comparison.
         metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
     """
 
-    model: str
     workload: str
     out: str
-    data_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    max_chunk_size: int | None = None
-    dispatcher: str = "auto"
-    dtype: str = "auto"
-    device: str | None = None
     seed: int = 0
     clock: str = "steps"
     workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
-    deadline_s: float = 30.0
     keep_logprobs: bool = False
     metrics_port: int | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.data_parallel_size * self.tensor_parallel_size

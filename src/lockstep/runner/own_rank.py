@@ -9,14 +9,11 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 from lockstep.runner.rank_processes import OnMessage
 from lockstep.runner.ranks import EngineOptions
+from lockstep.runner.worker import take_all
 
 
 class OwnRank:
-    """This process as a rank: a thread loads the model and steps with the other ranks, whatever the script does.
-
-    Args:
-        options: of the engine.
-    """
+    """This process as a rank: a thread loads the model and steps with the other ranks, whatever the script does."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.num_processes = 1
@@ -64,12 +61,12 @@ class OwnRank:
 
     def _run(self) -> None:
         from lockstep.runner.rank_loop import run_rank
-        from lockstep.runner.ranks import detokenizer_of, load_tokenizer, make_engine
+        from lockstep.runner.ranks import detokenizer_of, find_tokenizer, make_engine
 
         try:
             engine = make_engine(self._options)
             self._parallel = engine.parallel
-            detokenizer = detokenizer_of(load_tokenizer(self._options.model))
+            detokenizer = detokenizer_of(find_tokenizer(self._options.model))
             self._mailbox.send({"ready": engine.about()})
             run_rank(engine, self._mailbox, detokenizer=detokenizer)
             if engine.parallel is not None:
@@ -86,13 +83,7 @@ class _QueueMailbox:
         self._on_message = on_message
 
     def receive(self, timeout_s: float) -> list[dict[str, Any]]:
-        messages = []
-        try:
-            messages.append(self.received.get(timeout=timeout_s) if timeout_s else self.received.get_nowait())
-            while True:
-                messages.append(self.received.get_nowait())
-        except queue.Empty:
-            return messages
+        return take_all(self.received, timeout_s)
 
     def send(self, message: dict[str, Any]) -> None:
         self._on_message(0, message)

@@ -103,24 +103,17 @@ class _RankLoop:
                 taken_in = self._act(self.num_received)
             unfinished = not self.stopping or engine.has_unfinished
             ready = engine.num_messages_everywhere(self.num_received)
-            outputs = engine.step(
-                unfinished=unfinished, num_messages=self.num_received, messages_check=self._check_of(ready)
-            )
+            said = {"num_messages": self.num_received, "messages_check": self._check_of(ready)}
+            outputs = engine.step(unfinished=unfinished, **said)
             if not engine.messages_alike:
                 self._differ()
             outputs = self._find_stops(outputs)
             if engine.shares_requests and not engine.all_stopped:
                 self.taken_in = self._act(ready)
             if self._count_reports() or outputs or taken_in:
-                self.mailbox.send(
-                    {
-                        "tokens": [list(output) for output in outputs],
-                        "state": list(engine.state),
-                        "rows": list(engine.num_tokens_across_dp),
-                        "taken_in": taken_in,
-                        "counts": self.counts,
-                    }
-                )
+                message = {"tokens": [list(output) for output in outputs], "taken_in": taken_in, "counts": self.counts}
+                message |= {"state": list(engine.state), "rows": list(engine.num_tokens_across_dp)}
+                self.mailbox.send(message)
             if after_step is not None:
                 after_step()
             if engine.all_stopped:
@@ -153,10 +146,9 @@ class _RankLoop:
         assert self.engine.parallel is not None
         config = self.engine.parallel.config
         first = config.data_parallel_rank * config.tensor_parallel_size
-        error = RankMismatchError(
-            f"ranks {first} to {first + config.tensor_parallel_size - 1} share their requests, but were given "
-            "different ones: their scripts must call generate alike, from one thread each"
-        )
+        sharers = f"ranks {first} to {first + config.tensor_parallel_size - 1}"
+        rule = "their scripts must call generate alike, from one thread each"
+        error = RankMismatchError(f"{sharers} share their requests, but were given different ones: {rule}")
         self.engine.fail(error)
         raise error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from lockstep.coordination.processes import ProcessIdentity, pid_namespace
-from lockstep.errors import PeerFailedError, RankAbsentError
+from lockstep.errors import RankAbsentError
 from lockstep.runner.ranks import EngineOptions
 
 OnMessage = Callable[[int, dict[str, Any]], None]
@@ -25,7 +26,6 @@ _STOP_S = 10.0
 _MARGIN_S = 2.0  # what the ranks themselves find out comes first: it says more
 ECHOES_S = 3.0
 """How long a failure that may be another rank's doing waits for that one's own words."""
-_ECHOES = ("PeerFailedError", "RankAbsentError")
 
 
 class Ranks(Protocol):
@@ -57,11 +57,7 @@ class Ranks(Protocol):
 
 
 class RankProcesses:
-    """Processes of this host, a socket pair to each, and a thread that listens to each.
-
-    Args:
-        options: of the engine.
-    """
+    """Processes of this host, a socket pair to each, and a thread that listens to each."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.num_processes = options.world_size
@@ -82,7 +78,7 @@ class RankProcesses:
                 if self._ending:
                     return
                 self._start_one(rank, on_message)
-            self._send_one(rank, {"options": self._options.to_json(), "store_port": port})
+            self._send_one(rank, {"options": dataclasses.asdict(self._options), "store_port": port})
 
     def send(self, data_rank: int, message: dict[str, Any]) -> None:
         """See `Ranks`."""
@@ -97,11 +93,9 @@ class RankProcesses:
             if ProcessIdentity(process.pid, 0, pid_namespace()).state() == "stopped":
                 since = self._stopped_since.setdefault(rank, now)
                 if now - since > self._options.deadline_s + _MARGIN_S:
-                    raise RankAbsentError(
-                        f"rank {rank} was stopped (process {process.pid}) and did not go on within "
-                        f"{self._options.deadline_s:g} s",
-                        (rank,),
-                    )
+                    stopped = f"rank {rank} was stopped (process {process.pid})"
+                    text = f"{stopped} and did not go on within {self._options.deadline_s:g} s"
+                    raise RankAbsentError(text, (rank,))
             else:
                 self._stopped_since.pop(rank, None)
 
@@ -145,9 +139,8 @@ class RankProcesses:
             )
         self._processes.append(process)
         self._sockets.append(mine)
-        threading.Thread(
-            target=self._listen, args=(rank, mine, process, on_message), name=f"lockstep-rank-{rank}", daemon=True
-        ).start()
+        listened = (rank, mine, process, on_message)
+        threading.Thread(target=self._listen, args=listened, name=f"lockstep-rank-{rank}", daemon=True).start()
 
     def _environment(self, rank: int) -> dict[str, str]:
         loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
@@ -174,43 +167,11 @@ class RankProcesses:
             on_message(rank, {"failed": "died", "why": _how_it_ended(process.wait())})
 
 
-def first_cause(failures: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
-    """Return the failure that the others follow from: a rank that reports another's comes last.
-
-    Args:
-        failures: ranks and their messages, in the order in which they came; at least one.
-
-    Example:
-        >>> first_cause([(0, {"failed": "PeerFailedError", "why": "rank 1"}), (1, {"failed": "died", "why": "-9"})])
-        (1, {'failed': 'died', 'why': '-9'})
-    """
-    return min(failures, key=lambda failure: _ECHOES.index(failure[1]["failed"]) + 1 if is_echo(failure[1]) else 0)
-
-
-def is_echo(message: dict[str, Any]) -> bool:
-    """Return whether a failure may be another rank's doing."""
-    return message["failed"] in _ECHOES
-
-
-def error_of(rank: int, message: dict[str, Any]) -> Exception:
-    """Return what to raise for a rank's failure."""
-    import lockstep.errors
-    from lockstep.errors import LockstepError
-
-    if isinstance(message.get("error"), LockstepError):
-        return message["error"]
-    kind = getattr(lockstep.errors, message["failed"], None)
-    if isinstance(kind, type) and issubclass(kind, LockstepError) and kind is not PeerFailedError:
-        return kind(message["why"])
-    return PeerFailedError(f"rank {rank} failed: {message['why']}", rank, message["why"])
-
-
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"its process ended with exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"its process was ended by signal {-code} ({signal.Signals(-code).name})"
-    return f"its process was ended by signal {-code}"
+    names = {number.value: f" ({number.name})" for number in signal.Signals}
+    return f"its process was ended by signal {-code}{names.get(-code, '')}"
 
 
 def _open_store() -> Any:

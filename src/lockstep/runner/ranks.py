@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,33 +13,24 @@ from lockstep.dispatch.choose import check_dispatcher
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
+from lockstep.runner.options import ModelOptions
 from lockstep.workload import SchedulerConfig
 from lockstep.workload.policies import LOAD_BALANCING
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is; the same on every rank.
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(ModelOptions):
+    """What an engine is; the same on every rank. Its own, beside those of `ModelOptions`.
 
     Attributes:
-        model: a checkpoint's folder or Hub id.
-        data_parallel_size: ranks with requests of their own, >= 1.
-        tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
-        dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
-        dtype: of the weights; `auto` is what the checkpoint says.
-        device: `cpu`, `cuda`, or None for a GPU where there is one.
-        max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
         max_num_seqs: maximum requests per rank at a time, >= 1.
         max_num_batched_tokens: maximum rows per rank and step, >= 1.
-        max_model_len: maximum tokens per request, prompt included; None takes the model's context.
-        gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
         kv_capacity_tokens: tokens of KV cache per rank; None takes what the memory allows.
         enable_prefix_caching: compute whole pages of equal beginnings of prompts only once.
         max_prefill_delay_steps: steps that a prompt may wait for prompts of other ranks.
         load_balancing: which rank gets a request, one of `lockstep.workload.policies.LOAD_BALANCING`.
-        deadline_s: longest wait for any rank in a step, in seconds.
         start_timeout_s: longest wait for all ranks to have loaded the model, in seconds.
         graphs: run decoding as CUDA graphs where that is possible.
 
@@ -48,22 +38,12 @@ class EngineOptions:
         ConfigurationError: sizes or names that cannot work.
     """
 
-    model: str
-    data_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    dispatcher: str = "auto"
-    dtype: str = "auto"
-    device: str | None = None
-    max_chunk_size: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
     kv_capacity_tokens: int | None = None
     enable_prefix_caching: bool = True
     max_prefill_delay_steps: int = 0
     load_balancing: str = "least-tokens"
-    deadline_s: float = 30.0
     start_timeout_s: float = 600.0
     graphs: bool = True
 
@@ -76,39 +56,18 @@ class EngineOptions:
         check_int("max_prefill_delay_steps", self.max_prefill_delay_steps, 0)
         for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value <= most
-                or value == math.inf
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value <= most or value == math.inf:
                 limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
                 raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
         for name in ("graphs", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_dispatcher(self.dispatcher)
-        for name, names in (
-            ("dtype", ("auto", *DTYPES)),
-            ("load_balancing", LOAD_BALANCING),
-        ):
+        for name, names in (("dtype", ("auto", *DTYPES)), ("load_balancing", LOAD_BALANCING)):
             if getattr(self, name) not in names:
                 raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
         self.scheduler()
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> EngineOptions:
-        """Return the options that `to_json` gave."""
-        return cls(**document)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the options as plain values."""
-        return dataclasses.asdict(self)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in all."""
-        return self.data_parallel_size * self.tensor_parallel_size
 
     def scheduler(self) -> SchedulerConfig:
         """Return how requests become steps."""
@@ -122,41 +81,34 @@ class EngineOptions:
         )
 
 
-def join_group(store_port: int, timeout_s: float) -> None:
-    """Join the ranks that were started together; RANK and WORLD_SIZE say which.
+def join_group(rank: int, num_ranks: int, open_store: Callable[[], Any], timeout_s: float) -> None:
+    """Join the ranks of this host that were started together and share its cores and GPUs.
 
     Args:
-        store_port: of the store on this host's loopback address, through which they meet.
+        rank: this rank.
+        num_ranks: all ranks; with one there is nothing to join.
+        open_store: opens torch's store, through which they meet.
         timeout_s: longest wait for the others, in seconds.
     """
+    if num_ranks == 1:
+        return
     import torch
-    import torch.distributed as dist
 
     from lockstep.coordination.groups import connect
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    if size == 1:
-        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
-    connect(store, rank, size, timeout_s)
+    connect(open_store(), rank, num_ranks, timeout_s)
 
 
-def make_engine(options: EngineOptions) -> Any:
-    """Load the model on this rank and make its engine. Collective.
-
-    Returns:
-        A `RankEngine` whose groups are open.
-    """
+def load_model(options: ModelOptions) -> Any:
+    """Load the model on this rank. Collective."""
     import torch
 
-    from lockstep.engine.rank_engine import RankEngine
     from lockstep.models.huggingface import from_pretrained
-    from lockstep.models.parallel import parallel_of
 
-    model = from_pretrained(
+    return from_pretrained(
         options.model,
         tensor_parallel_size=options.tensor_parallel_size,
         max_chunk_size_per_rank=options.max_chunk_size,
@@ -165,6 +117,14 @@ def make_engine(options: EngineOptions) -> Any:
         dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         device=options.device,
     )
+
+
+def make_engine(options: EngineOptions) -> Any:
+    """Load the model on this rank and make its `RankEngine`, whose groups are open. Collective."""
+    from lockstep.engine.rank_engine import RankEngine
+    from lockstep.models.parallel import parallel_of
+
+    model = load_model(options)
     parallel = parallel_of(model)
     if parallel is not None:
         parallel.open()
@@ -179,15 +139,30 @@ def make_engine(options: EngineOptions) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return a checkpoint's tokenizer; None where it has none that can be used, so that prompts must be token ids."""
+    """Return a checkpoint's tokenizer.
+
+    Raises:
+        ConfigurationError: the checkpoint has none, or one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        # Without its files, Transformers makes a tokenizer that knows no letter.
-        return tokenizer if tokenizer("a")["input_ids"] else None
-    except Exception:  # the package tokenizers raises just that
-        return None
+        usable = len(tokenizer("a")["input_ids"]) > 0  # without its files, Transformers makes one that knows no letter
+    except Exception as error:  # the package tokenizers raises just that
+        first = str(error).strip().split("\n", 1)[0][:200]
+        text = f"the checkpoint {model} has no tokenizer that Transformers can read: {first}"
+        raise ConfigurationError(text) from None
+    if not usable:
+        raise ConfigurationError(f"the checkpoint {model} has no tokenizer: tokenizer.json and the like are missing")
+    return tokenizer
+
+
+def find_tokenizer(model: str) -> Any:
+    """Return a checkpoint's tokenizer; None where it has none that can be used, so that prompts must be token ids."""
+    with contextlib.suppress(ConfigurationError):
+        return load_tokenizer(model)
+    return None
 
 
 def detokenizer_of(tokenizer: Any) -> Detokenizer | None:

@@ -87,12 +87,7 @@ class Router:
         self._id_step = all_ranks // num_ranks if all_ranks is not None else 1
 
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
-        """Take a request in and choose its rank.
-
-        Args:
-            prompt_token_ids: its prompt.
-            params: how to sample and when to stop.
-            index: its place among the prompts of a call.
+        """Take a request in and choose its rank; `index` is its place among the prompts of a call.
 
         Raises:
             ConfigurationError: stop strings without a tokenizer, or an empty prompt.
@@ -109,25 +104,15 @@ class Router:
         return entry
 
     def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
-        """Note what a rank says of its scheduler, and which requests that counts for the first time.
-
-        Args:
-            rank: counted from `first_rank`.
-            state: of its scheduler.
-            taken_in: requests that the state counts.
-        """
+        """Note what a rank, counted from `first_rank`, says of its scheduler, and which requests that newly counts."""
         self._states[rank] = state
         for request_id in taken_in:
             self._sent[rank].pop(request_id, None)
 
     def take(
-        self,
-        request_id: int,
-        position: int,
-        token_id: int,
-        logprob: float | None = None,
-        top_logprobs: Sequence[tuple[int, float]] | None = None,
-    ) -> tuple[Entry, TextDelta] | None:
+        self, request_id: int, position: int, token_id: int,
+        logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] | None = None,
+    ) -> tuple[Entry, TextDelta] | None:  # fmt: skip
         """Take a token in. A token that is there already, or of a request that has ended, changes nothing.
 
         Returns:
@@ -141,10 +126,8 @@ class Router:
         if entry is None or position < len(entry.checker.token_ids):
             return None
         if position > len(entry.checker.token_ids):
-            raise ConfigurationError(
-                f"rank {entry.rank} sent token {position} of request {request_id} after "
-                f"{len(entry.checker.token_ids)} tokens"
-            )
+            after = f"after {len(entry.checker.token_ids)} tokens"
+            raise ConfigurationError(f"rank {entry.rank} sent token {position} of request {request_id} {after}")
         delta = entry.checker.push(token_id)
         if logprob is not None:
             entry.logprobs.append(TokenLogprobs(logprob, tuple((int(t), float(p)) for t, p in top_logprobs or ())))

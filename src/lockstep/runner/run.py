@@ -16,19 +16,17 @@ from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
-from lockstep.models.huggingface import from_pretrained
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
+from lockstep.runner.ranks import load_model, load_tokenizer
 from lockstep.steplog.files import StepLogWriter
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 from lockstep.workload.prefix_pages import token_page_keys
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,11 @@ class Progress:
 
 
 def load_requests(options: RunOptions, tokenizer: Any) -> list[Request]:
-    """Read or make the workload.
-
-    Args:
-        options: of the run.
-        tokenizer: counts the tokens of prompts given as text.
-    """
+    """Read or make the workload; `tokenizer` counts the tokens of prompts given as text."""
     if options.workload == "synthetic":
         return synthetic_requests(None, options.workload_options, options.seed)
-    return load_trace(
-        options.workload, options.workload_options, lambda text: len(tokenizer(text)["input_ids"])
-    ).requests
+    count = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
+    return load_trace(options.workload, options.workload_options, count).requests
 
 
 def prompt_ids(request: Request, tokenizer: Any, vocab_size: int, seed: int) -> list[int]:
@@ -72,34 +64,8 @@ def prompt_ids(request: Request, tokenizer: Any, vocab_size: int, seed: int) -> 
     return ids[: request.num_prompt_tokens]
 
 
-def load_tokenizer(model: str) -> Any:
-    """Return a checkpoint's tokenizer.
-
-    Raises:
-        ConfigurationError: the checkpoint has none, or one that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        usable = len(tokenizer("a")["input_ids"]) > 0  # without its files, Transformers makes one that knows no letter
-    except Exception as error:  # the package tokenizers raises just that
-        first = str(error).strip().split("\n", 1)[0][:200]
-        raise ConfigurationError(
-            f"the checkpoint {model} has no tokenizer that Transformers can read: {first}"
-        ) from None
-    if not usable:
-        raise ConfigurationError(f"the checkpoint {model} has no tokenizer: tokenizer.json and the like are missing")
-    return tokenizer
-
-
 def check_requests(
-    requests: Iterable[Request],
-    model: str,
-    config: Any,
-    tokenizer: Any,
-    seed: int,
-    max_model_len: int | None = None,
+    requests: Iterable[Request], model: str, config: Any, tokenizer: Any, seed: int, max_model_len: int | None = None
 ) -> None:
     """Raise where a request does not fit the model: longer than its context, or with tokens that it has no row for.
 
@@ -118,11 +84,10 @@ def check_requests(
     limit = max_model_len or getattr(text_config, "max_position_embeddings", None)
     for request in requests:
         if limit is not None and request.num_kv_tokens > limit:
-            raise ConfigurationError(
-                f"request {request.request_id} has {request.num_prompt_tokens} prompt tokens and "
-                f"{request.max_new_tokens} new ones, more than the model's context of {limit}: "
-                "scale or cut the lengths with --length-scale or --max-prompt-tokens"
-            )
+            sizes = f"{request.num_prompt_tokens} prompt tokens and {request.max_new_tokens} new ones"
+            hint = "scale or cut the lengths with --length-scale or --max-prompt-tokens"
+            text = f"request {request.request_id} has {sizes}, more than the model's context of {limit}: {hint}"
+            raise ConfigurationError(text)
         if request.prompt is None:
             continue  # made up of ids that the model has
         largest = max(prompt_ids(request, tokenizer, text_config.vocab_size, seed), default=0)
@@ -134,11 +99,7 @@ def check_requests(
 
 
 def mend_lines(path: Path) -> bytes:
-    """Cut off what a killed process left of a line at a file's end, and return the whole lines.
-
-    Args:
-        path: of JSON lines; need not exist.
-    """
+    """Cut off what a killed process left of a line at a file's end, and return the whole lines, if there are any."""
     if not path.exists():
         return b""
     data = path.read_bytes()
@@ -151,10 +112,6 @@ def mend_lines(path: Path) -> bytes:
 def _block_id(key: bytes) -> int:
     """Shorten a page's key to 52 bits, which every reader of JSON takes as a whole number."""
     return int.from_bytes(key[:7], "little") >> 4
-
-
-def _log_of_start(path: Path, restarts: int) -> Path:
-    return path.with_stem(f"{path.stem}-restart{restarts}") if restarts else path
 
 
 def run_rank(
@@ -182,15 +139,7 @@ def run_rank(
         ConfigurationError: options that cannot work, on every rank.
         LockstepError: see `ModelParallel` and `Coordinator`.
     """
-    model = from_pretrained(
-        options.model,
-        tensor_parallel_size=options.tensor_parallel_size,
-        max_chunk_size_per_rank=options.max_chunk_size,
-        dispatcher=options.dispatcher,
-        deadline_s=options.deadline_s,
-        dtype=DTYPES.get(options.dtype, "auto"),
-        device=options.device,
-    )
+    model = load_model(options)
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
     check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
@@ -232,14 +181,9 @@ class _Run:
     """The state of one rank's loop."""
 
     def __init__(
-        self,
-        options: RunOptions,
-        model: Any,
-        parallel: ModelParallel | None,
-        tokenizer: Any,
-        requests: list[Request],
-        restarts: int,
-    ) -> None:
+        self, options: RunOptions, model: Any, parallel: ModelParallel | None, tokenizer: Any,
+        requests: list[Request], restarts: int,
+    ) -> None:  # fmt: skip
         self.options = options
         self.parallel = parallel
         self.tokenizer = tokenizer
@@ -269,15 +213,14 @@ class _Run:
             self.first_step = max((record["step"] for record in earlier), default=-1) + 1
             self.started_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
             if self.rank == 0:
-                logger.warning(
-                    "restart %d: %d requests are finished, %d are left", restarts, len(finished), len(requests)
-                )
+                logger.warning("restart %d: %d requests finished, %d left", restarts, len(finished), len(requests))
         self.requests = {request.request_id: request for request in requests}
         self.rows_total = sum(request.num_computed_tokens for request in requests)
         self.arrivals = Arrivals(requests, self.engine.config, options.data_parallel_size, self.dp_rank)
         self._outputs = self.outputs_path.open("a" if restarts else "x", encoding="utf-8", buffering=1)
         # A log for each start, since what the ranks logged last may differ by a step.
-        self._steps = StepLogWriter(_log_of_start(self.steps_path, restarts))
+        stem = f"{self.steps_path.stem}-restart{restarts}" if restarts else self.steps_path.stem
+        self._steps = StepLogWriter(self.steps_path.with_stem(stem))
 
     def close(self) -> None:
         self._outputs.close()
@@ -311,12 +254,8 @@ class _Run:
 
     def _add(self, request: Request, arrived_at: float) -> None:
         ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
-        params = SamplingParams(
-            max_tokens=request.max_new_tokens,
-            temperature=0.0,
-            ignore_eos=True,
-            logprobs=0 if self.keep_logprobs else None,
-        )
+        logprobs = 0 if self.keep_logprobs else None
+        params = SamplingParams(max_tokens=request.max_new_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs)
         self.engine.add(request.request_id, ids, params)
         notes = _Notes(self.first_step + self.engine.step_number, arrived_at)
         if self.engine.config.enable_prefix_caching:

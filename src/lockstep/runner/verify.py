@@ -11,7 +11,8 @@ import torch
 from lockstep.errors import ConfigurationError
 from lockstep.models.loading import load_pretrained
 from lockstep.runner.options import RunOptions
-from lockstep.runner.run import DTYPES, load_requests, load_tokenizer, prompt_ids
+from lockstep.runner.ranks import load_tokenizer
+from lockstep.runner.run import load_requests, prompt_ids
 
 LOGIT_TOLERANCE = {"bfloat16": 0.15, "float16": 0.05}
 """How far logits may lie apart, as a share of the largest logit of the position. In float32 tokens are compared."""
@@ -47,11 +48,7 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     Each request is one forward pass over its prompt and the run's tokens, so every token is compared with the one that
     the model prefers after those before it. In float32 all must be equal. In other dtypes a token that differs counts
     only where the two best logits lie further apart than the tolerance, and the logprob of each chosen token must agree
-    within it.
-
-    Args:
-        options: of the run.
-        on_progress: called with compared and all tokens.
+    within it. `on_progress` is called with compared and all tokens.
 
     Raises:
         ConfigurationError: `outputs.jsonl` is not there or is damaged.
@@ -61,15 +58,15 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     outputs = _read_outputs(Path(options.out, "outputs.jsonl"))
     if not outputs or not requests:
         return Verification(None)
-    model = load_pretrained(options.model, dtype=DTYPES[options.dtype], device=options.device or "cpu")
+    model = load_pretrained(options.model, dtype=getattr(torch, options.dtype), device=options.device or "cpu")
     problems: dict[int, str] = {}
     differing: dict[int, str] = {}
     for request in requests:
-        output = outputs.get(request.request_id)
+        number, output = request.request_id, outputs.get(request.request_id)
         if output is None:
-            problems[request.request_id] = "is missing"
+            problems[number] = "is missing"
         elif len(output["tokens"]) != request.max_new_tokens:
-            problems[request.request_id] = f"has {len(output['tokens'])} tokens in place of {request.max_new_tokens}"
+            problems[number] = f"has {len(output['tokens'])} tokens in place of {request.max_new_tokens}"
     comparable = [request for request in requests if request.request_id not in problems]
     total = sum(request.max_new_tokens for request in comparable)
     compared = outside = 0

@@ -7,6 +7,7 @@ started this one, which ends with it, whatever it does at the time.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -15,22 +16,27 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from typing import Any
 
-from lockstep.errors import LockstepError
+from lockstep.runner.failures import failure_of
 from lockstep.runner.leftovers import kill_with_parent
 
 _START_S = 60.0
 _LAST_WORDS_S = 5.0
 
 
-class SocketMailbox:
-    """Lines of JSON over a socket. One thread reads and one writes: neither side waits for the other's work.
+def take_all(received: queue.SimpleQueue[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
+    """Return what is in a queue; if nothing is, wait at most this long for something."""
+    messages = []
+    with contextlib.suppress(queue.Empty):
+        messages.append(received.get(timeout=timeout_s) if timeout_s else received.get_nowait())
+        while True:
+            messages.append(received.get_nowait())
+    return messages
 
-    Args:
-        connection: one end of a socket pair.
-    """
+
+class SocketMailbox:
+    """Lines of JSON over a socket. One thread reads and one writes: neither side waits for the other's work."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -42,13 +48,7 @@ class SocketMailbox:
 
     def receive(self, timeout_s: float) -> list[dict[str, Any]]:
         """Return what has come; if nothing has, wait at most this long for something."""
-        messages = []
-        try:
-            messages.append(self._received.get(timeout=timeout_s) if timeout_s else self._received.get_nowait())
-            while True:
-                messages.append(self._received.get_nowait())
-        except queue.Empty:
-            return messages
+        return take_all(self._received, timeout_s)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; returns at once."""
@@ -83,14 +83,10 @@ def main() -> None:
     code = 0
     try:
         (start,) = mailbox.receive(_START_S)[:1]
-        _serve(start, mailbox)
+        _serve(rank, start, mailbox)
         mailbox.send({"ended": True})
-    except LockstepError as error:
-        mailbox.send({"failed": type(error).__name__, "why": str(error)})
-        code = 1
     except BaseException as error:
-        logging.getLogger(__name__).error("rank %d failed:\n%s", rank, traceback.format_exc())
-        mailbox.send({"failed": type(error).__name__, "why": f"{type(error).__name__}: {error}"})
+        mailbox.send(failure_of(rank, error))
         code = 1
     mailbox.flush(_LAST_WORDS_S)
     os._exit(code)  # groups may be in any state; an orderly end of them could take their whole time-out
@@ -103,17 +99,23 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _serve(start: dict[str, Any], mailbox: SocketMailbox) -> None:
+def _serve(rank: int, start: dict[str, Any], mailbox: SocketMailbox) -> None:
+    import torch.distributed as dist
     from transformers.utils import logging as transformers_logging
 
     from lockstep.runner.rank_loop import run_rank
-    from lockstep.runner.ranks import EngineOptions, detokenizer_of, join_group, load_tokenizer, make_engine
+    from lockstep.runner.ranks import EngineOptions, detokenizer_of, find_tokenizer, join_group, make_engine
 
     transformers_logging.disable_progress_bar()  # those of several ranks would overwrite each other
-    options = EngineOptions.from_json(start["options"])
-    join_group(start["store_port"], options.start_timeout_s)
+    options = EngineOptions(**start["options"])
+    limit_s, port = options.start_timeout_s, start["store_port"]
+
+    def open_store() -> Any:
+        return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=limit_s))
+
+    join_group(rank, options.world_size, open_store, limit_s)
     engine = make_engine(options)
-    detokenizer = detokenizer_of(load_tokenizer(options.model))
+    detokenizer = detokenizer_of(find_tokenizer(options.model))
     mailbox.send({"ready": engine.about()})
     run_rank(engine, mailbox, detokenizer=detokenizer)
 

@@ -32,6 +32,10 @@ PHASES: tuple[FaultPhase, ...] = get_args(FaultPhase)
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
+_PHASES_OF = {
+    **dict.fromkeys(("wrong_count", "corrupted_header", "other_protocol"), ("agreement",)),
+    **dict.fromkeys(("skip", "swap", "wrong_size"), ("dispatch", "combine")),
+}
 _PLACES = {"start": "waiting in the start", "load": "loading ", "meet": "waiting in join()"}
 
 
@@ -70,19 +74,15 @@ class Fault:
             raise ConfigurationError(f"phase must be one of {PHASES}, got {self.phase!r}")
         if self.action not in ACTIONS:
             raise ConfigurationError(f"action must be one of {ACTIONS}, got {self.action!r}")
-        if self.action in ("wrong_count", "corrupted_header", "other_protocol") and self.phase != "agreement":
-            raise ConfigurationError(f"{self.action} belongs to phase 'agreement', got {self.phase!r}")
-        if self.action in ("skip", "swap", "wrong_size") and self.phase not in ("dispatch", "combine"):
-            raise ConfigurationError(f"{self.action} belongs to phase 'dispatch' or 'combine', got {self.phase!r}")
+        if self.phase not in (phases := _PHASES_OF.get(self.action, PHASES)):
+            raise ConfigurationError(f"{self.action} belongs to phase {' or '.join(phases)}, got {self.phase!r}")
 
 
 @contextmanager
 def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
     """Let faults happen to a joined model inside the block. Use it on every rank, inside `lockstep.join`.
 
-    Args:
-        model: the model that is joined.
-        *faults: those of other ranks are ignored.
+    Faults of other ranks are ignored.
 
     Yields:
         When faults happened on this rank, in seconds of the host's clock.
@@ -99,14 +99,9 @@ def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
 
 @contextmanager
 def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
-    """Let faults happen before a model is joined: at the `start`, in the `load`, or before ranks `meet`.
+    """As `inject`, before a model is joined: at the `start`, in the `load`, or before ranks `meet`.
 
-    Args:
-        rank: this rank's number in the whole start.
-        *faults: those of other ranks and phases are ignored.
-
-    Yields:
-        As `inject`.
+    `rank` is this rank's number in the whole start.
     """
     happened: list[float] = []
     due = [fault for fault in faults if fault.rank == rank and fault.phase in _PLACES]
@@ -128,16 +123,7 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
 
 @contextmanager
 def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
-    """Let faults happen to an engine that has a coordinator of its own.
-
-    Args:
-        peers: the one that the engine's layers mark their phases in.
-        coordinator: that the engine agrees through.
-        *faults: those of other ranks are ignored.
-
-    Yields:
-        As `inject`.
-    """
+    """As `inject`, for an engine that has a coordinator of its own, and marks its phases in `peers`."""
     happened: list[float] = []
     due = [fault for fault in faults if fault.rank == peers.rank and fault.phase not in _PLACES]
 
@@ -166,12 +152,7 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
 def break_on_purpose(
     fault: Fault, coordinator: Coordinator | None = None, collectives: "_ChangedCollectives | None" = None
 ) -> None:
-    """Do at once what a fault says.
-
-    Args:
-        fault: its action and seconds count; where and when it should happen do not.
-        coordinator: of this rank; needed by the actions that belong into a step.
-        collectives: of this process; needed by the actions that change the next ones.
+    """Do at once what a fault says, wherever it should happen; what belongs into a step needs the last two.
 
     Raises:
         InjectedFault: for the action `raise`.

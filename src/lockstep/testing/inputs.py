@@ -7,13 +7,7 @@ import torch
 
 
 def uneven_counts(num_ranks: int, seed: int, largest: int = 20) -> list[int]:
-    """Return token counts that differ, with zeros, ones and one rank far above the others among them.
-
-    Args:
-        num_ranks: how many counts.
-        seed: the same seed gives the same counts.
-        largest: no count is above it.
-    """
+    """Return token counts from a seed, `[num_ranks]`, that differ: zeros, ones and up to `largest` are among them."""
     generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor([0, 0, 1, 2, 3, largest // 2, largest])
     picks = torch.randint(len(choices), (num_ranks,), generator=generator)
@@ -40,16 +34,9 @@ class MoEInputs:
 
     @classmethod
     def make(
-        cls,
-        counts: Sequence[int],
-        seed: int = 0,
-        *,
-        num_experts: int = 8,
-        top_k: int = 2,
-        hidden: int = 16,
-        intermediate: int = 24,
-        dtype: torch.dtype = torch.float32,
-    ) -> "MoEInputs":
+        cls, counts: Sequence[int], seed: int = 0, *, num_experts: int = 8, top_k: int = 2, hidden: int = 16,
+        intermediate: int = 24, dtype: torch.dtype = torch.float32,
+    ) -> "MoEInputs":  # fmt: skip
         """Make them from a seed; the same on every rank that calls this with the same arguments.
 
         Args:

@@ -1,7 +1,6 @@
 """Run a function on n real ranks and get all results, or the first failing rank's traceback."""
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.runner.launcher import Ranks, forked_ranks
 
 # Imported once, in the server that the ranks are forked from: a rank then starts in milliseconds, not in seconds.
 _PRELOAD = (
@@ -59,52 +59,27 @@ def run_ranks(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
-    context = ranks_context()
-    with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
-        processes, receivers = [], []
-        for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main, args=(rank, num_ranks, folder, sender, function, args), daemon=True
-            )
-            process.start()
-            sender.close()
-            processes.append(process)
-            receivers.append(receiver)
-        try:
-            return _collect(processes, receivers, Path(folder), deadline_s, set(may_die))
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-            for receiver in receivers:
-                receiver.close()
-
-
-def ranks_context() -> Any:
-    """Return the context whose processes are forked from the server in which everything is imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
     # Looking for GPUs must not make the server open one, which its children could not use then.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    return context
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder,
+        forked_ranks(num_ranks, _PRELOAD, _rank_main, num_ranks, folder, function, args) as ranks,
+    ):
+        return _collect(ranks, Path(folder), deadline_s, set(may_die))
 
 
-def _collect(
-    processes: list[Any], receivers: list[Connection], folder: Path, deadline_s: float, may_die: set[int]
-) -> list[Any]:
+def _collect(ranks: Ranks, folder: Path, deadline_s: float, may_die: set[int]) -> list[Any]:
+    processes = [process for process, _ in ranks]
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
+    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     until = time.monotonic() + deadline_s
-    while len(results) + len(failures) < len(processes):
-        waiting = {receivers[rank]: rank for rank in range(len(processes)) if rank not in results | failures}
-        ready = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
+    while waiting:
+        ready: list[Any] = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
         if not ready:
             break
         for receiver in ready:
-            assert isinstance(receiver, Connection)
-            rank = waiting[receiver]
+            rank = waiting.pop(receiver)
             try:
                 succeeded, value = receiver.recv()
             except (EOFError, ConnectionResetError):
@@ -119,7 +94,7 @@ def _collect(
                 until = min(until, time.monotonic() + _AFTER_FAILURE_S)
     if failures:
         raise RankFailure("\n".join(f"--- rank {rank} of {len(processes)}\n{text}" for rank, text in failures.items()))
-    missing = [rank for rank in range(len(processes)) if rank not in results]
+    missing = sorted(waiting.values())
     if missing:
         stacks = [f"--- rank {rank}\n{_stack_of(processes[rank], folder / f'stack{rank}')}" for rank in missing]
         raise RankFailure(f"ranks {missing} did not end within {deadline_s:g} s; they stood at\n" + "\n".join(stacks))
@@ -135,7 +110,7 @@ def _stack_of(process: Any, path: Path) -> str:
 
 
 def _rank_main(
-    rank: int, num_ranks: int, folder: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, sender: Connection, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -146,6 +121,7 @@ def _rank_main(
         torch.set_num_threads(1)
         # A shell lets what it starts in the background ignore Ctrl-C, and the ranks would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             store = dist.FileStore(str(Path(folder, "store")), num_ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)

@@ -1,0 +1,52 @@
+"""What a rank's process says when it fails, and which of several failures the others follow from."""
+
+import logging
+import traceback
+from typing import Any
+
+import lockstep.errors
+from lockstep.errors import LockstepError, PeerFailedError
+
+logger = logging.getLogger(__name__)
+
+_ECHOES = ("PeerFailedError", "RankAbsentError")
+
+
+def failure_of(rank: int, error: BaseException) -> dict[str, Any]:
+    """Return the message that tells of a rank's failure; what nobody has foreseen is logged with its traceback."""
+    if isinstance(error, LockstepError):
+        return {"failed": type(error).__name__, "why": str(error)}
+    if isinstance(error, OSError):
+        return {"failed": "OSError", "why": str(error)}
+    logger.error("rank %d failed:\n%s", rank, "".join(traceback.format_exception(error)))
+    return {"failed": type(error).__name__, "why": f"{type(error).__name__}: {error}"}
+
+
+def first_cause(failures: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+    """Return the failure that the others follow from: a rank that reports another's comes last.
+
+    Args:
+        failures: ranks and their messages, in the order in which they came; at least one.
+
+    Example:
+        >>> first_cause([(0, {"failed": "PeerFailedError", "why": "rank 1"}), (1, {"failed": "died", "why": "-9"})])
+        (1, {'failed': 'died', 'why': '-9'})
+    """
+    return min(failures, key=lambda failure: _ECHOES.index(failure[1]["failed"]) + 1 if is_echo(failure[1]) else 0)
+
+
+def is_echo(message: dict[str, Any]) -> bool:
+    """Return whether a failure may be another rank's doing."""
+    return message["failed"] in _ECHOES
+
+
+def error_of(rank: int, message: dict[str, Any]) -> Exception:
+    """Return what to raise for a rank's failure."""
+    if isinstance(message.get("error"), LockstepError):
+        return message["error"]
+    if message["failed"] == "OSError":  # a full disk is no fault of the ranks
+        return OSError(f"rank {rank}: {message['why']}")
+    kind = getattr(lockstep.errors, message["failed"], None)
+    if isinstance(kind, type) and issubclass(kind, LockstepError) and kind is not PeerFailedError:
+        return kind(message["why"])
+    return PeerFailedError(f"rank {rank} failed: {message['why']}", rank, message["why"])
