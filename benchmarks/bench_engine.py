@@ -168,7 +168,7 @@ def worker(rank, arguments, store, started):
     if cuda:
         torch.cuda.empty_cache()
     settings = SchedulerConfig(max_num_batched_tokens=4096 if cuda else 64, max_num_seqs=256 if cuda else 8,
-                               kv_capacity_tokens=arguments.kv_tokens)  # fmt: skip
+                               kv_capacity_tokens=arguments.kv_tokens, enable_prefix_caching=False)  # fmt: skip
     begun = time.time()
     engine = RankEngine(model, settings, max_model_len=4352, graphs=cuda)
     run.say(f"engine ready in {time.time() - begun:.1f} s, {engine.cache.num_pages} pages, "
