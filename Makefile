@@ -22,7 +22,7 @@ test: $(STAMP) lint
 # The lowest declared versions of everything, in an environment of their own: the suite's core passes there too.
 LOWEST := .venv-lowest
 CORE := $(addprefix tests/unit/test_,$(addsuffix .py,checkpoint_reading chunks dp_metadata experts from_pretrained_arguments \
-	loading metrics norms packed quantised report seal sizes step tiny traces transformers_internals wire)) \
+	loading metrics norms quantised rank_engine report sampling seal sizes step tiny traces transformers_internals wire)) \
 	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row tensor_parallel wrappers))
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE)

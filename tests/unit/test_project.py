@@ -176,3 +176,10 @@ def test_files_and_functions_are_short():
     # What is listed is still to be split; the lists only ever get shorter.
     assert long_files <= STILL_TOO_LONG
     assert long_bodies <= STILL_TOO_LONG_BODIES
+
+
+def test_what_the_makefile_tests_with_the_lowest_versions_is_there():
+    printed = subprocess.run(["make", "--dry-run", "test-lowest"], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = re.findall(r"tests/\S+\.py", printed.stdout)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).is_file()] == []
