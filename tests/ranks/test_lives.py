@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import util
 from pathlib import Path
@@ -226,10 +227,13 @@ def wait_for_sigterm(board_name, gone, how):
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert board.last_words(0) is None
-    os.write(1, b"ready\n")
-    if how == "python":
-        time.sleep(60)
-    dist.HashStore().wait(["never"])  # in C++, where Python sees no signal
+    wait = time.sleep if how == "python" else dist.HashStore().wait  # in C++ Python sees no signal
+    gate = threading.Lock()
+    gate.acquire()
+    threading.Thread(target=lambda: (gate.acquire(), os.write(1, b"ready\n")), daemon=True).start()
+    sys.setswitchinterval(1000)  # the thread gets the GIL, and speaks, only once this one is in its wait
+    gate.release()
+    wait(60 if how == "python" else ["never"])
 
 
 @pytest.mark.parametrize(("peer", "how"), [("gone", "python"), ("gone", "c++"), ("alive", "python")])
