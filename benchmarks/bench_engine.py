@@ -147,7 +147,7 @@ def worker(rank, arguments, store, started):
     import lockstep
     from lockstep.engine.rank_engine import RankEngine
     from lockstep.models.parallel import parallel_of
-    from lockstep.workload.scheduler import SchedulerConfig
+    from lockstep.workload import SchedulerConfig
 
     run = Run(arguments, rank, started)
     cases = CASES[arguments.gpus]

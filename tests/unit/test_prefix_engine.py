@@ -55,7 +55,7 @@ class Run:
         engine.reports = []
         if engine.config.num_kv_pages is not None:
             scheduler = engine.scheduler
-            assert engine.cache.num_free_pages == scheduler.num_free_pages - scheduler._prefixes.num_unheld
+            assert engine.cache.num_free_pages == scheduler.num_free_pages - scheduler.prefixes.num_unheld
 
     def finish(self):
         while self.engine.has_unfinished:

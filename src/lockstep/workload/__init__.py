@@ -1,12 +1,12 @@
 """Workloads: where requests come from, and how they become steps."""
 
 from lockstep.errors import ConfigurationError
+from lockstep.workload.arrivals import Arrivals
 from lockstep.workload.kv_pages import PAGE_SIZE
 from lockstep.workload.policies import SchedulerState
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request, random_prompt_ids
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
-from lockstep.workload.scheduler import Arrivals
 from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
 from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
 
@@ -35,17 +35,9 @@ def load_workload(
     seed: int = 0,
     synthetic: SyntheticParameters | None = None,
 ) -> Trace:
-    """Read a trace file, or make a workload where `workload` is the word `synthetic`.
+    """Read a trace file as `load_trace` does, or make a workload where `workload` is the word `synthetic`.
 
-    Args:
-        workload: a path, or `synthetic` (a file of that name is reached as `./synthetic`).
-        options: scaling and limits.
-        seed: of a synthetic workload.
-        synthetic: its parameters.
-
-    Raises:
-        ConfigurationError: for a file that cannot be used, see `load_trace`, or one with synthetic parameters.
-        OSError: if the file cannot be opened.
+    `seed` and `synthetic` are a synthetic workload's; a file named `synthetic` is reached as `./synthetic`.
     """
     if workload == "synthetic":
         return Trace(workload, workload, synthetic_requests(synthetic, options, seed))

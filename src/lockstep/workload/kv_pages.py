@@ -14,31 +14,21 @@ PageKey = Hashable
 
 
 def num_pages(num_tokens: int) -> int:
-    """Return how many pages hold `num_tokens` tokens of one request.
-
-    Example:
-        >>> [num_pages(n) for n in (0, 1, 64, 65)]
-        [0, 1, 1, 2]
-    """
+    """Return how many pages hold `num_tokens` tokens of one request."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 class KVPages:
-    """The free pages of one rank, and the steps in which its decoding requests take their next ones.
+    """The free pages of one rank, `total` at first, and the steps in which its decoding requests take their next ones.
 
     A decoding request adds one token per step, so it takes a page every `PAGE_SIZE` steps, always in the same residue
     of the step number. Counting the requests by this residue makes the pages that a step needs one look-up, and the
     step in which they run out one scan over `PAGE_SIZE` counts, however far away it is.
-
-    Args:
-        total: pages of the rank, >= 1.
     """
 
     def __init__(self, total: int) -> None:
-        self.total = total
         self.num_free = total
         self._takers = [0] * PAGE_SIZE  # by step % PAGE_SIZE: decoding requests that take a page in that step
-        self._num_takers = 0
 
     def needed(self, step: int) -> int:
         """Return how many pages the decoding requests take in `step`, if none joins or leaves before."""
@@ -56,31 +46,22 @@ class KVPages:
     def join(self, num_tokens: int, step: int) -> None:
         """Count a request as decoding from the next step on; it has `num_tokens` tokens in the cache after `step`."""
         self._takers[(step + 1 - num_tokens) % PAGE_SIZE] += 1
-        self._num_takers += 1
 
     def leave(self, num_tokens: int, step: int) -> None:
         """Stop counting a decoding request with `num_tokens` tokens in the cache after `step`; its pages stay taken."""
         self._takers[(step + 1 - num_tokens) % PAGE_SIZE] -= 1
-        self._num_takers -= 1
 
     def needed_between(self, first: int, stop: int) -> int:
         """Return how many pages the decoding requests take in the steps `first..stop-1`."""
         cycles, rest = divmod(stop - first, PAGE_SIZE)
-        return cycles * self._num_takers + sum(self._from(first)[:rest])
+        return cycles * sum(self._takers) + sum(self._from(first)[:rest])
 
     def runs_out_at(self, step: int, spare: int) -> int | None:
-        """Return the first step in which decoding has taken more than `spare` pages since the start of `step`.
-
-        Args:
-            step: the next step.
-            spare: pages, >= 0.
-
-        Returns:
-            A step number >= `step`; None if no request decodes.
-        """
-        if not self._num_takers:
+        """Return the first step >= `step` in which more than `spare` pages are taken since; None if none decodes."""
+        num_takers = sum(self._takers)
+        if not num_takers:
             return None
-        cycles, rest = divmod(spare, self._num_takers)
+        cycles, rest = divmod(spare, num_takers)
         return step + PAGE_SIZE * cycles + bisect_right(list(accumulate(self._from(step))), rest)
 
     def _from(self, step: int) -> list[int]:

@@ -13,22 +13,17 @@ LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
 
 
 class SchedulerState(NamedTuple):
-    """What a rank tells the others about its scheduler: four integers, as of after the step just planned.
+    """What a rank tells the others about its scheduler: four integers, as of after the step just planned."""
 
-    Attributes:
-        num_outstanding_tokens: rows that its unfinished requests still need, those in the queue included; 0 is idle.
-            Rows that a preemption makes necessary again are added when it happens.
-        num_kv_tokens: tokens of KV cache that its unfinished requests will hold at their longest, the queue included;
-            a load, which may exceed the capacity.
-        num_decoding: its requests that will generate a token in the next step. If pages run out in that step, those
-            admitted last will not; the first will.
-        prefill_wait_steps: how many steps ago its first prompt arrived that is not done and could run in the next step,
-            whether it has begun, was preempted, or neither; -1 where none could run.
-    """
-
+    # Rows that its unfinished requests still need, those in the queue included; 0 is idle. Rows that a preemption makes
+    # necessary again are added when it happens.
     num_outstanding_tokens: int = 0
+    # Tokens of KV cache that these requests will hold at their longest: a load, which may exceed the capacity.
     num_kv_tokens: int = 0
+    # Requests that will generate a token in the next step. If pages run out in it, those admitted last will not.
     num_decoding: int = 0
+    # Steps since the arrival of its first prompt that is not done and could run in the next step, whether it has begun,
+    # was preempted, or neither; -1 where none could run.
     prefill_wait_steps: int = -1
 
 
@@ -36,17 +31,12 @@ def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int],
     """Decide, for all ranks alike, whether prompts run in the next step.
 
     A step in which one rank has a prompt takes all ranks as long as that prompt; so prompts wait for each other. They
-    run when one of them has arrived long enough ago, when every rank has one, or when no rank generates (there is
-    nothing to disturb). While none of that holds, ranks only generate.
+    run when one of them arrived `max_prefill_delay_steps` or more steps ago (0 never holds), when every rank has one,
+    or when no rank generates (there is nothing to disturb). While none of that holds, ranks only generate.
 
     The wait counts from a request's arrival at its rank, whatever it waits for, until its prompt is done. So the policy
     holds a request in at most `max_prefill_delay_steps` steps all in all, however many steps its prompt takes, and a
     queue that grows turns holding off instead of growing further.
-
-    Args:
-        prefill_wait_steps: of every rank's `SchedulerState`, `[ranks]`.
-        num_decoding: of every rank's `SchedulerState`, `[ranks]`.
-        max_prefill_delay_steps: the bound, >= 0; 0 never holds.
 
     Example:
         >>> prefills_run([3, -1], [5, 5], max_prefill_delay_steps=10)
@@ -60,12 +50,7 @@ def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int],
 
 
 class LoadBalancer:
-    """Gives each arriving request to a rank, equally on every rank that asks.
-
-    Args:
-        policy: one of `LOAD_BALANCING`.
-        num_ranks: data-parallel ranks, >= 1.
-    """
+    """Gives each arriving request to a rank by one of `LOAD_BALANCING`, equally on every rank that asks."""
 
     def __init__(self, policy: str, num_ranks: int) -> None:
         if num_ranks < 1:
@@ -75,14 +60,9 @@ class LoadBalancer:
         self._next = 0
 
     def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
-        """Return the rank of each request.
+        """Return the rank of each request that arrives before a step, from every rank's state, as agreed last.
 
-        Args:
-            requests: all that arrive before a step, in order of arrival.
-            states: every rank's, as agreed last, `[num_ranks]`. What the earlier of `requests` add is counted in.
-
-        Returns:
-            A rank for each request, `[len(requests)]`.
+        What the earlier of `requests` add to their rank's load is counted in.
         """
         if self._policy == "round-robin":
             first = self._next
@@ -97,7 +77,6 @@ class LoadBalancer:
         for request in requests:
             load, rank = loads[0]
             ranks.append(rank)
-            heapq.heapreplace(
-                loads, (load + (request.num_computed_tokens if by_tokens else request.num_kv_tokens), rank)
-            )
+            added = request.num_computed_tokens if by_tokens else request.num_kv_tokens
+            heapq.heapreplace(loads, (load + added, rank))
         return ranks

@@ -15,17 +15,9 @@ from itertools import takewhile
 
 from lockstep.workload.kv_pages import PAGE_SIZE, PageKey
 
-_KEY_BYTES = 16
-
 
 def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
     """Return the keys of a prompt's whole pages: each a hash of the key before it and of the page's token ids.
-
-    Args:
-        token_ids: the prompt, each id in `0..2**32-1`.
-
-    Returns:
-        One key per whole page, `[len(token_ids) // PAGE_SIZE]`.
 
     Example:
         >>> a, b = token_page_keys([1] * 130), token_page_keys([1] * 64 + [2] * 64)
@@ -35,7 +27,7 @@ def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
     keys, key = [], b""
     for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
         page = array("I", token_ids[start : start + PAGE_SIZE]).tobytes()
-        key = blake2b(key + page, digest_size=_KEY_BYTES).digest()
+        key = blake2b(key + page, digest_size=16).digest()
         keys.append(key)
     return tuple(keys)
 
@@ -44,13 +36,8 @@ class PrefixPages:
     """The known pages of one rank: how many requests hold each, and the order in which the unheld ones go.
 
     Requests hold their pages from the first one on and let go of the last one first. So a page is never forgotten
-    before one that continues it.
-
-    Args:
-        keeps_unheld: whether pages that nobody holds stay known until `forget_oldest`.
-
-    Attributes:
-        version: changes whenever the answers of `num_known` or `num_held` may.
+    before one that continues it. Without `keeps_unheld`, a page is forgotten once nobody holds it. `version` changes
+    whenever the answers of `num_known` or `num_held` may.
     """
 
     def __init__(self, keeps_unheld: bool) -> None:
@@ -85,16 +72,9 @@ class PrefixPages:
         return taken
 
     def fill(self, keys: Sequence[PageKey]) -> int:
-        """Note that a request has filled pages, which it holds.
-
-        Where another request has filled an equal page, both hold that one from now on.
-
-        Returns:
-            How many pages the request gives back, because equal ones were known.
-        """
-        known = [key for key in keys if key in self._holders or key in self._unheld]
-        unheld = self.hold(keys)
-        return len(known) - unheld
+        """Note that a request has filled pages, which it holds; return how many it gives back for equal known ones."""
+        num_known = sum(key in self._holders or key in self._unheld for key in keys)
+        return num_known - self.hold(keys)
 
     def let_go(self, keys: Sequence[PageKey]) -> int:
         """Let one request less hold pages, the last first; return how many nobody holds any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 
 from lockstep.errors import ConfigurationError
@@ -12,29 +12,22 @@ from lockstep.workload.prefix_pages import PrefixPages
 from lockstep.workload.request import Request, block_page_keys
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
 
+_NO_LIMIT = 2**50  # pages: more than any workload takes
+
 
 class _Sequence:
-    """An unfinished request. `num_tokens` and `num_left` change at preemptions only.
-
-    Attributes:
-        request: the request.
-        arrival: the step in which it arrived.
-        num_tokens: rows to compute before it can generate (again): its prompt, and what it had generated before it was
-            preempted.
-        num_left: tokens to sample from there on, >= 1.
-        ended: the step that computed the last of these rows; meaningful while it decodes.
-        page_keys: of the prompt's first pages.
-    """
+    """An unfinished request. `num_tokens` and `num_left` change at preemptions only."""
 
     __slots__ = ("arrival", "ended", "num_left", "num_tokens", "page_keys", "request")
 
     def __init__(self, request: Request, arrival: int, page_keys: Sequence[PageKey]) -> None:
         self.request = request
-        self.arrival = arrival
-        self.page_keys = page_keys
+        self.arrival = arrival  # the step before which it arrived
+        self.page_keys = page_keys  # of the prompt's first pages
+        # Rows to compute before it can generate (again): its prompt, and what it had generated when it was preempted.
         self.num_tokens = request.num_prompt_tokens
-        self.num_left = request.max_new_tokens
-        self.ended = -1
+        self.num_left = request.max_new_tokens  # tokens to sample from there on, >= 1
+        self.ended = -1  # the step that computed the last of these rows; meaningful while it decodes
 
     @property
     def last_step(self) -> int:
@@ -73,12 +66,6 @@ class RankScheduler:
 
     Nothing is kept per step: a step in which no prompt runs, no request ends and no page is missing costs nothing,
     however many requests generate.
-
-    Args:
-        config: budget and limits.
-
-    Attributes:
-        num_preemptions: how often a request has been preempted so far.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -89,118 +76,103 @@ class RankScheduler:
         self._partial: _Sequence | None = None  # the prompt that has begun and not ended: at most one
         self._partial_done = 0
         self._decoding: dict[int, _Sequence] = {}  # in the order in which they were admitted
-        self._ends: dict[int, list[int]] = {}  # step -> requests whose last token is sampled in it
+        # Step -> requests whose last token is sampled in it, in the order in which they began to generate.
+        self._ends: defaultdict[int, list[int]] = defaultdict(list)
         self._num_decoding = 0  # requests that generate in the step to come
         self._context_base = 0  # sum of (num_tokens - ended) over these: + step * num_decoding = KV entries they read
         self._outstanding = 0
         self._kv_tokens = 0
-        self._pages = None if config.num_kv_pages is None else KVPages(config.num_kv_pages)
-        self._prefixes = PrefixPages(keeps_unheld=self._pages is not None)
+        self._is_limited = config.num_kv_pages is not None
+        self._pages = KVPages(config.num_kv_pages or _NO_LIMIT)
+        self.prefixes = PrefixPages(keeps_unheld=self._is_limited)
         self._hits: list[tuple[int, int]] = []  # of the step that is being planned, as its pages that get full
         self._filled: list[Sequence[PageKey]] = []
-        # The prompt and the version of the known pages for which `_num_held` was worked out last, and what came out.
+        # How many pages the first prompt that waits can take over from others that hold them; for which prompt and
+        # which version of the known pages that was worked out.
         self._last_num_held: tuple[_Sequence | None, int, int] = (None, -1, 0)
         self.num_preemptions = 0
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request is unfinished here: not all its tokens are planned, and it was not stopped."""
-        partial = self._partial
-        return (
-            request_id in self._decoding
-            or request_id in self._waiting
-            or (partial is not None and partial.request.request_id == request_id)
-        )
+        begun = self._partial is not None and self._partial.request.request_id == request_id
+        return begun or request_id in self._decoding or request_id in self._waiting
 
     @property
     def num_free_pages(self) -> int | None:
         """Pages of KV cache that no request holds after the step planned last; None for no limit."""
-        return None if self._pages is None else self._pages.num_free
+        return self._pages.num_free if self._is_limited else None
 
     def add(self, request: Request, step: int, page_keys: Sequence[PageKey] | None = None) -> None:
-        """Put a request at the end of the queue before `step` is planned; it may run from that step on.
+        """Put a request with an unused id at the end of the queue before `step` is planned; it may run from then on.
 
-        Args:
-            request: its id must not be in use; its `arrival_s` is not read.
-            step: number of the step to be planned next.
-            page_keys: of whole pages of its prompt, from the first on; None takes those of its `block_ids`. Without
-                `enable_prefix_caching`, they are not used.
-
-        Raises:
-            ConfigurationError: for an id in use, a step that was planned already, or a request that can never fit into
-                the KV cache.
+        `page_keys` are of whole pages of its prompt, from the first on; None takes those of its `block_ids`. A request
+        that can never fit into the KV cache is refused.
         """
         if request.request_id in self:
             raise ConfigurationError(f"request {request.request_id} is already there and not finished")
         if step <= self._step:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
-        if self._pages is not None:
-            self._config.check_fits((request,))
+        self._config.check_fits((request,))
         if not self._config.enable_prefix_caching:
             page_keys = ()
         elif page_keys is None:
             page_keys = block_page_keys(request)
-        sequence = _Sequence(request, step, page_keys[: request.num_prompt_tokens // PAGE_SIZE])
-        self._waiting[request.request_id] = sequence
+        page_keys = page_keys[: request.num_prompt_tokens // PAGE_SIZE]
+        self._waiting[request.request_id] = _Sequence(request, step, page_keys)
         self._outstanding += request.num_computed_tokens
         self._kv_tokens += request.num_kv_tokens
 
     def next_step(self, step: int, run_prefills: bool = True, list_entries: bool = True) -> Schedule:
-        """Plan a step and take it as done.
+        """Plan a step, above the last one, and take it as done.
 
-        Args:
-            step: its number, above the last one's. A caller that only counts may leave out steps, see `skip_to`.
-            run_prefills: the answer of `prefills_run`; False holds all prompts.
-            list_entries: False leaves out the entries that generate, for callers that only count.
+        `run_prefills` is the answer of `prefills_run`; False holds all prompts. Callers that only count may leave out
+        steps (`skip_to`), and with `list_entries=False` the entries that generate.
         """
         self.skip_to(step)
-        preempted = () if self._pages is None else self._take_decode_pages(step)
+        preempted = self._take_decode_pages(step)
         self._step = step
         num_decode, decode_context = self._num_decoding, self._context_base + step * self._num_decoding
-        entries = self._decode_entries(step) if list_entries else []
+        entries = []
+        if list_entries:
+            for request_id, sequence in self._decoding.items():
+                start = sequence.num_cached(step) - 1
+                entries.append(StepEntry(request_id, start, 1, False, True, step == sequence.last_step))
         self._outstanding -= num_decode
         num_prefill, prefill_context, held = 0, 0, False
         if not run_prefills:
             held = self._prompt_can_run(0)
         elif self._partial is not None or self._waiting:
-            num_prefill, prefill_context = self._run_prefills(
-                step, self._config.max_num_batched_tokens - num_decode, entries
-            )
+            budget = self._config.max_num_batched_tokens - num_decode
+            num_prefill, prefill_context = self._run_prefills(step, budget, entries)
             self._outstanding -= num_prefill
         hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
-        forgotten = self._prefixes.take_forgotten()
+        forgotten = self.prefixes.take_forgotten()
         for keys in filled:
-            self._free(self._prefixes.fill(keys))
+            self._pages.free(self.prefixes.fill(keys))
         finished = tuple(self._ends.pop(step, ()))
         for request_id in finished:
             self._leave(self._decoding.pop(request_id))
         return Schedule(
             step,
             tuple(entries),
-            num_prefill,
-            num_decode,
-            len(self._waiting),
-            0 if self._pages is None else self._num_waiting_for_kv(self._pages),
-            held,
-            finished,
-            preempted,
-            prefill_context,
-            decode_context,
-            tuple(hits),
-            forgotten,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_decode,
+            num_waiting=len(self._waiting),
+            num_waiting_for_kv=self._num_waiting_for_kv(),
+            prefills_held=held,
+            finished=finished,
+            preempted=preempted,
+            prefill_context_tokens=prefill_context,
+            decode_context_tokens=decode_context,
+            prefix_hits=tuple(hits),
+            forgotten=forgotten,
         )
 
     def stop(self, request_ids: Iterable[int]) -> None:
-        """Let requests end before their last token: by a stop token, a stop string, or because they were aborted.
+        """Let unfinished requests end before their last token: by a stop token or string, or because they were aborted.
 
-        Call it between two steps; the rows of the step planned last stay planned. It does not matter whether a request
-        waits, has begun, generates, or was preempted. Requests that reach `max_new_tokens` leave by themselves, in the
-        step that samples their last token: `request_id in scheduler` tells.
-
-        Args:
-            request_ids: of unfinished requests of this rank.
-
-        Raises:
-            ConfigurationError: if an id is not one of these. Those before it have been stopped.
+        Call it between two steps; the rows of the step planned last stay planned. Requests that reach `max_new_tokens`
+        leave by themselves, in the step that samples their last token: `request_id in scheduler` tells.
         """
         for request_id in request_ids:
             if request_id in self._decoding:
@@ -208,12 +180,9 @@ class RankScheduler:
                 self._outstanding -= sequence.last_step - self._step
                 self._forget_end(sequence)
                 self._leave(sequence)
-            elif request_id in self._waiting:
-                sequence = self._waiting.pop(request_id)
-                self._outstanding -= sequence.request.num_computed_tokens
-                self._kv_tokens -= sequence.request.num_kv_tokens
-            elif self._partial is not None and self._partial.request.request_id == request_id:
-                sequence, num_done = self._drop_partial()
+            elif request_id in self:
+                is_waiting = request_id in self._waiting
+                sequence, num_done = (self._waiting.pop(request_id), 0) if is_waiting else self._drop_partial()
                 self._outstanding -= sequence.request.num_computed_tokens - num_done
                 self._kv_tokens -= sequence.request.num_kv_tokens
             else:
@@ -228,38 +197,27 @@ class RankScheduler:
     def counts(self) -> tuple[int, int, bool, int]:
         """Return what a simulation needs to carry on without visiting this rank.
 
-        Returns:
-            `num_decoding` of the coming step; the part of its `decode_context_tokens` that does not grow with the step;
-            whether there is a queue or a prompt that has begun; the arrival step of the first prompt that could run,
-            or -1.
+        `num_decoding` of the coming step; the part of its `decode_context_tokens` that does not grow with the step;
+        whether there is a prompt, queued or begun; the arrival step of the first prompt that could run, or -1.
         """
         has_prompts = self._partial is not None or bool(self._waiting)
-        return self._num_decoding, self._context_base, has_prompts, self._first_arrival() if has_prompts else -1
+        return self._num_decoding, self._context_base, has_prompts, self._first_arrival()
 
     def pages_change_at(self) -> int | None:
         """Return the next step that a simulation must visit for the sake of pages, while the rank only generates.
 
-        That is the step in which pages run out, or the one after which the first prompt could run no more. None where
-        neither will happen.
+        In it pages run out, or after it the first prompt could run no more. None where neither will happen.
         """
-        pages = self._pages
-        if pages is None:
+        if not self._is_limited:
             return None
-        following = self._step + 1
+        pages, following = self._pages, self._step + 1
         if self._prompt_can_run(pages.needed(following)):
             at = pages.runs_out_at(following, pages.num_free - self._pages_for_prompt())
             return None if at is None else at - 1  # known to all ranks one step ahead
         return pages.runs_out_at(following, pages.num_free)
 
     def skip_to(self, step: int) -> None:
-        """Take all steps before `step` as done.
-
-        Steps may be left out in which this rank does nothing but generate: no request ends in them, pages do not run
-        out, and prompts are held or there are none.
-
-        Raises:
-            ConfigurationError: if `step` is not above the last one planned, or more than that happens before it.
-        """
+        """Take all steps before `step` as done. Those in which more happens than generating may not be left out."""
         first = self._step + 1
         if step < first:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
@@ -267,21 +225,13 @@ class RankScheduler:
             return
         if not self._ends.keys().isdisjoint(range(first, step)):
             raise ConfigurationError(f"step {min(self._ends)} may not be left out: a request ends in it")
-        if self._pages is not None:
-            needed = self._pages.needed_between(first, step)
-            if needed > self._pages.num_free:
-                at = self._pages.runs_out_at(first, self._pages.num_free)
-                raise ConfigurationError(f"step {at} may not be left out: the KV cache runs out of pages in it")
-            self._take(needed)
+        needed = self._pages.needed_between(first, step)
+        if needed > self._pages.num_free:
+            at = self._pages.runs_out_at(first, self._pages.num_free)
+            raise ConfigurationError(f"step {at} may not be left out: the KV cache runs out of pages in it")
+        self._take(needed)
         self._outstanding -= (step - first) * self._num_decoding
         self._step = step - 1
-
-    def _decode_entries(self, step: int) -> list[StepEntry]:
-        entries = []
-        for request_id, sequence in self._decoding.items():
-            start = sequence.num_cached(step) - 1
-            entries.append(StepEntry(request_id, start, 1, False, True, step == sequence.last_step))
-        return entries
 
     def _run_prefills(self, step: int, budget: int, entries: list[StepEntry]) -> tuple[int, int]:
         """Append the prompts' entries to `entries`; return their rows, and the KV entries that these attend to."""
@@ -293,12 +243,11 @@ class RankScheduler:
                 _, self._partial = self._waiting.popitem(last=False)
                 self._partial_done = self._take_over_prefix(self._partial)
             sequence, start = self._partial, self._partial_done
-            num_tokens = min(left, sequence.num_tokens - start)
-            if pages is not None:
-                num_tokens = min(num_tokens, (num_pages(start) + pages.num_free) * PAGE_SIZE - start)
-                if not num_tokens:
-                    break
-                self._take(num_pages(start + num_tokens) - num_pages(start))
+            room = (num_pages(start) + pages.num_free) * PAGE_SIZE - start
+            num_tokens = min(left, sequence.num_tokens - start, room)
+            if not num_tokens:
+                break
+            self._take(num_pages(start + num_tokens) - num_pages(start))
             if keys := sequence.filled(start, start + num_tokens):
                 self._filled.append(keys)
             left -= num_tokens
@@ -312,22 +261,19 @@ class RankScheduler:
             self._partial = None
             sequence.ended = step
             self._decoding[request_id] = sequence
-            self._ends.setdefault(sequence.last_step, []).append(request_id)
+            self._ends[sequence.last_step].append(request_id)
             self._num_decoding += 1
             self._context_base += sequence.num_tokens - step
-            if pages is not None:
-                pages.join(sequence.num_tokens, step)
+            pages.join(sequence.num_tokens, step)
         return budget - left, context
 
     def _take_over_prefix(self, sequence: _Sequence) -> int:
         """Let a prompt that begins hold the known pages of its beginning; return their tokens."""
         sharable = sequence.sharable
-        keys = sharable[: self._prefixes.num_known(sharable)]
+        keys = sharable[: self.prefixes.num_known(sharable)]
         if not keys:
             return 0
-        unheld = self._prefixes.hold(keys)
-        if self._pages is not None:
-            self._pages.take(unheld)
+        self._pages.take(self.prefixes.hold(keys))
         num_tokens = len(keys) * PAGE_SIZE
         self._outstanding -= num_tokens
         self._hits.append((sequence.request.request_id, num_tokens))
@@ -335,27 +281,20 @@ class RankScheduler:
 
     def _take(self, count: int) -> None:
         """Use up free pages; known ones that nobody holds are forgotten where no others are left."""
-        assert self._pages is not None
         self._pages.take(count)
-        self._prefixes.forget_oldest(self._pages.num_free)
-
-    def _free(self, count: int) -> None:
-        if self._pages is not None:
-            self._pages.free(count)
+        self.prefixes.forget_oldest(self._pages.num_free)
 
     def _release(self, sequence: _Sequence, num_cached: int) -> None:
         """Give the pages of a request with `num_cached` tokens in the cache back, as far as nobody else holds them."""
         keys = sequence.page_keys[: num_cached // PAGE_SIZE]
-        self._free(num_pages(num_cached) - len(keys) + self._prefixes.let_go(keys))
+        self._pages.free(num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys))
 
     def _take_decode_pages(self, step: int) -> tuple[int, ...]:
         """Give the requests that generate the pages of `step`; return whom that preempts."""
-        pages = self._pages
-        assert pages is not None
         preempted = []
-        while pages.needed(step) > pages.num_free:
+        while self._pages.needed(step) > self._pages.num_free:
             preempted.append(self._preempt())
-        self._take(pages.needed(step))
+        self._take(self._pages.needed(step))
         return tuple(preempted)
 
     def _preempt(self) -> int:
@@ -379,7 +318,7 @@ class RankScheduler:
 
     def _first_arrival(self) -> int:
         """The arrival step of the first prompt that could run in the next step; -1 if none could."""
-        if not self._prompt_can_run(0 if self._pages is None else self._pages.needed(self._step + 1)):
+        if not self._prompt_can_run(self._pages.needed(self._step + 1)):
             return -1
         return (self._partial or next(iter(self._waiting.values()))).arrival
 
@@ -387,28 +326,22 @@ class RankScheduler:
         """Whether the first prompt could have rows in a step in which `num_reserved` free pages are for decoding."""
         if self._partial is None and (not self._waiting or self._num_decoding >= self._max_num_seqs):
             return False
-        return self._pages is None or self._pages.num_free - num_reserved >= self._pages_for_prompt()
+        return self._pages.num_free - num_reserved >= self._pages_for_prompt()
 
     def _pages_for_prompt(self) -> int:
         """Free pages without which the first prompt has no rows in a step."""
         if self._partial is not None:
             return 0 if self._partial_done % PAGE_SIZE else 1
         sequence = next(iter(self._waiting.values()))
-        return num_pages(sequence.num_tokens + 1) - self._num_held(sequence)
-
-    def _num_held(self, sequence: _Sequence) -> int:
-        """How many pages a prompt that waits can take over from requests that hold them."""
-        version = self._prefixes.version
+        version = self.prefixes.version
         if self._last_num_held[0] is not sequence or self._last_num_held[1] != version:
-            self._last_num_held = sequence, version, self._prefixes.num_held(sequence.sharable)
-        return self._last_num_held[2]
+            self._last_num_held = sequence, version, self.prefixes.num_held(sequence.sharable)
+        return num_pages(sequence.num_tokens + 1) - self._last_num_held[2]
 
-    def _num_waiting_for_kv(self, pages: KVPages) -> int:
-        if not self._waiting:
-            return 0
+    def _num_waiting_for_kv(self) -> int:
         if self._partial is None and self._num_decoding >= self._max_num_seqs:
             return 0  # for a seat as well
-        return 0 if self._prompt_can_run(pages.needed(self._step + 1)) else len(self._waiting)
+        return 0 if self._prompt_can_run(self._pages.needed(self._step + 1)) else len(self._waiting)
 
     def _drop_partial(self) -> tuple[_Sequence, int]:
         """Free the pages of the prompt that has begun; return it, and how many of its rows were computed."""
@@ -419,9 +352,8 @@ class RankScheduler:
         return sequence, num_done
 
     def _forget_end(self, sequence: _Sequence) -> None:
-        ending = self._ends[sequence.last_step]
-        ending.remove(sequence.request.request_id)
-        if not ending:
+        self._ends[sequence.last_step].remove(sequence.request.request_id)
+        if not self._ends[sequence.last_step]:
             del self._ends[sequence.last_step]
 
     def _leave(self, sequence: _Sequence) -> None:
@@ -433,6 +365,5 @@ class RankScheduler:
         self._num_decoding -= 1
         self._context_base -= sequence.num_tokens - sequence.ended
         num_cached = sequence.num_cached(self._step)
-        if self._pages is not None:
-            self._pages.leave(num_cached, self._step)
+        self._pages.leave(num_cached, self._step)
         self._release(sequence, num_cached)

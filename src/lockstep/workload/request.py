@@ -14,27 +14,15 @@ from lockstep.workload.kv_pages import PAGE_SIZE, PageKey
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a workload.
+    """One request of a workload."""
 
-    Attributes:
-        request_id: its place in the workload, from 0, in order of arrival; an engine may number its requests otherwise.
-        arrival_s: seconds after the first request, >= 0, already divided by the rate scale.
-        num_prompt_tokens: tokens of the prompt, >= 1.
-        max_new_tokens: tokens to generate, >= 1. Traces say how many were generated, and end-of-sequence is ignored, so
-            that exactly so many are.
-        prompt: the text, where the workload has one; None where only its length is known.
-        block_ids: names of the prompt's blocks of tokens, each >= 0: prompts whose first blocks have equal names begin
-            with the same tokens. Empty where nothing is known of that.
-        block_size: tokens per block, > 0; a fraction where the lengths of a trace were scaled.
-    """
-
-    request_id: int
-    arrival_s: float
-    num_prompt_tokens: int
-    max_new_tokens: int
-    prompt: str | None = None
-    block_ids: tuple[int, ...] = ()
-    block_size: float = PAGE_SIZE
+    request_id: int  # its place in the workload, from 0, in order of arrival; an engine may number otherwise
+    arrival_s: float  # after the first request, >= 0, already divided by the rate scale
+    num_prompt_tokens: int  # >= 1
+    max_new_tokens: int  # >= 1; a request of a trace generates exactly this many, since end-of-sequence is ignored
+    prompt: str | None = None  # the text; None where only its length is known
+    block_ids: tuple[int, ...] = ()  # prompts whose first blocks have equal ids, >= 0, begin with the same tokens
+    block_size: float = PAGE_SIZE  # tokens per block, > 0; a fraction where the lengths of a trace were scaled
 
     def __post_init__(self) -> None:
         if self.num_prompt_tokens < 1 or self.max_new_tokens < 1 or not self.arrival_s >= 0:
@@ -60,9 +48,6 @@ def block_page_keys(request: Request) -> tuple[PageKey, ...]:
     A page's key is made of the ids of all blocks up to the one that its last token is in. Pages behind the last known
     block have none.
 
-    Args:
-        request: with `block_ids`; without them, no page has a key.
-
     Example:
         >>> a = block_page_keys(Request(0, 0.0, 130, 1, block_ids=(7, 8), block_size=64))
         >>> b = block_page_keys(Request(1, 0.0, 500, 1, block_ids=(7, 9), block_size=64))
@@ -82,15 +67,10 @@ def block_page_keys(request: Request) -> tuple[PageKey, ...]:
 
 
 def random_prompt_ids(request: Request, vocab_size: int, seed: int) -> list[int]:
-    """Return token ids for a request whose text is not known.
+    """Return token ids in `0..vocab_size-1` for a request whose text is not known.
 
     They depend on the seed and the request alone, never on the rank that computes it or on its neighbours. Pages with
     equal `block_page_keys` get equal ids.
-
-    Args:
-        request: the request; its `num_prompt_tokens` ids are made.
-        vocab_size: ids are in `0..vocab_size-1`.
-        seed: the run's seed.
 
     Example:
         >>> random_prompt_ids(Request(7, 0.0, 4, 1), vocab_size=256, seed=0)

@@ -62,17 +62,11 @@ class SchedulerConfig:
         return None if self.kv_capacity_tokens is None else self.kv_capacity_tokens // PAGE_SIZE
 
     def check_fits(self, requests: Iterable[Request]) -> None:
-        """Raise if a request can never run because its KV cache exceeds a rank's.
-
-        Raises:
-            ConfigurationError: naming the request, what it needs and the limit.
-        """
+        """Raise a `ConfigurationError` that names a request which can never run: its KV cache exceeds a rank's."""
         limit = self.num_kv_pages
-        if limit is None:
-            return
         for request in requests:
             needed = num_pages(request.num_kv_tokens)
-            if needed > limit:
+            if limit is not None and needed > limit:
                 raise ConfigurationError(
                     f"request {request.request_id} needs {request.num_kv_tokens} tokens of KV cache, {needed} pages of "
                     f"{PAGE_SIZE}, more than the {limit} of kv_capacity_tokens={self.kv_capacity_tokens} of a rank: "
@@ -81,60 +75,32 @@ class SchedulerConfig:
 
 
 class StepEntry(NamedTuple):
-    """One request's part of a step.
-
-    Attributes:
-        request_id: the request.
-        start: position of the first token, = tokens of it already in the KV cache. Above 0 in a prompt's first entry
-            where its first pages were known.
-        num_tokens: rows, >= 1: a piece of the prompt, or the one token generated last.
-        is_prefill: whether the rows are of the prompt. After a preemption, the tokens generated before it count as
-            prompt.
-        samples: whether the last row's output is sampled into the next token. False only within a prompt.
-        finishes: whether that token is the request's last.
-    """
+    """One request's part of a step."""
 
     request_id: int
-    start: int
-    num_tokens: int
-    is_prefill: bool
-    samples: bool
-    finishes: bool
+    start: int  # position of the first token, = tokens in the KV cache; above 0 in a first entry with known pages
+    num_tokens: int  # rows, >= 1: a piece of the prompt, or the one token generated last
+    is_prefill: bool  # of the prompt. After a preemption, the tokens generated before it count as prompt
+    samples: bool  # whether the last row's output is sampled into the next token; False only within a prompt
+    finishes: bool  # whether that token is the request's last
 
 
 class Schedule(NamedTuple):
-    """What one rank brings into one step.
+    """What one rank brings into one step."""
 
-    Attributes:
-        step: number of the step, from 0.
-        entries: each request's part: those that generate first, in the order in which they were admitted, then prompts.
-        num_prefill_tokens: rows of prompts.
-        num_decode_tokens: rows that generate; `num_tokens` is the sum of both.
-        num_waiting: requests left in the queue.
-        num_waiting_for_kv: of those, how many wait only because the KV cache is full (0, or all of them).
-        prefills_held: whether prompts that could have run were held for other ranks.
-        finished: ids of the requests whose last token is sampled in this step; their pages are free in the next one.
-        preempted: ids of the requests that lost their pages before this step, in that order. They are back at the front
-            of the queue, and start again from their first token.
-        prefill_context_tokens: KV entries that the prompts' tokens attend to, themselves included, summed over them.
-        decode_context_tokens: the same of the tokens that generate.
-        prefix_hits: `(request id, tokens)` of the prompts that begin in this step behind pages that were known.
-        forgotten: keys of the pages that are known no more, in that order; their room is free from this step on.
-    """
-
-    step: int
-    entries: tuple[StepEntry, ...]
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_waiting: int
-    num_waiting_for_kv: int
-    prefills_held: bool
-    finished: tuple[int, ...] = ()
-    preempted: tuple[int, ...] = ()
-    prefill_context_tokens: int = 0
-    decode_context_tokens: int = 0
-    prefix_hits: tuple[tuple[int, int], ...] = ()
-    forgotten: tuple[PageKey, ...] = ()
+    step: int  # from 0
+    entries: tuple[StepEntry, ...]  # those that generate, in the order in which they were admitted; then prompts
+    num_prefill_tokens: int  # rows of prompts
+    num_decode_tokens: int  # rows that generate
+    num_waiting: int  # requests left in the queue
+    num_waiting_for_kv: int  # those of them that wait only because the KV cache is full: 0, or all of them
+    prefills_held: bool  # whether prompts that could have run were held for other ranks
+    finished: tuple[int, ...] = ()  # requests that sample their last token in it; their pages are free in the next step
+    preempted: tuple[int, ...] = ()  # requests that lost their pages before it, in that order, to begin again
+    prefill_context_tokens: int = 0  # KV entries that the prompts' tokens attend to, themselves included, summed up
+    decode_context_tokens: int = 0  # the same of the tokens that generate
+    prefix_hits: tuple[tuple[int, int], ...] = ()  # `(request id, tokens)` of prompts that begin behind known pages
+    forgotten: tuple[PageKey, ...] = ()  # pages that are known no more, in that order; free from this step on
 
     @property
     def num_cached_tokens(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,24 +23,16 @@ _MAX_REQUESTS = 10_000_000
 class SyntheticParameters:
     """A workload in nine numbers; the defaults resemble a conversation service (the Azure trace of 2023).
 
-    Attributes:
-        num_requests: how many, >= 1.
-        rate: mean arrivals per second, 1e-9..1e9.
-        burstiness: standard deviation of the gaps between arrivals over their mean, >= 0 (gamma-distributed gaps): 0 is
-            a clock, 1 a Poisson process, above 1 bursts and lulls.
-        prompt_median: median prompt length in tokens, >= 1.
-        prompt_sigma: standard deviation of the logarithm of the prompt length, >= 0 (lognormal): 0 is one length for
-            all, 1 a long tail (the 99th percentile at ten times the median).
-        prompt_max: longer prompts are cut to this, >= 1 (a lognormal has no upper end, a model's context has).
-        output_median: median output length in tokens, >= 1.
-        output_sigma: the same for the output length.
-        output_max: the same for the output length.
+    Gaps between arrivals are gamma-distributed, lengths lognormal. A lognormal has no upper end, but a model's context
+    has: longer lengths are cut to `prompt_max` and `output_max`.
     """
 
     num_requests: int = 1000
-    rate: float = 5.5
+    rate: float = 5.5  # mean arrivals per second
+    # Standard deviation of the gaps over their mean: 0 is a clock, 1 a Poisson process, above 1 bursts and lulls.
     burstiness: float = 1.1
-    prompt_median: float = 1020.0
+    prompt_median: float = 1020.0  # tokens
+    # Standard deviation of the length's logarithm: 0 is one length for all, 1 a long tail (p99 is ten medians).
     prompt_sigma: float = 1.0
     prompt_max: int = 14050
     output_median: float = 129.0
@@ -47,24 +41,21 @@ class SyntheticParameters:
 
     @classmethod
     def parse(cls, text: str) -> SyntheticParameters:
-        """Read parameters as `name=value,name=value`; those left out have their default.
-
-        Raises:
-            ConfigurationError: naming the part that cannot be read and the names that there are.
-        """
-        values: dict[str, float] = {}
+        """Read parameters as `name=value,name=value`; those left out have their default."""
+        values: dict[str, Any] = {}
+        kinds = {name: type(default) for name, default in dataclasses.asdict(cls()).items()}
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
             try:
-                if name not in cls.__dataclass_fields__ or name in values:
+                if name in values:
                     raise ValueError
-                values[name] = int(value) if cls.__dataclass_fields__[name].type == "int" else float(value)
-            except ValueError:
-                names = ", ".join(cls.__dataclass_fields__)
+                values[name] = kinds[name](value)
+            except (KeyError, ValueError):
                 raise ConfigurationError(
-                    f"synthetic parameters are name=number, each once, with a name of {names}; got {part!r:.60}"
+                    f"synthetic parameters are name=number, each once, with a name of {', '.join(kinds)}; "
+                    f"got {part!r:.60}"
                 ) from None
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for name in ("num_requests", "prompt_median", "prompt_max", "output_median", "output_max"):
@@ -80,18 +71,9 @@ class SyntheticParameters:
 def synthetic_requests(
     parameters: SyntheticParameters | None = None, options: WorkloadOptions | None = None, seed: int = 0
 ) -> list[Request]:
-    """Make a workload.
+    """Make requests in order of arrival, the first at 0 s; a seed gives the same ones on every machine.
 
-    Args:
-        parameters: the nine numbers.
-        options: scaling and limits, as for a trace; its `num_requests` goes before that of `parameters`.
-        seed: the same seed gives the same workload, on every machine.
-
-    Returns:
-        Requests in order of arrival, the first at 0 s.
-
-    Raises:
-        ConfigurationError: for more than 10,000,000 requests.
+    `options` scales and limits as for a trace; its `num_requests` goes before that of `parameters`.
     """
     parameters = parameters or SyntheticParameters()
     options = options or WorkloadOptions()
@@ -103,12 +85,11 @@ def synthetic_requests(
     requests = []
     arrival = 0.0
     for index in range(num_requests):
-        if index:
-            if parameters.burstiness < 1e-3:
-                arrival += mean_gap
-            else:
-                shape = 1 / parameters.burstiness**2
-                arrival += generator.gammavariate(shape, mean_gap / shape)
+        if index and parameters.burstiness < 1e-3:
+            arrival += mean_gap
+        elif index:
+            shape = 1 / parameters.burstiness**2
+            arrival += generator.gammavariate(shape, mean_gap / shape)
         lengths = [
             max(1, round(min(longest, median * math.exp(min(sigma * generator.gauss(0, 1), 50.0)))))
             for median, sigma, longest in (
@@ -121,16 +102,10 @@ def synthetic_requests(
 
 
 def resembling(requests: Sequence[Request]) -> SyntheticParameters:
-    """Return the synthetic parameters that resemble a workload.
+    """Return the synthetic parameters that resemble requests in order of arrival, at least one.
 
     Rate and burstiness come from the gaps between arrivals, medians and sigmas from the logarithms of the lengths (the
     sigma from the middle 80 % of them, which a few extreme requests do not move).
-
-    Args:
-        requests: in order of arrival, at least one.
-
-    Raises:
-        ConfigurationError: if there are no requests.
     """
     if not requests:
         raise ConfigurationError("a workload without requests resembles nothing: at least 1 is needed, got 0")
@@ -152,30 +127,18 @@ def resembling(requests: Sequence[Request]) -> SyntheticParameters:
 
 
 def describe(requests: Sequence[Request]) -> dict[str, Any]:
-    """Describe a workload in numbers.
-
-    Args:
-        requests: in order of arrival, at least one.
-
-    Returns:
-        `num_requests`, `duration_s`, `requests_per_s`, `burstiness`, `peak_requests_per_s` (of the busiest 10 s),
-        `prompt_tokens` and `output_tokens` (each with `total, mean, p50, p90, p99, max`), and `synthetic`: the
-        parameters that resemble it.
-    """
+    """Describe requests in order of arrival, at least one, in numbers, and by the parameters that resemble them."""
     parameters = resembling(requests)
-    per_window: dict[int, int] = {}
-    for request in requests:
-        window = int(request.arrival_s // 10)
-        per_window[window] = per_window.get(window, 0) + 1
+    per_window = Counter(int(request.arrival_s // 10) for request in requests)
     return {
         "num_requests": len(requests),
         "duration_s": requests[-1].arrival_s,
         "requests_per_s": parameters.rate,
-        "peak_requests_per_s": max(per_window.values()) / 10,
+        "peak_requests_per_s": max(per_window.values()) / 10,  # of the busiest 10 s
         "burstiness": parameters.burstiness,
         "prompt_tokens": _lengths([request.num_prompt_tokens for request in requests]),
         "output_tokens": _lengths([request.max_new_tokens for request in requests]),
-        "synthetic": {name: getattr(parameters, name) for name in SyntheticParameters.__dataclass_fields__},
+        "synthetic": dataclasses.asdict(parameters),
     }
 
 

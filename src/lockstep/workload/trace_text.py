@@ -28,19 +28,12 @@ _OTHER_FILES = {
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """What no trace exceeds. A file that does was made to fill a memory, or is something else.
+    """What no trace exceeds. A file that does was made to fill a memory, or is something else."""
 
-    Attributes:
-        line_bytes: of one line.
-        cell_lines: lines of one quoted cell.
-        rows: requests.
-        unpacked_bytes, unpacked_ratio: gzip data may unpack to this many bytes and this many times its size together.
-            Text packs to a tenth or a twentieth.
-    """
-
-    line_bytes: int = 16 * 2**20
-    cell_lines: int = 1000
-    rows: int = 10_000_000
+    line_bytes: int = 16 * 2**20  # of one line
+    cell_lines: int = 1000  # of one quoted cell
+    rows: int = 10_000_000  # requests
+    # Gzip data may unpack to the first and, times its size, the second together. Text packs to a tenth or a twentieth.
     unpacked_bytes: int = 64 * 2**20
     unpacked_ratio: int = 200
 
@@ -74,11 +67,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | LineError]]:
-    """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error.
-
-    Raises:
-        ConfigurationError: no file of text, or one that exceeds the limits.
-    """
+    """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
@@ -125,14 +114,7 @@ def table_rows(
     """Yield `(line number, cells)` of CSV whose cells may be quoted, and then hold delimiters, quotes and line ends.
 
     A quote that is never closed would swallow all rows after it. So a row over several lines that is not well-formed is
-    malformed in its first line alone, and reading goes on with the next.
-
-    Args:
-        lines: those after the first.
-        number: the first one's.
-        line: the first one: the header.
-        delimiter: between cells.
-        limits: for cells of several lines.
+    malformed in its first line alone, and reading goes on with the next. The header is `line`; `lines` come after it.
     """
     ahead: deque[tuple[int, str | LineError]] = deque([(number, line)])
     taken: list[tuple[int, str | LineError]] = []
@@ -148,24 +130,18 @@ def table_rows(
                 raise LineError(f"a quote is not closed within {limits.cell_lines} lines")
             yield item[1]
 
-    def reader() -> Iterator[list[str]]:
-        return csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
-
-    rows = reader()
-    while True:
-        taken.clear()
+    while True:  # with a new reader after each malformed row
         try:
-            row = next(rows, None)
+            taken.clear()
+            for row in csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True):
+                cells = [cell.strip() for cell in row]
+                if any(cells):
+                    yield taken[0][0], cells
+                taken.clear()
+            return
         except (csv.Error, LineError) as error:
             yield taken[0][0], error if isinstance(error, LineError) else LineError(f"not CSV ({error})")
             ahead.extendleft(reversed(taken[1:]))
-            rows = reader()
-            continue
-        if row is None:
-            return
-        cells = [cell.strip() for cell in row]
-        if any(cells):
-            yield taken[0][0], cells
 
 
 def short(value: object) -> str:

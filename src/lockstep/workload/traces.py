@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
 _MOONCAKE_BLOCK_SIZE = 512
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_Row = str | dict[str, object]
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
     "mooncake-jsonl": 'a JSON object with "timestamp" (ms, >= 0), "input_length" and "output_length" (integers >= 1) '
@@ -36,24 +37,15 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class WorkloadOptions:
-    """How a workload is read and scaled.
+    """How a workload is read and scaled."""
 
-    Attributes:
-        rate_scale: arrivals come this many times as fast, 1e-9..1e9.
-        length_scale: the lengths of a trace are multiplied by this and rounded, to at least 1; > 0. Prompts given as
-            text, and what they ask for, keep their lengths.
-        max_prompt_tokens: longer prompts are cut to this, >= 1; None for no limit.
-        max_new_tokens: longer outputs are cut to this, >= 1; None for no limit.
-        num_requests: only the first N rows of the file, >= 1; None for all.
-        max_malformed_share: a file with a larger share of malformed lines is refused, 0..1. One single malformed line
-            is always forgiven.
-    """
-
-    rate_scale: float = 1.0
+    rate_scale: float = 1.0  # multiplies the arrival rate, 1e-9..1e9
+    # Multiplies the lengths of a trace, > 0. Prompts given as text, and what they ask for, keep theirs.
     length_scale: float = 1.0
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int | None = None
-    num_requests: int | None = None
+    max_prompt_tokens: int | None = None  # longer prompts are cut to this, >= 1
+    max_new_tokens: int | None = None  # longer outputs are cut to this, >= 1
+    num_requests: int | None = None  # only the first N rows of the file, >= 1
+    # A file with a larger share of malformed lines is refused, 0..1. A single malformed line is always forgiven.
     max_malformed_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -69,11 +61,7 @@ class WorkloadOptions:
             raise ConfigurationError(f"max_malformed_share must be in 0..1, got {self.max_malformed_share}")
 
     def lengths(self, num_prompt_tokens: int, max_new_tokens: int, *, scaled: bool = True) -> tuple[int, int]:
-        """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each in 1..2**31 - 1.
-
-        Raises:
-            ConfigurationError: where they are longer than that.
-        """
+        """Return a request's lengths, scaled and cut: `(prompt tokens, new tokens)`, each in 1..2**31 - 1, or raise."""
         scale = self.length_scale if scaled else 1.0
         prompt = min(num_prompt_tokens * scale, self.max_prompt_tokens or math.inf)
         output = min(max_new_tokens * scale, self.max_new_tokens or math.inf)
@@ -99,21 +87,13 @@ class MalformedLine:
 
 @dataclass(frozen=True)
 class Trace:
-    """A workload read from a file.
+    """A workload read from a file."""
 
-    Attributes:
-        source: the path as given.
-        format: `azure-csv`, `mooncake-jsonl` or `prompts-jsonl`.
-        requests: in order of arrival, the first at 0 s.
-        num_malformed: lines left out.
-        malformed: the first 20 of them, named.
-    """
-
-    source: str
-    format: str
-    requests: list[Request]
-    num_malformed: int = 0
-    malformed: list[MalformedLine] = field(default_factory=list)
+    source: str  # the path as given
+    format: str  # `azure-csv`, `mooncake-jsonl`, `prompts-jsonl` or `synthetic`
+    requests: list[Request]  # in order of arrival, the first at 0 s
+    num_malformed: int = 0  # lines left out
+    malformed: list[MalformedLine] = field(default_factory=list)  # the first 20 of them
 
     @property
     def left_out(self) -> str:
@@ -130,10 +110,10 @@ def load_trace(
     count_tokens: Callable[[str], int] | None = None,
     limits: ReadLimits | None = None,
 ) -> Trace:
-    """Read a request trace.
+    """Read a request trace: Azure CSV, Mooncake JSON lines or prompts as JSON lines; plain or gzip.
 
     Args:
-        path: Azure CSV, Mooncake JSON lines or prompts as JSON lines; plain or gzip.
+        path: of the file.
         options: scaling, limits, and the share of malformed lines at which the file is refused.
         count_tokens: the length in tokens of a prompt given as text; without it, its UTF-8 bytes are counted (which is
             what a byte tokenizer gives).
@@ -143,10 +123,8 @@ def load_trace(
         The trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
 
     Raises:
-        ConfigurationError: if the format is not recognised, no row can be read, a line is longer than 16 MiB, or too
-            many lines are malformed; the message names the file, the first such lines and what was expected. Also for a
-            pipe or a device, more than 10,000,000 requests, and gzip data that unpacks to over 200 times its size.
-        OSError: if the file cannot be opened.
+        ConfigurationError: for a file that is no trace, exceeds the limits, or has too many malformed lines; names the
+            file, the first such lines and what was expected.
     """
     options = options or WorkloadOptions()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
@@ -176,47 +154,53 @@ class _Reader:
         self._malformed: list[MalformedLine] = []
         self._num_malformed = 0
 
-    def read(self, lines: Iterable[tuple[int, str | LineError]]) -> None:
+    def read(self, lines: Iterator[tuple[int, str | LineError]]) -> None:
         """Take lines until there are no more, or enough rows."""
-        lines = iter(lines)
-        for number, line in lines:
-            if isinstance(line, str) and not line.strip():
-                continue
+        for number, row in self._parsed(lines):
             try:
-                if isinstance(line, LineError):
-                    raise line
-                if self._format is None:
-                    self._format, delimiter = _recognise(line, self._limits)
-                    if delimiter:
-                        rows = table_rows(lines, number, line, delimiter, self._limits)
-                        self._read_table(rows, grouped=delimiter == ",")
-                        return
-                self._rows.append(self._request(_json_object(line)))
+                if isinstance(row, LineError):
+                    raise row
+                self._rows.append(self._request(_json_object(row) if isinstance(row, str) else row))
             except LineError as error:
                 self._leave_out(number, error)
             if self._enough():
                 return
 
-    def _read_table(self, rows: Iterable[tuple[int, list[str] | LineError]], grouped: bool) -> None:
+    def _parsed(self, lines: Iterator[tuple[int, str | LineError]]) -> Iterator[tuple[int, _Row | LineError]]:
+        """Yield rows: lines of JSON as they are, those of a table as cells by the columns' names."""
+        for number, line in lines:
+            if isinstance(line, str) and not line.strip():
+                continue
+            if isinstance(line, str) and self._format is None:
+                try:
+                    self._format, delimiter = _recognise(line, self._limits)
+                except LineError as error:
+                    yield number, error
+                    continue
+                if delimiter:
+                    rows = table_rows(lines, number, line, delimiter, self._limits)
+                    yield from self._table(rows, grouped=delimiter == ",")
+                    return
+            yield number, line
+
+    def _table(
+        self, rows: Iterator[tuple[int, list[str] | LineError]], grouped: bool
+    ) -> Iterator[tuple[int, _Row | LineError]]:
         columns: dict[str, int] = {}
         num_columns = 0
         for number, cells in rows:
-            try:
-                if isinstance(cells, LineError):
-                    raise cells
+            if isinstance(cells, LineError):
+                yield number, cells
+            elif set(_AZURE_COLUMNS) <= set(cells):
                 # A header may come again, where files were put together, and its columns in another order.
-                if set(_AZURE_COLUMNS) <= set(cells):
-                    columns, num_columns = _columns(self._source, cells), len(cells)
-                    continue
-                if len(cells) < num_columns or any(cells[num_columns:]):
-                    raise LineError(f"{len(cells)} columns, and {num_columns} in the header")
-                arrival = _timestamp(cells[columns["TIMESTAMP"]])
-                lengths = [_length(_integer(cells[columns[name]], grouped), name) for name in _AZURE_COLUMNS[1:]]
-                self._rows.append((arrival, *self._options.lengths(lengths[0], lengths[1]), None, ()))
-            except LineError as error:
-                self._leave_out(number, error)
-            if self._enough():
-                return
+                for name in _AZURE_COLUMNS:
+                    if cells.count(name) > 1:
+                        raise ConfigurationError(f"{self._source}: the header names {name} {cells.count(name)} times")
+                columns, num_columns = {name: cells.index(name) for name in _AZURE_COLUMNS}, len(cells)
+            elif len(cells) < num_columns or any(cells[num_columns:]):
+                yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
+            else:
+                yield number, {name: _integer(cells[place], grouped) for name, place in columns.items()}
 
     def _leave_out(self, number: int, error: LineError) -> None:
         self._num_malformed += 1
@@ -237,12 +221,8 @@ class _Reader:
         """Check the share of malformed lines and return the trace."""
         named = "; ".join(str(line) for line in self._malformed[:3])
         if self._format is None or not self._rows:
-            raise ConfigurationError(
-                f"{self._source}: no request could be read: {named}"
-                if named
-                else f"{self._source}: no request could be read: the file has no rows; expected one of: "
-                + "; ".join(_EXPECTED.values())
-            )
+            why = named or f"the file has no rows; expected one of: {'; '.join(_EXPECTED.values())}"
+            raise ConfigurationError(f"{self._source}: no request could be read: {why}")
         num_lines = len(self._rows) + self._num_malformed
         if self._num_malformed > max(1, int(self._options.max_malformed_share * num_lines)):
             raise ConfigurationError(
@@ -260,10 +240,14 @@ class _Reader:
         return Trace(self._source, self._format, requests, self._num_malformed, self._malformed)
 
     def _request(self, row: dict[str, object]) -> tuple[float, int, int, str | None, tuple[int, ...]]:
+        if self._format == "azure-csv":
+            arrival = _timestamp(row["TIMESTAMP"])
+            lengths = [_length(row[name], name) for name in _AZURE_COLUMNS[1:]]
+            return (arrival, *self._options.lengths(*lengths), None, ())
         if self._format == "mooncake-jsonl":
             arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
             lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
-            return (arrival, *self._options.lengths(lengths[0], lengths[1]), None, _block_ids(row.get("hash_ids")))
+            return (arrival, *self._options.lengths(*lengths), None, _block_ids(row.get("hash_ids")))
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise LineError(f'"prompt" is {short(prompt)}')
@@ -295,14 +279,6 @@ def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
     raise LineError(f"{short(line.strip())} fits no known format")
 
 
-def _columns(source: str, header: list[str]) -> dict[str, int]:
-    """Return where the columns are; one that is named twice could be either."""
-    for name in _AZURE_COLUMNS:
-        if header.count(name) > 1:
-            raise ConfigurationError(f"{source}: the header names {name} {header.count(name)} times")
-    return {name: header.index(name) for name in _AZURE_COLUMNS}
-
-
 def _json_object(line: str) -> dict[str, object]:
     try:
         row = json.loads(line, object_pairs_hook=_unique_keys)
@@ -322,14 +298,15 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return row
 
 
-def _timestamp(text: str) -> float:
+def _timestamp(value: object) -> float:
+    text = str(value)
     try:
         # Python also reads dates of digits alone, and so would take some milliseconds since 1970 for the year 1700.
         if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
             raise ValueError
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise LineError(f"TIMESTAMP is {short(text)}") from None
+        raise LineError(f"TIMESTAMP is {short(value)}") from None
     # A time without a zone is read as UTC, so that the result does not depend on this machine's zone.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 

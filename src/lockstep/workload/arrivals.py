@@ -23,18 +23,8 @@ from lockstep.workload.schedule import SchedulerConfig
 class Arrivals:
     """Which of a workload's requests reach one rank before each step: virtual or real time, and load balancing.
 
-    Args:
-        requests: the workload, in order of arrival, the same on every rank.
-        config: the same on every rank.
-        num_ranks: data-parallel ranks, >= 1.
-        rank: this data-parallel rank.
-
-    Attributes:
-        left: whether requests have not arrived yet; the same on every rank.
-        num_tokens_left: rows that these requests need.
-
-    Raises:
-        ConfigurationError: for a rank outside `0..num_ranks-1`, or a request that can never fit into a rank's KV cache.
+    Every rank has the same `requests`, in order of arrival, and `config`. `num_tokens_left` are the rows of those that
+    have not arrived yet.
     """
 
     def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
@@ -70,25 +60,18 @@ class Arrivals:
         """
         if len(states) != self._num_ranks:
             raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
-        arriving = self._by_step(states) if elapsed_s is None else self._by_time(elapsed_s)
+        if elapsed_s is None and self._waiting and not any(state.num_outstanding_tokens for state in states):
+            self._clock = max(self._clock, self._arrival_step())
+        arriving = []
+        while self._waiting and self._has_come(elapsed_s):
+            arriving.append(self._waiting.popleft())
+        self._clock += 1
         self.num_tokens_left -= sum(request.num_computed_tokens for request in arriving)
         ranks = self._balancer.assign(arriving, states)
         return [request for request, rank in zip(arriving, ranks, strict=True) if rank == self._rank]
 
-    def _by_step(self, states: Sequence[SchedulerState]) -> list[Request]:
-        if self._waiting and not any(state.num_outstanding_tokens for state in states):
-            self._clock = max(self._clock, self._arrival_step())
-        arriving = []
-        while self._waiting and self._arrival_step() <= self._clock:
-            arriving.append(self._waiting.popleft())
-        self._clock += 1
-        return arriving
-
-    def _by_time(self, elapsed_s: float) -> list[Request]:
-        arriving = []
-        while self._waiting and self._waiting[0].arrival_s <= elapsed_s:
-            arriving.append(self._waiting.popleft())
-        return arriving
+    def _has_come(self, elapsed_s: float | None) -> bool:
+        return self._arrival_step() <= self._clock if elapsed_s is None else self._waiting[0].arrival_s <= elapsed_s
 
     def _arrival_step(self) -> int:
         return ceil(self._waiting[0].arrival_s / self._seconds_per_step)
