@@ -105,6 +105,50 @@ def test_greedy_tokens_are_those_of_one_process(engine, alone, lengths):
     assert len({output.rank for output in outputs}) == min(2, len(lengths))
 
 
+class Heard:
+    """What a listener hears: token ids by prompt, and the end."""
+
+    def __init__(self):
+        self.tokens, self.ended, self.error = {}, threading.Semaphore(0), None
+
+    def on_token(self, entry, delta):
+        self.tokens[entry.index] = tuple(entry.checker.token_ids)
+        if delta.finish_reason is not None:
+            self.ended.release()
+
+    def on_error(self, error):
+        self.error = error
+        self.ended.release()
+
+
+@pytest.mark.ranks(2)
+def test_a_listener_hears_every_token_and_ranks_say_how_they_are(engine, alone):
+    prompts, heard, before = prompts_of((5, 9)), Heard(), engine.stats.longest_rows
+    engine.submit(heard, engine.read_requests(prompts, GREEDY))
+    for _ in prompts:
+        assert heard.ended.acquire(timeout=30)
+    engine.forget(heard)
+    assert [heard.tokens[index] for index in range(2)] == [alone(prompt, 12) for prompt in prompts]
+    assert [rank.state for rank in engine.ranks()] == ["alive"] * 2
+    time.sleep(1.5)
+    wait_for(lambda: max(rank.silent_s for rank in engine.ranks()) < 1)  # idle ranks say that they live
+    stats = engine.stats
+    assert stats.longest_rows - before >= 9 + 11  # the longer prompt, and tokens
+    assert 0 <= stats.idle_share < 1 and sum(stats.rows) > stats.longest_rows > 0 and min(stats.agreement_s) > 0
+
+
+@pytest.mark.ranks(2)
+def test_what_a_listener_has_abandoned_leaves_its_rank(engine):
+    heard, overrun = Heard(), sum(engine.stats.overrun_rows)
+    engine.submit(heard, engine.read_requests(prompts_of((4,)), LONG))
+    wait_for(lambda: heard.tokens)
+    engine.abandon(heard)
+    wait_for(lambda: engine.stats.unfinished_requests == 0)
+    wait_for(lambda: max(engine.stats.num_kv_tokens) == 0)
+    assert len(heard.tokens[0]) < 200
+    assert sum(engine.stats.overrun_rows) - overrun <= 3
+
+
 @pytest.mark.ranks(2)
 def test_texts_and_ids_are_prompts_alike(engine, alone):
     text, ids = "some text, ä€😀", byte_tokenizer()("some text, ä€😀")["input_ids"]

@@ -6,14 +6,17 @@ import dataclasses
 import difflib
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from lockstep.coordination.processes import ProcessState
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
-from lockstep.runner.front import EngineStats, Front, NewRequest, Outputs
+from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses, Ranks
 from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
@@ -21,6 +24,21 @@ from lockstep.runner.router import Router
 from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    """One process of an engine.
+
+    Attributes:
+        rank: its number.
+        state: what the operating system says of it.
+        silent_s: seconds since its last message; a rank that lives sends one every second, unless a step takes longer.
+    """
+
+    rank: int
+    state: ProcessState
+    silent_s: float
 
 
 class Engine:
@@ -40,6 +58,7 @@ class Engine:
     Attributes:
         options: of this engine.
         about: what rank 0 said when all were ready: context, pages of the cache, kernels, dispatcher.
+        tokenizer: the checkpoint's; None where it has none.
 
     Raises:
         ConfigurationError: options or a checkpoint that cannot work.
@@ -58,7 +77,7 @@ class Engine:
         self.options = _read_options(model, data_parallel_size, options)
         check_checkpoint(self.options.model, self.options.world_size)
         check_config(self.options.model)
-        self._tokenizer = find_tokenizer(self.options.model)
+        self.tokenizer = find_tokenizer(self.options.model)
         started = started_ranks()
         ranks: Ranks = RankProcesses(self.options) if started is None else OwnRank(self.options)
         self._first_rank = 0 if started is None else started[0] // self.options.tensor_parallel_size
@@ -102,7 +121,35 @@ class Engine:
             LockstepError: what has closed the engine.
         """
         self._check_usable()
-        return Outputs(self._front, self._read_requests(prompts, sampling_params))
+        return Outputs(self._front, self.read_requests(prompts, sampling_params))
+
+    def submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
+        """Start requests, of which `listener` hears token by token, until they end or it is abandoned.
+
+        Args:
+            listener: of these requests only; called from the engine's thread.
+            requests: from `read_requests`.
+        """
+        self._front.submit(listener, requests)
+
+    def abandon(self, listener: Listener) -> None:
+        """End a listener's requests; their rows are free within a few steps. It hears nothing more."""
+        self._front.abandon(listener)
+
+    def forget(self, listener: Listener) -> None:
+        """Let go of a listener whose requests have all ended."""
+        self._front.forget(listener)
+
+    @property
+    def error(self) -> Exception | None:
+        """What has closed the engine; None while it can be used."""
+        return self._front.error
+
+    def ranks(self) -> list[RankHealth]:
+        """Return how each process of the engine is, as of now."""
+        now_s, heard_at_s = time.monotonic(), self._front.heard_at_s
+        states = self._front.ranks.states()
+        return [RankHealth(r, state, now_s - s) for r, (state, s) in enumerate(zip(states, heard_at_s, strict=True))]
 
     def close(self) -> None:
         """End what runs, and the ranks; closing twice does nothing. Under torchrun, waits until all ranks close.
@@ -140,11 +187,11 @@ class Engine:
             first_rank=self._first_rank,
             all_ranks=self.options.data_parallel_size,
             eos_token_ids=about["eos_token_ids"],
-            detokenizer=detokenizer_of(self._tokenizer),
+            detokenizer=detokenizer_of(self.tokenizer),
         )
 
-    def _read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:
-        """What `RankEngine.add` would refuse, and more, before anything is sent."""
+    def read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:
+        """Check and tokenize what `generate` takes; refuse what `RankEngine.add` would refuse, and more."""
         if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
             kind = "one string" if isinstance(prompts, str) else type(prompts).__name__
             raise ConfigurationError(f"prompts must be a list of texts or of lists of token ids, got {kind}")
@@ -171,10 +218,10 @@ class Engine:
 
     def _prompt_ids(self, index: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            if self._tokenizer is None:
+            if self.tokenizer is None:
                 raise ConfigurationError(f"prompt {index} is a text, but {self.options.model} has no tokenizer")
             try:
-                return list(self._tokenizer(prompt)["input_ids"])
+                return list(self.tokenizer(prompt)["input_ids"])
             except (TypeError, ValueError):  # such as half a surrogate pair
                 raise ConfigurationError(f"prompt {index} is not a valid text: {prompt!r:.80}") from None
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array or a tensor
@@ -205,7 +252,7 @@ class Engine:
         if largest >= about["num_logits"]:
             drawn = f"the model draws from {about['num_logits']}"
             raise ConfigurationError(f"stop_token_ids of prompt {index} has token {largest}, but {drawn}")
-        if params.stop_strings and self._tokenizer is None:
+        if params.stop_strings and self.tokenizer is None:
             raise ConfigurationError(f"prompt {index} has stop strings, but {self.options.model} has no tokenizer")
 
 

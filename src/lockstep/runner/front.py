@@ -52,6 +52,10 @@ class EngineStats:
         dropped_tokens: tokens of requests that had ended without their rank knowing it yet, as abandoned ones have.
         num_tokens_across_dp: rows of each data-parallel rank in the step known last.
         unfinished_requests: requests that have not ended.
+        rows: of each of the model's data-parallel ranks, all steps together.
+        longest_rows: of the rank with the most in each step, all steps together.
+        agreement_s: of each data-parallel rank: seconds from planning a step until all ranks had agreed on it.
+        num_kv_tokens: of each data-parallel rank: see `SchedulerState`.
     """
 
     steps: int = 0
@@ -60,6 +64,15 @@ class EngineStats:
     dropped_tokens: int = 0
     num_tokens_across_dp: list[int] = field(default_factory=list)
     unfinished_requests: int = 0
+    rows: list[int] = field(default_factory=list)
+    longest_rows: int = 0
+    agreement_s: list[float] = field(default_factory=list)
+    num_kv_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the ranks' time lost to uneven work, counted in rows."""
+        return 1 - sum(self.rows) / (len(self.rows) * self.longest_rows) if self.longest_rows else 0.0
 
 
 class Front:
@@ -80,7 +93,11 @@ class Front:
         self.ranks = ranks
         self.error: Exception | None = None  # why nothing is taken in any more
         self._told = False
-        self.stats = EngineStats(overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks)
+        self.stats = EngineStats(
+            overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks,
+            agreement_s=[0.0] * num_data_ranks, num_kv_tokens=[0] * num_data_ranks,
+        )  # fmt: skip
+        self.heard_at_s = [time.monotonic()] * ranks.num_processes  # of each process, its last message
         self._make_router = make_router
         self._tensor_parallel_size = tensor_parallel_size
         self._start_timeout_s = start_timeout_s
@@ -137,6 +154,10 @@ class Front:
         self._put("close", None, None)
         self._thread.join()
 
+    def _hear(self, rank: int, message: dict[str, Any]) -> None:
+        self.heard_at_s[rank] = time.monotonic()
+        self._put("rank", rank, message)
+
     def _put(self, *event: Any) -> None:
         self._events.put(event)
         if self._ended.is_set():
@@ -144,7 +165,7 @@ class Front:
 
     def _run(self) -> None:
         try:
-            self.ranks.start(lambda rank, message: self._put("rank", rank, message))
+            self.ranks.start(self._hear)
             about = self._await_ready()
             self._router = self._make_router(about)
         except BaseException as error:
@@ -172,8 +193,7 @@ class Front:
 
     def _take_event(self) -> bool:
         try:
-            # While nobody waits for anything, nothing has to be looked at.
-            kind, who, what = self._events.get(timeout=_LOOK_S if self._listeners else None)
+            kind, who, what = self._events.get(timeout=_LOOK_S)
         except queue.Empty:
             self.ranks.check()
             return True
@@ -195,9 +215,11 @@ class Front:
         if "tokens" not in message or rank % self._tensor_parallel_size:
             return
         data_rank = rank // self._tensor_parallel_size
-        self._router.observe(data_rank, SchedulerState(*message["state"]), message["taken_in"])
-        stats, counts = self.stats, message["counts"]
-        stats.steps = max(stats.steps, counts["steps"])
+        state, stats, counts = SchedulerState(*message["state"]), self.stats, message["counts"]
+        self._router.observe(data_rank, state, message["taken_in"])
+        if counts["steps"] >= stats.steps:
+            stats.steps, stats.rows, stats.longest_rows = counts["steps"], counts["rows"], counts["longest_rows"]
+        stats.agreement_s[data_rank], stats.num_kv_tokens[data_rank] = counts["agreement_s"], state.num_kv_tokens
         stats.overrun_rows[data_rank], stats.preempted[data_rank] = counts["overrun_rows"], counts["preempted"]
         stats.num_tokens_across_dp = list(message["rows"])
         for request_id, position, token, logprob, top, finish in message["tokens"]:

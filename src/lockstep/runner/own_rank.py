@@ -6,6 +6,7 @@ import queue
 import threading
 from typing import Any
 
+from lockstep.coordination.processes import ProcessState
 from lockstep.errors import ConfigurationError
 from lockstep.runner.rank_processes import OnMessage
 from lockstep.runner.ranks import EngineOptions
@@ -35,6 +36,10 @@ class OwnRank:
 
     def check(self) -> None:
         """See `Ranks`; the other ranks are seen to by agreements."""
+
+    def states(self) -> list[ProcessState]:
+        """See `Ranks`."""
+        return ["alive"]
 
     def stop(self) -> None:
         """See `Ranks`: waits until all ranks have been told to stop, as long as they live.

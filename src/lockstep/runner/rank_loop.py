@@ -21,6 +21,7 @@ from lockstep.errors import ConfigurationError, RankMismatchError
 # show that this rank lives.
 _PAUSE_S = (0.0005, 0.02)
 _WATCHED_PAUSE_S = 0.1
+_SAY_S = 1.0  # how often a rank says that it lives, at least
 _LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
 
 
@@ -59,7 +60,7 @@ def run_rank(
         engine: of this rank.
         mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": [ids]}`, `{"stop": true}` and,
             within one process, `{"fail": exception}`; gets `{"tokens": [...], "state": [...], "rows": [...],
-            "taken_in": [...], "counts": {...}}` and `{"refused": id, "why": text}`.
+            "taken_in": [...], "counts": {...}}`, at least every second, and `{"refused": id, "why": text}`.
         detokenizer: finds stop strings; None leaves them to the router.
         after_step: called after every step.
 
@@ -82,7 +83,9 @@ class _RankLoop:
         self.taken_in: list[int] = []
         self.stopping = False
         self.checkers: dict[int, StopChecker] = {}  # of requests with stop strings
-        self.counts = {"steps": 0, "overrun_rows": 0, "preempted": 0}
+        self.counts: dict[str, Any] = {"steps": 0, "overrun_rows": 0, "preempted": 0, "agreement_s": 0.0}
+        self.counts |= {"rows": [0] * len(engine.num_tokens_across_dp), "longest_rows": 0}
+        self.said_at_s = 0.0
 
     def run(self, after_step: Callable[[], None] | None) -> None:
         engine, pause_s = self.engine, _PAUSE_S[0]
@@ -110,7 +113,9 @@ class _RankLoop:
             outputs = self._find_stops(outputs)
             if engine.shares_requests and not engine.all_stopped:
                 self.taken_in = self._act(ready)
-            if self._count_reports() or outputs or taken_in:
+            now_s = time.monotonic()
+            if self._count_reports() or outputs or taken_in or now_s - self.said_at_s >= _SAY_S:
+                self.said_at_s = now_s
                 message = {"tokens": [list(output) for output in outputs], "taken_in": taken_in, "counts": self.counts}
                 message |= {"state": list(engine.state), "rows": list(engine.num_tokens_across_dp)}
                 self.mailbox.send(message)
@@ -205,4 +210,8 @@ class _RankLoop:
             self.counts["steps"] += 1
             self.counts["overrun_rows"] += report.overrun_rows
             self.counts["preempted"] += len(report.schedule.preempted)
+            self.counts["agreement_s"] += report.agreed_s - report.began_s
+            self.counts["longest_rows"] += max(report.num_tokens_across_dp)
+            rows = zip(self.counts["rows"], report.num_tokens_across_dp, strict=True)
+            self.counts["rows"] = [before + new for before, new in rows]
         return any(report.overrun_rows or report.schedule.preempted for report in reports)

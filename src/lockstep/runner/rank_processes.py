@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lockstep.coordination.processes import ProcessIdentity, pid_namespace
+from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
 from lockstep.errors import RankAbsentError
 from lockstep.runner.ranks import EngineOptions
 
@@ -48,6 +48,9 @@ class Ranks(Protocol):
 
     def check(self) -> None:
         """Raise `RankAbsentError` for ranks that do not run, though nobody else would say so."""
+
+    def states(self) -> list[ProcessState]:
+        """Return what the operating system says of each process."""
 
     def stop(self) -> None:
         """Let all ranks end, and wait for it."""
@@ -89,8 +92,8 @@ class RankProcesses:
     def check(self) -> None:
         """See `Ranks`: a process that was stopped, and goes on neither by itself nor within the deadline."""
         now = time.monotonic()
-        for rank, process in enumerate(self._processes):
-            if ProcessIdentity(process.pid, 0, pid_namespace()).state() == "stopped":
+        for rank, (process, state) in enumerate(zip(self._processes, self.states(), strict=True)):
+            if state == "stopped":
                 since = self._stopped_since.setdefault(rank, now)
                 if now - since > self._options.deadline_s + _MARGIN_S:
                     stopped = f"rank {rank} was stopped (process {process.pid})"
@@ -98,6 +101,13 @@ class RankProcesses:
                     raise RankAbsentError(text, (rank,))
             else:
                 self._stopped_since.pop(rank, None)
+
+    def states(self) -> list[ProcessState]:
+        """See `Ranks`."""
+        return [
+            "gone" if process.poll() is not None else ProcessIdentity(process.pid, 0, pid_namespace()).state()
+            for process in self._processes
+        ]
 
     def stop(self) -> None:
         """See `Ranks`."""
