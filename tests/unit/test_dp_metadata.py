@@ -254,7 +254,6 @@ def test_of_nested_contexts_any_may_be_dropped(dropped):
     for context in contexts.values():
         context.__exit__()
     assert metadata.local_sizes is None
-    assert metadata._entered is None
 
 
 def test_a_context_in_a_reference_cycle_is_left_by_the_garbage_collector():

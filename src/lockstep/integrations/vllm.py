@@ -109,14 +109,14 @@ class DPMetadata(HoldsCounts):
             ConfigurationError: if size and rank do not fit together, the model has no experts, or one DP rank without
                 sequence-parallel experts asks for sizes that nothing needs.
         """
-        counts, dtype = read_counts(num_tokens_across_dp_cpu)
+        counts, tensor = read_counts(num_tokens_across_dp_cpu)
         dp_rank = check_own_count(parallel_config, num_tokens, counts)
         if parallel_config.is_moe_model is False:
             raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
         if len(counts) == 1 and not parallel_config.use_sequence_parallel_moe:
             raise ConfigurationError("data_parallel_size must be > 1 unless use_sequence_parallel_moe is set, got 1")
         metadata = object.__new__(DPMetadata)
-        set_counts(metadata, counts, dtype, dp_rank)
+        set_counts(metadata, counts, tensor, dp_rank)
         return metadata
 
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
@@ -149,9 +149,10 @@ class DPMetadata(HoldsCounts):
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
+        context.alone = False
         return context
 
-    # The same functions as there: they need `local_sizes`, `_step` and `_entered`, which both classes have.
+    # The same functions as there: they need `local_sizes`, `_step` and `_nested`, which both classes have.
     chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
     get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp

@@ -9,12 +9,13 @@ from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_siz
 MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
 
+Nested = list[tuple[int | None, list[int] | None]] | None
+"""Where contexts are nested, the `id` and the sizes of each that is entered, the innermost last; else None.
 
-Entered = int | list[tuple[int, list[int] | None]] | None
-"""The contexts that are entered, by `id`: none, one, or where they are nested each with its sizes, the innermost last.
-
-Not the contexts themselves. Somebody else has to hold one, and one that nobody holds any more is left. An `id` cannot
-come to mean another context, since a context takes its own away before it is freed.
+Entered on its own, a context knows that by its flag `alone`, and is noted here by None once another is entered inside
+it. Contexts are not referred to: somebody else has to hold one, and one that nobody holds any more is left. An `id`
+cannot come to mean another context, since a context takes its own away before it is freed. An empty list stands for
+sizes that were set without a context.
 """
 
 
@@ -22,7 +23,7 @@ class HoldsLocalSizes(Protocol):
     """What contexts set sizes on: `DPMetadata`, and the same class with vLLM's surface."""
 
     local_sizes: list[int] | None
-    _entered: Entered
+    _nested: Nested
 
 
 class StepSizes:
@@ -89,19 +90,21 @@ class SizesContext:
     Attributes:
         metadata: whose `local_sizes` are set.
         sizes: what they are set to, `[ep_size]`.
+        alone: whether it is entered, and was so while no other was; see `Nested`.
     """
 
     # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
-    # would take a third of the time.
-    __slots__ = ("metadata", "sizes")
+    # would take a third of the time. For the same reason the usual case, one context at a time, is told by a flag.
+    __slots__ = ("alone", "metadata", "sizes")
     metadata: HoldsLocalSizes
     sizes: list[int]
+    alone: bool
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
         metadata = self.metadata
-        if metadata._entered is None:
-            metadata._entered = id(self)
+        if metadata.local_sizes is None:
+            self.alone = True
         else:
             enter_nested(metadata, self)
         metadata.local_sizes = sizes = self.sizes
@@ -110,16 +113,17 @@ class SizesContext:
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
         """Give the outer sizes back, or None. Takes foreign callers' strings too, and swallows no exception."""
         metadata = self.metadata
-        if metadata._entered == id(self):
-            metadata._entered = metadata.local_sizes = None
-        else:
+        if metadata._nested is not None:
             leave_nested(metadata, self)
+        elif self.alone:
+            self.alone = False
+            metadata.local_sizes = None
         return False
 
     def __del__(self) -> None:
         # Almost always nothing is entered by now. One that was dropped without leaving leaves here.
         try:
-            if self.metadata._entered is not None:
+            if self.metadata.local_sizes is not None:
                 while is_entered(self):
                     self.__exit__()
         except AttributeError:
@@ -131,33 +135,34 @@ class SizesContext:
 
 def is_entered(context: SizesContext) -> bool:
     """Return whether a context is entered and not left."""
-    entered = context.metadata._entered
-    if isinstance(entered, list):
-        return any(key == id(context) for key, _ in entered)
-    return entered == id(context)
+    return context.alone or any(key == id(context) for key, _ in context.metadata._nested or ())
 
 
 def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
-    """Note that a context is entered inside another."""
-    entered = metadata._entered
-    if isinstance(entered, list):
-        entered.append((id(context), context.sizes))
-    elif entered is not None:
-        metadata._entered = [(entered, metadata.local_sizes), (id(context), context.sizes)]
+    """Note that a context is entered where sizes are set already."""
+    if metadata._nested is None:
+        metadata._nested = [(None, metadata.local_sizes)]
+    if metadata._nested:
+        metadata._nested.append((id(context), context.sizes))
+    else:  # sizes that no context has set: nobody wants them back
+        metadata._nested = None
+        context.alone = True
 
 
 def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
     """Leave a context among several (the last time it was entered), or one left before; show the innermost sizes."""
-    entered = metadata._entered
-    if not isinstance(entered, list):
+    nested = metadata._nested or []
+    keys = [key for key, _ in nested]
+    if id(context) in keys:
+        del nested[len(keys) - 1 - keys[::-1].index(id(context))]
+    elif context.alone and None in keys:
+        del nested[0]
+        context.alone = False
+    else:
         return
-    for place in range(len(entered) - 1, -1, -1):
-        if entered[place][0] == id(context):
-            del entered[place]
-            break
-    key, metadata.local_sizes = entered[-1]
-    if len(entered) == 1:
-        metadata._entered = key
+    metadata.local_sizes = nested[-1][1] if nested else None
+    if not nested or (len(nested) == 1 and nested[0][0] is None):
+        metadata._nested = None
 
 
 def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:

@@ -2,7 +2,6 @@
 # foreign callers read DPMetadata by introspection, resolve its annotations and publish each function that they find.
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +10,8 @@ import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.contexts import Entered, SizesContext, StepSizes, chunked_rows, cumulative_rows
-from lockstep.metadata.sizes import abridged, as_plain_int, check_counts, check_int, shown
+from lockstep.metadata.contexts import Nested, SizesContext, StepSizes, chunked_rows, cumulative_rows
+from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown
 
 if TYPE_CHECKING:
     # What is taken besides tensors. At run time the annotations stay the published ones.
@@ -25,6 +24,8 @@ COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
 SIGNED_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 """What torch does arithmetic with. Counts of the larger unsigned dtypes are kept as int64."""
+MANY = 64
+"""Entries above which torch finds the extremes of a tensor faster than Python does."""
 INTEGER_DTYPES = (*SIGNED_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -43,17 +44,32 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
         raise TokenCountError(f"{name} must be a plain tensor, got a {type(value).__name__}")
 
 
-def read_counts(counts: object) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return token counts as plain integers, `[dp_size]`, and the dtype to show them with: a tensor's own, else int32.
+def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Return token counts as plain integers, `[dp_size]`, and in a new tensor of a tensor's own dtype, else int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
     """
+    if torch.is_inference_mode_enabled():  # tensors made in it do not tell whether they were written to
+        with torch.inference_mode(False):
+            return read_counts(counts)
     if not isinstance(counts, torch.Tensor):
-        return check_counts(counts, COUNTS), torch.int32
+        plain = check_counts(counts, COUNTS)
+        return plain, torch.tensor(plain, dtype=torch.int32)
     check_tensor(COUNTS, counts, 1)
-    dtype = counts.dtype if counts.dtype in SIGNED_DTYPES else torch.int64
-    return check_counts(counts, COUNTS), dtype
+    try:
+        copy = counts.clone()
+        plain = tuple(copy.tolist())
+    except Exception:  # a tensor without values: its sentence is that of all else that cannot be read
+        check_counts(counts, COUNTS)
+        raise
+    if len(plain) > MANY:
+        lowest, highest = map(int, copy.long().aminmax())
+    else:
+        lowest, highest = min(plain, default=-1), max(plain, default=-1)
+    if not 0 <= lowest <= highest <= INT32_MAX:
+        check_counts(plain, COUNTS)
+    return plain, copy if copy.dtype in SIGNED_DTYPES else copy.long()
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
@@ -94,7 +110,7 @@ class HoldsCounts:
     num_tokens_across_dp_cpu: torch.Tensor
     local_sizes: list[int] | None
     _step: StepSizes
-    _entered: Entered
+    _nested: Nested
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,9 +156,11 @@ class HoldsCounts:
         state: Any = object.__getstate__(self)
         own, slots = state if isinstance(state, tuple) else (state, None)
         step = checked_step(self)
-        fresh: dict[str, object] = {"local_sizes": None, "_entered": None}
-        fresh |= tensors_of(self, step.counts, step.shown.dtype)
-        fresh["_step"] = StepSizes(step.counts, step.dp_rank, fresh[COUNTS])
+        fresh: dict[str, object] = {"local_sizes": None, "_nested": None}
+        shown = read_counts(step.shown)[1]
+        fresh |= {COUNTS: shown, "_step": StepSizes(step.counts, step.dp_rank, shown)}
+        if has_maximum(self):
+            fresh[MAX] = shown.max()
         if slots is None:
             return own | fresh
         # Where `dataclass` has made slots of the fields, they are restored as such.
@@ -154,16 +172,6 @@ def has_maximum(metadata: HoldsCounts) -> bool:
     """Return whether the class has a field for the largest count; vLLM's has none."""
     declared: Any = metadata
     return MAX in declared.__dataclass_fields__
-
-
-def tensors_of(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the fields that show the counts, as new tensors."""
-    # Tensors made in inference mode do not tell whether they were written to.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        tensors = {COUNTS: torch.tensor(counts, dtype=dtype)}
-        if has_maximum(metadata):
-            tensors[MAX] = tensors[COUNTS].max()
-    return tensors
 
 
 def checked_step(metadata: HoldsCounts) -> StepSizes:
@@ -188,7 +196,7 @@ def further_fields(metadata: HoldsCounts, kind: Literal["compare", "repr"]) -> l
 
 def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, local_sizes: object = None) -> None:
     """Set the attributes from what a constructor was given, checked; `largest` is None for a class without it."""
-    plain, dtype = read_counts(counts)
+    plain, tensor = read_counts(counts)
     if has_maximum(metadata):
         if isinstance(largest, torch.Tensor):
             check_tensor(MAX, largest, 0)
@@ -197,16 +205,20 @@ def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, l
             most = f"{max(plain)} on DP rank {plain.index(max(plain))}"
             raise TokenCountError(f"{MAX} must be the largest count, {most}, got {shown(given)}")
     sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
-    set_counts(metadata, plain, dtype)
-    metadata.local_sizes = sizes
+    set_counts(metadata, plain, tensor)
+    if sizes is not None:
+        metadata.local_sizes, metadata._nested = sizes, []
 
 
-def set_counts(metadata: HoldsCounts, counts: tuple[int, ...], dtype: torch.dtype, dp_rank: int | None = None) -> None:
-    """Set the attributes from checked counts; the object may have none yet."""
-    for name, tensor in tensors_of(metadata, counts, dtype).items():
-        setattr(metadata, name, tensor)
-    metadata.local_sizes = metadata._entered = None
-    metadata._step = StepSizes(counts, dp_rank, metadata.num_tokens_across_dp_cpu)
+def set_counts(
+    metadata: HoldsCounts, counts: tuple[int, ...], tensor: torch.Tensor, dp_rank: int | None = None
+) -> None:
+    """Set the attributes from what `read_counts` returned; the object may have none yet."""
+    if has_maximum(metadata):
+        metadata.max_tokens_across_dp_cpu = tensor.max()  # type: ignore[attr-defined]
+    metadata.num_tokens_across_dp_cpu = tensor
+    metadata.local_sizes = metadata._nested = None
+    metadata._step = StepSizes(counts, dp_rank, tensor)
 
 
 @dataclass(init=False, eq=False, repr=False)
@@ -280,11 +292,11 @@ class DPMetadata(HoldsCounts):
             >>> DPMetadata.make(config, 500, [500, 200, 256])
             DPMetadata(max_tokens_across_dp_cpu=500, num_tokens_across_dp_cpu=[500, 200, 256], local_sizes=None)
         """
-        counts, dtype = read_counts(num_tokens_across_dp_cpu)
+        counts, tensor = read_counts(num_tokens_across_dp_cpu)
         dp_rank = check_own_count(parallel_config, num_tokens, counts)
         # Not through the constructor, which would read the counts a second time.
         metadata = object.__new__(DPMetadata)
-        set_counts(metadata, counts, dtype, dp_rank)
+        set_counts(metadata, counts, tensor, dp_rank)
         return metadata
 
     def chunked_sizes(self, sequence_parallel_size: int, max_chunk_size_per_rank: int, chunk_idx: int) -> SizesContext:
@@ -314,6 +326,7 @@ class DPMetadata(HoldsCounts):
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
+        context.alone = False
         return context
 
     def sp_local_sizes(self, sequence_parallel_size: int) -> SizesContext:
@@ -346,6 +359,7 @@ class DPMetadata(HoldsCounts):
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
+        context.alone = False
         return context
 
     def get_chunk_sizes_across_dp_rank(self) -> list[int] | None:
