@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
 IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-lowest lint bench clean elixir soak
+.PHONY: run test test-lowest test-plugins lint bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
@@ -26,6 +26,12 @@ CORE := $(addprefix tests/unit/test_,$(addsuffix .py,checkpoint_reading chunks d
 	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row tensor_parallel wrappers))
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE)
+
+# What needs packages of others, in an environment of its own; `make test` skips these tests.
+PLUGINS := .venv-plugins
+WITH_PLUGINS := $(addprefix tests/ranks/test_,$(addsuffix .py,peft wrappers))
+test-plugins: $(PLUGINS)/.installed
+	$(PLUGINS)/bin/python -m pytest $(IN_PARALLEL) $(WITH_PLUGINS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,7 +48,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(PLUGINS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +61,13 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
+
+$(PLUGINS)/.installed: pyproject.toml constraints.txt constraints-torch.txt
+	$(PYTHON) -m venv $(PLUGINS)
+	$(PLUGINS)/bin/python -m pip install --quiet --upgrade pip
+	$(PLUGINS)/bin/python -m pip install --quiet --constraint constraints-torch.txt torch
+	$(PLUGINS)/bin/python -m pip install --quiet --constraint constraints-torch.txt --editable '.[dev,plugins]'
 	touch $@
 
 # Runs examples/elixir against this environment. Needs mix (Elixir 1.18), uv and the package SnakeBridge; says so where it

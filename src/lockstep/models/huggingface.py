@@ -4,10 +4,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.coordination.groups import (
@@ -22,6 +23,7 @@ from lockstep.coordination.session import Session
 from lockstep.errors import ConfigurationError
 from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
+from lockstep.models.adapters import plain_name, shard_adapters
 from lockstep.models.arguments import read_arguments
 from lockstep.models.experts_modules import find_experts, shard_experts
 from lockstep.models.loading import load_pretrained
@@ -150,7 +152,8 @@ def parallelize(
     Every rank must hold the same model. In a single process the model is returned as it is.
 
     Args:
-        model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`.
+        model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`: its adapters of experts are
+            cut to each rank's as well.
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
         dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
             for each step, the one that is expected to be fastest.
@@ -180,14 +183,14 @@ def parallelize(
         raise ConfigurationError(f"this {type(model).__name__} is already spread over the ranks")
     inner = internals.transformers_model_in(model)
     weights_are_there(inner)
-    for name, _ in find_experts(inner):
-        if name.endswith(".base_layer"):
-            raise ConfigurationError(
-                f"{name.removesuffix('.base_layer')} of {type(inner).__name__} has adapters: experts that are spread "
-                "over ranks take none; merge them first (merge_and_unload)"
-            )
+    if split := next((name for name, weight in inner.named_parameters() if isinstance(weight, DTensor)), None):
+        raise ConfigurationError(
+            f"{split} of {type(inner).__name__} is split already (fully_shard, or Transformers' own parallelism): pass "
+            "the whole model, or let lockstep.from_pretrained load each rank's part"
+        )
     config = parallel_config(group, 1)
-    shard_experts(inner, config.rank, config.world_size)
+    for name, _ in shard_experts(inner, config.rank, config.world_size):
+        shard_adapters(inner.get_submodule(plain_name(name)), config.rank, config.world_size)
     if fuse_norms:
         norms.fuse_norms(inner)
     outer: Any = model
@@ -221,6 +224,7 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
     parallel = parallel_of(model)
     if parallel is None:
         if dist.is_initialized() and dist.get_world_size() > 1:
+            internals.transformers_model_in(model)  # refuses what holds a model and is no module
             raise ConfigurationError(
                 f"this {type(model).__name__} is not spread over the ranks: use lockstep.from_pretrained or "
                 "lockstep.parallelize first"
@@ -286,11 +290,11 @@ def _attach(parallel: ModelParallel) -> None:
     # No gradients flow through the experts anyway, and what trains nothing is left alone by accelerate's `prepare`.
     model.requires_grad_(False)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
-    for name, module in find_experts(model):
-        module.register_state_dict_pre_hook(functools.partial(_refuse, _STATE_DICT))
-        # The parent, which PEFT leaves in place when it puts adapters around experts.
+    place = parallel.config.rank, parallel.config.world_size
+    for name, adapters in zip(parallel.weights.names, parallel.weights.adapters, strict=True):
         parent = model.get_submodule(name.rpartition(".")[0])
-        parent.register_load_state_dict_pre_hook(functools.partial(_refuse_to_load, name.rpartition(".")[2]))
+        parent.register_state_dict_post_hook(functools.partial(_refuse_to_be_read, name.rpartition(".")[2]))
+        parent.register_load_state_dict_pre_hook(functools.partial(adapters.cut_loaded, *place))
 
 
 class _RefusedByDDP:
@@ -317,15 +321,6 @@ def _refuse(message: str, *_: Any, **__: Any) -> None:
     raise ConfigurationError(message)
 
 
-def _refuse_to_load(child: str, module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in state_dict:
-        if key.startswith(f"{prefix}{child}."):
-            raise ConfigurationError(
-                f"load_state_dict: {key!r} belongs to experts of which each rank holds its own part only: load weights "
-                "and adapters of experts into the whole model before lockstep.parallelize, or by from_pretrained"
-            )
-
-
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -341,6 +336,29 @@ def _experts_forward(
         raise parallel.not_in_a_step(index)
     output: torch.Tensor = step.run_layer(index, hidden_states, top_k_index, top_k_weights)
     return output
+
+
+class _OwnPart(torch.Tensor):
+    """In a state dict for weights of experts: says how large this rank's part is, and refuses to be read or saved."""
+
+    _TELLS = tuple(
+        getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in cls._TELLS:
+            raise ConfigurationError(_STATE_DICT)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigurationError(_STATE_DICT)
+
+
+def _refuse_to_be_read(child: str, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in state_dict:
+        if key.startswith(f"{prefix}{child}."):
+            state_dict[key] = torch.empty_like(state_dict[key], device="meta").as_subclass(_OwnPart)
 
 
 def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

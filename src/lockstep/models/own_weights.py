@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
+from lockstep.models.adapters import ExpertsAdapters, plain_name
 from lockstep.models.experts_modules import find_experts
 from lockstep.moe.experts import LocalExperts
 
@@ -43,10 +44,12 @@ class Seal:
         model: name of the model's class, for messages.
         name: of the module.
         module: whose own parameters are sealed.
+        adapters: around the module, if it holds experts; what they merge into the weights is each rank's own part.
     """
 
-    def __init__(self, model: str, name: str, module: Any) -> None:
+    def __init__(self, model: str, name: str, module: Any, adapters: ExpertsAdapters | None = None) -> None:
         self._model, self._name, self._module = model, name, module
+        self._adapters = adapters
         self.accept()
 
     def accept(self) -> None:
@@ -69,9 +72,17 @@ class Seal:
                 self._complain(weight.name, "was moved or cast inside of join")
         if len(found) != self._count:
             self._complain(list(found)[-1], "was added")
+        if self._adapters is not None and self._adapters.changed():
+            raise ConfigurationError(
+                f"the adapters of {self._model}'s {self._name} were changed inside of join, which the ranks that idle "
+                "may not have done: leave the block first, and switch, load or merge adapters of experts on every rank"
+            )
 
     def check_values(self) -> None:
         """Raise if a weight was not only moved or cast between steps; reads a few values of each expert."""
+        if self._adapters is not None and self._adapters.settle():
+            self.accept()  # what PEFT has merged is this rank's own
+            return
         now = dict(self._parameters())
         is_as_before = True
         for weight in self._sealed:
@@ -147,7 +158,8 @@ class OwnWeights:
         model: whose experts modules hold this rank's experts only.
 
     Attributes:
-        names: of the experts modules, in forward order.
+        names: of the experts modules, in forward order, without PEFT's wrappers.
+        adapters: around each of them, `[layers]`.
         experts: of this rank, `[layers]`.
 
     Raises:
@@ -159,21 +171,36 @@ class OwnWeights:
         self._model = model
         self._kind = type(model).__name__
         found = find_experts(model)
-        self.names = [name for name, _ in found]
-        self._seals = [Seal(self._kind, name, module) for name, module in found]
+        self.names = [plain_name(name) for name, _ in found]
+        self.adapters = [
+            ExpertsAdapters(model, name, module) for name, (_, module) in zip(self.names, found, strict=True)
+        ]
+        self._seals = [
+            Seal(self._kind, name, module, adapters)
+            for name, (_, module), adapters in zip(self.names, found, self.adapters, strict=True)
+        ]
         self.experts = [
             LocalExperts(module, check_weights=seal.check) for (_, module), seal in zip(found, self._seals, strict=True)
         ]
+        self._read_adapters()
         self._seals += [
             Seal(self._kind, name, module)
             for name, module in model.named_modules()
             if any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
         ]
 
-    def place(self) -> tuple[torch.dtype, torch.device]:
-        """Return the dtype and device that the model has now."""
+    def place(self) -> tuple[Any, ...]:
+        """Return what layers are made for: the dtype and device that the model has now, and where it has adapters."""
         weight = self._model.get_input_embeddings().weight
-        return weight.dtype, weight.device
+        return weight.dtype, weight.device, *(bool(experts.adapters) for experts in self.experts)
+
+    def adapters_summary(self) -> str:
+        """Return which adapters the experts have, to be compared over the ranks."""
+        return "; ".join(sorted({text for one in self.adapters if (text := one.summary())})) or "none"
+
+    def _read_adapters(self) -> None:
+        for experts, adapters in zip(self.experts, self.adapters, strict=True):
+            experts.adapters = adapters.read()
 
     def check(self) -> None:
         """Raise if somebody has written the weights or runs the experts by other means; cheap, for every step."""
@@ -197,15 +224,7 @@ class OwnWeights:
         try:
             for seal in self._seals:
                 seal.check_values()
+            self._read_adapters()
         except ConfigurationError as error:
             return str(error)
-        now = dict(self._model.named_modules(remove_duplicate=False))
-        for name, experts in zip(self.names, self.experts, strict=True):
-            if now.get(name) is not experts.module:  # an adapter would have the size of all experts, or of one rank's
-                found = type(now[name]).__name__ if name in now else "nothing"
-                return (
-                    f"{name} of {self._kind} was replaced by {found}: experts that are spread over ranks take no "
-                    "adapters; leave them out of target_modules and target_parameters, or merge the adapter into the "
-                    "whole model (merge_and_unload) before lockstep.parallelize"
-                )
         return ""

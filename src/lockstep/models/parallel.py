@@ -316,6 +316,7 @@ class ModelParallel:
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,
             "dtype": str(first.dtype),
+            "LoRA on experts": self.weights.adapters_summary(),
             "weights (checksum)": self._checksum,
             "debug": options.debug,
             "fuse_norms": options.fuse_norms,
@@ -330,5 +331,5 @@ def parallel_of(model: Any) -> ModelParallel | None:
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
     return next(
-        (module.__dict__["_lockstep_parallel"] for module in modules if "_lockstep_parallel" in vars(module)), None
+        (found for module in modules if (found := getattr(module, "__dict__", {}).get("_lockstep_parallel"))), None
     )

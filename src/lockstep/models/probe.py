@@ -9,6 +9,7 @@ import torch
 
 from lockstep.dispatch.base import ExpertsShape
 from lockstep.errors import ConfigurationError
+from lockstep.models.adapters import plain_name
 from lockstep.models.experts_modules import find_experts
 from lockstep.moe.experts import LocalExperts
 
@@ -55,6 +56,7 @@ def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> l
 @torch.no_grad()
 def dense_checksum(model: Any) -> int:
     """Hash the first values of every weight that all ranks must have alike: unlike seeds or checkpoints show up."""
-    experts = {id(parameter) for _, module in find_experts(model) for parameter in module.parameters()}
+    names = [plain_name(name) for name, _ in find_experts(model)]  # with their adapters
+    experts = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
     parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]
     return zlib.crc32(torch.cat(parts).cpu().numpy().tobytes())

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lockstep.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_WRAPPERS_WITH_COLLECTIVES = ("DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel")
 
 ASYNC_LOAD_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 """Environment variable that makes Transformers read each weight when it is due, not ahead of time."""
@@ -178,7 +182,24 @@ def is_experts_module(module: torch.nn.Module) -> bool:
 
 
 def transformers_model_in(model: Any) -> Any:
-    """Return the Transformers model that a wrapper such as PEFT's holds; the model itself if it is one, or has none."""
+    """Return the Transformers model that a wrapper such as PEFT's holds; the model itself if it is one, or has none.
+
+    Raises:
+        ConfigurationError: a wrapper that runs collectives of its own, or no module at all.
+    """
     from transformers import PreTrainedModel
 
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    kind = type(model).__name__
+    if not isinstance(model, torch.nn.Module):
+        held = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, torch.nn.Module)]
+        hint = f": pass its .{held[0]}" if held else f": {model!r:.80}"
+        raise ConfigurationError(f"a model of Transformers, or a module that holds one, is needed, got {kind}{hint}")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+        if type(module).__name__ in _WRAPPERS_WITH_COLLECTIVES:
+            raise ConfigurationError(
+                f"{type(module).__name__} waits for all ranks in every call and sends weights to them: pass the model "
+                "that it holds (its .module), without it"
+            )
+    return model

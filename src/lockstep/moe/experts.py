@@ -34,6 +34,10 @@ class LocalExperts:
         module: such a module; its parameters hold this rank's experts only, `[num_local_experts, ...]`.
         check_weights: called before the experts run; raises if the parameters are no longer this rank's own.
 
+    Attributes:
+        adapters: LoRA beside the weights; per weight's name `(A [local experts, r, in], B [local experts, out, r],
+            scaling)` of each adapter. They run as products of their own, not by kernels that take counts on the device.
+
     Raises:
         ConfigurationError: if the module has no such parameters; the message names the class and what is missing.
     """
@@ -41,6 +45,7 @@ class LocalExperts:
     def __init__(self, module: Any, check_weights: Callable[[], None] | None = None) -> None:
         self.module = module
         self._check_weights = check_weights
+        self.adapters: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
         up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         missing = [name for name in (up_name, "down_proj") if getattr(module, name, None) is None]
         if missing:
@@ -96,11 +101,14 @@ class LocalExperts:
         is_transposed = getattr(module, "is_transposed", False)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            rows = _grouped_linear(rows, getattr(module, name), offsets, is_transposed)
+            output = _grouped_linear(rows, getattr(module, name), offsets, is_transposed)
+            for lora_a, lora_b, scaling in self.adapters.get(name, ()):
+                inner = _grouped_linear(rows, lora_a, offsets, is_transposed=False)
+                output = output + scaling * _grouped_linear(inner, lora_b, offsets, is_transposed=False)
             if not getattr(module, "has_bias", False):
-                return rows
+                return output
             bias = getattr(module, f"{name}_bias")
-            return rows + bias.repeat_interleave(counts, dim=0, output_size=num_pairs)
+            return output + bias.repeat_interleave(counts, dim=0, output_size=num_pairs)
 
         rows = hidden_states.index_select(0, gather_index)
         if getattr(module, "has_gate", True):
@@ -114,11 +122,12 @@ class LocalExperts:
 
     @property
     def run_on_device(self) -> bool:
-        """Whether `on_device` can run these experts: gated SiLU experts in bfloat16 without biases."""
+        """Whether `on_device` can run these experts: gated SiLU experts in bfloat16 without biases or adapters."""
         module = self.module
         activation = getattr(module, "act_fn", None)
         return bool(
-            getattr(module, "has_gate", True)
+            not self.adapters
+            and getattr(module, "has_gate", True)
             and not getattr(module, "has_bias", False)
             and not getattr(module, "is_transposed", False)
             and not getattr(module, "has_post_expert_norm", False)

@@ -1,0 +1,186 @@
+"""LoRA on experts, as PEFT's `target_parameters` makes it: cut to this rank's experts, and run on rows of any rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lockstep.errors import ConfigurationError
+
+Adapters = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]
+"""Per weight `(A [local experts, r, in], B [local experts, out, r], scaling)`: `x W^T + scaling * (x A^T) B^T`."""
+
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a layer's experts without what PEFT adds for each wrapper around them."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
+
+
+def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
+    """Return PEFT's wrappers around a layer's experts, from the outside in, and the experts module."""
+    wrappers = []
+    while "base_layer" in getattr(outermost, "_modules", {}):
+        wrappers.append(outermost)
+        outermost = outermost.base_layer
+    return wrappers, outermost
+
+
+class ExpertsAdapters:
+    """The LoRA adapters around one layer's experts on this rank.
+
+    PEFT adds an adapter to the weights for the length of a call of its wrapper. Experts that serve other ranks are not
+    called through it, so wrappers only hand on, and `LocalExperts` applies what `read` returns.
+
+    Args:
+        model: that holds the experts.
+        name: of the experts module in it, without wrappers.
+        module: the experts module itself.
+    """
+
+    def __init__(self, model: Any, name: str, module: Any) -> None:
+        self._model, self._name, self._module = model, name, module
+        self._seen: dict[Any, tuple[str, ...]] = {}  # wrappers, with what each had merged when it was read
+        self._state = self._state_now()
+
+    def read(self) -> Adapters:
+        """Return the active adapters as they are now, and let their wrappers hand on.
+
+        Raises:
+            ConfigurationError: the experts were replaced, or wrapped by anything but LoRA on their weights.
+        """
+        outermost = self._outermost()
+        wrappers, innermost = wrappers_around(outermost)
+        of_others = [one for one in wrappers if getattr(one, "parameter_name", None) not in _WEIGHTS]
+        if innermost is not self._module or of_others:
+            found = "nothing" if outermost is None else type(of_others[0] if of_others else outermost).__name__
+            raise ConfigurationError(
+                f"{self._name} of {type(self._model).__name__} was replaced by {found}: experts that are spread over "
+                f"ranks take LoRA on {', '.join(_WEIGHTS)} (target_parameters); merge any other adapter into the whole "
+                "model (merge_and_unload) before lockstep.parallelize"
+            )
+        self._seen = {wrapper: tuple(wrapper.merged_adapters) for wrapper in wrappers}
+        self._state = self._state_now()
+        adapters: Adapters = {}
+        for wrapper in wrappers:
+            wrapper.forward = self._module.__call__
+            weight = getattr(self._module, wrapper.parameter_name)
+            for name in _active(wrapper):
+                lora_a, lora_b = wrapper.lora_A[name].weight.detach(), wrapper.lora_B[name].weight.detach()
+                by_expert_a = lora_a.reshape(len(weight), -1, lora_a.shape[1]).to(weight.dtype)
+                by_expert_b = lora_b.reshape(lora_b.shape[0], -1, len(weight)).permute(2, 0, 1).to(weight.dtype)
+                entry = by_expert_a.contiguous(), by_expert_b.contiguous(), float(wrapper.scaling[name])
+                adapters.setdefault(wrapper.parameter_name, []).append(entry)
+        return adapters
+
+    def settle(self) -> bool:
+        """Say whether an adapter was merged into the weights or taken out since `read`."""
+        self._notice()
+        for wrapper in self._seen:
+            if wrapper.disable_adapters and wrapper.merged:  # as PEFT's own forward does
+                wrapper.unmerge()
+        return any(tuple(wrapper.merged_adapters) != merged for wrapper, merged in self._seen.items())
+
+    def changed(self) -> bool:
+        """Say whether other adapters are active or merged than `read` found, or one was written."""
+        return self._state != self._state_now()
+
+    def _state_now(self) -> list[Any]:
+        return [
+            (
+                tuple(wrapper.merged_adapters),
+                [(name, _writes(wrapper.lora_A[name]), _writes(wrapper.lora_B[name])) for name in _active(wrapper)],
+            )
+            for wrapper in self._seen
+        ]
+
+    def _outermost(self) -> Any:
+        try:
+            return self._model.get_submodule(self._name)
+        except AttributeError:
+            return None
+
+    def _notice(self) -> None:
+        """Remember the wrappers that are there now, also once PEFT has merged them and taken them off."""
+        for wrapper in wrappers_around(self._outermost())[0]:
+            self._seen.setdefault(wrapper, ())
+
+    def summary(self) -> str:
+        """Return which adapters are active and merged on which weight: the same on all ranks, or outputs are wrong."""
+        return "; ".join(
+            f"{wrapper.parameter_name}: {_active(wrapper)} active, {wrapper.merged_adapters} merged"
+            for wrapper in self._seen
+        )
+
+    def cut_loaded(
+        self, ep_rank: int, ep_size: int, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """Cut this layer's adapters in a state dict that is about to be loaded, in place.
+
+        Args:
+            ep_rank: this rank's place.
+            ep_size: ranks that share the experts.
+            parent: module that holds the experts, which PEFT leaves in place when it wraps them.
+            state_dict: of the parent.
+            prefix: of the parent's names in it.
+
+        Raises:
+            ConfigurationError: weights of the experts themselves, or an adapter that is neither of the whole model nor
+                of this rank, with both shapes.
+        """
+        self._notice()
+        parameters = dict(parent.named_parameters())
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{self._name.rpartition('.')[2]}.")]:
+            name = key.removeprefix(prefix)
+            part = next((part for part in ("lora_A", "lora_B") if f".{part}." in name), "")
+            if not part or name not in parameters:
+                raise ConfigurationError(
+                    f"load_state_dict: {key!r} belongs to experts of which each rank holds its own part only: load "
+                    "weights of experts into the whole model before lockstep.parallelize, or by from_pretrained"
+                )
+            found, own_shape = state_dict[key], list(parameters[name].shape)
+            whole_shape = list(own_shape)
+            whole_shape[0 if part == "lora_A" else 1] *= ep_size
+            if list(found.shape) == whole_shape:
+                num_local = parent.get_submodule(name.partition(f".{part}.")[0]).num_experts
+                state_dict[key] = own_part(part, found, num_local, ep_rank, ep_size)
+            elif list(found.shape) != own_shape:
+                raise ConfigurationError(
+                    f"adapter {key!r} has shape {list(found.shape)}: rank {ep_rank} of {ep_size} takes {whole_shape} "
+                    f"of all experts, or {own_shape} of its own"
+                )
+
+
+def shard_adapters(outermost: Any, ep_rank: int, ep_size: int) -> None:
+    """Keep only this rank's experts of the adapters around a layer's experts, which are in memory as a whole."""
+    for wrapper in wrappers_around(outermost)[0]:
+        wrapper.num_experts //= ep_size
+        for part in ("lora_A", "lora_B"):
+            for linear in getattr(wrapper, part).values():
+                local = own_part(part, linear.weight.detach(), wrapper.num_experts, ep_rank, ep_size)
+                linear.weight = torch.nn.Parameter(local, requires_grad=False)
+                linear.out_features, linear.in_features = local.shape
+
+
+def own_part(part: str, whole: torch.Tensor, num_local: int, ep_rank: int, ep_size: int) -> torch.Tensor:
+    """Cut `lora_A [experts * r, in]` or `lora_B [out, r * experts]`, experts innermost, to this rank's experts."""
+    if part == "lora_A":
+        return whole.chunk(ep_size)[ep_rank].clone()
+    by_expert = whole.reshape(whole.shape[0], -1, num_local * ep_size)
+    return by_expert[..., ep_rank * num_local : (ep_rank + 1) * num_local].reshape(whole.shape[0], -1)
+
+
+def _active(wrapper: Any) -> list[str]:
+    """Names of the adapters that are added to the rows' results, not merged into the weights."""
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def _writes(linear: Any) -> int | None:
+    """How often the weight was written; None where nobody counts."""
+    return None if linear.weight.is_inference() else linear.weight._version
