@@ -110,24 +110,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def plot(rows, path):
-    import plotly.graph_objects as go
-
-    figure = go.Figure(
-        go.Scatter(x=[row["ranks"] for row in rows], y=[row["us_per_rank_step"] for row in rows], mode="lines+markers")
-    )
-    figure.update_xaxes(type="log", title="ranks", tickvals=[row["ranks"] for row in rows])
-    figure.update_yaxes(title="CPU time per rank-step (us)", rangemode="tozero")
-    figure.update_layout(title="Cost of simulating one rank for one step", template="plotly_white")
-    figure.write_html(path, config={"displayModeBar": False})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", help="an Azure or Mooncake trace; without it, a synthetic workload like one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--largest", type=int, default=4096)
-    parser.add_argument("--plot", help="write the scaling plot to this HTML file")
     parser.add_argument("--out", help="folder for the result file")
     arguments = parser.parse_args()
     rows = eight_ranks(arguments.trace, arguments.repeats) + scaling(arguments.repeats, arguments.largest)
@@ -136,8 +123,6 @@ def main():
         rows += memory(scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    if arguments.plot:
-        plot([row for row in rows if row["what"] == "scaling"], arguments.plot)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version(), "numpy": numpy.__version__, "commit": commit}
     processor = _processor()

@@ -257,7 +257,7 @@ def simulate(
 
     Options that take several values with commas are combined, every value with every other.
     """
-    require("numpy", *(["pyarrow", "plotly"] if out else []))
+    require("numpy", *(["pyarrow"] if out else []))
     from lockstep.commands.simulate import SimulateCommand, execute, execute_replay, execute_validation
     from lockstep.simulation.cost import CostConstants
     from lockstep.simulation.simulator import SimulationConfig

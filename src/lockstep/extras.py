@@ -10,7 +10,6 @@ _EXTRA_OF = {
     "tokenizers": "models",
     "safetensors": "models",
     "pyarrow": "report",
-    "plotly": "report",
     "prometheus_client": "metrics",
 }
 

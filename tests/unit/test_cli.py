@@ -61,7 +61,7 @@ def test_without_the_extra_cli_the_command_says_what_to_type(package, arguments)
         (["run"], ["numpy", "transformers", "safetensors"], "models"),
         (["run", "--metrics-port", "0"], ["prometheus_client"], "metrics"),
         (["simulate"], ["numpy"], "report"),
-        (["simulate", "--out", "out"], ["pyarrow", "plotly"], "report"),
+        (["simulate", "--out", "out"], ["pyarrow"], "report"),
         (["compare", ".", "."], ["numpy"], "report"),
         (["bench", "calibrate"], ["numpy"], "report"),
         (["bench", "calibrate"], ["transformers"], "models"),

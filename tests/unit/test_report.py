@@ -2,7 +2,9 @@ import base64
 import html
 import json
 import re
+import shutil
 import struct
+import subprocess
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +211,56 @@ def test_long_runs_are_added_up_before_they_are_packed(tmp_path):
     assert (data["steps_per_row"], data["num_rows"], data["num_steps"]) == (2, 150_000, 300_000)
     assert sum(unpacked(data["arrays"]["decode"])) == columns["real_rows"].sum()
     assert len(text) < 12e6
+
+
+def test_texts_are_shown_only_where_they_are_texts(tmp_path):
+    def shown(*texts):
+        requests = [{"request_id": index, "rank": 0, "text": text} for index, text in enumerate(texts)]
+        write_report(tmp_path / "report.html", {"verified": None}, RECORDS, requests)
+        return page_data(tmp_path / "report.html")[0].split("<summary>Requests")[1].split("</details>")[0]
+
+    mixed = shown("plain words,\nin two lines", "\ufffd\x01q", "Grüße 你好")
+    assert "plain words" in mixed
+    assert "Grüße 你好" in mixed
+    assert "\ufffd" not in mixed
+    assert "\x01" not in mixed
+    assert ">text<" not in shown("\ufffd\x01q", "\x00")
+
+
+def test_a_small_page_is_small_and_explains_its_words(tmp_path):
+    summary = {"verified": True, "model": "tiny"}
+    write_report(tmp_path / "report.html", summary, RECORDS, [{"request_id": 0, "rank": 0, "ttft_s": 1.0}])
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+    text, _ = page_data(tmp_path / "report.html")
+    for word in ("step", "dummy row", "padding row", "time lost to uneven work", "overrun row"):
+        assert f"<dt>{word}</dt>" in text
+    assert '<td class="text">tiny</td>' in text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium that could show the page")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_draws_its_charts_and_never_scrolls_sideways(width, tmp_path):
+    words = "a-long-name-without-any-space-in-it-that-cannot-be-broken-where-a-line-ends" * 2
+    requests = [{"request_id": index, "rank": 0, "ttft_s": 1.0 + index, "text": words} for index in range(3)]
+    columns = {f"heading {index}": "12,345 tokens" for index in range(9)}
+    settings = [{"name": words, "group": words, "label": "delay 0", "x": 1, "y": 2, "best": True, "columns": columns}]
+    write_report(tmp_path / "report.html", {"model": words}, RECORDS, requests, settings, title=words, command=words)
+    (tmp_path / "frame.html").write_text(
+        f"""<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe><script>
+        setTimeout(() => {{
+          const page = document.querySelector("iframe").contentDocument;
+          page.querySelectorAll("details").forEach((each) => {{ each.open = true; }});
+          const charts = ["settings", "timeline", "rows", "ranks", "kinds", "latency0"];
+          const drawn = charts.every((id) => page.querySelector("#" + id + " svg")) && page.querySelector("#loss .bar");
+          const fits = page.documentElement.scrollWidth <= page.documentElement.clientWidth;
+          document.title = `fits ${{fits}}, drawn ${{Boolean(drawn)}}`;
+        }}, 2000);</script>"""
+    )
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+    options += ("--virtual-time-budget=6000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
+    address = (tmp_path / "frame.html").as_uri()
+    shown = subprocess.run(["chromium", *options, address], capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>fits true, drawn true</title>" in shown.stdout
 
 
 def test_requests_of_one_token_have_no_time_per_further_token(tmp_path):

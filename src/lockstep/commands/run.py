@@ -235,6 +235,7 @@ def _quiet_transformers() -> None:
 
 
 def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], console: Console) -> int:
+    from lockstep.report.html import write_report
     from lockstep.report.perfetto import write_trace
     from lockstep.report.tables import print_run
     from lockstep.runner.verify import Verification, verify
@@ -251,12 +252,7 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     report = out / "report.html"
     write_trace(out / "trace.json", records)
-    try:
-        from lockstep.report.html import write_report
-
-        write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
-    except ModuleNotFoundError as error:
-        console.print(f"no report.html: {error.name} is not installed (pip install 'lockstep-moe[report]')")
+    write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
     if command.as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:

@@ -14,12 +14,6 @@ CAUSE_WORDS = {
 }
 """Each of `StepTable.lost_by_cause`'s causes as a heading."""
 
-CLOCK_WORDS = {
-    "steps": "Arrivals follow virtual time (--clock steps); seconds to the first token count from the step of arrival.",
-    "wall": "Arrivals follow real time (--clock wall); seconds to the first token count from the moment of arrival.",
-}
-"""What a run's clock means for its latencies, in terminal and report."""
-
 CAUSE_REASONS = {
     "other_prompts": "ranks waited while another ran a prompt",
     "uneven_generation": "ranks waited for one with more requests that generate",
@@ -29,11 +23,21 @@ CAUSE_REASONS = {
 }
 """The same as the end of a sentence."""
 
+CLOCK_WORDS = {
+    "steps": "Arrivals follow virtual time (--clock steps); seconds to the first token count from the step of arrival.",
+    "wall": "Arrivals follow real time (--clock wall); seconds to the first token count from the moment of arrival.",
+}
+"""What a run's clock means for its latencies."""
+
 FIGURE_WORDS = {
+    "tokens_per_s": "tokens per second",
     "duration_s": "duration (s)",
+    **{name: name for name in ("requests", "ranks", "steps", "rank", "text")},
+    "real_tokens": "rows of requests",
     "real_rows": "rows of requests",
     "prefill_tokens": "prompt tokens",
     "decode_tokens": "tokens that generate",
+    "new_tokens": "new tokens",
     "dummy_rows": "dummy rows",
     "padding_rows": "padding rows",
     "preempted": "requests preempted",
@@ -46,7 +50,39 @@ FIGURE_WORDS = {
     "lost_fraction": "time lost to uneven work",
     **{f"lost.{cause}": f"  {words}" for cause, words in CAUSE_WORDS.items() if cause != "no_requests"},
     "no_requests_fraction": "time without requests",
+    "request_id": "request",
+    "num_prompt_tokens": "prompt tokens",
+    "num_cached_tokens": "of them from known pages",
+    "num_new_tokens": "new tokens",
+    "queue_steps": "steps in the queue",
+    "ttft_steps": "steps to first token",
+    "queue_s": "s in the queue",
+    "ttft_s": "s to first token",
+    "tpot_s": "s per further token",
 }
+"""Figures of a run, of a comparison and of a request, by their names in JSON."""
+
+SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "cached_tokens")
+"""Figures that are usually 0, and left out then."""
+
+GLOSSARY = {
+    "rank": "one of the processes that share the model, usually one GPU",
+    "step": "one forward pass of the model, on all ranks together: each MoE layer exchanges rows between all of them, "
+    "so nobody is done before the slowest",
+    "row": "one token of a request on its way through the experts",
+    "prompt tokens": "tokens of a request's prompt, many in one step; also called prefill",
+    "tokens that generate": "one per request and step once its prompt is done; also called decode",
+    "dummy row": "a row of no request, sent only so that a rank takes part",
+    "padding row": "a row of no request, added so that all ranks have equally many",
+    "waiting": "a rank has finished its part of the step, and another rank has not",
+    "time lost to uneven work": "the share of all ranks' time spent waiting for other ranks, on dummy and padding "
+    "rows, or on agreeing; time without any request is counted apart",
+    "agreement": "the exchange before each step in which every rank tells how many rows it has",
+    "overrun row": "a row that was planned before it was known that its request had ended; its token is dropped",
+    "preempted": "the KV cache was full, so the request lost its pages and was computed again",
+    "known pages": "a beginning of a prompt whose keys and values an earlier request has left in the cache",
+}
+"""The words of the report, explained."""
 
 
 def share(fraction: float) -> str:
@@ -60,14 +96,7 @@ def share(fraction: float) -> str:
 
 
 def headline(num_ranks: int, num_steps: int, num_requests: int, loss: Mapping[str, Any]) -> str:
-    """Say in a sentence or two what a run was and where its time went.
-
-    Args:
-        num_ranks: ranks of the run.
-        num_steps: its steps.
-        num_requests: its requests; 0 where they are not known.
-        loss: with `lost_fraction`, `no_requests_fraction` and `lost`, see `loss_figures`.
-    """
+    """Say in a sentence or two what a run was and where its time went; `loss` as `loss_figures` returns it."""
     if not num_steps:
         return "No step was run."
     what = f"{num_ranks} rank{'s' * (num_ranks != 1)} ran {num_steps:,} step{'s' * (num_steps != 1)}"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
+import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lockstep._version import __version__
-from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, headline, share
+from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, FIGURE_WORDS, GLOSSARY, SHOWN_WHERE_ANY, headline, share
 from lockstep.steplog.record import StepLogRecord
 from lockstep.steplog.table import StepTable, loss_figures
 from lockstep.workload.synthetic import percentile
@@ -23,19 +24,11 @@ _MAX_CELLS = 2_000_000
 _MAX_LISTED_REQUESTS = 200
 _MAX_CURVE_POINTS = 300
 
-_SUMMARY_WORDS = {
-    "tokens_per_s": "tokens per second",
-    "requests": "requests",
-    "ranks": "ranks",
-    "steps": "steps",
-    "real_tokens": "rows of requests",
-    "dummy_rows": "dummy rows",
-    "padding_rows": "padding rows",
-    "preempted": "requests preempted",
-    "overrun_rows": "overrun rows",
-    "cached_tokens": "prompt tokens from known pages",
-}
-_SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "cached_tokens")
+_CARDS = ("tokens_per_s", "requests", "ranks", "steps", "real_tokens", *SHOWN_WHERE_ANY)
+_REQUEST_COLUMNS = (
+    *("request_id", "rank", "num_prompt_tokens", "num_cached_tokens", "num_new_tokens", "queue_steps", "ttft_steps"),
+    *("queue_s", "ttft_s", "tpot_s", "text"),
+)
 _LATENCIES = (
     # title, how to read it, axis, unit, [(key of a request, curve's name)]
     (
@@ -60,57 +53,13 @@ _LATENCIES = (
         (("ttft_steps", "first token"), ("queue_steps", "of it, in the queue")),
     ),
 )
-
-
-def write_report(
-    path: str | Path, summary: Mapping[str, Any], steps: Sequence[StepLogRecord] | StepTable,
-    requests: Sequence[Mapping[str, Any]] = (), settings: Sequence[Mapping[str, Any]] = (), *,
-    title: str = "Lockstep run", command: str = "",
-) -> None:  # fmt: skip
-    """Write `report.html`.
-
-    Every text that comes from outside (prompts, paths, names) is escaped; the page may not load anything from a
-    network.
-
-    Args:
-        path: the file, replaced where it exists.
-        summary: the run's figures by name. `verified` (True, False or None), `mismatches`, `tokens_per_s`, `requests`,
-            `dummy_rows`, `padding_rows` and the like are shown at the top, everything else in a table at the end.
-        steps: the step log, as records or as a table; may be empty.
-        requests: one mapping each; of its keys `request_id`, `rank`, `num_prompt_tokens`, `num_new_tokens`, `ttft_s`,
-            `tpot_s`, `queue_s`, `ttft_steps`, `queue_steps` and `text`, those present are shown.
-        settings: for a comparison of settings, one mapping each: `name`, `group` (settings joined by a line), `label`
-            (at the point), `x` and `y` (seconds of waiting, lost share in %), `best` (bool), and `columns` (what the
-            table shows, by heading).
-        title: the page's heading.
-        command: the command line that made it, shown so that it can be repeated.
-    """
-    from plotly.offline import get_plotlyjs
-
-    table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
-    data = _page_data(table, requests, settings)
-    folder = Path(__file__).parent
-    document = _TEMPLATE.format(
-        title=html.escape(title),
-        css=(folder / "page.css").read_text(encoding="utf-8"),
-        body="\n".join(_sections(table, summary, requests, settings, data, title, command)),
-        # "</script>" inside the data would end it; JSON may write "<" as an escape.
-        data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c"),
-        plotly=get_plotlyjs(),
-        script=(folder / "page.js").read_text(encoding="utf-8"),
-        version=html.escape(__version__),
-    )
-    # A path may have bytes that are no UTF-8: they are shown as escapes.
-    Path(path).write_text(document, encoding="utf-8", errors="backslashreplace")
-
-
 _TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src
-'unsafe-inline'; img-src data: blob:"> <meta name="color-scheme" content="light dark">
+'unsafe-inline'; img-src data:"> <meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <style>{css}</style>
 </head>
@@ -118,11 +67,44 @@ _TEMPLATE = """<!doctype html>
 {body}
 <p class="quiet">Written by Lockstep {version}. This file needs no network.</p>
 <script type="application/json" id="data">{data}</script>
-<script>{plotly}</script>
 <script>{script}</script>
 </body>
 </html>
 """
+
+
+def write_report(
+    path: str | Path, summary: Mapping[str, Any], steps: Sequence[StepLogRecord] | StepTable,
+    requests: Sequence[Mapping[str, Any]] = (), settings: Sequence[Mapping[str, Any]] = (), *,
+    title: str = "Lockstep run", command: str = "",
+) -> None:  # fmt: skip
+    """Write `report.html`, replacing one that exists. Every text from outside (prompts, paths, names) is escaped.
+
+    Args:
+        path: the file.
+        summary: the run's figures by name; those of `_CARDS` are shown at the top, all in a table at the end.
+        steps: the step log, as records or as a table; may be empty.
+        requests: one mapping each; of `_REQUEST_COLUMNS`, those present are shown.
+        settings: for a comparison of settings, one mapping each: `name`, `group` (settings joined by a line), `label`
+            (at the point), `x` and `y` (seconds of waiting, lost share in %), `best` (bool), and `columns` (what the
+            table shows, by heading).
+        title: the page's heading.
+        command: the command line that made it, shown so that it can be repeated.
+    """
+    table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
+    data = _page_data(table, requests, settings)
+    folder = Path(__file__).parent
+    document = _TEMPLATE.format(
+        title=escape(title),
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+        body="\n".join(_body(table, summary, requests, settings, data, title, command)),
+        # "</script>" inside the data would end it; JSON may write "<" as an escape.
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c"),
+        script=(folder / "page.js").read_text(encoding="utf-8"),
+        version=escape(__version__),
+    )
+    # A path may have bytes that are no UTF-8: they are shown as escapes.
+    Path(path).write_text(document, encoding="utf-8", errors="backslashreplace")
 
 
 def _page_data(
@@ -130,42 +112,32 @@ def _page_data(
 ) -> dict[str, Any]:
     """Return everything that the page's script draws from."""
     filler = table.dummy_rows + table.padding_rows
-    longest = np.maximum((table.real_rows + filler).max(axis=1, initial=0, keepdims=True), 1)
-    has_filler = bool(filler.any())
-    weights = table.weights
-    lost = table.lost_by_cause()
-    kinds = [
-        ("rows of requests", "decode", table.real_rows),
-        ("dummy rows", "bad", table.dummy_rows),
-        ("padding rows", "filler", table.padding_rows),
-    ]
     merge = -(-table.real_rows.size // _MAX_CELLS) if table.num_steps else 1
     shown = table.merged(merge)
-    # The share of a step that filler rows take, next to the busy share; merged like it, weighted by time.
-    filler_share = filler / longest * weights[:, None]
-    if merge > 1:
-        filler_share = np.add.reduceat(filler_share, np.arange(0, table.num_rows, merge), axis=0)
     arrays = {
         "prefill": _packed(shown.prefill_tokens),
         "decode": _packed(np.maximum(shown.real_rows - shown.prefill_tokens, 0)),
         "busy": _packed(np.rint(shown.busy_share() * 255)),
         "weight": _packed(shown.weights.astype(np.float32)),
     }
-    if has_filler:
-        of_step = filler_share / np.maximum(shown.weights, 1e-12)[:, None]
+    if filler.any():
+        # The share of a step that filler rows take, next to the busy share; merged like it, weighted by time.
+        longest = np.maximum((table.real_rows + filler).max(axis=1, initial=0, keepdims=True), 1)
+        filler_s = filler / longest * table.weights[:, None]
+        filler_s = np.add.reduceat(filler_s, np.arange(0, table.num_rows, merge), axis=0)
+        of_step = filler_s / np.maximum(shown.weights, 1e-12)[:, None]
         arrays["filler"] = _packed(np.rint(np.clip(of_step, 0, 1) * 255))
+    kinds = (("real_rows", "decode"), ("dummy_rows", "bad"), ("padding_rows", "filler"))
     return {
         "num_ranks": table.num_ranks,
-        "rank_names": [str(rank) for rank in range(table.num_ranks)],
         "num_rows": shown.num_rows,
         "num_steps": table.num_steps,
         "steps_per_row": shown.steps_per_row,
         "arrays": arrays,
-        "has_filler": has_filler,
+        "has_filler": bool(filler.any()),
         "has_serving": bool((table.busy_share()[table.real_rows == 0] > 0.002).any()),
-        "loss": [[CAUSE_WORDS[cause], 100 * part] for cause, part in lost.items() if part > 5e-5],
-        "loss_axis": "share of all ranks' time (%)",
-        "row_kinds": [[name, shade, values.sum(axis=0).tolist()] for name, shade, values in kinds],
+        "loss": [[CAUSE_WORDS[cause], 100 * part] for cause, part in table.lost_by_cause().items() if part > 5e-5],
+        "row_kinds": [[FIGURE_WORDS[name], shade, getattr(table, name).sum(axis=0).tolist()] for name, shade in kinds],
         "latencies": _latencies(requests),
         "settings": [{key: item[key] for key in ("name", "group", "label", "x", "y")} for item in settings],
         "settings_axes": ["time to first token, 99th percentile (s)", "time lost to uneven work (%)"],
@@ -174,11 +146,8 @@ def _page_data(
 
 def _packed(values: np.ndarray) -> dict[str, str]:
     """Return an array as the page unpacks it: little-endian, deflated, base64."""
-    if values.dtype == np.float32:
-        kind = "f4"
-    else:
-        top = int(values.max(initial=0))
-        kind = "u1" if top < 2**8 else "u2" if top < 2**16 else "u4"
+    top = int(values.max(initial=0))
+    kind = "f4" if values.dtype == np.float32 else "u1" if top < 2**8 else "u2" if top < 2**16 else "u4"
     packed = zlib.compress(values.astype("<" + kind).tobytes(), 6)
     return {"type": kind, "data": base64.b64encode(packed).decode()}
 
@@ -203,103 +172,112 @@ def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found[:2] if any(item["unit"] == "s" for item in found) else found
 
 
-def _sections(
+def _body(
     table: StepTable, summary: Mapping[str, Any], requests: Sequence[Mapping[str, Any]],
     settings: Sequence[Mapping[str, Any]], data: dict[str, Any], title: str, command: str,
-) -> list[str]:  # fmt: skip
+) -> Iterable[str]:  # fmt: skip
     loss = loss_figures(table.lost_by_cause())
-    lost = loss["lost"]
     says = headline(table.num_ranks, table.num_steps, len(requests), loss)
     if settings and not table.num_steps:
         best = next((item["name"] for item in settings if item.get("best")), None)
         says = f"{len(settings)} settings compared." + (f" Best: {best}." if best else "")
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="headline">{html.escape(says)}</p>',
-        f'<p class="quiet"><code>{html.escape(command)}</code></p>' if command else "",
-        f'<div class="cards">{"".join(_cards(summary, table, loss))}</div>',
-        '<p id="failure" class="screen" hidden></p>',
-    ]
+    yield f'<h1>{escape(title)}</h1><p class="headline">{escape(says)}</p>'
+    if command:
+        yield f'<p class="quiet"><code>{escape(command)}</code></p>'
+    cards = "".join(
+        f'<div class="{kind}"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
+        for value, words, kind in _cards(summary, table, loss)
+    )
+    yield f'<div class="cards">{cards}</div><p id="failure" class="screen" hidden></p>'
     if settings:
-        parts += [
-            "<section><h2>Settings compared</h2><p>Each point is one setting. Lower loses less time to uneven work; "
-            "further left lets requests wait less. The lower left is best.</p>"
-            f'<div id="settings"></div>{_settings_table(settings)}</section>'
-        ]
+        rows = [(list(item["columns"].values()), bool(item.get("best"))) for item in settings]
+        yield _section(
+            "Settings compared",
+            "Each point is one setting. Lower loses less time to uneven work; further left lets requests wait less. "
+            "The lower left is best.",
+            '<div id="settings"></div>' + _table(list(settings[0]["columns"]), rows),
+        )
     if table.num_steps:
-        measured = not np.isnan(table.busy_s).all()
-        how = (
-            "The coloured height is the share of the step in which the rank worked."
-            if measured
-            else "The coloured height compares the rank's rows with those of the longest rank in the same step."
-        )
-        legend = "".join(
-            f'<span><span class="swatch" style="background:var(--{shade})"></span>{words}</span>'
-            for shade, words in (
-                ("prefill", "running prompts"),
-                ("decode", "generating tokens"),
-                ("serving", "running experts for other ranks"),
-                ("filler", "dummy or padding rows"),
-                ("waiting", "waiting for the longest rank"),
-            )
-            if (shade != "filler" or data["has_filler"]) and (shade != "serving" or data["has_serving"])
-        )
-        parts += [
-            "<section><h2>Who worked when</h2>"
-            f"<p>One lane per rank. All ranks leave a step together, when the last one is done. {how} "
-            '<span id="grain"></span></p>'
-            f'<div class="legend">{legend}</div><div id="timeline"></div>'
-            '<div class="readout screen" id="readout">Point at a place in the chart to read it.</div></section>',
-            "<section><h2>Rows per rank</h2><p>How many tokens each rank took into a step: where the lines part, ranks "
-            'wait for each other.</p><div id="rows"></div></section>',
-            '<div class="columns"><section><h2>Each rank\'s time</h2><p>What share of the whole run each rank spent '
-            'how.</p><div id="ranks"></div></section>',
-            "<section><h2>Where the time was lost</h2><p>Of all ranks' time together, "
-            f"{share(1 - sum(lost.values()))} was work on requests. The rest went to:</p>"
-            '<div id="loss"></div></section></div>',
-        ]
-        if data["has_filler"] and table.num_ranks <= 128:
-            parts.append(
-                "<section><h2>Rows of requests, dummy and padding rows</h2><p>Dummy rows are sent only so that a rank "
-                'takes part; padding rows only make shapes equal.</p><div id="kinds"></div></section>'
-            )
-        elif not data["has_filler"]:
-            parts.append("<p>No rank computed a dummy or padding row: all rows were of requests.</p>")
+        yield from _step_sections(table, data, sum(loss["lost"].values()))
     if data["latencies"]:
-        sections = "".join(
-            f'<section><h2>{item["title"]}</h2><p>{item["reading"]}</p><div id="latency{index}"></div></section>'
-            for index, item in enumerate(data["latencies"])
-        )
         if summary.get("clock") in CLOCK_WORDS:
-            parts.append(f"<p>{CLOCK_WORDS[summary['clock']]}</p>")
-        parts.append(f'<div class="columns">{sections}</div>')
-    if requests:
-        parts.append(_requests_table(requests))
-    parts.append(_summary_table(summary))
-    return [part for part in parts if part]
-
-
-def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]) -> list[str]:
-    cards = []
-    if "verified" in summary:
-        verified = summary["verified"]
-        words = {True: "yes", False: "NO", None: "not compared"}[verified]
-        told = (
-            f"{summary.get('mismatches')} outputs differ" if verified is False else "every output equals one process's"
+            yield f"<p>{CLOCK_WORDS[summary['clock']]}</p>"
+        curves = enumerate(data["latencies"])
+        sections = (
+            _section(item["title"], item["reading"], f'<div id="latency{index}"></div>') for index, item in curves
         )
-        cards.append(_card(words, "verified: " + told if verified is not None else "outputs", verified is False))
+        yield f'<div class="columns">{"".join(sections)}</div>'
+    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in GLOSSARY.items())
+    yield f"<details><summary>What the words mean</summary><dl>{words}</dl></details>"
+    if requests:
+        yield _requests_table(requests)
+    if summary:
+        values = [value if isinstance(value, str) else json.dumps(value, default=str) for value in summary.values()]
+        listing = _table(
+            ["name", "value"], [(pair, False) for pair in zip(summary, values, strict=True)], text=("value",)
+        )
+        yield f"<details><summary>All figures and options</summary>{listing}</details>"
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
+
+
+def _step_sections(table: StepTable, data: Mapping[str, Any], lost: float) -> Iterable[str]:
+    how = "The coloured height is the share of the step in which the rank worked."
+    if np.isnan(table.busy_s).all():
+        how = "The coloured height compares the rank's rows with those of the longest rank in the same step."
+    legend = "".join(
+        f'<span><span class="swatch" style="background:var(--{shade})"></span>{words}</span>'
+        for shade, words in (
+            ("prefill", "running prompts"),
+            ("decode", "generating tokens"),
+            ("serving", "running experts for other ranks"),
+            ("filler", "dummy or padding rows"),
+            ("waiting", "waiting for the longest rank"),
+        )
+        if data.get(f"has_{shade}", True)
+    )
+    yield _section(
+        "Who worked when",
+        f"One lane per rank. All ranks leave a step together, when the last one is done. {how} "
+        '<span id="grain"></span>',
+        f'<div class="legend">{legend}</div><div id="timeline"></div>'
+        '<div class="readout screen" id="readout">Point at a place in the chart to read it.</div>',
+    )
+    yield _section(
+        "Rows per rank",
+        "How many tokens each rank took into a step: where the lines part, ranks wait for each other.",
+        '<div id="rows"></div>',
+    )
+    ranks = _section("Each rank's time", "What share of the whole run each rank spent how.", '<div id="ranks"></div>')
+    told = f"Of all ranks' time together, {share(1 - lost)} was work on requests. The rest went to:"
+    yield f'<div class="columns">{ranks}{_section("Where the time was lost", told, "<div id=loss></div>")}</div>'
+    if data["has_filler"]:
+        yield _section(
+            "Rows of requests, dummy and padding rows",
+            "Dummy rows are sent only so that a rank takes part; padding rows only make shapes equal.",
+            '<div id="kinds"></div>',
+        )
+    else:
+        yield "<p>No rank computed a dummy or padding row: all rows were of requests.</p>"
+
+
+def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Yield value, words and CSS class of what the page shows at the top."""
+    if "verified" in summary:
+        differ = f"verified: {summary.get('mismatches')} outputs differ"
+        yield {
+            True: ("yes", "verified: every output equals one process's", "card"),
+            False: ("NO", differ, "card bad"),
+            None: ("not compared", "outputs", "card"),
+        }[summary["verified"]]
     if table.num_steps:
-        cards.append(_card(share(loss["lost_fraction"]), "of the time lost to uneven work"))
-        cards.append(_card(share(loss["no_requests_fraction"]), "of the time without requests"))
-    for key, words in _SUMMARY_WORDS.items():
-        if isinstance(summary.get(key), int | float) and (summary[key] or key not in _SHOWN_WHERE_ANY):
-            cards.append(_card(_number(summary[key]), words))
-    return cards
-
-
-def _card(value: str, words: str, bad: bool = False) -> str:
-    kind = "card bad" if bad else "card"
-    return f'<div class="{kind}"><b>{html.escape(value)}</b><span>{html.escape(words)}</span></div>'
+        yield share(loss["lost_fraction"]), "of the time lost to uneven work", "card"
+        yield share(loss["no_requests_fraction"]), "of the time without requests", "card"
+    for name in _CARDS:
+        if isinstance(summary.get(name), int | float) and (summary[name] or name not in SHOWN_WHERE_ANY):
+            yield _number(summary[name]), FIGURE_WORDS[name], "card"
 
 
 def _number(value: Any) -> str:
@@ -309,57 +287,32 @@ def _number(value: Any) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[tuple[Sequence[Any], bool]], text: Sequence[str] = ()) -> str:
-    """Return an HTML table; each row comes with whether it stands out."""
+    """Return an HTML table; each row comes with whether it stands out. Columns named in `text` are no numbers."""
     kind = [' class="text"' if heading in text else "" for heading in headings]
-    head = "".join(f"<th{mark}>{html.escape(name)}</th>" for name, mark in zip(headings, kind, strict=True))
+    head = "".join(f"<th{mark}>{escape(name)}</th>" for name, mark in zip(headings, kind, strict=True))
     body = "".join(
         f"<tr{' class=best' if best else ''}>"
-        + "".join(f"<td{mark}>{html.escape(_number(cell))}</td>" for cell, mark in zip(cells, kind, strict=True))
+        + "".join(f"<td{mark}>{escape(_number(cell))}</td>" for cell, mark in zip(cells, kind, strict=True))
         + "</tr>"
         for cells, best in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _settings_table(settings: Sequence[Mapping[str, Any]]) -> str:
-    headings = list(settings[0]["columns"])
-    return _table(headings, [(list(item["columns"].values()), bool(item.get("best"))) for item in settings])
-
-
 def _requests_table(requests: Sequence[Mapping[str, Any]]) -> str:
-    keys = {
-        "request_id": "request",
-        "rank": "rank",
-        "num_prompt_tokens": "prompt tokens",
-        "num_cached_tokens": "of them from known pages",
-        "num_new_tokens": "new tokens",
-        "queue_steps": "steps in the queue",
-        "ttft_steps": "steps to first token",
-        "queue_s": "s in the queue",
-        "ttft_s": "s to first token",
-        "tpot_s": "s per further token",
-        "text": "text",
-    }
-    listed_requests = requests[:_MAX_LISTED_REQUESTS]
-    used = [key for key in keys if any(request.get(key) is not None for request in listed_requests)]
-    if not any(request.get("num_cached_tokens") for request in listed_requests):
-        used = [key for key in used if key != "num_cached_tokens"]
-
-    def cell(request: Mapping[str, Any], key: str) -> Any:
-        value = request.get(key)
-        if value is None:
-            return ""
-        return value if key != "text" or len(value) <= 80 else value[:79] + "…"
-
-    rows = [([cell(request, key) for key in used], False) for request in requests[:_MAX_LISTED_REQUESTS]]
-    listed = f"the first {len(rows)} of {len(requests):,}" if len(rows) < len(requests) else f"{len(rows)}"
-    listing = _table([keys[key] for key in used], rows, text=("text",))
-    return f"<details><summary>Requests ({listed})</summary>{listing}</details>"
+    listed = [{**request, "text": _readable(request.get("text"))} for request in requests[:_MAX_LISTED_REQUESTS]]
+    used = [name for name in _REQUEST_COLUMNS if any(request.get(name) is not None for request in listed)]
+    if not any(request.get("num_cached_tokens") for request in listed):
+        used = [name for name in used if name != "num_cached_tokens"]
+    rows = [(["" if (value := request.get(name)) is None else value for name in used], False) for request in listed]
+    count = f"the first {len(rows)} of {len(requests):,}" if len(rows) < len(requests) else f"{len(rows)}"
+    listing = _table([FIGURE_WORDS[name] for name in used], rows, text=("text",))
+    return f"<details><summary>Requests ({count})</summary>{listing}</details>"
 
 
-def _summary_table(summary: Mapping[str, Any]) -> str:
-    if not summary:
-        return ""
-    rows = [([name, json.dumps(value, default=str)], False) for name, value in summary.items()]
-    listing = _table(["name", "value"], rows, text=("value",))
-    return f"<details><summary>All figures and options</summary>{listing}</details>"
+def _readable(text: str | None) -> str | None:
+    """Return the beginning of a text, None where it is none: a model without training writes bytes of any kind."""
+    kinds = {unicodedata.category(letter) for letter in text or "" if letter not in "\n\r\t"}
+    if not text or "\ufffd" in text or kinds & {"Cc", "Cn", "Co", "Cs"}:
+        return None
+    return text if len(text) <= 80 else text[:79] + "…"

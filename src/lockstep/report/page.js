@@ -1,41 +1,148 @@
 "use strict";
-// Draws the report from the data in the page. Counts per step and rank stay in typed arrays; each chart is drawn from at
-// most so many bins of the range in view, so that 100,000 steps open fast and zooming shows more detail.
+// Draws the report from the data in the page, with nothing but SVG and a canvas: a chart library would be a hundred
+// times as large as everything else. Counts per step and rank stay in typed arrays; each chart is drawn from at most as
+// many bins of the range in view as it has pixels, so that 100,000 steps open fast and zooming shows more detail.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const MAX_BINS = 900;
 const WAITING = 0, PREFILL = 1, DECODE = 2, FILLER = 3, SERVING = 4, KINDS = 5;
+const SHADES = ["waiting", "prefill", "decode", "filler", "serving"];
 // Okabe and Ito's colours, which colour-blind people tell apart, and lighter ones of the same hues for a dark page.
 const LIGHT = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6d1f", "#666666"];
 const DARK = ["#56b4e9", "#f0b429", "#2fc79a", "#ff8a5c", "#9fd4f5", "#e08fbd", "#cbb26a", "#b0b0b0"];
-const PRINT = matchMedia("print"), PRINT_WIDTH = 690;  // page.css gives a printed page 185 mm, which is a little more
-const lineColor = (index) => (PRINT.matches || !matchMedia("(prefers-color-scheme: dark)").matches ? LIGHT : DARK)[index % 8];
-const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "solid", "dash", "dot"];
+const DASHES = ["", "7 4", "2 3", "7 3 2 3", "12 4", "", "7 4", "2 3"];
+const DARK_PAGE = matchMedia("(prefers-color-scheme: dark)"), PRINT = matchMedia("print");
+const STEP_AXIS = "step (one forward pass of all ranks)";
 const $ = (id) => document.getElementById(id);
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+const lineColor = (index) => (DARK_PAGE.matches && !PRINT.matches ? DARK : LIGHT)[index % 8];
 const percent = (share) => (100 * share).toFixed(share < 0.0995 ? 1 : 0) + " %";
 const count = (value) => Math.round(value).toLocaleString("en");
+const short = (value) => Number(value.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
+const rankName = (rank) => "rank " + rank;
 
 async function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.data), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const buffer = await new Response(stream).arrayBuffer();
-  return { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array }[packed.type].from(
-    new { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array }[packed.type](buffer));
+  const kind = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array }[packed.type];
+  return new kind(await new Response(stream).arrayBuffer());
 }
 
-function layout(extra) {
-  const axis = { gridcolor: color("rule"), linecolor: color("rule"), zerolinecolor: color("rule"), automargin: true,
-    exponentformat: "none", separatethousands: true };
-  return Object.assign({
-    autosize: !PRINT.matches, width: PRINT.matches ? PRINT_WIDTH : undefined,
-    paper_bgcolor: color("paper"), plot_bgcolor: color("paper"), dragmode: "zoom",
-    font: { color: color("ink"), size: 13, family: "system-ui, sans-serif" },
-    margin: { l: 70, r: 15, t: 34, b: 45 }, hoverlabel: { font: { size: 13 } },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-  }, extra, { xaxis: Object.assign({}, axis, extra.xaxis), yaxis: Object.assign({}, axis, extra.yaxis) });
+function element(name, attributes, ...children) {
+  const made = document.createElement(name);
+  Object.assign(made, attributes);
+  made.append(...children);
+  return made;
 }
-const CONFIG = { displaylogo: false, responsive: true, showSendToCloud: false,
-  modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
+
+function shape(parent, name, attributes, text, tooltip) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== undefined) made.textContent = text;
+  if (tooltip) shape(made, "title", {}, tooltip);
+  parent.append(made);
+  return made;
+}
+
+// Round numbers in a range, about as many as are wanted.
+function ticksOf(low, high, wanted, whole) {
+  const rough = (high - low) / Math.max(1, wanted), power = 10 ** Math.floor(Math.log10(rough || 1));
+  let step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
+  if (whole) step = Math.max(1, Math.round(step));
+  const ticks = [];
+  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) ticks.push(Number(tick.toPrecision(12)));
+  return ticks;
+}
+
+// An empty chart in the element: axes, grid and labels; x and y turn values into places.
+function frame(id, { height, x, y, left = 56, right = 14, top = 10 }) {
+  const holder = $(id), width = Math.max(260, holder.clientWidth), bottom = 44;
+  const svg = shape(holder, "svg", { viewBox: `0 0 ${width} ${height}`, width: "100%", role: "img" });
+  const place = (range, from, to) => (value) => from + (value - range[0]) / (range[1] - range[0] || 1) * (to - from);
+  const chart = { holder, svg, width, height, left, right: width - right, top, bottom: height - bottom };
+  chart.x = place(x.range, chart.left, chart.right);
+  chart.y = place(y.range, chart.bottom, chart.top);
+  chart.value = (at) => x.range[0] + (at - chart.left) / (chart.right - chart.left) * (x.range[1] - x.range[0]);
+  for (const tick of ticksOf(...x.range, (chart.right - chart.left) / 80, x.whole)) {
+    const at = chart.x(tick);
+    shape(svg, "line", { x1: at, x2: at, y1: chart.top, y2: chart.bottom, class: "grid" });
+    shape(svg, "text", { x: at, y: chart.bottom + 17, "text-anchor": "middle" }, short(tick));
+  }
+  shape(svg, "text", { x: (chart.left + chart.right) / 2, y: height - 8, "text-anchor": "middle", class: "axis" }, x.label);
+  const marks = y.marks || ticksOf(...y.range, (chart.bottom - chart.top) / 45).map((tick) => [tick, short(tick)]);
+  for (const [tick, text] of marks) {
+    const at = chart.y(tick);
+    if (!y.marks) shape(svg, "line", { x1: chart.left, x2: chart.right, y1: at, y2: at, class: "grid" });
+    shape(svg, "text", { x: chart.left - 7, y: at + 4, "text-anchor": "end" }, text);
+  }
+  if (y.label) {
+    const middle = (chart.top + chart.bottom) / 2;
+    shape(svg, "text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})`, class: "axis" }, y.label);
+  }
+  return chart;
+}
+
+function legend(id, items) {
+  $(id).prepend(element("div", { className: "legend" }, ...items.map(([name, paint, dash]) => {
+    const svg = shape(document.createDocumentFragment(), "svg", { width: 26, height: 12 });
+    if (dash === undefined) shape(svg, "rect", { width: 12, height: 12, x: 12, fill: paint });
+    else shape(svg, "line", { x1: 0, x2: 26, y1: 6, y2: 6, stroke: paint, "stroke-width": 2, "stroke-dasharray": dash });
+    return element("span", {}, svg, " " + name);
+  })));
+}
+
+// Lines over one x axis; pointing at the chart reads all of them there.
+function drawLines(id, lines, options, read) {
+  const chart = frame(id, options);
+  for (const line of lines) {
+    let path = "";
+    line.x.forEach((x, index) => {
+      const at = chart.x(x).toFixed(1), height = chart.y(line.y[index]).toFixed(1);
+      if (!index) path = `M${at},${height}`;
+      else path += options.steps ? `H${at}V${height}` : `L${at},${height}`;
+    });
+    shape(chart.svg, "path", { d: path, fill: "none", stroke: line.paint, "stroke-width": 1.8, "stroke-dasharray": line.dash });
+    if (line.x.length <= 60 && options.dots)
+      line.x.forEach((x, index) => shape(chart.svg, "circle", { cx: chart.x(x), cy: chart.y(line.y[index]), r: 2.5, fill: line.paint }));
+  }
+  if (lines.length > 1) legend(id, lines.map((line) => [line.name, line.paint, line.dash]));
+  const readout = element("div", { className: "readout screen", textContent: "Point at a place in the chart to read it." });
+  chart.holder.append(readout);
+  onPoint(chart, (at) => { readout.textContent = read(chart.value(at)); });
+  return chart;
+}
+
+// Where the pointer is, in the chart's own units, whatever size the page gives it.
+function onPoint(chart, told) {
+  for (const kind of ["pointermove", "pointerdown"]) chart.svg.addEventListener(kind, (event) => {
+    const box = chart.svg.getBoundingClientRect(), scale = chart.width / box.width;
+    const at = (event.clientX - box.left) * scale, height = (event.clientY - box.top) * scale;
+    if (at >= chart.left && at <= chart.right && height >= chart.top && height <= chart.bottom) told(at, height);
+  });
+}
+
+// Dragging over a range of steps shows it in detail.
+function onDrag(chart, chosen) {
+  let from = null, box = null;
+  chart.svg.classList.add("zooms");
+  onPoint(chart, (at) => {
+    if (from === null) return;
+    box = box || shape(chart.svg, "rect", { y: chart.top, height: chart.bottom - chart.top, class: "chosen" });
+    box.setAttribute("x", Math.min(from, at));
+    box.setAttribute("width", Math.abs(at - from));
+    box.to = at;
+  });
+  chart.svg.addEventListener("pointerdown", (event) => {
+    if (event.pointerType !== "mouse") return;  // a finger scrolls the page
+    const view = chart.svg.getBoundingClientRect();
+    from = (event.clientX - view.left) * chart.width / view.width;
+    event.preventDefault();
+  });
+  addEventListener("pointerup", () => {
+    if (from !== null && box && Math.abs(box.to - from) > 5) chosen([from, box.to].sort((a, b) => a - b).map(chart.value));
+    else if (box) box.remove();
+    from = box = null;
+  }, { signal: chart.holder.listening.signal });
+  chart.svg.addEventListener("dblclick", () => chosen(null));
+}
 
 class Steps {
   constructor(arrays) {
@@ -71,151 +178,174 @@ class Steps {
         }
       }
     }
-    return { size, number, first, shares, rows, step: (bin) => (first + (bin + 0.5) * size) * this.perRow - 0.5 };
+    return { size, number, first, last, shares, rows };
   }
 }
 
-function drawTimeline(steps, bins) {
-  const lane = Math.max(2, Math.min(24, Math.floor(420 / steps.ranks))), gap = steps.ranks <= 64 ? 1 : 0;
-  const height = lane + gap, z = [], x = [];
-  for (let bin = 0; bin < bins.number; bin++) x.push(bins.step(bin));
-  const order = [PREFILL, DECODE, SERVING, FILLER, WAITING];
-  for (let rank = 0; rank < steps.ranks; rank++) {
-    const levels = Array.from({ length: height }, () => new Array(bins.number).fill(null));
-    for (let bin = 0; bin < bins.number; bin++) {
+let range = null;  // the steps in view, all where null
+const edge = (steps, bins, bin) => Math.min(bins.first + bin * bins.size, bins.last) * steps.perRow - 0.5;
+const binAt = (steps, bins, step) => Math.max(0, Math.min(bins.number - 1, Math.floor(((step + 0.5) / steps.perRow - bins.first) / bins.size)));
+
+function stepsOf(steps, bins, bin) {
+  const from = (bins.first + bin * bins.size) * steps.perRow;
+  const to = Math.min((bins.first + (bin + 1) * bins.size) * steps.perRow, DATA.num_steps) - 1;
+  return from === to ? "step " + count(from) : `steps ${count(from)} to ${count(to)}`;
+}
+
+function drawTimeline(steps, bins, view, zoom) {
+  const every = Math.ceil(steps.ranks / 32), marks = [];
+  for (let rank = 0; rank < steps.ranks; rank += every) marks.push([rank + 0.5, rankName(rank)]);
+  const height = Math.max(130, Math.min(560, steps.ranks * 44)) + 54;
+  const chart = frame("timeline", { height, left: 66, x: { range: view, label: STEP_AXIS, whole: true },
+    y: { range: [steps.ranks, 0], marks } });
+  const ratio = devicePixelRatio || 1, wide = chart.right - chart.left, high = chart.bottom - chart.top;
+  const canvas = element("canvas", { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
+  const picture = canvas.getContext("2d"), paint = SHADES.map(color), lane = canvas.height / steps.ranks;
+  const gap = lane > 8 * ratio ? ratio : 0;
+  for (let bin = 0; bin < bins.number; bin++) {
+    const left = Math.floor((chart.x(edge(steps, bins, bin)) - chart.left) * ratio);
+    const right = Math.ceil((chart.x(edge(steps, bins, bin + 1)) - chart.left) * ratio);
+    for (let rank = 0; rank < steps.ranks; rank++) {
       const at = (bin * steps.ranks + rank) * KINDS;
-      let top = 0, level = 0;
-      for (const kind of order) {
-        top += bins.shares[at + kind];
+      picture.fillStyle = paint[WAITING];
+      picture.fillRect(left, rank * lane, right - left, lane - gap);
+      let bottom = (rank + 1) * lane - gap;  // lanes fill from below
+      for (const kind of [PREFILL, DECODE, SERVING, FILLER]) {
+        const share = bins.shares[at + kind];
+        if (share <= 0) continue;
         // Any work at all shows as one line at least, or a short prompt in a long range would be invisible.
-        const to = kind === WAITING ? lane : Math.min(lane, Math.max(Math.round(top * lane), bins.shares[at + kind] > 0 ? level + 1 : level));
-        while (level < to) levels[lane - 1 - level++][bin] = kind;  // lanes fill from below
+        const tall = Math.min(Math.max(share * (lane - gap), ratio), bottom - rank * lane);
+        picture.fillStyle = paint[kind];
+        picture.fillRect(left, bottom - tall, right - left, tall);
+        bottom -= tall;
       }
     }
-    z.push(...levels);
   }
-  const kinds = ["waiting", "prefill", "decode", "filler", "serving"];
-  const scale = kinds.flatMap((kind, index) => [[index / KINDS, color(kind)], [(index + 1) / KINDS, color(kind)]]);
-  const every = Math.ceil(steps.ranks / 32), ticks = [];
-  for (let rank = 0; rank < steps.ranks; rank += every) ticks.push(rank);
-  const trace = { type: "heatmap", z, x, colorscale: scale, zmin: -0.5, zmax: KINDS - 0.5, showscale: false, hoverinfo: "none" };
-  if (bins.number === 1) { trace.x0 = x[0]; trace.dx = bins.size * steps.perRow; delete trace.x; }
-  Plotly.react("timeline", [trace], layout({
-    height: Math.max(180, Math.min(560, steps.ranks * 48)) + 60, hovermode: "closest",
-    xaxis: { title: { text: "step (one forward pass of all ranks)" }, range: view(steps), showgrid: false, zeroline: false },
-    yaxis: { tickvals: ticks.map((rank) => rank * height + lane / 2 - 0.5), ticktext: ticks.map((rank) => "rank " + DATA.rank_names[rank]),
-      autorange: "reversed", showgrid: false, zeroline: false, fixedrange: true },
-  }), CONFIG);
-  $("timeline").readout = (event) => {
-    const point = event.points[0], bin = point.pointIndex[1], rank = Math.floor(point.pointIndex[0] / height);
-    const at = (bin * steps.ranks + rank) * KINDS, from = (bins.first + bin * bins.size) * steps.perRow;
-    const to = Math.min((bins.first + (bin + 1) * bins.size) * steps.perRow, DATA.num_steps) - 1;
-    $("readout").textContent = `Rank ${DATA.rank_names[rank]}, ${from === to ? "step " + count(from) : "steps " + count(from) + " to " + count(to)}: ` +
-      `${percent(bins.shares[at + PREFILL])} prompts, ${percent(bins.shares[at + DECODE])} generating, ` +
-      (DATA.has_serving ? `${percent(bins.shares[at + SERVING])} serving others, ` : "") +
-      `${percent(bins.shares[at + FILLER])} dummy or padding, ${percent(bins.shares[at + WAITING])} waiting; ` +
-      `${bins.rows[bin * steps.ranks + rank].toFixed(1)} rows per step`;
-  };
+  shape(chart.svg, "image", { x: chart.left, y: chart.top, width: wide, height: high, href: canvas.toDataURL(), preserveAspectRatio: "none" });
+  onPoint(chart, (place, depth) => {
+    const rank = Math.min(steps.ranks - 1, Math.floor((depth - chart.top) / high * steps.ranks));
+    const bin = binAt(steps, bins, chart.value(place)), at = (bin * steps.ranks + rank) * KINDS;
+    const words = [["running prompts", PREFILL], ["generating", DECODE], ["running experts for others", SERVING],
+      ["dummy or padding rows", FILLER], ["waiting", WAITING]].filter(([, kind]) => kinds[kind]);
+    $("readout").textContent = `${rankName(rank)}, ${stepsOf(steps, bins, bin)}: ` +
+      words.map(([name, kind]) => `${percent(bins.shares[at + kind])} ${name}`).join(", ") +
+      `; ${bins.rows[bin * steps.ranks + rank].toFixed(1)} rows per step`;
+  });
+  onDrag(chart, zoom);
 }
+const kinds = { [WAITING]: true, [PREFILL]: true, [DECODE]: true, [SERVING]: DATA.has_serving, [FILLER]: DATA.has_filler };
 
-function drawRows(steps, bins) {
-  const x = [], traces = [];
-  for (let bin = 0; bin < bins.number; bin++) x.push(bins.step(bin));
-  const line = (name, y, index, dash) => ({ type: "scatter", mode: bins.number > 60 ? "lines" : "lines+markers", name, x, y,
-    line: { color: lineColor(index), dash: dash || DASHES[index], width: 1.5, shape: bins.size === 1 ? "hvh" : "linear" },
-    hovertemplate: "%{y:.1f} rows<extra>" + name + "</extra>" });
-  const of = (rank) => x.map((_, bin) => bins.rows[bin * steps.ranks + rank]);
+function drawRows(steps, bins, view, zoom) {
+  const x = [], lines = [];
+  for (let bin = 0; bin < bins.number; bin++) x.push((edge(steps, bins, bin) + edge(steps, bins, bin + 1)) / 2);
+  const line = (name, y, index, dash) => lines.push({ name, x, y, paint: lineColor(index), dash: DASHES[dash] });
   if (steps.ranks <= 4 || (steps.ranks <= LIGHT.length && bins.size === 1)) {
-    for (let rank = 0; rank < steps.ranks; rank++) traces.push(line("rank " + DATA.rank_names[rank], of(rank), rank));
+    for (let rank = 0; rank < steps.ranks; rank++) line(rankName(rank), x.map((_, bin) => bins.rows[bin * steps.ranks + rank]), rank, rank);
   } else {
-    const ordered = x.map((_, bin) => Array.from(bins.rows.subarray(bin * steps.ranks, (bin + 1) * steps.ranks)).sort((a, b) => a - b));
-    traces.push(line("longest rank", ordered.map((values) => values[values.length - 1]), 1, "solid"));
-    traces.push(line("middle rank (median)", ordered.map((values) => values[Math.floor(values.length / 2)]), 0, "dash"));
-    traces.push(line("shortest rank", ordered.map((values) => values[0]), 2, "dot"));
+    const ordered = x.map((_, bin) => bins.rows.slice(bin * steps.ranks, (bin + 1) * steps.ranks).sort());
+    line("longest rank", ordered.map((values) => values[values.length - 1]), 1, 0);
+    line("middle rank (median)", ordered.map((values) => values[Math.floor(values.length / 2)]), 0, 1);
+    line("shortest rank", ordered.map((values) => values[0]), 2, 2);
   }
-  Plotly.react("rows", traces, layout({ height: 320, hovermode: "x unified",
-    xaxis: { title: { text: "step (one forward pass of all ranks)" }, range: view(steps) },
-    yaxis: { title: { text: "rows per step" }, rangemode: "tozero", fixedrange: true } }), CONFIG);
+  const most = Math.max(1, ...lines.map((each) => each.y.reduce((a, b) => Math.max(a, b), 0)));
+  const chart = drawLines("rows", lines, { height: 300, dots: true, x: { range: view, label: STEP_AXIS, whole: true },
+    y: { range: [0, 1.05 * most], label: "rows per step" } }, (step) => {
+    const bin = binAt(steps, bins, step);
+    return `${stepsOf(steps, bins, bin)}: ` + lines.map((each) => `${each.name} ${each.y[bin].toFixed(1)}`).join(", ") + " rows per step";
+  });
+  onDrag(chart, zoom);
 }
-
-let range = null;
-function view(steps) { return range || [-0.5, DATA.num_steps - 0.5]; }
 
 function drawView(steps) {
-  const [from, to] = view(steps);
-  const first = Math.max(0, Math.min(steps.rows - 1, Math.floor((from + 0.5) / steps.perRow)));
-  const last = Math.max(first + 1, Math.min(steps.rows, Math.ceil((to + 0.5) / steps.perRow)));
-  const bins = steps.bins(first, last, MAX_BINS);
+  const view = range || [-0.5, DATA.num_steps - 0.5];
+  const first = Math.max(0, Math.min(steps.rows - 1, Math.floor((view[0] + 0.5) / steps.perRow)));
+  const last = Math.max(first + 1, Math.min(steps.rows, Math.ceil((view[1] + 0.5) / steps.perRow)));
+  const bins = steps.bins(first, last, Math.max(100, Math.min(900, $("timeline").clientWidth - 80)));
   const grain = bins.size * steps.perRow;
-  $("grain").textContent = grain === 1 ? "Each column is one step." :
-    `Each column stands for ${count(grain)} steps. Drag over a range to see it in detail, double-click to see all.`;
-  drawTimeline(steps, bins);
-  drawRows(steps, bins);
+  const zoom = (chosen) => { range = chosen; drawView(steps); };
+  clear("timeline", "rows");
+  $("grain").textContent = (grain === 1 ? "Each column is one step." : `Each column stands for ${count(grain)} steps.`) +
+    (range ? " Double-click to see all." : " Drag over a range to see it in detail.");
+  drawTimeline(steps, bins, view, zoom);
+  drawRows(steps, bins, view, zoom);
+}
+
+// Bars of several parts, one per rank; `parts` are [name, shade, values].
+function drawStack(id, parts, label, most, told) {
+  if (!$(id)) return;
+  const ranks = DATA.num_ranks, every = Math.ceil(ranks / 32), marks = [];
+  for (let rank = 0; rank < ranks; rank += every) marks.push([rank + 0.5, rankName(rank)]);
+  const chart = frame(id, { height: Math.max(60, Math.min(640, 32 * ranks)) + 54, left: 66,
+    x: { range: [0, most], label }, y: { range: [ranks, 0], marks } });
+  const tall = (chart.bottom - chart.top) / ranks;
+  for (let rank = 0; rank < ranks; rank++) {
+    let from = 0;
+    for (const [name, shade, values] of parts) {
+      const left = chart.x(from), right = chart.x(from += values[rank]);
+      if (right > left) shape(chart.svg, "rect", { x: left, width: right - left, y: chart.top + (rank + 0.08) * tall,
+        height: 0.84 * tall, fill: color(shade) }, undefined, `${rankName(rank)}: ${told(values[rank])} ${name}`);
+    }
+  }
+  legend(id, parts.map(([name, shade]) => [name, color(shade)]));
 }
 
 function drawRanks(steps) {
-  const bins = steps.bins(0, steps.rows, 1), names = DATA.rank_names.map((name) => "rank " + name);
-  const kinds = [["running prompts", PREFILL, "prefill"], ["generating", DECODE, "decode"],
-    ["serving other ranks", SERVING, "serving"], ["dummy or padding", FILLER, "filler"], ["waiting", WAITING, "waiting"]];
-  const shown = kinds.filter(([, kind]) => (kind !== FILLER || DATA.has_filler) && (kind !== SERVING || DATA.has_serving));
-  const traces = shown.map(([name, kind, shade]) => ({
-    type: "bar", orientation: "h", name, y: names, x: names.map((_, rank) => 100 * bins.shares[rank * KINDS + kind]),
-    marker: { color: color(shade), line: { width: steps.ranks <= 64 ? 1 : 0, color: color("paper") } },
-    hovertemplate: "%{y}: %{x:.1f} % " + name + "<extra></extra>" }));
-  Plotly.react("ranks", traces, layout({ height: Math.max(220, Math.min(700, 34 * steps.ranks + 100)), barmode: "stack", bargap: 0.15,
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
-    xaxis: { title: { text: "share of the rank's time (%)" }, range: [0, 100] }, yaxis: { autorange: "reversed" } }), CONFIG);
+  const bins = steps.bins(0, steps.rows, 1);
+  const parts = [["running prompts", PREFILL], ["generating", DECODE], ["running experts for others", SERVING],
+    ["dummy or padding rows", FILLER], ["waiting", WAITING]].filter(([, kind]) => kinds[kind])
+    .map(([name, kind]) => [name, SHADES[kind], Array.from({ length: steps.ranks }, (_, rank) => 100 * bins.shares[rank * KINDS + kind])]);
+  drawStack("ranks", parts, "share of the rank's time (%)", 100, (value) => value.toFixed(1) + " %");
+  const most = Math.max(1, ...parts[0][2].map((_, rank) => DATA.row_kinds.reduce((sum, kind) => sum + kind[2][rank], 0)));
+  drawStack("kinds", DATA.row_kinds.filter((kind) => kind[2].some(Boolean)), "rows of the whole run", most, count);
 }
 
-function drawBars(id, items, unit, shade) {
-  if (!$(id)) return;
-  // Long names break at the space nearest to their middle.
-  const broken = (text) => {
-    if (text.length < 26) return text;
-    const at = [...text.matchAll(/ /g)].map((match) => match.index)
-      .reduce((best, index) => Math.abs(index - text.length / 2) < Math.abs(best - text.length / 2) ? index : best, 0);
-    return text.slice(0, at) + "<br>" + text.slice(at + 1);
-  };
-  Plotly.react(id, [{ type: "bar", orientation: "h", y: items.map((item) => broken(item[0])), x: items.map((item) => item[1]),
-    text: items.map((item) => item[1].toFixed(1) + " " + unit), textposition: "outside", cliponaxis: false,
-    marker: { color: color(shade) }, hovertemplate: "%{y}: %{x:.2f} " + unit + "<extra></extra>" }],
-  layout({ height: 60 * items.length + 90, margin: { l: 10, r: 70, t: 34, b: 45 },
-    xaxis: { title: { text: DATA.loss_axis }, rangemode: "tozero" }, yaxis: { autorange: "reversed" } }), CONFIG);
+function drawLoss() {
+  const most = Math.max(...DATA.loss.map((item) => item[1]), 1e-9);
+  for (const [name, value] of DATA.loss) {
+    const bar = element("div", { className: "bar" });
+    bar.style.width = 100 * value / most + "%";
+    $("loss").append(element("div", { className: "cause" }, element("span", { textContent: name }),
+      element("b", { textContent: value.toFixed(1) + " %" }), bar));
+  }
 }
 
-function drawKinds(steps) {
-  if (!$("kinds")) return;
-  const names = DATA.rank_names.map((name) => "rank " + name);
-  const traces = DATA.row_kinds.map(([name, shade, values]) => ({ type: "bar", name, x: names, y: values,
-    marker: { color: color(shade) }, hovertemplate: "%{x}: %{y:,} " + name + "<extra></extra>" }));
-  Plotly.react("kinds", traces, layout({ height: 320, barmode: "stack", yaxis: { title: { text: "rows of the whole run" } } }), CONFIG);
-}
-
-function drawLatencies() {
-  DATA.latencies.forEach((latency, index) => Plotly.react("latency" + index, latency.curves.map((curve, at) => ({
-    type: "scatter", mode: "lines", name: curve.name, x: curve.values, y: curve.shares.map((share) => 100 * share),
-    line: { color: lineColor(at), dash: DASHES[at], width: 2, shape: "hv" },
-    hovertemplate: "%{y:.1f} % within %{x:.3g} " + latency.unit + "<extra>" + curve.name + "</extra>" })),
-  layout({ height: 300, xaxis: { title: { text: latency.axis }, rangemode: "tozero" },
-    yaxis: { title: { text: "requests (%)" }, range: [0, 101] } }), CONFIG));
+function drawLatency(latency, index) {
+  const lines = latency.curves.map((curve, at) => ({ name: curve.name, x: [0, ...curve.values], y: [0, ...curve.shares.map((share) => 100 * share)],
+    paint: lineColor(at), dash: DASHES[at] }));
+  const most = Math.max(...lines.flatMap((line) => line.x), 1e-9);
+  drawLines("latency" + index, lines, { height: 280, steps: true, x: { range: [0, most], label: latency.axis },
+    y: { range: [0, 101], label: "requests (%)" } }, (value) => `within ${short(value)} ${latency.unit}: ` +
+      lines.map((line) => `${line.y[line.x.filter((x) => x <= value).length - 1].toFixed(1)} % ${line.name}`).join(", "));
 }
 
 function drawSettings() {
-  if (!$("settings")) return;
-  const groups = [...new Set(DATA.settings.map((item) => item.group))];
-  const x = DATA.settings.map((item) => item.x), least = Math.min(...x), span = Math.max(...x) - least || least;
-  const height = Math.max(...DATA.settings.map((item) => item.y)) || 1;
+  const all = DATA.settings, groups = [...new Set(all.map((item) => item.group))];
+  const x = all.map((item) => item.x), least = Math.min(...x), span = Math.max(...x) - least || least || 1;
+  const height = Math.max(...all.map((item) => item.y)) || 1;
   // Where lines lie close together, the lowest of the points with one name bears it for all of them.
-  const named = (item) => !DATA.settings.some((other) => other.label === item.label && other.y < item.y &&
+  const named = (item) => !all.some((other) => other.label === item.label && other.y < item.y &&
     Math.abs(other.x - item.x) < 0.08 * span && item.y - other.y < 0.12 * height);
-  Plotly.react("settings", groups.map((group, index) => {
-    const items = DATA.settings.filter((item) => item.group === group);
-    return { type: "scatter", mode: "lines+markers+text", name: group, x: items.map((item) => item.x), y: items.map((item) => item.y),
-      text: items.map((item) => named(item) ? item.label : ""), textposition: "bottom left", cliponaxis: false, customdata: items.map((item) => item.name),
-      line: { color: lineColor(index), dash: DASHES[index % 8] }, marker: { size: 9, symbol: index % 8 },
-      hovertemplate: "%{customdata}<br>%{y:.1f} % lost, %{x:.3g} s<extra></extra>" };
-  }), layout({ height: 420, xaxis: { title: { text: DATA.settings_axes[0] }, range: [least - 0.15 * span, least + 1.05 * span] },
-    yaxis: { title: { text: DATA.settings_axes[1] }, rangemode: "tozero" } }), CONFIG);
+  const chart = frame("settings", { height: 400, x: { range: [least - 0.15 * span, least + 1.1 * span], label: DATA.settings_axes[0] },
+    y: { range: [0, 1.08 * height], label: DATA.settings_axes[1] } });
+  groups.forEach((group, index) => {
+    const items = all.filter((item) => item.group === group), paint = lineColor(index);
+    const points = items.map((item) => `${chart.x(item.x)},${chart.y(item.y)}`).join(" ");
+    shape(chart.svg, "polyline", { points, fill: "none", stroke: paint, "stroke-width": 1.8, "stroke-dasharray": DASHES[index % 8] });
+    for (const item of items) {
+      shape(chart.svg, "circle", { cx: chart.x(item.x), cy: chart.y(item.y), r: 5, fill: paint }, undefined,
+        `${item.name}: ${item.y.toFixed(1)} % lost, ${short(item.x)} s`);
+      if (named(item)) shape(chart.svg, "text", { x: chart.x(item.x) - 7, y: chart.y(item.y) + 16, "text-anchor": "end" }, item.label);
+    }
+  });
+  if (groups.length > 1) legend("settings", groups.map((group, index) => [group, lineColor(index), DASHES[index % 8]]));
+}
+
+function clear(...ids) {
+  for (const holder of ids.map($).filter(Boolean)) {
+    if (holder.listening) holder.listening.abort();
+    holder.listening = new AbortController();
+    holder.replaceChildren();
+  }
 }
 
 async function main() {
@@ -223,25 +353,15 @@ async function main() {
   for (const [name, packed] of Object.entries(DATA.arrays)) arrays[name] = await unpack(packed);
   const steps = new Steps(arrays);
   const drawAll = () => {
-    if (steps.rows) { drawView(steps); drawRanks(steps); drawKinds(steps); drawBars("loss", DATA.loss, "%", "decode"); }
-    drawLatencies();
-    drawSettings();
+    clear("ranks", "kinds", "loss", "settings", ...DATA.latencies.map((_, index) => "latency" + index));
+    if (steps.rows) { drawView(steps); drawRanks(steps); drawLoss(); }
+    DATA.latencies.forEach(drawLatency);
+    if (DATA.settings.length) drawSettings();
   };
   drawAll();
-  if (steps.rows) {
-    $("timeline").on("plotly_hover", (event) => $("timeline").readout(event));
-    for (const id of ["timeline", "rows"]) {
-      $(id).on("plotly_relayout", (change) => {
-        if ("xaxis.range[0]" in change) range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
-        else if (change["xaxis.range"]) range = change["xaxis.range"];
-        else if (change["xaxis.autorange"]) range = null;
-        else return;
-        drawView(steps);
-      });
-    }
-  }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  PRINT.addEventListener("change", drawAll);
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
+  for (const media of [DARK_PAGE, PRINT]) media.addEventListener("change", drawAll);
   document.documentElement.dataset.drawn = "yes";
 }
 main().catch((error) => {
