@@ -11,10 +11,15 @@ export TOKENIZERS_PARALLELISM ?= false
 # Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
 IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-lowest test-plugins lint bench clean elixir soak
+.PHONY: run serve test test-lowest test-plugins lint bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
+
+# OpenAI's completions and chats on http://127.0.0.1:8000/v1, until Ctrl-C.
+PORT ?= 8000
+serve: $(STAMP)
+	$(BIN)/lockstep serve --model tiny --data-parallel-size 2 --port $(PORT)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest $(IN_PARALLEL)

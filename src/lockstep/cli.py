@@ -13,6 +13,7 @@ import typer
 
 from lockstep import cli_types as opt
 from lockstep.cli_errors import run_to_status
+from lockstep.cli_serve import serve
 from lockstep.extras import require
 
 app = typer.Typer(
@@ -51,16 +52,17 @@ def _options(
     del version
 
 
+app.command()(serve)
+
+
 @app.command()
 def run(
-    model: Annotated[
-        str, opt.option("Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")
-    ] = "tiny",
+    model: opt.Model = "tiny",
     workload: opt.Workload = "synthetic",
-    data_parallel_size: Annotated[int, opt.count("Ranks with requests of their own.")] = 2,
-    tensor_parallel_size: Annotated[int, opt.count("Ranks that share one data-parallel rank's requests.")] = 1,
-    max_chunk_size: Annotated[int | None, opt.count("Maximum rows per rank and MoE chunk.")] = None,
-    dispatcher: Annotated[opt.Dispatcher, opt.option("How tokens reach their experts.")] = "auto",
+    data_parallel_size: opt.DataParallelSize = 2,
+    tensor_parallel_size: opt.TensorParallelSize = 1,
+    max_chunk_size: opt.MaxChunkSize = None,
+    dispatcher: opt.DispatcherName = "auto",
     requests: opt.Requests = None,
     rate_scale: opt.RateScale = 1.0,
     length_scale: Annotated[
@@ -69,39 +71,23 @@ def run(
     max_prompt_tokens: opt.MaxPromptTokens = None,
     max_new_tokens: opt.MaxNewTokens = None,
     max_malformed_share: opt.MaxMalformedShare = 0.01,
-    load_balancing: Annotated[opt.LoadBalancing, opt.option("Which rank gets a request.")] = "round-robin",
-    max_num_batched_tokens: Annotated[int, opt.count("Maximum tokens per rank and step.")] = 2048,
+    load_balancing: opt.Balancing = "round-robin",
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = 2048,
     max_num_seqs: opt.MaxNumSeqs = 256,
     kv_capacity_tokens: opt.KvCapacityTokens = None,
-    max_model_len: Annotated[
-        int | None, opt.count("Maximum tokens per request; by default the model's context.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float,
-        opt.option(
-            "Share of a GPU's memory for weights, KV cache and the rest together.",
-            parser=opt.real(0, 1, above=True),
-            metavar="0..1",
-        ),
-    ] = 0.9,
+    max_model_len: opt.MaxModelLen = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     prefix_caching: opt.PrefixCaching = True,
-    max_prefill_delay_steps: Annotated[
-        int, opt.steps("Maximum steps that a prompt waits for prompts of other ranks.")
-    ] = 0,
+    max_prefill_delay_steps: opt.MaxPrefillDelaySteps = 0,
     seconds_per_step: Annotated[float, opt.scale("Seconds of the workload's time that pass per step.")] = 0.05,
     clock: Annotated[
         opt.Clock,
         opt.option("When requests arrive: by the number of the step, which repeats exactly, or in real time."),
     ] = "steps",
     seed: Annotated[int, opt.seed_of("Seed of made-up weights, prompts and workloads.")] = 0,
-    dtype: Annotated[opt.DType, opt.option("Type of the weights; `auto`: the checkpoint's.")] = "auto",
-    device: Annotated[
-        str | None,
-        opt.option(
-            "Where the model runs; by default on a GPU if there is one.", parser=opt.device, metavar="cpu|cuda|cuda:N"
-        ),
-    ] = None,
-    deadline: Annotated[float, opt.scale("Longest wait for any rank, in seconds.")] = 30.0,
+    dtype: opt.WeightsDType = "auto",
+    device: opt.Device = None,
+    deadline: opt.Deadline = 30.0,
     max_restarts: Annotated[
         int, opt.steps("How often ranks that died or hang are started again; finished requests are kept.")
     ] = 3,

@@ -102,6 +102,7 @@ Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
 Clock = Literal["steps", "wall"]
+LogRequests = Literal["off", "sizes", "prompts"]
 LOAD_BALANCING = get_args(LoadBalancing)
 ROW_SHAPES = ("ragged", "dummy", "equal")
 MOST_RANKS = 100_000
@@ -143,5 +144,28 @@ PrefixCaching = Annotated[
     bool,
     option("Compute whole pages of equal beginnings of prompts only once.", "--prefix-caching/--no-prefix-caching"),
 ]
+Model = Annotated[str, option("Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")]
+DataParallelSize = Annotated[int, count("Ranks with requests of their own.")]
+TensorParallelSize = Annotated[int, count("Ranks that share one data-parallel rank's requests.")]
+MaxChunkSize = Annotated[int | None, count("Maximum rows per rank and MoE chunk.")]
+DispatcherName = Annotated[Dispatcher, option("How tokens reach their experts.")]
+MaxNumBatchedTokens = Annotated[int, count("Maximum tokens per rank and step.")]
+MaxModelLen = Annotated[int | None, count("Maximum tokens per request; by default the model's context.")]
+GpuMemoryUtilization = Annotated[
+    float,
+    option(
+        "Share of a GPU's memory for weights, KV cache and the rest together.",
+        parser=real(0, 1, above=True),
+        metavar="0..1",
+    ),
+]
+MaxPrefillDelaySteps = Annotated[int, steps("Maximum steps that a prompt waits for prompts of other ranks.")]
+WeightsDType = Annotated[DType, option("Type of the weights; `auto`: the checkpoint's.")]
+Device = Annotated[
+    str | None,
+    option("Where the model runs; by default on a GPU if there is one.", parser=device, metavar="cpu|cuda|cuda:N"),
+]
+Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.")]
+Balancing = Annotated[LoadBalancing, option("Which rank gets a request.")]
 Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]
 AsJson = Annotated[bool, option("Print one JSON document instead of the table.", "--json")]

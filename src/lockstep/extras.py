@@ -11,6 +11,10 @@ _EXTRA_OF = {
     "safetensors": "models",
     "pyarrow": "report",
     "prometheus_client": "metrics",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
+    "pydantic": "serve",
 }
 
 

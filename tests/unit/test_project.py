@@ -61,7 +61,7 @@ def test_the_wheel_has_what_it_needs_and_nothing_else(site):
 def test_help_does_not_wait_for_torch(tmp_path):
     code = (
         "import sys; from typer.testing import CliRunner; from lockstep.cli import app\n"
-        "for name in ('run', 'plan', 'simulate'):\n"
+        "for name in ('run', 'serve', 'plan', 'simulate'):\n"
         "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
@@ -126,7 +126,7 @@ def test_the_lowest_versions_are_those_that_are_declared():
     extras = project["optional-dependencies"]
     declared = [
         *project["dependencies"],
-        *(line for name in ("models", "cli", "report", "metrics", "dev") for line in extras[name]),
+        *(line for name in ("models", "cli", "report", "metrics", "serve", "dev") for line in extras[name]),
     ]
     bounds = dict(re.fullmatch(r"([\w.-]+)>=([\d.]+)", line).groups() for line in declared if "[" not in line)
     lines = [line for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if not line.startswith("#")]

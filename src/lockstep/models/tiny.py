@@ -15,6 +15,10 @@ from lockstep.errors import ConfigurationError
 INITIALIZER_RANGE = 0.15
 ARCHITECTURES = ("qwen3_moe", "mixtral")
 _NUM_BYTES = 256
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 _SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
@@ -90,8 +94,9 @@ def byte_tokenizer() -> Any:
     bos, eos, pad = _SPECIAL_TOKENS
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **names
-    )
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False,
+        chat_template=_CHAT_TEMPLATE, **names,
+    )  # fmt: skip
 
 
 def _config(architecture: str, num_layers: int, hidden_size: int, num_experts: int, num_experts_per_token: int) -> Any:

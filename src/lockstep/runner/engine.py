@@ -211,12 +211,13 @@ class Engine:
             if not isinstance(params, SamplingParams):
                 kind = type(params).__name__
                 raise ConfigurationError(f"sampling_params of prompt {index} must be a SamplingParams, got {kind}")
-            ids = self._prompt_ids(index, prompt)
-            self._check(index, ids, params)
+            ids = self.prompt_ids(index, prompt)
+            self.check(index, ids, params)
             requests.append(NewRequest(index, ids, params))
         return requests
 
-    def _prompt_ids(self, index: int, prompt: Any) -> list[int]:
+    def prompt_ids(self, index: int, prompt: Any) -> list[int]:
+        """Return a prompt's token ids; `index` is its number in error messages."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ConfigurationError(f"prompt {index} is a text, but {self.options.model} has no tokenizer")
@@ -233,7 +234,8 @@ class Engine:
                 raise ConfigurationError(f"prompt {index} must hold integers, got {token!r:.80}")
         return [int(token) for token in ids]
 
-    def _check(self, index: int, ids: list[int], params: SamplingParams) -> None:
+    def check(self, index: int, ids: list[int], params: SamplingParams) -> None:
+        """Refuse a prompt and parameters that cannot run together."""
         about = self.about
         if not ids:
             raise ConfigurationError(f"prompt {index} has no tokens")

@@ -1,0 +1,75 @@
+"""The command `lockstep serve`: its options."""
+
+from pathlib import Path
+from typing import Annotated
+
+from lockstep import cli_types as opt
+from lockstep.extras import require
+
+
+def serve(
+    model: opt.Model = "tiny",
+    served_model_name: Annotated[
+        str | None, opt.option("Name that requests give; by default what --model says.")
+    ] = None,
+    data_parallel_size: opt.DataParallelSize = 2,
+    tensor_parallel_size: opt.TensorParallelSize = 1,
+    max_chunk_size: opt.MaxChunkSize = None,
+    dispatcher: opt.DispatcherName = "auto",
+    load_balancing: opt.Balancing = "least-tokens",
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = 2048,
+    max_num_seqs: opt.MaxNumSeqs = 256,
+    kv_capacity_tokens: opt.KvCapacityTokens = None,
+    max_model_len: opt.MaxModelLen = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    prefix_caching: opt.PrefixCaching = True,
+    max_prefill_delay_steps: opt.MaxPrefillDelaySteps = 0,
+    dtype: opt.WeightsDType = "auto",
+    device: opt.Device = None,
+    deadline: opt.Deadline = 30.0,
+    start_timeout: Annotated[float, opt.scale("Longest wait for the ranks to be ready, in seconds.")] = 600.0,
+    max_restarts: Annotated[
+        int, opt.steps("How often ranks that died are started again without a request being finished in between.")
+    ] = 3,
+    host: Annotated[str, opt.option("Address to listen on; by default reached from this host only.")] = "127.0.0.1",
+    port: Annotated[
+        int, opt.option("Port to listen on; 0 for any.", parser=opt.whole(0, 65535), metavar="PORT")
+    ] = 8000,
+    api_key: Annotated[
+        str | None, opt.option("Key that /v1 needs. Others can see it here: better in $LOCKSTEP_API_KEY or a file.")
+    ] = None,
+    api_key_file: Annotated[Path | None, opt.option("File whose first line is that key.")] = None,
+    chat_template: Annotated[Path | None, opt.option("Jinja file in place of the tokenizer's chat template.")] = None,
+    max_queue: Annotated[int, opt.count("Maximum sequences that wait for a first token; further ones get 429.")] = 1024,
+    max_connections: Annotated[int, opt.count("Maximum connections at a time.")] = 4096,
+    max_body_bytes: Annotated[int, opt.count("Maximum size of a request's body.")] = 8 * 2**20,
+    read_timeout: Annotated[
+        float, opt.scale("Longest wait for a request's head, in seconds; three times as long for its body.")
+    ] = 10.0,
+    drain: Annotated[
+        float, opt.scale("Seconds that running requests have after SIGTERM or Ctrl-C.", "--drain-s")
+    ] = 30.0,
+    log_requests: Annotated[opt.LogRequests, opt.option("What the log tells of each request.")] = "off",
+) -> None:
+    """Serve a model over ranks of this host, with OpenAI's completions and chats over HTTP."""
+    require(
+        "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "numpy", "transformers", "safetensors"
+    )
+    from lockstep.commands.serve import ServeCommand, execute, read_api_key
+    from lockstep.runner.ranks import EngineOptions
+    from lockstep.serve.app import AppOptions
+    from lockstep.serve.server import ServerOptions
+
+    engine = EngineOptions(
+        model=model, data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size,
+        max_chunk_size=max_chunk_size, dispatcher=dispatcher, load_balancing=load_balancing,
+        max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, dtype=dtype, device=device,
+        kv_capacity_tokens=kv_capacity_tokens, max_model_len=max_model_len, deadline_s=deadline,
+        gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=prefix_caching,
+        max_prefill_delay_steps=max_prefill_delay_steps, start_timeout_s=start_timeout,
+    )  # fmt: skip
+    app_options = AppOptions(
+        served_model_name or model, read_api_key(api_key, api_key_file), max_body_bytes, 3 * read_timeout, log_requests
+    )
+    server = ServerOptions(app_options, max_queue, max_restarts, max_connections, read_timeout, drain)
+    execute(ServeCommand(engine, server, host, port, chat_template))

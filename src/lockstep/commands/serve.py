@@ -1,0 +1,139 @@
+"""What `lockstep serve` does around the service: its model, its key, its address, and a line every second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from rich.live import Live
+from rich.text import Text
+
+from lockstep.errors import ConfigurationError
+from lockstep.report.terminal import Terminal, plain
+from lockstep.runner.engine import Engine
+from lockstep.runner.ranks import EngineOptions, describe
+from lockstep.serve.server import ServerOptions, open_socket, serve
+from lockstep.serve.service import Service
+
+API_KEY_VARIABLE = "LOCKSTEP_API_KEY"
+_TINY_EXPERTS = 12
+_MOST_RANKS_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """What the command line asked for."""
+
+    engine: EngineOptions
+    server: ServerOptions
+    host: str
+    port: int
+    chat_template: Path | None = None
+
+
+def execute(command: ServeCommand) -> NoReturn:
+    """Serve until a signal comes, and end the process: 0 after a first signal, `128 + signal` after a second.
+
+    Raises:
+        ConfigurationError: options that cannot work.
+        LockstepError: the ranks could not be started, or died again and again.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if command.server.app.log_requests != "off":
+        logging.getLogger("lockstep.serve").setLevel(logging.INFO)
+    if "RANK" in os.environ:
+        raise ConfigurationError("lockstep serve starts its ranks itself: run it without torchrun")
+    console = Terminal(stderr=True)
+    template = command.chat_template.read_text() if command.chat_template is not None else None
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(open_socket(command.host, command.port))
+        options = command.engine
+        if options.model == "tiny":
+            options = replace(options, model=_make_tiny(stack, options))
+
+        def start_engine() -> Engine:
+            given = asdict(options)
+            engine = Engine(given.pop("model"), **given)
+            if template is not None and engine.tokenizer is not None:
+                engine.tokenizer.chat_template = template
+            console.print(describe(engine.about, options.world_size), style="dim", soft_wrap=True)
+            return engine
+
+        def end_now(status: int) -> NoReturn:
+            """End the process; ranks that are left, and a start that goes on in a thread, end with it."""
+            stack.close()
+            sys.stderr.flush()
+            os._exit(status)
+
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        console.print(f"starting {options.world_size} ranks on this host", style="dim")
+
+        async def serve_until_told() -> NoReturn:
+            await serve(start_engine, command.server, listener, lambda service: _show(service, console, url), end_now)
+            end_now(0)
+
+        asyncio.run(serve_until_told())
+        raise AssertionError("unreachable")
+
+
+async def _show(service: Service, console: Terminal, url: str) -> None:
+    """Say when the service can be used, and a line every second: on a terminal always the same, elsewhere on news."""
+    while service.state == "starting":
+        await asyncio.sleep(0.05)
+    console.print(f"ready: {url}/v1 (health: {url}/health, figures: {url}/metrics)", soft_wrap=True)
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        tokens, at_s = service.metrics.num_tokens, time.monotonic()
+        while True:
+            await asyncio.sleep(1.0)
+            now_tokens, now_s = service.metrics.num_tokens, time.monotonic()
+            line = _line(service, (now_tokens - tokens) / (now_s - at_s))
+            if console.is_terminal:
+                live.update(Text(plain(line), style="dim"), refresh=True)
+            elif now_tokens != tokens or service.num_waiting:
+                console.print(line, style="dim", soft_wrap=True)
+            tokens, at_s = now_tokens, now_s
+
+
+def _line(service: Service, tokens_per_s: float) -> str:
+    rows = service.engine.stats.num_tokens_across_dp[:_MOST_RANKS_SHOWN] if service.engine is not None else []
+    shown = " ".join(f"{count:>4}" for count in rows)
+    counts = f"running {service.num_running:>4}, waiting {service.num_waiting:>4}"
+    return f"{service.state}: rows {shown}; {counts}; {tokens_per_s:,.0f} tokens/s"
+
+
+def _make_tiny(stack: contextlib.ExitStack, options: EngineOptions) -> str:
+    from transformers.utils import logging as transformers_logging
+
+    from lockstep.models.tiny import make_tiny
+
+    transformers_logging.disable_progress_bar()
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-serve-"))
+    experts = max(1, _TINY_EXPERTS // options.world_size) * options.world_size  # which the ranks divide
+    return str(make_tiny(Path(folder, "tiny"), num_experts=experts, num_experts_per_token=min(2, experts)))
+
+
+def read_api_key(given: str | None, file: Path | None) -> str | None:
+    """Return the API key of an option, a file's first line, or the environment; None where there is none.
+
+    Raises:
+        ConfigurationError: a key that no header can carry, or two of them.
+    """
+    if given is not None and file is not None:
+        raise ConfigurationError("give either api_key or api_key_file")
+    key = given if given is not None else os.environ.get(API_KEY_VARIABLE)
+    if file is not None:
+        key = file.read_text().split("\n", 1)[0]
+    if key is not None and not (key.strip() == key and key.isascii() and key.isprintable() and key):
+        raise ConfigurationError(
+            "an API key must be of printable ASCII characters, at least one, without spaces around"
+        )
+    return key
