@@ -22,13 +22,13 @@ pytestmark = [
 
 CAPTURE = threading.Lock()  # of graphs, where ranks are threads: see test_nvlink_one_gpu.py
 
-SHAPES = [  # local experts, top_k, hidden, capacity, fp8, channels, rounds
-    (128, 8, 7168, 256, False, 1, 300),
-    (16, 4, 777, 300, False, 2, 500),
-    (3, 2, 130, 1000, True, 1, 500),
-    (64, 8, 2048, 2500, True, 1, 300),
-    (1, 1, 64, 33, False, 1, 500),
-    (5, 6, 4097, 128, True, 3, 300),
+SHAPES = [  # local experts, top_k, hidden, capacity, fp8, rounds
+    (128, 8, 7168, 256, False, 300),
+    (16, 4, 777, 300, False, 500),
+    (3, 2, 130, 1000, True, 500),
+    (64, 8, 2048, 2500, True, 300),
+    (1, 1, 64, 33, False, 500),
+    (5, 6, 4097, 128, True, 300),
 ]
 
 
@@ -54,18 +54,18 @@ def _route(dispatcher):
     return dispatcher.route([dispatcher.max_tokens_per_rank] * dispatcher.num_ranks)
 
 
-def _rounds(rank, ranks):
+def _rounds(rank, ranks, make=_dispatcher, shapes=SHAPES):
     """Random counts, zeros among them; every tenth round twice: the same bits."""
     from dispatch_rounds import check_combine, check_dispatch, made_up_experts
     from lockstep.dispatch.mapped_layout import launch_sizes
 
-    for number, (local, top_k, hidden, capacity, fp8, channels, rounds) in enumerate(SHAPES):
+    for number, (local, top_k, hidden, capacity, fp8, rounds) in enumerate(shapes):
         draw = random.Random(number)
         num_experts = local * ranks
         top_k = min(top_k, num_experts)
-        dispatcher = _dispatcher(
+        dispatcher = make(
             num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
-            num_channels=channels, deadline_s=20,
+            deadline_s=20,
             launch=dataclasses.replace(
                 launch_sizes(132, ranks, local, hidden, capacity), skew_tokens=20, chain_round=1 + number % 3,
                 word_tokens=(4, 19, 0)[number % 3],
@@ -96,13 +96,13 @@ def _rounds(rank, ranks):
                 first = output
         dispatcher.check(wait=True)
         if rank == 0:
-            print(f"{SHAPES[number]}: {rounds} rounds in {time.time() - began:.1f} s", flush=True)
+            print(f"{shapes[number]}: {rounds} rounds in {time.time() - began:.1f} s", flush=True)
         dispatcher.close()
 
 
-def _without_checks(rank, ranks):
+def _without_checks(rank, ranks, make=_dispatcher):
     """Rounds launched one after another without a look between them, so that ranks run apart; sums compared later."""
-    dispatcher = _dispatcher(num_experts=8 * ranks, hidden_size=512, top_k=2, max_tokens_per_rank=64, deadline_s=20)
+    dispatcher = make(num_experts=8 * ranks, hidden_size=512, top_k=2, max_tokens_per_rank=64, deadline_s=20)
     rounds = [_round(rank, [(7 * s + 3 * r) % 65 for r in range(ranks)], s, 8 * ranks, 2, 512) for s in range(20)]
     sums = []
     for number in range(3000):
@@ -115,11 +115,11 @@ def _without_checks(rank, ranks):
     assert bool((by_round == by_round[0]).all()), "a round gave other sums than its first time"
 
 
-def _graph(rank, ranks):
+def _graph(rank, ranks, make=_dispatcher):
     """One captured graph, replayed with counts that change, zero included; the same bits as eager."""
     capacity, hidden, top_k, num_experts = 96, 1024, 4, 16 * ranks
     device = torch.device("cuda", torch.cuda.current_device())
-    dispatcher = _dispatcher(
+    dispatcher = make(
         num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, deadline_s=20
     )
     rows = torch.zeros(capacity, hidden, dtype=torch.bfloat16, device=device)
@@ -157,11 +157,11 @@ def _graph(rank, ranks):
     dispatcher.check(wait=True)
 
 
-def _errors(rank, ranks):
+def _errors(rank, ranks, make=_dispatcher):
     """A rank that does not come is named everywhere; too many tokens are refused; after reset() all goes on."""
     from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
 
-    dispatcher = _dispatcher(num_experts=ranks, hidden_size=64, top_k=1, max_tokens_per_rank=8, deadline_s=1.0)
+    dispatcher = make(num_experts=ranks, hidden_size=64, top_k=1, max_tokens_per_rank=8, deadline_s=1.0)
     device = torch.device("cuda", torch.cuda.current_device())
     rows = torch.ones(4, 64, dtype=torch.bfloat16, device=device)
     ids = torch.arange(4, dtype=torch.int32, device=device)[:, None] % ranks  # of the dtype that was warmed up
@@ -203,24 +203,24 @@ def _errors(rank, ranks):
     works()
 
 
-def _two_at_once(rank, ranks):
-    """Two groups and two channels under way, combined in the order of their dispatch."""
-    first = _dispatcher(num_experts=4 * ranks, hidden_size=256, top_k=2, max_tokens_per_rank=40, num_channels=2)
+def _three_at_once(rank, ranks):
+    """Three dispatchers of two shapes under way, combined in the order of their dispatch."""
+    first, third = (_dispatcher(num_experts=4 * ranks, hidden_size=256, top_k=2, max_tokens_per_rank=40) for _ in "ab")
     second = _dispatcher(num_experts=2 * ranks, hidden_size=96, top_k=2, max_tokens_per_rank=16)
     for seed in range(100):
         a, b = (_round(rank, [5, 40] * (ranks // 2) + [0] * (ranks % 2), seed + s, 4 * ranks, 2, 256) for s in (0, 7))
         c = _round(rank, [seed % 17] * ranks, seed, 2 * ranks, 2, 96)
         results = []
-        calls = (first, a), (second, c), (first, b)
+        calls = (first, a), (second, c), (third, b)
         handles = [one.dispatch(_route(one), *_own(this, rank)) for one, this in calls]
-        for dispatcher, handle in zip((first, second, first), handles, strict=True):
+        for dispatcher, handle in zip((first, second, third), handles, strict=True):
             results.append(dispatcher.combine(handle.hidden_states[handle.gather_index], handle))
         for this, result in zip((a, c, b), results, strict=True):
             rows, _, weights = _own(this, rank)
             expected = rows.float() * weights.sum(1, keepdim=True)
             assert torch.allclose(result.float(), expected, rtol=2e-2, atol=2e-2)
     first.check(wait=True)
-    # Neither is closed: the process must end all the same.
+    # None is closed: the process must end all the same.
 
 
 def _child(rank, ranks, folder, names):
@@ -254,5 +254,5 @@ def test_thousands_of_random_rounds_equal_the_reference(tmp_path):
     _run(tmp_path, "_rounds", "_without_checks")
 
 
-def test_graph_errors_and_two_at_once(tmp_path):
-    _run(tmp_path, "_graph", "_errors", "_two_at_once")
+def test_graph_errors_and_three_at_once(tmp_path):
+    _run(tmp_path, "_graph", "_errors", "_three_at_once")

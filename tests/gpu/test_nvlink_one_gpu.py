@@ -69,20 +69,18 @@ class Ranks:
         ids = torch.empty(0, dispatcher.top_k, dtype=torch.int32, device=dispatcher.device)
         for rank in range(self.size):
             if rank == self.rank.value:
-                for channel in dispatcher._channels:
-                    channel.buffer[dispatcher.layout.abort :][:8] = 1
-                for _ in dispatcher._channels:
-                    handle = dispatcher.dispatch(dispatcher.route([0] * self.size), rows, ids, ids.float())
-                    torch.cuda.current_stream().synchronize()
-                    dispatcher._status.zero_()
-                    dispatcher.combine(rows, handle)
-                    torch.cuda.current_stream().synchronize()
-                    dispatcher._status.zero_()
+                dispatcher.buffers.mapped[dispatcher.layout.abort :][:8] = 1
+                handle = dispatcher.dispatch(dispatcher.route([0] * self.size), rows, ids, ids.float())
+                torch.cuda.current_stream().synchronize()
+                dispatcher.status.zero_()
+                dispatcher.combine(rows, handle)
+                torch.cuda.current_stream().synchronize()
+                dispatcher.status.zero_()
             self.met.wait()
         dispatcher.reset()
 
 
-def run(monkeypatch, size, *names):
+def run(size, *names, **arguments):
     from lockstep.dispatch import nvlink
 
     ranks, errors = Ranks(size), []
@@ -100,14 +98,12 @@ def run(monkeypatch, size, *names):
         ranks.warm_up(made)
         return made
 
-    monkeypatch.setattr(test_nvlink, "_dispatcher", dispatcher)
-
     def work(rank):
         ranks.rank.value = rank
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 for name in names:
-                    getattr(test_nvlink, name)(rank, size)
+                    getattr(test_nvlink, name)(rank, size, dispatcher, **arguments)
                     torch.cuda.current_stream().synchronize()
                     ranks.met.wait()
         except BaseException:
@@ -123,12 +119,11 @@ def run(monkeypatch, size, *names):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_random_rounds(monkeypatch, size):
-    few = [(*shape[:3], min(shape[3], 400), *shape[4:6], 40) for shape in test_nvlink.SHAPES[1:3]]  # each is compiled
-    monkeypatch.setattr(test_nvlink, "SHAPES", few)
-    run(monkeypatch, size, "_rounds")
+def test_random_rounds(size):
+    few = [(*shape[:3], min(shape[3], 400), shape[4], 40) for shape in test_nvlink.SHAPES[1:3]]  # each is compiled
+    run(size, "_rounds", shapes=few)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_graph_and_errors(monkeypatch, size):
-    run(monkeypatch, size, "_without_checks", "_graph", "_errors")
+def test_graph_and_errors(size):
+    run(size, "_without_checks", "_graph", "_errors")

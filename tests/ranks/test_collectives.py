@@ -134,7 +134,7 @@ def test_wrong_sizes_are_refused_before_anything_is_sent():
             ("ConfigurationError", "all_gatherv needs at least one tensor"),
             ("TokenCountError", f"all_gatherv: tensor 1 has 1 rows, but sizes says 2 on rank {rank}"),
             ("TokenCountError", f"reduce_scatterv needs sum(sizes) = 6 rows, got 2 on rank {rank}"),
-            ("TokenCountError", f"all_to_allv needs sum(send_sizes) = 3 rows, got 2 on rank {rank}"),
+            ("TokenCountError", f"all_to_allv needs sum(sizes) = 3 rows, got 2 on rank {rank}"),
             ("ConfigurationError", "all_to_allv needs one size per rank: 3 ranks, got 2 sizes"),
         ]
 

@@ -2,7 +2,6 @@
 # has the surface of vLLM that `SYMBOLS` and `RUNNERS` name. `test_vllm_sources.py` tries vLLM's own classes.
 
 import importlib
-import json
 import sys
 import textwrap
 import threading
@@ -12,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lockstep.coordination.board import Board
 from lockstep.dispatch.base import ExpertsShape, Route
-from lockstep.errors import ConfigurationError, RankAbsentError
+from lockstep.errors import ConfigurationError, RankAbsentError, TokenCountError
 from lockstep.integrations import vllm as plugin
 from lockstep.integrations import vllm_exchange
-from lockstep.integrations.vllm_exchange import START_DEADLINE_S, Exchange, LayerWeights, Step, Watch
+from lockstep.integrations.vllm_exchange import LayerWeights
+from lockstep.integrations.vllm_step import START_DEADLINE_S, Exchange, Step, Watch
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference
 
@@ -28,7 +29,7 @@ class OwnRowsDispatcher:
 
     def __init__(self, capacity):
         self.max_tokens_per_rank, self.top_k, self.num_experts = capacity, TOP_K, EXPERTS
-        self.calls, self.deadlines, self.absent = [], [], None
+        self.calls, self.cells, self.deadlines, self.absent = [], [], [], None
 
     def set_deadline(self, deadline_s):
         self.deadlines.append(deadline_s)
@@ -48,6 +49,7 @@ class OwnRowsDispatcher:
         count = int(num_tokens)
         assert 0 <= count <= rows.shape[0]
         self.calls.append((rows.shape[0], count))
+        self.cells.append(num_tokens.data_ptr())
         expert = topk_ids[:count].reshape(-1)
         order = torch.argsort(expert, stable=True)
         offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
@@ -70,24 +72,27 @@ class OwnRowsDispatcher:
         return output.to(expert_output.dtype)
 
 
-def on_device(self, hidden_states, scales, gather_index, expert_offsets, rows_per_expert):
-    """What the GPU's kernels compute."""
-    assert scales is None
-    self.asked_for.append(rows_per_expert)
-    return self(hidden_states, gather_index.long(), expert_offsets.diff().long())
+class OnDevice(LocalExperts):
+    """Experts that compute what the GPU's kernels do."""
+
+    def __init__(self, layer):
+        super().__init__(LayerWeights(layer))
+        self.layer, self.asked_for = layer, []
+
+    def on_device(self, hidden_states, scales, gather_index, expert_offsets, rows_per_expert):
+        assert scales is None
+        self.asked_for.append(rows_per_expert)
+        return self(hidden_states, gather_index.long(), expert_offsets.diff().long())
 
 
 @pytest.fixture
-def experts(monkeypatch):
+def experts():
     generator = torch.Generator().manual_seed(0)
     layer = SimpleNamespace(
         w13_weight=torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator).to(torch.bfloat16),
         w2_weight=torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=generator).to(torch.bfloat16),
     )
-    monkeypatch.setattr(LocalExperts, "on_device", on_device)
-    experts = LocalExperts(LayerWeights(layer))
-    experts.asked_for, experts.layer = [], layer
-    return experts
+    return OnDevice(layer)
 
 
 def routed(num_rows, seed=1):
@@ -126,7 +131,7 @@ def check(output, experts, rows, ids, weights, num_tokens):
 def test_only_tokens_are_sent_and_computed(experts, num_rows, num_tokens):
     decode, prompt = OwnRowsDispatcher(8), OwnRowsDispatcher(32)
     rows, ids, weights = routed(num_rows)
-    output = Exchange(decode, prompt).run(step_of(num_tokens), experts, rows, ids, weights, [8, num_rows, 1])
+    output = Exchange(decode, prompt, rank=1).run(step_of(num_tokens), experts, rows, ids, weights, [8, num_rows, 1])
     assert decode.calls == [(num_rows, num_tokens)]
     assert not prompt.calls
     check(output, experts, rows, ids, weights, num_tokens)
@@ -164,26 +169,46 @@ def test_sequence_parallel_ranks_share_the_tokens_in_order(experts, num_tokens, 
     for sp_rank, tokens in enumerate(of_each_rank):
         decode = OwnRowsDispatcher(8)
         rows, ids, weights = routed(4)
-        exchange = Exchange(decode, decode, sp_size=2, sp_rank=sp_rank)
+        exchange = Exchange(decode, decode, sp_size=2, rank=sp_rank)
         output = exchange.run(step_of(num_tokens), experts, rows, ids, weights, [8, 8])
         assert decode.calls == [(4, tokens)]
         check(output, experts, rows, ids, weights, tokens)
 
 
-def test_sequence_parallel_chunks():
+@pytest.mark.parametrize(("num_tokens", "of_each_chunk"), [(13, [3, 0, 0]), (19, [4, 4, 1])])
+def test_sequence_parallel_chunks(experts, num_tokens, of_each_chunk):
     decode, prompt = OwnRowsDispatcher(2), OwnRowsDispatcher(4)
-    exchange = Exchange(decode, prompt, sp_size=2, sp_rank=1)
-    # 20 rows in all, 10 of this rank, 13 of them tokens: this rank has 3.
-    assert [int(exchange._num_tokens(step_of(13), 10, start, 4)) for start in (0, 4, 8)] == [3, 0, 0]
-    assert [int(exchange._num_tokens(step_of(19), 10, start, 4)) for start in (0, 4, 8)] == [4, 4, 1]
+    rows, ids, weights = routed(10)  # of 20, of which the tokens come first
+    Exchange(decode, prompt, sp_size=2, rank=1).run(step_of(num_tokens), experts, rows, ids, weights, [20])
+    assert prompt.calls == list(zip([4, 4, 2], of_each_chunk, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_tokens", "counts", "rank", "sp_size"),
+    [
+        (8, 3, [8, 4], 1, 1),  # the other ranks expect 4 rows
+        (8, 3, [4, 16], 1, 1),
+        (4, 5, [4, 4], 0, 1),  # more tokens than rows
+        (4, 9, [8, 8], 1, 2),
+        (5, 8, [8, 8], 3, 2),
+    ],
+)
+def test_counts_that_differ_from_what_all_ranks_agreed_on_are_found_before_rows_move(
+    experts, num_rows, num_tokens, counts, rank, sp_size
+):
+    decode = OwnRowsDispatcher(16)
+    exchange = Exchange(decode, decode, rank=rank, sp_size=sp_size)
+    with pytest.raises(TokenCountError, match=rf"EP rank {rank} has {num_rows} rows for {num_tokens} tokens .* are \["):
+        exchange.run(step_of(num_tokens), experts, *routed(num_rows), counts)
+    assert decode.calls == []
 
 
 def test_the_count_that_a_graph_reads_stays_where_it_is(experts):
     step = step_of(3)
     where = step.cell.data_ptr()
     decode = OwnRowsDispatcher(8)
-    exchange = Exchange(decode, decode)
-    assert exchange._num_tokens(step, 8, 0, 8) is step.cell
+    Exchange(decode, decode).run(step, experts, *routed(8), [8])
+    assert decode.cells == [where]
     step.begin(5)
     assert step.cell.data_ptr() == where
     assert int(step.cell) == 5
@@ -207,7 +232,7 @@ def test_the_deadline_is_long_until_requests_are_served(experts):
 
 
 def test_a_missing_rank_is_named_in_error_and_log(experts, caplog):
-    vllm_exchange._told.clear()
+    plugin.TOLD.clear()
     decode = OwnRowsDispatcher(8)
     step = step_of(4)
     step.exchanges[ExpertsShape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
@@ -236,10 +261,19 @@ def test_a_wrong_deadline_is_refused(monkeypatch, text):
         vllm_exchange.deadline_s()
 
 
-def watch_of(step, silent_s, deadline_s=5.0, end=None):
+@pytest.fixture
+def board():
+    board = Board.create(3)
+    board.unlink()
+    return board
+
+
+def watch_of(step, board, silent_s, deadline_s=5.0, **options):
     """Rank 1 of three; the others were last heard of so many seconds ago."""
-    beats = torch.tensor([*(time.monotonic_ns() - int(each * 1e9) for each in silent_s), 0])
-    return Watch(step, beats, 1, deadline_s, end)
+    for rank in (0, 2):
+        place, since = board.place_words(rank)
+        board.words[place], board.words[since] = 1, time.monotonic_ns() - int(silent_s[rank] * 1e9)
+    return Watch(step, board, 1, deadline_s, **options)
 
 
 @pytest.mark.parametrize(
@@ -253,37 +287,42 @@ def watch_of(step, silent_s, deadline_s=5.0, end=None):
         ((0.1, 0, 9.0), 60.0, False, []),  # while kernels are compiled
     ],
 )
-def test_a_rank_that_is_silent_during_a_step_is_noticed(silent_s, in_step_for, serving, silent):
+def test_a_rank_that_is_silent_during_a_step_is_noticed(board, silent_s, in_step_for, serving, silent):
     step = step_of(0)
     step.serving = serving
     if in_step_for is not None:
         step.calls = {"a step": time.monotonic() - in_step_for, "the one before": time.monotonic()}
-    watch = watch_of(step, silent_s)
+    watch = watch_of(step, board, silent_s)
     assert watch.silent_ranks() == silent
-    assert (str(silent).strip("[]") in watch.look()) if silent else watch.look() == ""
+    named = ", ".join(f"EP rank {rank}" for rank in silent)
+    assert watch.look() == (f"silent for 5 s while EP rank 1 is in a step: {named}" if silent else "")
 
 
-def test_a_worker_that_cannot_be_called_off_is_ended_after_the_rank_is_named(monkeypatch, caplog):
-    monkeypatch.setattr(Watch, "PERIOD_S", 0.01)
-    monkeypatch.setattr(Watch, "GRACE_S", 0.05)
-    vllm_exchange._told.clear()
+def test_a_worker_that_cannot_be_called_off_is_ended_after_the_rank_is_named(board, caplog):
+    plugin.TOLD.clear()
     step, ended = step_of(4), threading.Event()
-    watch = watch_of(step, (0.0, 0.0, 9.0), deadline_s=0.2, end=lambda status: ended.set())
+    stops = {"end": lambda status: ended.set(), "period_s": 0.01, "grace_s": 0.05}
+    watch = watch_of(step, board, (0.0, 0.0, 9.0), deadline_s=0.2, **stops)
     watch.start()
     time.sleep(0.4)
     assert not ended.is_set()  # no step is under way
-    watch.beats[0] = time.monotonic_ns() + 10**12
+    board.words[board.place_words(0)[1]] = time.monotonic_ns() + 10**12
     step.within(ended.wait, 10.0)
     assert ended.is_set()
-    assert "EP rank 2 has been silent for 0.2 s while rank 1 is in a step" in caplog.text
+    assert "silent for 0.2 s while EP rank 1 is in a step: EP rank 2" in caplog.text
 
 
-def test_an_idle_rank_learns_that_requests_are_served():
-    beats = torch.zeros(4, dtype=torch.int64)
+def test_a_rank_that_has_never_beaten_is_not_silent(board):
+    step = step_of(4)
+    step.calls = {"a step": time.monotonic() - 60.0}
+    assert Watch(step, board, 1, 5.0).look() == ""
+
+
+def test_an_idle_rank_learns_that_requests_are_served(board):
     idle, busy = step_of(0), step_of(4)
-    watch = Watch(idle, beats, 0, 5.0)
+    watch = Watch(idle, board, 0, 5.0)
     assert not idle.serving
-    Watch(busy, beats, 1, 5.0)
+    Watch(busy, board, 1, 5.0)
     watch.beat()
     assert idle.serving
 
@@ -296,10 +335,10 @@ def test_a_call_that_fails_is_over_too():
     assert step.calls == {}
 
 
-def test_a_kernels_verdict_ends_a_worker_that_waits_elsewhere():
+def test_a_kernels_verdict_ends_a_worker_that_waits_elsewhere(board):
     step, decode = step_of(4), OwnRowsDispatcher(8)
     step.exchanges[ExpertsShape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
-    watch = watch_of(step, (0, 0, 0))
+    watch = watch_of(step, board, (0, 0, 0))
     assert watch.look() == ""
     decode.absent = 2
     assert "rank 2 did not come" in watch.look()
@@ -481,15 +520,14 @@ def vllm(tmp_path, monkeypatch):
     def forget():
         for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             del sys.modules[name]
-        plugin._warnings_given.clear()
-        vllm_exchange._told.clear()
+        plugin.TOLD.clear()
 
     if "vllm" in sys.modules:
         pytest.skip("vLLM itself has been imported")
     forget()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
-    monkeypatch.setattr(vllm_exchange, "STEP", Step())
+    vars(vllm_exchange.STEP).update(vars(Step()))
     yield lambda name: importlib.import_module(f"vllm.{name}")
     forget()
 
@@ -499,37 +537,26 @@ def method_of(vllm, moe):
 
 
 @pytest.fixture
-def joined(vllm, experts, monkeypatch):
-    """Two ranks' agreement and buffers, pretended; returns the method after it has loaded a layer's weights."""
-    config, moe, _ = configuration(
+def joined(vllm, experts):
+    """The method after it has loaded a layer's weights, and joined an exchange of a world of one rank."""
+    _, moe, _ = configuration(
         num_experts=EXPERTS, hidden_dim=HIDDEN, hidden_dim_unpadded=HIDDEN, experts_per_token=TOP_K
     )
-    vllm("config").CURRENT = config
     vllm("v1.worker.gpu_model_runner")
-    group = SimpleNamespace(world_size=4, rank_in_group=1, cpu_group="cpu", device_group="gpu")
-    vllm("distributed.parallel_state").GROUP = group
-    monkeypatch.setattr(vllm_exchange, "share_beats", lambda group, rank: torch.zeros(5, dtype=torch.int64))
-    monkeypatch.setattr(vllm_exchange.Watch, "start", lambda self: None)
-    made = []
+    assert vllm_exchange.watch_runners()
+    decode, step, asked = OwnRowsDispatcher(8), vllm_exchange.STEP, []
+    step.cell = torch.zeros(1, dtype=torch.int32)
+    exchange = step.exchanges[ExpertsShape(EXPERTS, HIDDEN, TOP_K)] = Exchange(decode, decode)
 
-    def make(moe, shape, group):
-        assert group == "gpu"
-        made.append(shape)
-        dispatcher = OwnRowsDispatcher(8)
-        dispatcher.num_ranks = 4
-        return Exchange(dispatcher, dispatcher)
+    def join(config, moe, method, layer):
+        asked.append(layer)
+        return lambda *rows: exchange.run(step, experts, *rows)
 
-    monkeypatch.setattr(vllm_exchange, "agree", lambda reason, group, device: reason)
-    monkeypatch.setattr(vllm_exchange, "make_exchange", make)
-    monkeypatch.setattr(LocalExperts, "warm_up", lambda self, capacity, fp8: None)
-    monkeypatch.setattr(LocalExperts, "on_device", lambda self, rows, scales, index, offsets, few: self(
-        rows, index.long(), offsets.diff().long()
-    ))  # fmt: skip
-    plugin.register()
+    assert vllm_exchange.register_method(join) == ""
     method = method_of(vllm, moe)
     layer = SimpleNamespace(**vars(experts.layer), apply_router_weight_on_input=False)
     method.process_weights_after_loading(layer)
-    return SimpleNamespace(method=method, layer=layer, made=made, vllm=vllm, moe=moe)
+    return SimpleNamespace(method=method, layer=layer, asked=asked, decode=decode, vllm=vllm, moe=moe)
 
 
 def test_vllm_makes_our_method_where_it_would_make_its_own(vllm, caplog):
@@ -563,8 +590,16 @@ def test_a_vllm_that_lacks_what_we_rely_on_is_left_alone(vllm, caplog, module, n
     assert type(method_of(vllm, object())).__name__ == "UnquantizedFusedMoEMethod"
 
 
-def test_a_model_that_is_not_supported_runs_as_without_us_and_one_line_says_why(vllm, caplog):
-    config, moe, _ = configuration(enable_eplb=True)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_ep": False}, "expert parallelism is off"),
+        ({"dp_size": 1}, "data_parallel_size is 1"),
+        ({"enable_elastic_ep": True}, "ranks come and go"),
+    ],
+)
+def test_without_a_fixed_group_to_ask_vllm_runs_as_without_us_and_one_line_says_why(vllm, caplog, changes, reason):
+    config, moe, _ = configuration(**changes)
     vllm("config").CURRENT = config
     plugin.register()
     for _ in range(3):
@@ -574,25 +609,20 @@ def test_a_model_that_is_not_supported_runs_as_without_us_and_one_line_says_why(
         assert method.mk_can_overlap_shared_experts
         assert method.apply(SimpleNamespace(), None, None, None, None, None) == "vLLM's own"
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert record.getMessage().startswith("LOCKSTEP_VLLM=exchange: vLLM's own path stays: EPLB moves experts")
+    assert record.getMessage().startswith(f"LOCKSTEP_VLLM=exchange: vLLM's own path stays: {reason}")
 
 
-def test_the_layers_of_a_model_share_one_exchange_and_one_line_says_that_it_is_in_use(joined, caplog):
-    caplog.set_level("INFO")
-    vllm_exchange._told.clear()
-    again = method_of(joined.vllm, joined.moe)
-    again.process_weights_after_loading(joined.layer)
-    joined.method.process_weights_after_loading(joined.layer)  # new weights
-    assert joined.made == [ExpertsShape(EXPERTS, HIDDEN, TOP_K, torch.bfloat16)]
-    assert again._exchange is joined.method._exchange
+def test_a_layer_joins_once_however_often_its_weights_are_loaded(joined):
+    joined.method.process_weights_after_loading(joined.layer)
     assert joined.method.processed == 2
+    assert joined.asked == [joined.layer]
 
 
 def test_a_layer_runs_through_the_exchange_with_the_steps_real_rows(joined, experts):
     runner = joined.vllm("v1.worker.gpu_model_runner").GPUModelRunner()
     joined.vllm("forward_context").COUNTS = [8, 8, 8, 8]
     rows, ids, weights = routed(8)
-    dispatcher = joined.method._exchange.decode
+    dispatcher = joined.decode
     runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=3))
     output = joined.method.apply(joined.layer, rows, weights, ids, None, None)
     check(output, experts, rows, ids, weights, 3)
@@ -628,7 +658,7 @@ def test_tokens_of_a_step_that_failed_do_not_leave_the_worker(joined):
     module = joined.vllm("v1.worker.gpu_model_runner")
     runner = module.GPUModelRunner()
     assert runner.sample_tokens("grammar").get_output() == "tokens"
-    joined.method._exchange.decode.absent = 3
+    joined.decode.absent = 3
     for call in (
         lambda: runner.sample_tokens(None),
         lambda: runner.sample_tokens("grammar").get_output(),
@@ -649,23 +679,37 @@ def test_without_counts_of_all_ranks_a_layer_says_so(joined):
         joined.method.apply(joined.layer, *routed(2), None, None)
 
 
-# Agreement of ranks.
+# Agreement of ranks; that of real ones is in tests/ranks/test_vllm_ranks.py.
+
+
+def answer(gpu=0, host="host", no="", **alike):
+    return {"no": no, "maps": [host, f"GPU-{gpu}"], "alike": {"the experts": [128, 2048, 8], **alike}}
 
 
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        ([{"no": "", "maps": ["host", "GPU-0"]}, {"no": "", "maps": ["host", "GPU-1"]}], ""),
-        ([{"no": "", "maps": ["host", "GPU-0"]}, {"no": "an old GPU", "maps": None}], "an old GPU (on EP rank 1)"),
+        ([answer(), answer(1)], ""),
+        ([answer(), answer(1, no="an old GPU")], "an old GPU (on EP rank 1)"),
+        ([answer(), answer(1, host="other")], "cannot map each other's memory"),
+        ([answer() | {"maps": None}, answer(1)], "cannot map each other's memory"),
         (
-            [{"no": "", "maps": ["host", "GPU-0"]}, {"no": "", "maps": ["other", "GPU-1"]}],
-            "cannot map each other's memory",
+            [answer(rows=[256, 4096]), answer(1, rows=[256, 2048])],
+            "ranks disagree about rows: EP rank 0: [256, 4096], EP rank 1: [256, 2048]",
         ),
-        ([{"no": "", "maps": None}, {"no": "", "maps": ["host", "GPU-1"]}], "cannot map each other's memory"),
+        ([answer(sp_size=1), answer(1)], "ranks disagree about sp_size: EP rank 0: 1, EP rank 1: None"),
     ],
 )
-def test_all_ranks_take_one_way(monkeypatch, answers, reason):
-    monkeypatch.setattr(vllm_exchange, "gather_texts", lambda text, group: [json.dumps(each) for each in answers])
-    found = vllm_exchange.agree("", None, torch.device("cpu"))
+def test_all_ranks_take_one_way(answers, reason):
+    found = vllm_exchange.disagreement(answers)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("max_num_tokens", "max_capture_size", "sp_size", "rows"),
+    [(16384, 256, 1, (256, 4096)), (2048, 512, 1, (512, 2048)), (128, 512, 1, (128, 128)), (8192, 0, 4, (256, 2048))],
+)
+def test_buffers_are_as_large_as_graphs_and_steps(max_num_tokens, max_capture_size, sp_size, rows):
+    changes = {"max_num_tokens": max_num_tokens, "max_capture_size": max_capture_size, "sp_size": sp_size}
+    assert vllm_exchange.capacities(configuration(**changes)[1]) == rows

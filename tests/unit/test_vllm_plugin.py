@@ -212,7 +212,7 @@ def stand_in(tmp_path, monkeypatch):
     def forget():
         for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             del sys.modules[name]
-        plugin._warnings_given.clear()
+        plugin.TOLD.clear()
 
     assert "vllm" not in sys.modules
     monkeypatch.syspath_prepend(tmp_path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lockstep.dispatch.base import Dispatcher, ExpertsShape, Route
-from lockstep.dispatch.choose import DispatcherOptions, can_map, make_dispatcher, mapping_facts
+from lockstep.dispatch.choose import DispatcherOptions, backend_names, can_map, make_dispatcher, mapping_facts
+from lockstep.dispatch.collectives import gather_json
 from lockstep.dispatch.constants import Exchange
 
 NUM_EXPERTS = 64
@@ -40,14 +39,12 @@ def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     group, control = dist.new_group(backend="nccl" if cuda else "gloo"), dist.new_group(backend="gloo")
-    everyones: list[Any] = [None] * num_ranks
-    _gather_json(everyones, mapping_facts(device), control)
+    names = backend_names(can_map(gather_json(mapping_facts(device), control)))
     found: list[tuple[str, Exchange, float]] = []
     for hidden, top_k in SHAPES[device_type]:
         num_experts = NUM_EXPERTS * num_ranks
         shape = ExpertsShape(num_experts, hidden, top_k, dtype, device)
         options = DispatcherOptions(max_rows_per_rank=max(map(max, ROWS)))
-        names = ["allgather", "alltoall", *(["nvlink"] if can_map(everyones) else [])]
         dispatchers = {name: make_dispatcher(name, group, shape, options) for name in names}
         for first, others in ROWS:
             sizes = (first, *[others] * (num_ranks - 1))
@@ -92,11 +89,3 @@ def _once_us(
     if expert_output.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) * 1e6
-
-
-def _gather_json(everyones: list[Any], mine: Any, group: dist.ProcessGroup) -> None:
-    """Give every rank what each said, as JSON: nothing from another process is unpickled."""
-    text = torch.tensor(list(json.dumps(mine).encode().ljust(256)), dtype=torch.uint8)
-    parts = [torch.empty_like(text) for _ in everyones]
-    dist.all_gather(parts, text, group=group)
-    everyones[:] = [json.loads(bytes(part.tolist())) for part in parts]

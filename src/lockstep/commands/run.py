@@ -174,10 +174,10 @@ def _check_options(options: RunOptions, console: Console) -> None:
 
 def _check_machine(options: RunOptions) -> None:
     from lockstep.coordination.groups import own_device
+    from lockstep.dispatch.choose import check_dispatcher
 
     own_device(options.device)
-    if options.dispatcher == "nvlink" and own_device(None).type != "cuda":
-        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
+    check_dispatcher(options.dispatcher, device_type=own_device(None).type)
 
 
 def _check_model_and_workload(options: RunOptions) -> None:

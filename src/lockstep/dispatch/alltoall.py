@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,14 +11,12 @@ from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, 
 from lockstep.dispatch.collectives import all_to_allv, view_as
 
 
-@dataclass(frozen=True)
-class _Sent:
+class _Sent(NamedTuple):
     """Where this rank's rows went: the row of each copy, ordered by destination, and copies to and from each rank."""
 
     rows: torch.Tensor
     send_sizes: list[int]
     recv_sizes: list[int]
-    num_rows: int
 
 
 class AllToAllDispatcher(CollectiveDispatcher):
@@ -36,26 +33,22 @@ class AllToAllDispatcher(CollectiveDispatcher):
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
-        num_rows, sizes = hidden_states.shape[0], route.sizes
+        num_rows, ones = hidden_states.shape[0], [1] * self._num_ranks
         hidden_states, topk_ids, topk_weights = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
         needed = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks)
         send_sizes = needed.sum(dim=0)
-        if sum(sizes) == 0:  # agreed, so no rank sends anything
-            recv_sizes = [0] * self._num_ranks
-        else:
-            ones = [1] * self._num_ranks
-            recv_sizes = all_to_allv(send_sizes[:, None], ones, ones, self._group, self._deadline_s)[:, 0].tolist()
+        recv_sizes = self._exchange(route, send_sizes[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
         # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits. It waits for
         # the GPU, so it comes after a wait that has a limit.
         rows = needed.t().nonzero()[:, 1]
-        sent = _Sent(rows, send_sizes.tolist(), recv_sizes, hidden_states.shape[0])
+        sent = _Sent(rows, send_sizes.tolist(), recv_sizes)
         # Ids and weights travel in the same message, as more columns of the states' dtype.
         routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[rows]
         hidden, columns = hidden_states.shape[1], routing.shape[1] * 4 // hidden_states.element_size()
         packed = hidden_states.new_empty((len(rows), hidden + columns))
         torch.index_select(hidden_states, 0, rows, out=packed[:, :hidden])
         packed[:, hidden:] = routing.view(hidden_states.dtype)
-        received = self._exchange(packed, sent.send_sizes, recv_sizes, sizes)
+        received = self._exchange(route, packed, sent.send_sizes, recv_sizes)
         ids, weights = view_as(received[:, hidden:], torch.int32).chunk(2, dim=1)
         weights = view_as(weights, torch.float32)
         pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
@@ -66,20 +59,19 @@ class AllToAllDispatcher(CollectiveDispatcher):
         sent: _Sent = handle.own
         dtype, received = handle.hidden_states.dtype, handle.hidden_states.shape[0]
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
-        parts = self._exchange(partial, sent.recv_sizes, sent.send_sizes, handle.route.sizes, host_waits=False)
-        total = parts.new_zeros((sent.num_rows, parts.shape[1]), dtype=torch.float32)
+        parts = self._exchange(handle.route, partial, sent.recv_sizes, sent.send_sizes, host_waits=False)
+        total = parts.new_zeros((handle.num_rows, parts.shape[1]), dtype=torch.float32)
         both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
         for rows, part in zip(*both, strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
             total.index_add_(0, rows, part.float())
-        return self._full(total.to(dtype), handle.num_rows)
+        return total.to(dtype)
 
     def _exchange(
-        self, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], sizes: Sequence[int], *,
-        host_waits: bool = True,
-    ) -> torch.Tensor:  # fmt: skip
-        if sum(sizes) == 0:
-            return rows.new_empty((0, *rows.shape[1:]))
+        self, route: Route, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], *, host_waits: bool = True
+    ) -> torch.Tensor:
+        if sum(route.sizes) == 0:  # agreed, so no rank sends anything
+            return rows[:0]
         return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s, host_waits=host_waits)
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.group_waits import DEADLINE_S
-from lockstep.errors import ConfigurationError, TokenCountError
+from lockstep.dispatch.collectives import check_sizes
+from lockstep.errors import ConfigurationError
 
 NO_EXPERT = -1
 """In `topk_ids`: this row goes to no expert, and loads no rank."""
-
 
 CPU = torch.device("cpu")
 
@@ -72,11 +72,7 @@ class Route:
     captures: bool = False
 
     def of_chunk(self, sizes: tuple[int, ...]) -> "Route":
-        """Return the route of one chunk of the step.
-
-        Args:
-            sizes: rows that every rank brings in the chunk, `[ranks]`, each at most `chunk_size`.
-        """
+        """Return the route of one chunk, to which every rank brings `sizes` rows, each at most `chunk_size`."""
         return replace(self, sizes=sizes)
 
 
@@ -182,13 +178,7 @@ class Dispatcher(Protocol):
 
 
 class CollectiveDispatcher:
-    """What the backends share that exchange rows by collectives, eagerly, with counts known to the host.
-
-    Args:
-        process_group: the expert-parallel ranks; left open.
-        num_experts: experts of the layer over all ranks; the ranks must divide it.
-        deadline_s: longest wait for any rank, in seconds.
-    """
+    """What the backends share that exchange rows by collectives, eagerly, with counts known to the host."""
 
     name: str
 
@@ -202,10 +192,10 @@ class CollectiveDispatcher:
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
-        sizes = check_sizes(sizes, self._num_ranks)
+        check_sizes("route", sizes, self._num_ranks)
         if capture:
             raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so no CUDA graph can have it")
-        return Route(self.name, sizes, limit or max(1, *sizes))
+        return Route(self.name, tuple(sizes), limit or max(1, *sizes))
 
     def check(self, *, wait: bool = False) -> None:
         """See `Dispatcher.check`: nothing is left to be found out."""
@@ -215,40 +205,15 @@ class CollectiveDispatcher:
 
     def _tokens(self, route: Route, num_tokens: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Leave out the rows beyond this rank's tokens, whose number all ranks have agreed on."""
-        if num_tokens is None:
-            return list(tensors)
-        return [tensor[: route.sizes[self._rank]] for tensor in tensors]
-
-    def _full(self, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Put zeros where rows were left out."""
-        if rows.shape[0] == num_rows:
-            return rows
-        return torch.cat([rows, rows.new_zeros((num_rows - rows.shape[0], rows.shape[1]))])
-
-
-def check_sizes(sizes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
-    """Return one size per rank as a tuple; a negative one raises `TokenCountError`, naming the rank."""
-    if len(sizes) != num_ranks:
-        raise ConfigurationError(f"sizes must have one entry per rank: {num_ranks} ranks, got {len(sizes)}")
-    if min(sizes) < 0:
-        rank = next(rank for rank, size in enumerate(sizes) if size < 0)
-        raise TokenCountError(f"sizes must be >= 0, got {sizes[rank]} on rank {rank}")
-    return tuple(sizes)
+        return [tensor if num_tokens is None else tensor[: route.sizes[self._rank]] for tensor in tensors]
 
 
 def pairs_of_local_experts(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """List the (row, expert) pairs that this rank computes, ordered by expert and then by row.
+    """Put the (received row, expert) pairs that this rank computes in the order of expert and row.
 
-    Args:
-        topk_ids: global experts of the received rows, `[received, top_k]`.
-        topk_weights: their weights, `[received, top_k]`.
-        first_expert: global number of this rank's first expert.
-        num_local_experts: how many it holds.
-
-    Returns:
-        The fields of `DispatchHandle`: `gather_index`, `tokens_per_expert`, `expert_offsets` and `pair_weights`.
+    Returns the fields of `DispatchHandle`: `gather_index`, `tokens_per_expert`, `expert_offsets` and `pair_weights`.
     """
     top_k = topk_ids.shape[1]
     local = topk_ids.reshape(-1) - first_expert
@@ -265,10 +230,7 @@ def pairs_of_local_experts(
 def sum_pairs(
     expert_output: torch.Tensor, gather_index: torch.Tensor, pair_weights: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
-    """Weight every pair and sum the pairs of each row in the order of the experts, in float32: `[num_rows, hidden]`.
-
-    The same inputs give the same bits.
-    """
+    """Weight every pair and sum those of each row in the order of the experts, in float32, `[num_rows, hidden]`."""
     weighted = expert_output.float() * pair_weights.unsqueeze(1)
     total = weighted.new_zeros((num_rows, expert_output.shape[1]))
     if weighted.device.type == "cpu":

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
-from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route, check_sizes
+from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route
+from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 
@@ -52,12 +53,15 @@ DispatcherFactory = Callable[[dist.ProcessGroup, ExpertsShape, DispatcherOptions
 class _Registered:
     factory: DispatcherFactory
     carries_fp8: bool
+    maps_memory: bool
 
 
 _registered: dict[str, _Registered] = {}
 
 
-def register_dispatcher(name: str, factory: DispatcherFactory, *, carries_fp8: bool = False) -> None:
+def register_dispatcher(
+    name: str, factory: DispatcherFactory, *, carries_fp8: bool = False, maps_memory: bool = False
+) -> None:
     """Let a dispatcher be chosen by name, in `from_pretrained`, `parallelize` and `make_dispatcher`.
 
     Ours are registered in the same way; a name that is taken is replaced. Call it on every rank.
@@ -66,6 +70,7 @@ def register_dispatcher(name: str, factory: DispatcherFactory, *, carries_fp8: b
         name: of the dispatcher.
         factory: makes it.
         carries_fp8: it heeds `DispatcherOptions.fp8`.
+        maps_memory: it needs GPUs that map each other's memory.
 
     Example:
         >>> def over_tcp(process_group, shape, options):
@@ -74,7 +79,7 @@ def register_dispatcher(name: str, factory: DispatcherFactory, *, carries_fp8: b
         >>> "over_tcp" in dispatcher_names()
         True
     """
-    _registered[name] = _Registered(factory, carries_fp8)
+    _registered[name] = _Registered(factory, carries_fp8, maps_memory)
 
 
 def dispatcher_names() -> tuple[str, ...]:
@@ -82,17 +87,31 @@ def dispatcher_names() -> tuple[str, ...]:
     return tuple(sorted(_registered))
 
 
-def check_dispatcher(name: str, fp8: bool = False) -> None:
-    """Raise unless a dispatcher of this name is registered, and can send rows in fp8 if they are to be.
+def maps_memory(name: str) -> bool:
+    """Say whether a dispatcher needs GPUs that map each other's memory; False for a name that is not known."""
+    return name in _registered and _registered[name].maps_memory
 
-    Raises:
-        ConfigurationError: naming those that can.
+
+def backend_names(can_map: bool = True) -> list[str]:
+    """Return what `auto` may choose from, where ranks can map each other's memory or cannot."""
+    return [name for name in BACKENDS if can_map or not maps_memory(name)]
+
+
+def check_dispatcher(name: str, fp8: bool = False, device_type: str = "cuda") -> None:
+    """Raise `ConfigurationError` unless a dispatcher of this name is registered and can do what is asked for.
+
+    Args:
+        name: of the dispatcher.
+        fp8: it is to send rows in fp8.
+        device_type: where the rows are.
     """
     if name not in _registered:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(dispatcher_names())}, got {name!r}")
     if fp8 and not _registered[name].carries_fp8:
         can = " or ".join(repr(other) for other in dispatcher_names() if _registered[other].carries_fp8)
         raise ConfigurationError(f"fp8_dispatch needs dispatcher {can}, got {name!r}")
+    if maps_memory(name) and device_type != "cuda":
+        raise ConfigurationError(f"dispatcher {name!r} needs GPUs that map each other's memory; this machine has none")
 
 
 def make_dispatcher(
@@ -110,7 +129,7 @@ def make_dispatcher(
         ConfigurationError: an unknown name, experts that the ranks do not divide, or a backend that cannot run here.
     """
     options = options or DispatcherOptions()
-    check_dispatcher(name, options.fp8)
+    check_dispatcher(name, options.fp8, shape.device.type)
     return _registered[name].factory(process_group, shape, options)
 
 
@@ -135,15 +154,10 @@ def choose(
     available: tuple[tuple[str, int | None], ...],
     max_chunk_size: int | None = None,
 ) -> Choice:
-    """Choose a backend and a chunk size. Everything it looks at is agreed, so all ranks choose alike.
+    """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike.
 
-    Chunks only cost time here, so they are as large as the caller and the backend allow.
-
-    Args:
-        exchange: the rows of all ranks before they are cut into chunks, and what a row weighs.
-        constants: the same on all ranks.
-        available: backends that can be had, each with the most rows that one rank may bring it at a time, None for any.
-        max_chunk_size: the caller's own limit, to bound memory; None for none.
+    Chunks only cost time here, so they are as large as `max_chunk_size` and the limits of the `available` backends
+    allow; None is no limit.
 
     Example:
         >>> two = (("allgather", None), ("alltoall", None))
@@ -155,8 +169,7 @@ def choose(
         capacity = dict(available).get(name, 0)
         if capacity == 0 or name not in constants.backends:
             continue
-        limits = [limit for limit in (capacity, max_chunk_size) if limit is not None]
-        limit = min(limits) if limits else None
+        limit = min((each for each in (capacity, max_chunk_size) if each is not None), default=None)
         backend = constants.backends[name]
         predicted = sum(backend.predict_us(name, chunk) * times for chunk, times in _chunks(exchange, limit))
         if best is None or predicted < best.predicted_us:
@@ -214,21 +227,17 @@ def can_map(everyones: Sequence[list[str] | None]) -> bool:
 
 
 class AutoDispatcher:
-    """The backend that is expected to be fastest, chosen anew for every step.
+    """The backend that is expected to be fastest, chosen anew for every step from agreed sizes and constants only.
 
-    Chosen from agreed sizes and constants only, so that all ranks choose alike. The backends are of the same ranks and
-    experts; constants are by default those shipped for the rows' kind of device.
+    The backends are of the same ranks and experts; constants are by default those shipped for the rows' device type.
     """
 
     name = "auto"
 
     def __init__(
-        self,
-        backends: Sequence[Dispatcher],
-        shape: ExpertsShape,
-        constants: DispatchConstants | None = None,
+        self, backends: Sequence[Dispatcher], shape: ExpertsShape, constants: DispatchConstants | None = None,
         note: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.abilities = Abilities(
             counts_on_device=any(one.abilities.counts_on_device for one in backends),
             note=", ".join(backend.name for backend in backends) + note,
@@ -245,13 +254,13 @@ class AutoDispatcher:
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
-        sizes = check_sizes(sizes, self._num_ranks)
+        check_sizes("route", sizes, self._num_ranks)
         available = self._available
         if capture:
             available = tuple(one for one in available if self._backends[one[0]].abilities.counts_on_device)
             if not available:
                 raise ConfigurationError("dispatcher 'auto' has no backend here that a CUDA graph can have")
-        choice = choose(Exchange(sizes, *self._weights), self._constants, available, limit)
+        choice = choose(Exchange(tuple(sizes), *self._weights), self._constants, available, limit)
         return self._backends[choice.backend].route(sizes, choice.max_chunk_size, capture=capture)
 
     def dispatch(
@@ -276,11 +285,12 @@ class AutoDispatcher:
             backend.forget_capture()
 
 
-def _make_collective(
-    kind: type[AllGatherDispatcher | AllToAllDispatcher], group: dist.ProcessGroup, shape: ExpertsShape,
-    options: DispatcherOptions,
-) -> Dispatcher:  # fmt: skip
-    return kind(group, shape.num_experts, deadline_s=options.deadline_s)
+def _make_allgather(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    return AllGatherDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
+
+
+def _make_alltoall(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
+    return AllToAllDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
 
 
 def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
@@ -289,32 +299,23 @@ def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: Dispatc
             "dispatcher 'nvlink' leaves the rows' counts on the GPU; these experts do not run so, which needs gated "
             "SiLU experts in bfloat16 without biases: use another dispatcher"
         )
-    if not torch.cuda.is_available():
-        raise ConfigurationError("dispatcher 'nvlink' needs GPUs that map each other's memory; this machine has none")
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 
     return NvlinkDispatcher(
-        group,
-        num_experts=shape.num_experts,
-        hidden_size=shape.hidden_size,
-        top_k=shape.top_k,
-        max_tokens_per_rank=options.max_rows_per_rank or MAPPED_ROWS,
-        fp8=options.fp8,
-        deadline_s=options.deadline_s,
-    )
+        group, num_experts=shape.num_experts, hidden_size=shape.hidden_size, top_k=shape.top_k, fp8=options.fp8,
+        max_tokens_per_rank=options.max_rows_per_rank or MAPPED_ROWS, deadline_s=options.deadline_s,
+    )  # fmt: skip
 
 
 def _make_auto(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
-    names = ["allgather", "alltoall"]
-    against = _against_nvlink(shape, options)
-    if not against:
-        names.append("nvlink")
-    backends = [make_dispatcher(name, group, shape, options) for name in names]
-    return AutoDispatcher(backends, shape, options.constants, f"; not nvlink: {against}" if against else "")
+    against = _against_mapping(shape, options)
+    made = [make_dispatcher(name, group, shape, options) for name in backend_names(can_map=not against)]
+    left_out = ", ".join(name for name in BACKENDS if maps_memory(name))
+    return AutoDispatcher(made, shape, options.constants, f"; not {left_out}: {against}" if against else "")
 
 
-def _against_nvlink(shape: ExpertsShape, options: DispatcherOptions) -> str:
-    """Say why `nvlink` cannot be had; nothing where it can."""
+def _against_mapping(shape: ExpertsShape, options: DispatcherOptions) -> str:
+    """Say why no backend that maps memory can be had; nothing where one can."""
     if not options.can_map:
         return "it needs GPUs" if shape.device.type != "cuda" else "the ranks' GPUs do not map each other's memory"
     if shape.dtype is not torch.bfloat16:
@@ -322,7 +323,7 @@ def _against_nvlink(shape: ExpertsShape, options: DispatcherOptions) -> str:
     return "" if options.experts_on_device else "these experts need the rows' counts on the host"
 
 
-register_dispatcher("allgather", functools.partial(_make_collective, AllGatherDispatcher))
-register_dispatcher("alltoall", functools.partial(_make_collective, AllToAllDispatcher))
-register_dispatcher("nvlink", _make_nvlink, carries_fp8=True)
+register_dispatcher("allgather", _make_allgather)
+register_dispatcher("alltoall", _make_alltoall)
+register_dispatcher("nvlink", _make_nvlink, carries_fp8=True, maps_memory=True)
 register_dispatcher(AutoDispatcher.name, _make_auto)

@@ -3,11 +3,13 @@
 Sizes are known on all ranks beforehand (they were agreed), so no call exchanges them first.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,27 +54,42 @@ def all_gatherv(
         TokenCountError: a tensor that has not `sizes[rank]` rows.
         RankAbsentError: a rank did not come in time; the group must not be used again.
     """
-    rank = _check("all_gatherv", tensors, sizes, group)
+    if not tensors:
+        raise ConfigurationError("all_gatherv needs at least one tensor")
+    check_sizes("all_gatherv", sizes, group.size())
+    rank = dist.get_rank(group)
+    for index, tensor in enumerate(tensors):
+        if tensor.shape[0] != sizes[rank]:
+            raise TokenCountError(
+                f"all_gatherv: tensor {index} has {tensor.shape[0]} rows, but sizes says {sizes[rank]} on rank {rank}"
+            )
     if not sum(sizes):
         return [tensor.new_empty((0, *tensor.shape[1:])) for tensor in tensors]
     # One message per rank, not one per tensor: rows of all tensors travel side by side as bytes.
     parts = [_as_bytes(tensor) for tensor in tensors]
     mine = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
-    everyones = mine.new_empty((sum(sizes), mine.shape[1]))
     if mine.device.type == "cuda":
+        everyones = mine.new_empty((sum(sizes), mine.shape[1]))
         _record("all_gatherv", sizes, group, deadline_s, on_cpu=False)
         work = dist.all_gather(list(torch.split(everyones, list(sizes))), mine, group=group, async_op=True)
         await_work(work, "all_gatherv", group, deadline_s, host_waits=host_waits)
     else:
         # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
-        repeated = mine.repeat(len(sizes), 1)
-        mine_to_all = [sizes[rank]] * len(sizes)
-        _exchange(AllToAll("all_gatherv", sizes, everyones, repeated, sizes, mine_to_all, group, deadline_s))
+        copies, mine_to_all = mine.repeat(len(sizes), 1), [sizes[rank]] * len(sizes)
+        everyones = all_to_allv(copies, mine_to_all, sizes, group, deadline_s, name="all_gatherv", noted_sizes=sizes)
     columns = torch.split(everyones, [part.shape[1] for part in parts], dim=1)
     return [
         view_as(column, tensor.dtype).view(sum(sizes), *tensor.shape[1:])
         for column, tensor in zip(columns, tensors, strict=True)
     ]
+
+
+def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[Any]:
+    """Return what each rank of a gloo group says, `[ranks]`, as JSON: nothing of another process is unpickled."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = all_gatherv([torch.tensor([len(text)])], [1] * group.size(), group, deadline_s)[0].tolist()
+    texts = all_gatherv([text[:, None]], sizes, group, deadline_s)[0]
+    return [json.loads(bytes(each[:, 0].tolist())) for each in torch.split(texts, sizes)]
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -94,23 +111,18 @@ def reduce_scatterv(
     rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum every rank's rows over all ranks and give each rank its own: the inverse of `all_gatherv`.
+    """Sum every rank's rows over all ranks and give each rank its own, `[sizes[rank], hidden]`, in their dtype.
 
-    The parts are added in rank order in float32, so the same inputs give the same bits. It moves the bytes of a
-    reduce-scatter: each part goes straight to its owner. Further arguments and errors: as for `all_gatherv`.
-
-    Returns:
-        The sums of this rank's rows, `[sizes[rank], hidden]`, in the dtype of `rows`, `[sum(sizes), hidden]`.
+    The inverse of `all_gatherv`, whose arguments and errors it shares. The parts are added in rank order in float32, so
+    the same inputs give the same bits. Each part goes straight to its owner: the bytes of a reduce-scatter.
     """
-    rank = dist.get_rank(group)
-    _check_sizes("reduce_scatterv", sizes, group)
-    if rows.shape[0] != sum(sizes):
-        raise TokenCountError(
-            f"reduce_scatterv needs sum(sizes) = {sum(sizes)} rows, got {rows.shape[0]} on rank {rank}"
-        )
-    mine = [sizes[rank]] * len(sizes)
-    received = all_to_allv(rows, sizes, mine, group, deadline_s, name="reduce_scatterv", host_waits=host_waits)
-    parts = received.view(len(sizes), sizes[rank], *rows.shape[1:])
+    check_sizes("reduce_scatterv", sizes, group.size())
+    own = sizes[dist.get_rank(group)]
+    received = all_to_allv(
+        rows, sizes, [own] * len(sizes), group, deadline_s,
+        name="reduce_scatterv", noted_sizes=sizes, host_waits=host_waits,
+    )  # fmt: skip
+    parts = received.view(len(sizes), own, *rows.shape[1:])
     total = parts[0].to(torch.float32)
     for part in parts[1:]:
         total = total + part
@@ -119,43 +131,34 @@ def reduce_scatterv(
 
 def all_to_allv(
     rows: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], group: dist.ProcessGroup,
-    deadline_s: float = DEADLINE_S, *, name: str = "all_to_allv", host_waits: bool = True,
+    deadline_s: float = DEADLINE_S, *, name: str = "all_to_allv", noted_sizes: Sequence[int] = (),
+    host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Send each rank its slice of the rows and receive a slice of each, in rank order.
+    """Send each rank its slice of the rows and receive a slice of each, `[sum(recv_sizes), ...]`, in rank order.
 
-    `send_sizes` are the rows for every rank, `recv_sizes` those from every rank; messages and records call the
-    operation `name`. Further arguments and errors: as for `all_gatherv`.
-
-    Returns:
-        The received rows, ordered by source, `[sum(recv_sizes), ...]`.
+    `send_sizes` are the rows for every rank, `recv_sizes` those from every rank. Messages and records call it `name`,
+    with the `noted_sizes`, by which ranks can be compared. Further arguments and errors: as for `all_gatherv`.
     """
-    rank = dist.get_rank(group)
-    _check_sizes(name, send_sizes, group)
-    _check_sizes(name, recv_sizes, group)
+    check_sizes(name, send_sizes, group.size())
+    check_sizes(name, recv_sizes, group.size())
     if rows.shape[0] != sum(send_sizes):
         raise TokenCountError(
-            f"{name} needs sum(send_sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {rank}"
+            f"{name} needs sum(sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {dist.get_rank(group)}"
         )
-    # Sizes that each rank derives from its own routing differ between ranks; those of agreed sizes must not.
-    noted = send_sizes if name != "all_to_allv" else ()
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
-    _exchange(AllToAll(name, noted, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits))
+    call = AllToAll(
+        name, noted_sizes, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits
+    )
+    run = _in_place_of[-1] if _in_place_of else AllToAll.run
+    run(call)
     return received
 
 
 @dataclass(frozen=True)
 class AllToAll:
-    """One all-to-all that is about to be issued: every collective of this module on a CPU is one.
+    """One all-to-all that is about to be issued: every collective of this module on a CPU is one. See `all_to_allv`.
 
-    Attributes:
-        name: what messages and records call the operation.
-        noted_sizes: sizes by which ranks can be compared; empty where they differ between ranks.
-        received: filled by it, `[sum(recv_sizes), ...]`.
-        sent: ordered by destination, `[sum(send_sizes), ...]`.
-        recv_sizes, send_sizes: rows from and for every rank, `[ranks]`.
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-        host_waits: False: on NCCL the host goes on.
+    `sent` is ordered by destination, `received`, which it fills, by source.
     """
 
     name: str
@@ -166,7 +169,7 @@ class AllToAll:
     send_sizes: Sequence[int]
     group: dist.ProcessGroup
     deadline_s: float
-    host_waits: bool = True
+    host_waits: bool
 
     def run(self) -> None:
         """Note, issue and end it."""
@@ -182,11 +185,7 @@ _in_place_of: list[Callable[[AllToAll], None]] = []
 
 @contextmanager
 def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
-    """Hand every all-to-all of this process to a function inside the block; for faults that are made on purpose.
-
-    Args:
-        run: called in the place of `AllToAll.run`, which it may call.
-    """
+    """Call `run` in the place of `AllToAll.run` inside the block; for faults that are made on purpose."""
     _in_place_of.append(run)
     try:
         yield
@@ -194,11 +193,13 @@ def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
         _in_place_of.remove(run)
 
 
-def _exchange(call: AllToAll) -> None:
-    if _in_place_of:
-        _in_place_of[-1](call)
-    else:
-        call.run()
+def check_sizes(name: str, sizes: Sequence[int], num_ranks: int) -> None:
+    """Raise unless there is one size per rank, none below 0; errors begin with `name`."""
+    if len(sizes) != num_ranks:
+        raise ConfigurationError(f"{name} needs one size per rank: {num_ranks} ranks, got {len(sizes)} sizes")
+    for rank, size in enumerate(sizes):
+        if size < 0:
+            raise TokenCountError(f"{name}: sizes must be >= 0, got {size} on rank {rank}")
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,27 +208,6 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     # One row or column counts as contiguous whatever its stride says, and a view as bytes takes the stride at its word.
     plain = tensor.contiguous().as_strided((tensor.shape[0], elements_per_row), (elements_per_row, 1))
     return plain.view(torch.uint8)
-
-
-def _check(name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> int:
-    if not tensors:
-        raise ConfigurationError(f"{name} needs at least one tensor")
-    _check_sizes(name, sizes, group)
-    rank = dist.get_rank(group)
-    for index, tensor in enumerate(tensors):
-        if tensor.shape[0] != sizes[rank]:
-            raise TokenCountError(
-                f"{name}: tensor {index} has {tensor.shape[0]} rows, but sizes says {sizes[rank]} on rank {rank}"
-            )
-    return rank
-
-
-def _check_sizes(name: str, sizes: Sequence[int], group: dist.ProcessGroup) -> None:
-    if len(sizes) != group.size():
-        raise ConfigurationError(f"{name} needs one size per rank: {group.size()} ranks, got {len(sizes)} sizes")
-    for rank, size in enumerate(sizes):
-        if size < 0:
-            raise TokenCountError(f"{name}: sizes must be >= 0, got {size} on rank {rank}")
 
 
 def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float, on_cpu: bool) -> None:

@@ -46,24 +46,16 @@ class Exchange:
 
 @dataclass(frozen=True)
 class BackendConstants:
-    """What one backend takes for one dispatch and its combine, in us, on the slowest rank.
-
-    It is
-
-        latency_us + count_exchange_us + row_us * rows
-        + dispatch_us_per_mb * (MB to experts) + combine_us_per_mb * (MB back) + total_us_per_mb * (MB of all ranks)
-        + first_us_per_mb * min(MB to experts + MB back, 2)
-
-    The second line counts the busiest rank's link in its fuller direction, and what all ranks move together, both ways;
-    the third says that a link takes some MB to get up to its speed.
+    """What one backend takes for one dispatch and its combine, in us, on the slowest rank: the sum of all of these.
 
     Attributes:
         latency_us: with no rows at all.
         count_exchange_us: more, where ranks first tell each other how many rows they send.
-        row_us: per row of all ranks together, whatever its length: making the plan of who computes what.
-        dispatch_us_per_mb, combine_us_per_mb: per 10**6 bytes on the busiest link; 1000 over the bandwidth in GB/s.
-        total_us_per_mb: per 10**6 bytes of all ranks together.
-        first_us_per_mb: more, for the first 2 MB on the busiest link.
+        row_us: per row of all ranks together, whatever its length: putting the experts' rows in order.
+        dispatch_us_per_mb: per 10**6 bytes to the experts on the busiest rank's link, in its fuller direction.
+        combine_us_per_mb: the same for the way back; 1000 over the bandwidth in GB/s.
+        total_us_per_mb: per 10**6 bytes of all ranks together, both ways.
+        first_us_per_mb: more, for the first 2 MB on the busiest link, which takes some to get up to its speed.
     """
 
     latency_us: float
@@ -81,7 +73,7 @@ class BackendConstants:
                 raise ConfigurationError(f"dispatch constant {item.name} must be a number in [0, 1e9), got {value!r}")
 
     def predict_us(self, name: str, exchange: Exchange) -> float:
-        """Return the expected time of the slowest rank in us; by its `name`, a backend moves so many bytes."""
+        """Return the expected time of the slowest rank in us; the `name` says how many bytes a backend moves."""
         per_mb = (self.dispatch_us_per_mb, self.combine_us_per_mb, self.total_us_per_mb, self.first_us_per_mb)
         constants = (self.latency_us + self.count_exchange_us, self.row_us, *per_mb)
         return sum(constant * amount for constant, amount in zip(constants, features(name, exchange), strict=True))
@@ -102,22 +94,17 @@ class DispatchConstants:
     @property
     def summary(self) -> str:
         """Where they come from and a checksum: equal on all ranks, or ranks would choose differently."""
-        numbers = json.dumps({name: asdict(value) for name, value in self.backends.items()}, sort_keys=True)
+        numbers = json.dumps(asdict(self)["backends"], sort_keys=True)
         return f"{self.source} ({zlib.crc32(numbers.encode()):08x})"
 
     def save(self, path: str | Path) -> None:
         """Write the constants as JSON, as `load` reads them; the folder is made where it is not there."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        text = {"source": self.source, "backends": {name: asdict(value) for name, value in self.backends.items()}}
-        Path(path).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> DispatchConstants:
-        """Read constants from a JSON file.
-
-        Raises:
-            ConfigurationError: if the file is not there or holds something else.
-        """
+        """Read constants from a JSON file; `ConfigurationError` if it is not there or holds something else."""
         try:
             text = json.loads(Path(path).read_text(encoding="utf-8"))
             backends = {name: BackendConstants(**values) for name, values in text["backends"].items()}
@@ -153,12 +140,9 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
 
 
 def fit(name: str, measured: Sequence[tuple[Exchange, float]]) -> BackendConstants:
-    """Fit one backend's constants to measured times, in us; all come out >= 0, and errors count relatively.
+    """Fit one backend's constants to 6 times or more, > 0 us; all come out >= 0, and errors count relatively.
 
     An exchange of counts, where there is one, goes into `latency_us`.
-
-    Raises:
-        ConfigurationError: fewer measurements than constants, or times that are not positive.
     """
     if len(measured) < 6 or not all(time > 0 for _, time in measured):
         raise ConfigurationError(f"{name}: a fit needs 6 times or more, all > 0 us, got {[us for _, us in measured]}")
@@ -188,11 +172,7 @@ def machine_name(device_type: str) -> str:
 
 
 def stored_path(device_type: str) -> Path:
-    """Return where this machine's constants are stored.
-
-    `$LOCKSTEP_DISPATCH_CONSTANTS` if that is set, otherwise `lockstep/dispatch-<machine>.json` in the user's
-    configuration folder, `$XDG_CONFIG_HOME` or `~/.config`.
-    """
+    """Return where this machine's constants are stored: `PATH_VARIABLE`, or in the user's configuration folder."""
     named = os.environ.get(PATH_VARIABLE)
     if named:
         return Path(named)
@@ -201,11 +181,7 @@ def stored_path(device_type: str) -> Path:
 
 
 def constants_for(device_type: str) -> DispatchConstants:
-    """Return this machine's stored constants, or the shipped ones where there are none.
-
-    Raises:
-        ConfigurationError: a file that was named but is not there, or one that holds something else.
-    """
+    """Return this machine's stored constants, or the shipped ones where there are none and none were named."""
     path = stored_path(device_type)
     if os.environ.get(PATH_VARIABLE) or path.is_file():
         return DispatchConstants.load(path)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lockstep.dispatch.kernels_plan import plan_one_tile, plan_slices
+from lockstep.dispatch.kernels_order import order_one_tile, order_slices
 from lockstep.dispatch.kernels_wire import (
     ALL_TOKENS,
     COUNT_BITS,
@@ -250,7 +250,7 @@ def dispatch_kernel(
     tokens_per_expert, expert_offsets, inverse, scratch, status, max_tokens, rank, budget_ns, WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
     EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_STRIDE: tl.constexpr,
-    GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr, PLAN_BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr, ORDER_BLOCKS: tl.constexpr,
     PUSH_BLOCKS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SKEW_TOKENS: tl.constexpr,
     CHAIN_ROUND: tl.constexpr, COPIES_POW2: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
     TINY_TILE: tl.constexpr, TILES: tl.constexpr, SLICE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
@@ -259,7 +259,7 @@ def dispatch_kernel(
 ):  # fmt: skip
     """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
 
-    The first `PLAN_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
+    The first `ORDER_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
     made while the links are busy. All blocks must be resident at once.
 
     Up to `WORD_TOKENS` tokens of a rank go as words that prove their own arrival, which its peers know from its count.
@@ -279,12 +279,12 @@ def dispatch_kernel(
     tag = tag_of(epoch)
     asked = tl.load(num_tokens_cell)
     num_tokens = tl.minimum(asked, max_tokens)
-    blocks: tl.constexpr = PLAN_BLOCKS + PUSH_BLOCKS
+    blocks: tl.constexpr = ORDER_BLOCKS + PUSH_BLOCKS
     source = tl.arange(0, WORLD_POW2)
     want = (epoch << COUNT_BITS) + tl.zeros((WORLD_POW2,), tl.int64)
-    if block < PLAN_BLOCKS:
+    if block < ORDER_BLOCKS:
         _send_routing(
-            topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD, CAPACITY, TOPK, PLAN_BLOCKS,
+            topk_ids, topk_weights, num_tokens, epoch, tag, peers, rank, block, WORLD, CAPACITY, TOPK, ORDER_BLOCKS,
             blocks, COPIES_POW2, PAIRS, IDS, WEIGHTS, COUNTS,
         )  # fmt: skip
         arrived = arrived_counts(
@@ -302,19 +302,19 @@ def dispatch_kernel(
             for i in tl.static_range(TILES):
                 fits = (most <= TINY_TILE * 2**i) & ((most > TINY_TILE * 2**i // 2) | (i == 0))
                 if fits & (block < EXPERTS):  # a block more would only poll
-                    plan_one_tile(
+                    order_one_tile(
                         own, limits, tag, peers, status, rank, block, gather_index, pair_weights, tokens_per_expert,
-                        expert_offsets, inverse, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS, PLAN_BLOCKS,
+                        expert_offsets, inverse, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS, ORDER_BLOCKS,
                         TINY_TILE * 2**i, PAIRS, IDS, WEIGHTS, ABORT,
                     )  # fmt: skip
         else:
-            plan_slices(
+            order_slices(
                 own, limits, tag, peers, cells, status, rank, block, gather_index, pair_weights, tokens_per_expert,
                 expert_offsets, inverse, scratch, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS,
-                EXPERTS_POW2, PLAN_BLOCKS, SLICE, IDS, WEIGHTS, ABORT,
+                EXPERTS_POW2, ORDER_BLOCKS, SLICE, IDS, WEIGHTS, ABORT,
             )  # fmt: skip
     else:
-        first = block - PLAN_BLOCKS
+        first = block - ORDER_BLOCKS
         column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
         tiles = tl.cdiv(num_tokens, BLOCK_TOKENS) * column_blocks
         arrived = tl.zeros((WORLD_POW2,), tl.int32)

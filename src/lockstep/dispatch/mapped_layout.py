@@ -20,7 +20,7 @@ class LaunchSizes:
     All blocks of a launch wait for peers, so all must be resident at once: two per multiprocessor at most.
 
     Attributes:
-        plan_blocks, push_blocks: of the dispatch kernel.
+        order_blocks, push_blocks: of the dispatch kernel.
         combine_blocks: of the combine kernel.
         dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
         tiny_tile, tiles: how many routing words per source the plan holds in registers at once: `tiny_tile`, a power of
@@ -35,7 +35,7 @@ class LaunchSizes:
         chain_round: tiles of such a rank that a block handles between two flags.
     """
 
-    plan_blocks: int
+    order_blocks: int
     push_blocks: int
     combine_blocks: int
     dispatch_tokens: int
@@ -66,11 +66,11 @@ def launch_sizes(
     combine_tokens = min(8, 4096 // columns)
     ranks = triton.next_power_of_2(num_ranks)
     # Few pairs are planned by a block per expert, many by a block per slice of them.
-    plan_blocks = min(max(num_local_experts, num_ranks * max_tokens_per_rank // 32), num_multiprocessors)
+    order_blocks = min(max(num_local_experts, num_ranks * max_tokens_per_rank // 32), num_multiprocessors)
     column_blocks = -(-hidden_size // columns)
     return LaunchSizes(
-        plan_blocks=plan_blocks,
-        push_blocks=min(resident - plan_blocks, -(-max_tokens_per_rank // dispatch_tokens) * column_blocks),
+        order_blocks=order_blocks,
+        push_blocks=min(resident - order_blocks, -(-max_tokens_per_rank // dispatch_tokens) * column_blocks),
         combine_blocks=min(resident, -(-max_tokens_per_rank // combine_tokens) * column_blocks),
         dispatch_tokens=dispatch_tokens,
         combine_tokens=combine_tokens,
@@ -128,7 +128,7 @@ def make_layout(
     sizes = {
         "ids": slots * top_k * 8,
         "weights": slots * top_k * 8,
-        "counts": num_ranks * (launch.plan_blocks + launch.push_blocks) * 8,
+        "counts": num_ranks * (launch.order_blocks + launch.push_blocks) * 8,
         "dispatch_flags": num_ranks * launch.push_blocks * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,

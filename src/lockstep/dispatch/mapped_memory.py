@@ -9,22 +9,14 @@ from lockstep.coordination.group_waits import barrier
 
 
 class MappedMemory:
-    """The memory of a process group's GPUs, by torch's symmetric memory. Tests put threads of one GPU in its place.
-
-    Args:
-        process_group: the ranks, all on one host; left open.
-    """
+    """The memory of a process group's GPUs, by torch's symmetric memory. Tests put threads of one GPU in its place."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = process_group
         self._kept: Any = None
 
     def map(self, nbytes: int, device: torch.device) -> tuple[torch.Tensor, list[int]]:
-        """Allocate `nbytes` on every rank and map all of them here, until `release`. Collective.
-
-        Returns:
-            This rank's buffer as bytes, and the addresses of all ranks' buffers in rank order.
-        """
+        """Return `nbytes` of this rank, mapped by all until `release`, and the addresses of all ranks'. Collective."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
         buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
@@ -43,14 +35,3 @@ class MappedMemory:
     def meet(self, deadline_s: float) -> None:
         """Wait until all ranks have come. Collective; raises as `barrier`."""
         barrier(self._group, deadline_s)
-
-
-def host_word(device: torch.device) -> torch.Tensor:
-    """Return one int64 of host memory that kernels can write to."""
-    return torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
-def aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows contiguous and at a 16-byte address: other addresses would compile another kernel meanwhile."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()

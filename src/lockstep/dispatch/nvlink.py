@@ -14,12 +14,13 @@ import torch.distributed as dist
 import triton
 
 from lockstep.coordination.group_waits import peers_of
-from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts, check_sizes
+from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts
+from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
 from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS
 from lockstep.dispatch.mapped_layout import FP8_GROUP, LaunchSizes, launch_sizes, make_layout
-from lockstep.dispatch.mapped_memory import MappedMemory, aligned, host_word
+from lockstep.dispatch.mapped_memory import MappedMemory
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 MAX_RANKS = 8
@@ -28,34 +29,37 @@ _THREADS = 256
 _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
 
-class _Channel:
-    """One set of buffers: holds one dispatch until its combine."""
+class Buffers:
+    """What the kernels read and write: sections of the memory that all ranks map, and memory of this rank alone.
 
-    def __init__(self, dispatcher: NvlinkDispatcher, buffer: torch.Tensor, peer_addresses: Sequence[int]) -> None:
-        layout, device = dispatcher.layout, buffer.device
-        capacity, ranks = dispatcher.max_tokens_per_rank, dispatcher.num_ranks
-        slots, pairs = ranks * capacity, ranks * capacity * dispatcher.top_k
+    Args:
+        dispatcher: whose they are.
+        mapped: this rank's mapped memory, bytes.
+        addresses: of all ranks' mapped memory, as this rank sees it.
+    """
 
-        def section(offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            return buffer[offset : offset + nbytes].view(dtype).view(shape)
+    def __init__(self, dispatcher: NvlinkDispatcher, mapped: torch.Tensor, addresses: Sequence[int]) -> None:
+        layout, device = dispatcher.layout, mapped.device
+        slots = dispatcher.num_ranks * dispatcher.max_tokens_per_rank
+
+        def section(offset: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return mapped[offset : offset + slots * columns * dtype.itemsize].view(dtype).view(slots, columns)
+
+        def own(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
         row_dtype = torch.float8_e4m3fn if dispatcher.fp8 else torch.bfloat16
-        self.buffer = buffer
-        self.rows = section(layout.rows, (slots, dispatcher.hidden_stride), row_dtype)[:, : dispatcher.hidden_size]
-        self.scales = section(layout.scales, (slots, dispatcher.groups), torch.float32) if dispatcher.fp8 else None
-        self.returned = section(layout.returned, (slots, dispatcher.hidden_stride), torch.bfloat16)
-        self.peers = torch.tensor(list(peer_addresses), dtype=torch.int64, device=device)
+        self.mapped = mapped
+        self.rows = section(layout.rows, dispatcher.hidden_stride, row_dtype)[:, : dispatcher.hidden_size]
+        self.scales = section(layout.scales, dispatcher.groups, torch.float32) if dispatcher.fp8 else None
+        self.peers = torch.tensor(list(addresses), dtype=torch.int64, device=device)
         self.cells = torch.tensor(_FIRST_CELLS, dtype=torch.int64, device=device)
-        width = _expert_lanes(dispatcher.num_local_experts)
-        self.scratch = torch.zeros(dispatcher.launch.plan_blocks * width, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(triton.next_power_of_2(ranks), dtype=torch.int32, device=device)
-        self.gather_index = torch.zeros(pairs, dtype=torch.int32, device=device)
-        self.pair_weights = torch.zeros(pairs, dtype=torch.float32, device=device)
-        self.inverse = torch.zeros(pairs, dtype=torch.int32, device=device)
-        self.tokens_per_expert = torch.zeros(dispatcher.num_local_experts, dtype=torch.int32, device=device)
-        self.expert_offsets = torch.zeros(dispatcher.num_local_experts + 1, dtype=torch.int32, device=device)
-        self.under_way: DispatchHandle | None = None  # dispatched and not combined yet
+        self.scratch = own(dispatcher.launch.order_blocks * _expert_lanes(dispatcher.num_local_experts))
+        self.counts = own(triton.next_power_of_2(dispatcher.num_ranks))
+        self.gather_index, self.inverse = own(slots * dispatcher.top_k), own(slots * dispatcher.top_k)
+        self.pair_weights = own(slots * dispatcher.top_k, torch.float32)
+        self.tokens_per_expert = own(dispatcher.num_local_experts)
+        self.expert_offsets = own(dispatcher.num_local_experts + 1)
 
 
 class NvlinkDispatcher:
@@ -64,7 +68,7 @@ class NvlinkDispatcher:
     Every rank must make the same calls in the same order **on one stream** (or on streams ordered by events): each
     kernel waits for its peers. A captured graph may be replayed with any counts, zero included; all ranks replay.
 
-    The tensors of a handle hold until its channel's next dispatch. In them
+    The tensors of a handle hold until the next dispatch. In them
 
     * `hidden_states` has a slot for every token of every rank, `[ranks * max_tokens_per_rank, hidden]`: slot
       `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` mean anything.
@@ -78,7 +82,6 @@ class NvlinkDispatcher:
         top_k: experts per token.
         max_tokens_per_rank: capacity: most tokens that any rank may bring to one dispatch.
         fp8: send rows as float8_e4m3fn with one float32 scale per 128 values; results come back in bfloat16 either way.
-        num_channels: sets of buffers, so how many dispatches may be under way before the first is combined.
         deadline_s: longest wait for a peer's flag, seconds.
         launch: blocks and tiles; None takes the measured ones.
         share_device: several ranks run on one GPU (for tests): their launches together must fit it.
@@ -86,25 +89,23 @@ class NvlinkDispatcher:
         memory: how the ranks map each other's memory; None for torch's symmetric memory.
         warm_up: compile and load the kernels now; otherwise the first calls do, with peers waiting meanwhile.
 
-    Raises:
-        ConfigurationError: sizes that cannot work, or more than 8 ranks.
+    Attributes:
+        status: the word in host memory through which a kernel says that a rank did not come, `[1]` int64.
     """
 
     name = "nvlink"
 
     def __init__(
         self, process_group: dist.ProcessGroup, *, num_experts: int, hidden_size: int, top_k: int,
-        max_tokens_per_rank: int, fp8: bool = False, num_channels: int = 1, deadline_s: float = 30.0,
-        launch: LaunchSizes | None = None, share_device: bool = False, device: torch.device | None = None,
-        memory: MappedMemory | None = None, warm_up: bool = True,
+        max_tokens_per_rank: int, fp8: bool = False, deadline_s: float = 30.0, launch: LaunchSizes | None = None,
+        share_device: bool = False, device: torch.device | None = None, memory: MappedMemory | None = None,
+        warm_up: bool = True,
     ) -> None:  # fmt: skip
         self.rank, self.num_ranks = process_group.rank(), process_group.size()
         if self.num_ranks > MAX_RANKS:
             raise ConfigurationError(f"{self.num_ranks} ranks, but at most {MAX_RANKS} GPUs of one host can be joined")
-        for name, value in (
-            ("hidden_size", hidden_size), ("top_k", top_k), ("max_tokens_per_rank", max_tokens_per_rank),
-            ("num_channels", num_channels),
-        ):  # fmt: skip
+        sizes = {"hidden_size": hidden_size, "top_k": top_k, "max_tokens_per_rank": max_tokens_per_rank}
+        for name, value in sizes.items():
             if value < 1:
                 raise ConfigurationError(f"{name} must be >= 1, got {value}")
         self.num_experts = num_experts
@@ -133,18 +134,15 @@ class NvlinkDispatcher:
         )
         self._group = process_group
         self._deadline_s = deadline_s
-        self._status = host_word(self.device)
-        self._status_word = self._status.numpy()  # the same memory, read ten times as fast
+        self.status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._status_word = self.status.numpy()  # the same memory, read ten times as fast
         self._compiled: dict[Any, Any] = {}
         self._all_tokens = torch.full((1,), ALL_TOKENS.value, dtype=torch.int32, device=self.device)
         self._memory = memory or MappedMemory(process_group)
-        buffer, addresses = self._memory.map(self.layout.nbytes * num_channels, self.device)
-        buffer.zero_()
-        self._channels = [
-            _Channel(self, buffer[begin : begin + self.layout.nbytes], [address + begin for address in addresses])
-            for begin in range(0, num_channels * self.layout.nbytes, self.layout.nbytes)
-        ]
-        self._next_channel = 0
+        mapped, addresses = self._memory.map(self.layout.nbytes, self.device)
+        mapped.zero_()
+        self.buffers = Buffers(self, mapped, addresses)
+        self._under_way: DispatchHandle | None = None  # dispatched and not combined yet
         # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
         self._dispatch_options, self._combine_options = self._options(
             early=self.device.type == "cuda" and not share_device
@@ -152,12 +150,6 @@ class NvlinkDispatcher:
         self._settle()
         if warm_up:
             self._warm_up()
-
-    def __enter__(self) -> NvlinkDispatcher:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _options(self, early: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the compile-time arguments and Triton's options of dispatch and of combine, by name."""
@@ -171,11 +163,11 @@ class NvlinkDispatcher:
             "num_warps": _THREADS // 32, "maxnreg": _REGISTERS, "launch_pdl": early,
         }  # fmt: skip
         for_dispatch = dict(
-            common, GROUPS=self.groups, FP8=self.fp8, PLAN_BLOCKS=launch.plan_blocks, PUSH_BLOCKS=launch.push_blocks,
+            common, GROUPS=self.groups, FP8=self.fp8, ORDER_BLOCKS=launch.order_blocks, PUSH_BLOCKS=launch.push_blocks,
             BLOCK_TOKENS=launch.dispatch_tokens, WORD_TOKENS=layout.row_word_tokens, ROW_WORDS=layout.words_per_row,
             TINY_TILE=launch.tiny_tile, TILES=launch.tiles, SLICE=launch.slice, PAIRS=launch.pairs,
             EXPERTS_POW2=_expert_lanes(self.num_local_experts),
-            COPIES_POW2=triton.next_power_of_2(launch.plan_blocks + launch.push_blocks), ROWS=layout.rows,
+            COPIES_POW2=triton.next_power_of_2(launch.order_blocks + launch.push_blocks), ROWS=layout.rows,
             SCALES=layout.scales, ROWS_AS_WORDS=layout.rows_as_words, COUNTS=layout.counts, FLAGS=layout.dispatch_flags,
         )  # fmt: skip
         for_combine = dict(
@@ -187,22 +179,20 @@ class NvlinkDispatcher:
 
     def close(self) -> None:
         """Let go of the buffers. The process group stays open."""
-        if self._channels:
-            self._memory.synchronize(self.device)
-        self._channels = []
+        self._memory.synchronize(self.device)
+        vars(self).pop("buffers", None)
         self._memory.release()
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`. A step that goes in one chunk can always be part of a graph."""
-        sizes = check_sizes(sizes, self.num_ranks)
-        capacity = self.max_tokens_per_rank
-        chunk_size = capacity if limit is None else min(limit, capacity)
+        check_sizes("route", sizes, self.num_ranks)
+        chunk_size = min(limit or self.max_tokens_per_rank, self.max_tokens_per_rank)
         in_one = max(sizes) <= chunk_size
         if capture and not in_one:
             raise ConfigurationError(
-                f"a CUDA graph holds one chunk of at most {chunk_size} rows per rank, got sizes {sizes}"
+                f"a CUDA graph holds one chunk of at most {chunk_size} rows per rank, got sizes {tuple(sizes)}"
             )
-        return Route(self.name, sizes, chunk_size, captures=in_one)
+        return Route(self.name, tuple(sizes), chunk_size, captures=in_one)
 
     def dispatch(
         self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
@@ -215,34 +205,38 @@ class NvlinkDispatcher:
         takes it for what it was compiled for. In graphs, `num_tokens` is written before each replay.
 
         Raises:
-            ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or all channels under way.
+            ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or a dispatch not yet combined.
             RankAbsentError: an earlier call ended because a rank did not come.
         """
         self.check()
-        rows = hidden_states.shape[0]
-        self._check_rows(hidden_states, topk_ids, topk_weights, num_tokens)
-        channel = self._channels[self._next_channel]
-        if channel.under_way is not None:
+        rows, buffers = hidden_states.shape[0], self.buffers
+        if rows > self.max_tokens_per_rank:
             raise ConfigurationError(
-                f"all {len(self._channels)} channels of rank {self.rank} hold a dispatch that was not combined: "
-                f"combine one first, or raise num_channels"
+                f"{rows} rows on rank {self.rank}, but max_tokens_per_rank is {self.max_tokens_per_rank}"
             )
-        hidden_states = aligned(hidden_states)
+        if hidden_states.dtype is not torch.bfloat16 or hidden_states.shape[1] != self.hidden_size:
+            raise self._unlike("hidden_states", f"bfloat16 [rows, {self.hidden_size}]", hidden_states)
+        if num_tokens is not None and (num_tokens.dtype is not torch.int32 or num_tokens.numel() != 1):
+            raise self._unlike("num_tokens", "int32 [1]", num_tokens)
+        for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            if tensor.shape != (rows, self.top_k):
+                raise self._unlike(name, f"[{rows}, {self.top_k}]", tensor)
+        if self._under_way is not None:
+            raise ConfigurationError(f"rank {self.rank} holds a dispatch that was not combined: combine it first")
         arguments = (
-            hidden_states, topk_ids.contiguous(), topk_weights.contiguous(),
-            self._all_tokens if num_tokens is None else num_tokens, channel.peers, channel.cells, channel.counts,
-            channel.gather_index, channel.pair_weights, channel.tokens_per_expert, channel.expert_offsets,
-            channel.inverse, channel.scratch, self._status.data_ptr(), rows, self.rank, int(self._deadline_s * 1e9),
+            _aligned(hidden_states), topk_ids.contiguous(), topk_weights.contiguous(),
+            self._all_tokens if num_tokens is None else num_tokens, buffers.peers, buffers.cells, buffers.counts,
+            buffers.gather_index, buffers.pair_weights, buffers.tokens_per_expert, buffers.expert_offsets,
+            buffers.inverse, buffers.scratch, self.status.data_ptr(), rows, self.rank, int(self._deadline_s * 1e9),
         )  # fmt: skip
-        blocks = self.launch.plan_blocks + self.launch.push_blocks
+        blocks = self.launch.order_blocks + self.launch.push_blocks
         kind = (topk_ids.dtype, topk_weights.dtype)
         self._run(dispatch_kernel, blocks, kind, arguments, self._dispatch_options)
-        self._next_channel = (self._next_channel + 1) % len(self._channels)
-        channel.under_way = DispatchHandle(
-            route, rows, channel.rows, channel.scales, channel.gather_index, channel.tokens_per_expert,
-            channel.expert_offsets, channel.pair_weights, num_pairs=None, own=channel,
+        self._under_way = DispatchHandle(
+            route, rows, buffers.rows, buffers.scales, buffers.gather_index, buffers.tokens_per_expert,
+            buffers.expert_offsets, buffers.pair_weights, num_pairs=None,
         )  # fmt: skip
-        return channel.under_way
+        return self._under_way
 
     def combine(
         self, expert_output: torch.Tensor, handle: DispatchHandle, *, reduced: bool = False,
@@ -262,40 +256,35 @@ class NvlinkDispatcher:
             RankAbsentError: an earlier call ended because a rank did not come.
         """
         self.check()
-        channel: _Channel = handle.own
-        if channel.under_way is not handle:
+        if self._under_way is not handle:
             raise ConfigurationError(f"this handle was combined before, on rank {self.rank}")
         if expert_output.dtype is not torch.bfloat16 or expert_output.shape[1:] != (self.hidden_size,):
+            raise self._unlike("expert_output", f"bfloat16 [rows, {self.hidden_size}]", expert_output)
+        slots = self.num_ranks * self.max_tokens_per_rank
+        if reduced and expert_output.shape[0] < slots:
             raise ConfigurationError(
-                f"expert_output must be bfloat16 [rows, {self.hidden_size}], got {expert_output.dtype} "
-                f"{tuple(expert_output.shape)} on rank {self.rank}"
-            )
-        if reduced and expert_output.shape[0] < self.num_ranks * self.max_tokens_per_rank:
-            raise ConfigurationError(
-                f"reduced expert_output must have a row for each of the {self.num_ranks * self.max_tokens_per_rank} "
-                f"slots, got {expert_output.shape[0]} on rank {self.rank}"
+                f"reduced expert_output must have a row for each of the {slots} slots, got {expert_output.shape[0]} on "
+                f"rank {self.rank}"
             )
         if output is None:
             output = expert_output.new_empty((handle.num_rows, self.hidden_size))
-        elif (
-            output.dtype is not torch.bfloat16
-            or output.shape[0] < handle.num_rows
-            or output.shape[1:] != (self.hidden_size,)
-            or not output.is_contiguous()
-        ):
-            raise ConfigurationError(
-                f"output must be bfloat16 [>= {handle.num_rows}, {self.hidden_size}] and contiguous, got "
-                f"{output.dtype} {tuple(output.shape)} on rank {self.rank}"
-            )
+        fits = output.shape[0] >= handle.num_rows and output.shape[1:] == (self.hidden_size,)
+        if output.dtype is not torch.bfloat16 or not fits or not output.is_contiguous():
+            raise self._unlike("output", f"bfloat16 [>= {handle.num_rows}, {self.hidden_size}] and contiguous", output)
+        buffers = self.buffers
         arguments = (
-            aligned(expert_output), output, channel.inverse, channel.peers, channel.cells, channel.counts,
-            self._status.data_ptr(), self.rank, int(self._deadline_s * 1e9),
+            _aligned(expert_output), output, buffers.inverse, buffers.peers, buffers.cells, buffers.counts,
+            self.status.data_ptr(), self.rank, int(self._deadline_s * 1e9),
         )  # fmt: skip
         kind = (reduced, output.data_ptr() % 16 == 0)
         options = self._combine_options | {"REDUCED": reduced}
         self._run(combine_kernel, self.launch.combine_blocks, kind, arguments, options)
-        channel.under_way = None
+        self._under_way = None
         return output
+
+    def _unlike(self, name: str, expected: str, tensor: torch.Tensor) -> ConfigurationError:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        return ConfigurationError(f"{name} must be {expected}, got {found} on rank {self.rank}")
 
     def _run(
         self, kernel: Any, blocks: int, kind: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any]
@@ -316,10 +305,8 @@ class NvlinkDispatcher:
         launch(*arguments, *constants)
 
     def forget_capture(self) -> None:
-        """Free the channels after a capture that failed: what it recorded has not run and will not."""
-        for channel in self._channels:
-            channel.under_way = None
-        self._next_channel = 0  # where a model begins each step, since every dispatch of it is combined in turn
+        """See `Dispatcher.forget_capture`."""
+        self._under_way = None
 
     def check(self, *, wait: bool = False) -> None:
         """See `Dispatcher.check`.
@@ -342,10 +329,8 @@ class NvlinkDispatcher:
         if code != FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
         peers = peers_of(self._group)
-        absent_name, reporter_name = absent, reporter
-        if peers is not None:
-            absent_name, reporter_name = peers.name(absent), peers.name(reporter)
-        late = f"rank {absent_name} did not come within {self._deadline_s:g} s; rank {reporter_name} gave up first"
+        name = peers.name if peers is not None else int
+        late = f"rank {name(absent)} did not come within {self._deadline_s:g} s; rank {name(reporter)} gave up first"
         if peers is not None:
             raise peers.absent(late, (absent,))
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
@@ -358,17 +343,15 @@ class NvlinkDispatcher:
         """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
         self._memory.synchronize(self.device)
         self._memory.meet(self._deadline_s)
-        for channel in self._channels:
-            channel.buffer[: self.layout.scales].zero_()
-            channel.cells.copy_(torch.tensor(_FIRST_CELLS))
-            channel.under_way = None
-        self._next_channel = 0
+        self.buffers.mapped[: self.layout.scales].zero_()
+        self.buffers.cells.copy_(torch.tensor(_FIRST_CELLS))
+        self._under_way = None
         self._settle()
 
     def _settle(self) -> None:
         """After the buffers were zeroed: clear the status and let no rank go on before all are ready."""
         self._memory.synchronize(self.device)
-        self._status.zero_()
+        self.status.zero_()
         self._memory.meet(self._deadline_s)
 
     def _warm_up(self) -> None:
@@ -377,37 +360,19 @@ class NvlinkDispatcher:
         rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
         ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
         route = self.route([0] * self.num_ranks)
-        for _ in self._channels:
-            self.combine(rows, self.dispatch(route, rows, ids, ids.float()))
+        self.combine(rows, self.dispatch(route, rows, ids, ids.float()))
         self.check(wait=True)
         self._deadline_s = deadline_s
 
-    def _check_rows(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_tokens: Any
-    ) -> None:
-        rows = hidden_states.shape[0]
-        if rows > self.max_tokens_per_rank:
-            raise ConfigurationError(
-                f"{rows} rows on rank {self.rank}, but max_tokens_per_rank is {self.max_tokens_per_rank}"
-            )
-        if hidden_states.dtype is not torch.bfloat16 or hidden_states.shape[1] != self.hidden_size:
-            raise ConfigurationError(
-                f"hidden_states must be bfloat16 [rows, {self.hidden_size}], got {hidden_states.dtype} "
-                f"{tuple(hidden_states.shape)} on rank {self.rank}"
-            )
-        if num_tokens is not None and (num_tokens.dtype is not torch.int32 or num_tokens.numel() != 1):
-            raise ConfigurationError(
-                f"num_tokens must be int32 [1], got {num_tokens.dtype} {list(num_tokens.shape)} on rank {self.rank}"
-            )
-        for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-            if tensor.shape != (rows, self.top_k):
-                raise ConfigurationError(
-                    f"{name} must be [{rows}, {self.top_k}], got {tuple(tensor.shape)} on rank {self.rank}"
-                )
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows contiguous and at a 16-byte address: other addresses would compile another kernel meanwhile."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _expert_lanes(num_local_experts: int) -> int:
-    """Return the length of the plan's vectors of counts: a power of two, and at least a warp."""
+    """Return the length of the vectors of counts per expert: a power of two, and at least a warp."""
     return int(max(32, triton.next_power_of_2(num_local_experts)))
 
 

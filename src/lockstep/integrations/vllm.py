@@ -158,7 +158,15 @@ class DPMetadata(HoldsCounts):
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp
 
 
-_warnings_given: set[str] = set()
+TOLD: set[str] = set()
+"""Lines that this process has logged, of those that it logs once."""
+
+
+def tell(text: str, level: int) -> None:
+    """Log a line once per process."""
+    if text not in TOLD:
+        TOLD.add(text)
+        logger.log(level, text)
 
 
 def register() -> None:
@@ -184,9 +192,8 @@ def register() -> None:
     if not mode:
         return
     obstacle = _take_effect(mode)
-    if obstacle and obstacle not in _warnings_given:
-        _warnings_given.add(obstacle)
-        logger.warning("%s=%s changes nothing: %s", SWITCH, switch, obstacle)
+    if obstacle:
+        tell(f"{SWITCH}={switch} changes nothing: {obstacle}", logging.WARNING)
 
 
 def _take_effect(mode: str) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.dispatch.base import ExpertsShape
-from lockstep.dispatch.choose import DispatcherOptions, make_dispatcher
+from lockstep.dispatch.choose import DispatcherOptions, backend_names, make_dispatcher, maps_memory
 from lockstep.dispatch.constants import constants_for, stored_path
 from lockstep.errors import ConfigurationError, LockstepError
 
@@ -49,10 +49,8 @@ def examine() -> dict[str, Any]:
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     until = time.monotonic() + _ALL_S
-    backends = [_try_backend(name, "cpu", until) for name in ("allgather", "alltoall")]
-    backends += [
-        _try_backend(name, "cuda", until, _missing(name, num_gpus)) for name in ("allgather", "alltoall", "nvlink")
-    ]
+    backends = [_try_backend(name, "cpu", until) for name in backend_names(can_map=False)]
+    backends += [_try_backend(name, "cuda", until, _missing(name, num_gpus)) for name in backend_names()]
     processor = platform.processor() or platform.machine()
     return {
         "versions": _versions(),
@@ -154,7 +152,7 @@ def _try_backend(name: str, device_type: str, until: float, missing: tuple[str, 
     """Prove a backend, unless something is missing for it, or the time for all is over."""
     from lockstep.runner.launcher import launch
 
-    transport = "GPU memory" if name == "nvlink" else "gloo" if device_type == "cpu" else "nccl"
+    transport = "GPU memory" if maps_memory(name) else "gloo" if device_type == "cpu" else "nccl"
     started = time.perf_counter()
     limit_s = min(_LIMIT_S[transport], until - time.monotonic())
     if limit_s < 5:
@@ -179,7 +177,7 @@ def _missing(name: str, num_gpus: int) -> tuple[str, str] | None:
     """What a backend on GPUs lacks here and which advice that calls for; None where it can be tried."""
     if num_gpus < 2:
         return f"{num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'} here", "gpus"
-    if name != "nvlink":
+    if not maps_memory(name):
         return None if dist.is_nccl_available() else ("no NCCL", "nccl")
     if importlib.util.find_spec("triton") is None:
         return "no Triton", "triton"

@@ -44,9 +44,9 @@ def _interpreted(folder, rank):
 
     import triton.language as tl
 
-    from lockstep.dispatch import kernels_plan, kernels_wire, nvlink
+    from lockstep.dispatch import kernels_order, kernels_wire, nvlink
 
-    for kernels in (kernels_wire, kernels_plan):
+    for kernels in (kernels_wire, kernels_order):
         kernels.now_ns = time.monotonic_ns
         kernels.load_acquire = lambda addresses: tl.load(addresses.to(tl.pointer_type(tl.int64)))
     kernels_wire._fence = lambda token: token
@@ -92,9 +92,9 @@ class MadeUp(MappedMemory):
 
 
 def _launch(nvlink, seed):
-    # One plan block: the interpreter runs blocks one after another, and a plan block waits for what all of them send.
+    # One block orders: the interpreter runs blocks one after another, and such a block waits for what all of them send.
     return nvlink.LaunchSizes(
-        plan_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
+        order_blocks=1, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
         tiny_tile=[2, 8][seed % 2], tiles=[3, 4][seed % 2], word_tokens=[2, 5][seed % 2], slice=32, pairs=8,
         round=1 + 2 * (seed % 2), skew_tokens=6, chain_round=2 - seed % 2,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def _rounds(rank, folder, case, seed):
     nvlink = _interpreted(folder, rank)
     dispatcher = nvlink.NvlinkDispatcher(
         dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity,
-        fp8=fp8, num_channels=1 + seed % 2, deadline_s=60, launch=_launch(nvlink, seed),
+        fp8=fp8, deadline_s=60, launch=_launch(nvlink, seed),
         device=torch.device("cpu"), memory=Files(folder, rank),
     )  # fmt: skip
     draw = random.Random(seed)
@@ -221,15 +221,15 @@ def _absent(rank, folder, case, seed):
         assert torch.equal(output, rows[0])
 
 
-def _plan_blocks(rank, folder, case, seed):
-    """Several blocks plan together. They run one after another here, so all words lie there, and they run twice."""
+def _order_blocks(rank, folder, case, seed):
+    """Several blocks order together. They run one after another here, so all words lie there, and they run twice."""
     from types import SimpleNamespace
 
     from dispatch_rounds import Round, check_dispatch
-    from lockstep.dispatch import kernels_plan
+    from lockstep.dispatch import kernels_order
 
     nvlink = _interpreted(folder, rank)
-    kernels_plan._meet = lambda *arguments: None
+    kernels_order._meet = lambda *arguments: None
     ranks, top_k, capacity, hidden = 3, 3, 90, 32
     draw = random.Random(seed)
     for number in range(12):
@@ -241,7 +241,7 @@ def _plan_blocks(rank, folder, case, seed):
             top_k=min(top_k, num_experts), max_tokens_per_rank=capacity,
             device=torch.device("cpu"), memory=memory, warm_up=False,
             launch=nvlink.LaunchSizes(
-                plan_blocks=blocks, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
+                order_blocks=blocks, push_blocks=2, combine_blocks=2, dispatch_tokens=2, combine_tokens=2, columns=128,
                 tiny_tile=1, tiles=1, word_tokens=0, slice=draw.choice([32, 64]), skew_tokens=1000,
             ),
         )  # fmt: skip
@@ -262,7 +262,7 @@ def _plan_blocks(rank, folder, case, seed):
             copies[source] = (1 << 20) | count
             words["ids"][source, :count] = (1 << 32) | (this.topk_ids[source].long() & 0xFFFFFFFF)
             words["weights"][source, :count] = (1 << 32) | this.topk_weights[source].view(torch.int32).long()
-            rows = dispatcher._channels[0].rows.view(ranks, capacity, hidden)
+            rows = dispatcher.buffers.rows.view(ranks, capacity, hidden)
             rows[source, :count] = this.hidden_states[source]
         for _ in range(2):  # the first time, blocks wrote their counts for blocks that had not read them yet
             dispatcher.forget_capture()
@@ -273,7 +273,7 @@ def _plan_blocks(rank, folder, case, seed):
         owner = torch.arange(local).repeat_interleave(handle.tokens_per_expert)
         order = owner * ranks * capacity + handle.gather_index[:pairs]
         assert bool((order[1:] > order[:-1]).all()), "pairs of an expert are not in the order of source and token"
-        inverse = dispatcher._channels[0].inverse.view(slots)
+        inverse = dispatcher.buffers.inverse.view(slots)
         for source, count in enumerate(counts):
             at, ids = inverse[source, :count], this.topk_ids[source]
             mine = (ids >= local) & (ids < 2 * local)
@@ -294,20 +294,20 @@ def _ahead(rank, folder, case, seed):
         num_experts=6, hidden_size=32, top_k=2, max_tokens_per_rank=8,
         device=torch.device("cpu"), memory=memory, warm_up=False, launch=_launch(nvlink, 0),
     )  # fmt: skip
-    layout, channel, buffers = dispatcher.layout, dispatcher._channels[0], memory.buffers
+    layout, buffers = dispatcher.layout, memory.buffers
     counts = buffers[1][layout.counts : layout.dispatch_flags].view(torch.int64)
     counts[:9].view(3, 3)[0] = (5 << 20) | 7  # four epochs ahead
     counts[:9].view(3, 3)[2] = 1 << 20
     buffers[1][layout.abort :][:8].view(torch.int64).fill_((1 << 32) | (2 << 16) | 3)
     rows, ids = torch.ones(4, 32, dtype=torch.bfloat16), torch.tensor([[2, 3], [2, 5], [0, 1], [3, 2]])
     handle = dispatcher.dispatch(dispatcher.route([0, 4, 0]), rows, ids, torch.ones(4, 2))
-    assert channel.counts.tolist()[:3] == [0, 4, 0]
+    assert dispatcher.buffers.counts.tolist()[:3] == [0, 4, 0]
     assert handle.tokens_per_expert.tolist() == [3, 2]
     dispatcher.check()
     counts[:9].view(3, 3)[2] = 0  # now there is something to wait for
     dispatcher.forget_capture()
     handle = dispatcher.dispatch(dispatcher.route([0, 4, 0]), rows, ids, torch.ones(4, 2))
-    assert channel.counts.tolist()[:3] == [0, 0, 0]
+    assert dispatcher.buffers.counts.tolist()[:3] == [0, 0, 0]
     assert handle.tokens_per_expert.tolist() == [0, 0]
     with pytest.raises(RankAbsentError, match=r"rank 2 did not come within 30 s; rank 2 gave up first"):
         dispatcher.check()
@@ -351,8 +351,8 @@ def test_a_rank_that_does_not_come_is_named_and_the_group_can_be_reset(tmp_path)
     _run(tmp_path, "_absent", 3)
 
 
-def test_many_blocks_plan_together(tmp_path):
-    _run(tmp_path, "_plan_blocks", 1)
+def test_many_blocks_order_together(tmp_path):
+    _run(tmp_path, "_order_blocks", 1)
 
 
 def test_words_of_ranks_that_ran_on_after_an_error_make_no_addresses(tmp_path):

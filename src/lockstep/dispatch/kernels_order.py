@@ -10,7 +10,7 @@ from lockstep.dispatch.kernels_wire import POLLS_PER_CLOCK, arrived_words, as_wo
 
 
 @triton.jit
-def plan_one_tile(
+def order_one_tile(
     own, limits, tag, peers, status, rank, first_expert, gather_index, pair_weights, tokens_per_expert,
     expert_offsets, inverse, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr, CAPACITY: tl.constexpr,
     TOPK: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
@@ -97,7 +97,7 @@ def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def plan_slices(
+def order_slices(
     own, limits, tag, peers, cells, status, rank, block, gather_index, pair_weights, tokens_per_expert,
     expert_offsets, inverse, scratch, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr,
     CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr,
