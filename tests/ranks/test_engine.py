@@ -276,7 +276,7 @@ def test_no_prompts_give_no_outputs(engine):
         (["a"], [GREEDY, GREEDY], "1 prompts, but 2 sampling_params"),
         (["a"], {"max_tokens": 3}, "sampling_params must be a SamplingParams or a list of them, got dict"),
         (["a", "b"], [GREEDY, None], "sampling_params of prompt 1 must be a SamplingParams, got NoneType"),
-        (["a"], SamplingParams(stop_token_ids=[259]), "stop_token_ids of prompt 0 has token 259"),
+        (["a"], SamplingParams(stop_token_ids=[259]), "prompt 0 has token 259 in stop_token_ids"),
     ],
 )
 def test_bad_prompts_are_named_before_anything_runs(engine, prompts, params, said):

@@ -271,11 +271,11 @@ def test_generate_still_works_beside_the_engine(model):
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "message"),
     [
-        ([], 1, r"request 5 has an empty prompt"),
+        ([], 1, r"request 5 has no tokens"),
         ([259], 1, r"request 5 has token 259, but the model's embedding has 259 entries"),
         ([3, -1], 1, r"request 5 has token -1"),
-        ([1] * 250, 7, r"request 5 has 250 prompt tokens and up to 7 new ones, more than the context of 256"),
-        ([1] * 120, 10, r"request 5 needs 130 tokens of KV cache, 3 pages of 64, more than the 2 of"),
+        ([1] * 250, 7, r"request 5 has 250 tokens and max_tokens is 7, together more than the context of 256"),
+        ([1] * 120, 10, r"request 5 has 120 tokens and max_tokens is 10, together more than the 2 pages of 64 tokens"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused_and_nothing_is_lost(qwen, prompt, max_tokens, message):

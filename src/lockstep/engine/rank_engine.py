@@ -17,6 +17,7 @@ from lockstep.engine.attention import attention_name
 from lockstep.engine.decoder import probe_shapes
 from lockstep.engine.device_step import DeviceStep, EngineRequest
 from lockstep.engine.kv_cache import KVCache, page_bytes
+from lockstep.engine.limits import Limits
 from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
@@ -134,6 +135,7 @@ class RankEngine:
         elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
         step_number: of the next step.
         reports: of the steps whose tokens have come since the caller last emptied it.
+        limits: what a request must fit into.
 
     Raises:
         ConfigurationError: a model whose attention cannot run over pages, or a cache without room for one page.
@@ -163,8 +165,9 @@ class RankEngine:
         self.scheduler = RankScheduler(config)
         self.cache = KVCache(shapes, num_pages, config.max_num_seqs, self.max_model_len, dtype, self._device)
         self._eos = frozenset(eos_token_ids)
-        self.num_logits = int(model.get_output_embeddings().weight.shape[0])
-        sampler = Sampler(config.max_num_seqs, self.num_logits, self._device, eos_token_ids=sorted(self._eos))
+        num_logits = int(model.get_output_embeddings().weight.shape[0])
+        self.limits = Limits(self.vocab_size, num_logits, self.max_model_len, config.kv_capacity_tokens)
+        sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
         max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         max_mixed_rows = config.max_num_batched_tokens
         self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, max_mixed_rows, graphs)
@@ -198,22 +201,10 @@ class RankEngine:
                 model's context or than all pages hold, or a number in use. Nothing else is affected.
         """
         prompt = [int(token) for token in prompt_token_ids]
-        problem, num_new = None, params.max_tokens
         if request_id in self._requests:
-            problem = "is there already"
-        elif not prompt:
-            problem = "has an empty prompt"
-        elif wrong := next((token for token in prompt if not 0 <= token < self.vocab_size), None):
-            problem = f"has token {wrong}, but the model's embedding has {self.vocab_size} entries"
-        elif len(prompt) + num_new > self.max_model_len:
-            problem = f"has {len(prompt)} prompt tokens and up to {num_new} new ones, more than the context of "
-            problem += str(self.max_model_len)
-        elif wrong := next((token for token in params.stop_token_ids if token >= self.num_logits), None):
-            problem = f"has token {wrong} in stop_token_ids, but the model draws from {self.num_logits}"
-        if problem is not None:
-            raise ConfigurationError(f"request {request_id} {problem}")
+            raise ConfigurationError(f"request {request_id} is there already")
+        self.limits.check(f"request {request_id}", prompt, params)
         request = Request(request_id, 0.0, len(prompt), params.max_tokens)
-        self.config.check_fits([request])
         if seed is None:
             seed = params.seed if params.seed is not None else request_id
         keys = token_page_keys(prompt) if self.config.enable_prefix_caching else ()
@@ -280,11 +271,8 @@ class RankEngine:
         dispatcher = self.parallel.layers[0].dispatcher if self.parallel is not None else None
         dtype = self.model.get_input_embeddings().weight.dtype
         return {
-            "vocab_size": self.vocab_size,
-            "num_logits": self.num_logits,
+            **self.limits._asdict(),
             "eos_token_ids": sorted(self._eos),
-            "max_model_len": self.max_model_len,
-            "kv_capacity_tokens": self.config.kv_capacity_tokens,
             "dispatcher": dispatcher.name if dispatcher is not None else None,
             "dispatcher_note": dispatcher.abilities.note if dispatcher is not None else "",
             "dtype": str(dtype).removeprefix("torch."),

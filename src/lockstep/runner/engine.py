@@ -13,15 +13,16 @@ from numbers import Integral
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
+from lockstep.engine.limits import Limits
 from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
-from lockstep.runner.rank_processes import RankProcesses, Ranks
-from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
+from lockstep.runner.rank_processes import EngineRanks, RankProcesses
+from lockstep.runner.ranks import EngineOptions, describe, find_tokenizer
 from lockstep.runner.router import Router
-from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,13 @@ class RankHealth:
         rank: its number.
         state: what the operating system says of it.
         silent_s: seconds since its last message; a rank that lives sends one every second, unless a step takes longer.
+        pid: of its process.
     """
 
     rank: int
     state: ProcessState
     silent_s: float
+    pid: int
 
 
 class Engine:
@@ -79,7 +82,7 @@ class Engine:
         check_config(self.options.model)
         self.tokenizer = find_tokenizer(self.options.model)
         started = started_ranks()
-        ranks: Ranks = RankProcesses(self.options) if started is None else OwnRank(self.options)
+        ranks: EngineRanks = RankProcesses(self.options) if started is None else OwnRank(self.options)
         self._first_rank = 0 if started is None else started[0] // self.options.tensor_parallel_size
         self._num_data_ranks = self.options.data_parallel_size if started is None else 1
         self._front = Front(
@@ -90,6 +93,7 @@ class Engine:
             start_timeout_s=self.options.start_timeout_s,
         )
         self.about = self._front.start()
+        self._limits = Limits(*(self.about[name] for name in Limits._fields))
         if self._first_rank == 0:
             logger.info(describe(self.about, self.options.world_size))
 
@@ -148,8 +152,8 @@ class Engine:
     def ranks(self) -> list[RankHealth]:
         """Return how each process of the engine is, as of now."""
         now_s, heard_at_s = time.monotonic(), self._front.heard_at_s
-        states = self._front.ranks.states()
-        return [RankHealth(r, state, now_s - s) for r, (state, s) in enumerate(zip(states, heard_at_s, strict=True))]
+        found = zip(self._front.ranks.states(), heard_at_s, strict=True)
+        return [RankHealth(rank, state, now_s - at_s, pid) for rank, ((pid, state), at_s) in enumerate(found)]
 
     def close(self) -> None:
         """End what runs, and the ranks; closing twice does nothing. Under torchrun, waits until all ranks close.
@@ -187,19 +191,17 @@ class Engine:
             first_rank=self._first_rank,
             all_ranks=self.options.data_parallel_size,
             eos_token_ids=about["eos_token_ids"],
-            detokenizer=detokenizer_of(self.tokenizer),
+            detokenizer=Detokenizer(self.tokenizer) if self.tokenizer is not None else None,
         )
 
     def read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:
-        """Check and tokenize what `generate` takes; refuse what `RankEngine.add` would refuse, and more."""
+        """Check and tokenize what `generate` takes, before anything is sent."""
         if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
             kind = "one string" if isinstance(prompts, str) else type(prompts).__name__
             raise ConfigurationError(f"prompts must be a list of texts or of lists of token ids, got {kind}")
         prompts = list(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if isinstance(sampling_params, str | bytes | dict) or not isinstance(sampling_params, Iterable):
             kind = type(sampling_params).__name__
             raise ConfigurationError(f"sampling_params must be a SamplingParams or a list of them, got {kind}")
@@ -236,26 +238,9 @@ class Engine:
 
     def check(self, index: int, ids: list[int], params: SamplingParams) -> None:
         """Refuse a prompt and parameters that cannot run together."""
-        about = self.about
-        if not ids:
-            raise ConfigurationError(f"prompt {index} has no tokens")
-        if (wrong := next((token for token in ids if not 0 <= token < about["vocab_size"]), None)) is not None:
-            entries = f"the model's embedding has {about['vocab_size']} entries"
-            raise ConfigurationError(f"prompt {index} has token {wrong}, but {entries}")
-        sizes = f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}"
-        longest = len(ids) + params.max_tokens
-        if longest > about["max_model_len"]:
-            raise ConfigurationError(f"{sizes}, together more than the context of {about['max_model_len']}")
-        capacity = about["kv_capacity_tokens"]
-        if capacity is not None and num_pages(longest) > capacity // PAGE_SIZE:
-            pages = f"{capacity // PAGE_SIZE} pages of {PAGE_SIZE} tokens that a rank's KV cache has"
-            raise ConfigurationError(f"{sizes}, together more than the {pages}")
-        largest = max(params.stop_token_ids, default=0)
-        if largest >= about["num_logits"]:
-            drawn = f"the model draws from {about['num_logits']}"
-            raise ConfigurationError(f"stop_token_ids of prompt {index} has token {largest}, but {drawn}")
         if params.stop_strings and self.tokenizer is None:
             raise ConfigurationError(f"prompt {index} has stop strings, but {self.options.model} has no tokenizer")
+        self._limits.check(f"prompt {index}", ids, params)
 
 
 def started_ranks() -> tuple[int, int] | None:

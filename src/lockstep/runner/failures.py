@@ -14,19 +14,15 @@ _ECHOES = ("PeerFailedError", "RankAbsentError")
 
 def failure_of(rank: int, error: BaseException) -> dict[str, Any]:
     """Return the message that tells of a rank's failure; what nobody has foreseen is logged with its traceback."""
-    if isinstance(error, LockstepError):
-        return {"failed": type(error).__name__, "why": str(error)}
-    if isinstance(error, OSError):
-        return {"failed": "OSError", "why": str(error)}
+    if isinstance(error, LockstepError | OSError):
+        kind = type(error).__name__ if isinstance(error, LockstepError) else "OSError"
+        return {"failed": kind, "why": str(error)}
     logger.error("rank %d failed:\n%s", rank, "".join(traceback.format_exception(error)))
     return {"failed": type(error).__name__, "why": f"{type(error).__name__}: {error}"}
 
 
 def first_cause(failures: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
     """Return the failure that the others follow from: a rank that reports another's comes last.
-
-    Args:
-        failures: ranks and their messages, in the order in which they came; at least one.
 
     Example:
         >>> first_cause([(0, {"failed": "PeerFailedError", "why": "rank 1"}), (1, {"failed": "died", "why": "-9"})])

@@ -14,12 +14,12 @@ from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.failures import error_of, first_cause, is_echo
+from lockstep.runner.processes import LOOK_S
 from lockstep.runner.rank_loop import add_message
-from lockstep.runner.rank_processes import ECHOES_S, Ranks
+from lockstep.runner.rank_processes import EngineRanks
 from lockstep.runner.router import Entry, Router
-from lockstep.workload.policies import SchedulerState
 
-_LOOK_S = 0.5
+_ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
 
 @dataclass(frozen=True)
@@ -84,29 +84,30 @@ class Front:
         tensor_parallel_size: processes per data-parallel rank.
         num_data_ranks: data-parallel ranks behind this front.
         start_timeout_s: longest wait for the ranks to be ready, in seconds.
+
+    Attributes:
+        error: why nothing is taken in any more.
+        heard_at_s: of each process, its last message.
     """
 
     def __init__(
-        self, ranks: Ranks, make_router: Callable[[dict[str, Any]], Router], *,
+        self, ranks: EngineRanks, make_router: Callable[[dict[str, Any]], Router], *,
         tensor_parallel_size: int, num_data_ranks: int, start_timeout_s: float,
     ) -> None:  # fmt: skip
         self.ranks = ranks
-        self.error: Exception | None = None  # why nothing is taken in any more
-        self._told = False
-        self.stats = EngineStats(
-            overrun_rows=[0] * num_data_ranks, preempted=[0] * num_data_ranks,
-            agreement_s=[0.0] * num_data_ranks, num_kv_tokens=[0] * num_data_ranks,
-        )  # fmt: skip
-        self.heard_at_s = [time.monotonic()] * ranks.num_processes  # of each process, its last message
+        self.error: Exception | None = None
+        zeros = [0] * num_data_ranks
+        self.stats = EngineStats(0, [*zeros], [*zeros], agreement_s=[0.0 for _ in zeros], num_kv_tokens=[*zeros])
+        self.heard_at_s = [time.monotonic()] * ranks.num_processes
         self._make_router = make_router
-        self._tensor_parallel_size = tensor_parallel_size
-        self._start_timeout_s = start_timeout_s
+        self._tensor_parallel_size, self._start_timeout_s = tensor_parallel_size, start_timeout_s
         self._events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # of requests that have not ended
         # Of calls, until they are abandoned or forgotten: what ranks hear must not depend on which tokens have come to
         # this process, since ranks that share requests under torchrun have a front each.
         self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
+        self._told = False
         self._too_late: list[Listener] = []
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()
@@ -116,7 +117,7 @@ class Front:
     @property
     def failure(self) -> Exception | None:
         """What has ended the ranks, if no caller has heard of it."""
-        return None if self._told or self.error is None or self.error is self._closed else self.error
+        return None if self._told or self.error is self._closed else self.error
 
     def start(self) -> dict[str, Any]:
         """Start the ranks and wait until they are ready; return what the first of them said of itself."""
@@ -168,32 +169,25 @@ class Front:
             self.ranks.start(self._hear)
             about = self._await_ready()
             self._router = self._make_router(about)
-        except BaseException as error:
-            self.ranks.kill()
-            self.error = error if isinstance(error, Exception) else LockstepError(repr(error))
-            self._ended.set()
-            self._ready.set_exception(error)
-            return
-        self._ready.set_result(about)
-        try:
+            self._ready.set_result(about)
             while self._take_event():
                 pass
-            self.error = self._closed
             self._lose(self._closed)
             self.ranks.stop()
-        except Exception as error:
-            self.error = error
-            if not isinstance(error, LockstepError):
-                self.error = LockstepError(f"the engine's thread failed: {type(error).__name__}: {error}")
-                self.error.__cause__ = error
-            self._lose(self.error)
+        except BaseException as error:
+            if not isinstance(error, LockstepError | OSError):
+                text = f"the engine's thread failed: {type(error).__name__}: {error}"
+                error = LockstepError(text).with_traceback(error.__traceback__)
+            self._lose(error)
             self.ranks.kill()
+            if not self._ready.done():
+                self._ready.set_exception(error)
         self._ended.set()
         self._refuse_the_rest()
 
     def _take_event(self) -> bool:
         try:
-            kind, who, what = self._events.get(timeout=_LOOK_S)
+            kind, who, what = self._events.get(timeout=2 * LOOK_S)
         except queue.Empty:
             self.ranks.check()
             return True
@@ -215,7 +209,7 @@ class Front:
         if "tokens" not in message or rank % self._tensor_parallel_size:
             return
         data_rank = rank // self._tensor_parallel_size
-        state, stats, counts = SchedulerState(*message["state"]), self.stats, message["counts"]
+        state, stats, counts = message["state"], self.stats, message["counts"]
         self._router.observe(data_rank, state, message["taken_in"])
         if counts["steps"] >= stats.steps:
             stats.steps, stats.rows, stats.longest_rows = counts["steps"], counts["rows"], counts["longest_rows"]
@@ -256,6 +250,8 @@ class Front:
         self.stats.unfinished_requests = len(self._listeners)
 
     def _lose(self, error: Exception) -> None:
+        """Take nothing in from now on, and tell whoever waits."""
+        self.error = error
         for listener in {id(one): one for one in (*self._listeners.values(), *self._too_late)}.values():
             listener.on_error(error)
             self._told = self._told or error is not self._closed
@@ -278,7 +274,7 @@ class Front:
 
     def _cause(self, rank: int, message: dict[str, Any]) -> Exception:
         """The cause, not its echoes: a rank that may report another's failure is asked last."""
-        failures, until = [(rank, message)], time.monotonic() + ECHOES_S
+        failures, until = [(rank, message)], time.monotonic() + _ECHOES_S
         while all(is_echo(told) for _, told in failures) and len(failures) < self.ranks.num_processes:
             try:
                 kind, other, told = self._events.get(timeout=max(0.0, until - time.monotonic()))
@@ -292,13 +288,12 @@ class Front:
 
     def _await_ready(self) -> dict[str, Any]:
         ends = time.monotonic() + self._start_timeout_s
-        missing = set(range(self.ranks.num_processes))
-        about: dict[str, Any] = {}
-        while missing:
+        ready: dict[int, dict[str, Any]] = {}
+        while len(ready) < self.ranks.num_processes:
             try:
                 kind, rank, message = self._events.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
-                late = sorted(missing)
+                late = sorted({*range(self.ranks.num_processes)} - ready.keys())
                 text = f"rank {', '.join(map(str, late))} was not ready within {self._start_timeout_s:g} s"
                 raise RankAbsentError(text, tuple(late)) from None
             if kind == "close":  # the caller was interrupted
@@ -306,9 +301,8 @@ class Front:
             if kind == "rank" and "failed" in message:
                 raise self._cause(rank, message)
             if kind == "rank" and "ready" in message:
-                missing.discard(rank)
-                about = message["ready"] if rank == 0 else about
-        return about
+                ready[rank] = message["ready"]
+        return ready[0]
 
 
 class Outputs(Iterator[RequestOutput]):

@@ -8,13 +8,14 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from lockstep.engine.rank_engine import RankEngine, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import StopChecker
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError, RankMismatchError
+from lockstep.runner.mailbox import Mailbox
 
 # After an agreement in which no rank had work, the next one comes after a pause that doubles up to the second figure.
 # Where a rank can see that another one has begun an agreement, its pauses are longer: they end when one has, and only
@@ -23,16 +24,6 @@ _PAUSE_S = (0.0005, 0.02)
 _WATCHED_PAUSE_S = 0.1
 _SAY_S = 1.0  # how often a rank says that it lives, at least
 _LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
-
-
-class Mailbox(Protocol):
-    """Where a rank's messages come from and go to. Messages are plain dicts that JSON can carry."""
-
-    def receive(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Return what has come; if nothing has, wait at most this long for something."""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send a message."""
 
 
 def add_message(request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
@@ -51,22 +42,13 @@ def run_rank(
 
     Ranks that share a data-parallel rank's requests get the same messages, but not at the same time: each says at every
     agreement how many have come, and acts on those that all of them have, once an agreement has shown that they are
-    the same.
+    the same. A stop string is found here, so that it costs a request one overrun row, as a stop token does, however
+    slow the router is; without a detokenizer it is left to the router.
 
-    A stop string is found here, so that it costs a request one overrun row, as a stop token does, however slow the
-    router is.
-
-    Args:
-        engine: of this rank.
-        mailbox: brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": [ids]}`, `{"stop": true}` and,
-            within one process, `{"fail": exception}`; gets `{"tokens": [...], "state": [...], "rows": [...],
-            "taken_in": [...], "counts": {...}}`, at least every second, and `{"refused": id, "why": text}`.
-        detokenizer: finds stop strings; None leaves them to the router.
-        after_step: called after every step.
-
-    Raises:
-        LockstepError: see `RankEngine.step`.
-        BaseException: what a `fail` message brought, once the other ranks know.
+    The mailbox brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": [ids]}`, `{"stop": True}` and, within
+    one process, `{"fail": exception}`, which is raised once the other ranks know. It gets, at least every second,
+    `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...], "counts": {...}}`, and
+    `{"refused": id, "why": text}`.
     """
     _RankLoop(engine, mailbox, detokenizer).run(after_step)
 
@@ -116,9 +98,8 @@ class _RankLoop:
             now_s = time.monotonic()
             if self._count_reports() or outputs or taken_in or now_s - self.said_at_s >= _SAY_S:
                 self.said_at_s = now_s
-                message = {"tokens": [list(output) for output in outputs], "taken_in": taken_in, "counts": self.counts}
-                message |= {"state": list(engine.state), "rows": list(engine.num_tokens_across_dp)}
-                self.mailbox.send(message)
+                message = {"tokens": outputs, "taken_in": taken_in, "counts": dict(self.counts)}
+                self.mailbox.send(message | {"state": engine.state, "rows": engine.num_tokens_across_dp})
             if after_step is not None:
                 after_step()
             if engine.all_stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,25 +81,25 @@ class EngineOptions(ModelOptions):
         )
 
 
-def join_group(rank: int, num_ranks: int, open_store: Callable[[], Any], timeout_s: float) -> None:
+def join_group(rank: int, num_ranks: int, port: int, timeout_s: float) -> None:
     """Join the ranks of this host that were started together and share its cores and GPUs.
 
-    Args:
-        rank: this rank.
-        num_ranks: all ranks; with one there is nothing to join.
-        open_store: opens torch's store, through which they meet.
-        timeout_s: longest wait for the others, in seconds.
+    They meet in a store at a port of the loopback address, and wait for each other at most `timeout_s`.
     """
     if num_ranks == 1:
         return
+    import datetime
+
     import torch
+    import torch.distributed as dist
 
     from lockstep.coordination.groups import connect
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    connect(open_store(), rank, num_ranks, timeout_s)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+    connect(store, rank, num_ranks, timeout_s)
 
 
 def load_model(options: ModelOptions) -> Any:
@@ -139,11 +139,7 @@ def make_engine(options: EngineOptions) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return a checkpoint's tokenizer.
-
-    Raises:
-        ConfigurationError: the checkpoint has none, or one that cannot be read.
-    """
+    """Return a checkpoint's tokenizer; raise `ConfigurationError` where it has none that can be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -165,17 +161,14 @@ def find_tokenizer(model: str) -> Any:
     return None
 
 
-def detokenizer_of(tokenizer: Any) -> Detokenizer | None:
-    """Return what turns a tokenizer's tokens into text; None without a tokenizer."""
+def find_detokenizer(model: str) -> Detokenizer | None:
+    """Return what turns a checkpoint's tokens into text; None without a tokenizer."""
+    tokenizer = find_tokenizer(model)
     return Detokenizer(tokenizer) if tokenizer is not None else None
 
 
 def describe(about: Mapping[str, Any], world_size: int) -> str:
-    """Return what was chosen for an engine, and why, in one line.
-
-    Args:
-        about: what `RankEngine.about` said.
-        world_size: ranks in all.
+    """Return in one line what was chosen for an engine, and why, from what `RankEngine.about` said.
 
     Example:
         >>> about = {"dispatcher": "auto", "dispatcher_note": "allgather, alltoall; not nvlink: it needs GPUs",
@@ -198,8 +191,7 @@ def describe(about: Mapping[str, Any], world_size: int) -> str:
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:
     """Return the tokens that end a model's output, as its generation config says."""
-    config = getattr(model, "generation_config", None)
-    eos = getattr(config, "eos_token_id", None)
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = getattr(model.config.get_text_config(), "eos_token_id", None)
     return () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)

@@ -15,17 +15,7 @@ from lockstep.workload.request import Request
 
 @dataclass
 class Entry:
-    """One request in the ledger.
-
-    Attributes:
-        index: its place among the prompts of the call that brought it.
-        request_id: its number.
-        prompt_token_ids: its prompt.
-        params: how to sample and when to stop.
-        rank: the data-parallel rank that has it.
-        checker: follows its tokens.
-        logprobs: of its tokens, where it asks for them.
-    """
+    """One request in the ledger: `index` is its place among the prompts of a call, `checker` follows its tokens."""
 
     index: int
     request_id: int
@@ -87,13 +77,7 @@ class Router:
         self._id_step = all_ranks // num_ranks if all_ranks is not None else 1
 
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
-        """Take a request in and choose its rank; `index` is its place among the prompts of a call.
-
-        Raises:
-            ConfigurationError: stop strings without a tokenizer, or an empty prompt.
-        """
-        if not prompt_token_ids:
-            raise ConfigurationError(f"prompt {index} has no tokens")
+        """Take a request in and choose its rank; `index` is its place among the prompts of a call."""
         checker = StopChecker(params, eos_token_ids=self._eos_token_ids, detokenizer=self._detokenizer)
         request = Request(self._next_id, 0.0, len(prompt_token_ids), params.max_tokens)
         (rank,) = self._balancer.assign([request], [self._expected(rank) for rank in range(len(self._states))])
@@ -113,14 +97,10 @@ class Router:
         self, request_id: int, position: int, token_id: int,
         logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] | None = None,
     ) -> tuple[Entry, TextDelta] | None:  # fmt: skip
-        """Take a token in. A token that is there already, or of a request that has ended, changes nothing.
+        """Take a token in; return its request, which leaves the ledger with its last one, and what it adds to the text.
 
-        Returns:
-            The request and what the token adds to its text; None for a token that changes nothing. A request that ends
-            leaves the ledger.
-
-        Raises:
-            ConfigurationError: a token that leaves a gap, which no rank sends.
+        None for a token that changes nothing: it is there already, or its request has ended. A token that leaves a gap,
+        which no rank sends, raises `ConfigurationError`.
         """
         entry = self.entries.get(request_id)
         if entry is None or position < len(entry.checker.token_ids):

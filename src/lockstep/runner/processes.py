@@ -1,0 +1,331 @@
+"""The ranks of one host as processes: forked from a server that has everything imported, ended with this process.
+
+A process that starts ranks starts the server once, and asks it for a process per rank. The kernel ends the server with
+this process, and the ranks with the server, also those that are stopped. Nothing is left in the file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import itertools
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing import spawn
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Self
+
+from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
+from lockstep.errors import LockstepError, RankAbsentError
+
+OnMessage = Callable[[int, dict[str, Any]], None]
+
+LOOK_S = 0.25
+"""How often whoever waits for ranks looks for those that are stopped."""
+_PR_SET_PDEATHSIG = 1
+_AFTER_KILL_S = 5.0
+_REQUEST_BYTES = 4096
+
+
+class Ranks:
+    """Processes that were started together; leaving the `with` block ends them.
+
+    Each runs `main(connection, rank, *args)`. What it sends comes to `on_message(rank, message)`, from a thread per
+    rank; after its end, unless `message["failed"]` was the last one, `{"failed": "died", "why": how it ended}`.
+
+    Args:
+        num_ranks: how many.
+        main: importable by name.
+        args: its arguments, the same for all ranks.
+        on_message: returns at once.
+        preload: modules that the server imports before it forks the ranks.
+        environment: of a rank, beside the variables of this process.
+        patience_s: longest that a message may wait for a rank to read it.
+
+    Attributes:
+        processes: one per rank that was started.
+    """
+
+    def __init__(
+        self, num_ranks: int, main: Callable[..., None], args: Sequence[Any], on_message: OnMessage, *,
+        preload: Sequence[str] = (), environment: Callable[[int], dict[str, str]] = lambda rank: {},
+        patience_s: float = 30.0,
+    ) -> None:  # fmt: skip
+        self.processes: list[RankProcess] = []
+        self._num_ranks, self._start = num_ranks, (main, args, on_message, preload, environment, patience_s)
+        self._lock = threading.Lock()  # between `start` and `kill`
+        self._ended = False
+        self._looked = time.monotonic()
+
+    def __enter__(self) -> Self:
+        try:
+            for rank in range(self._num_ranks):
+                with self._lock:
+                    if not self._ended:
+                        self.processes.append(RankProcess(rank, *self._start))
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End all ranks now; from any thread, and as often as one likes."""
+        with self._lock:
+            self._ended = True
+            for process in self.processes:
+                process.kill()
+            for process in self.processes:
+                process.exit_code(_AFTER_KILL_S)
+
+    def stopped(self, longer_than_s: float) -> list[int]:
+        """Return which have been stopped for so long. Time in which this process was stopped too does not count."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 2 * LOOK_S), now
+        for process in self.processes:
+            process.stopped_s = process.stopped_s + passed if process.state() == "stopped" else 0.0
+        return [process.rank for process in self.processes if process.stopped_s > longer_than_s]
+
+
+class RankProcess:
+    """One rank's process, and the connection to it."""
+
+    def __init__(
+        self, rank: int, main: Callable[..., None], args: Sequence[Any], on_message: OnMessage, preload: Sequence[str],
+        environment: Callable[[int], dict[str, str]], patience_s: float,
+    ) -> None:  # fmt: skip
+        self.rank, self.stopped_s = rank, 0.0
+        self._patience_s = patience_s
+        mine, theirs = socket.socketpair()
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience_s) + 1, 0))
+        with theirs:
+            # A rank whose number this process never learns, because of Ctrl-C, ends as its connection does.
+            self.pid, self._exit_code = _server().fork(preload, [theirs.fileno(), 1, 2])
+        self._connection = Connection(mine.detach())
+        work = ForkingPickler.dumps((main, (rank, *args)))
+        self.send({"environment": {**os.environ, **environment(rank)}, **_about_this_process(bytes(work))})
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(work)
+        threading.Thread(target=self._listen, args=(on_message,), name=f"lockstep-rank-{rank}", daemon=True).start()
+
+    def send(self, message: Any) -> None:
+        """Send a message; nothing happens where the rank is gone, which its listener says.
+
+        Raises:
+            RankAbsentError: the rank does not read, as one that is stopped.
+        """
+        try:
+            self._connection.send(message)
+        except BlockingIOError:
+            raise RankAbsentError(f"rank {self.rank} read nothing in {self._patience_s:g} s", (self.rank,)) from None
+        except OSError:
+            pass
+
+    def kill(self) -> None:
+        """End it now."""
+        if not self._exit_code.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def exit_code(self, timeout_s: float | None = None) -> int | None:
+        """Wait for its end and return how it ended, negative for a signal; None if it goes on."""
+        with contextlib.suppress(TimeoutError):
+            return self._exit_code.result(timeout_s)
+        return None
+
+    def state(self) -> ProcessState:
+        """Return what the operating system says of it."""
+        return "gone" if self._exit_code.done() else ProcessIdentity(self.pid, 0, pid_namespace()).state()
+
+    def _listen(self, on_message: OnMessage) -> None:
+        failed = False
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                message = self._connection.recv()
+                failed = failed or "failed" in message
+                on_message(self.rank, message)
+        code = self.exit_code()
+        self._connection.close()
+        if not failed:
+            on_message(self.rank, {"failed": "died", "why": how_it_ended(code)})
+
+
+def how_it_ended(code: int | None) -> str:
+    """Say how a process ended."""
+    if code is None or code >= 0:
+        return f"its process ended with exit code {code}"
+    names = {number.value: f" ({number.name})" for number in signal.Signals}
+    return f"its process was ended by signal {-code}{names.get(-code, '')}"
+
+
+def _about_this_process(work: bytes) -> dict[str, Any]:
+    """What a rank takes over, as `multiprocessing.spawn.prepare` does it; the script only if its names are needed."""
+    about = {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    script = sys.modules["__main__"]
+    if b"__main__" in work and getattr(script, "__spec__", None) is not None:
+        return {**about, "init_main_from_name": script.__spec__.name}
+    if b"__main__" in work and getattr(script, "__file__", None):
+        return {**about, "init_main_from_path": os.path.abspath(str(script.__file__))}
+    return about
+
+
+@dataclass
+class _Requested:
+    pid: Future[int] = field(default_factory=Future)
+    exit_code: Future[int] = field(default_factory=Future)
+
+
+class _Server:
+    """This process's side of the server that forks ranks."""
+
+    def __init__(self) -> None:
+        self.owner, self.ended = os.getpid(), False
+        self._control, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._numbers, self._requested = itertools.count(), dict[int, _Requested]()
+        # The kernel ends the server with the thread that has started it: this one lives as long as the process.
+        threading.Thread(target=self._run, name="lockstep-ranks", daemon=True).start()
+
+    def fork(self, preload: Sequence[str], descriptors: Sequence[int]) -> tuple[int, Future[int]]:
+        """Start a rank that gets these descriptors; return its process and, when it has ended, its exit code."""
+        number, requested = next(self._numbers), _Requested()
+        self._requested[number] = requested
+        with contextlib.suppress(BrokenPipeError):
+            socket.send_fds(self._control, [" ".join([str(number), *preload]).encode()], descriptors)
+        if self.ended:
+            self._give_up()
+        return requested.pid.result(), requested.exit_code
+
+    def _run(self) -> None:
+        with self._theirs as theirs:
+            command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())]
+            # A terminal's Ctrl-C is for this process alone.
+            server = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
+            )
+        with contextlib.suppress(OSError):
+            while message := self._control.recv(_REQUEST_BYTES):
+                number, pid, *code = map(int, message.split())
+                if code:
+                    self._requested.pop(number).exit_code.set_result(code[0])
+                else:
+                    self._requested[number].pid.set_result(pid)
+        server.wait()
+        self.ended = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """The server has ended, and all ranks with it."""
+        while self._requested:
+            with contextlib.suppress(KeyError):
+                _, requested = self._requested.popitem()
+                requested.exit_code.set_result(-signal.SIGKILL)
+                if not requested.pid.done():
+                    requested.pid.set_exception(LockstepError("the process from which ranks are forked has ended"))
+
+
+_the_server: list[_Server] = []
+_server_lock = threading.Lock()
+
+
+def _server() -> _Server:
+    with _server_lock:
+        if not _the_server or _the_server[0].ended or _the_server[0].owner != os.getpid():
+            _the_server[:] = [_Server()]
+        return _the_server[0]
+
+
+def _serve(control: socket.socket, parent: int) -> None:
+    """Fork a rank for each request, and say when it has ended and how."""
+    _end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    numbers: dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([control, reading], [], [])
+        if reading in ready:
+            os.read(reading, _REQUEST_BYTES)
+            for pid in list(numbers):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    control.send(f"{numbers.pop(pid)} {pid} {os.waitstatus_to_exitcode(status)}".encode())
+        if control in ready:
+            request, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
+            if not request:
+                return
+            number, *preload = request.decode().split()
+            for name in preload:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+            server = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                os.close(reading)
+                os.close(writing)
+                _become_rank(descriptors, server)
+            numbers[pid] = int(number)
+            control.send(f"{number} {pid}".encode())
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _become_rank(descriptors: Sequence[int], server: int) -> None:
+    """A rank's life: whatever ends it, it ends at once, since groups may be in any state."""
+    exit_code, rank = 1, os.getpid()
+    try:
+        _end_with(server)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        connection, *streams = descriptors
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.set_inheritable(connection, False)
+        with Connection(connection) as to_parent:
+            with contextlib.suppress(EOFError):  # its parent was interrupted
+                about = to_parent.recv()
+                os.environ.clear()
+                os.environ.update(about.pop("environment"))
+                spawn.prepare(about)
+                main, args = to_parent.recv()
+                main(to_parent, *args)
+        exit_code = 0
+    except SystemExit as ended:  # of a process that the rank has forked
+        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        if os.getpid() == rank:
+            sys.stderr.write(f"a rank's process {rank} failed:\n")
+        traceback.print_exc()
+    finally:
+        os._exit(exit_code)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process by SIGKILL, which also ends what is stopped, when its parent ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before that took effect
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
