@@ -76,7 +76,7 @@ def tokens_of(outputs):
 
 
 def workers(engine):
-    return [process.pid for process in engine._front.ranks._processes]
+    return [rank.pid for rank in engine.ranks()]
 
 
 def is_running(pid):
@@ -406,7 +406,7 @@ import sys, time
 import lockstep
 engine = lockstep.Engine(sys.argv[1], data_parallel_size=2)
 (output,) = engine.generate(["abc"], lockstep.SamplingParams(max_tokens=4, temperature=0))
-print(len(output.token_ids), *(process.pid for process in engine._front.ranks._processes), flush=True)
+print(len(output.token_ids), *(rank.pid for rank in engine.ranks()), flush=True)
 with engine:
     for output in engine.generate(["abc"] * 50, lockstep.SamplingParams(max_tokens=10_000, ignore_eos=True)):
         pass

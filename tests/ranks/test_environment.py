@@ -45,26 +45,25 @@ def test_env_tries_each_backend_and_says_what_to_do_where_one_is_not_to_be_had()
 
 
 @pytest.mark.ranks(2)
-def test_a_backend_that_fails_is_reported_with_advice(monkeypatch):
-    result = environment._try_backend("carrier pigeon", "cpu", time.monotonic() + 60)
+def test_a_backend_that_fails_is_reported_with_advice():
+    result = environment.try_backend("carrier pigeon", "cpu", time.monotonic() + 60)
     assert result["works"] is False
     assert "dispatcher must be one of" in result["detail"]
     assert "GLOO_SOCKET_IFNAME" in result["advice"]
-    document = {"backends": [result]}
-    assert not environment.all_work(document)
-    monkeypatch.setattr(environment, "examine", lambda: document)
-    assert CliRunner().invoke(app, ["env", "--json"]).exit_code == 1
+    assert not environment.all_work({"backends": [result]})
+    shown = CliRunner().invoke(app, ["env", "--json"], env={"GLOO_SOCKET_IFNAME": "nowhere0"})
+    assert shown.exit_code == 1
+    assert [backend["works"] for backend in json.loads(shown.stdout)["backends"][:2]] == [False, False]
 
 
 @pytest.mark.ranks(2)
-def test_a_backend_that_does_not_end_is_ended_and_the_rest_of_the_time_is_the_others(monkeypatch):
-    monkeypatch.setattr(environment, "prove", functools.partial(sleep_in_place_of_a_proof, 60))
-    monkeypatch.setitem(environment._LIMIT_S, "gloo", 6.0)
+def test_a_backend_that_does_not_end_is_ended_and_the_rest_of_the_time_is_the_others():
     began = time.monotonic()
-    result = environment._try_backend("allgather", "cpu", began + 60)
+    sleep = functools.partial(sleep_in_place_of_a_proof, 60)
+    result = environment.try_backend("allgather", "cpu", began + 60, proof=sleep, limit_s=6.0)
     assert (result["works"], result["detail"]) == (False, "rank 0, 1 did not end within 6 s")
     assert time.monotonic() - began < 9
-    result = environment._try_backend("alltoall", "cpu", time.monotonic() + 4)
+    result = environment.try_backend("alltoall", "cpu", time.monotonic() + 4)
     assert result["works"] is None
     assert "used up the 75 s for all" in result["detail"]
 
@@ -87,21 +86,16 @@ def test_results_are_compared():
         run_ranks(2, run_proof_with_a_wrong_reference)
 
 
-def test_what_a_backend_on_gpus_lacks(monkeypatch):
-    cuda, find_spec = environment.torch.cuda, environment.importlib.util.find_spec
-    monkeypatch.setattr(environment.dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: True)
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: find_spec("json"))
-    assert environment._missing("nvlink", 0) == ("no GPUs here", "gpus")
-    assert environment._missing("nvlink", 1) == ("1 GPU here", "gpus")
-    assert environment._missing("allgather", 2) is None
-    assert environment._missing("nvlink", 2) is None
-    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: False)
-    assert environment._missing("nvlink", 2) == ("GPUs 0 and 1 have no peer access", "peers")
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-    assert environment._missing("nvlink", 2) == ("no Triton", "triton")
-    monkeypatch.setattr(environment.dist, "is_nccl_available", lambda: False)
-    assert environment._missing("alltoall", 2) == ("no NCCL", "nccl")
+def test_what_a_backend_on_gpus_lacks():
+    all_there = {"nccl": True, "triton": True, "peers": True}
+    assert environment.lacking("nvlink", 0, **all_there) == ("no GPUs here", "gpus")
+    assert environment.lacking("nvlink", 1, **all_there) == ("1 GPU here", "gpus")
+    assert environment.lacking("allgather", 2, **all_there) is None
+    assert environment.lacking("nvlink", 2, **all_there) is None
+    no_peers = ("GPUs 0 and 1 have no peer access", "peers")
+    assert environment.lacking("nvlink", 2, nccl=True, triton=True, peers=False) == no_peers
+    assert environment.lacking("nvlink", 2, nccl=True, triton=False, peers=True) == ("no Triton", "triton")
+    assert environment.lacking("alltoall", 2, nccl=False, triton=True, peers=True) == ("no NCCL", "nccl")
 
 
 def test_gpus_and_links_as_text():

@@ -118,7 +118,7 @@ def test_kill_minus_nine_costs_a_restart_and_no_output(setting, caplog, rank, to
     assert command.wait(120) == 0
     check(out, expected, done, RANKS)
     assert "starting all ranks again, 1 of 3 times" in caplog.text
-    assert f"rank {rank} failed: its process ended with exit code -9" in caplog.text
+    assert f"rank {rank} failed: its process was ended by signal 9 (SIGKILL)" in caplog.text
 
 
 @pytest.mark.ranks(2)
@@ -141,7 +141,7 @@ def test_without_restarts_the_rank_is_named_and_what_was_done_is_whole(setting, 
     command = start(folder, out.name, "--max-restarts", 0)
     done = kill_in_the_middle(lambda: not command.is_alive(), out, 1)
     assert command.wait(60) == 1
-    assert "PeerFailedError: rank 1 failed: its process ended with exit code -9" in capsys.readouterr().err
+    assert "PeerFailedError: rank 1 failed: its process was ended by signal 9 (SIGKILL)" in capsys.readouterr().err
     assert done <= finished(out)
     assert not (out / "outputs.jsonl").exists()
 

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,26 +41,35 @@ _ADVICE = {
 
 
 def examine() -> dict[str, Any]:
-    """Look at the machine and try every backend between two local ranks.
+    """Look at the machine and try every backend between two local ranks; return what `lockstep env --json` prints.
 
-    Returns:
-        What `lockstep env --json` prints: `versions`, `machine`, `gpus`, `links`, `peer_bandwidth_gbps`,
-        `symmetric_memory`, `nccl`, `dispatch_constants`, and `backends`: of each its `name`, `transport`, whether it
-        `works` (None: could not be tried), `detail`, `seconds`, and `advice` where it does not.
+    Of each of the `backends`, `works` says whether it does (None: could not be tried), `advice` what to do if not.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     until = time.monotonic() + _ALL_S
-    backends = [_try_backend(name, "cpu", until) for name in backend_names(can_map=False)]
-    backends += [_try_backend(name, "cuda", until, _missing(name, num_gpus)) for name in backend_names()]
+    has = {
+        "nccl": dist.is_nccl_available(),
+        "triton": importlib.util.find_spec("triton") is not None,
+        "peers": num_gpus > 1 and _reaches(0, 1) and _reaches(1, 0),
+    }
+    backends = [try_backend(name, "cpu", until) for name in backend_names(can_map=False)]
+    backends += [try_backend(name, "cuda", until, lacking(name, num_gpus, **has)) for name in backend_names()]
     processor = platform.processor() or platform.machine()
+    in_torch = importlib.util.find_spec("torch.distributed._symmetric_memory") is not None
+    note = (
+        "in torch; whether it works here is shown by nvlink below" if num_gpus else "in torch, of no use without GPUs"
+    )
     return {
-        "versions": _versions(),
+        "versions": _versions(has["nccl"]),
         "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count()},
-        "gpus": _gpus(num_gpus),
+        "gpus": [_gpu(index) for index in range(num_gpus)],
         "links": _links(num_gpus),
         "peer_bandwidth_gbps": _peer_bandwidth_gbps(num_gpus),
-        "symmetric_memory": _symmetric_memory(num_gpus),
-        "nccl": {"available": dist.is_nccl_available()},
+        "symmetric_memory": {
+            "available": in_torch and num_gpus > 0,
+            "detail": note if in_torch else "this build of torch has none",
+        },
+        "nccl": {"available": has["nccl"]},
         "dispatch_constants": _constants("cuda" if num_gpus else "cpu"),
         "backends": backends,
     }
@@ -102,10 +112,8 @@ def describe(document: dict[str, Any]) -> str:
 def prove(name: str, device_type: str) -> float:
     """Run an MoE layer of two ranks through one backend, compare with the reference, and return the largest error.
 
-    Runs on each rank: on "cpu" in float32 over gloo, on "cuda" in bfloat16 over NCCL or mapped memory.
-
-    Raises:
-        LockstepError: results that differ from the reference.
+    Runs on each rank: on "cpu" in float32 over gloo, on "cuda" in bfloat16 over NCCL or mapped memory. Raises
+    `LockstepError` for results that differ from the reference.
     """
     from lockstep.metadata.config import ParallelConfig
     from lockstep.moe.experts import LocalExperts
@@ -148,13 +156,16 @@ def prove(name: str, device_type: str) -> float:
     return worst
 
 
-def _try_backend(name: str, device_type: str, until: float, missing: tuple[str, str] | None = None) -> dict[str, Any]:
-    """Prove a backend, unless something is missing for it, or the time for all is over."""
+def try_backend(
+    name: str, device_type: str, until: float, missing: tuple[str, str] | None = None, *,
+    proof: Callable[[str, str], float] = prove, limit_s: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Prove a backend, unless something is missing for it, or the time for all is over; `limit_s` is for one proof."""
     from lockstep.runner.launcher import launch
 
     transport = "GPU memory" if maps_memory(name) else "gloo" if device_type == "cpu" else "nccl"
     started = time.perf_counter()
-    limit_s = min(_LIMIT_S[transport], until - time.monotonic())
+    limit_s = min(limit_s or _LIMIT_S[transport], until - time.monotonic())
     if limit_s < 5:
         missing = missing or (f"the others have used up the {_ALL_S:g} s for all", "time")
     works: bool | None = None
@@ -162,7 +173,7 @@ def _try_backend(name: str, device_type: str, until: float, missing: tuple[str, 
         detail, advice = missing
     else:
         try:
-            error = launch(2, prove, name, device_type, limit_s=limit_s, preload=_PRELOAD)
+            error = launch(2, proof, name, device_type, limit_s=limit_s, preload=_PRELOAD)
             works, detail = True, f"{len(_COUNTS)} uneven exchanges equal the reference, off by at most {error:.1g}"
             advice = ""
         except (LockstepError, OSError) as failure:
@@ -173,91 +184,72 @@ def _try_backend(name: str, device_type: str, until: float, missing: tuple[str, 
     }  # fmt: skip
 
 
-def _missing(name: str, num_gpus: int) -> tuple[str, str] | None:
-    """What a backend on GPUs lacks here and which advice that calls for; None where it can be tried."""
+def lacking(name: str, num_gpus: int, *, nccl: bool, triton: bool, peers: bool) -> tuple[str, str] | None:
+    """Return what a backend on GPUs lacks here and which advice that calls for; None where it can be tried."""
     if num_gpus < 2:
         return f"{num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'} here", "gpus"
     if not maps_memory(name):
-        return None if dist.is_nccl_available() else ("no NCCL", "nccl")
-    if importlib.util.find_spec("triton") is None:
+        return None if nccl else ("no NCCL", "nccl")
+    if not triton:
         return "no Triton", "triton"
-    if not (torch.cuda.can_device_access_peer(0, 1) and torch.cuda.can_device_access_peer(1, 0)):
-        return "GPUs 0 and 1 have no peer access", "peers"
-    return None
+    return None if peers else ("GPUs 0 and 1 have no peer access", "peers")
 
 
-def _versions() -> dict[str, str | None]:
+def _versions(has_nccl: bool) -> dict[str, str | None]:
     from lockstep._version import __version__
 
     found: dict[str, str | None] = {"lockstep": __version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
-        try:
+        found[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
     found["torch"] = str(torch.__version__)  # with the build, such as +cu130, which a wheel's name may leave out
     found["cuda"] = torch.version.cuda
-    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl and torch.cuda.is_available() else None
     return found
 
 
-def _gpus(num_gpus: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "index": index, "name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "capability": f"{gpu.major}{gpu.minor}", "multiprocessors": gpu.multi_processor_count,
-        }
-        for index, gpu in enumerate(map(torch.cuda.get_device_properties, range(num_gpus)))
-    ]  # fmt: skip
+def _gpu(index: int) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties(index)
+    memory_gib, capability = round(gpu.total_memory / 2**30, 1), f"{gpu.major}{gpu.minor}"
+    about = {"index": index, "name": gpu.name, "memory_gib": memory_gib, "capability": capability}
+    return {**about, "multiprocessors": gpu.multi_processor_count}
+
+
+def _reaches(gpu: int, other: int) -> bool:
+    return torch.cuda.can_device_access_peer(gpu, other)
 
 
 def _links(num_gpus: int) -> dict[str, str]:
     """How GPUs are connected, as nvidia-smi prints it; without that, who can reach whose memory."""
-    command = shutil.which("nvidia-smi")
+    command, gpus = shutil.which("nvidia-smi"), range(num_gpus)
     if num_gpus and command:
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # what torch knows will do
             shown = subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=10, check=True)
             return {"source": "nvidia-smi topo -m", "table": shown.stdout}
-
-    def link(a: int, b: int) -> str:
-        return "-" if a == b else "peer" if torch.cuda.can_device_access_peer(a, b) else "none"
-
-    rows = [" ".join(link(a, b) for b in range(num_gpus)) for a in range(num_gpus)]
+    rows = [" ".join("-" if a == b else "peer" if _reaches(a, b) else "none" for b in gpus) for a in gpus]
     return {"source": "peer access as torch sees it" if rows else "", "table": "\n".join(rows)}
 
 
 def _peer_bandwidth_gbps(num_gpus: int) -> list[list[float | None]]:
     """Bandwidth of a copy of 256 MiB from each GPU to each other, GB/s, the best of 5; [] with fewer than two GPUs."""
-    if num_gpus < 2:
-        return []
-    gpus = range(num_gpus)
+    gpus = range(num_gpus) if num_gpus > 1 else ()
     buffers = [torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=f"cuda:{index}") for index in gpus]
 
-    def synchronize(*devices: int) -> None:
-        for device in devices:
-            torch.cuda.synchronize(device)
-
     def copy_s(source: int, target: int) -> float:
-        synchronize(source, target)
+        for device in (source, target):
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
         buffers[target].copy_(buffers[source])
-        synchronize(source, target)
+        for device in (source, target):
+            torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
     def gbps(source: int, target: int) -> float:
-        copy_s(source, target)  # the first one sets up the access
-        return round(_COPY_BYTES / min(copy_s(source, target) for _ in range(5)) / 1e9, 1)
+        # The first of six sets up the access.
+        return round(_COPY_BYTES / min([copy_s(source, target) for _ in range(6)][1:]) / 1e9, 1)
 
     return [[None if source == target else gbps(source, target) for target in gpus] for source in gpus]
-
-
-def _symmetric_memory(num_gpus: int) -> dict[str, Any]:
-    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
-        return {"available": False, "detail": "this build of torch has none"}
-    if not num_gpus:
-        return {"available": False, "detail": "in torch, but of no use without GPUs"}
-    return {"available": True, "detail": "in torch; whether it works here is shown by nvlink below"}
 
 
 def _constants(device_type: str) -> dict[str, str]:

@@ -7,11 +7,10 @@ import threading
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
-from lockstep.coordination.processes import ProcessState
 from lockstep.errors import ConfigurationError
 from lockstep.runner.mailbox import Mailbox
-from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.processes import OnMessage
+from lockstep.runner.ranks import EngineOptions
 
 
 class OwnRank:
@@ -40,10 +39,6 @@ class OwnRank:
 
     def states(self) -> list[tuple[int, ProcessState]]:  # noqa: D102
         return [(os.getpid(), "alive")]
-
-    def states(self) -> list[ProcessState]:
-        """See `Ranks`."""
-        return ["alive"]
 
     def stop(self) -> None:
         """Wait until all ranks have been told to stop, as long as they live; raise what has ended this one."""

@@ -98,7 +98,10 @@ class Ranks:
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 2 * LOOK_S), now
         for process in self.processes:
-            process.stopped_s = process.stopped_s + passed if process.state() == "stopped" else 0.0
+            if process.state() != "stopped":
+                process.stopped_s = -1.0
+            else:
+                process.stopped_s = process.stopped_s + passed if process.stopped_s >= 0 else 0.0
         return [process.rank for process in self.processes if process.stopped_s > longer_than_s]
 
 
@@ -109,7 +112,7 @@ class RankProcess:
         self, rank: int, main: Callable[..., None], args: Sequence[Any], on_message: OnMessage, preload: Sequence[str],
         environment: Callable[[int], dict[str, str]], patience_s: float,
     ) -> None:  # fmt: skip
-        self.rank, self.stopped_s = rank, 0.0
+        self.rank, self.stopped_s = rank, -1.0
         self._patience_s = patience_s
         mine, theirs = socket.socketpair()
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience_s) + 1, 0))
@@ -214,9 +217,7 @@ class _Server:
         with self._theirs as theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())]
             # A terminal's Ctrl-C is for this process alone.
-            server = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
-            )
+            server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0)
         with contextlib.suppress(OSError):
             while message := self._control.recv(_REQUEST_BYTES):
                 number, pid, *code = map(int, message.split())
@@ -289,7 +290,7 @@ def _serve(control: socket.socket, parent: int) -> None:
 
 def _become_rank(descriptors: Sequence[int], server: int) -> None:
     """A rank's life: whatever ends it, it ends at once, since groups may be in any state."""
-    exit_code, rank = 1, os.getpid()
+    exit_code = 1
     try:
         _end_with(server)
         signal.set_wakeup_fd(-1)
@@ -300,20 +301,20 @@ def _become_rank(descriptors: Sequence[int], server: int) -> None:
             os.dup2(stream, number)
             os.close(stream)
         os.set_inheritable(connection, False)
-        with Connection(connection) as to_parent:
-            with contextlib.suppress(EOFError):  # its parent was interrupted
-                about = to_parent.recv()
-                os.environ.clear()
-                os.environ.update(about.pop("environment"))
-                spawn.prepare(about)
-                main, args = to_parent.recv()
-                main(to_parent, *args)
+        to_parent = Connection(connection)
+        try:
+            about = to_parent.recv()
+            os.environ.clear()
+            os.environ.update(about.pop("environment"))
+            spawn.prepare(about)
+            main, args = to_parent.recv()
+        except EOFError:  # its parent was interrupted
+            os._exit(1)
+        main(to_parent, *args)
         exit_code = 0
     except SystemExit as ended:  # of a process that the rank has forked
         exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
-        if os.getpid() == rank:
-            sys.stderr.write(f"a rank's process {rank} failed:\n")
         traceback.print_exc()
     finally:
         os._exit(exit_code)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from lockstep.coordination.processes import ProcessState
 from lockstep.errors import RankAbsentError
 from lockstep.runner.launcher import MARGIN_S, PRELOAD, loopback_store, rank_environment
-from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.processes import OnMessage, Ranks
+from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.worker import run_worker
 
 _STOP_S = 10.0

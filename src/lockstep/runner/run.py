@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +16,7 @@ from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
-from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.models.parallel import parallel_of
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
@@ -31,14 +31,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, known alike on all ranks.
+    """How far a run has come, known alike on all ranks but for `agreement_s`, this rank's wait for the others.
 
-    Attributes:
-        step: steps done.
-        rows_done: rows of the workload that are planned on all ranks, or not needed since their pages were known.
-        rows_total: rows that the whole workload needs.
-        num_tokens_across_dp: rows of each rank in the step just done.
-        agreement_s: this rank's wait for the agreement on it.
+    `rows_done` are those of the workload that are planned, or not needed since their pages were known.
     """
 
     step: int
@@ -69,16 +64,7 @@ def check_requests(
 ) -> None:
     """Raise where a request does not fit the model: longer than its context, or with tokens that it has no row for.
 
-    Args:
-        requests: the workload.
-        model: the checkpoint, for the message.
-        config: of the model.
-        tokenizer: of the model.
-        seed: of made-up prompts.
-        max_model_len: the caller's own limit; None for the model's context.
-
-    Raises:
-        ConfigurationError: naming the request, what it has and the limit.
+    `max_model_len` is the caller's own limit; None for the context that the model's `config` has.
     """
     text_config = config.get_text_config()
     limit = max_model_len or getattr(text_config, "max_position_embeddings", None)
@@ -126,18 +112,8 @@ def run_rank(
 
     When all ranks have been started again, by `launch` or by torchrun, requests that had finished are not run again.
 
-    Args:
-        options: the same on every rank.
-        on_progress: called on rank 0 after every step.
-        on_ready: called on rank 0 before the first step, with what `RankEngine.about` says.
-
-    Returns:
-        `wall_s`, `generated_tokens`, `requests` and `engine` (as `RankEngine.about`) of the whole run on rank 0; an
-        empty dict elsewhere.
-
-    Raises:
-        ConfigurationError: options that cannot work, on every rank.
-        LockstepError: see `ModelParallel` and `Coordinator`.
+    On rank 0, `on_progress` is called after every step, `on_ready` before the first one with what `RankEngine.about`
+    says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned; nothing elsewhere.
     """
     model = load_model(options)
     tokenizer = load_tokenizer(options.model)
@@ -147,15 +123,13 @@ def run_rank(
     if parallel is not None:
         parallel.open()
     restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
-    run = _Run(options, model, parallel, tokenizer, requests, restarts)
+    run = _Run(options, model, tokenizer, requests, restarts)
     if on_ready is not None and run.rank == 0:
         on_ready(run.engine.about())
-    try:
+    with run:
         started = time.perf_counter()
         run.loop(on_progress)
         wall_s = time.perf_counter() - started
-    finally:
-        run.close()
     result = run.merge(wall_s)
     if parallel is not None:
         parallel.close()
@@ -180,13 +154,9 @@ class _Notes:
 class _Run:
     """The state of one rank's loop."""
 
-    def __init__(
-        self, options: RunOptions, model: Any, parallel: ModelParallel | None, tokenizer: Any,
-        requests: list[Request], restarts: int,
-    ) -> None:  # fmt: skip
-        self.options = options
-        self.parallel = parallel
-        self.tokenizer = tokenizer
+    def __init__(self, options: RunOptions, model: Any, tokenizer: Any, requests: list[Request], restarts: int) -> None:
+        self.options, self.tokenizer = options, tokenizer
+        self.parallel = parallel = parallel_of(model)
         self.rank = parallel.config.rank if parallel is not None else 0
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
@@ -222,34 +192,31 @@ class _Run:
         stem = f"{self.steps_path.stem}-restart{restarts}" if restarts else self.steps_path.stem
         self._steps = StepLogWriter(self.steps_path.with_stem(stem))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._outputs.close()
         self._steps.close()
 
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
-        engine = self.engine
+        """Run all requests. By the wall clock they arrive when their time has come, and idle ranks wait for it."""
+        engine, arrivals, now_s, elapsed_ms = self.engine, self.arrivals, None, 0
         self.run_began = time.perf_counter()
-        if self.options.clock == "wall":
-            self._loop_in_real_time(RunClock(self.started_s), on_progress)
-            return
-        while self.arrivals.left or engine.any_unfinished:
-            now = time.perf_counter()
-            for request in self.arrivals.before_step(engine.states):
-                self._add(request, now)
-            self._take(engine.step(unfinished=True), on_progress)
-        self._take(engine.drain(), on_progress)
-
-    def _loop_in_real_time(self, clock: RunClock, on_progress: Callable[[Progress], None] | None) -> None:
-        """As `loop`, but requests arrive when their time has come, and idle ranks wait for it."""
-        engine = self.engine
-        while self.arrivals.left or engine.any_unfinished:
-            for request in self.arrivals.before_step(engine.states, engine.elapsed_ms / 1000):
-                self._add(request, clock.moment(request.arrival_s))
-            next_arrival_s = self.arrivals.next_arrival_s
-            if next_arrival_s is not None and not engine.any_unfinished and not engine.has_unfinished:
-                clock.wait_for(next_arrival_s, self.options.deadline_s / 4)
-            self._take(engine.step(unfinished=True, elapsed_ms=clock.elapsed_ms()), on_progress)
-            clock.catch_up(engine.elapsed_ms)
+        clock = RunClock(self.started_s) if self.options.clock == "wall" else None
+        while arrivals.left or engine.any_unfinished:
+            if clock is not None:
+                now_s = engine.elapsed_ms / 1000
+            for request in arrivals.before_step(engine.states, now_s):
+                self._add(request, time.perf_counter() if clock is None else clock.moment(request.arrival_s))
+            if clock is not None:
+                idle = not engine.any_unfinished and not engine.has_unfinished
+                if arrivals.next_arrival_s is not None and idle:
+                    clock.wait_for(arrivals.next_arrival_s, self.options.deadline_s / 4)
+                elapsed_ms = clock.elapsed_ms()
+            self._take(engine.step(unfinished=True, elapsed_ms=elapsed_ms), on_progress)
+            if clock is not None:
+                clock.catch_up(engine.elapsed_ms)
         self._take(engine.drain(), on_progress)
 
     def _add(self, request: Request, arrived_at: float) -> None:

@@ -26,13 +26,9 @@ by 0.03 at the 90th and 0.34 at the 99th percentile (tiny model, 240 tokens)."""
 class Verification:
     """What a comparison found.
 
-    Attributes:
-        verified: True where every request was compared and none differs; None where nothing was compared.
-        compared_tokens: generated tokens that were compared.
-        outside_tolerance: tokens that lay further off than `LOGIT_TOLERANCE`, in dtypes that round.
-        mismatches: requests that differ, are missing, or have another length; in dtypes that round, only where more
-            than `OUTSIDE_SHARE` of all tokens lie outside of the tolerance.
-        first: of these the first, in words.
+    `verified` is None where nothing was compared. `mismatches` are requests that differ, are missing, or have another
+    length, `first` says what is wrong with the first; in dtypes that round, tokens count that are further off than
+    `LOGIT_TOLERANCE`, and requests differ only where more than `OUTSIDE_SHARE` of all tokens are.
     """
 
     verified: bool | None
@@ -49,9 +45,6 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     the model prefers after those before it. In float32 all must be equal. In other dtypes a token that differs counts
     only where the two best logits lie further apart than the tolerance, and the logprob of each chosen token must agree
     within it. `on_progress` is called with compared and all tokens.
-
-    Raises:
-        ConfigurationError: `outputs.jsonl` is not there or is damaged.
     """
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)

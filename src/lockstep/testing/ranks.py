@@ -2,17 +2,18 @@
 
 import faulthandler
 import os
+import queue
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
-from lockstep.runner.launcher import Ranks, forked_ranks
+from lockstep.runner.processes import RankProcess, Ranks, how_it_ended
 
 # Imported once, in the server that the ranks are forked from: a rank then starts in milliseconds, not in seconds.
 _PRELOAD = (
@@ -61,56 +62,52 @@ def run_ranks(
         raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
     # Looking for GPUs must not make the server open one, which its children could not use then.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    with (
-        tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder,
-        forked_ranks(num_ranks, _PRELOAD, _rank_main, num_ranks, folder, function, args) as ranks,
-    ):
-        return _collect(ranks, Path(folder), deadline_s, set(may_die))
+    said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
+        about = (num_ranks, folder, function, args)
+        with Ranks(num_ranks, _rank_main, about, lambda *message: said.put(message), preload=_PRELOAD) as ranks:
+            return _collect(ranks, said, Path(folder), deadline_s, set(may_die))
 
 
-def _collect(ranks: Ranks, folder: Path, deadline_s: float, may_die: set[int]) -> list[Any]:
-    processes = [process for process, _ in ranks]
+def _collect(
+    ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", folder: Path, deadline_s: float,
+    may_die: set[int],
+) -> list[Any]:  # fmt: skip
+    num_ranks = len(ranks.processes)
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
-    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     until = time.monotonic() + deadline_s
-    while waiting:
-        ready: list[Any] = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
-        if not ready:
+    while len(results) + len(failures) < num_ranks:
+        try:
+            rank, message = said.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
             break
-        for receiver in ready:
-            rank = waiting.pop(receiver)
-            try:
-                succeeded, value = receiver.recv()
-            except (EOFError, ConnectionResetError):
-                processes[rank].join(1.0)
-                succeeded, value = rank in may_die, None
-                if not succeeded:
-                    value = f"died with exit code {processes[rank].exitcode}"
-            if succeeded:
-                results[rank] = value
-            else:
-                failures[rank] = value
-                until = min(until, time.monotonic() + _AFTER_FAILURE_S)
+        if rank in results or rank in failures:  # it has ended, as it said
+            continue
+        if "done" in message or (message["failed"] == "died" and rank in may_die):
+            results[rank] = message.get("done")
+        else:
+            failures[rank] = message["why"]
+            until = min(until, time.monotonic() + _AFTER_FAILURE_S)
     if failures:
-        raise RankFailure("\n".join(f"--- rank {rank} of {len(processes)}\n{text}" for rank, text in failures.items()))
-    missing = sorted(waiting.values())
+        raise RankFailure("\n".join(f"--- rank {rank} of {num_ranks}\n{text}" for rank, text in failures.items()))
+    missing = sorted(set(range(num_ranks)) - results.keys())
     if missing:
-        stacks = [f"--- rank {rank}\n{_stack_of(processes[rank], folder / f'stack{rank}')}" for rank in missing]
+        stacks = [f"--- rank {rank}\n{_stack_of(ranks.processes[rank], folder / f'stack{rank}')}" for rank in missing]
         raise RankFailure(f"ranks {missing} did not end within {deadline_s:g} s; they stood at\n" + "\n".join(stacks))
-    return [results[rank] for rank in range(len(processes))]
+    return [results[rank] for rank in range(num_ranks)]
 
 
-def _stack_of(process: Any, path: Path) -> str:
-    if not process.is_alive():
-        return f"exit code {process.exitcode}"
+def _stack_of(process: RankProcess, path: Path) -> str:
+    if process.state() == "gone":
+        return how_it_ended(process.exit_code())
     os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.2)
     return path.read_text() if path.exists() else "(no stack)"
 
 
 def _rank_main(
-    rank: int, sender: Connection, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    connection: Connection, rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -119,18 +116,14 @@ def _rank_main(
     with Path(folder, f"stack{rank}").open("w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         torch.set_num_threads(1)
-        # A shell lets what it starts in the background ignore Ctrl-C, and the ranks would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             store = dist.FileStore(str(Path(folder, "store")), num_ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-            sender.send((True, function(*args)))
+            message = {"done": function(*args)}
         except BaseException as error:
             if os.getpid() != pid:  # a process that the function has forked: it has no say in what becomes of the rank
-                os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
-            sender.send((False, traceback.format_exc()))
-        finally:
-            sender.close()
-            # No orderly farewell: a rank that failed may have left its groups in any state, and others must not wait.
-            os._exit(0)
+                raise
+            message = {"failed": type(error).__name__, "why": traceback.format_exc()}
+        if os.getpid() == pid:
+            connection.send(message)
