@@ -15,13 +15,12 @@ from typing import Any
 from lockstep.coordination.processes import ProcessState
 from lockstep.engine.limits import Limits
 from lockstep.engine.sampling_params import SamplingParams
-from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import EngineRanks, RankProcesses
-from lockstep.runner.ranks import EngineOptions, describe, find_tokenizer
+from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
 
 logger = logging.getLogger(__name__)
@@ -191,7 +190,7 @@ class Engine:
             first_rank=self._first_rank,
             all_ranks=self.options.data_parallel_size,
             eos_token_ids=about["eos_token_ids"],
-            detokenizer=Detokenizer(self.tokenizer) if self.tokenizer is not None else None,
+            detokenizer=detokenizer_of(self.tokenizer),
         )
 
     def read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:

@@ -59,12 +59,12 @@ class OwnRank:
 
     def _run(self) -> None:
         from lockstep.runner.rank_loop import run_rank
-        from lockstep.runner.ranks import find_detokenizer, make_engine
+        from lockstep.runner.ranks import detokenizer_of, find_tokenizer, make_engine
 
         try:
             engine = make_engine(self._options)
             self._parallel = engine.parallel
-            detokenizer = find_detokenizer(self._options.model)
+            detokenizer = detokenizer_of(find_tokenizer(self._options.model))
             self._mailbox.send({"ready": engine.about()})
             run_rank(engine, self._mailbox, detokenizer=detokenizer)
             if engine.parallel is not None:

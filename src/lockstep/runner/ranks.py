@@ -161,9 +161,8 @@ def find_tokenizer(model: str) -> Any:
     return None
 
 
-def find_detokenizer(model: str) -> Detokenizer | None:
-    """Return what turns a checkpoint's tokens into text; None without a tokenizer."""
-    tokenizer = find_tokenizer(model)
+def detokenizer_of(tokenizer: Any) -> Detokenizer | None:
+    """Return what turns a tokenizer's tokens into text; None without a tokenizer."""
     return Detokenizer(tokenizer) if tokenizer is not None else None
 
 

@@ -20,12 +20,12 @@ def run_worker(connection: Connection, rank: int, options: EngineOptions, port: 
         from transformers.utils import logging as transformers_logging
 
         from lockstep.runner.rank_loop import run_rank
-        from lockstep.runner.ranks import find_detokenizer, join_group, make_engine
+        from lockstep.runner.ranks import detokenizer_of, find_tokenizer, join_group, make_engine
 
         transformers_logging.disable_progress_bar()  # those of several ranks would overwrite each other
         join_group(rank, options.world_size, port, options.start_timeout_s)
         engine = make_engine(options)
-        detokenizer = find_detokenizer(options.model)
+        detokenizer = detokenizer_of(find_tokenizer(options.model))
         mailbox.send({"ready": engine.about()})
         run_rank(engine, mailbox, detokenizer=detokenizer)
         mailbox.send({"ended": True})
