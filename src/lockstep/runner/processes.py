@@ -180,11 +180,11 @@ def _about_this_process(work: bytes) -> dict[str, Any]:
     """What a rank takes over, as `multiprocessing.spawn.prepare` does it; the script only if its names are needed."""
     about = {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
     script = sys.modules["__main__"]
-    if b"__main__" in work and getattr(script, "__spec__", None) is not None:
+    if b"__main__" not in work:
+        return about
+    if script.__spec__ is not None:
         return {**about, "init_main_from_name": script.__spec__.name}
-    if b"__main__" in work and getattr(script, "__file__", None):
-        return {**about, "init_main_from_path": os.path.abspath(str(script.__file__))}
-    return about
+    return {**about, "init_main_from_path": os.path.abspath(str(script.__file__))}
 
 
 @dataclass
@@ -260,14 +260,14 @@ def _serve(control: socket.socket, parent: int) -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     numbers: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([control, reading], [], [])
+        ready, _, _ = select.select([control.fileno(), reading], [], [])
         if reading in ready:
             os.read(reading, _REQUEST_BYTES)
             for pid in list(numbers):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     control.send(f"{numbers.pop(pid)} {pid} {os.waitstatus_to_exitcode(status)}".encode())
-        if control in ready:
+        if control.fileno() in ready:
             request, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
             if not request:
                 return
