@@ -17,9 +17,9 @@ import time
 
 import torch
 
-from lockstep.engine import attention, attention_kernels
+from lockstep.engine import attention, attention_launch
 from lockstep.engine.attention import PAGE_SIZE, AttentionOptions
-from lockstep.engine.attention_kernels import DecodeTiles, PromptTiles
+from lockstep.engine.attention_launch import DecodeTiles, PromptTiles
 
 HEADS, KV_HEADS, DIM = 32, 4, 128
 OPTIONS = AttentionOptions(DIM**-0.5)
@@ -145,8 +145,8 @@ def decode_case(pool: Pool, case: str, lengths: list[int], tiles: list[DecodeTil
     for tile, ready in [(tiles[0], True), *((tile, False) for tile in tiles)]:
 
         def step(call, tile=tile, ready=ready):
-            attention_kernels.attend_decode(
-                query, pool.keys, pool.values, tables[call], row_seqs, sees, OPTIONS, out, workspace, tile, ready
+            attention_launch.attend_decode(
+                query, pool.keys, pool.values, tables[call], row_seqs, sees, OPTIONS, out, workspace, ready, tile
             )
 
         out.fill_(float("nan"))
@@ -198,7 +198,7 @@ def prompt_case(pool: Pool, requests: int, rows: int, past: int, tiles: list[Pro
     for tile in tiles:
 
         def step(call, tile=tile):
-            attention_kernels.attend_prompts(
+            attention_launch.attend_prompts(
                 query, pool.keys, pool.values, tables[call], seqs, cu_rows, lengths, OPTIONS, out, tile
             )
 
@@ -246,7 +246,7 @@ def main() -> None:
     pool, fa3 = Pool(int(options.max_gb * 1e9) // (PAGE_SIZE * KEY_BYTES)), fa3_module()
     common = {
         "hardware": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": attention_kernels.triton.__version__, "commit": options.commit,
+        "triton": attention_launch.triton.__version__, "commit": options.commit,
         "attention": attention.attention_name("cuda"),
     }  # fmt: skip
     print(common, flush=True)

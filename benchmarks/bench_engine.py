@@ -52,7 +52,7 @@ def run_case(run, engine, case, tokens, numbers):
     from lockstep.engine.sampling import SamplingParams
 
     sizes, _ = case
-    prompts = prompts_of(run, case, engine.vocab_size).tolist()
+    prompts = prompts_of(run, case, engine.limits.vocab_size).tolist()
     first = next(numbers)
     ids = [first] + [next(numbers) for _ in prompts[1:]]
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)

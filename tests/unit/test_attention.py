@@ -152,23 +152,23 @@ def _prompt_cases():
 
 def _cut_cases():
     """Grids and tiles that cut rows everywhere, with a workspace that goes from call to call."""
-    from lockstep.engine import attention_kernels
+    from lockstep.engine import attention_launch
     from lockstep.engine.attention import DecodeWorkspace
 
     shape = Shape(sinks=True)
     for programs in (1, 2, 5, 20):
         for tile in (32, 64):
-            tiles = attention_kernels.DecodeTiles(tile=tile, programs_per_sm=programs, max_pieces=1000)
+            tiles = attention_launch.DecodeTiles(tile=tile, programs_per_sm=programs, max_pieces=1000)
             workspace = decode_workspace(8, 4, 2, 64, "cpu", programs=2 * programs)
             assert isinstance(workspace, DecodeWorkspace)
             workspace.partials.fill_(float("nan"))
             workspace.stats.fill_(float("nan"))
             out = torch.full((5, 4, 64), float("nan"))
-            buffers = out, workspace, tiles
+            buffers = out, workspace, False, tiles
             for seed in range(2):
                 check_decode(
                     shape, [0, 1, 150, 64, 65], seed=seed,
-                    attend=lambda *step, b=buffers: attention_kernels.attend_decode(*step, *b) or b[0],
+                    attend=lambda *step, b=buffers: attention_launch.attend_decode(*step, *b) or b[0],
                 )  # fmt: skip
                 assert not workspace.arrivals.any()
     small = decode_workspace(1, 4, 2, 64, "cpu")

@@ -15,8 +15,8 @@ from lockstep import ConfigurationError
 from lockstep.engine.sampling import (
     Sampler,
     SamplingParams,
-    _draw_from_blocks,
-    _draw_from_sorted,
+    draw_from_blocks,
+    draw_from_sorted,
     seed_key,
     top_ids,
     uniforms,
@@ -475,34 +475,31 @@ def test_every_unit_of_weight_is_drawn_once():
     weights = torch.tensor([[4, 3, 0, 0, 2, 1]]).sort(descending=True).values.expand(9, -1).contiguous()
     everything, k = torch.ones(9, dtype=torch.float64), torch.full((9,), 3)
     units = (torch.arange(9) + 0.5).double() / 9
-    assert _draw_from_sorted(weights, units, everything, k).tolist() == [0] * 4 + [1] * 3 + [2] * 2
+    assert draw_from_sorted(weights, units, everything, k).tolist() == [0] * 4 + [1] * 3 + [2] * 2
     units = (torch.arange(7) + 0.5).double() / 7
-    assert _draw_from_sorted(weights[:7], units, everything[:7] * 0.7, k[:7]).tolist() == [0] * 4 + [1] * 3
+    assert draw_from_sorted(weights[:7], units, everything[:7] * 0.7, k[:7]).tolist() == [0] * 4 + [1] * 3
     # In the vocabulary's order over blocks of 128, with tokens in between that cannot be drawn.
     weights = torch.ones(300)
     weights[[0, 5, 127, 128, 299]] = torch.tensor([0.0, 3.0, 0.0, 0.0, 2.0])
     expected = [token for token, weight in enumerate(weights.tolist()) for _ in range(int(weight))]
     units = (torch.arange(len(expected)) + 0.5).double() / len(expected)
-    assert _draw_from_blocks(weights.expand(len(expected), -1).clone(), units, 1.0).tolist() == expected
+    assert draw_from_blocks(weights.expand(len(expected), -1).clone(), units, 1.0).tolist() == expected
 
 
 def test_a_broken_weight_never_leads_beyond_the_vocabulary():
     weights = torch.zeros(1, 130)
     weights[0, 129] = torch.nan
     for unit in (0.0, 0.5, 0.999):
-        drawn = _draw_from_blocks(weights.clone(), torch.tensor([unit], dtype=torch.float64), 2.0**40)
+        drawn = draw_from_blocks(weights.clone(), torch.tensor([unit], dtype=torch.float64), 2.0**40)
         assert 0 <= drawn.item() < 130
 
 
-def test_a_large_vocabulary_goes_in_chunks(monkeypatch):
-    import lockstep.engine.sampling as module
-
+def test_a_large_vocabulary_goes_in_chunks():
     vocab_size = 5000
     logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(0))
     results = []
     for limit in (2**24, 2 * vocab_size, 1):
-        monkeypatch.setattr(module, "_CHUNK_LOGITS", limit)
-        sampler = Sampler(9, vocab_size, "cpu")
+        sampler = Sampler(9, vocab_size, "cpu", chunk_logits=limit)
         for slot in range(9):
             sampler.set(slot, SamplingParams(top_p=0.9, logprobs=2) if slot % 2 else SamplingParams(), slot, [0])
         drawn = sample(sampler, logits, list(range(9)), [1] * 9)
@@ -542,7 +539,7 @@ def test_a_warm_sampler_is_as_good_as_new():
         sampler = Sampler(3, 300, "cpu", eos_token_ids=[EOS])
         if warm:
             sampler.warm_up(torch.bfloat16)
-            assert sampler._counts is None
+            assert sampler.counts is None
             with pytest.raises(ConfigurationError, match="slot 0 of row 0 has no request"):
                 sample(sampler, logits[:1], [0], [1])
         for slot, fields in enumerate(({}, {"top_k": 5, "presence_penalty": 1.0}, {"top_p": 0.9})):

@@ -133,7 +133,7 @@ def test_bytes_that_are_no_text_leave_as_soon_as_that_is_known():
 def test_invalid_utf8_is_replaced_as_the_tokenizer_does():
     # Overlong forms, surrogates, code points beyond the last, lonely and missing continuations: all of length up to 4.
     kinds = [0x41, 0x80, 0x8F, 0x9F, 0xA0, 0xC0, 0xC3, 0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5]
-    token_of = {value: BYTES.convert_tokens_to_ids(token) for token, value in text._ALPHABET.items()}
+    token_of = {value: BYTES.convert_tokens_to_ids(token) for token, value in text.BYTE_OF.items()}
     detokenizer = Detokenizer(BYTES)
     for length in (1, 2, 3, 4):
         for values in itertools.product(kinds, repeat=length):
@@ -154,19 +154,15 @@ def test_a_run_of_byte_tokens_is_text_or_not_as_a_whole():
     assert stream.flush() == "\ufffd" * 3 == whole(tokenizer, [byte[65], byte[66], byte[255]])
 
 
-def test_the_bytes_of_single_tokens():
-    detokenizer = Detokenizer(TOKENIZERS["merged"])
-    tokenizer = TOKENIZERS["merged"]
-    pieces = ["Ġth", "e", "<tool>", "naïve 日本", "<|eos|>"]
-    found = [detokenizer.token_bytes(tokenizer.token_to_id(piece)) for piece in pieces]
-    assert found == [b" th", b"e", b"<tool>", "naïve 日本".encode(), b""]
-    tokenizer = TOKENIZERS["sentencepiece"]
-    detokenizer = Detokenizer(tokenizer)
-    pieces = ["▁wor", "<0xE2>", "€", "▁", "</s>"]
-    found = [detokenizer.token_bytes(tokenizer.token_to_id(piece)) for piece in pieces]
-    assert found == [b" wor", b"\xe2", "€".encode(), b" ", b""]
-    assert Detokenizer(Plain()).token_bytes(97) == b"a"
-    assert Detokenizer(BYTES).token_bytes(100_000) == b""
+def test_the_text_of_single_tokens():
+    def pushed(tokenizer, pieces):
+        stream = Detokenizer(tokenizer).stream()
+        return [stream.push(tokenizer.token_to_id(piece)) for piece in pieces] + [stream.flush()]
+
+    found = pushed(TOKENIZERS["merged"], ["Ġth", "e", "<tool>", "naïve 日本", "<|eos|>"])
+    assert found == [" th", "e", "<tool>", "naïve 日本", "", ""]
+    found = pushed(TOKENIZERS["sentencepiece"], ["▁wor", "€", "▁", "▁wor", "</s>", "<0xE2>"])
+    assert found == ["wor", "€", " ", " wor", "", "", "\ufffd"]
 
 
 def test_a_token_without_text_is_no_context():

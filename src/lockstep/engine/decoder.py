@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
-from lockstep.engine.attention import AttentionOptions, attend_batch, attend_decode, attend_prompts, write_keys
+from lockstep.engine.attention import AttentionOptions, attend_decode, attend_prompts, write_keys
+from lockstep.engine.attention_gathered import attend_batch
 from lockstep.engine.kv_cache import KVCache, KVShape
 from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import find_experts
@@ -29,43 +30,25 @@ ATTENTION_NAME = "lockstep_paged"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows of a step that belong to prompts; they follow the rows that generate.
+    """The rows of a step that belong to prompts; they follow the rows that generate. All are int32."""
 
-    Attributes:
-        row_seqs: row of the block table of each prompt, `[num_prompts]` int32.
-        cu_rows: where each prompt's rows begin among the rows of the step, and their end, `[num_prompts + 1]` int32.
-        lengths: tokens of each prompt that are in pages after this step, `[num_prompts]` int32.
-    """
-
-    row_seqs: Tensor
-    cu_rows: Tensor
-    lengths: Tensor
+    row_seqs: Tensor  # row of the block table of each prompt, `[num_prompts]`
+    cu_rows: Tensor  # where each prompt's rows begin among the rows of the step, and their end, `[num_prompts + 1]`
+    lengths: Tensor  # tokens of each prompt that are in pages after this step, `[num_prompts]`
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one forward pass works on. All tensors are on the device of the model.
+    """What one forward pass works on. All tensors are on the device of the model."""
 
-    Attributes:
-        ids: tokens, `[num_rows]` int64.
-        positions: of the tokens in their requests, `[num_rows]` int64.
-        row_seqs: row of the block table of each row, `[num_rows]` int32; -1 for rows that pad a graph.
-        lengths: keys that each row sees that generates, its own included, `[num_rows]` int32; 0 for rows that pad a
-            graph.
-        slots: `page * PAGE_SIZE + offset` where each row's key goes, `[num_rows]` int32; -1 for nowhere.
-        num_decode: rows that generate, or in a graph the most that may; they come first.
-        prompts: of the other rows; None where there are none.
-        sampled: rows whose logits are wanted, `[num_sampled]` int64; None for all.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    row_seqs: Tensor
-    lengths: Tensor
-    slots: Tensor
-    num_decode: int
-    prompts: Prompts | None = None
-    sampled: Tensor | None = None
+    ids: Tensor  # tokens, `[num_rows]` int64
+    positions: Tensor  # of the tokens in their requests, `[num_rows]` int64
+    row_seqs: Tensor  # row of the block table of each row, `[num_rows]` int32; -1 for rows that pad a graph
+    lengths: Tensor  # keys that each row sees that generates, its own included, `[num_rows]` int32; 0 for padding
+    slots: Tensor  # `page * PAGE_SIZE + offset` where each row's key goes, `[num_rows]` int32; -1 for nowhere
+    num_decode: int  # rows that generate, or in a graph the most that may; they come first
+    prompts: Prompts | None = None  # of the other rows
+    sampled: Tensor | None = None  # rows whose logits are wanted, `[num_sampled]` int64; None for all
 
 
 _pass: ContextVar[tuple[Rows, KVCache] | None] = ContextVar("lockstep_pass", default=None)
@@ -75,15 +58,7 @@ _probed: ContextVar[dict[int, tuple[KVShape, torch.dtype]] | None] = ContextVar(
 def attend(query: Tensor, layer: int, rows: Rows, cache: KVCache, options: AttentionOptions) -> Tensor:
     """Attend with all rows of a step, whose keys are in their pages already.
 
-    Args:
-        query: `[num_rows, heads, head_dim]`.
-        layer: index of the layer.
-        rows: of the step.
-        cache: the pages.
-        options: scaling, window and so on.
-
-    Returns:
-        `[num_rows, heads, value_dim]`.
+    From `query`, `[num_rows, heads, head_dim]`, to `[num_rows, heads, value_dim]`.
     """
     pages = cache.key_pages[layer], cache.value_pages[layer], cache.block_table
     output = query.new_empty(*query.shape[:2], pages[1].shape[3])
@@ -100,14 +75,6 @@ class TransformersDecoder:
     """Runs a Transformers model over packed rows by its own forward pass, with attention over pages.
 
     The model stays usable otherwise: outside a call of this object, its attention is that of any batch.
-
-    Args:
-        model: a causal language model with full or sliding-window attention, called through Transformers' attention
-            interface.
-        cache: its pages.
-
-    Raises:
-        ConfigurationError: see `take_over_attention`.
     """
 
     name = "Transformers'"
@@ -176,10 +143,8 @@ def _attention(
 def take_over_attention(model: Any) -> None:
     """Let a model call `_attention`, which outside a pass attends as the model's own does.
 
-    Raises:
-        ConfigurationError: for layers that keep something else than one key and value per token, naming the class and
-            the layer: recurrent or linear attention, or attention that is not called through Transformers' attention
-            interface.
+    Refused are layers that keep something else than one key and value per token (recurrent or linear attention), and
+    models that do not call attention through Transformers' attention interface.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
@@ -196,14 +161,7 @@ def take_over_attention(model: Any) -> None:
 
 @torch.no_grad()
 def probe_shapes(model: Any) -> tuple[list[KVShape], torch.dtype]:
-    """Send one token through a model, without its experts, and return what each layer's attention reads of it.
-
-    Returns:
-        A shape per layer, in order, and the dtype of keys and values.
-
-    Raises:
-        ConfigurationError: see `take_over_attention`.
-    """
+    """Send one token through a model, without its experts; return what each layer keeps of it: shapes and dtype."""
     take_over_attention(model)
     shapes: dict[int, tuple[KVShape, torch.dtype]] = {}
     token = _probed.set(shapes)

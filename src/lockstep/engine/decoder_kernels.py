@@ -38,17 +38,7 @@ def add_rms_norm_kernel(
 def add_rms_norm(
     rows: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the residual and norm the sum.
-
-    Args:
-        rows: `[num_rows, hidden]`, contiguous.
-        residual: likewise; None adds nothing.
-        weight: of the norm, `[hidden]`.
-        eps: added to the mean square.
-
-    Returns:
-        `rms_norm(rows + residual) * weight`, and `rows + residual`, both `[num_rows, hidden]`.
-    """
+    """Return `rms_norm(rows + residual) * weight` and `rows + residual`, contiguous `[num_rows, hidden]` each."""
     num_rows, hidden = rows.shape
     normed = torch.empty_like(rows)
     total = rows if residual is None else torch.empty_like(rows)
@@ -123,20 +113,10 @@ def rope_and_write(
 ) -> torch.Tensor:  # fmt: skip
     """Split the projection, norm and rotate queries and keys, and write keys and values into their pages.
 
-    Args:
-        qkv: queries, keys, values of each row, `[num_rows, (num_heads + 2 * kv_heads) * head_dim]`, contiguous.
-        cos: of the rotation, `[num_rows, head_dim]`, contiguous.
-        sin: likewise.
-        q_norm: weight of the queries' norm per head, `[head_dim]`; None for no norm of queries and keys.
-        k_norm: of the keys'.
-        eps: of both norms.
-        slots: `page * PAGE_SIZE + offset` of each row, `[num_rows]` int32; a negative one writes nothing.
-        key_pages: `[num_pages, PAGE_SIZE, kv_heads, head_dim]`.
-        value_pages: likewise.
-        num_heads: of queries.
-
-    Returns:
-        The queries, `[num_rows, num_heads, head_dim]`.
+    `qkv` has queries, keys, values of each row, `[num_rows, (num_heads + 2 * kv_heads) * head_dim]`; `cos` and `sin`
+    are `[num_rows, head_dim]`; all contiguous. The norms' weights are per head, `[head_dim]`, or None. `slots` are
+    `page * PAGE_SIZE + offset`, `[num_rows]` int32; a negative one writes nothing. Returns the queries, `[num_rows,
+    num_heads, head_dim]`.
     """
     num_rows, kv_heads, head_dim = qkv.shape[0], key_pages.shape[2], key_pages.shape[3]
     query = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -184,9 +164,8 @@ def route_kernel(
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts by softmax and top-k, `logits` being `[num_rows, num_experts]`, contiguous.
 
-    Returns:
-        Experts, `[num_rows, top_k]` int32, and weights rounded to the dtype of `logits`, `[num_rows, top_k]` float32;
-        those of a row sum to 1 if `renormalize`.
+    Returns experts, `[num_rows, top_k]` int32, and weights rounded to the dtype of `logits`, `[num_rows, top_k]`
+    float32; those of a row sum to 1 if `renormalize`.
     """
     num_rows, num_experts = logits.shape
     ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)

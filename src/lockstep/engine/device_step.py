@@ -19,7 +19,7 @@ from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.models.parallel import ModelParallel
 from lockstep.moe.step import Step
-from lockstep.workload import PAGE_SIZE, Schedule, StepEntry
+from lockstep.workload import PAGE_SIZE, Schedule, SchedulerConfig, StepEntry
 from lockstep.workload.kv_pages import PageKey
 
 if TYPE_CHECKING:
@@ -30,27 +30,16 @@ _NOWHERE = -1
 
 @dataclass
 class EngineRequest:
-    """A request of one rank.
-
-    Attributes:
-        request_id: its number.
-        prompt: its tokens.
-        params: how to sample and when to stop.
-        seed: of its random numbers.
-        generated: tokens that are on the host.
-        page_keys: of whole pages of the prompt, where they may be shared.
-        row: of the block table, while it holds pages; -1 otherwise.
-        scheduled_to_end: whether its last token is being drawn.
-    """
+    """A request of one rank."""
 
     request_id: int
     prompt: list[int]
     params: SamplingParams
-    seed: int
-    generated: list[int] = field(default_factory=list)
-    page_keys: Sequence[PageKey] = ()
-    row: int = _NOWHERE
-    scheduled_to_end: bool = False
+    seed: int  # of its random numbers
+    generated: list[int] = field(default_factory=list)  # tokens that are on the host
+    page_keys: Sequence[PageKey] = ()  # of whole pages of the prompt, where they may be shared
+    row: int = _NOWHERE  # of the block table, while it holds pages
+    scheduled_to_end: bool = False  # whether its last token is being drawn
 
     @property
     def tokens(self) -> list[int]:
@@ -61,23 +50,13 @@ class EngineRequest:
 class DeviceStep:
     """Runs the steps of one rank on its device.
 
-    Args:
-        model: a causal language model.
-        parallel: what it carries with it where it is spread over ranks.
-        cache: pages of keys and values.
-        sampler: draws tokens.
-        max_rows: of a decoding step.
-        max_mixed_rows: of a step with prompts.
-        graphs: run steps as CUDA graphs where that is possible.
-
-    Attributes:
-        decoder: runs a forward pass.
-        graphs: of its steps; None where there are none.
+    A model that is spread over ranks has `parallel`. `decoder` runs a forward pass; `graphs` are of its steps, None
+    where there are none.
     """
 
     def __init__(
-        self, model: Any, parallel: ModelParallel | None, cache: KVCache, sampler: Sampler, max_rows: int,
-        max_mixed_rows: int, graphs: bool,
+        self, model: Any, parallel: ModelParallel | None, cache: KVCache, sampler: Sampler, config: SchedulerConfig,
+        graphs: bool,
     ) -> None:  # fmt: skip
         self.cache = cache
         self.graphs: EngineGraphs | None = None
@@ -91,16 +70,13 @@ class DeviceStep:
         if self._device.type == "cuda":  # no step of a run loads a kernel
             sampler.warm_up(model.get_output_embeddings().weight.dtype)
         if graphs and parallel is not None and parallel.layers.can_capture:
-            self.graphs = EngineGraphs(parallel, self.decoder, self.lay_out, max_rows, max_mixed_rows, self._device)
+            most = config.max_num_batched_tokens
+            max_rows = min(config.max_num_seqs, most)
+            self.graphs = EngineGraphs(parallel, self.decoder, self.lay_out, max_rows, most, self._device)
             self.graphs.capture()
 
     def seat(self, request: EngineRequest, num_cached: int = 0) -> None:
-        """Give a request a row of the block table, if it has none.
-
-        Args:
-            request: of the next step.
-            num_cached: tokens of its first pages, if it begins behind known ones.
-        """
+        """Give a request a row of the block table, if it has none; `num_cached` tokens of its first pages are known."""
         if request.row == _NOWHERE:
             request.row = self._free_rows.pop()
             self._sampler.set(request.row, request.params, request.seed, request.prompt, request.generated)
@@ -119,15 +95,10 @@ class DeviceStep:
     def run(
         self, schedule: Schedule, requests: Sequence[EngineRequest], step: Step | None
     ) -> tuple[Sampled | None, bool]:
-        """Issue a step's forward pass and its sampling.
+        """Issue a step's forward pass and its sampling, for the requests of the schedule's entries, in order.
 
-        Args:
-            schedule: of this rank; without rows it only takes part in what the other ranks do.
-            requests: of its entries, in order.
-            step: that the pass belongs to; None in a single process.
-
-        Returns:
-            The tokens, in the order of the entries that sample, or None where none does; whether a graph was replayed.
+        Without entries it only takes part in what the other ranks do; `step` is None in a single process. Returns the
+        tokens, in the order of the entries that sample, or None where none does; and whether a graph was replayed.
         """
         captures = self.graphs is not None and step is not None and step.captures
         entries, num_decode = schedule.entries, schedule.num_decode_tokens
@@ -171,10 +142,8 @@ class DeviceStep:
     def lay_out(self, ids: Tensor | None, positions: Tensor, row_seqs: Tensor) -> Rows:
         """Return the rows of requests that generate; on the device alone, so that a graph may hold it.
 
-        Args:
-            ids: tokens, `[num_rows]` int32; -1, or None in place of all, for the one that its request drew last.
-            positions: of these, `[num_rows]` int32.
-            row_seqs: row of the block table of each, `[num_rows]` int32; -1 for rows that pad a graph.
+        All are `[num_rows]` int32. A token of -1, or None in place of all, is the one that its request drew last;
+        `row_seqs` is -1 for rows that pad a graph.
         """
         real, seqs = row_seqs >= 0, row_seqs.clamp(min=0).long()
         last = self._last_tokens[seqs]

@@ -51,13 +51,7 @@ class _Layer:
 
 
 class FusedDecoder:
-    """Runs a model's layers over packed rows: 12 or 13 kernels each in place of some 40.
-
-    Args:
-        model: a causal language model.
-        cache: its pages.
-        layers: taken apart by `of`.
-    """
+    """Runs a model's layers over packed rows: 12 or 13 kernels each in place of some 40."""
 
     name = "fused"
 
@@ -70,14 +64,9 @@ class FusedDecoder:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, cache: KVCache) -> FusedDecoder | None:
-        """Take a model apart and try its layers, while no page of the cache is in use.
+        """Take a model on a GPU apart and try its layers; None, and a log that says why, for one that is not known.
 
-        Args:
-            model: a causal language model, on a GPU.
-            cache: its pages; what the first of them holds is overwritten.
-
-        Returns:
-            The decoder, or None for a model that it does not know; the log says why.
+        No page of the cache may be in use: the first is overwritten.
         """
         try:
             base = model.model

@@ -68,15 +68,9 @@ def mixed_sizes(max_rows: int) -> list[int]:
 
 
 class EngineGraphs:
-    """The graphs of one rank's steps.
+    """The graphs of one rank's steps: of decoding up to `max_rows` rows, and of prompts up to `max_mixed_rows`.
 
-    Args:
-        parallel: of the model.
-        decoder: runs a pass over rows.
-        lay_out: `DeviceStep.lay_out`.
-        max_rows: most rows of a decoding step, and most prompts of another.
-        max_mixed_rows: most rows of a step with prompts.
-        device: the GPU.
+    `lay_out` is `DeviceStep.lay_out`. A step with prompts has at most `max_rows` of them.
     """
 
     def __init__(
@@ -117,16 +111,10 @@ class EngineGraphs:
     def run(
         self, row_seqs: Sequence[int], positions: Sequence[int], step: Step
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Replay the smallest graph that the rows fit into.
+        """Replay the smallest graph that the rows fit into; `step.captures` is true.
 
-        Args:
-            row_seqs: row of the block table of each row.
-            positions: of the rows' tokens.
-            step: one whose `captures` is true.
-
-        Returns:
-            Logits of the rows, `[num_rows, vocabulary]`, valid until the next replay; None without rows. And on the
-            device: `row_seqs`, `[num_rows]` int32, and the position of the next token of each, `[num_rows]` int32.
+        Returns logits of the rows, `[num_rows, vocabulary]`, valid until the next replay; None without rows. And on the
+        device: `row_seqs`, `[num_rows]` int32, and the position of the next token of each, `[num_rows]` int32.
         """
         num_rows, most = len(row_seqs), self._max_rows
         size = next(size for size in self._sizes if size >= num_rows)
@@ -142,8 +130,8 @@ class EngineGraphs:
     def run_mixed(self, host: HostRows, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
         """Replay the smallest graph that a step with prompts fits into, captured now if there is none yet.
 
-        Returns:
-            As from `run`, for the sampled rows. None for rows that no graph has room for, or where the capture failed.
+        Returns as `run` does, for the sampled rows. None for rows that no graph has room for, or where the capture
+        failed.
         """
         num_rows, num_prompts = len(host.ids), len(host.prompts)
         size = next((size for size in self._mixed_sizes if size >= num_rows), None)

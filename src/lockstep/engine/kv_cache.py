@@ -12,6 +12,7 @@ from lockstep.engine.attention import DecodeWorkspace, decode_workspace
 from lockstep.errors import ConfigurationError
 from lockstep.workload import PAGE_SIZE
 from lockstep.workload.kv_pages import PageKey
+from lockstep.workload.kv_pages import num_pages as num_pages_of
 
 _FIRST_PAGES = 32  # of a cache that grows
 
@@ -31,17 +32,11 @@ def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
 
 @dataclass
 class _KnownPage:
-    """A page with the tokens of a prompt's beginning, which several requests may hold.
-
-    Attributes:
-        page: which one.
-        token_ids: of it, as bytes; those of the pages before it were compared when it was remembered.
-        num_holders: requests that hold it.
-    """
+    """A page with the tokens of a prompt's beginning, which several requests may hold."""
 
     page: int
-    token_ids: bytes
-    num_holders: int
+    token_ids: bytes  # of it; those of the pages before it were compared when it was remembered
+    num_holders: int = 0  # requests that hold it
 
 
 class KVCache:
@@ -54,20 +49,7 @@ class KVCache:
     Pages of a prompt's beginning can be known by a key: `remember`, `share`, `forget`. The scheduler decides which ones
     are; here that is carried out.
 
-    Args:
-        shapes: of every layer, in order.
-        num_pages: of each layer, >= 1; None to begin with a few and to double them when they run out, which needs a
-            device without graphs.
-        max_num_seqs: requests at a time, each with a row of the table.
-        max_model_len: most tokens of one request.
-        dtype: of keys and values.
-        device: where they are.
-
-    Attributes:
-        key_pages: per layer, `[num_pages, PAGE_SIZE, num_kv_heads, head_dim]`.
-        value_pages: per layer, `[num_pages, PAGE_SIZE, num_kv_heads, value_dim]`.
-        block_table: pages of each row, `[max_num_seqs, ceil(max_model_len / PAGE_SIZE)]` int32; entries beyond a
-            request's pages mean nothing.
+    With `num_pages` None, it begins with a few and doubles them when they run out, which needs a device without graphs.
     """
 
     def __init__(
@@ -83,9 +65,11 @@ class KVCache:
             # Zeros, not garbage: a NaN in a value that no row may see would still spoil a product with a weight of 0.
             return torch.zeros(self.num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
 
+        # Per layer, `[num_pages, PAGE_SIZE, num_kv_heads, head_dim or value_dim]`.
         self.key_pages = [pages(shape.num_kv_heads, shape.head_dim) for shape in shapes]
         self.value_pages = [pages(shape.num_kv_heads, shape.value_dim) for shape in shapes]
-        self._width = -(-max_model_len // PAGE_SIZE)
+        # Pages of each row; entries beyond a request's pages mean nothing.
+        self._width = num_pages_of(max_model_len)
         self.block_table = torch.zeros(max_num_seqs, self._width, dtype=torch.int32, device=device)
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._pages: list[list[int]] = [[] for _ in range(max_num_seqs)]
@@ -100,17 +84,9 @@ class KVCache:
         return len(self._free)
 
     def grow(self, row: int, num_tokens: int) -> None:
-        """Give a request the pages that so many tokens need; those that it has stay.
-
-        Args:
-            row: of the table.
-            num_tokens: of the request, those of the step to come included.
-
-        Raises:
-            ConfigurationError: no page is free, which a scheduler that counts pages rules out.
-        """
+        """Give a request the pages that `num_tokens` need, the step to come included; those that it has stay."""
         pages = self._pages[row]
-        for index in range(len(pages), -(-num_tokens // PAGE_SIZE)):
+        for index in range(len(pages), num_pages_of(num_tokens)):
             if not self._free and self._grows:
                 self._double()
             elif not self._free:
@@ -139,16 +115,7 @@ class KVCache:
         self._pages[row] = []
 
     def share(self, row: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Let a request without pages begin with known ones.
-
-        Args:
-            row: of the table.
-            keys: of the pages, from the prompt's first on.
-            token_ids: of these pages, 4 bytes each, as `remember` got them.
-
-        Raises:
-            ConfigurationError: two prompts with other tokens have one key, which a hash of 128 bits rules out.
-        """
+        """Let a request without pages begin with known ones, whose tokens have to be those that `remember` got."""
         for index, key in enumerate(keys):
             known = self._known[key]
             if known.token_ids != _page_of(token_ids, index):
@@ -158,21 +125,16 @@ class KVCache:
             self._changes[row * self._width + index] = known.page
 
     def remember(self, row: int, first: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Note that the step issued last has filled pages of a request.
+        """Note that the step issued last has filled pages of a request, from its page `first` on.
 
-        Where another request has filled an equal page, both hold that one from the next step on.
-
-        Args:
-            row: of the table.
-            first: of the pages filled, its place in the prompt.
-            keys: of the pages filled.
-            token_ids: of the whole prompt, 4 bytes each.
+        `token_ids` are of the whole prompt, 4 bytes each. Where another request has filled an equal page, both hold
+        that one from the next step on.
         """
         pages = self._pages[row]
         for index, key in enumerate(keys, first):
             known = self._known.get(key)
             if known is None:
-                known = _KnownPage(pages[index], _page_of(token_ids, index), 0)
+                known = _KnownPage(pages[index], _page_of(token_ids, index))
                 self._known[key] = self._known_pages[known.page] = known
             else:
                 self._free.append(pages[index])

@@ -11,19 +11,12 @@ from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
 
 class Limits(NamedTuple):
-    """Of a model and its cache, the same on all ranks.
+    """Of a model and its cache, the same on all ranks."""
 
-    Attributes:
-        vocab_size: entries of the embedding.
-        num_logits: tokens that can be drawn.
-        max_model_len: tokens of a request, prompt included.
-        kv_capacity_tokens: tokens of KV cache per rank; None where it grows.
-    """
-
-    vocab_size: int
-    num_logits: int
-    max_model_len: int
-    kv_capacity_tokens: int | None
+    vocab_size: int  # entries of the embedding
+    num_logits: int  # tokens that can be drawn
+    max_model_len: int  # most tokens of a request, prompt included
+    kv_capacity_tokens: int | None  # of a rank; None where the cache grows
 
     def check(self, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise `ConfigurationError` where a request, called `name` in the message, does not fit."""

@@ -24,6 +24,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
+from lockstep.workload.kv_pages import num_pages
 from lockstep.workload.policies import prefills_run
 from lockstep.workload.prefix_pages import token_page_keys
 
@@ -51,49 +52,29 @@ class _CacheRecord(StepRecord):
 
 
 class TokenOutput(NamedTuple):
-    """One token of one request.
-
-    Attributes:
-        request_id: the request.
-        position: of the token among those generated, from 0.
-        token_id: the token.
-        logprob: of it, where the request asks; None otherwise.
-        top_logprobs: the most likely tokens and their logprobs, where the request asks, most likely first.
-        finish_reason: `stop` or `length` where it is the request's last; None otherwise.
-    """
+    """One token of one request."""
 
     request_id: int
-    position: int
+    position: int  # of the token among those generated, from 0
     token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] | None = None
-    finish_reason: str | None = None
+    logprob: float | None = None  # where the request asks
+    top_logprobs: tuple[tuple[int, float], ...] | None = None  # where the request asks, most likely first
+    finish_reason: str | None = None  # `stop` or `length` where it is the request's last
 
 
 @dataclass
 class StepReport:
-    """What one step was, known once its tokens are on the host.
+    """What one step was, known once its tokens are on the host. Times are by `time.perf_counter`."""
 
-    Attributes:
-        schedule: this rank's part of it.
-        num_tokens_across_dp: rows of every data-parallel rank.
-        began_s: when this rank began to plan it, by `time.perf_counter`.
-        agreed_s: when all ranks had agreed on it.
-        done_s: when its tokens had been drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step
-            before it if that is later.
-        waited_s: in this rank's collectives for other ranks, as far as the host knows.
-        overrun_rows: rows of requests that had ended when the step ran; their tokens were dropped.
-        replayed: whether this rank ran it as a CUDA graph.
-    """
-
-    schedule: Schedule
-    num_tokens_across_dp: tuple[int, ...]
-    began_s: float = 0.0
-    agreed_s: float = 0.0
+    schedule: Schedule  # this rank's part of it
+    num_tokens_across_dp: tuple[int, ...]  # rows of every data-parallel rank
+    began_s: float = 0.0  # this rank began to plan it
+    agreed_s: float = 0.0  # all ranks had agreed on it
+    # Its tokens had been drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step before, if later.
     done_s: float = 0.0
-    waited_s: float = 0.0
-    overrun_rows: int = 0
-    replayed: bool = False
+    waited_s: float = 0.0  # in this rank's collectives for other ranks, as far as the host knows
+    overrun_rows: int = 0  # of requests that had ended when the step ran; their tokens were dropped
+    replayed: bool = False  # whether this rank ran it as a CUDA graph
 
 
 @dataclass
@@ -149,28 +130,25 @@ class RankEngine:
             raise ConfigurationError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         self.model = model
         self.parallel: ModelParallel | None = parallel_of(model)
-        embedding = model.get_input_embeddings().weight
-        self.vocab_size, self._device = int(embedding.shape[0]), embedding.device
+        embedding, num_logits = model.get_input_embeddings().weight, len(model.get_output_embeddings().weight)
+        self._device = embedding.device
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_model_len = int(max_model_len or context or 4096)
-        if context is not None and self.max_model_len > context:
+        max_len = int(max_model_len or context or 4096)
+        if context is not None and max_len > context:
             limit = f"at most the model's context of {context}"
             raise ConfigurationError(f"max_model_len must be {limit}, got {max_model_len}")
         shapes, dtype = probe_shapes(model)
         config = self._without_unsupported(config, model.config.get_text_config())
-        num_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization)
-        if num_pages is not None:
-            config = dataclasses.replace(config, kv_capacity_tokens=num_pages * PAGE_SIZE)
+        total_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization, max_len)
+        if total_pages is not None:
+            config = dataclasses.replace(config, kv_capacity_tokens=total_pages * PAGE_SIZE)
         self.config = config
+        self.limits = Limits(len(embedding), num_logits, max_len, config.kv_capacity_tokens)
         self.scheduler = RankScheduler(config)
-        self.cache = KVCache(shapes, num_pages, config.max_num_seqs, self.max_model_len, dtype, self._device)
+        self.cache = KVCache(shapes, total_pages, config.max_num_seqs, max_len, dtype, self._device)
         self._eos = frozenset(eos_token_ids)
-        num_logits = int(model.get_output_embeddings().weight.shape[0])
-        self.limits = Limits(self.vocab_size, num_logits, self.max_model_len, config.kv_capacity_tokens)
         sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
-        max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        max_mixed_rows = config.max_num_batched_tokens
-        self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, max_rows, max_mixed_rows, graphs)
+        self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, config, graphs)
         ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
         self.state = SchedulerState()
         self.states = [self.state] * ranks
@@ -197,8 +175,7 @@ class RankEngine:
             seed: of its random numbers; None takes `params.seed`, or the request's number.
 
         Raises:
-            ConfigurationError: naming the request: an empty prompt, ids beyond the embedding, more tokens than the
-                model's context or than all pages hold, or a number in use. Nothing else is affected.
+            ConfigurationError: a request that exceeds `limits`, or a number in use. Nothing else is affected.
         """
         prompt = [int(token) for token in prompt_token_ids]
         if request_id in self._requests:
@@ -214,12 +191,8 @@ class RankEngine:
     def abort(self, request_id: int, *, missing_ok: bool = False) -> None:
         """Let a request go. It may have rows in steps that are agreed already; their tokens are dropped.
 
-        Args:
-            request_id: the request.
-            missing_ok: do nothing where it has ended already.
-
         Raises:
-            ConfigurationError: no unfinished request has this number.
+            ConfigurationError: no unfinished request has this number, unless `missing_ok`.
         """
         if request := self._requests.pop(request_id, None):
             self._leave(request)
@@ -251,11 +224,7 @@ class RankEngine:
             self.parallel.coordinator.fail(error, EngineRecord)
 
     def num_messages_everywhere(self, received: int) -> int:
-        """Return how many messages all ranks of this data-parallel rank have got, so that they may act on them.
-
-        Args:
-            received: by this rank.
-        """
+        """Return how many messages all ranks with the same requests have got, this one `received`: those to act on."""
         if self.parallel is None or self._tp_size == 1:
             return received
         first = self.parallel.config.data_parallel_rank * self._tp_size
@@ -298,12 +267,7 @@ class RankEngine:
 
     @torch.no_grad()
     def step(
-        self,
-        *,
-        unfinished: bool | None = None,
-        num_messages: int = 0,
-        messages_check: int = 0,
-        elapsed_ms: int = 0,
+        self, *, unfinished: bool | None = None, num_messages: int = 0, messages_check: int = 0, elapsed_ms: int = 0
     ) -> list[TokenOutput]:
         """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
 
@@ -388,13 +352,13 @@ class RankEngine:
         if not (config.enable_prefix_caching and windows):
             return config
         if self.parallel is None or self.parallel.config.rank == 0:
-            logger.warning(
-                "prefix caching is off: %s has layers with sliding windows, whose pages are not shared",
-                type(self.model).__name__,
-            )
+            text = "prefix caching is off: %s has layers with sliding windows, whose pages are not shared"
+            logger.warning(text, type(self.model).__name__)
         return dataclasses.replace(config, enable_prefix_caching=False)
 
-    def _agree_on_pages(self, config: SchedulerConfig, bytes_of_page: int, utilization: float) -> int | None:
+    def _agree_on_pages(
+        self, config: SchedulerConfig, bytes_of_page: int, utilization: float, max_model_len: int
+    ) -> int | None:
         """Return how many pages every rank has room for; None for as many as are needed."""
         if config.num_kv_pages is not None or self._device.type != "cuda":
             return config.num_kv_pages
@@ -411,7 +375,7 @@ class RankEngine:
                 f"no room for a KV cache: {room / 2**30:.1f} GiB of the GPU are free, and gpu_memory_utilization "
                 f"{utilization:g} leaves {(1 - utilization) * total / 2**30:.1f} GiB of them unused"
             )
-        return min(pages, config.max_num_seqs * -(-self.max_model_len // PAGE_SIZE))
+        return min(pages, config.max_num_seqs * num_pages(max_model_len))
 
     def _collect(self, flight: _Flight | None) -> list[TokenOutput]:
         """Wait for a step's tokens, on a GPU at most until the deadline; end the requests that they end."""

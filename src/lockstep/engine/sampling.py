@@ -7,7 +7,7 @@ A token depends on its request's logits, parameters, seed and position only. Thr
 * Probabilities are integers from the exponential on. Their sums have no rounding, so that neither the number of rows
   nor the device's order of addition can move a border between two tokens.
 
-What the paths cost, in passes over the logits of the rows that take them:
+What the paths cost, in passes over the logits of the rows that take them (`benchmarks/bench_sampling.py`):
 
 | row | work |
 |---|---|
@@ -17,9 +17,6 @@ What the paths cost, in passes over the logits of the rows that take them:
 | `top_k > 64`, or `top_p` alone | a stable sort of the vocabulary, the only path that sorts |
 | penalties, `min_tokens` | a float32 copy and five more passes |
 | log probabilities | two reads |
-
-Rows that read the whole vocabulary several times go in chunks of 2**24 logits, which bounds their memory whatever the
-batch. `benchmarks/bench_sampling.py` measures time and memory of each path.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ __all__ = ["Sampled", "Sampler", "SamplingParams", "seed_key", "uniforms"]
 
 _BLOCK = 128  # tokens per block: of the first stage of top-k, and of the running sum of the unfiltered path
 _MAX_SMALL_TOP_K = 64
-_CHUNK_LOGITS = 2**24
+
 _MASK64 = 2**64 - 1
 # SplitMix64 (Steele, Lea and Flood, 2014): a counter times an odd constant, then two rounds of xor-shift and multiply.
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -49,21 +46,14 @@ _KEY, _TOP_K, _FREE_FROM = range(3)
 
 @dataclass(frozen=True)
 class Sampled:
-    """The tokens of one step, on the device or on their way to the host.
+    """The tokens of one step, on the device or on their way to the host."""
 
-    Attributes:
-        tokens: `[rows]` int64; 0 in padding rows.
-        logprobs: `[rows]` float32, of the drawn tokens, before penalties, temperature and filters; NaN in rows that did
-            not ask. None if no row asked.
-        top_ids: `[rows, 5]` int64, most likely first, all five whatever number a row asked for; -1 in rows without
-            `logprobs` and beyond the vocabulary. None if no row asked for more than the drawn token.
-        top_logprobs: `[rows, 5]` float32, of `top_ids`; NaN where there is none.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # `[rows]` int64; 0 in padding rows
+    # Of these tokens, before penalties, temperature and filters: `[rows]` float32, NaN in rows that did not ask.
     logprobs: Tensor | None = None
+    # The five most likely tokens, whatever number a row asked for: `[rows, 5]` int64, -1 in rows that did not ask.
     top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
+    top_logprobs: Tensor | None = None  # of these, `[rows, 5]` float32, NaN where there is none
 
     def to_host(self) -> Sampled:
         """Start copies to the host, not to be read before the work issued so far has ended."""
@@ -85,31 +75,29 @@ class _Kind(NamedTuple):
     """What a row needs. Rows of one kind run together. A tuple, since every row of every step is looked up by it."""
 
     path: Literal["greedy", "small_top_k", "sorted", "unfiltered"]
-    penalties: bool
-    min_tokens: bool
+    penalties: bool = False
+    min_tokens: bool = False
+
+
+_GREEDY = _Kind("greedy")
 
 
 class Sampler:
     """Draws tokens for one rank. Parameters live on the device, one row per slot.
 
-    All work is issued on the current stream and nothing waits for it: call `set` and `sample` on one stream. The token
-    counts that penalties need (5 bytes per slot and token of the vocabulary) are allocated with the first request that
-    asks for penalties.
-
-    Args:
-        max_num_seqs: number of slots, >= 1.
-        vocab_size: logits per row, >= 1.
-        device: where the logits are.
-        eos_token_ids: tokens that `min_tokens` holds back besides the request's own.
-
+    All work is issued on the current stream and nothing waits for it: call `set` and `sample` on one stream.
+    `min_tokens` holds `eos_token_ids` back besides the request's own. Rows that read the whole vocabulary several times
+    go in chunks of `chunk_logits`, which bounds their memory whatever the batch.
     """
 
     def __init__(
-        self, max_num_seqs: int, vocab_size: int, device: torch.device | str, *, eos_token_ids: Sequence[int] = ()
-    ) -> None:
+        self, max_num_seqs: int, vocab_size: int, device: torch.device | str, *, eos_token_ids: Sequence[int] = (),
+        chunk_logits: int = 2**24,
+    ) -> None:  # fmt: skip
         self.max_num_seqs = max_num_seqs
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._chunk_rows = max(1, chunk_logits // vocab_size)
         # An end-of-sequence token beyond the logits can never be drawn: nothing to hold back.
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._params = [SamplingParams()] * max_num_seqs
@@ -120,22 +108,20 @@ class Sampler:
         self._floats = torch.zeros(max_num_seqs, 6, dtype=torch.float64, device=self.device)
         self._ints = torch.zeros(max_num_seqs, 3, dtype=torch.int64, device=self.device)
         self._stop_ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=self.device)
-        self._counts: Tensor | None = None  # [max_num_seqs, vocab_size] int32, occurrences in the output
-        self._in_prompt: Tensor | None = None  # [max_num_seqs, vocab_size] bool
+        # Of the first request with penalties on, occurrences of each token in each slot's output, and whether it is in
+        # the prompt: `[max_num_seqs, vocab_size]` int32 and bool, 5 bytes per slot and token.
+        self.counts: Tensor | None = None
+        self._in_prompt: Tensor | None = None
         # Weights below 2**-scale of the largest are lost; a sum of vocab_size weights stays exact in float64.
         self._scale = float(2 ** (52 - vocab_size.bit_length()))
 
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], generated: Sequence[int] = ()
     ) -> None:
-        """Give a slot to a request.
+        """Give a slot to a request, whose `stop_token_ids` are below `vocab_size`.
 
-        Args:
-            slot: in `0..max_num_seqs - 1`.
-            params: the request's parameters, `stop_token_ids` below `vocab_size`; their `seed` is ignored.
-            seed: any integer; 64 bits of it count.
-            prompt: the request's tokens, >= 0. Their number places `min_tokens`.
-            generated: tokens that it generated before it was preempted.
+        `seed` takes the place of the parameters' own; `generated` are tokens from before the request was preempted. The
+        number of tokens in `prompt` places `min_tokens`.
         """
         if params.has_penalties:
             self._count(slot, prompt, generated)
@@ -149,23 +135,19 @@ class Sampler:
         floats = params.temperature, params.top_p, params.min_p, *penalties
         self._changes[slot] = floats, (seed_key(seed), top_k, free_from)
         self._params[slot] = params
-        path: Literal["greedy", "small_top_k", "sorted", "unfiltered"] = "unfiltered"
         if params.is_greedy:
-            path = "greedy"
+            kind = _GREEDY
         elif 0 < params.top_k <= _MAX_SMALL_TOP_K:
-            path = "small_top_k"
-        elif top_k < self.vocab_size or params.top_p < 1:
-            path = "sorted"
-        self._kinds[slot] = _Kind(path, params.has_penalties, holds_back)
+            kind = _Kind("small_top_k")
+        else:
+            kind = _Kind("sorted" if top_k < self.vocab_size or params.top_p < 1 else "unfiltered")
+        self._kinds[slot] = kind._replace(penalties=params.has_penalties, min_tokens=holds_back)
         (self._asking.discard if params.logprobs is None else self._asking.add)(slot)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Take every path once with all slots in use: later steps load no kernel and need no more memory than this.
 
         Comes before requests. The token counts of penalties are not allocated.
-
-        Args:
-            dtype: of the logits to come.
         """
         slots = torch.arange(self.max_num_seqs, device=self.device)
         logits = torch.zeros(self.max_num_seqs, self.vocab_size, dtype=dtype, device=self.device)
@@ -191,19 +173,10 @@ class Sampler:
             positions: `[rows]` integers on the device, the position of the token to draw: the first after a prompt of
                 5 tokens has position 5.
             host_slots: the same slots on the host.
-
-        Returns:
-            Tokens and log probabilities, on the device.
-
-        Raises:
-            ConfigurationError: for shapes that do not fit, or a slot without a request.
         """
         num_rows = len(host_slots)
-        if logits.shape != (num_rows, self.vocab_size) or slots.shape != (num_rows,) or positions.shape != (num_rows,):
-            raise ConfigurationError(
-                f"expected logits [{num_rows}, {self.vocab_size}], slots and positions [{num_rows}], got "
-                f"{list(logits.shape)}, {list(slots.shape)} and {list(positions.shape)}"
-            )
+        if logits.shape != (num_rows, self.vocab_size):
+            raise ConfigurationError(f"expected logits [{num_rows}, {self.vocab_size}], got {list(logits.shape)}")
         groups: dict[_Kind, list[int]] = {}
         for row, slot in enumerate(host_slots):
             if slot >= 0:
@@ -250,9 +223,9 @@ class Sampler:
         else:
             tokens = self._draw(kind.path, logits, uniforms(ints[:, _KEY], positions), floats, ints, params)
         if kind.penalties:
-            assert self._counts is not None
+            assert self.counts is not None
             where = (slots.long(), tokens)
-            self._counts[where] = self._counts[where] + 1
+            self.counts[where] = self.counts[where] + 1
         return tokens
 
     def _draw(
@@ -262,8 +235,8 @@ class Sampler:
         temperature = floats[:, _TEMPERATURE, None].float()
         if path == "unfiltered":
             values = logits.float()
-            weights = self._weights(values, values.amax(-1, keepdim=True), temperature, min_p)
-            return _draw_from_blocks(weights, draws, self._scale)
+            weights = _weights(values, values.amax(-1, keepdim=True), temperature, min_p)
+            return draw_from_blocks(weights, draws, self._scale)
         if path == "small_top_k":
             # More candidates than a row keeps change nothing for it: its running sum is cut at its own top_k.
             ids = top_ids(logits, min(max(entry.top_k for entry in params), self.vocab_size))
@@ -272,19 +245,13 @@ class Sampler:
             # Sorted in their own type: bfloat16 needs half the passes of a radix sort.
             values, ids = logits.sort(descending=True, stable=True)
             values = values.float()
-        weights = self._weights(values, values[:, :1], temperature, min_p)
-        rank = _draw_from_sorted(weights.mul_(self._scale).long(), draws, floats[:, _TOP_P], ints[:, _TOP_K])
+        weights = _weights(values, values[:, :1], temperature, min_p)
+        rank = draw_from_sorted(weights.mul_(self._scale).long(), draws, floats[:, _TOP_P], ints[:, _TOP_K])
         return ids.gather(1, rank[:, None]).squeeze(1)
 
-    @staticmethod
-    def _weights(values: Tensor, largest: Tensor, temperature: Tensor, min_p: Tensor | None) -> Tensor:
-        """Return probabilities relative to the largest one's, `[rows, tokens]` float32 in 0..1."""
-        weights = (values - largest).div_(temperature).exp_()
-        return weights if min_p is None else weights.masked_fill_(weights < min_p, 0)
-
     def _penalise(self, logits: Tensor, slots: Tensor, floats: Tensor) -> Tensor:
-        assert self._counts is not None and self._in_prompt is not None
-        counts = self._counts.index_select(0, slots)
+        assert self.counts is not None and self._in_prompt is not None
+        counts = self.counts.index_select(0, slots)
         generated = counts > 0
         seen = self._in_prompt.index_select(0, slots).logical_or_(generated)
         presence, frequency, repetition = floats[:, _PRESENCE:, None].float().unbind(1)
@@ -320,10 +287,10 @@ class Sampler:
 
     def _count(self, slot: int, prompt: Sequence[int], generated: Sequence[int]) -> None:
         shape = (self.max_num_seqs, self.vocab_size)
-        if self._counts is None or self._in_prompt is None:
-            self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        if self.counts is None or self._in_prompt is None:
+            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        in_prompt, counts = self._in_prompt[slot].zero_(), self._counts[slot].zero_()
+        in_prompt, counts = self._in_prompt[slot].zero_(), self.counts[slot].zero_()
         # A token beyond the logits is never drawn: nothing to penalise.
         in_prompt.index_fill_(0, self._upload([t for t in prompt if t < self.vocab_size], torch.int64), True)
         ids, repeats = torch.tensor(generated, dtype=torch.int64).unique(return_counts=True)
@@ -346,8 +313,7 @@ class Sampler:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _chunks(self, rows: list[int]) -> list[list[int]]:
-        size = max(1, _CHUNK_LOGITS // self.vocab_size)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [rows[start : start + self._chunk_rows] for start in range(0, len(rows), self._chunk_rows)]
 
     def _index(self, rows: list[int]) -> slice | Tensor:
         """Some rows of a tensor: a slice where they are neighbours, so that nothing is copied; else their numbers."""
@@ -356,7 +322,6 @@ class Sampler:
         return self._upload(rows, torch.int64)
 
 
-_GREEDY = _Kind("greedy", penalties=False, min_tokens=False)
 _ONE_OF_EACH_PATH = (
     SamplingParams(temperature=0, min_tokens=1, logprobs=MAX_LOGPROBS),
     SamplingParams(min_p=0.1),
@@ -366,10 +331,7 @@ _ONE_OF_EACH_PATH = (
 
 
 def seed_key(seed: int) -> int:
-    """Return the start of a seed's random numbers: a signed 64-bit integer, well mixed, so that near seeds are apart.
-
-    Args:
-        seed: any integer; its lowest 64 bits count.
+    """Return the start of a seed's random numbers: a signed 64-bit integer, mixed, so that near seeds are apart.
 
     Example:
         >>> seed_key(0) != seed_key(1)
@@ -381,12 +343,7 @@ def seed_key(seed: int) -> int:
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     """Return the random number of each row, a hash of its key and position: the same bits on every device.
 
-    Args:
-        keys: `[rows]` int64, from `seed_key`.
-        positions: `[rows]` integers, >= 0.
-
-    Returns:
-        `[rows]` float64 in `[0, 1)`, multiples of 2**-53.
+    From `seed_key` and positions >= 0, `[rows]` each, to `[rows]` float64 in `[0, 1)`, multiples of 2**-53.
     """
     state = (positions.long() + 1) * _signed(_GOLDEN) + keys
     return _shift(_mix(state), 11).double() * 2.0**-53
@@ -410,17 +367,10 @@ def _signed(value: int) -> int:
 
 
 def top_ids(values: Tensor, k: int) -> Tensor:
-    """Return the ids of the `k` largest values of each row, largest first, lower ids first among equal values.
+    """Return the ids of each row's `k` largest values, `[rows, k]`, largest first, lower ids first among equal ones.
 
     `torch.topk` may take any of several equal values, and which one depends on the shape: bfloat16 logits have many.
     Two stages: the k blocks with the largest maxima hold the k largest values, so that the vocabulary is read once.
-
-    Args:
-        values: `[rows, tokens]`, any float type.
-        k: in `1..tokens`.
-
-    Returns:
-        `[rows, k]` int64.
     """
     num_tokens = values.shape[1]
     if num_tokens <= 2 * k * _BLOCK:
@@ -444,7 +394,13 @@ def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
     return 0xFFFFFFFF - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+def _weights(values: Tensor, largest: Tensor, temperature: Tensor, min_p: Tensor | None) -> Tensor:
+    """Return probabilities relative to the largest one's, `[rows, tokens]` float32 in 0..1."""
+    weights = (values - largest).div_(temperature).exp_()
+    return weights if min_p is None else weights.masked_fill_(weights < min_p, 0)
+
+
+def draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """Return the place of the drawn token among weights in descending order, `[rows]`.
 
     Weights are `[rows, tokens]` int64, each row's sum below 2**52, draws in `[0, 1)`. The smallest prefix that has the
@@ -458,7 +414,7 @@ def _draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tens
     return torch.searchsorted(sums, _target(draws, kept), right=True).clamp_(max=last).squeeze(1)
 
 
-def _draw_from_blocks(weights: Tensor, draws: Tensor, scale: float) -> Tensor:
+def draw_from_blocks(weights: Tensor, draws: Tensor, scale: float) -> Tensor:
     """Return the drawn token of weights in the vocabulary's order, `[rows]`: first its block, then its place there.
 
     Weights are `[rows, tokens]` float32 in 0..1; a weight of 1 counts as the integer `scale`.

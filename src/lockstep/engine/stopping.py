@@ -15,31 +15,23 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one token adds.
+    """What one token adds."""
 
-    Attributes:
-        text: new text, which nothing takes back.
-        finish_reason: None while the request goes on. `"stop"`: a stop token, an end-of-sequence token or a stop
-            string; `"length"`: `max_tokens`; `"abort"`: somebody ended it.
-        stop_reason: the stop string or the token of `stop_token_ids` that ended it; None for an end-of-sequence token.
-    """
-
-    text: str = ""
+    text: str = ""  # new text, which nothing takes back
+    # None while the request goes on. `"stop"`: a stop token, an end-of-sequence token or a stop string; `"length"`:
+    # `max_tokens`; `"abort"`: somebody ended it.
     finish_reason: FinishReason | None = None
+    # The stop string or the token of `stop_token_ids` that ended it; None for an end-of-sequence token.
     stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probabilities at one place of the output, before penalties, temperature and filters.
+    """Log probabilities at one place of the output, before penalties, temperature and filters."""
 
-    Attributes:
-        logprob: of the token that was drawn.
-        top: the most likely tokens as `(token id, log probability)`, most likely first; as many as `logprobs` asked
-            for. The drawn token is among them only if it is one of these.
-    """
-
-    logprob: float
+    logprob: float  # of the token that was drawn
+    # The most likely tokens as `(token id, log probability)`, most likely first, as many as `logprobs` asked for. The
+    # drawn token is among them only if it is one of these.
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -71,18 +63,13 @@ class RequestOutput:
 class StopChecker:
     """Follows one request on the host: tokens in, text and the end out.
 
-    Text that may be the beginning of a stop string waits until that is known. The text does not depend on how it is
-    cut into tokens: the stop string that completes first ends it, the longest of several that complete together, and
-    the text ends before that string. A stop token has no text. Stop strings that complete within the first `min_tokens`
+    Text that may be the beginning of a stop string waits until that is known. The text does not depend on how it is cut
+    into tokens: the stop string that completes first ends it, the longest of several that complete together, and the
+    text ends before that string. A stop token has no text. Stop strings that complete within the first `min_tokens`
     tokens are text like any other.
 
-    Args:
-        params: the request's parameters.
-        eos_token_ids: tokens that end a request unless `ignore_eos` is set.
-        detokenizer: None for token ids only: all texts are empty.
-
-    Raises:
-        ConfigurationError: stop strings without a detokenizer.
+    `eos_token_ids` end a request unless `ignore_eos` is set. Without a detokenizer all texts are empty, and stop
+    strings are refused.
 
     Example:
         >>> from lockstep.models.tiny import byte_tokenizer
@@ -115,10 +102,9 @@ class StopChecker:
         return self._pieces[0] if self._pieces else ""
 
     def push(self, token_id: int) -> TextDelta:
-        """Take the next token. A token after the end, of an overrun row, is dropped.
+        """Take the next token; return the text that it adds and, if it is the last one, why.
 
-        Returns:
-            The text that it adds and, if it is the last one, why.
+        A token after the end, of an overrun row, is dropped.
         """
         if self.finish_reason is not None:
             return TextDelta()

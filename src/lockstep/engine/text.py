@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from typing import Any, Protocol
+from typing import Any
 
 from lockstep.errors import ConfigurationError
 
@@ -15,19 +15,6 @@ _MAX_OPEN_BYTES = 64
 # How many tokens of an unknown decoder may wait for the rest of a character, which has at most four bytes.
 _MAX_OPEN_TOKENS = 32
 _REPLACEMENT = "\ufffd"
-
-
-class TextStream(Protocol):
-    """The text of one request, as far as its tokens fix it."""
-
-    def push(self, token_id: int) -> str:
-        """Take the next token; return the text that no later token can change any more."""
-
-    def open_text(self) -> str:
-        """Return the complete characters that the next token could still change; most decoders have none."""
-
-    def flush(self) -> str:
-        """Return the rest, as if no token followed: a character that is still in pieces becomes U+FFFD."""
 
 
 class Detokenizer:
@@ -44,12 +31,6 @@ class Detokenizer:
 
     Each token costs the same, however long the text is. `clean_up_tokenization_spaces` is not applied: it would change
     text that has left already. Transformers ignores it too, for byte-pair tokenizers.
-
-    Args:
-        tokenizer: a Transformers tokenizer, a `tokenizers.Tokenizer`, or an object with `decode` as above.
-
-    Raises:
-        ConfigurationError: the object has no `decode`.
 
     Example:
         >>> from lockstep.models.tiny import byte_tokenizer
@@ -69,32 +50,17 @@ class Detokenizer:
         self._special_ids = _special_ids(self._tokenizer)
         self._is_byte_level = decoders == ["ByteLevel"]
         self._has_byte_fallback = "ByteFallback" in decoders
+        # Whether U+FFFD at the end of a text may be a character whose other bytes come with the next tokens.
+        self.marks_incomplete = not self._has_byte_fallback
         self._bytes: dict[int, bytes] = {}
         self._known: dict[int, tuple[bool, bool]] = {}
 
-    def stream(self) -> TextStream:
+    def stream(self) -> ByteLevelStream | WindowStream:
         """Return a stream for one request."""
-        return _ByteLevelStream(self) if self._is_byte_level else _WindowStream(self)
+        return ByteLevelStream(self) if self._is_byte_level else WindowStream(self)
 
-    def has_text(self, token_id: int) -> bool:
-        """Return whether decoding looks at a token at all: not at special ones, nor at ids that no token has."""
-        return self._traits(token_id)[0]
-
-    def is_byte_token(self, token_id: int) -> bool:
-        """Return whether a token stands for one byte of a run, as `<0xE2>` does."""
-        return self._traits(token_id)[1]
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the middle of a text, in UTF-8; nothing for a special token or an unknown id.
-
-        May be a part of a character. Tokenizers that are not known from inside give U+FFFD for it.
-        """
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
-        return known
-
-    def _traits(self, token_id: int) -> tuple[bool, bool]:
+    def traits(self, token_id: int) -> tuple[bool, bool]:
+        """Return whether a token has text (special and unknown ones have none), and whether it is a byte of a run."""
         known = self._known.get(token_id)
         if known is None:
             token = self._tokenizer.id_to_token(token_id) if self._is_fast else ""
@@ -102,46 +68,48 @@ class Detokenizer:
             known = self._known[token_id] = (token is not None and token_id not in self._special_ids, is_byte)
         return known
 
-    def _find_bytes(self, token_id: int) -> bytes:
-        if not self.has_text(token_id):
-            return b""
-        if self._is_byte_level:
-            return _byte_level_bytes(self._tokenizer.id_to_token(token_id))
-        if self.is_byte_token(token_id):
-            return bytes([int(self._tokenizer.id_to_token(token_id)[3:5], 16)])
-        # Twice, since the start of a text may lose a space that its middle has.
-        return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
-
-    @property
-    def marks_incomplete(self) -> bool:
-        """Whether U+FFFD at the end of a text may be a character whose other bytes come with the next tokens."""
-        return not self._has_byte_fallback
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token of a byte-level tokenizer adds to a text, a part of a character perhaps, in UTF-8."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._tokenizer.id_to_token(token_id) if self.traits(token_id)[0] else ""
+            # A token with characters beyond the alphabet, such as an added one, stands for itself.
+            in_alphabet = all(character in BYTE_OF for character in token)
+            known = bytes(BYTE_OF[character] for character in token) if in_alphabet else token.encode()
+            self._bytes[token_id] = known
+        return known
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the tokenizer's own decoding."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-class _ByteLevelStream:
+class ByteLevelStream:
+    """The text of one request whose tokens are bytes."""
+
     def __init__(self, detokenizer: Detokenizer) -> None:
         self._token_bytes = detokenizer.token_bytes
         # Both this decoder and the tokenizer's replace each maximal invalid part by one U+FFFD.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        """Take the next token; return the text that no later token can change any more."""
         return self._decoder.decode(self._token_bytes(token_id))
 
     def open_text(self) -> str:
+        """Return the complete characters that the next token could still change."""
         return ""
 
     def flush(self) -> str:
+        """Return the rest, as if no token followed: a character that is still in pieces becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
-class _WindowStream:
-    """Decodes the tokens since the last piece of text, with that piece's tokens before them as context.
+class WindowStream:
+    """The text of one request by the tokenizer's own decoding of the tokens since the last piece of text.
 
-    Without the context the middle of a text would be decoded as a start is: most decoders drop a space there.
+    That piece's tokens come before them as context: without it, the middle of a text would be decoded as a start is,
+    and most decoders drop a space there.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
@@ -151,10 +119,11 @@ class _WindowStream:
         self._open: list[int] = []
 
     def push(self, token_id: int) -> str:
-        if not self._detokenizer.has_text(token_id):
-            return ""
-        self._open.append(token_id)
-        if self._detokenizer.is_byte_token(token_id):
+        """As `ByteLevelStream.push`."""
+        has_text, is_byte = self._detokenizer.traits(token_id)
+        if has_text:
+            self._open.append(token_id)
+        if not has_text or is_byte:
             return ""
         text = self._decode_open()
         if self._detokenizer.marks_incomplete and text.endswith(_REPLACEMENT) and len(self._open) < _MAX_OPEN_TOKENS:
@@ -162,12 +131,12 @@ class _WindowStream:
         return self._settle(text)
 
     def open_text(self) -> str:
-        if not self._open or len(self._open) > _MAX_OPEN_BYTES:
-            return ""
-        text = self._decode_open()
+        """As `ByteLevelStream.open_text`."""
+        text = self._decode_open() if 0 < len(self._open) <= _MAX_OPEN_BYTES else ""
         return "" if text.endswith(_REPLACEMENT) else text
 
     def flush(self) -> str:
+        """As `ByteLevelStream.flush`."""
         return self._settle(self._decode_open()) if self._open else ""
 
     def _decode_open(self) -> str:
@@ -200,14 +169,6 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(getattr(tokenizer, "all_special_ids", ()))
 
 
-def _byte_level_bytes(token: str) -> bytes:
-    """Return the bytes that a token of GPT-2's alphabet stands for; one with other characters stands for itself."""
-    try:
-        return bytes(_ALPHABET[character] for character in token)
-    except KeyError:
-        return token.encode()
-
-
 def _alphabet() -> dict[str, int]:
     """Return GPT-2's alphabet: printable bytes are themselves, the other bytes follow from U+0100 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -215,4 +176,4 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-_ALPHABET = _alphabet()
+BYTE_OF = _alphabet()
