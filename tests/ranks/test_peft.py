@@ -191,7 +191,7 @@ def of_another_kind(model, adapters):
 
 
 REFUSED = {
-    does_not_fit: ("has shape [7, ", "of 3 takes [24, "),
+    does_not_fit: ("has shape [7, ", "experts takes [24, "),
     switched_inside: ("experts were changed inside of join",),
     on_one_rank_only: ("ranks disagree about LoRA on experts", "rank 1: "),
     of_another_kind: ("was replaced by ParamWrapper", "take LoRA on gate_up_proj, up_proj, down_proj"),

@@ -51,7 +51,7 @@ def names_that_transformers_takes():
 
 def test_every_argument_of_transformers_is_accounted_for():
     known = {
-        *arguments._TAKEN,
+        *arguments.TAKEN,
         *arguments.HANDED_ON,
         *arguments.HUB,
         *arguments.WITHOUT_EFFECT,

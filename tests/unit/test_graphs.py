@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +22,13 @@ class Cuda:
     def __init__(self):
         self.captures, self.replays, self.ended, self.fails = 0, 0, 0, False
         self.capturing = False
+        self.alive = alive = weakref.WeakSet()
         cuda = self
 
         class Graph:
+            def __init__(self):
+                alive.add(self)
+
             def capture_begin(self, capture_error_mode):
                 assert capture_error_mode == "thread_local"
                 assert not cuda.capturing
@@ -268,28 +273,30 @@ def test_graphs_are_forgotten_with_their_cache(cuda):
         for _ in range(2):
             steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": one})
     model.caches.clear()
-    assert len(steps.graphs._forwards) == 2
+    assert len(cuda.alive) == 2
     del cache, one
     gc.collect()
-    assert len(steps.graphs._forwards) == len(steps.graphs._seen) == 1  # a graph does not keep its cache alive
+    assert len(cuda.alive) == 1  # a graph does not keep its cache alive
     cuda.fails = True
     failing = Cache()
     for _ in range(2):
         steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": failing})
-    assert steps.graphs._failed
+    cuda.fails = False
+    assert steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": failing}) is None  # not tried again
     model.caches.clear()
+    gone = weakref.ref(failing)
     del failing
     gc.collect()
-    assert not steps.graphs._failed  # a cache that gets the same address later is tried anew
+    assert gone() is None
 
 
 def test_the_oldest_of_many_graphs_goes_first(cuda):
     steps, _, model = make(cuda)
-    caches = [Cache() for _ in range(graphs._MOST_GRAPHS + 1)]
+    caches = [Cache() for _ in range(graphs.MOST_GRAPHS + 1)]
     for cache in caches:
         for _ in range(2):
             steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": cache})
-    assert len(steps.graphs._forwards) == graphs._MOST_GRAPHS
+    assert len(cuda.alive) == graphs.MOST_GRAPHS
     captures = cuda.captures
     steps.run_forward(model, (), {"input_ids": ids(1), "past_key_values": caches[-1]})
     assert cuda.captures == captures

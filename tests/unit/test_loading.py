@@ -10,6 +10,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import find_experts, shard_empty, shard_experts
 from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
+from lockstep.moe.placement import EMPTY, Placement
 
 NUM_LAYERS, NUM_EXPERTS = 2, 8
 
@@ -73,7 +74,8 @@ def test_a_model_in_memory_is_cut_in_place(whole):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(whole[0])
-    assert [name for name, _ in shard_experts(model, 1, 2)] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    for _, module in find_experts(model):
+        shard_experts(module, (4, 5, 6, 7))
     assert_is_part_of(model, whole[1], 1, 2)
     stored = find_experts(model)[0][1].down_proj.untyped_storage().nbytes()
     assert stored == 4 * 64 * 64 * 4, "the other experts' memory is freed"
@@ -91,11 +93,49 @@ def test_hidden_states_are_still_recorded_after_the_class_is_put_back(whole):
     assert len(output.hidden_states) == NUM_LAYERS + 1
 
 
-def test_ranks_that_do_not_divide_the_experts(whole):
-    with pytest.raises(ConfigurationError, match=r"8 experts \(model\.layers\.0\.mlp\.experts\).* over 3 ranks"):
-        load_pretrained(whole[0], ep_rank=0, ep_size=3)
-    with pytest.raises(ConfigurationError, match=r"8 experts .* over 5 ranks"):
-        shard_experts(whole[1], 0, 5)
+PLACEMENT = Placement(
+    8, 3, ((0, 1, 2, EMPTY, 3, 4, 5, EMPTY, 6, 7, EMPTY, EMPTY), (7, 0, EMPTY, 2, 6, 5, 2, 7, 1, 3, 4, EMPTY))
+)
+
+
+@pytest.mark.parametrize("layout", ["one tensor per expert", "fused"])
+@pytest.mark.parametrize("placement", [None, PLACEMENT])
+def test_any_number_of_ranks_and_any_experts_in_their_slots(whole, tmp_path, layout, placement):
+    path, whole_model = whole
+    if layout == "fused":
+        whole_model.save_pretrained(path := tmp_path / "fused", save_original_format=False)
+    expected = [module for _, module in find_experts(whole_model)]
+    for ep_rank in range(3):
+        model = load_pretrained(path, ep_rank=ep_rank, ep_size=3, placement=placement)
+        for layer, (_, module) in enumerate(find_experts(model)):
+            slots = (placement or Placement.even(2, 8, 3)).slots_of(layer, ep_rank)
+            assert module.num_experts == len(slots) == len(module.down_proj)
+            for name in ("gate_up_proj", "down_proj"):
+                weight, all_experts = getattr(module, name), getattr(expected[layer], name)
+                for slot, expert in enumerate(slots):
+                    wanted = torch.zeros_like(weight[slot]) if expert == EMPTY else all_experts[expert]
+                    assert torch.equal(weight[slot], wanted), (ep_rank, layer, name, slot)
+
+
+def test_a_rank_without_any_expert_of_a_layer(whole):
+    model = load_pretrained(whole[0], ep_rank=9, ep_size=10)
+    assert all(not module.down_proj.any() and len(module.down_proj) == 1 for _, module in find_experts(model))
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement.even(2, 8, 4), r"2 layers of 8 experts over 4 ranks does not fit 2 layers of 8 .* over 2"),
+        (Placement.even(3, 8, 2), r"3 layers of 8 experts over 2 ranks does not fit 2 layers of 8"),
+        (Placement.even(2, 16, 2), r"2 layers of 16 experts .* does not fit 2 layers of 8 \(model\.layers\.0\.mlp"),
+    ],
+)
+def test_a_placement_of_another_model(whole, placement, message):
+    with pytest.raises(ConfigurationError, match=message):
+        load_pretrained(whole[0], ep_rank=0, ep_size=2, placement=placement)
+
+
+def test_a_rank_that_is_none(whole):
     with pytest.raises(ConfigurationError, match=r"ep_rank 2 and ep_size 2"):
         load_pretrained(whole[0], ep_rank=2, ep_size=2)
 
@@ -223,6 +263,6 @@ def test_experts_are_split_where_the_weights_are_to_be():
     module = torch.nn.Module()
     with torch.device("meta"):
         module.down_proj = torch.nn.Parameter(torch.empty(4, 3, 5))
-    shard_empty(module, 1, 2, "cuda")
+    shard_empty(module, (2, 3), "cuda")
     assert module.down_proj.device_mesh.device_type == "cuda"
     assert module.down_proj.to_local().shape == (2, 3, 5)

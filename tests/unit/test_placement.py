@@ -29,11 +29,11 @@ def test_hot_experts_get_the_spare_slots():
     assert placement.busiest_over_mean([[90, 10, 20, 30]]) == 1.0
 
 
-def test_ranks_that_do_not_divide_the_experts_hold_one_more_or_an_empty_slot():
+def test_where_ranks_do_not_divide_the_experts_the_last_have_empty_slots():
     assert Placement.even(1, 8, 3).physical_to_logical == ((0, 1, 2, 3, 4, 5, 6, 7, EMPTY),)
     of_128 = Placement.even(48, 128, 5)
-    assert [len(of_128.experts_of(47, rank)) for rank in range(5)] == [26, 26, 26, 25, 25]
-    assert Placement.even(2, 8, 4).is_identity and not of_128.is_identity
+    assert [len(of_128.experts_of(47, rank)) for rank in range(5)] == [26, 26, 26, 26, 24]
+    assert Placement.even(2, 8, 4).is_identity and of_128.is_identity
     assert not Placement.even(1, 8, 4, num_slots_per_rank=3).is_identity
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.models.experts_modules import slots_held, take
 
 Adapters = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]
 """Per weight `(A [local experts, r, in], B [local experts, out, r], scaling)`: `x W^T + scaling * (x A^T) B^T`."""
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a layer's experts without what PEFT adds for each wrapper around them."""
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
@@ -116,14 +111,10 @@ class ExpertsAdapters:
             for wrapper in self._seen
         )
 
-    def cut_loaded(
-        self, ep_rank: int, ep_size: int, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any
-    ) -> None:
-        """Cut this layer's adapters in a state dict that is about to be loaded, in place.
+    def cut_loaded(self, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Cut this layer's adapters in a state dict that is about to be loaded, in place, to this rank's slots.
 
         Args:
-            ep_rank: this rank's place.
-            ep_size: ranks that share the experts.
             parent: module that holds the experts, which PEFT leaves in place when it wraps them.
             state_dict: of the parent.
             prefix: of the parent's names in it.
@@ -133,6 +124,7 @@ class ExpertsAdapters:
                 of this rank, with both shapes.
         """
         self._notice()
+        slots, num_experts = slots_held(self._module)
         parameters = dict(parent.named_parameters())
         for key in [key for key in state_dict if key.startswith(f"{prefix}{self._name.rpartition('.')[2]}.")]:
             name = key.removeprefix(prefix)
@@ -143,35 +135,34 @@ class ExpertsAdapters:
                     "weights of experts into the whole model before lockstep.parallelize, or by from_pretrained"
                 )
             found, own_shape = state_dict[key], list(parameters[name].shape)
-            whole_shape = list(own_shape)
-            whole_shape[0 if part == "lora_A" else 1] *= ep_size
+            whole_shape, by_expert = list(own_shape), 0 if part == "lora_A" else 1
+            whole_shape[by_expert] = own_shape[by_expert] // len(slots) * num_experts
             if list(found.shape) == whole_shape:
-                num_local = parent.get_submodule(name.partition(f".{part}.")[0]).num_experts
-                state_dict[key] = own_part(part, found, num_local, ep_rank, ep_size)
+                state_dict[key] = own_part(part, found, slots, num_experts)
             elif list(found.shape) != own_shape:
                 raise ConfigurationError(
-                    f"adapter {key!r} has shape {list(found.shape)}: rank {ep_rank} of {ep_size} takes {whole_shape} "
-                    f"of all experts, or {own_shape} of its own"
+                    f"adapter {key!r} has shape {list(found.shape)}: a rank with {len(slots)} of {num_experts} experts "
+                    f"takes {whole_shape} of all experts, or {own_shape} of its own"
                 )
 
 
-def shard_adapters(outermost: Any, ep_rank: int, ep_size: int) -> None:
-    """Keep only this rank's experts of the adapters around a layer's experts, which are in memory as a whole."""
+def shard_adapters(outermost: Any, slots: Sequence[int]) -> None:
+    """Keep only the experts in this rank's slots of the adapters around a layer's experts, which are whole."""
     for wrapper in wrappers_around(outermost)[0]:
-        wrapper.num_experts //= ep_size
         for part in ("lora_A", "lora_B"):
             for linear in getattr(wrapper, part).values():
-                local = own_part(part, linear.weight.detach(), wrapper.num_experts, ep_rank, ep_size)
+                local = own_part(part, linear.weight.detach(), slots, wrapper.num_experts)
                 linear.weight = torch.nn.Parameter(local, requires_grad=False)
                 linear.out_features, linear.in_features = local.shape
+        wrapper.num_experts = len(slots)
 
 
-def own_part(part: str, whole: torch.Tensor, num_local: int, ep_rank: int, ep_size: int) -> torch.Tensor:
-    """Cut `lora_A [experts * r, in]` or `lora_B [out, r * experts]`, experts innermost, to this rank's experts."""
+def own_part(part: str, whole: torch.Tensor, slots: Sequence[int], num_experts: int) -> torch.Tensor:
+    """Cut `lora_A [experts * r, in]` or `lora_B [out, r * experts]`, experts innermost, to the experts in the slots."""
     if part == "lora_A":
-        return whole.chunk(ep_size)[ep_rank].clone()
-    by_expert = whole.reshape(whole.shape[0], -1, num_local * ep_size)
-    return by_expert[..., ep_rank * num_local : (ep_rank + 1) * num_local].reshape(whole.shape[0], -1)
+        return take(whole.reshape(num_experts, -1, whole.shape[1]), slots).reshape(-1, whole.shape[1])
+    by_expert = take(whole.reshape(whole.shape[0], -1, num_experts).permute(2, 0, 1), slots)
+    return by_expert.permute(1, 2, 0).reshape(whole.shape[0], -1)
 
 
 def _active(wrapper: Any) -> list[str]:

@@ -15,7 +15,7 @@ _DTYPE_BYTES = 2  # weights of fewer bytes are quantised: without their scales t
 HANDED_ON = ("attn_implementation", "disable_mmap", "generation_config", "key_mapping", "tqdm_class")
 """Reach Transformers' `from_pretrained` as they are."""
 
-HUB = ("cache_dir", "force_download", "token")
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """Reach the download of a Hub id; for a folder they mean nothing."""
 
 WITHOUT_EFFECT = (
@@ -24,47 +24,40 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 """Mean nothing for safetensors files, or nothing any more in Transformers itself."""
 
-_QUANTISE = (
-    "weights are held in 16 or 32 bits: leave it out (a checkpoint in mxfp4 or fp8 is dequantised on load by itself)"
-)
 _ONE_DEVICE = "each rank holds its weights on one device: use more ranks, or tensor_parallel_size, for a smaller part"
-_TP = "pass tensor_parallel_size=N to lockstep.from_pretrained instead"
-_KERNELS = "kernels from the Hub may replace the experts: leave it out"
-_CONVERT = "only safetensors files are read: load the checkpoint with Transformers once and call save_pretrained"
 
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "adapter_kwargs": ((None, {}), "load the base model, then the adapter with PEFT"),
-    "adapter_name": ((None, "default"), "load the base model, then the adapter with PEFT"),
-    "allow_all_kernels": ((None, False), _KERNELS),
-    "code_revision": ((None, "main"), "the code is taken from the checkpoint's own revision: pass revision"),
-    "device_mesh": ((None,), _TP),
-    "distributed_config": ((None,), _TP),
-    "experts_implementation": ((None,), "the experts are run by Lockstep: leave it out"),
-    "from_flax": ((None, False), _CONVERT),
-    "from_tf": ((None, False), _CONVERT),
-    "fusion_config": ((None, {}), "leave it out; fuse_norms=True fuses the norms"),
-    "gguf_file": ((None,), _CONVERT),
-    "ignore_mismatched_sizes": ((None, False), "a weight of another shape would be made up of random numbers"),
-    "kernel_config": ((None,), _KERNELS),
-    "load_in_4bit": ((None, False), _QUANTISE),
-    "load_in_8bit": ((None, False), _QUANTISE),
-    "max_memory": ((None, {}), _ONE_DEVICE),
-    "offload_buffers": ((None, False), _ONE_DEVICE),
-    "offload_folder": ((None,), _ONE_DEVICE),
-    "proxies": ((None, {}), "set the environment variable HTTPS_PROXY"),
-    "quantization_config": ((None,), _QUANTISE),
-    "state_dict": ((None,), "put the weights into a Transformers model and call lockstep.parallelize(model)"),
-    "tp_plan": ((None,), _TP),
-    "tp_size": ((None,), _TP),
-    "use_kernels": ((None, False), _KERNELS),
-    "use_safetensors": ((None, True), _CONVERT),
-    "variant": ((None,), "copy the files of that variant into a folder of their own, under their plain names"),
-}
-"""Name: the values that ask for nothing, and what to do instead of the others."""
+_REFUSED_TOGETHER = {
+    "load the base model, then the adapter with PEFT": ("adapter_kwargs", "adapter_name"),
+    "the code is taken from the checkpoint's own revision: pass revision": ("code_revision",),
+    "pass tensor_parallel_size=N to lockstep.from_pretrained instead": (
+        "device_mesh", "distributed_config", "tp_plan", "tp_size",
+    ),
+    "the experts are run by Lockstep: leave it out": ("experts_implementation",),
+    "only safetensors files are read: load the checkpoint with Transformers once and call save_pretrained": (
+        "from_flax", "from_tf", "gguf_file", "use_safetensors",
+    ),
+    "leave it out; fuse_norms=True fuses the norms": ("fusion_config",),
+    "a weight of another shape would be made up of random numbers": ("ignore_mismatched_sizes",),
+    "kernels from the Hub may replace the experts: leave it out": ("allow_all_kernels", "kernel_config", "use_kernels"),
+    "weights are held in 16 or 32 bits: leave it out (a checkpoint in mxfp4 or fp8 is dequantised on load by itself)": (
+        "load_in_4bit", "load_in_8bit", "quantization_config",
+    ),
+    _ONE_DEVICE: ("max_memory", "offload_buffers", "offload_folder"),
+    "set the environment variable HTTPS_PROXY": ("proxies",),
+    "put the weights into a Transformers model and call lockstep.parallelize(model)": ("state_dict",),
+    "copy the files of that variant into a folder of their own, under their plain names": ("variant",),
+}  # fmt: skip
+REFUSED = {name: instead for instead, names in _REFUSED_TOGETHER.items() for name in names}
+"""Name: what to do instead."""
 
-_TAKEN = (
-    "config", "device", "device_map", "dtype", "local_files_only", "output_loading_info", "revision", "subfolder",
-    "torch_dtype", "trust_remote_code",
+# Defaults in Transformers other than None and False, which ask for nothing either.
+_DEFAULTS: dict[str, Any] = {
+    "adapter_kwargs": {}, "adapter_name": "default", "code_revision": "main", "fusion_config": {}, "max_memory": {},
+    "proxies": {}, "use_safetensors": True,
+}  # fmt: skip
+
+TAKEN = (
+    "config", "device", "device_map", "dtype", "output_loading_info", "subfolder", "torch_dtype", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -77,6 +70,7 @@ class Arguments:
         device: one device; None where none was named.
         config: a config or where to read one; None for the checkpoint's own.
         subfolder: of the checkpoint, where its files are.
+        trust_remote_code: run code that comes with the checkpoint.
         output_loading_info: return Transformers' loading info beside the model.
         hub: for the download.
         handed_on: for Transformers.
@@ -87,23 +81,15 @@ class Arguments:
     device: torch.device | str | None
     config: Any
     subfolder: str
+    trust_remote_code: bool
     output_loading_info: bool
     hub: dict[str, Any]
     handed_on: dict[str, Any]
     config_changes: dict[str, Any]
 
 
-def read_arguments(kwargs: dict[str, Any], dtype: Any = "auto", device: Any = None) -> Arguments:
-    """Sort what was passed beyond the named arguments.
-
-    Args:
-        kwargs: names and values.
-        dtype: what was passed by our name, "auto" by default.
-        device: what was passed by our name, None by default.
-
-    Raises:
-        ConfigurationError: for what cannot be done for a model that is spread over ranks, with what to do instead, and
-            for arguments that contradict each other.
+def read_arguments(kwargs: dict[str, Any]) -> Arguments:
+    """Sort what was passed. Refused: what contradicts, or cannot be done over ranks, with what to do instead.
 
     Example:
         >>> read_arguments({"torch_dtype": "bfloat16", "device_map": {"": "cpu"}, "gguf_file": None}).dtype
@@ -113,30 +99,27 @@ def read_arguments(kwargs: dict[str, Any], dtype: Any = "auto", device: Any = No
     taken = {
         "config": rest.pop("config", None),
         "subfolder": rest.pop("subfolder", None) or "",
+        "trust_remote_code": bool(rest.pop("trust_remote_code", False)),
         "output_loading_info": bool(rest.pop("output_loading_info", False)),
-        "dtype": _one_dtype(dtype, rest.pop("torch_dtype", None)),
-        "device": _one_device(device, rest.pop("device_map", None)),
+        "dtype": _one_dtype(rest.pop("dtype", None), rest.pop("torch_dtype", None)),
+        "device": _one_device(rest.pop("device", None), rest.pop("device_map", None)),
     }
     for name in WITHOUT_EFFECT:
         rest.pop(name, None)
     hub = {name: value for name in HUB if (value := rest.pop(name, None)) is not None}
     handed_on = {name: value for name in HANDED_ON if (value := rest.pop(name, None)) is not None}
-    for name, (harmless, instead) in REFUSED.items():
-        value = rest.pop(name, None)
-        if not any(value is allowed or (type(value) is type(allowed) and value == allowed) for allowed in harmless):
+    for name, instead in REFUSED.items():
+        value, default = rest.pop(name, None), _DEFAULTS.get(name, False)
+        if value is not None and (type(value) is not type(default) or value != default):
             raise ConfigurationError(f"from_pretrained does not take {name}={value!r:.80}: {instead}")
     return Arguments(**taken, hub=hub, handed_on=handed_on, config_changes=rest)
 
 
 def change_config(config: Any, changes: dict[str, Any]) -> None:
-    """Set attributes of a config in place, as Transformers does with arguments that are none of its own.
-
-    Raises:
-        ConfigurationError: naming an argument that is no attribute of the config.
-    """
+    """Set attributes of a config in place, as Transformers does with arguments that are none of its own."""
     for name in changes:
         if not hasattr(config, name):
-            known = [*_TAKEN, *HANDED_ON, *HUB, *REFUSED, *(key for key in config.to_dict() if isinstance(key, str))]
+            known = [*TAKEN, *HANDED_ON, *HUB, *REFUSED, *(key for key in config.to_dict() if isinstance(key, str))]
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(

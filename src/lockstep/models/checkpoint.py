@@ -48,33 +48,26 @@ class StoredTensor:
 
 
 def check_files(folder: Path, weights_name: str | None = None) -> dict[str, StoredTensor]:
-    """Check that a folder's safetensors files are all there, whole and unambiguous.
+    """Return every tensor of a folder's safetensors files by name, once they are all there, whole and unambiguous.
 
-    Args:
-        folder: the checkpoint.
-        weights_name: of the file or index that the config says to read; None for the usual names.
-
-    Returns:
-        Every tensor by name.
-
-    Raises:
-        ConfigurationError: naming the file, and the tensor or the bytes that are wrong: a file that is missing,
-            truncated or outside of the folder; an index beside a single file, of which either may be out of date; a
-            tensor that a file lacks, or holds although the index does not name it; two unlike copies of one tensor.
+    `weights_name` is the file or index that the config says to read. Refused, naming the file and the tensor or bytes:
+    a file that is missing, truncated or outside of the folder; an index beside a single file, of which either may be
+    out of date; a tensor that a file lacks, or holds although the index does not name it; two unlike copies of one.
     """
     if weights_name is not None:
         _check_name(folder / "config.json", weights_name)
         index = folder / weights_name if weights_name.endswith(".index.json") else None
-        singles = [] if index else [weights_name]
+        singles = [weights_name]
     else:
         index = folder / _INDEX if (folder / _INDEX).is_file() else None
         singles = sorted(file.name for file in folder.glob("*.safetensors"))
-        if index is not None and _SINGLE in singles and _SINGLE not in _weight_map(index).values():
-            raise ConfigurationError(
-                f"{folder} has both {_SINGLE} and {_INDEX}, and they need not agree: delete the one that is out of date"
-            )
-        if index is None and _SINGLE in singles:
+        if _SINGLE in singles:
             singles = [_SINGLE]  # the only one that is read
+            if index is not None and _SINGLE not in _weight_map(index).values():
+                raise ConfigurationError(
+                    f"{folder} has both {_SINGLE} and {_INDEX}, and they need not agree: delete the one that is out of "
+                    "date"
+                )
     if index is None:
         if not singles:
             raise ConfigurationError(f"{folder} has no safetensors files; other formats are not read")
@@ -89,16 +82,6 @@ def check_files(folder: Path, weights_name: str | None = None) -> dict[str, Stor
             f"first {outside[0]!r}: the files and the index are not of one checkpoint"
         )
     return tensors
-
-
-def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are quantised although the folder's config says nothing of it: they are no numbers."""
-    for name, tensor in tensors.items():
-        if tensor.dtype.startswith(_QUANTISED_DTYPES):
-            raise ConfigurationError(
-                f"tensor {name!r} in {tensor.file} is quantised ({tensor.dtype}), but {folder / 'config.json'} has no "
-                "quantization_config that says how: add the one of the original checkpoint"
-            )
 
 
 def check_experts(tensors: dict[str, StoredTensor]) -> None:
@@ -153,6 +136,16 @@ def check_config(file: Path) -> None:
         return
 
 
+def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse tensors that are quantised although the folder's config says nothing of it: they are no numbers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith(_QUANTISED_DTYPES):
+            raise ConfigurationError(
+                f"tensor {name!r} in {tensor.file} is quantised ({tensor.dtype}), but {folder / 'config.json'} has no "
+                "quantization_config that says how: add the one of the original checkpoint"
+            )
+
+
 def check_scales(tensors: dict[str, StoredTensor]) -> None:
     """Refuse quantised tensors without their scales, which the loader would take for numbers."""
     for name, tensor in tensors.items():
@@ -172,12 +165,8 @@ def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool
     """Refuse tensors of the files that the model has no place for, if its weights mean something else without them.
 
     A whole module that the model lacks, such as a head for drafting, is left out. What belongs to a module that the
-    model has is not: a scale, a bias, an adapter.
-
-    Args:
-        model: loaded.
-        unexpected: their names.
-        is_dequantised: the loader has undone a quantisation of the weights; scales of activations are then left over.
+    model has is not: a scale, a bias, an adapter. Where the loader has undone a quantisation, scales of activations are
+    left over.
     """
     modules = dict(model.named_modules())
     for key in sorted(unexpected):

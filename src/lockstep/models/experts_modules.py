@@ -1,25 +1,23 @@
-"""Modules that hold a model's routed experts: found, and cut down to this rank's experts."""
+"""Modules that hold a model's routed experts: found, cut down to this rank's slots, and what they are called with."""
 
+import functools
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from lockstep.dispatch.base import ExpertsShape
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
+from lockstep.moe.experts import LocalExperts
+from lockstep.moe.placement import EMPTY, Placement
 
 
 def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return every module that holds routed experts, in forward order.
+    """Return `(qualified name, module)` of every MoE layer's experts, at least one, in forward order.
 
-    Args:
-        model: any Transformers model; its experts are recognised by the attributes that `use_experts_implementation`
-            sets and by a three-dimensional `down_proj`.
-
-    Returns:
-        `(qualified name, module)` of each MoE layer's experts, at least one.
-
-    Raises:
-        ConfigurationError: if there are none; the message names the model's class.
+    They are recognised by the attributes that `use_experts_implementation` sets and a three-dimensional `down_proj`.
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigurationError(f"a model of Transformers is needed, got {type(model).__name__}: {model!r:.80}")
@@ -32,71 +30,82 @@ def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def shard_experts(model: torch.nn.Module, ep_rank: int, ep_size: int) -> list[tuple[str, Any]]:
-    """Keep only this rank's experts of a model that is already in memory; the memory of the others is freed.
-
-    Expert `e` lives on rank `e // (num_experts // ep_size)`. Each experts module's `num_experts` becomes the local
-    number; routers keep all experts.
-
-    Args:
-        model: a Transformers model with whole experts.
-        ep_rank: this rank's place, in `0..ep_size - 1`.
-        ep_size: ranks that share the experts, >= 1.
-
-    Returns:
-        What `find_experts` returns.
-
-    Raises:
-        ConfigurationError: if the ranks do not divide the experts, or there are none.
-    """
-    found = find_experts(model)
-    for name, module in found:
-        size = num_local_experts(name, module, ep_rank, ep_size)
-        for parameter_name, parameter in _expert_parameters(module):
-            # clone: a view would keep the whole tensor alive.
-            local = parameter.detach()[ep_rank * size : (ep_rank + 1) * size].clone()
-            module._parameters[parameter_name] = torch.nn.Parameter(local, requires_grad=parameter.requires_grad)
-        module.num_experts = size
-    return found
+def plain_name(name: str) -> str:
+    """Return the name of a layer's experts without what PEFT adds for each wrapper around them."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
-def shard_empty(module: Any, ep_rank: int, ep_size: int, device_type: str) -> None:
-    """Make each expert parameter of a module on the meta device a DTensor of this rank's part.
-
-    A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
-    """
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    class RankMesh(DeviceMesh):
-        """A mesh that knows this rank and needs no process group: nothing is communicated while loading."""
-
-        def get_local_rank(self, mesh_dim: int | str | None = None) -> int:
-            return ep_rank
-
-    # Unique mesh name: torch caches local shapes per mesh and ignores the rank.
-    mesh = RankMesh(
-        device_type, torch.arange(ep_size), mesh_dim_names=(f"ep{ep_rank}",), _init_backend=False, _rank=ep_rank
-    )
-    for name, parameter in _expert_parameters(module):
-        size = parameter.shape[0] // ep_size
-        local = parameter.detach()[ep_rank * size : (ep_rank + 1) * size]
-        placed = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+def slots_of(
+    found: Sequence[tuple[str, Any]], layer: int, ep_rank: int, ep_size: int, placement: Placement | None
+) -> tuple[int, ...]:
+    """Return what each slot of a rank in a layer is to hold, by a placement that fits the model, or the even split."""
+    name, module = found[layer]
+    num_experts = int(module.down_proj.shape[0])
+    if placement is None:
+        return Placement.even(1, num_experts, ep_size).slots_of(0, ep_rank)
+    wanted, has = (placement.num_layers, placement.num_experts), (len(found), num_experts)
+    if (*wanted, placement.num_ranks) != (*has, ep_size):
+        raise ConfigurationError(
+            f"a placement of {wanted[0]} layers of {wanted[1]} experts over {placement.num_ranks} ranks does not fit "
+            f"{has[0]} layers of {has[1]} ({name}) over {ep_size}"
         )
-        module._parameters[name] = torch.nn.Parameter(placed, requires_grad=parameter.requires_grad)
+    return placement.slots_of(layer, ep_rank)
 
 
-def localise(module: Any) -> None:
-    """Turn the DTensors of an experts module into plain tensors of this rank's experts."""
-    from torch.distributed.tensor import DTensor
+def shard_experts(module: Any, slots: Sequence[int]) -> None:
+    """Keep of a module in memory only the experts in this rank's slots, and free the others."""
+    for name, parameter in _expert_parameters(module):
+        _set(module, name, parameter, take(parameter.detach(), slots))
+    _hold(module, slots)
 
+
+def shard_empty(module: Any, slots: Sequence[int], device_type: str) -> None:
+    """Let the loader read, for a module on the meta device, only the experts in this rank's slots."""
+    for name, parameter in _expert_parameters(module):
+        part = internals.part_of_experts(parameter.detach(), _held(slots), device_type)
+        module._parameters[name] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
+
+
+def localise(module: Any, slots: Sequence[int]) -> None:
+    """Turn what the loader has read into plain tensors with one entry per slot."""
+    held = _held(slots)
     for name, parameter in list(module._parameters.items()):
-        if isinstance(parameter, DTensor):
-            local = torch.nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
-            internals.mark_loaded(local)
-            module._parameters[name] = local
-    module.num_experts = int(module.down_proj.shape[0])
+        if isinstance(local := getattr(parameter, "_local_tensor", None), torch.Tensor):
+            wanted = [held.index(expert) if expert != EMPTY else EMPTY for expert in slots]
+            _set(module, name, parameter, take(local.detach(), wanted))
+    _hold(module, slots)
+
+
+def slots_held(module: Any) -> tuple[tuple[int, ...], int]:
+    """Return what each slot of a module that was cut down holds, and how many experts the layer has over all ranks."""
+    held: tuple[tuple[int, ...], int] = module._lockstep_slots
+    return held
+
+
+def _hold(module: Any, slots: Sequence[int]) -> None:
+    module._lockstep_slots = tuple(slots), module.num_experts
+    module.num_experts = len(slots)
+
+
+def take(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """Return the wanted rows, and zeros for `EMPTY`; not a view, unless it is all of them."""
+    if list(wanted) == list(range(len(rows))):
+        return rows
+    taken = rows[[max(0, row) for row in wanted]]
+    taken[[row == EMPTY for row in wanted]] = 0
+    return taken
+
+
+def _set(module: Any, name: str, before: torch.nn.Parameter, weight: torch.Tensor) -> None:
+    module._parameters[name] = torch.nn.Parameter(weight, requires_grad=before.requires_grad)
+    internals.mark_loaded(module._parameters[name])
+
+
+def _held(slots: Sequence[int]) -> list[int]:
+    """The experts in a rank's slots, ascending, as in the files; at least one, since loaders make no empty weight."""
+    return sorted(expert for expert in slots if expert != EMPTY) or [0]
 
 
 def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -109,16 +118,42 @@ def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
     ]
 
 
-def num_local_experts(name: str, module: Any, ep_rank: int, ep_size: int) -> int:
-    """Return how many experts each rank holds of a module that has all; `ConfigurationError` if they do not divide."""
-    num_experts = int(module.down_proj.shape[0])
-    check_place(ep_rank, ep_size)
-    if num_experts % ep_size:
-        raise ConfigurationError(f"{num_experts} experts ({name}) cannot be divided over {ep_size} ranks")
-    return num_experts // ep_size
+@torch.no_grad()
+def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> list[ExpertsShape]:
+    """Send one token through the model with experts that only look, and return what each was called with, in order.
+
+    No config names these the same in all architectures. Each of `num_ranks` ranks has as many slots as this one. Raises
+    `ConfigurationError` for a model that does not call each of its MoE layers once and in order.
+    """
+    modules = [module for _, module in find_experts(model)]
+    called: list[Any] = []
+    shapes: list[ExpertsShape] = []
+
+    def look(module: Any, rows: torch.Tensor, topk_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        called.append(module)
+        num_experts = LocalExperts(module).num_local_experts * num_ranks
+        shapes.append(ExpertsShape(num_experts, rows.shape[-1], topk_ids.shape[-1], rows.dtype, rows.device))
+        return torch.zeros_like(rows)
+
+    for module in modules:
+        module.forward = functools.partial(look, module)
+    try:
+        forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for module in modules:
+            del module.forward
+    if called != modules:
+        raise ConfigurationError(
+            f"{type(model).__name__} does not call each of its {len(modules)} MoE layers once and in order: "
+            f"{[modules.index(module) for module in called]}"
+        )
+    return shapes
 
 
-def check_place(ep_rank: int, ep_size: int) -> None:
-    """Raise unless this is a rank among those that share the experts."""
-    if ep_size < 1 or not 0 <= ep_rank < ep_size:
-        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
+@torch.no_grad()
+def dense_checksum(model: Any) -> int:
+    """Hash the first values of every weight that all ranks must have alike: unlike seeds or checkpoints show up."""
+    names = [plain_name(name) for name, _ in find_experts(model)]  # with their adapters
+    experts = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]
+    return zlib.crc32(torch.cat(parts).cpu().numpy().tobytes())

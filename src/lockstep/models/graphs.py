@@ -7,7 +7,7 @@ replayed. So one rank may replay its graph while another runs a prompt step by s
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,8 +17,9 @@ from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
 
-_Graph = TypeVar("_Graph")
-_MOST_GRAPHS = 8  # kept at a time, for as many caches; the oldest goes first
+MOST_GRAPHS = 8
+"""Graphs of forward passes that are kept at a time; the oldest goes first."""
+_SEEN = object()
 
 
 class StepGraphs:
@@ -27,22 +28,17 @@ class StepGraphs:
     A forward pass is captured if it has one row per sequence and a cache of fixed size (Transformers' `StaticCache`, or
     `generate(cache_implementation="static", disable_compile=True)`), at its second call with the same shapes; before,
     and where a capture fails, it runs as it is.
-
-    Args:
-        layers: the MoE layers in forward order.
     """
 
     def __init__(self, layers: MoELayers) -> None:
         self._layers = layers
-        self._seen: set[Any] = set()
-        self._failed: set[Any] = set()
-        self._forwards: dict[Any, _CapturedForward] = {}
-        self._idle: dict[Any, torch.cuda.CUDAGraph] = {}
+        # For each kind of step its graph, `_SEEN`, or None where a capture failed; forgotten with the cache.
+        self._idle: dict[Any, Any] = {}
+        self._forwards: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def run_idle(self, step: Step) -> None:
         """Take part in a step without rows, whose `captures` is true, by a graph from the second time on."""
-        key = ("idle", *self._experts_kernels(step))
-        graph = self._captured("an idle", self._idle, key, lambda: self._capture(step, Step.take_part_in_rest))
+        graph = _captured(self._idle, self._kernels(step), lambda: self._capture(step, Step.take_part_in_rest))
         if graph is None:
             step.take_part_in_rest()
         else:
@@ -52,16 +48,9 @@ class StepGraphs:
     def run_forward(
         self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any | None:
-        """Run a forward pass by a graph, if it is of a kind that was seen before.
+        """Run a forward pass by a graph, if it is of a kind that was seen before; None leaves the pass to the caller.
 
-        Args:
-            step: that the pass belongs to; its `captures` is true.
-            forward: the model's own.
-            args: its positional arguments; with any, no graph is used.
-            kwargs: its keyword arguments.
-
-        Returns:
-            The output with logits of its own, or None where the caller has to run the pass itself.
+        With positional arguments no graph is used. The output has logits of its own. The step's `captures` is true.
         """
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
@@ -71,9 +60,7 @@ class StepGraphs:
         inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         leaves, structure = pytree.tree_flatten(inputs)
         # What is no tensor is part of the graph; of tensors only the shape is.
-        key = (id(cache), str(structure), *(_key(leaf) for leaf in leaves), *self._experts_kernels(step))
-        if key not in self._seen:
-            weakref.finalize(cache, self._forget, key)
+        key = (str(structure), *(_key(leaf) for leaf in leaves), *self._kernels(step))
 
         def capture() -> _CapturedForward:
             static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -83,27 +70,18 @@ class StepGraphs:
             graph = self._capture(step, lambda _: outputs.append(forward(past_key_values=cache_of(), **static_inputs)))
             return _CapturedForward(graph, static, outputs[0])
 
-        captured = self._captured("a decode", self._forwards, key, capture)
+        captured = _captured(self._forwards.setdefault(cache, {}), key, capture)
         if captured is None:
             return None
-        if len(self._forwards) > _MOST_GRAPHS:
-            self._forwards.pop(next(iter(self._forwards)))
+        kinds = ((kept, key) for kept in self._forwards.values() for key in kept)
+        graphs = [(kept, key) for kept, key in kinds if isinstance(kept[key], _CapturedForward)]
+        for kept, key in graphs[:-MOST_GRAPHS]:
+            kept[key] = _SEEN
         output = captured.replay(leaves, cache)
         step.replayed()
         return output
 
-    def _captured(self, kind: str, kept: dict[Any, _Graph], key: Any, capture: Callable[[], _Graph]) -> _Graph | None:
-        """What was captured for a key: captured at its second coming, None at its first and where that fails."""
-        if key not in kept and key in self._seen and key not in self._failed:
-            try:
-                kept[key] = capture()
-            except RuntimeError as error:
-                logger.info("%s step cannot be a CUDA graph: %s", kind, error)
-                self._failed.add(key)
-        self._seen.add(key)
-        return kept.get(key)
-
-    def _experts_kernels(self, step: Step) -> tuple[bool, ...]:
+    def _kernels(self, step: Step) -> tuple[bool, ...]:
         """Which kernels each layer's experts run by in a step: a graph that has the others would be slow, not wrong."""
         num_rows = sum(step.route.sizes)
         return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
@@ -126,10 +104,19 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 
-    def _forget(self, key: Any) -> None:
-        self._seen.discard(key)
-        self._failed.discard(key)
-        self._forwards.pop(key, None)
+
+def _captured(kept: dict[Any, Any], key: Any, capture: Callable[[], Any]) -> Any:
+    """What was captured for a key: captured at its second coming, None at its first and where that fails."""
+    if key not in kept:
+        kept[key] = _SEEN
+        return None
+    if kept[key] is _SEEN:
+        try:
+            kept[key] = capture()
+        except RuntimeError as error:
+            logger.info("a step cannot be a CUDA graph: %s", error)
+            kept[key] = None
+    return kept[key]
 
 
 class _CapturedForward:

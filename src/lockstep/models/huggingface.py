@@ -23,9 +23,9 @@ from lockstep.coordination.session import Session
 from lockstep.errors import ConfigurationError
 from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
-from lockstep.models.adapters import plain_name, shard_adapters
+from lockstep.models.adapters import shard_adapters
 from lockstep.models.arguments import read_arguments
-from lockstep.models.experts_modules import find_experts, shard_experts
+from lockstep.models.experts_modules import find_experts, plain_name, shard_experts, slots_of
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
@@ -68,7 +68,7 @@ def from_pretrained(
     output_loading_info: Literal[False] = ...,
     **kwargs: Any,
 ) -> "PreTrainedModel": ...
-def from_pretrained(
+def from_pretrained(  # noqa: D417
     path: str | os.PathLike[str],
     *,
     tensor_parallel_size: int = 1,
@@ -91,16 +91,9 @@ def from_pretrained(
     Args:
         path: a folder, or a Hub id.
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
-        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
-            for each step, the one that is expected to be fastest.
-        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
-            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms: see `ParallelOptions`.
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
-        deadline_s: longest wait for any rank, in seconds.
-        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
-        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
         **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
@@ -114,7 +107,7 @@ def from_pretrained(
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
     options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
-    placed = read_arguments(kwargs, dtype, device).device
+    placed = read_arguments(kwargs | {"dtype": dtype, "device": device}).device
     kwargs.pop("device_map", None)  # said by `placed` from here on
     group = find_group(group_of(process_group, device_mesh), deadline_s)
     config = parallel_config(group, tensor_parallel_size)
@@ -135,7 +128,7 @@ def from_pretrained(
     return loaded
 
 
-def parallelize(
+def parallelize(  # noqa: D417
     model: ModelT,
     *,
     max_chunk_size_per_rank: int | None = None,
@@ -154,16 +147,9 @@ def parallelize(
     Args:
         model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`: its adapters of experts are
             cut to each rank's as well.
-        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
-            for each step, the one that is expected to be fastest.
-        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
-            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms: see `ParallelOptions`.
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
-        deadline_s: longest wait for any rank, in seconds.
-        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
-        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
 
     Returns:
         The same model, ready for `join`.
@@ -173,15 +159,14 @@ def parallelize(
     """
     options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
     group = find_group(group_of(process_group, device_mesh), deadline_s)
+    inner = internals.transformers_model_in(model)
+    found = find_experts(inner)
     if group is None:
-        inner = internals.transformers_model_in(model)
-        find_experts(inner)
         if fuse_norms:
             norms.fuse_norms(inner)
         return model
     if parallel_of(model) is not None:
         raise ConfigurationError(f"this {type(model).__name__} is already spread over the ranks")
-    inner = internals.transformers_model_in(model)
     weights_are_there(inner)
     if split := next((name for name, weight in inner.named_parameters() if isinstance(weight, DTensor)), None):
         raise ConfigurationError(
@@ -189,8 +174,10 @@ def parallelize(
             "the whole model, or let lockstep.from_pretrained load each rank's part"
         )
     config = parallel_config(group, 1)
-    for name, _ in shard_experts(inner, config.rank, config.world_size):
-        shard_adapters(inner.get_submodule(plain_name(name)), config.rank, config.world_size)
+    for layer, (name, module) in enumerate(found):
+        slots = slots_of(found, layer, config.rank, config.world_size, None)
+        shard_adapters(inner.get_submodule(plain_name(name)), slots)
+        shard_experts(module, slots)
     if fuse_norms:
         norms.fuse_norms(inner)
     outer: Any = model
@@ -290,11 +277,10 @@ def _attach(parallel: ModelParallel) -> None:
     # No gradients flow through the experts anyway, and what trains nothing is left alone by accelerate's `prepare`.
     model.requires_grad_(False)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
-    place = parallel.config.rank, parallel.config.world_size
     for name, adapters in zip(parallel.weights.names, parallel.weights.adapters, strict=True):
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.register_state_dict_post_hook(functools.partial(_refuse_to_be_read, name.rpartition(".")[2]))
-        parent.register_load_state_dict_pre_hook(functools.partial(adapters.cut_loaded, *place))
+        parent.register_load_state_dict_pre_hook(adapters.cut_loaded)
 
 
 class _RefusedByDDP:

@@ -28,7 +28,8 @@ from lockstep.models.checkpoint import (
     refuse_two_names,
     undeclared_quantisation,
 )
-from lockstep.models.experts_modules import check_place, find_experts, localise, num_local_experts, shard_empty
+from lockstep.models.experts_modules import find_experts, localise, shard_empty, slots_of
+from lockstep.moe.placement import Placement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,63 +44,76 @@ def load_pretrained(
     *,
     ep_rank: int = 0,
     ep_size: int = 1,
+    placement: Placement | None = None,
     tp_mesh: DeviceMesh | None = None,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
     process_group: ProcessGroup | None = None,
     deadline_s: float = 30.0,
     **kwargs: Any,
 ) -> Any:
-    """Load a checkpoint so that this rank holds the dense weights and its own experts.
+    """Load a checkpoint so that this rank holds the dense weights and its own experts, and reads no others.
 
-    Only this rank's experts are read from the safetensors files, whichever layout these have. Without a conversion of
-    the dtype, dense weights on a CPU stay views of the files, shared with every other process that maps them.
+    Without a conversion of the dtype, dense weights on a CPU stay views of the files, shared with every other process
+    that maps them.
 
     Args:
         path: a folder, or a Hub id; with `local_files_only` or `HF_HUB_OFFLINE=1` from the local cache only.
         ep_rank: this rank's place among those that share the experts, in `0..ep_size - 1`.
         ep_size: ranks that share the experts, >= 1.
+        placement: of the experts, over as many ranks; the even split by default.
         tp_mesh: the ranks that share this rank's requests, one-dimensional; attention is split over them by the model's
             own plan, and replicated where that has no rule. None or one rank: all dense weights are whole.
-        dtype: of the weights; "auto" is what the checkpoint says.
-        device: where to put them; the CPU by default.
-        revision: branch, tag or commit of a Hub id.
-        local_files_only: never ask the Hub.
-        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
         process_group: with it, what is wrong on one rank is raised on all of them, in the same words.
         deadline_s: longest wait for a rank of the group that is not there, or there and makes no progress, in seconds.
-        **kwargs: what else Transformers' `from_pretrained` takes, and attributes of the config; see
-            `lockstep.models.arguments`.
+        **kwargs: what Transformers' `from_pretrained` takes, see `lockstep.models.arguments`; the CPU by default.
 
     Returns:
-        The model, in evaluation mode. Its experts modules hold `num_experts / ep_size` experts each. With
-        `output_loading_info=True` the model and Transformers' loading info.
+        The model, in evaluation mode. With `output_loading_info=True` the model and Transformers' loading info.
 
     Raises:
-        ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model, a quantisation that
-            is not undone on load, or ranks that do not divide the experts.
+        ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model or the placement, or a
+            quantisation that is not undone on load.
         PeerFailedError: another rank of the group raised anything else.
         RankAbsentError: a rank of the group did not come in time.
     """
-    check_place(ep_rank, ep_size)
+    if not 0 <= ep_rank < ep_size:
+        raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
     if says := lacking("transformers", "safetensors"):
         raise ConfigurationError(says.format("from_pretrained"))
-    arguments = read_arguments(kwargs, dtype, device)
+    arguments = read_arguments(kwargs)
     place = str(arguments.device if arguments.device is not None else "cpu")
-    hub = {"revision": revision, "local_files_only": local_files_only, **arguments.hub}
     together = _Together(process_group, str(path), deadline_s)
-    folder, config, model_class, quantization, tensors = together.do(
-        lambda: _look(path, hub, trust_remote_code, arguments)
-    )
+    folder, config, model_class, quantization, tensors = together.do(lambda: _look(path, arguments))
 
     def load() -> Any:
-        loading_class = _sharding_class(
-            model_class, ep_rank, ep_size, tp_mesh, torch.device(place).type, tensors, quantization is not None
+        slots: dict[str, tuple[int, ...]] = {}  # what each experts module is to hold here; filled on the way
+
+        def distribute(model: Any) -> None:
+            found = find_experts(model)
+            refuse_disguised(model, tensors)
+            refuse_two_names(model, tensors)
+            for layer, (name, module) in enumerate(found):
+                _check_top_k(model.config, name, module)
+                slots[name] = slots_of(found, layer, ep_rank, ep_size, placement)
+            if tp_mesh is not None and tp_mesh.size() > 1:
+                internals.split_attention(model, tp_mesh, slots)
+            if ep_size > 1:
+                for name, module in found:
+                    shard_empty(module, slots[name], torch.device(place).type)
+
+        def on_loaded(model: Any, loading_info: Any) -> None:
+            # Before Transformers fills what is missing with random numbers, which on a split model would be a
+            # collective that only the ranks with something missing join.
+            _refuse_incomplete(model, loading_info)
+            for name, module in find_experts(model):
+                localise(module, slots[name])
+
+        def on_finished(model: Any, loading_info: Any) -> None:
+            refuse_leftovers(model, loading_info.unexpected_keys, quantization is not None)
+
+        loading_class = internals.sharding_class(
+            model_class, distribute=distribute, on_loaded=on_loaded, on_finished=on_finished, local_parameters_of=slots
         )
-        with _progress_bar(ep_rank == 0), _one_after_another(), _as_configuration_error(folder):
+        with _settings(shows_progress=ep_rank == 0), _as_configuration_error(folder):
             model, loading_info = loading_class.from_pretrained(
                 folder,
                 config=config,
@@ -119,12 +133,10 @@ def load_pretrained(
     return together.do(load)
 
 
-def _look(
-    path: str | os.PathLike[str], hub: dict[str, Any], trust_remote_code: bool, arguments: Arguments
-) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
+def _look(path: str | os.PathLike[str], arguments: Arguments) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
     """The checkpoint's folder, config, class of the model, what undoes its quantisation, and its checked tensors."""
-    folder = _resolve(path, hub, arguments.subfolder)
-    config = _config(folder if arguments.config is None else arguments.config, trust_remote_code)
+    folder = _resolve(path, arguments.hub, arguments.subfolder)
+    config = _config(folder if arguments.config is None else arguments.config, arguments.trust_remote_code)
     change_config(config, arguments.config_changes)
     quantization = _dequantisation(config, folder)
     tensors = check_files(folder, getattr(config, "transformers_weights", None))
@@ -133,7 +145,7 @@ def _look(
         check_experts(tensors)
     else:
         check_scales(tensors)
-    return folder, config, _class_of(config, folder, trust_remote_code), quantization, tensors
+    return folder, config, _class_of(config, folder, arguments.trust_remote_code), quantization, tensors
 
 
 def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) -> Path:
@@ -159,7 +171,7 @@ def _download(repository: str, hub: dict[str, Any], subfolder: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, **hub))
     except Exception as error:
-        revision = hub["revision"] or "main"
+        revision = hub.get("revision", "main")
         raise ConfigurationError(
             f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision}) it could "
             f"not be had: {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -215,55 +227,11 @@ def _dequantisation(config: Any, folder: Path) -> Any:
     return internals.dequantisation_config(method, settings)
 
 
-def _sharding_class(
-    model_class: Any,
-    ep_rank: int,
-    ep_size: int,
-    tp_mesh: DeviceMesh | None,
-    device_type: str,
-    tensors: dict[str, StoredTensor],
-    is_dequantised: bool,
-) -> Any:
-    """A subclass whose `from_pretrained` leaves this rank with its own experts and its part of attention."""
-    expert_names: list[str] = []
-
-    def distribute(model: Any) -> None:
-        found = find_experts(model)
-        refuse_disguised(model, tensors)
-        refuse_two_names(model, tensors)
-        for name, module in found:
-            num_local_experts(name, module, ep_rank, ep_size)
-            _check_top_k(model.config, name, module)
-            expert_names.append(name)
-        if tp_mesh is not None and tp_mesh.size() > 1:
-            internals.split_attention(model, tp_mesh, expert_names)
-        if ep_size > 1:
-            for _, module in found:
-                shard_empty(module, ep_rank, ep_size, device_type)
-
-    def on_loaded(model: Any, loading_info: Any) -> None:
-        # Before Transformers fills what is missing with random numbers, which on a split model would be a
-        # collective that only the ranks with something missing join.
-        _refuse_incomplete(model, loading_info)
-        for _, module in find_experts(model):
-            localise(module)
-
-    return internals.sharding_class(
-        model_class,
-        distribute=distribute,
-        on_loaded=on_loaded,
-        on_finished=lambda model, info: refuse_leftovers(model, info.unexpected_keys, is_dequantised),
-        local_parameters_of=expert_names,
-    )
-
-
 def _refuse_incomplete(model: Any, loading_info: Any) -> None:
     """An error where the files lack a weight of the model, or have one of another shape."""
-    missing = sorted(key for key in loading_info.missing_keys if not internals.may_be_missing(model, key))
-    if loading_info.conversion_errors:
-        key, message = next(iter(loading_info.conversion_errors.items()))
+    for key, message in loading_info.conversion_errors.items():
         raise ConfigurationError(f"the files do not make up weight {key!r} of the model: {str(message).strip()}")
-    if missing:
+    if missing := sorted(key for key in loading_info.missing_keys if not internals.may_be_missing(model, key)):
         raise ConfigurationError(f"the files lack {len(missing)} weights of the model, first {missing[0]!r}")
     for key, found, expected in sorted(loading_info.mismatched_keys, key=str):
         raise ConfigurationError(
@@ -279,37 +247,26 @@ def _check_top_k(config: Any, name: str, module: Any) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bar(enabled: bool) -> Iterator[None]:
-    """Transformers' progress bar on one rank only, and its setting as it was afterwards."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    if not enabled:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_after_another() -> Iterator[None]:
-    """Let Transformers read each weight when it is due.
+def _settings(shows_progress: bool) -> Iterator[None]:
+    """Transformers' progress bar on one rank only, and each weight read when it is due; both as they were afterwards.
 
     Its reading threads run ahead otherwise, and hold single experts until their layer is put together: with a
     conversion of the dtype, peak memory was 1.6 times that of the loaded weights.
     """
-    name = internals.ASYNC_LOAD_SWITCH
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    from transformers.utils import logging
+
+    showed_progress, before = logging.is_progress_bar_enabled(), os.environ.get(internals.ASYNC_LOAD_SWITCH)
+    if not shows_progress:
+        logging.disable_progress_bar()
+    os.environ[internals.ASYNC_LOAD_SWITCH] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        if showed_progress:
+            logging.enable_progress_bar()
+        del os.environ[internals.ASYNC_LOAD_SWITCH]
+        if before is not None:
+            os.environ[internals.ASYNC_LOAD_SWITCH] = before
         # Pieces of weights are below the C library's own threshold for giving freed heap back to the system.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -320,10 +277,9 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
     """Whatever is wrong with a checkpoint is raised as one kind of error that names it."""
     try:
         yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"checkpoint {folder}: {error}") from error
     except Exception as error:
-        raise ConfigurationError(f"checkpoint {folder}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ConfigurationError) else f"{type(error).__name__}: "
+        raise ConfigurationError(f"checkpoint {folder}: {kind}{error}") from error
 
 
 class _Together:
@@ -336,10 +292,7 @@ class _Together:
     def do(self, action: Callable[[], Any]) -> Any:
         """Run `action` and return what it returns, once it has succeeded on every rank.
 
-        Raises:
-            ConfigurationError: of any rank, on all of them.
-            PeerFailedError: another rank raised anything else; that rank raises it itself.
-            RankAbsentError: a rank did not come in time.
+        A `ConfigurationError` of any rank is raised on all; anything else on its rank, `PeerFailedError` on the others.
         """
         start = self._start
         if start is None:

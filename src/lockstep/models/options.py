@@ -15,11 +15,13 @@ class ParallelOptions:
 
     Attributes:
         max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time, >= 1; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`.
-        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
+            for each step, the one that is expected to be fastest.
+        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
+            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         deadline_s: longest wait for any rank, in seconds, > 0.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
-        fuse_norms: each RMSNorm is run as one kernel.
+        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
 
     Raises:
         ConfigurationError: naming the option, its limit and its value.

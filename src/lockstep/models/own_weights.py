@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
-from lockstep.models.adapters import ExpertsAdapters, plain_name
-from lockstep.models.experts_modules import find_experts
+from lockstep.models.adapters import ExpertsAdapters
+from lockstep.models.experts_modules import find_experts, plain_name
 from lockstep.moe.experts import LocalExperts
 
 EXPERTS_IMPLEMENTATION = "lockstep"
@@ -26,50 +25,46 @@ _OVERWRITTEN = (
 )
 
 
-class _Weight(NamedTuple):
-    """A weight as it was when it was sealed."""
+class _Weight:
+    """A weight as it is now; `local` is this rank's part of a DTensor."""
 
-    name: str
-    parameter: torch.Tensor
-    local: torch.Tensor
-    version: int | None
-    address: int
-    values: torch.Tensor
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.parameter = parameter
+        self.kind = type(parameter), parameter.shape
+        self.local = _local(parameter)
+        # Nobody counts writes to a weight that was made under inference_mode.
+        self.version = None if self.local.is_inference() else self.local._version
+        self.address = 0 if self.local.is_meta else self.local.data_ptr()
+        self.values = torch.zeros(0)  # spread evenly over the weight, on the host
+        if self.address:
+            flat = self.local.detach().reshape(-1)
+            count = _VALUES_PER_EXPERT * max(16, self.local.shape[0])
+            self.values = flat[:: max(1, flat.numel() // count)].cpu().clone()
 
 
 class Seal:
-    """The weights of one module that each rank has another part of, as they were when they were spread.
-
-    Args:
-        model: name of the model's class, for messages.
-        name: of the module.
-        module: whose own parameters are sealed.
-        adapters: around the module, if it holds experts; what they merge into the weights is each rank's own part.
-    """
+    """The weights of one module that each rank has another part of, as they were when they were spread."""
 
     def __init__(self, model: str, name: str, module: Any, adapters: ExpertsAdapters | None = None) -> None:
         self._model, self._name, self._module = model, name, module
-        self._adapters = adapters
+        self._adapters = adapters  # around the module; what they merge into its weights is each rank's own part
         self.accept()
 
     def accept(self) -> None:
         """Take the weights as they are now for right."""
-        self._sealed = [
-            _Weight(name, weight, _local(weight), _version(weight), _address(weight), self._sample(weight))
-            for name, weight in self._parameters()
-        ]
+        self._sealed = self._look()
         self._count = len(self._module._parameters)
 
     def check(self) -> None:
         """Raise if somebody has written, moved or replaced a weight, without reading them: cheap, for every step."""
         found = self._module._parameters
-        for weight in self._sealed:
-            if found.get(weight.name) is not weight.parameter:
-                self._complain(weight.name, "was replaced")
+        for name, weight in self._sealed.items():
+            if found.get(name) is not weight.parameter:
+                self._complain(name, "was replaced")
             if weight.version is not None and weight.local._version != weight.version:
-                self._complain(weight.name, "was written in place")
+                self._complain(name, "was written in place")
             if weight.local.data_ptr() != weight.address or weight.local is not _local(weight.parameter):
-                self._complain(weight.name, "was moved or cast inside of join")
+                self._complain(name, "was moved or cast inside of join")
         if len(found) != self._count:
             self._complain(list(found)[-1], "was added")
         if self._adapters is not None and self._adapters.changed():
@@ -83,45 +78,31 @@ class Seal:
         if self._adapters is not None and self._adapters.settle():
             self.accept()  # what PEFT has merged is this rank's own
             return
-        now = dict(self._parameters())
-        is_as_before = True
-        for weight in self._sealed:
-            found = now.pop(weight.name, None)
-            if found is None or type(found) is not type(weight.parameter) or found.shape != weight.parameter.shape:
-                self._complain(weight.name, "was replaced")
-            if found.is_meta:
+        now = self._look()
+        for name, before in self._sealed.items():
+            weight = now.get(name)
+            if weight is None or (type(weight.parameter), weight.parameter.shape) != before.kind:
+                self._complain(name, "was replaced")
+            if weight.parameter.is_meta:
                 raise ConfigurationError(
-                    f"{self._model}'s {self._name}.{weight.name} is not there any more (offloaded to the meta device): "
+                    f"{self._model}'s {self._name}.{name} is not there any more (offloaded to the meta device): "
                     "keep the model on its device, without accelerate's cpu_offload, disk_offload or dispatch_model"
                 )
-            if found is weight.parameter and _version(found) != weight.version:
-                self._complain(weight.name, "was written in place")
-            values = self._sample(found)
-            expected = weight.values.to(values.dtype)
-            if not bool(((expected == values) | (expected.isnan() & values.isnan())).all()):
-                self._complain(weight.name, "has other values")
-            is_as_before &= found is weight.parameter and _address(found) == weight.address
-        if now:
-            self._complain(min(now), "was added")
-        if not is_as_before:  # moved or cast
-            self.accept()
+            if weight.parameter is before.parameter and weight.version != before.version:
+                self._complain(name, "was written in place")
+            expected = before.values.to(weight.values.dtype)
+            if not torch.allclose(weight.values, expected, rtol=0, atol=0, equal_nan=True):
+                self._complain(name, "has other values")
+        if added := now.keys() - self._sealed.keys():
+            self._complain(min(added), "was added")
+        self._sealed = now  # moved or cast
 
-    def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return ((name, weight) for name, weight in self._module._parameters.items() if weight is not None)
+    @torch.no_grad()
+    def _look(self) -> dict[str, _Weight]:
+        return {name: _Weight(weight) for name, weight in self._module._parameters.items() if weight is not None}
 
     def _complain(self, name: str, what: str) -> NoReturn:
         raise ConfigurationError(_OVERWRITTEN.format(model=self._model, weight=f"{self._name}.{name}", what=what))
-
-    @staticmethod
-    @torch.no_grad()
-    def _sample(parameter: torch.Tensor) -> torch.Tensor:
-        """Values spread evenly over the weight, on the host."""
-        local = _local(parameter).detach()
-        if local.is_meta or not local.numel():
-            return torch.zeros(0)
-        count = _VALUES_PER_EXPERT * max(16, local.shape[0])
-        flat = local.reshape(-1) if local.is_contiguous() else local.flatten()
-        return flat[:: max(1, flat.numel() // count)].cpu().clone()
 
 
 def weights_are_there(model: torch.nn.Module) -> None:
@@ -135,35 +116,17 @@ def weights_are_there(model: torch.nn.Module) -> None:
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor."""
     part: torch.Tensor = getattr(weight, "_local_tensor", weight)
     return part
 
 
-def _version(weight: torch.Tensor) -> int | None:
-    """How often the weight was written; None for one made under inference_mode, whose writes nobody counts."""
-    local = _local(weight)
-    return None if local.is_inference() else local._version
-
-
-def _address(weight: torch.Tensor) -> int:
-    local = _local(weight)
-    return 0 if local.is_meta else local.data_ptr()
-
-
 class OwnWeights:
-    """What only this rank has of a model.
-
-    Args:
-        model: whose experts modules hold this rank's experts only.
+    """What only this rank has of a model whose experts modules hold its own experts only.
 
     Attributes:
         names: of the experts modules, in forward order, without PEFT's wrappers.
         adapters: around each of them, `[layers]`.
         experts: of this rank, `[layers]`.
-
-    Raises:
-        ConfigurationError: weights that are not in memory.
     """
 
     def __init__(self, model: Any) -> None:

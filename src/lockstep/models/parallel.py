@@ -4,6 +4,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -12,22 +13,30 @@ import torch.distributed as dist
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.group_waits import watch_group
-from lockstep.coordination.groups import Start, abort, open_groups
+from lockstep.coordination.groups import Groups, Start, abort, open_groups
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.termination import speak_before_termination
 from lockstep.coordination.watched_group import WatchedGroup
-from lockstep.dispatch.choose import can_map, constants_of, mapping_facts
+from lockstep.dispatch.base import Dispatcher, ExpertsShape
+from lockstep.dispatch.choose import (
+    MAPPED_ROWS,
+    DispatcherOptions,
+    can_map,
+    constants_of,
+    make_dispatcher,
+    mapping_facts,
+)
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
+from lockstep.models.experts_modules import dense_checksum, experts_shapes
 from lockstep.models.graphs import StepGraphs
-from lockstep.models.layers import make_layers
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
-from lockstep.models.probe import dense_checksum, experts_shapes
+from lockstep.moe.layer import MoELayer
 from lockstep.moe.layers import MoELayers
 from lockstep.moe.step import Step, current_step
 
@@ -53,13 +62,6 @@ class ModelParallel:
     An engine that goes on while the device works uses `begin` in place of `step`, and `Step.wait` before it trusts what
     came out. One that captures CUDA graphs runs the model inside `begin_capture(...)`, and later replays the graph, and
     says `Step.replayed()`, inside a step whose `captures` is true.
-
-    Args:
-        model: whose experts modules hold this rank's experts only.
-        config: this rank's place.
-        process_group: the ranks; left open.
-        options: equal on all ranks.
-        attention_group: that the model's tensor-parallel layers run their collectives on, where it has any.
 
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
@@ -167,14 +169,10 @@ class ModelParallel:
     def begin(
         self, decision: StepDecision, *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
-        """Begin a step that was agreed on; the model runs inside `with` it, and nothing waits for the device.
+        """Begin a step that was agreed on, see `MoELayers.begin`; the model runs inside `with` it.
 
-        Whatever happens in the block, this rank takes part in what the step had planned, so that the others can go on.
-
-        Args:
-            decision: of the agreement.
-            num_rows: for a model that runs in buffers with more rows than were agreed, see `MoELayers.begin`.
-            capacity: rows of those buffers.
+        Nothing waits for the device. Whatever happens in the block, this rank takes part in what the step had planned,
+        so that the others can go on.
         """
         return self.layers.begin(decision.num_tokens_across_dp, num_rows=num_rows, capacity=capacity)
 
@@ -217,16 +215,9 @@ class ModelParallel:
         return output
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Give every rank what each rank has, outside of steps. Collective over all ranks, after `open`.
+        """Give every rank what each rank has, any number of bytes, `[ranks]`, outside of steps. Collective.
 
-        Args:
-            data: of this rank; any number of bytes, none too.
-
-        Returns:
-            Each rank's, `[ranks]`.
-
-        Raises:
-            RankAbsentError: a rank did not come in time; the groups are not used again.
+        Where a rank did not come in time, the groups are not used again.
         """
         control, deadline_s = self._groups[0], self.options.deadline_s
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
@@ -253,12 +244,12 @@ class ModelParallel:
     def not_in_a_step(self, index: int) -> RuntimeError:
         """Return the error for an MoE layer that was called outside of a step."""
         name = type(self.model).__name__
-        if self.session is not None:
-            return RuntimeError(
-                f"MoE layer {index} ran outside of {name}.forward: a part of the model was called, or a wrapper that "
-                f"goes around its forward; inside join, call the {name} itself or its generate"
-            )
-        return RuntimeError(OUTSIDE.format(name))
+        if self.session is None:
+            return RuntimeError(OUTSIDE.format(name))
+        return RuntimeError(
+            f"MoE layer {index} ran outside of {name}.forward: a part of the model was called, or a wrapper that goes "
+            f"around its forward; inside join, call the {name} itself or its generate"
+        )
 
     @contextlib.contextmanager
     def _idle_stream(self) -> Iterator[None]:
@@ -293,13 +284,43 @@ class ModelParallel:
             transport=groups.transport, rank=config.rank, tensor_parallel_size=config.tensor_parallel_size,
             deadline_s=options.deadline_s, fingerprint=fingerprint, epoch=epoch, peers=self.peers,
         )  # fmt: skip
-        layers = make_layers(self.weights.experts, self._shapes, config, groups, options, self._constants, can_map=maps)
         self.layers = MoELayers(
-            layers, max_chunk_size_per_rank=options.max_chunk_size_per_rank, coordinator=self.coordinator,
-            deadline_s=options.deadline_s, abort=lambda: abort(self._groups, self.device, config.rank),
+            self._make_layers(groups, maps),
+            max_chunk_size_per_rank=options.max_chunk_size_per_rank,
+            coordinator=self.coordinator,
+            deadline_s=options.deadline_s,
+            abort=lambda: abort(self._groups, self.device, config.rank),
             shares_attention=self._attention_group is not None,
-        )  # fmt: skip
+        )
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
+
+    def _make_layers(self, groups: Groups, can_map: bool) -> list[MoELayer]:
+        """Make the layers, in forward order, with their kernels loaded. Collective."""
+        options, config = self.options, self.config
+        wanted = DispatcherOptions(
+            deadline_s=options.deadline_s, max_rows_per_rank=options.max_chunk_size_per_rank, fp8=options.fp8_dispatch,
+            can_map=can_map, constants=self._constants,
+        )  # fmt: skip
+        # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
+        made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
+        layers, warm = [], set()
+        for experts, shape in zip(self.weights.experts, self._shapes, strict=True):
+            key = shape, experts.run_on_device
+            if key not in made:
+                own = replace(wanted, experts_on_device=experts.run_on_device)
+                made[key] = make_dispatcher(options.dispatcher, groups.data, shape, own)
+            layers.append(
+                MoELayer(
+                    experts, made[key], config, shape, tensor_parallel_group=groups.tensor_parallel,
+                    deadline_s=options.deadline_s,
+                )
+            )  # fmt: skip
+            kind = experts.module.down_proj.shape, shape.top_k
+            if shape.device.type == "cuda" and made[key].abilities.counts_on_device and kind not in warm:
+                warm.add(kind)  # its kernels are loaded before anybody waits for anybody in a step
+                rows = config.world_size * (options.max_chunk_size_per_rank or MAPPED_ROWS)
+                experts.warm_up(rows * shape.top_k, options.fp8_dispatch)
+        return layers
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks; small, so that it can be compared by name."""
@@ -324,11 +345,7 @@ class ModelParallel:
 
 
 def parallel_of(model: Any) -> ModelParallel | None:
-    """Return what a model that is spread over the ranks carries with it; None for any other model.
-
-    Args:
-        model: the model, or a module that holds it, such as a `PeftModel` or a `LightningModule`.
-    """
+    """Return what a model that is spread over the ranks, or a module that holds it, carries with it; or None."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
     return next(
         (found for module in modules if (found := getattr(module, "__dict__", {}).get("_lockstep_parallel"))), None

@@ -33,23 +33,10 @@ def make_tiny(
     num_experts_per_token: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Make a small random model with a byte tokenizer and save it as a checkpoint that any loader reads.
+    """Make a small random model with a byte tokenizer, and save it in the folder that is returned.
 
-    Args:
-        path: the folder to write; made where it is not there.
-        seed: of the weights; the same seed and sizes give the same checkpoint.
-        architecture: one of `ARCHITECTURES`.
-        num_layers: decoder layers, all of them with experts, >= 1.
-        hidden_size: a multiple of 16, >= 16.
-        num_experts: experts per layer, >= 1.
-        num_experts_per_token: experts that each token goes to, in `1..num_experts`.
-        dtype: of the saved weights.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigurationError: for a size out of its range or an unknown architecture, before anything is written.
+    The same seed and sizes give the same checkpoint. All layers have experts; `hidden_size` is a multiple of 16. A size
+    out of its range or an unknown architecture raises `ConfigurationError` before anything is written.
     """
     if architecture not in ARCHITECTURES:
         raise ConfigurationError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
@@ -77,11 +64,7 @@ def make_tiny(
 
 
 def byte_tokenizer() -> Any:
-    """Make a tokenizer with one token per byte of UTF-8 and three special ones; any text comes back unchanged.
-
-    Returns:
-        A Transformers tokenizer: ids 0..255 are bytes, then begin, end and padding of a sequence.
-    """
+    """Make a tokenizer of Transformers: ids 0..255 are bytes of UTF-8, then begin, end and padding of a sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

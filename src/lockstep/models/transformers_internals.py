@@ -5,17 +5,17 @@ Tried with 5.17 to 5.24. Where a name differs between those releases, the differ
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from lockstep.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 _WRAPPERS_WITH_COLLECTIVES = ("DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -29,13 +29,14 @@ def sharding_class(
     distribute: Callable[[Any], None],
     on_loaded: Callable[[Any, Any], None],
     on_finished: Callable[[Any, Any], None],
-    local_parameters_of: Sequence[str],
+    local_parameters_of: Collection[str],
 ) -> Any:
     """Make a subclass whose `from_pretrained` calls us in Transformers' own place for distributing a model.
 
     Transformers' loader asks of each parameter whether it is a DTensor and then reads only its local part, for every
     layout and through every conversion. `DistributedConfig` itself cannot express data parallelism with whole dense
-    weights, hence the override of the class methods that would read it.
+    weights, hence the override of the class methods that would read it. Call the class's `from_pretrained` with
+    `distributed_config=no_distribution()`.
 
     Args:
         model_class: of Transformers, or of code that comes with a checkpoint.
@@ -45,9 +46,6 @@ def sharding_class(
         on_finished: gets both once Transformers has taken out the `unexpected_keys` that the architecture ignores.
         local_parameters_of: names of modules; read after `distribute`, which may fill it. For their parameters
             `get_parameter` returns this rank's part.
-
-    Returns:
-        The class. Call its `from_pretrained` with `distributed_config=no_distribution()`.
     """
 
     class Sharding(model_class):
@@ -80,6 +78,59 @@ def sharding_class(
     Sharding.__module__, Sharding.__name__ = model_class.__module__, model_class.__name__
     Sharding.__qualname__, Sharding.__doc__ = model_class.__qualname__, model_class.__doc__
     return Sharding
+
+
+class _ExpertsMesh(DeviceMesh):
+    """Carries the numbers of this rank's experts to where the loader reads them; needs no process group."""
+
+    def __init__(self, device_type: str, experts: Sequence[int]) -> None:
+        # The name tells the meshes of one process apart, of which torch takes equal ones for the same.
+        name = f"experts {experts}"
+        super().__init__(device_type, torch.arange(1), mesh_dim_names=(name,), _init_backend=False, _rank=0)
+        self.experts = experts
+
+
+def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type: str) -> torch.Tensor:
+    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only.
+
+    A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
+    """
+    from transformers import core_model_loading
+
+    core_model_loading.DtensorShardOperation = _reading_experts(core_model_loading.DtensorShardOperation)
+    return DTensor.from_local(
+        parameter[: len(experts)], _ExpertsMesh(device_type, experts), [Shard(0)], run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
+@functools.cache
+def _reading_experts(operation: Any) -> Any:
+    """The loader's reading of a DTensor's part, which knows contiguous shares only, made to know ours too."""
+    if operation.__module__ == __name__:
+        return operation
+
+    class Reading(operation):
+        def __init__(self, parameter: Any) -> None:
+            super().__init__(parameter)
+            self.experts, self.num_experts = getattr(parameter.device_mesh, "experts", None), parameter.shape[0]
+
+        def shard_tensor(
+            self, source: Any, tensor_idx: int | None = None, device: Any = None, dtype: Any = None
+        ) -> Any:
+            if self.experts is None:
+                return super().shard_tensor(source, tensor_idx, device, dtype)
+            shape = source.shape if isinstance(source, torch.Tensor) else source.get_shape()
+            if tensor_idx is not None and len(shape) == self.param_ndim - 1:  # the files have a tensor per expert
+                is_own = tensor_idx % self.num_experts in self.experts
+                return source[...].to(device=device, dtype=dtype) if is_own else None
+            first, last = self.experts[0], self.experts[-1]
+            if last - first == len(self.experts) - 1:
+                return source[first : last + 1].to(device=device, dtype=dtype)
+            return torch.stack([source[expert] for expert in self.experts]).to(device=device, dtype=dtype)
+
+    Reading.__module__ = __name__
+    return Reading
 
 
 def no_distribution() -> Any:
@@ -184,8 +235,7 @@ def is_experts_module(module: torch.nn.Module) -> bool:
 def transformers_model_in(model: Any) -> Any:
     """Return the Transformers model that a wrapper such as PEFT's holds; the model itself if it is one, or has none.
 
-    Raises:
-        ConfigurationError: a wrapper that runs collectives of its own, or no module at all.
+    Refused: a wrapper that runs collectives of its own, and what is no module.
     """
     from transformers import PreTrainedModel
 

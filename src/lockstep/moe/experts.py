@@ -37,9 +37,6 @@ class LocalExperts:
     Attributes:
         adapters: LoRA beside the weights; per weight's name `(A [local experts, r, in], B [local experts, out, r],
             scaling)` of each adapter. They run as products of their own, not by kernels that take counts on the device.
-
-    Raises:
-        ConfigurationError: if the module has no such parameters; the message names the class and what is missing.
     """
 
     def __init__(self, module: Any, check_weights: Callable[[], None] | None = None) -> None:
@@ -69,21 +66,15 @@ class LocalExperts:
     def __call__(
         self, hidden_states: torch.Tensor, gather_index: torch.Tensor, tokens_per_expert: torch.Tensor | Sequence[int]
     ) -> torch.Tensor:
-        """Run each (row, expert) pair through its expert.
+        """Run each (row, expert) pair through its expert: `[num_pairs, hidden]`, in the rows' dtype, not yet weighted.
 
         A pair's result depends on its own row only, up to the rounding of the accumulation dtype.
 
         Args:
             hidden_states: rows that this rank received, `[num_rows, hidden]`.
             gather_index: the row of each pair, pairs sorted by local expert, `[num_pairs]`, integers.
-            tokens_per_expert: pairs of each local expert, `[num_local_experts]`, sums to `num_pairs`. A list, or a
-                tensor, which is then not read back to the host where `grouped_mm` serves.
-
-        Returns:
-            Each pair's expert output, not yet weighted, `[num_pairs, hidden]`, in the dtype of `hidden_states`.
-
-        Raises:
-            ConfigurationError: if `tokens_per_expert` has not one entry per local expert.
+            tokens_per_expert: pairs of each local expert, `[num_local_experts]`. A tensor is not read back to the host
+                where `grouped_mm` serves.
         """
         if self._check_weights is not None:
             self._check_weights()
@@ -146,15 +137,7 @@ class LocalExperts:
     ) -> torch.Tensor:
         """Run the pairs whose number only the device knows; the host waits for nothing. See `few_rows_experts`.
 
-        Args:
-            hidden_states: received rows, `[received, hidden]`, bfloat16 or float8_e4m3fn.
-            scales: of fp8 rows, `[received, ceil(hidden / 128)]` float32; None for bfloat16.
-            gather_index: row of each pair, `[capacity]` int32; only the first `expert_offsets[-1]` count.
-            expert_offsets: where each expert's pairs begin, and their end, `[num_local_experts + 1]` int32.
-            rows_per_expert: how many are expected; it chooses the kernel, not the result.
-
-        Returns:
-            `[capacity, hidden]` bfloat16; rows beyond the pairs are unwritten.
+        `rows_per_expert`, how many are expected, chooses the kernel, not the result.
         """
         from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
 
@@ -167,11 +150,8 @@ class LocalExperts:
     def warm_up(self, capacity: int, fp8: bool) -> None:
         """Compile and load the kernels of `on_device`, with one pair, so that no step has to.
 
-        A kernel is loaded when it is first launched, and that may wait for one that waits for a peer.
-
-        Args:
-            capacity: length of the gather index that steps will bring, on which `grouped_mm`'s choice depends.
-            fp8: whether rows will come in fp8.
+        A kernel is loaded when it is first launched, and that may wait for one that waits for a peer. The choice of
+        `grouped_mm` depends on `capacity`, the length of the gather index that steps will bring.
         """
         weight = self.module.down_proj
         num_local_experts, hidden, _ = weight.shape

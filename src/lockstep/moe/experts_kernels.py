@@ -165,15 +165,9 @@ def silu_mul_kernel(gate_up, num_pairs, inner, INTERMEDIATE: tl.constexpr, PAIRS
 
 
 def few_rows_experts(
-    hidden_states: torch.Tensor,
-    scales: torch.Tensor | None,
-    gather_index: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    *,
-    tile: tuple[int, int, int] = (32, 128, 4),
-) -> torch.Tensor:
+    hidden_states: torch.Tensor, scales: torch.Tensor | None, gather_index: torch.Tensor, expert_offsets: torch.Tensor,
+    gate_up_proj: torch.Tensor, down_proj: torch.Tensor, *, tile: tuple[int, int, int] = (32, 128, 4),
+) -> torch.Tensor:  # fmt: skip
     """Run each pair through its expert, reading the weights of used experts once per 32 pairs. SwiGLU, no biases.
 
     Args:
@@ -206,13 +200,9 @@ def few_rows_experts(
 
 
 def many_rows_experts(
-    hidden_states: torch.Tensor,
-    scales: torch.Tensor | None,
-    gather_index: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-) -> torch.Tensor:
+    hidden_states: torch.Tensor, scales: torch.Tensor | None, gather_index: torch.Tensor, expert_offsets: torch.Tensor,
+    gate_up_proj: torch.Tensor, down_proj: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """The same as `few_rows_experts` by `grouped_mm`: rows gathered once, then two grouped products."""
     experts, hidden, intermediate = down_proj.shape
     capacity = gather_index.shape[0]

@@ -64,15 +64,16 @@ class MoELayer:
         self.shape = shape
         self.tensor_parallel_group = tensor_parallel_group
         self._deadline_s = deadline_s
-        self._nothing = self._rows_for_nobody(0)
+        self.nothing = self.rows_for_nobody(0)
 
     def rows_for_nobody(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what a rank hands in that has no rows, or has lost them: `num_rows` rows that go to no expert.
-
-        Returns:
-            `hidden_states [num_rows, hidden]`, `topk_ids [num_rows, top_k]`, `topk_weights [num_rows, top_k]`.
-        """
-        return self._rows_for_nobody(num_rows) if num_rows else self._nothing
+        """Return states, ids and weights of rows that go to no expert, for a rank that has lost its own."""
+        shape = self.shape
+        return (
+            torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=shape.device),
+            torch.full((num_rows, shape.top_k), NO_EXPERT, dtype=torch.int32, device=shape.device),
+            torch.zeros(num_rows, shape.top_k, device=shape.device),
+        )
 
     def takes_few_rows(self, num_rows: int) -> bool:
         """Whether the experts' kernels for few rows run where all ranks together bring so many rows."""
@@ -83,15 +84,8 @@ class MoELayer:
     ) -> torch.Tensor:
         """Run this rank's rows through their experts, wherever those are. Collective; called by `Step` alone.
 
-        Args:
-            step: says which rows are in which chunk, and learns how it went.
-            index: number of this layer in the step, for messages.
-            hidden_states: the rows that this rank takes into the experts, `[num_tokens, hidden]`.
-            topk_ids: global experts of each row, `[num_tokens, top_k]`.
-            topk_weights: their weights, `[num_tokens, top_k]`.
-
-        Returns:
-            The weighted sums, `[num_tokens, hidden]`, of all rows of the tensor-parallel group.
+        Returns the weighted sums, `[num_tokens, hidden]`, of all rows of the tensor-parallel group. `index` is the
+        number of this layer in the step.
         """
         step.in_step = False  # until every collective of this layer has been issued
         failed_before = step.failure
@@ -152,11 +146,3 @@ class MoELayer:
         first = self.config.data_parallel_rank * tp_size
         sizes = step.plan.sp_rows[first : first + tp_size]
         return all_gatherv([own], sizes, self.tensor_parallel_group, self._deadline_s, host_waits=False)[0]
-
-    def _rows_for_nobody(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape = self.shape
-        return (
-            torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=shape.device),
-            torch.full((num_rows, shape.top_k), NO_EXPERT, dtype=torch.int32, device=shape.device),
-            torch.zeros(num_rows, shape.top_k, device=shape.device),
-        )

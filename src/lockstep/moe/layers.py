@@ -77,11 +77,8 @@ class MoELayers:
             num_tokens_across_dp: rows of every data-parallel rank, `[data_parallel_size]`, agreed.
             num_rows: this rank's count in device memory, `[1]`, int32, for a model that runs in buffers with more rows;
                 the rows beyond it go nowhere. None where the model's rows are the agreed ones.
-            capacity: rows of those buffers; goes with `num_rows`.
-
-        Returns:
-            The step, to be entered. Entering it raises `ConfigurationError` for buffers that are too small, for ranks
-            that share their rows, and for a step of several chunks.
+            capacity: rows of those buffers; goes with `num_rows`. Entering the step raises `ConfigurationError` where
+                they are too few, for ranks that share their rows, and for a step of several chunks.
         """
         if self._last_event is not None:
             self._last_event.wait()  # steps run one after another, whichever stream each is on
@@ -98,15 +95,8 @@ class MoELayers:
         """Begin a step that a CUDA graph records. The graph is right for any counts of the other ranks.
 
         It may be replayed, inside a step that was agreed on, where that step's `captures` is true and this rank's count
-        is in `num_rows`; without `num_rows`, where it is `capacity`.
-
-        Args:
-            sizes: rows of every rank, `[ranks]`, as they will roughly be: they choose kernels, not results.
-            num_rows: see `begin`; read at every replay. None: the rows of the buffers are all tokens.
-            capacity: rows of the buffers that the model runs in; by default this rank's size.
-
-        Raises:
-            ConfigurationError: a dispatcher that cannot be captured, or ranks that share their rows.
+        is in `num_rows`, read at every replay; without `num_rows`, where it is `capacity`. `sizes` of every rank, as
+        they will roughly be, choose kernels, not results. Ranks that share their rows are refused.
         """
         if self.config.tensor_parallel_size > 1:
             raise ConfigurationError("steps of ranks that share their rows cannot be CUDA graphs")
@@ -133,25 +123,17 @@ class MoELayers:
         return self._last_event
 
     def wait(self, event: torch.cuda.Event, number: int) -> None:
-        """Wait for an event at or behind a step's end, until the deadline; find out whether all ranks took part so far.
-
-        Raises:
-            RankAbsentError: a rank did not come before the deadline.
-            PeerFailedError: another rank failed in the middle of the step.
-        """
-        failure: Exception | None = None
+        """Wait for an event at or behind a step's end, until the deadline; raise where a rank did not take part."""
         try:
             wait_until(event.query, self.deadline_s + _KERNELS_S, self.peers.check)
             for dispatcher in self.dispatchers:
                 dispatcher.check()
-        except TimeoutError as error:
-            text = f"step {number} did not end on the GPU: {error}"
-            failure = error if isinstance(error, LockstepError) else self.peers.absent(text)
-        except (LockstepError, RuntimeError) as error:
-            failure = error
-        if failure is not None:
+        except (LockstepError, RuntimeError, TimeoutError) as error:
+            failure: Exception = error
+            if isinstance(error, TimeoutError) and not isinstance(error, LockstepError):
+                failure = self.peers.absent(f"step {number} did not end on the GPU: {error}")
             self.give_up(failure)
-            raise failure
+            raise failure from None
 
     def give_up(self, failure: BaseException) -> None:
         """Use the ranks' groups no more, tell the others why, and end what waits for them on the device."""

@@ -56,13 +56,12 @@ class Placement:
     def even(
         cls, num_layers: int, num_experts: int, num_ranks: int, num_slots_per_rank: int | None = None
     ) -> Placement:
-        """Contiguous shares, one expert larger on the first ranks where the ranks do not divide the experts."""
+        """Contiguous shares; the last ranks hold fewer where the ranks do not divide the experts."""
         num_slots_per_rank = check_slots(num_experts, num_ranks, num_slots_per_rank)
-        share, larger = divmod(num_experts, num_ranks)
+        share = -(-num_experts // num_ranks)
         slots: list[int] = []
         for rank in range(num_ranks):
-            first = rank * share + min(rank, larger)
-            own = range(first, first + share + (rank < larger))
+            own = range(num_experts)[rank * share : (rank + 1) * share]
             slots += [*own, *[EMPTY] * (num_slots_per_rank - len(own))]
         return cls(num_experts, num_ranks, (tuple(slots),) * num_layers)
 
@@ -84,7 +83,8 @@ class Placement:
     @property
     def is_identity(self) -> bool:
         """Whether slot and expert have one number throughout, so that nothing has to be looked up."""
-        return all(slots == tuple(range(self.num_experts)) for slots in self.physical_to_logical)
+        numbers, spare = tuple(range(self.num_experts)), (EMPTY,) * (self.num_slots - self.num_experts)
+        return all(slots == numbers + spare for slots in self.physical_to_logical)
 
     @property
     def checksum(self) -> int:

@@ -12,19 +12,10 @@ def moe_reference(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Return what every rank must get from the layer.
+    """Return what every rank must get from the layer, `[ranks][num_tokens of the rank, hidden]`.
 
-    Experts are spread contiguously: with `E` experts on `n` ranks, rank `r` holds `r*E/n` to `(r+1)*E/n - 1`.
-
-    Args:
-        hidden_states: every rank's rows, `[ranks][num_tokens of the rank, hidden]`; a rank may have none.
-        topk_ids: the experts of each row, `[ranks][num_tokens, top_k]`; a negative number goes nowhere.
-        topk_weights: their weights, `[ranks][num_tokens, top_k]`.
-        gate_up_proj: gate rows, then up rows, of all experts, `[num_experts, 2 * intermediate, hidden]`.
-        down_proj: of all experts, `[num_experts, hidden, intermediate]`.
-
-    Returns:
-        Every rank's output, `[ranks][num_tokens, hidden]`.
+    Experts are spread contiguously: with `E` experts on `n` ranks, rank `r` holds `r*E/n` to `(r+1)*E/n - 1`. Negative
+    ids go nowhere. Gate rows come before up rows in `gate_up_proj`, `[num_experts, 2 * intermediate, hidden]`.
     """
     num_ranks, num_experts = len(hidden_states), gate_up_proj.shape[0]
     experts_per_rank = num_experts // num_ranks

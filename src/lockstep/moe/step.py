@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,15 +30,6 @@ def current_step() -> Step | None:
     return _current.get()
 
 
-@contextmanager
-def _made_current(step: Step) -> Iterator[None]:
-    token = _current.set(step)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
 class Step:
     """One forward pass of the model, on all ranks together. A context manager: the model runs inside.
 
@@ -47,17 +38,14 @@ class Step:
     Made by `MoELayers.begin`.
 
     Attributes:
-        layers: what all steps of the model share.
         plan: the chunks of the step; None in one that is captured.
         route: how its rows travel.
         number: of the step, for messages and records.
         num_rows: this rank's count in device memory, `[1]`, int32; None where the model's rows are the agreed ones.
-        captured: a CUDA graph records this step.
         next_layer: index of the layer that is due.
         in_step: whether this rank has issued every collective of the layers so far: after an error, whether the groups
             can be used again.
         failure: what broke on this rank, if anything.
-        peers: is told where this rank is.
     """
 
     def __init__(
@@ -88,10 +76,7 @@ class Step:
 
     @property
     def captures(self) -> bool:
-        """Whether this rank may issue the step as a CUDA graph: its rows take a backend that can be captured, at once.
-
-        True on all ranks or on none; each rank is free to use a graph or not.
-        """
+        """Whether a rank may issue the step as a CUDA graph, or not, as it likes; the same on all ranks."""
         return self.route.captures and self.layers.config.tensor_parallel_size == 1 and any(self.route.sizes)
 
     @property
@@ -102,7 +87,7 @@ class Step:
     def __enter__(self) -> Step:
         try:
             self._check_buffers()
-            self._contexts.enter_context(_made_current(self))
+            self._contexts.callback(_current.reset, _current.set(self))
             if self.plan is not None:
                 counts, config = self.plan.num_tokens_across_dp, self.layers.config
                 metadata = DPMetadata.make(config, counts[config.data_parallel_rank], list(counts))
@@ -166,7 +151,10 @@ class Step:
                 f"which was set up for {shape.hidden_size} on {shape.device} with {shape.top_k}"
             )
         if rows.shape[0] != self._rows_due:
-            raise self._wrong_count(index, rows.shape[0])
+            buffered = self.captured or self.num_rows is not None
+            due = f"its buffers have {self._rows_due}" if buffered else f"{self._rows_due} were agreed for this step"
+            dp_rank = self.layers.config.data_parallel_rank
+            raise TokenCountError(f"{rows.shape[0]} rows came to MoE layer {index}, but {due} on DP rank {dp_rank}")
         self.next_layer = index + 1
         with torch.no_grad():
             # One dtype on the wire: under autocast a rank's rows may come in another one than those of its idle peers.
@@ -176,8 +164,13 @@ class Step:
                 start, stop = self.plan.sp_span(self.layers.config.rank)
                 own = own[0][start:stop], own[1][start:stop], own[2][start:stop]
             output = layer.run(self, index, *own).to(rows.dtype)
-        if self.next_layer == len(self.layers):
-            self._end_last_layer()
+        if self.next_layer == len(self.layers) and not self.captured:
+            # Before anybody needs the model's output on the host: it must have come, and be no other rank's waste.
+            self._await_collectives()
+            if (spoiled_by := self.peers.spoiled_by()) is not None:
+                own_rank, blamed = self.peers.name(self.layers.config.rank), self.peers.name(spoiled_by)
+                text = f"rank {own_rank} stops in step {self.number}: the experts of rank {blamed} failed"
+                raise PeerFailedError(text, blamed)
         if hidden_states.requires_grad and torch.is_grad_enabled():
             output = _InferenceOnly.apply(rows, output)
         return output.view_as(hidden_states)
@@ -195,7 +188,8 @@ class Step:
             index, layer = self.next_layer, self.layers.layers[self.next_layer]
             self.next_layer += 1
             try:
-                layer.run(self, index, *layer.rows_for_nobody(self._own_rows))
+                own = layer.rows_for_nobody(self._own_rows) if self._own_rows else layer.nothing
+                layer.run(self, index, *own)
             except Exception as error:
                 self.failure = self.failure or error
 
@@ -209,14 +203,7 @@ class Step:
         self.peers.spoil_step()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """End the issuing of the step; nothing waits for the device, see `wait`.
-
-        Args:
-            error: by which the model ended, if it did; the caller raises it.
-
-        Raises:
-            Exception: `failure`, where there is no `error`.
-        """
+        """End the issuing of the step; nothing waits for the device. Raises `failure`, if the model had no error."""
         if self.in_step:
             try:
                 self._await_collectives()
@@ -232,23 +219,10 @@ class Step:
     def wait(self) -> None:
         """Wait until the device has done this rank's step: nobody takes for a result what a missing rank has spoiled.
 
-        Raises:
-            RankAbsentError: a rank did not come before the deadline.
-            PeerFailedError: another rank failed in the middle of the step.
+        Raises `RankAbsentError` or `PeerFailedError` where a rank did not come, or failed in the middle.
         """
         if self._event is not None:
             self.layers.wait(self._event, self.number)
-
-    def _end_last_layer(self) -> None:
-        """Before anybody needs the model's output on the host: it must have come, and be no other rank's waste."""
-        if self.captured:
-            return
-        self._await_collectives()
-        spoiled_by = self.peers.spoiled_by()
-        if spoiled_by is not None:
-            own, blamed = self.peers.name(self.layers.config.rank), self.peers.name(spoiled_by)
-            text = f"rank {own} stops in step {self.number}: the experts of rank {blamed} failed"
-            raise PeerFailedError(text, blamed)
 
     def _await_collectives(self) -> None:
         try:
@@ -257,20 +231,13 @@ class Step:
             self.layers.give_up(error)
             raise
 
-    def _wrong_count(self, index: int, num_rows: int) -> TokenCountError:
-        buffered = self.captured or self.num_rows is not None
-        due = f"its buffers have {self._rows_due}" if buffered else f"{self._rows_due} were agreed for this step"
-        return TokenCountError(
-            f"{num_rows} rows came to MoE layer {index}, but {due} on DP rank {self.layers.config.data_parallel_rank}"
-        )
-
     def _check_buffers(self) -> None:
         """Raise where buffers with more rows than were agreed do not fit the step, or the cell that counts them."""
         cell, capacity, device = self.num_rows, self._capacity, self.layers.device
-        tp_size = self.layers.config.tensor_parallel_size
         if capacity is None and cell is not None:
             raise ConfigurationError("num_rows goes with the capacity of the buffers that it counts")
         if capacity is not None and self.plan is not None:
+            tp_size = self.layers.config.tensor_parallel_size
             if tp_size > 1 or len(self.plan) > 1:
                 raise ConfigurationError(
                     "buffers with more rows than the step need one chunk and no tensor parallelism, got "
