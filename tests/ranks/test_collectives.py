@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from said import say, sleep_until_said
 
-from lockstep.coordination.group_waits import waited_s, watch_group
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.transports import open_transport
+from lockstep.coordination.waits import waited_s, watch_group
 from lockstep.dispatch.collectives import all_gatherv, all_to_allv, record_collectives, reduce_scatterv
 from lockstep.errors import ConfigurationError, RankAbsentError, RankMismatchError, TokenCountError
 from lockstep.testing import run_ranks

@@ -203,8 +203,7 @@ def test_ranks_end_with_a_killed_launcher_and_nothing_is_left(tmp_path, tmp_path
 def wait_for_sigterm(board_name, gone, how):
     board = Board.attach(board_name, 2)
     board.register(0)
-    base = board._status(1)
-    board.words[base], board.words[base + 2] = gone, board.words[board._status(0) + 2]
+    board.register(1, ProcessIdentity(gone, 0, ProcessIdentity.own().namespace))
     peers = Peers(0, 2, board=board)
     peers.recorder.step = 7
     peers.mark(Phase.EXPERTS, layer=3)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import Command
 
+from lockstep.coordination.groups import own_device
 from lockstep.steplog.files import read_step_log
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -227,13 +228,9 @@ def test_gpus_that_are_not_there_are_missed_before_anything_starts(arguments, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_of_gpus_without_a_number_each_rank_takes_its_own(monkeypatch):
-    from lockstep.coordination.groups import own_device
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+def test_of_gpus_without_a_number_each_rank_takes_its_own():
     for meant, device in ((None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
-        assert str(own_device(meant)) == device
+        assert str(own_device(meant, has_gpus=True, environment={"LOCAL_RANK": "3"})) == device
 
 
 def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(monkeypatch):

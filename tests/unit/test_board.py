@@ -1,6 +1,5 @@
 """The board in shared memory: exchanges, places, last words, and what killed processes leave behind."""
 
-import errno
 import glob
 import os
 import resource
@@ -14,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.coordination import board as board_module
-from lockstep.coordination import processes
 from lockstep.coordination.board import LAST_WORDS_BYTES, Board, board_bytes
+from lockstep.coordination.processes import ProcessIdentity
 from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import RanksMissing, SharedMemoryTransport
 from lockstep.coordination.wire import WORDS, Header, decode, encode, encode_message
@@ -99,9 +97,7 @@ def test_a_wish_is_seen_before_one_begins(board):
 
 
 def test_the_sequence_number_wraps(board):
-    group = transports(board)
-    for transport in group:
-        transport._sequence = 2**32 - 2
+    group = [SharedMemoryTransport(board, rank, sequence=2**32 - 2) for rank in range(3)]
     for step in range(4):
         wires = [encode(HEADER, step, StepRecord(rank)) for rank in range(3)]
         pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
@@ -164,8 +160,7 @@ def test_threads_of_many_ranks_agree_ten_thousand_times():
 
 
 def test_places_and_how_long_ago(board):
-    place, since = board.place_words(1)
-    board.words[place], board.words[since] = 77, time.monotonic_ns() - 2_000_000_000
+    board.write_place(1, 77, time.monotonic_ns() - 2_000_000_000)
     number, ago = board.place(1)
     assert number == 77
     assert 2.0 <= ago < 60
@@ -178,39 +173,37 @@ def test_last_words_are_read_whole_or_not_at_all_and_the_first_count(board):
     assert board.last_words(2) == b"out of memory"
     board.say_last_words(1, b"x" * (LAST_WORDS_BYTES + 500))
     assert board.last_words(1) == b"x" * LAST_WORDS_BYTES
-    start = board_module._HEADER_BYTES + 2 * board_module._RANK_BYTES + board_module._STATUS_BYTES
+    start = bytes(board.bytes).index(b"out of memory")
     board.bytes[start : start + 3] = b"???"
     assert board.last_words(2) is None
 
 
 def test_process_states(board):
-    assert board.process_state(0) == "unknown"
+    assert board.process(0).state() == "unknown"
     board.register(0)
-    assert board.process_state(0) == "alive"
+    assert board.process(0).state() == "alive"
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    base = board._status(1)
-    board.words[base + 1] = processes._stat(child.pid)[1]
-    board.words[base + 2] = processes.pid_namespace()
-    board.words[base] = child.pid
+    identity = ProcessIdentity.of(child.pid)
+    board.register(1, identity)
 
     def becomes(state):
         until = time.monotonic() + 20
-        while board.process_state(1) == "alive" or (state == "gone" and board.process_state(1) == "stopped"):
+        while board.process(1).state() == "alive" or (state == "gone" and board.process(1).state() == "stopped"):
             assert time.monotonic() < until
             time.sleep(0.01)
-        return board.process_state(1) == state
+        return board.process(1).state() == state
 
-    assert board.process_state(1) == "alive"
+    assert board.process(1).state() == "alive"
     child.send_signal(signal.SIGSTOP)
     assert becomes("stopped")
     child.kill()
     assert becomes("gone")  # a zombie: its parent has not asked yet
     child.wait()
-    assert board.process_state(1) == "gone"
-    board.words[base] = os.getpid()  # the number was given to another process
-    assert board.process_state(1) == "gone"
-    board.words[base + 2] += 1  # numbers of another container mean nothing here
-    assert board.process_state(1) == "unknown"
+    assert board.process(1).state() == "gone"
+    board.register(1, identity._replace(pid=os.getpid()))  # the number was given to another process
+    assert board.process(1).state() == "gone"
+    board.register(1, identity._replace(namespace=identity.namespace + 1))  # numbers of another container
+    assert board.process(1).state() == "unknown"
 
 
 def test_a_rank_out_of_file_descriptors_declares_nobody_dead(board):
@@ -222,37 +215,35 @@ def test_a_rank_out_of_file_descriptors_declares_nobody_dead(board):
     try:
         with pytest.raises(OSError, match="Too many open files"):
             os.dup(0)
-        state = board.process_state(0)
+        state = board.process(0).state()
         board.register(1)  # it cannot tell when it started either
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert state == "unknown"
-    assert board.process_state(1) == "alive"
+    assert board.process(1).state() == "alive"
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EIO, errno.ENFILE])
-def test_without_proc_only_the_kernel_itself_says_that_a_process_is_gone(board, monkeypatch, number):
-    def fails(_path):
-        raise OSError(number, os.strerror(number))
-
+def test_without_proc_only_the_kernel_itself_says_that_a_process_is_gone(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    identity = processes.ProcessIdentity(child.pid, 0, processes.pid_namespace())
-    monkeypatch.setattr(processes.Path, "read_bytes", fails)
-    assert identity.state() == "unknown"
+    identity = ProcessIdentity.of(child.pid)
+    (tmp_path / "file").touch()
+    (tmp_path / "proc" / str(child.pid) / "stat").mkdir(parents=True)
+    unreadable = [tmp_path, tmp_path / "file", tmp_path / "proc"]  # nothing there, no folder, no file
+    assert identity.state() == "alive"
+    assert [identity.state(proc) for proc in unreadable] == ["unknown"] * 3
     child.kill()
     child.wait()
-    assert identity.state() == "gone"
-    assert processes.ProcessIdentity(2**70, 0, processes.pid_namespace()).state() == "unknown"
+    assert [identity.state(proc) for proc in unreadable] == ["gone"] * 3
+    assert identity._replace(pid=2**70).state(tmp_path) == "unknown"
 
 
 @pytest.mark.parametrize(
     ("cores", "suffice"),
     [([{0}, {1}, {2}], True), ([{0, 1, 2}] * 3, True), ([{0, 1}] * 3, False), ([{4}, {5}, {4}], False)],
 )
-def test_whether_every_rank_can_have_a_core(board, monkeypatch, cores, suffice):
+def test_whether_every_rank_can_have_a_core(board, cores, suffice):
     for rank, mine in enumerate(cores):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, mine=mine: mine)
-        board.register(rank)
+        board.register(rank, cores=mine)
     assert board.cores_suffice() == suffice
 
 
@@ -286,8 +277,8 @@ def test_boards_of_other_size_or_content_are_refused(tmp_path):
     try:
         with pytest.raises(ConfigurationError, match=f"{board_bytes(2)} bytes, expected .* for 3 ranks"):
             Board.attach(made.name, 3)
-        made.words[1] = 3
-        with pytest.raises(ConfigurationError, match="is not one of 2 ranks"):
+        made.words[0] = 3
+        with pytest.raises(ConfigurationError, match="holds something else"):
             Board.attach(made.name, 2)
     finally:
         made.unlink()

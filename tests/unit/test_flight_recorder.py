@@ -23,13 +23,15 @@ from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError
 
 
 @pytest.fixture
-def peers(tmp_path, monkeypatch):
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+def peers(tmp_path):
     board = Board.create(3)
     board.unlink()
     for rank in range(3):
         board.register(rank)
-    return [Peers(rank, 3, board=board, epoch=2) for rank in range(3)]
+    three = [Peers(rank, 3, board=board, epoch=2) for rank in range(3)]
+    for each in three:
+        each.recorder.folder = tmp_path
+    return three
 
 
 def at(peers, step, phase, layer=-1):
@@ -80,8 +82,6 @@ def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(peers)
     first, second, third = peers
     at(first, 6, Phase.AGREEMENT)
     at(second, 5, Phase.COMBINE, 1)
-    at(third, 5, Phase.DISPATCH, 1)
-    assert not first._has_gone_on_alone()  # the third is late, and the second waits for it as this one does
     at(third, 5, Phase.COMBINE, 1)
     error = first.absent("the agreement of step 6 did not end", (1, 2))
     assert error.absent_ranks == (0,)
@@ -89,6 +89,25 @@ def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(peers)
     with pytest.raises(RankAbsentError) as caught:
         second.check()
     assert caught.value.absent_ranks == (0,)
+
+
+def test_a_rank_that_has_gone_on_does_not_name_itself_while_others_wait_for_each_other(peers):
+    first, second, third = peers
+    at(first, 6, Phase.AGREEMENT)
+    at(second, 5, Phase.COMBINE, 1)
+    at(third, 5, Phase.DISPATCH, 1)  # is late, and the second waits for it as this one does
+    error = first.absent("the agreement of step 6 did not end", (1, 2))
+    assert error.absent_ranks == (1, 2)
+
+
+@pytest.mark.parametrize("letter", ["\u2717", "\0", "x"])
+def test_long_last_words_keep_their_kind_and_whom_they_blame(peers, letter):
+    peers[1].give_up("failed", letter * 3000, (1,))
+    with pytest.raises(PeerFailedError) as caught:
+        peers[0].check()
+    assert caught.value.rank == 1
+    assert len(caught.value.peer_message) > 150
+    assert set(caught.value.peer_message) == {letter}
 
 
 def test_the_first_reason_reaches_the_others_and_is_passed_on(peers, tmp_path):
@@ -119,7 +138,7 @@ def test_any_last_words_end_in_a_sentence(words):
     board.unlink()
     board.say_last_words(1, words or b"?")
     peers = Peers(0, 2, board=board)
-    peers.recorder.write_file = lambda reason: None
+    peers.recorder.folder = "/nowhere"
     with pytest.raises((RankAbsentError, PeerFailedError, RankMismatchError)):
         peers.check()
 
@@ -266,9 +285,9 @@ def test_files_of_other_runs_and_too_large_ones(peers, tmp_path, monkeypatch):
         read_recorder(other)
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_file(monkeypatch, tmp_path):
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "missing"))
+def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path):
     peers = Peers(0, 2)
+    peers.recorder.folder = tmp_path / "missing"
     error = peers.absent("it did not come")
     assert str(error) == "rank 0: it did not come; it could not be found out which rank is absent"
 

@@ -6,16 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lockstep.coordination import groups
 from lockstep.coordination.board import Board
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, Phase
-from lockstep.coordination.group_waits import await_parked, await_work, watch_group
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
+from lockstep.coordination.processes import ProcessIdentity
 from lockstep.coordination.transports import SharedMemoryTransport
-from lockstep.coordination.waits import wait_until
+from lockstep.coordination.waits import await_parked, await_work, wait_until, watch_group
 from lockstep.dispatch.base import Abilities, ExpertsShape, Route
 from lockstep.errors import PeerFailedError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
@@ -45,6 +44,7 @@ class Group:
     """A group of NCCL's."""
 
     group_name = "nccl of test_gpu_waits"
+    rank = staticmethod(lambda: 0)
 
     def __init__(self):
         self.aborted = 0
@@ -57,17 +57,15 @@ class Group:
 
 
 @pytest.fixture
-def ranks(tmp_path, monkeypatch):
+def ranks(tmp_path):
     """Two ranks in step 7: rank 0 in combine of layer 3, rank 1 in its experts."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     board = Board.create(2)
     board.unlink()
     for rank in range(2):
         board.register(rank)
     peers = [Peers(rank, 2, board=board) for rank in range(2)]
     for each, phase in zip(peers, (Phase.COMBINE, Phase.EXPERTS), strict=True):
-        each.recorder.step = 7
+        each.recorder.step, each.recorder.folder = 7, tmp_path
         each.mark(phase, 3)
     return SimpleNamespace(board=board, peers=peers)
 
@@ -84,7 +82,7 @@ class Dispatcher:
         return Route(self.name, tuple(sizes), 16)
 
 
-def step_of(ranks, event, check=lambda: None, deadline_s=DEADLINE_S, abort=None):
+def step_of(ranks, event, check=lambda: None, deadline_s=DEADLINE_S):
     """Rank 0's side of a step that was issued, and ends on the device with the event."""
     group = Group()
     peers = ranks.peers[0]
@@ -95,7 +93,7 @@ def step_of(ranks, event, check=lambda: None, deadline_s=DEADLINE_S, abort=None)
         [layer],
         coordinator=coordinator,
         deadline_s=deadline_s,
-        abort=lambda: groups.abort([group], torch.device("cpu"), 0),
+        abort=lambda: groups.abort([group], torch.device("cpu"), 0, timeout_s=0.2),
     )
     layers.end_step = lambda: event
     step = layers.begin([1, 1])
@@ -107,7 +105,7 @@ def test_what_is_done_in_time_is_waited_for():
     started = time.monotonic()
     wait_until(Event(0.1).query, 5.0)
     assert 0.1 <= time.monotonic() - started < 1.0
-    with pytest.raises(TimeoutError, match=r"not done within 0\.2 s"):
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.2 s"):
         wait_until(Event(None).query, 0.2)
 
 
@@ -124,20 +122,20 @@ def test_a_collective_whose_peer_never_comes_names_it(ranks):
     watch_group(group, ranks.peers[0])
     try:
         with pytest.raises(RankAbsentError, match="rank 1 was last seen in experts of layer 3 in step 7") as caught:
-            await_work(Event(None), "reduce_scatterv", group, DEADLINE_S)
+            await_work(Event(None), "reduce_scatterv", group, DEADLINE_S, on_gpu=True)
     finally:
         watch_group(group, None)
     assert caught.value.absent_ranks == (1,)
     assert "reduce_scatterv did not end after 0.3" in str(caught.value)
-    await_work(Event(0.05), "reduce_scatterv", group, DEADLINE_S)
+    await_work(Event(0.05), "reduce_scatterv", group, DEADLINE_S, on_gpu=True)
 
 
 @pytest.fixture
-def combined(ranks, monkeypatch):
+def combined(ranks):
     """`combined(event)`: rank 0's host went on after a combine that ends with the event."""
     group = Group()
     watch_group(group, ranks.peers[0])
-    yield lambda event: await_work(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False)
+    yield lambda event: await_work(event, "reduce_scatterv", group, DEADLINE_S, host_waits=False, on_gpu=True)
     watch_group(group, None)
 
 
@@ -157,7 +155,7 @@ def test_a_wait_for_a_later_collective_is_one_for_those_before_it(ranks, combine
     combined(Event(None))
     group = Group()
     watch_group(group, ranks.peers[0])
-    await_work(Event(0.05), "all_gatherv", group, DEADLINE_S)
+    await_work(Event(0.05), "all_gatherv", group, DEADLINE_S, on_gpu=True)
     watch_group(group, None)
     await_parked(ranks.peers[0])
 
@@ -174,10 +172,9 @@ def test_a_combine_that_never_ends_is_noticed_before_the_output_is_handed_on(ran
     assert issued.group.aborted == 1
 
 
-def test_without_a_recorder_nobody_would_wait_later(ranks, monkeypatch):
-    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+def test_without_peers_nobody_would_wait_later():
     with pytest.raises(RankAbsentError, match="rank 0: reduce_scatterv did not end"):
-        await_work(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False)
+        await_work(Event(None), "reduce_scatterv", Group(), DEADLINE_S, host_waits=False, on_gpu=True)
 
 
 def waits(issued):
@@ -194,8 +191,8 @@ def test_a_step_that_ends_is_no_error(ranks):
 
 
 def test_the_host_goes_on_before_the_step_has_ended_on_the_device(ranks):
-    issued = step_of(ranks, Event(0.2))
     started = time.monotonic()
+    issued = step_of(ranks, Event(0.2))
     issued.step.finish()
     assert time.monotonic() - started < 0.1
     issued.step.wait()
@@ -219,7 +216,7 @@ def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
 
 
 def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
-    ranks.board.words[ranks.board._status(1)] = 2**22 + 1  # a process number that nobody has
+    ranks.board.register(1, ProcessIdentity.own()._replace(pid=2**22 + 1))  # a process number that nobody has
     issued = step_of(ranks, Event(None), deadline_s=30.0)
     started = time.monotonic()
     with pytest.raises(RankAbsentError, match="is gone"):
@@ -246,8 +243,7 @@ def test_anothers_reason_counts(ranks):
     assert issued.group.aborted == 1
 
 
-def test_a_group_that_does_not_end_is_left_behind(ranks, monkeypatch):
-    monkeypatch.setattr("lockstep.coordination.groups._OPEN_S", 0.2)
+def test_a_group_that_does_not_end_is_left_behind(ranks):
     issued = step_of(ranks, Event(None))
     issued.group.abort = lambda: time.sleep(60)
     with pytest.raises(RankAbsentError):

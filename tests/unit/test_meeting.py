@@ -104,26 +104,21 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
         ({"WORLD_SIZE": "٢"}, "variable WORLD_SIZE must be a number >= 1"),
     ],
 )
-def test_variables_that_say_nothing_are_named(changes, says, monkeypatch):
+def test_variables_that_say_nothing_are_named(changes, says):
     good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in {**good, **changes}.items():
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
+    environment = {name: value for name, value in {**good, **changes}.items() if value is not None}
     with pytest.raises(ConfigurationError, match=says):
-        find_group(None)
+        find_group(None, environment=environment)
     assert not dist.is_initialized()
 
 
-def test_a_port_in_use_is_one_sentence(monkeypatch):
+def test_a_port_in_use_is_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         # As torchrun and srun set them; torchrun's agent has its own port, and says itself if that is in use.
-        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
-            find_group(None)
+            find_group(None, environment=environment)
     assert not dist.is_initialized()

@@ -12,6 +12,7 @@ from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.session import HeldBackInterrupt, Session
 from lockstep.coordination.transports import SharedMemoryTransport
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, TokenCountError
+from lockstep.testing import Fault, InjectedFault, inject_into
 
 
 class Steps:
@@ -127,17 +128,13 @@ def test_a_script_that_goes_on_after_the_end_gets_the_same_error_again():
     assert isinstance(outcomes[0], PeerFailedError)  # leaving the block says it too
 
 
-def test_an_error_before_an_agreement_is_announced(monkeypatch):
+def test_an_error_before_an_agreement_is_announced():
     def broken(this, step):
-        this.coordinator._send = lambda record: {}["no memory"]
-        try:
+        with inject_into(this.coordinator.peers, this.coordinator, Fault(1, 0, "agreement", "raise")):
             step(1)
-        except KeyError:
-            del this.coordinator._send
-            raise
 
     outcomes, _ = run_scripts([steps_of(100, pause_s=0.002), broken])
-    assert isinstance(outcomes[1], KeyError)
+    assert isinstance(outcomes[1], InjectedFault)
     assert isinstance(outcomes[0], PeerFailedError)
 
 

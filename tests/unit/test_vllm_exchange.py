@@ -271,8 +271,7 @@ def board():
 def watch_of(step, board, silent_s, deadline_s=5.0, **options):
     """Rank 1 of three; the others were last heard of so many seconds ago."""
     for rank in (0, 2):
-        place, since = board.place_words(rank)
-        board.words[place], board.words[since] = 1, time.monotonic_ns() - int(silent_s[rank] * 1e9)
+        board.write_place(rank, 1, time.monotonic_ns() - int(silent_s[rank] * 1e9))
     return Watch(step, board, 1, deadline_s, **options)
 
 
@@ -306,7 +305,7 @@ def test_a_worker_that_cannot_be_called_off_is_ended_after_the_rank_is_named(boa
     watch.start()
     time.sleep(0.4)
     assert not ended.is_set()  # no step is under way
-    board.words[board.place_words(0)[1]] = time.monotonic_ns() + 10**12
+    board.write_place(0, 1, time.monotonic_ns() + 10**12)
     step.within(ended.wait, 10.0)
     assert ended.is_set()
     assert "silent for 0.2 s while EP rank 1 is in a step: EP rank 2" in caplog.text

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"
 """Environment variable: where recorder files go; the system's temporary folder by default."""
 FORMAT = "lockstep-flight-recorder-1"
+_LAYER_BITS, _STEP_BITS = 16, 40
 
 
 class Phase(IntEnum):
@@ -37,6 +38,8 @@ class Phase(IntEnum):
     MERGE = 9
 
 
+IN_LAYER = (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)
+"""The phases of each MoE layer."""
 _SAID_AS = {
     Phase.AGREEMENT: "at the agreement of step {step}",
     Phase.MODEL: "in the model's other layers in step {step}",
@@ -48,31 +51,21 @@ _SAID_AS = {
     Phase.TENSOR_PARALLEL: "in a tensor-parallel exchange before MoE layer {layer} in step {step}",
     Phase.MERGE: "gathering what all ranks have written, after step {step}",
 }
-_LAYER_BITS, _STEP_BITS = 16, 40
 
 
 class FlightRecorder:
-    """A ring of what this rank did last: nothing is sent anywhere, and nobody is asked.
+    """A ring of what this rank did last, and where it is: nothing is sent anywhere, and nobody is asked.
 
-    `process` is this rank's number in the whole start, which messages use; its rank by default.
-
-    Attributes:
-        step, phase, layer: where this rank is.
-        fingerprint: hash of all collectives noted so far.
+    `process` is this rank's number in the whole start, `fingerprint` a hash of all collectives noted so far, `folder`
+    that of the ring's file, by default that of `FOLDER_VARIABLE`.
     """
 
-    def __init__(
-        self, rank: int, num_ranks: int, *, epoch: int = 0, process: int | None = None, capacity: int = 512
-    ) -> None:
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.epoch = epoch
-        self.process = rank if process is None else process
-        self.step = -1
-        self.phase = Phase.END
-        self.layer = -1
+    def __init__(self, rank: int, num_ranks: int, epoch: int, process: int) -> None:
+        self.rank, self.num_ranks, self.epoch, self.process = rank, num_ranks, epoch, process
+        self.step, self.phase, self.layer = -1, Phase.END, -1
         self.fingerprint = 0
-        self._ring: deque[tuple[int, int, int, int, Any]] = deque(maxlen=capacity)
+        self.folder: str | Path = ""
+        self._ring: deque[tuple[int, int, int, int, Any]] = deque(maxlen=512)
         self._file: Path | None = None
 
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> int:
@@ -93,13 +86,14 @@ class FlightRecorder:
 
     @property
     def place(self) -> int:
-        """Where this rank is, as one word."""
-        return pack_place(self.step, self.phase, self.layer)
+        """Where this rank is, as one word: steps from -1 and layers from -1 share it with the phase."""
+        layer, step = self.layer + 1 & (1 << _LAYER_BITS) - 1, self.step + 1 & (1 << _STEP_BITS) - 1
+        return self.phase << (_LAYER_BITS + _STEP_BITS) | layer << _STEP_BITS | step
 
     @property
-    def last_ns(self) -> int:
-        """When the last entry was kept, in ns of the monotonic clock; now where there is none."""
-        return self._ring[-1][0] if self._ring else time.monotonic_ns()
+    def idle_s(self) -> float:
+        """For how long nothing has been kept, in seconds."""
+        return (time.monotonic_ns() - self._ring[-1][0]) / 1e9 if self._ring else 0.0
 
     @property
     def doing(self) -> str:
@@ -122,7 +116,7 @@ class FlightRecorder:
         keys = ("ns", "step", "phase", "layer", "detail")
         entries = [dict(zip(keys, entry, strict=True)) for entry in list(self._ring)]
         try:
-            folder = os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
+            folder = self.folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
             # A name that nobody can foresee: the folder may be everyone's.
             prefix = f"lockstep-rank{self.process}-epoch{self.epoch}-"
             descriptor, path = tempfile.mkstemp(".jsonl", prefix, folder)
@@ -139,31 +133,24 @@ class FlightRecorder:
         return f"; the last steps of rank {self.process}: {self._file}" if self._file is not None else ""
 
 
-def pack_place(step: int, phase: Phase, layer: int) -> int:
-    """Return where a rank is as one word: steps from -1 and layers from -1 share it with the phase."""
-    return phase << (_LAYER_BITS + _STEP_BITS) | (layer + 1 & 0xFFFF) << _STEP_BITS | step + 1 & (1 << _STEP_BITS) - 1
-
-
 def unpack_place(place: int) -> tuple[int, int, int]:
     """Return `(step, phase, layer)`."""
     step = (place & (1 << _STEP_BITS) - 1) - 1
-    return step, place >> (_LAYER_BITS + _STEP_BITS), (place >> _STEP_BITS & 0xFFFF) - 1
+    return step, place >> (_LAYER_BITS + _STEP_BITS), (place >> _STEP_BITS & (1 << _LAYER_BITS) - 1) - 1
 
 
 def place_order(place: int) -> tuple[int, int, int, int]:
     """Return a key by which places are ordered as ranks pass through them."""
     step, phase, layer = unpack_place(place)
-    if phase in (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE):
-        return step, 1, layer, phase
-    if phase == Phase.TENSOR_PARALLEL:  # after the layer before, ahead of this one's dispatch
-        return step, 1, layer - 1, phase
-    return step, {0: 0, Phase.AGREEMENT: 0, Phase.MODEL: 1}.get(Phase(phase) if phase else 0, 2), layer, phase
+    part = 0 if phase <= Phase.AGREEMENT else 2 if phase in (Phase.END, Phase.LEFT, Phase.MERGE) else 1
+    # A tensor-parallel exchange comes after the layer before, ahead of this one's dispatch.
+    return step, part, layer - (phase == Phase.TENSOR_PARALLEL), phase
 
 
 def place_text(place: int, ago: float) -> str:
     """Return a place in words, to stand after a rank's number; `ago` in seconds."""
     step, phase, layer = unpack_place(place)
     if phase not in _SAID_AS:
-        return f"was last seen {ago:.1f} s ago"
+        return f"was last seen {ago:.1f} s ago" if place else "has not been seen"
     text = f"{_SAID_AS[Phase(phase)].format(step=step, layer=layer)}, {ago:.1f} s ago"
     return text if phase == Phase.LEFT else f"was last seen {text}"

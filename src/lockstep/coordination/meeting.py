@@ -24,13 +24,8 @@ class MeetingPlace:
     A meeting is either complete, then every rank knows all facts, or it has failed, then no rank ever takes part in it:
     which of the two is written once, by whoever comes first. A rank that comes too late waits in the next meeting.
 
-    Args:
-        store: of all ranks; keys of its own.
-        rank: this rank.
-        num_ranks: all ranks.
-        name: of what the ranks meet at, to stand after "did not enter".
-        whereabouts: where ranks say what they are doing; by default nothing is known of them.
-        processes: each rank's number in the whole start, `[num_ranks]`, for messages and errors; by default the same.
+    `store` has keys of this place alone, `name` stands after "did not enter", and `processes` are the ranks' numbers in
+    the whole start, by which `whereabouts` and messages know them.
     """
 
     def __init__(
@@ -38,34 +33,24 @@ class MeetingPlace:
         whereabouts: Whereabouts | None = None, processes: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
-        self.num_ranks = num_ranks
         self.name = name
         self._store = store
-        self._whereabouts = whereabouts
         self._processes = list(processes or range(num_ranks))
+        self._whereabouts = whereabouts or Whereabouts(store, self._processes[rank])
         self._answered = 0.0
 
     def meet(self, facts: dict[str, Any], deadline_s: float, *, once: bool = False) -> list[dict[str, Any]]:
-        """Wait for all ranks and return what each said, `[num_ranks]`. Collective.
+        """Wait for all ranks and return the facts, JSON, that each brought, `[num_ranks]`. Collective.
 
-        Args:
-            facts: of this rank; what JSON can hold.
-            deadline_s: longest wait, in seconds, for a rank that shows no progress; see `Whereabouts.working`.
-            once: there is no next meeting: a rank that comes too late gets an error that names itself.
+        `deadline_s` is for a rank that shows no progress, see `Whereabouts.working`. `once`: there is no next meeting.
 
         Raises:
-            RankAbsentError: ranks that did not come, by number; or the store that does not answer.
+            RankAbsentError: ranks that did not come, perhaps this one; or the store that does not answer.
         """
-        self._answered = time.monotonic()
-        store, limit_s = (
-            f"rank {self._processes[self.rank]}: the store through which ranks meet",
-            deadline_s + _MARGIN_S,
-        )
+        self._answered, limit_s = time.monotonic(), deadline_s + _MARGIN_S
+        store = f"rank {self._processes[self.rank]}: the store through which ranks meet"
         try:
-            met: list[dict[str, Any]] = within(
-                lambda: self._meet(facts, deadline_s, once), limit_s, lambda: self._answered
-            )
-            return met
+            return within(lambda: self._meet(facts, deadline_s, once), limit_s, lambda: self._answered)
         except RankAbsentError:
             raise
         except TimeoutError as error:
@@ -75,57 +60,47 @@ class MeetingPlace:
             raise RankAbsentError(f"{store} does not answer: {first_line(error)}") from error
 
     def _meet(self, facts: dict[str, Any], deadline_s: float, once: bool) -> list[dict[str, Any]]:
-        arrived = time.monotonic()
-        if self._whereabouts is not None:
-            self._whereabouts.enter(f"waiting in {self.name}")
+        store, ranks = self._store, range(len(self._processes))
+        self._whereabouts.enter(f"waiting in {self.name}")
         number = 0 if once else self._current()
-        self._store.set(f"{number}/{self.rank}", json.dumps(facts))
-        patience = _Patience(self._whereabouts, self._processes, deadline_s)
+        store.set(f"{number}/{self.rank}", json.dumps(facts))
+        patience = _Patience(self._whereabouts, deadline_s)
         while True:
-            missing = [rank for rank in range(self.num_ranks) if not self._store.check([f"{number}/{rank}"])]
-            given_up = patience.exhausted(missing)
+            missing = [rank for rank in ranks if not store.check([f"{number}/{rank}"])]
+            given_up = patience.exhausted([self._processes[rank] for rank in missing])
             if not missing:
                 verdict = self._settle(number, "complete")
             elif given_up:
                 verdict = self._settle(number, json.dumps(given_up))
             else:
                 verdict = self._verdict(number)
-            self._answered = now = time.monotonic()
+            self._answered = time.monotonic()
             if verdict == "complete":
-                if self._whereabouts is not None:
-                    self._whereabouts.enter(f"after {self.name}")
-                return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self.num_ranks)]
+                self._whereabouts.enter(f"after {self.name}")
+                return [json.loads(store.get(f"{number}/{rank}")) for rank in ranks]
             if verdict:
                 absent = json.loads(verdict)
-                if self.rank not in absent or once:
+                if self._processes[self.rank] not in absent or once:
                     raise self._absent(absent, deadline_s)
                 # It ended just before this rank came: to the next one, with what is left of the time.
                 number = self._current()
-                self._store.set(f"{number}/{self.rank}", json.dumps(facts))
-            time.sleep(min(max(_POLL_S, _POLL_SHARE * (now - arrived)), _LONGEST_POLL_S))
+                store.set(f"{number}/{self.rank}", json.dumps(facts))
+            time.sleep(min(max(_POLL_S, _POLL_SHARE * (self._answered - patience.began)), _LONGEST_POLL_S))
 
     def _absent(self, absent: list[int], deadline_s: float) -> RankAbsentError:
         own = self._processes[self.rank]
-        numbers = [self._processes[rank] for rank in absent]
-        if self.rank in absent:
+        if own in absent:
             text = f"rank {own} entered {self.name} after the other ranks had waited {deadline_s:g} s and given up"
-        else:
-            ranks = f"ranks {numbers} did not enter {self.name} within {deadline_s:g} s"
-            text = f"rank {own}: {ranks}{self._last_seen(numbers)}"
-        return RankAbsentError(text, tuple(numbers))
-
-    def _last_seen(self, ranks: list[int]) -> str:
-        seen = ""
-        if self._whereabouts is None:
-            return seen
-        for rank in ranks:
-            place = self._whereabouts.place(rank)
-            if place == f"waiting in {self.name}":  # in vain, earlier
+            return RankAbsentError(text, tuple(absent))
+        text = f"rank {own}: ranks {absent} did not enter {self.name} within {deadline_s:g} s"
+        for rank in absent:
+            entry = self._whereabouts.of(rank)
+            if entry.place == f"waiting in {self.name}":  # in vain, earlier
                 continue
-            seen += f"; rank {rank} {self._whereabouts.last_seen(rank)}"
-            if place.startswith("waiting in join() of") and self.name.startswith("join() of"):
-                seen += "; all ranks join their models in one order"
-        return seen
+            text += f"; rank {rank} {entry.describe()}"
+            if entry.place.startswith("waiting in join() of") and self.name.startswith("join() of"):
+                text += "; all ranks join their models in one order"
+        return RankAbsentError(text, tuple(absent))
 
     def _current(self) -> int:
         """The number of the first meeting that has not ended."""
@@ -149,25 +124,23 @@ class MeetingPlace:
 class _Patience:
     """For how long to wait for which rank: a deadline from its last sign of progress, or until it is gone."""
 
-    def __init__(self, whereabouts: Whereabouts | None, processes: Sequence[int], deadline_s: float) -> None:
+    def __init__(self, whereabouts: Whereabouts, deadline_s: float) -> None:
+        self.began = self._looked = time.monotonic()
         self._whereabouts = whereabouts
-        self._processes = processes
         self._deadline_s = deadline_s
-        self._began = self._looked = time.monotonic()
-        self._beats: dict[int, object] = {}
+        self._beats: dict[int, tuple[str, int]] = {}
         self._changed: dict[int, float] = {}
 
     def exhausted(self, missing: Sequence[int]) -> list[int]:
         """Return the missing ranks for which there is no use in waiting on."""
-        now = time.monotonic()
-        gone: set[int] = set()
-        if self._whereabouts is not None and now - self._looked >= _LOOK_S:
+        now, gone = time.monotonic(), set()
+        if now - self._looked >= _LOOK_S:
             self._looked = now
             for rank in missing:
-                beat = self._whereabouts.beat(self._processes[rank])
-                if self._beats.setdefault(rank, beat) != beat:
-                    self._beats[rank], self._changed[rank] = beat, now
-                if self._whereabouts.state(self._processes[rank]) == "gone":
+                place, beat, _, process = self._whereabouts.of(rank)
+                if self._beats.setdefault(rank, (place, beat)) != (place, beat):
+                    self._beats[rank], self._changed[rank] = (place, beat), now
+                if process.state() == "gone":
                     gone.add(rank)
-        late = {rank for rank in missing if now - self._changed.get(rank, self._began) > self._deadline_s}
+        late = {rank for rank in missing if now - self._changed.get(rank, self.began) > self._deadline_s}
         return sorted(gone | late)

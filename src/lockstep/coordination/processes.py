@@ -1,21 +1,18 @@
 """What the operating system says about another process: alive, stopped, gone, or that it does not say."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 ProcessState = Literal["alive", "stopped", "gone", "unknown"]
 
+_PROC = Path("/proc")
 
-@dataclass(frozen=True)
-class ProcessIdentity:
-    """A process among all that ever had its number.
 
-    Attributes:
-        pid: its number, 0 for none.
-        started: when it started, in clock ticks since boot; 0 where that could not be read.
-        namespace: of process numbers, since other containers count anew; 0 where that could not be read.
+class ProcessIdentity(NamedTuple):
+    """A process among all that ever had its number; 0 stands for what could not be read.
+
+    `started` is in clock ticks since boot; `namespace` that of process numbers, since other containers count anew.
     """
 
     pid: int
@@ -23,10 +20,15 @@ class ProcessIdentity:
     namespace: int
 
     @classmethod
+    def of(cls, pid: int) -> "ProcessIdentity":
+        """Return that of a process that this one can see."""
+        found = _stat(pid, _PROC)
+        return cls(pid, found[1] if found else 0, pid_namespace())
+
+    @classmethod
     def own(cls) -> "ProcessIdentity":
         """Return that of this process."""
-        found = _stat(os.getpid())
-        return cls(os.getpid(), found[1] if found else 0, pid_namespace())
+        return cls.of(os.getpid())
 
     def describe(self) -> str:
         """Return what is known of it, to stand at the end of a message; an empty string where nothing is."""
@@ -35,10 +37,10 @@ class ProcessIdentity:
             return f"; its process {self.pid} is gone"
         return f"; its process is {state}" if state != "unknown" else ""
 
-    def state(self) -> ProcessState:
+    def state(self, proc: Path = _PROC) -> ProcessState:
         """Return what is known of it. Only a process that certainly no longer exists is `gone`.
 
-        Without `/proc`, or with no file descriptor left to read it, the state is `unknown`: a rank that cannot look
+        Without `proc`, or with no file descriptor left to read it, the state is `unknown`: a rank that cannot look
         must not declare its peers dead.
         """
         if self.pid <= 0 or not self.namespace or self.namespace != pid_namespace():
@@ -49,7 +51,7 @@ class ProcessIdentity:
             return "gone"
         except (PermissionError, OverflowError):
             pass
-        found = _stat(self.pid)
+        found = _stat(self.pid, proc)
         if found is None:
             return "unknown"
         letter, started = found
@@ -66,10 +68,10 @@ def pid_namespace() -> int:
         return 0
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
+def _stat(pid: int, proc: Path) -> tuple[str, int] | None:
     """Return a process's state letter and start time, or None where they cannot be read."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
+        text = (proc / str(pid) / "stat").read_bytes()
     except OSError:
         return None
     # The second entry is the program's name in brackets, which may contain anything.

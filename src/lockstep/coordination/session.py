@@ -52,15 +52,14 @@ class Session:
         self._data_parallel_rank = data_parallel_rank
         self._grace_s = grace_s
         self._changed = threading.Condition()
-        # All below is guarded by `_changed`. Who has set `_busy` owns the coordinator and the ranks' groups.
-        self._busy = False
+        # All below is guarded by `_changed`. The thread that is the owner has the coordinator and the ranks' groups.
+        self._owner: int | None = None
         self._scripts_waiting = 0
-        self._finished = False
+        self._finished = False  # this rank's script has left its block
         self._over = False
         self._failure: BaseException | None = None
+        self._untold = False  # the other ranks do not know yet that this one has finished or failed
         self._earliest_idle_step = 0.0
-        self._untold = False
-        self._owner: int | None = None
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._ctrl_c = HeldBackInterrupt()
@@ -110,51 +109,23 @@ class Session:
             )
         if self._owner == threading.get_ident():
             raise RuntimeError("a step was begun inside a step: call end_step() first")
-        self._ctrl_c.hold()
         try:
+            self._ctrl_c.hold()
             self._acquire_script_turn()
-        except BaseException:
-            self._ctrl_c.let_go()
-            raise
-        pause_s, since = _PAUSE_S[0], time.monotonic()
-        while True:
-            try:
-                decision = self._agree(num_tokens)
-                if decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens:
+            pause_s, since = _PAUSE_S[0], time.monotonic()
+            while True:
+                decision, mine = self._walk(num_tokens, since)
+                if mine:
                     return decision
-                if decision.runs_step:
-                    self._idle(decision)
-                self._check_sharers(decision, num_tokens, time.monotonic() - since)
-            except BaseException as error:
-                self._stop_by(error)
-                self._release()
-                self._ctrl_c.let_go()
-                raise
-            try:
-                self._ctrl_c.let_go()
+                self._ctrl_c.let_go()  # between two agreements nobody waits for this rank's rows
                 if not decision.runs_step:
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, _PAUSE_S[1])
                 self._ctrl_c.hold()
-            except BaseException:  # between two agreements nobody waits for this rank's rows
-                self._release()
-                raise
-
-    def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
-        """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""
-        coordinator = self.coordinator
-        size = coordinator.tensor_parallel_size
-        first, said = self._data_parallel_rank * size, decision.said
-        rows, unfinished = said.column("num_tokens"), said.column("unfinished")
-        missing = [rank for rank in range(first, first + size) if not rows[rank]]
-        left = [rank for rank in missing if not unfinished[rank]]
-        if not left and waited_s <= coordinator.deadline_s:
-            return
-        name = coordinator.peers.name
-        numbers = tuple(name(rank) for rank in left or missing)
-        how = "have left their block" if left else f"have not called the model for {coordinator.deadline_s:g} s"
-        step = f"rank {name(coordinator.rank)}: a step of {num_tokens} rows cannot begin"
-        raise RankAbsentError(f"{step}: ranks {list(numbers)}, which share its requests, {how}", numbers)
+        except BaseException:
+            self._release()
+            self._ctrl_c.let_go()
+            raise
 
     def end_step(self) -> None:
         """Leave the step that `begin_step` began. Ctrl-C that came during the step is raised here."""
@@ -166,47 +137,41 @@ class Session:
         """Announce at the next agreement that this rank has failed; all sessions end there. The first error counts."""
         with self._changed:
             if self._failure is None and not self._over:
-                self._failure = error
-                self._untold = True
+                self._failure, self._untold = error, True
             self._changed.notify_all()
 
     def break_off(self, error: BaseException | None) -> None:
         """End the session on this rank at once; by an error, its groups are in an unknown state: none is announced."""
         with self._changed:
             if not self._over:
-                self._over = True
-                self.error = error
+                self._over, self.error = True, error
                 self.coordinator.peers.mark(Phase.LEFT)
             self._changed.notify_all()
 
     def _take_part(self) -> None:
         """The session's thread: steps with zero rows, until all ranks have finished."""
+        watches = self.coordinator.transport.can_watch
         pause_s = _PAUSE_S[0]
         while self._acquire_idle_turn():
-            decision = None
             try:
-                decision = self._agree(0)
-                if decision.runs_step:
-                    self._idle(decision)
-                    pause_s = _PAUSE_S[0]
+                decision, _ = self._walk(None)
                 if not decision.unfinished:
                     self.break_off(None)
-            except BaseException as error:
-                self._stop_by(error)
+            except BaseException:  # the session has ended by it, or it will be announced
+                continue
             finally:
                 self._release()
-            if decision is not None and not decision.runs_step:
-                self._pause(pause_s)
-                pause_s = min(2 * pause_s, _WATCHED_PAUSE_S if self.coordinator.can_watch else _PAUSE_S[1])
+            if decision.runs_step:
+                pause_s = _PAUSE_S[0]
+            else:
+                self._pause(pause_s, min(max(pause_s * _LOOK_SHARE, _LOOK_S[0]), _LOOK_S[1]) if watches else pause_s)
+                pause_s = min(2 * pause_s, _WATCHED_PAUSE_S if watches else _PAUSE_S[1])
 
-    def _pause(self, pause_s: float) -> None:
+    def _pause(self, pause_s: float, look_s: float) -> None:
         """Wait until there is something to tell, another rank wants a step, or the time is over."""
-        until = time.monotonic() + pause_s
-        look_s = pause_s
-        if self.coordinator.can_watch:
-            look_s = min(max(pause_s * _LOOK_SHARE, _LOOK_S[0]), _LOOK_S[1])
+        until, wanted = time.monotonic() + pause_s, self.coordinator.transport.wanted
         with self._changed:
-            while not (self._over or self._scripts_waiting or self._untold or self.coordinator.wanted()):
+            while not (self._over or self._scripts_waiting or self._untold or wanted()):
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     return
@@ -216,28 +181,59 @@ class Session:
         with self._changed:
             self._scripts_waiting += 1
             try:
-                while self._busy and not self._over:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._owner is None or self._over)
             finally:
                 self._scripts_waiting -= 1
             if self._over:
                 raise self.error or RuntimeError("this session has ended")
-            self._busy = True
             self._owner = threading.get_ident()
 
     def _acquire_idle_turn(self) -> bool:
         with self._changed:
-            while True:
-                if self._over:
-                    return False
+            while not self._over:
                 grace_s = 0.0 if self._finished else self._earliest_idle_step - time.monotonic()
-                if self._busy or self._scripts_waiting:
+                if self._owner is not None or self._scripts_waiting:
                     self._changed.wait()
                 elif grace_s > 0:
                     self._changed.wait(grace_s)
                 else:
-                    self._busy = True
+                    self._owner = threading.get_ident()
                     return True
+            return False
+
+    def _release(self) -> None:
+        with self._changed:
+            if self._owner == threading.get_ident():
+                self._owner = None
+            self._changed.notify_all()
+
+    def _walk(self, num_tokens: int | None, since: float = 0.0) -> tuple[StepDecision, bool]:
+        """Agree on a step, and take part in it unless it is the script's own, of `num_tokens` rows: whether it is.
+
+        An error ends the session, or is announced at the next agreement where that is still possible.
+        """
+        coordinator = self.coordinator
+        try:
+            decision = self._agree(num_tokens or 0)
+            mine = decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens
+            if decision.runs_step and not mine:
+                self._idle(decision)
+            if num_tokens is not None and not mine:
+                self._check_sharers(decision, num_tokens, time.monotonic() - since)
+            return decision, mine
+        except BaseException as error:
+            if not coordinator.usable or error is self._failure:
+                self.break_off(error)
+            elif isinstance(error, RankAbsentError):  # of an agreement that has ended: the others do not know of it
+                self.fail(error)
+            elif isinstance(error, LockstepError):
+                self.break_off(error)
+            elif coordinator.under_way:  # the others may be running a step that this rank knows nothing of
+                coordinator.give_up(error)
+                self.break_off(error)
+            else:
+                self.fail(error)
+            raise
 
     def _agree(self, num_tokens: int) -> StepDecision:
         """One agreement. If this rank has failed, all ranks learn it here, and the session ends."""
@@ -256,25 +252,19 @@ class Session:
                 raise
             self.fail(error)  # this rank's experts broke while they ran for others: say so at the next agreement
 
-    def _stop_by(self, error: BaseException) -> None:
-        """End the session by an error that came out of an agreement, or announce it where that is still possible."""
-        if not self.coordinator.usable or error is self._failure:
-            self.break_off(error)
-        elif isinstance(error, RankAbsentError):  # of an agreement that has ended: the others do not know of it
-            self.fail(error)
-        elif isinstance(error, LockstepError):
-            self.break_off(error)
-        elif self.coordinator.under_way:  # the others may be running a step that this rank knows nothing of
-            self.coordinator.give_up(error)
-            self.break_off(error)
-        else:
-            self.fail(error)
-
-    def _release(self) -> None:
-        with self._changed:
-            self._busy = False
-            self._owner = None
-            self._changed.notify_all()
+    def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
+        """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""
+        coordinator, said, size = self.coordinator, decision.said, self.coordinator.tensor_parallel_size
+        rows, unfinished = said.column("num_tokens"), said.column("unfinished")
+        sharers = range(self._data_parallel_rank * size, (self._data_parallel_rank + 1) * size)
+        missing = [rank for rank in sharers if not rows[rank]]
+        left = [rank for rank in missing if not unfinished[rank]]
+        if left or waited_s > coordinator.deadline_s:
+            name = coordinator.peers.name
+            numbers = tuple(name(rank) for rank in left or missing)
+            how = "have left their block" if left else f"have not called the model for {coordinator.deadline_s:g} s"
+            step = f"rank {name(coordinator.rank)}: a step of {num_tokens} rows cannot begin"
+            raise RankAbsentError(f"{step}: ranks {list(numbers)}, which share its requests, {how}", numbers)
 
 
 class HeldBackInterrupt:

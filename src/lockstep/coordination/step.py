@@ -11,15 +11,9 @@ from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountErr
 
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
-_FIRST = itemgetter(0)
 _REDUCERS: dict[str, Callable[[Sequence[int]], Any]] = {
-    "gather": tuple,
-    "max": max,
-    "min": min,
-    "all": all,
-    "any": any,
-    "equal": _FIRST,
-}
+    "gather": tuple, "max": max, "min": min, "all": all, "any": any, "equal": itemgetter(0),
+}  # fmt: skip
 
 
 def decided(by: Reducer, default: int | bool = 0) -> Any:
@@ -58,25 +52,10 @@ class StepRecord:
 
 
 class Said(NamedTuple):
-    """What all ranks said, field by field: records are made of it only where somebody asks for them.
-
-    Attributes:
-        record_class: of every rank's record.
-        columns: each field's values, in the order of the fields, `[fields][ranks]`.
-    """
+    """What all ranks said, field by field, `[fields][ranks]`: records are made of it only where somebody asks."""
 
     record_class: type[StepRecord]
     columns: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, records: Sequence[StepRecord]) -> "Said":
-        """Return what records say, at least one; those of different classes raise `RankMismatchError`."""
-        record_class = type(records[0])
-        for rank, record in enumerate(records):
-            if record.__class__ is not record_class:
-                sent = f"a {type(record).__name__} where rank 0 sent a {record_class.__name__}"
-                raise RankMismatchError(f"rank {rank} sent {sent}")
-        return cls(record_class, tuple(zip(*map(fields_of(record_class).values_of, records), strict=True)))
 
     def column(self, name: str) -> tuple[int, ...]:
         """Return every rank's value of a field, `[ranks]`."""
@@ -94,7 +73,7 @@ class StepDecision(NamedTuple):
     """What all ranks know after an agreement; equal on all of them, whatever each had said.
 
     Attributes:
-        said: what each rank said.
+        said: what each rank said, field by field.
         num_tokens_across_dp: rows that each data-parallel rank takes into the step, `[data_parallel_size]`. Not always
             what it asked for: see `decide`.
         values: every field's decided value by name (a tuple `[ranks]` for `gather`).
@@ -126,20 +105,18 @@ class StepDecision(NamedTuple):
 
 
 class RecordFields:
-    """The fields of one record class: their names and how each is decided, worked out once per class."""
+    """The fields of one record class and how each is decided, worked out once per class; `fingerprint` tells them."""
 
     def __init__(self, record_class: type[StepRecord]) -> None:
-        items = fields(record_class)
-        name = record_class.__name__
-        for item in items:
+        for item in fields(record_class):
             if "decided_by" not in item.metadata:
-                raise ConfigurationError(f"field {item.name!r} of {name} does not say how it is decided: use decided()")
-        self.names = tuple(item.name for item in items)
-        self.decided_by: tuple[Reducer, ...] = tuple(item.metadata["decided_by"] for item in items)
+                text = f"field {item.name!r} of {record_class.__name__} does not say how it is decided: use decided()"
+                raise ConfigurationError(text)
+        self.names = tuple(item.name for item in fields(record_class))
+        self.decided_by: tuple[Reducer, ...] = tuple(item.metadata["decided_by"] for item in fields(record_class))
         self.reducers = tuple(_REDUCERS[by] for by in self.decided_by)
         self.must_be_equal = [place for place, by in enumerate(self.decided_by) if by == "equal"]
         self.values_of: Callable[[StepRecord], tuple[int, ...]] = attrgetter(*self.names)
-        # Unlike classes are told apart by it.
         self.fingerprint = crc32(repr(tuple(zip(self.names, self.decided_by, strict=True))).encode())
 
 
@@ -170,7 +147,8 @@ def decide(
     if not num_ranks or tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
         text = f"{num_ranks} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
         raise ConfigurationError(text)
-    said = records if isinstance(records, Said) else Said.of(records)
+    names = names or range(num_ranks)
+    said = records if isinstance(records, Said) else _said(records, names)
     known, columns = fields_of(said.record_class), said.columns
     for place in known.must_be_equal:
         if len(set(columns[place])) > 1:
@@ -178,54 +156,49 @@ def decide(
     values: dict[str, Any] = dict(zip(known.names, map(call, known.reducers, columns), strict=True))
     num_tokens: tuple[int, ...] = values["num_tokens"]
     if min(num_tokens) < 0:
-        rank = next(rank for rank, count in enumerate(num_tokens) if count < 0)
-        raise TokenCountError(f"num_tokens must be >= 0, got {num_tokens[rank]} on rank {name_of(rank, names)}")
+        rank, count = next((rank, count) for rank, count in enumerate(num_tokens) if count < 0)
+        raise TokenCountError(f"num_tokens must be >= 0, got {count} on rank {names[rank]}")
     if values["failed"]:
-        counts = (0,) * (num_ranks // tensor_parallel_size)
-    elif tensor_parallel_size == 1:
-        counts = num_tokens
-    else:
-        groups = [num_tokens[i : i + tensor_parallel_size] for i in range(0, num_ranks, tensor_parallel_size)]
-        for number, group in enumerate(groups):
-            if min(group) > 0 and len(set(group)) > 1:
-                start = number * tensor_parallel_size
-                first, last = (name_of(rank, names) for rank in (start, start + tensor_parallel_size - 1))
-                sharers = f"the ranks of tensor-parallel group {number} share their requests"
-                rows = f"{list(group)} rows (ranks {first} to {last})"
-                raise RankMismatchError(f"{sharers} but are about to run {rows}")
-        counts = tuple([min(group) for group in groups])
-    return StepDecision(said, counts, values)
+        return StepDecision(said, (0,) * (num_ranks // tensor_parallel_size), values)
+    if tensor_parallel_size == 1:
+        return StepDecision(said, num_tokens, values)
+    counts = []
+    for start in range(0, num_ranks, tensor_parallel_size):
+        group = num_tokens[start : start + tensor_parallel_size]
+        if min(group) > 0 and len(set(group)) > 1:
+            sharers = f"the ranks of tensor-parallel group {len(counts)} share their requests"
+            rows = f"{list(group)} rows (ranks {names[start]} to {names[start + tensor_parallel_size - 1]})"
+            raise RankMismatchError(f"{sharers} but are about to run {rows}")
+        counts.append(min(group))
+    return StepDecision(said, tuple(counts), values)
 
 
-def odd_ones_out(values: Sequence[Any], names: Sequence[int] | None = None) -> str:
-    """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says.
+def _said(records: Sequence[StepRecord], names: Sequence[int]) -> Said:
+    record_class = type(records[0])
+    for name, record in zip(names, records, strict=True):
+        if record.__class__ is not record_class:
+            sent = f"a {type(record).__name__} where rank {names[0]} sent a {record_class.__name__}"
+            raise RankMismatchError(f"rank {name} sent {sent}")
+    return Said(record_class, tuple(zip(*map(fields_of(record_class).values_of, records), strict=True)))
 
-    Example:
-        >>> odd_ones_out([4, 5, 4])
-        '; rank 1 differs from the others'
-    """
+
+def odd_ones_out(values: Sequence[Any], names: Sequence[int]) -> str:
+    """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says."""
     most = max(values, key=values.count)
-    odd = [rank for rank, value in enumerate(values) if value != most]
+    odd = [str(name) for name, value in zip(names, values, strict=True) if value != most]
     if not 0 < len(odd) < len(values) / 2:
         return ""
-    named = ", ".join(str(name_of(rank, names)) for rank in odd)
-    return f"; rank {named} differs from the others" if len(odd) == 1 else f"; ranks {named} differ from the others"
+    return f"; rank{'s' if odd[1:] else ''} {', '.join(odd)} differ{'' if odd[1:] else 's'} from the others"
 
 
-def name_of(rank: int, names: Sequence[int] | None) -> int:
-    """Return a rank's number for messages; by default its index."""
-    return names[rank] if names is not None else rank
-
-
-def by_rank(values: Sequence[int], names: Sequence[int] | None) -> str:
+def by_rank(values: Sequence[int], names: Sequence[int]) -> str:
     """Return `rank 0: 4, rank 1: 5`, ranks with the same value together where there are many."""
-    names = names or range(len(values))
     if len(values) <= 8:
-        listed = ", ".join(f"rank {rank}: {value}" for rank, value in zip(names, values, strict=True))
+        listed = ", ".join(f"rank {name}: {value}" for name, value in zip(names, values, strict=True))
         return listed + odd_ones_out(values, names)
     groups: dict[int, list[int]] = {}
-    for rank, value in zip(names, values, strict=True):
-        groups.setdefault(value, []).append(rank)
+    for name, value in zip(names, values, strict=True):
+        groups.setdefault(value, []).append(name)
     return "; ".join(
         f"{value} on {len(ranks)} ranks ({', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''})"
         for value, ranks in groups.items()

@@ -4,11 +4,12 @@ torchrun sends SIGTERM to the other ranks as soon as one has died, which is ofte
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
+import time
 import weakref
-from types import FrameType
 
 from lockstep.coordination.peers import Peers
 
@@ -38,16 +39,14 @@ def speak_before_termination(peers: Peers) -> None:
     _watch_signals()
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+def _on_sigterm(*_: object) -> None:
     _say()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _say() -> None:
-    if not _lock.acquire(blocking=False):
-        return
-    for peers in list(_peers_of_this_process):
+    for peers in list(_peers_of_this_process) if _lock.acquire(blocking=False) else ():
         with contextlib.suppress(Exception):  # whatever fails here, the process ends
             text = peers.terminate()
             if text:
@@ -57,7 +56,6 @@ def _say() -> None:
 def _watch_signals() -> None:
     """Speak from a thread where the main thread does not come to run the handler."""
     reading, writing = os.pipe()
-    os.set_blocking(reading, True)
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     if before != -1:  # somebody else's, such as asyncio's
@@ -67,21 +65,17 @@ def _watch_signals() -> None:
         return
 
     def watch() -> None:
-        while True:
-            if signal.SIGTERM in os.read(reading, 1):
-                threading.Event().wait(_HANDLER_S)
-                _say()
-                os._exit(128 + signal.SIGTERM)
+        while signal.SIGTERM not in os.read(reading, 1):
+            pass
+        time.sleep(_HANDLER_S)
+        _say()
+        os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="lockstep-sigterm", daemon=True).start()
 
 
-def _hold() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-def _let_go() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+_hold = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
+_let_go = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _forget() -> None:

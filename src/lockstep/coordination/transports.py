@@ -2,7 +2,6 @@
 
 import contextlib
 import struct
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +11,12 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.board import EXCHANGE_BYTES, Board
-from lockstep.coordination.waits import CHECK_S, SPIN_NS, first_line, pause, wait_for
+from lockstep.coordination.waits import SPIN_NS, Lookout, first_line, wait_for
 from lockstep.coordination.wire import HEAD_BYTES, WORD_BYTES, WORDS, Alike, Wire, cut, decode_message, encode_message
+from lockstep.errors import LockstepError
+
+_MASK = 0xFFFFFFFF
+_ONE_ABOVE = b"\0\0\0\0\1\0\0\0"  # a word with 1 in its upper half
 
 
 class Pending(Protocol):
@@ -22,23 +25,13 @@ class Pending(Protocol):
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         """Return what every rank sent, `[ranks]`. After an interruption it may be called again.
 
-        Args:
-            timeout_s: longest wait, in seconds.
-            check: called from time to time; ends the wait by raising.
-
-        Raises:
-            TimeoutError: they did not all come; `RanksMissing` names those that are known not to have come.
-            ConnectionError: a peer's connection broke.
+        `check`, called from time to time, ends the wait by raising. `RanksMissing`, or another `TimeoutError`: not all
+        came. `ConnectionError`: a peer's connection broke.
         """
 
 
 class Transport(Protocol):
-    """One exchange at a time among the ranks of a group.
-
-    Attributes:
-        num_ranks: of the group.
-        can_watch: whether `wanted` can tell.
-    """
+    """One exchange at a time among the ranks of a group; `can_watch` says whether `wanted` can tell."""
 
     num_ranks: int
     can_watch: bool
@@ -66,7 +59,7 @@ class ProcessGroupTransport:
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.num_ranks = process_group.size()
-        self._device = torch.device("cuda") if dist.get_backend(process_group) == "nccl" else torch.device("cpu")
+        self._device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
 
     def begin(self, wire: Wire) -> "_PendingAllGather":
         """See `Transport`."""
@@ -87,53 +80,52 @@ class ProcessGroupTransport:
 
 @dataclass
 class _PendingAllGather:
-    _work: dist.Work
-    _mine: torch.Tensor  # kept: the transfer reads it until it is done
-    _everyones: torch.Tensor
+    work: dist.Work
+    mine: torch.Tensor  # kept: the transfer reads it until it is done
+    everyones: torch.Tensor
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
-        wait_for(self._work, timeout_s, check)
-        return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self._everyones.tolist()]
+        wait_for(self.work, timeout_s, check)
+        return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self.everyones.tolist()]
 
 
 class SharedMemoryTransport:
-    """Exchange through a board in shared memory, for ranks of one host.
+    """Exchange through a board in shared memory, for ranks of one host, all of which have registered there.
 
     Each rank writes its words with the number of the exchange in the upper half of each, and looks until the words of
     all others carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has
-    seen all others in the next, so nobody reads the old one any more.
-
-    All ranks have registered on the board; each kind of exchange that may be under way has a lane of it.
+    seen all others in the next, so nobody reads the old one any more. Each kind of exchange that may be under way has a
+    lane of the board. `sequence` is the number of the exchange before the first, 32 bits.
     """
 
     can_watch = True
 
-    def __init__(self, board: Board, rank: int, lane: int = 0) -> None:
+    def __init__(self, board: Board, rank: int, lane: int = 0, sequence: int = 0) -> None:
         self.board = board
         self.rank = rank
         self.num_ranks = board.num_ranks
-        self._sequence = 0
-        self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
-        self._others = [r for r in range(board.num_ranks) if r != rank]
+        # Where each rank's words begin, `[parity][rank]`, in bytes.
+        self.starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
         # A rank that looks without pause must not keep another from answering.
-        self._spin_ns = SPIN_NS if board.cores_suffice() else 0
+        self.spin_ns = SPIN_NS if board.cores_suffice() else 0
+        self._sequence = sequence
         self._shape: Callable[[int], _RecordShape] = cache(lambda size: _RecordShape(board.num_ranks, size))
 
     def begin(self, wire: Wire) -> "_PendingBoard":
         """See `Transport`."""
         sequence = self._sequence = self._sequence + 1 & _MASK
-        size = len(wire)
+        size, starts = len(wire), self.starts[sequence & 1]
         shape = self._shape(size)
         stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
-        start = self._starts[sequence & 1][self.rank]
-        self.board.bytes[start : start + size] = stamped
-        return _PendingBoard(self, shape, sequence, wire[:HEAD_BYTES], stamped[:HEAD_BYTES])
+        self.board.bytes[starts[self.rank] : starts[self.rank] + size] = stamped
+        return _PendingBoard(self, shape, sequence, starts, wire[:HEAD_BYTES], stamped[:HEAD_BYTES])
 
     def wanted(self) -> bool:
         """See `Transport`."""
         following = self._sequence + 1 & _MASK
-        words, starts = self.board.words, self._starts[following & 1]
-        return any(words[starts[rank] >> 3] >> 32 == following for rank in self._others)
+        words, starts = self.board.words, self.starts[following & 1]
+        # This rank's own words there are of an earlier exchange.
+        return any(words[start // WORD_BYTES] >> 32 == following for start in starts)
 
 
 class _RecordShape:
@@ -150,78 +142,65 @@ class _RecordShape:
 
 @dataclass(slots=True)
 class _PendingBoard:
-    _transport: SharedMemoryTransport
-    _shape: _RecordShape
-    _sequence: int
-    _own_head: bytes
-    _stamped_head: bytes
+    transport: SharedMemoryTransport
+    shape: _RecordShape
+    sequence: int
+    starts: list[int]
+    own_head: bytes
+    stamped_head: bytes
 
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         received: Sequence[Wire] | None = self._take()
         if received is not None:
             return received
-        started = time.monotonic_ns()
-        deadline = started + int(timeout_s * 1e9)
-        next_check = started + int(CHECK_S * 1e9)
-        words, sequence = self._transport.board.words, self._sequence
-        last_word = self._shape.size // WORD_BYTES - 1
-        awaited = [start // WORD_BYTES + last_word for start in self._transport._starts[sequence & 1]]
-        while True:
-            now = time.monotonic_ns()
-            slept = pause(now - started, self._transport._spin_ns)
-            while awaited and words[awaited[-1]] >> 32 == sequence:
-                awaited.pop()
-            if not awaited or slept:
-                received = self._take() or (self._take_all() if slept else None)
-                if received is not None:
-                    return received
-            if now >= next_check:
-                next_check = now + int(CHECK_S * 1e9)
-                if check is not None:
-                    check()
-            if now >= deadline:
-                missing = tuple(rank for rank, wire in enumerate(self._whole()) if wire is None)
-                raise RanksMissing(f"no answer within {timeout_s:.3g} s", missing)
+        lookout = Lookout(timeout_s, check, self.transport.spin_ns)
+        words, sequence = self.transport.board.words, self.sequence
+        awaited = [(start + self.shape.size) // WORD_BYTES - 1 for start in self.starts]  # each rank's last word
+        try:
+            while received is None:
+                slept = lookout.pause()
+                while awaited and words[awaited[-1]] >> 32 == sequence:
+                    awaited.pop()
+                if slept or not awaited:
+                    received = self._take() or (self._take_all() if slept else None)
+        except LockstepError:  # of `check`
+            raise
+        except TimeoutError as error:
+            missing = tuple(rank for rank, wire in enumerate(self._whole()) if wire is None)
+            raise RanksMissing(str(error), missing) from None
+        return received
 
     def _take(self) -> Alike | None:
         """Return the records of all ranks, if all have come with this rank's head."""
-        shape, transport = self._shape, self._transport
-        parts = shape.on_board.unpack_from(transport.board.bytes, transport._starts[self._sequence & 1][0])
-        if parts[::2].count(self._stamped_head) != transport.num_ranks:
+        shape, transport = self.shape, self.transport
+        parts = shape.on_board.unpack_from(transport.board.bytes, self.starts[0])
+        if parts[::2].count(self.stamped_head) != transport.num_ranks:
             return None
         # All words at once: what is left in the upper halves is of an earlier exchange.
-        words = int.from_bytes(b"".join(parts[1::2]), "little") ^ self._sequence * shape.stamps
+        words = int.from_bytes(b"".join(parts[1::2]), "little") ^ self.sequence * shape.stamps
         if words & shape.upper_halves:
             return None
-        return Alike(self._own_head, words.to_bytes(shape.body_bytes, "little"), transport.num_ranks)
+        return Alike(self.own_head, words.to_bytes(shape.body_bytes, "little"), transport.num_ranks)
 
     def _take_all(self) -> Sequence[Wire] | None:
         """Return the records of all ranks whatever they are: if their heads differ, the ranks will say in what."""
         wires = [wire for wire in self._whole() if wire is not None]
-        return wires if len(wires) == self._transport.num_ranks else None
+        return wires if len(wires) == len(self.starts) else None
 
     def _whole(self) -> list[Wire | None]:
         """Return each rank's record as far as it has come whole."""
         wires: list[Wire | None] = []
-        for start in self._transport._starts[self._sequence & 1]:
-            wire = cut(bytes(self._transport.board.bytes[start : start + WORD_BYTES * WORDS]))
+        for start in self.starts:
+            wire = cut(bytes(self.transport.board.bytes[start : start + WORD_BYTES * WORDS]))
             uppers = struct.unpack(f"<{len(wire) // 4}I", wire)[1::2]
-            wires.append(wire if uppers.count(self._sequence) == len(uppers) else None)
+            wires.append(wire if uppers.count(self.sequence) == len(uppers) else None)
         return wires
 
 
-_MASK = 0xFFFFFFFF
-_ONE_ABOVE = b"\0\0\0\0\1\0\0\0"  # a word with 1 in its upper half
-
-
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
-    """Return the fastest transport that all ranks of a gloo group can use: shared memory if they share a host.
+    """Return the fastest transport of a gloo group, and its board if that is shared memory. Collective.
 
-    Collective. Also returns the board that the transport is over, if it is.
-
-    Raises:
-        TimeoutError: a rank did not come.
-        ConnectionError: a peer's connection broke.
+    It is shared memory if all ranks share a host. Raises as `Pending.wait`.
     """
     transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
     try:

@@ -2,109 +2,103 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
+from lockstep.errors import LockstepError, RankAbsentError
+
+if TYPE_CHECKING:
+    from lockstep.coordination.peers import Peers
+
 T = TypeVar("T")
 
-CHECK_S = 0.1
-"""How often a wait looks whether the others are still there, in seconds."""
-
-# See `pause`.
+DEADLINE_S = 30.0
+"""Longest wait for any rank, in seconds, where nothing else is said."""
 SPIN_NS = 20_000
+"""For how long a wait looks without pause."""
+_CHECK_S = 0.1
 _YIELD_NS = 400_000
 _SLEEP_SHARE = 0.02
 _SLEEP_S = (0.00002, 0.001)
 
+_waited = threading.local()
+
+
+class Lookout:
+    """The pauses of one wait that looks again and again whether something has come.
+
+    It looks without pause at first, then gives way to other threads, and then sleeps between looks: for a share of what
+    it has waited, so that it ends late by no more than that. `check`, called every 0.1 s, ends the wait by raising.
+    """
+
+    def __init__(self, timeout_s: float, check: Callable[[], None] | None, spin_ns: int = SPIN_NS) -> None:
+        self._timeout_s, self._check, self._spin_ns = timeout_s, check, spin_ns
+        self._started_ns = time.monotonic_ns()
+        self._next_check_ns = _CHECK_S * 1e9
+
+    def pause(self) -> bool:
+        """Let some time pass until the next look; return whether that was a sleep. At the end, a `TimeoutError`."""
+        waited_ns = time.monotonic_ns() - self._started_ns
+        if waited_ns >= self._timeout_s * 1e9:
+            raise TimeoutError(f"no answer within {self._timeout_s:.3g} s")
+        if waited_ns >= self._next_check_ns:
+            self._next_check_ns = waited_ns + _CHECK_S * 1e9
+            if self._check is not None:
+                self._check()
+        if waited_ns >= _YIELD_NS:
+            time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
+            return True
+        if waited_ns >= self._spin_ns:
+            os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
+        return False
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
+    """Look until an event, or a collective, of a GPU is done: any other wait for it would have no limit."""
+    lookout = Lookout(timeout_s, check)
+    while not done():
+        lookout.pause()
+
 
 def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Wait for an asynchronous collective; `check`, called every `CHECK_S` seconds, ends the wait by raising.
-
-    Raises:
-        TimeoutError: it did not end in time.
-        ConnectionError: a peer's connection broke.
-    """
+    """Wait for an asynchronous collective of gloo: a `TimeoutError`, or a `ConnectionError` where a peer's broke."""
     deadline = time.monotonic() + timeout_s
     while True:
-        # Slices, because Python sees Ctrl-C only between two waits. A slice that ends leaves the collective running.
         left_s = deadline - time.monotonic()
         try:
-            work.wait(datetime.timedelta(seconds=min(max(left_s, 0.001), CHECK_S)))
+            # In slices: Python sees Ctrl-C only between two waits. A slice that ends leaves the collective running.
+            work.wait(datetime.timedelta(seconds=min(max(left_s, 0.001), _CHECK_S)))
             return
         except RuntimeError as error:
             message = first_line(error)
             if "imed out" not in message and "imeout" not in message:
                 raise ConnectionError(f"a peer's connection broke ({message})") from error
-            if work.is_completed():
+            completed = work.is_completed()
+            if completed:
                 # It has come to its end since the slice ended: well, or by the group's own limit, which may come a
                 # little before ours. Waiting once more says which, at once.
                 with contextlib.suppress(RuntimeError):
                     work.wait()
                     return
-                raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
-            if left_s <= CHECK_S:
+            if completed or left_s <= _CHECK_S:
                 raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
         if check is not None:
             check()
 
 
-def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
-    """Look until an event, or a collective, of a GPU is done; any other wait for it would have no limit.
-
-    `check` is called every `CHECK_S` seconds and ends the wait by raising.
-
-    Raises:
-        TimeoutError: it was not done in time.
-    """
-    started = time.monotonic_ns()
-    next_check = started + int(CHECK_S * 1e9)
-    while not done():
-        now = time.monotonic_ns()
-        if now >= started + timeout_s * 1e9:
-            raise TimeoutError(f"not done within {timeout_s:.3g} s")
-        if now >= next_check:
-            next_check = now + int(CHECK_S * 1e9)
-            if check is not None:
-                check()
-        pause(now - started, SPIN_NS)
-
-
-def pause(waited_ns: int, spin_ns: int) -> bool:
-    """Let some time pass between two looks; return whether that was a sleep.
-
-    A wait looks without pause for the first time, then gives way to other threads, and then sleeps between looks: for a
-    share of what it has waited, so that it ends late by no more than that.
-    """
-    if waited_ns >= _YIELD_NS:
-        time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
-        return True
-    if waited_ns >= spin_ns:
-        os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
-    return False
-
-
-def first_line(error: BaseException) -> str:
-    """Return an exception's message up to its first line break; C++ stack traces follow there."""
-    return str(error).strip().split("\n", 1)[0]
-
-
 def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], float] | None = None) -> T:
-    """Run a function that may hang, such as one that asks a store whose keeper is gone, and wait at most so long.
+    """Run a function that may hang, such as one that asks a store whose keeper is gone, in a thread of its own.
 
-    Args:
-        call: the function; runs in a thread of its own.
-        seconds: longest wait.
-        last_answer: when it was last seen to go on, on the monotonic clock; the limit then counts from there.
-
-    Raises:
-        TimeoutError: it did not return in time; it is left behind.
-        Exception: what it raised.
+    After `seconds` without a return, counted from `last_answer()` on the monotonic clock where that is given, it is
+    left behind, and the caller gets a `TimeoutError`.
     """
     outcome: futures.Future[T] = futures.Future()
 
@@ -122,3 +116,113 @@ def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], floa
             raise TimeoutError(f"no answer within {seconds:.3g} s")
         futures.wait([outcome], left_s)
     return outcome.result()
+
+
+def not_ended(what: str, started: float, deadline_s: float, error: Exception) -> str:
+    """Return the sentence for a wait that `error` has ended; `started` by `time.perf_counter`."""
+    return f"{what} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return an exception's message up to its first line break; C++ stack traces follow there."""
+    return str(error).strip().split("\n", 1)[0]
+
+
+@dataclass
+class _Watch:
+    """Who watches the waits of a group; `members` are its ranks as `peers` numbers them, empty for all.
+
+    `parked` waits for the group's last collective on this rank's GPU after which the host went on.
+    """
+
+    peers: "Peers"
+    members: tuple[int, ...]
+    parked: Callable[[], None] | None = None
+
+
+_watches: dict[str, _Watch] = {}
+
+
+def watch_group(group: dist.ProcessGroup, peers: "Peers | None", members: Sequence[int] = ()) -> None:
+    """Let the waits of a group's collectives be watched; None ends it. `members`: as in `_Watch`."""
+    _watches.pop(group.group_name, None)
+    if peers is not None:
+        _watches[group.group_name] = _Watch(peers, tuple(members))
+
+
+def peers_of(group: dist.ProcessGroup) -> "Peers | None":
+    """Return the peers of a group that is watched."""
+    watch = _watches.get(group.group_name)
+    return watch.peers if watch is not None else None
+
+
+def waited_s() -> float:
+    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
+    seconds: float = getattr(_waited, "seconds", 0.0)
+    return seconds
+
+
+def count_wait(started: float) -> None:
+    """Add what has passed since `started`, by `time.perf_counter`, to what this thread has waited."""
+    _waited.seconds = waited_s() + time.perf_counter() - started
+
+
+def await_parked(peers: "Peers") -> None:
+    """Wait for the collectives after which the host went on, in all groups of these peers. No-op if there are none.
+
+    Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit.
+    Raises as `await_work`.
+    """
+    for watch in list(_watches.values()):
+        if watch.peers is peers and watch.parked is not None:
+            parked, watch.parked = watch.parked, None
+            parked()
+
+
+def await_work(
+    work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *, host_waits: bool = True,
+    on_gpu: bool | None = None,
+) -> None:  # fmt: skip
+    """Wait for a collective; without `host_waits`, on a GPU and in a watched group, it is parked for `await_parked`.
+
+    `on_gpu`: it is one of NCCL's, which the host only issues; by default what torch says of the group.
+
+    Raises:
+        RankAbsentError: a rank did not come in time; the group must not be used again.
+    """
+    watch = _watches.get(group.group_name)
+    on_gpu = dist.get_backend(group) == "nccl" if on_gpu is None else on_gpu
+    if on_gpu:
+        work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
+    wait = functools.partial(_await, work, name, group, deadline_s, watch, on_gpu)
+    if on_gpu and watch is not None:
+        # Work of one group ends in order: a wait for this piece covers what was parked before.
+        watch.parked = None if host_waits else wait
+        if not host_waits:
+            return
+    wait()
+
+
+def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until all ranks of a group have come. Raises as `await_work`."""
+    await_work(dist.barrier(group, async_op=True), "barrier", group, deadline_s)
+
+
+def _await(
+    work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float, watch: _Watch | None, on_gpu: bool
+) -> None:
+    check = watch.peers.check if watch is not None else None
+    started = time.perf_counter()
+    try:
+        if on_gpu:
+            wait_until(work.is_completed, deadline_s, check)
+            return  # most of that wait was for this rank's own GPU
+        wait_for(work, deadline_s, check)
+        count_wait(started)
+    except LockstepError:  # another rank has ended the wait
+        raise
+    except (TimeoutError, ConnectionError) as error:
+        waited_for = not_ended(name, started, deadline_s, error)
+        if watch is not None:
+            raise watch.peers.absent(waited_for, among=watch.members) from error
+        raise RankAbsentError(f"rank {group.rank()}: {waited_for}; its group is not used again") from error

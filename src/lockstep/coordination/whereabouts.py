@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from lockstep.coordination.processes import ProcessIdentity, ProcessState
+from lockstep.coordination.processes import ProcessIdentity
 from lockstep.coordination.waits import within
+from lockstep.errors import RankAbsentError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -20,12 +21,25 @@ _STORE_S = 0.9
 _LEAST_CPU_S, _LEAST_BYTES = 0.002, 1 << 16
 
 
-class Whereabouts:
-    """What a rank publishes about itself in a torch store, and what it finds there about other ranks.
+class Entry(NamedTuple):
+    """What a rank has published: its place, "" for none, a `beat` that grows with its progress there, since when."""
 
-    Args:
-        store: that all ranks of a start share.
-        rank: this rank's number in the whole start, whatever groups it is in.
+    place: str = ""
+    beat: int = 0
+    since: float = 0.0
+    process: ProcessIdentity = ProcessIdentity(0, 0, 0)
+
+    def describe(self) -> str:
+        """Return what is known of the rank, to stand after its number."""
+        if not self.place:
+            return "has not been seen"
+        return f"was last seen {self.place}, {max(0.0, time.time() - self.since):.1f} s ago{self.process.describe()}"
+
+
+class Whereabouts:
+    """What a rank publishes about itself in a store of all ranks of a start, and finds there about other ranks.
+
+    Ranks go by their numbers in the whole start, whatever groups they are in.
     """
 
     on_enter: ClassVar[Callable[[str], None] | None] = None
@@ -34,13 +48,11 @@ class Whereabouts:
     def __init__(self, store: "dist.Store", rank: int) -> None:
         self.rank = rank
         self._store = store
-        self._identity = ProcessIdentity.own()
+        self._process = ProcessIdentity.own()
 
     def enter(self, place: str, beat: int = 0) -> None:
         """Publish where this rank is, such as `loading /models/mixtral`; another `beat` than before shows progress."""
-        own = self._identity
-        entry = [place, beat, time.time(), own.pid, own.started, own.namespace]
-        self._store.set(str(self.rank), json.dumps(entry))
+        self._store.set(str(self.rank), json.dumps([place, beat, time.time(), self._process]))
         if Whereabouts.on_enter is not None:
             Whereabouts.on_enter(place)
 
@@ -55,11 +67,10 @@ class Whereabouts:
         clock = time.pthread_getcpuclockid(threading.get_ident())
 
         def publish() -> None:
-            beat, before = 0, (time.clock_gettime(clock), _bytes_read())
+            beat, cpu_s, read = 0, time.clock_gettime(clock), _bytes_read()
             while not done.wait(_BEAT_S):
-                now = (time.clock_gettime(clock), _bytes_read())
-                if now[0] - before[0] >= _LEAST_CPU_S or now[1] - before[1] >= _LEAST_BYTES:
-                    beat, before = beat + 1, now
+                if time.clock_gettime(clock) - cpu_s >= _LEAST_CPU_S or _bytes_read() - read >= _LEAST_BYTES:
+                    beat, cpu_s, read = beat + 1, time.clock_gettime(clock), _bytes_read()
                     try:
                         self.enter(place, beat)
                     except RuntimeError:  # the store is gone, and its keeper with it
@@ -72,57 +83,33 @@ class Whereabouts:
         finally:
             done.set()
 
-    def place(self, rank: int) -> str:
-        """Return where a rank was last seen, "" where nothing is known."""
-        entry = self._entry(rank)
-        return entry[0] if entry else ""
+    def of(self, rank: int) -> Entry:
+        """Return what a rank has published."""
+        if not self._store.check([str(rank)]):
+            return Entry()
+        try:
+            place, beat, since, (pid, started, namespace) = json.loads(self._store.get(str(rank)))
+            return Entry(str(place), int(beat), float(since), ProcessIdentity(int(pid), int(started), int(namespace)))
+        except (ValueError, TypeError):
+            return Entry()
 
-    def beat(self, rank: int) -> object:
-        """Return what changes whenever a rank enters a place or makes progress there."""
-        entry = self._entry(rank)
-        return (entry[0], entry[1]) if entry else None
+    def absent(self, message: str, ranks: Sequence[int], place: str) -> RankAbsentError:
+        """Return the error for a wait of all `ranks` at a place, naming for whom it was, however the store answers.
 
-    def state(self, rank: int) -> ProcessState:
-        """Return what the operating system says about a rank's process; "unknown" for one of another host."""
-        entry = self._entry(rank)
-        return ProcessIdentity(*entry[3:6]).state() if entry else "unknown"
-
-    def last_seen(self, rank: int) -> str:
-        """Return what is known of a rank, to stand after its number."""
-        entry = self._entry(rank)
-        if entry is None:
-            return "has not been seen"
-        place, _, since, *identity = entry
-        ago_s = max(0.0, time.time() - since)
-        return f"was last seen {place}, {ago_s:.1f} s ago{ProcessIdentity(*identity).describe()}"
-
-    def late(self, ranks: Sequence[int], place: str) -> tuple[tuple[int, ...], str]:
-        """Find out for which of `ranks` a wait at a place was, however the store answers.
-
-        Returns:
-            The ranks whose process is gone or stopped, otherwise those that are elsewhere; and what is known of each,
-            to stand at the end of a message.
+        Those are the ranks whose process is gone or stopped, otherwise those that are elsewhere.
         """
 
         def look() -> tuple[tuple[int, ...], str]:
-            lost = [rank for rank in ranks if self.state(rank) in ("gone", "stopped")]
-            late = lost or [rank for rank in ranks if self.place(rank) != place]
-            return tuple(late), "".join(f"; rank {rank} {self.last_seen(rank)}" for rank in late)
+            entries = {rank: self.of(rank) for rank in ranks if rank != self.rank}
+            lost = [rank for rank, entry in entries.items() if entry.process.state() in ("gone", "stopped")]
+            late = lost or [rank for rank, entry in entries.items() if entry.place != place]
+            return tuple(late), "".join(f"; rank {rank} {entries[rank].describe()}" for rank in late)
 
         try:
-            found: tuple[tuple[int, ...], str] = within(look, _STORE_S)
-            return found
+            late, seen = within(look, _STORE_S)
         except (RuntimeError, TimeoutError):
-            return (), "; the store in which ranks say where they are does not answer"
-
-    def _entry(self, rank: int) -> "tuple[str, int, float, int, int, int] | None":
-        if not self._store.check([str(rank)]):
-            return None
-        try:
-            place, beat, since, pid, started, namespace = json.loads(self._store.get(str(rank)))
-            return str(place), int(beat), float(since), int(pid), int(started), int(namespace)
-        except (ValueError, TypeError):
-            return None
+            late, seen = (), "; the store in which ranks say where they are does not answer"
+        return RankAbsentError(f"{message}{seen}", late)
 
 
 def _bytes_read() -> int:

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 from zlib import crc32
 
 from lockstep._version import __version__
-from lockstep.coordination.step import Said, StepRecord, by_rank, fields_of, name_of
+from lockstep.coordination.step import Said, StepRecord, by_rank, fields_of
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 1
@@ -36,11 +36,8 @@ a transport's own while they travel. The head must be equal on all ranks, but fo
 class Header:
     """What must be the same on all ranks before any of their numbers may be believed. Each fits into 32 bits.
 
-    Attributes:
-        epoch: how often the ranks have opened new groups after an error.
-        fingerprint: hash of what this rank is about to run (model, sizes, options).
-        protocol: version of the wire format.
-        package: version of Lockstep, as `major * 10**6 + minor * 10**3 + patch`.
+    `epoch` says how often the ranks have opened new groups, `fingerprint` is a hash of what they are about to run,
+    `package` is Lockstep's version as `major * 10**6 + minor * 10**3 + patch`.
     """
 
     epoch: int = 0
@@ -53,11 +50,10 @@ class _Layout:
     """How the records of one class travel, worked out once per class."""
 
     def __init__(self, record_class: type[StepRecord]) -> None:
-        known = fields_of(record_class)
-        num_fields = len(known.names)
+        self.fields = fields_of(record_class)
+        num_fields = len(self.fields.names)
         if num_fields > MAX_FIELDS:
             raise ConfigurationError(f"{record_class.__name__} has {num_fields} fields; at most {MAX_FIELDS} travel")
-        self.names, self.values_of, self.fingerprint = known.names, known.values_of, known.fingerprint
         # Nearly all values fit into 32 bits: then one word carries each, otherwise two.
         self.num_words = HEAD_WORDS + num_fields + 1
         self.num_words_large = self.num_words + num_fields
@@ -79,30 +75,22 @@ _layout: Callable[[type[StepRecord]], _Layout] = cache(_Layout)  # type: ignore[
 def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> Wire:
     """Return a record as words, at most `WORDS`: a head, the values, and their checksum.
 
-    Args:
-        header: of this rank.
-        step: number of the agreement within the epoch, from 0.
-        record: of any class.
-        collectives: hash of the collectives that this rank has issued so far.
-
-    Raises:
-        TokenCountError: a value that does not fit into 64 bits.
+    `step` is the number of the agreement, from 0; `collectives` the hash of those that this rank has issued so far. A
+    value that does not fit into 64 bits raises `TokenCountError`.
     """
     layout = _layout(record.__class__)
-    values = layout.values_of(record)
-    head = (
-        header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, layout.fingerprint,
-        collectives,
-    )  # fmt: skip
+    known = layout.fields
+    values = known.values_of(record)
+    head = (header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, known.fingerprint)
     try:
-        words = layout.small.pack(_MAGIC | layout.num_words, *head, *values)
+        words = layout.small.pack(_MAGIC | layout.num_words, *head, collectives, *values)
     except struct.error:
         halves: list[int] = []
-        for name, value in zip(layout.names, values, strict=True):
+        for name, value in zip(known.names, values, strict=True):
             if not isinstance(value, SupportsIndex) or not -(2**63) <= index(value) < 2**63:
                 raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
             halves += (index(value) & _MASK, index(value) >> 32)
-        words = layout.large.pack(_MAGIC | layout.num_words_large, *head, *halves)
+        words = layout.large.pack(_MAGIC | layout.num_words_large, *head, collectives, *halves)
     return seal(words)
 
 
@@ -117,9 +105,7 @@ class Alike(Sequence[Wire]):
     __slots__ = ("bodies", "head", "num_ranks")
 
     def __init__(self, head: bytes, bodies: bytes, num_ranks: int) -> None:
-        self.head = head
-        self.bodies = bodies
-        self.num_ranks = num_ranks
+        self.head, self.bodies, self.num_ranks = head, bodies, num_ranks
 
     def __len__(self) -> int:
         return self.num_ranks
@@ -133,18 +119,10 @@ class Alike(Sequence[Wire]):
 def decode(
     received: Sequence[Wire], mine: Wire, record_class: type[StepRecord], names: Sequence[int] | None = None
 ) -> Said:
-    """Check every rank's head against the others' and return what the records say.
+    """Check every rank's head against that of `mine`, what this rank sent, and return what the records say.
 
-    Every rank checks all heads, so either all ranks raise or none does.
-
-    Args:
-        received: what each rank sent, `[ranks]`; `Alike` only with the head of `mine`.
-        mine: what this rank sent.
-        record_class: the class of this rank's record.
-        names: each rank's number for messages; by default its index.
-
-    Raises:
-        RankMismatchError: naming the first part of the head that differs and each rank's value of it.
+    Every rank checks all heads, so either all ranks raise `RankMismatchError` or none does. `received` may be `Alike`
+    only with the head of `mine`; `names` are the ranks' numbers for messages, by default their indices.
     """
     layout = _layout(record_class)
     if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
@@ -186,24 +164,25 @@ def _signed(word: int) -> int:
     return word - (word >> 31 << 32)
 
 
-_HEAD_NAMES = (
-    "record length", "protocol version", "package version", "epoch", "step", "fingerprint", "record fields",
-    "the collectives that they have issued (hash; debug=True names the first)",
-)  # fmt: skip
+_HEAD_NAMES = {
+    1: "protocol version", 2: "package version", 3: "epoch", 4: "step", 5: "fingerprint", 6: "record fields",
+    7: "the collectives that they have issued (hash; debug=True names the first)",
+    0: "record length",  # last: unlike lengths of records that are otherwise alike are no fault
+}  # fmt: skip
 
 
 def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None) -> RankMismatchError:
     """Say what is wrong with the ranks' words. Something is."""
-    heads = []
-    for rank, wire in enumerate(received):
+    heads, names = [], names or range(len(received))
+    for name, wire in zip(names, received, strict=True):
         words = _words(wire)
         if words is None:
-            return RankMismatchError(f"rank {name_of(rank, names)} sent a record that is damaged or not Lockstep's")
+            return RankMismatchError(f"rank {name} sent a record that is damaged or not Lockstep's")
         heads.append(words[:HEAD_WORDS])
-    for part in (1, 2, 3, 4, 5, 6, 7, 0):  # unlike lengths of records that are otherwise alike are no fault
+    for part, what in _HEAD_NAMES.items():
         column = [head[part] for head in heads]
         if len(set(column)) > 1:
-            return RankMismatchError(f"ranks disagree about {_HEAD_NAMES[part]}: {by_rank(column, names)}")
+            return RankMismatchError(f"ranks disagree about {what}: {by_rank(column, names)}")
     # All ranks agree with each other; a difference to `mine` would be a fault of the transport on this rank alone.
     sent = struct.unpack("<" + HEAD_WORDS * "I4x", mine[:HEAD_BYTES])
     return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
@@ -223,9 +202,7 @@ def encode_message(part: bytes) -> Wire:
 
 def decode_message(wire: Wire) -> bytes:
     """Return the bytes of `encode_message`; nothing where the words are of something else."""
-    if len(wire) != _message.size:
-        return b""
-    words = _message.unpack(wire)
+    words = _message.unpack(wire) if len(wire) == _message.size else ()
     if words[:HEAD_WORDS] != _MESSAGE_HEAD:
         return b""
     return _message_body.pack(*words[HEAD_WORDS + 1 :])[: min(words[HEAD_WORDS], MESSAGE_BYTES)]

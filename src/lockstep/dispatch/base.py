@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S
+from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.errors import ConfigurationError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S
+from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
 from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import DEADLINE_S, await_work, count_wait, peers_of
+from lockstep.coordination.waits import DEADLINE_S, await_work, count_wait, peers_of
 from lockstep.errors import ConfigurationError, TokenCountError
 
 _recorders: list[list[tuple[str, tuple[int, ...]]]] = []

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.group_waits import barrier
+from lockstep.coordination.waits import barrier
 
 
 class MappedMemory:

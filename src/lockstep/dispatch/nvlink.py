@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.group_waits import peers_of
+from lockstep.coordination.waits import peers_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lockstep.coordination.group_waits import waited_s
 from lockstep.coordination.step import StepDecision, StepRecord, decided
+from lockstep.coordination.waits import waited_s
 from lockstep.engine.attention import attention_name
 from lockstep.engine.decoder import probe_shapes
 from lockstep.engine.device_step import DeviceStep, EngineRequest
@@ -212,11 +212,11 @@ class RankEngine:
     @property
     def can_watch(self) -> bool:
         """Whether `others_wait` can tell."""
-        return self.parallel is not None and self.parallel.coordinator.can_watch
+        return self.parallel is not None and self.parallel.coordinator.transport.can_watch
 
     def others_wait(self) -> bool:
         """Return whether another rank has begun the next agreement; False where that is not known."""
-        return self.parallel is not None and self.parallel.coordinator.wanted()
+        return self.parallel is not None and self.parallel.coordinator.transport.wanted()
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks, in place of the next agreement, why this one has failed; they raise then."""

@@ -104,9 +104,7 @@ class Watch:
         """Say that this rank is alive, and pass on that requests are served: an idle rank sees none of its own."""
         if any(self.board.place(other)[0] == _SERVES for other in self._others):
             self.step.serving = True
-        place, since = self.board.place_words(self.rank)
-        self.board.words[since] = time.monotonic_ns()
-        self.board.words[place] = _SERVES if self.step.serving else _STARTS
+        self.board.write_place(self.rank, _SERVES if self.step.serving else _STARTS, time.monotonic_ns())
 
     def silent_ranks(self) -> list[int]:
         """Return the ranks that have been silent for as long as the deadline, while this rank is in a step."""

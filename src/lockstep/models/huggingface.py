@@ -10,16 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.coordination.groups import (
     find_group,
     group_of,
     own_device,
     parallel_config,
     tensor_parallel_group,
-    tensor_parallel_mesh,
 )
 from lockstep.coordination.session import Session
+from lockstep.coordination.waits import DEADLINE_S
 from lockstep.errors import ConfigurationError
 from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
@@ -114,8 +113,10 @@ def from_pretrained(  # noqa: D417
     device = own_device(placed)
     attention, tp_mesh = None, None
     if tensor_parallel_size > 1:
+        from torch.distributed.device_mesh import DeviceMesh
+
         attention = tensor_parallel_group(config, group, device, deadline_s)
-        tp_mesh = tensor_parallel_mesh(attention, device.type)
+        tp_mesh = DeviceMesh.from_group(attention, device.type, mesh_dim_names=("tp",))
     loaded = load_pretrained(
         path, ep_rank=config.rank, ep_size=config.world_size, tp_mesh=tp_mesh, dtype=dtype, device=device,
         process_group=group, deadline_s=deadline_s, **kwargs,

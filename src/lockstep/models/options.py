@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from lockstep.coordination.group_waits import DEADLINE_S
+from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.choose import check_dispatcher
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.group_waits import watch_group
 from lockstep.coordination.groups import Groups, Start, abort, open_groups
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision
 from lockstep.coordination.termination import speak_before_termination
+from lockstep.coordination.waits import watch_group
 from lockstep.coordination.watched_group import WatchedGroup
 from lockstep.dispatch.base import Dispatcher, ExpertsShape
 from lockstep.dispatch.choose import (
@@ -86,7 +86,6 @@ class ModelParallel:
         self.coordinator: Coordinator
         self.peers: Peers
         self.session: Session | None = None
-        self._process_group = process_group
         self._attention_group = attention_group
         self._start = Start(process_group)
         # Keys of its own: a second model would otherwise read what the ranks said about the first.
@@ -266,7 +265,7 @@ class ModelParallel:
     def _open_groups(self, epoch: int, maps: bool) -> None:
         config, options = self.config, self.options
         tp_size, tp_first = config.tensor_parallel_size, config.data_parallel_rank * config.tensor_parallel_size
-        groups = open_groups(self._process_group, config, self.device, options.deadline_s, epoch, self._start)
+        groups = open_groups(config, self.device, options.deadline_s, epoch, self._start)
         self._groups = groups.opened
         self.peers = Peers(
             config.rank, config.world_size, board=groups.board, store=self._store, epoch=epoch, debug=options.debug,
@@ -284,12 +283,13 @@ class ModelParallel:
             transport=groups.transport, rank=config.rank, tensor_parallel_size=config.tensor_parallel_size,
             deadline_s=options.deadline_s, fingerprint=fingerprint, epoch=epoch, peers=self.peers,
         )  # fmt: skip
+        on_gpu = groups.opened[1:] if self.device.type == "cuda" else []
         self.layers = MoELayers(
             self._make_layers(groups, maps),
             max_chunk_size_per_rank=options.max_chunk_size_per_rank,
             coordinator=self.coordinator,
             deadline_s=options.deadline_s,
-            abort=lambda: abort(self._groups, self.device, config.rank),
+            abort=lambda: abort(on_gpu, self.device, config.rank),
             shares_attention=self._attention_group is not None,
         )
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None

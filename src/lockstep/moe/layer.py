@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.group_waits import DEADLINE_S
+from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, ExpertsShape, Route
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.errors import ConfigurationError

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.group_waits import DEADLINE_S
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.waits import wait_until
+from lockstep.coordination.waits import DEADLINE_S, wait_until
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.sizes import sp_rows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.group_waits import await_parked
+from lockstep.coordination.waits import await_parked
 from lockstep.dispatch.base import Route
 from lockstep.errors import ConfigurationError, PeerFailedError, TokenCountError
 from lockstep.metadata.chunks import ChunkPlan

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lockstep.coordination.coordinator import Coordinator
-from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.flight_recorder import IN_LAYER, Phase
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.transports import Pending, Transport
 from lockstep.coordination.whereabouts import Whereabouts
@@ -30,8 +30,6 @@ Action = Literal[
 ]  # fmt: skip
 PHASES: tuple[FaultPhase, ...] = get_args(FaultPhase)
 ACTIONS: tuple[Action, ...] = get_args(Action)
-
-
 _PHASES_OF = {
     **dict.fromkeys(("wrong_count", "corrupted_header", "other_protocol"), ("agreement",)),
     **dict.fromkeys(("skip", "swap", "wrong_size"), ("dispatch", "combine")),
@@ -103,20 +101,14 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
 
     `rank` is this rank's number in the whole start.
     """
-    happened: list[float] = []
-    due = [fault for fault in faults if fault.rank == rank and fault.phase in _PLACES]
+    due = _Due(fault for fault in faults if fault.rank == rank and fault.phase in _PLACES)
 
     def on_enter(place: str) -> None:
-        for fault in due:
-            if place.startswith(_PLACES[fault.phase]):
-                due.remove(fault)
-                happened.append(time.monotonic())
-                break_on_purpose(fault)
-                return
+        due.happen(lambda fault: place.startswith(_PLACES[fault.phase]))
 
     before, Whereabouts.on_enter = Whereabouts.on_enter, on_enter
     try:
-        yield happened
+        yield due.happened
     finally:
         Whereabouts.on_enter = before
 
@@ -124,40 +116,43 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
 @contextmanager
 def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
     """As `inject`, for an engine that has a coordinator of its own, and marks its phases in `peers`."""
-    happened: list[float] = []
-    due = [fault for fault in faults if fault.rank == peers.rank and fault.phase not in _PLACES]
+    due = _Due(fault for fault in faults if fault.rank == peers.rank and fault.phase not in _PLACES)
+    place, changed = peers.recorder, _ChangedCollectives()
 
-    def on_mark(marked: Peers) -> None:
-        place = marked.recorder
-        for fault in due:
-            phase = Phase[fault.phase.upper()]
-            in_layer = phase in (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)
-            if place.phase == phase and place.step >= fault.step and (not in_layer or place.layer == fault.layer):
-                due.remove(fault)
-                happened.append(time.monotonic())
-                break_on_purpose(fault, coordinator, changed)
-                return
+    def is_there(fault: Fault) -> bool:
+        in_layer = place.phase not in IN_LAYER or place.layer == fault.layer
+        return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and in_layer
 
-    before, peers.on_mark, transport = peers.on_mark, on_mark, coordinator.transport
+    before, transport = peers.on_mark, coordinator.transport
+    peers.on_mark = lambda _: due.happen(is_there, coordinator, changed)
     coordinator.transport = _ChangedWires(transport)
-    changed = _ChangedCollectives()
     try:
         with instead_of_all_to_all(changed):
-            yield happened
+            yield due.happened
     finally:
-        peers.on_mark = before
-        coordinator.transport = transport
+        peers.on_mark, coordinator.transport = before, transport
+
+
+class _Due:
+    """Faults that have not happened yet, and when others `happened`."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = list(faults)
+        self.happened: list[float] = []
+
+    def happen(self, is_there: Callable[[Fault], bool], *where: Any) -> None:
+        """Let the first fault happen for which this is the place."""
+        fault = next(filter(is_there, self.faults), None)
+        if fault is not None:
+            self.faults.remove(fault)
+            self.happened.append(time.monotonic())
+            break_on_purpose(fault, *where)
 
 
 def break_on_purpose(
     fault: Fault, coordinator: Coordinator | None = None, collectives: "_ChangedCollectives | None" = None
 ) -> None:
-    """Do at once what a fault says, wherever it should happen; what belongs into a step needs the last two.
-
-    Raises:
-        InjectedFault: for the action `raise`.
-        ConfigurationError: an action that needs what was not given.
-    """
+    """Do at once what a fault says, wherever it should happen; what belongs into a step needs the last two."""
     step = f" of step {coordinator.peers.recorder.step}" if coordinator is not None else ""
     match fault.action:
         case "raise":
@@ -177,36 +172,24 @@ def break_on_purpose(
             os.kill(os.getpid(), signal.SIGINT)
         case "skip" | "swap" | "wrong_size" if collectives is not None:
             collectives.action = fault.action
-        case _ if coordinator is None or not isinstance(coordinator.transport, _ChangedWires):
+        case "wrong_count" | "corrupted_header" | "other_protocol" if coordinator is not None:
+            coordinator.transport.change = _CHANGES[fault.action]  # type: ignore[attr-defined]  # of `inject_into`
+        case _:
             raise ConfigurationError(f"{fault.action} belongs into a step, got phase {fault.phase!r}")
-        case "wrong_count":
-            coordinator.transport.change = _one_row_more
-        case "corrupted_header":
-            coordinator.transport.change = functools.partial(_flipped, word=3, bits=1 << 20)
-        case "other_protocol":
-            coordinator.transport.change = functools.partial(_flipped, word=1, bits=3)
 
 
 class _ChangedWires:
-    """A transport that changes the next record on its way.
-
-    Attributes:
-        change: what becomes of it; None: it travels as it is.
-    """
+    """A transport that lets `change` change the next record on its way."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.num_ranks, self.can_watch = transport.num_ranks, transport.can_watch
+        self.num_ranks, self.can_watch, self.wanted = transport.num_ranks, transport.can_watch, transport.wanted
         self.change: Callable[[Wire], Wire] | None = None
 
     def begin(self, wire: Wire) -> Pending:
         """See `Transport`."""
         change, self.change = self.change, None
         return self.transport.begin(wire if change is None else change(wire))
-
-    def wanted(self) -> bool:
-        """See `Transport`."""
-        return self.transport.wanted()
 
 
 def _one_row_more(wire: Wire) -> Wire:
@@ -220,12 +203,15 @@ def _flipped(wire: Wire, word: int, bits: int) -> Wire:
     return (int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word).to_bytes(len(wire), "little")
 
 
-class _ChangedCollectives:
-    """Runs this process's collectives, and changes the next one or two where a fault says so.
+_CHANGES: dict[str, Callable[[Wire], Wire]] = {
+    "wrong_count": _one_row_more,
+    "corrupted_header": functools.partial(_flipped, word=3, bits=1 << 20),
+    "other_protocol": functools.partial(_flipped, word=1, bits=3),
+}
 
-    Attributes:
-        action: `skip`, `swap` or `wrong_size` for the next; "" for none.
-    """
+
+class _ChangedCollectives:
+    """Runs this process's collectives, and changes the next one or two by `action`: `skip`, `swap` or `wrong_size`."""
 
     def __init__(self) -> None:
         self.action = ""

@@ -8,10 +8,10 @@ import torch
 
 def uneven_counts(num_ranks: int, seed: int, largest: int = 20) -> list[int]:
     """Return token counts from a seed, `[num_ranks]`, that differ: zeros, ones and up to `largest` are among them."""
-    generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor([0, 0, 1, 2, 3, largest // 2, largest])
-    picks = torch.randint(len(choices), (num_ranks,), generator=generator)
-    return [int(choices[pick]) for pick in picks]
+    picks = torch.randint(len(choices), (num_ranks,), generator=torch.Generator().manual_seed(seed))
+    counts: list[int] = choices[picks].tolist()
+    return counts
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class MoEInputs:
         rows, ids, weights = [], [], []
         for count in counts:
             rows.append(normal(count, hidden).to(dtype))
-            scores = torch.softmax(normal(count, num_experts), dim=-1)
-            top = torch.topk(scores, top_k, dim=-1)
+            top = torch.topk(torch.softmax(normal(count, num_experts), dim=-1), top_k, dim=-1)
             ids.append(top.indices)
             weights.append(top.values / top.values.sum(dim=-1, keepdim=True))
         gate_up = (normal(num_experts, 2 * intermediate, hidden) / hidden**0.5).to(dtype)
