@@ -16,11 +16,11 @@ class Command(threading.Thread):
     def __init__(self, *arguments):
         super().__init__(daemon=True)
         self.code = None
-        self._argv = ["lockstep", *map(str, arguments)]
+        self.argv = ["lockstep", *map(str, arguments)]
         self.start()
 
     def run(self):
-        before, sys.argv = sys.argv, self._argv
+        before, sys.argv = sys.argv, self.argv
         try:
             cli.main()
         except SystemExit as ended:
@@ -30,5 +30,5 @@ class Command(threading.Thread):
 
     def wait(self, seconds):
         self.join(seconds)
-        assert not self.is_alive(), f"{' '.join(self._argv)} did not end within {seconds} s"
+        assert not self.is_alive(), f"{' '.join(self.argv)} did not end within {seconds} s"
         return self.code

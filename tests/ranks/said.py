@@ -4,14 +4,16 @@ import time
 
 import torch.distributed as dist
 
+from lockstep.coordination.groups import Start
+
 
 def say(word):
-    dist.distributed_c10d._get_default_store().set(f"said/{word}", "")
+    Start(dist.group.WORLD).store.set(f"said/{word}", "")
 
 
 def sleep_until_said(*words):
     """Sleep, in a script's own Python, until all of `words` have been said; 100 s are too long."""
-    store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + 100
+    store, until = Start(dist.group.WORLD).store, time.monotonic() + 100
     while not store.check([f"said/{word}" for word in words]):
         assert time.monotonic() < until, f"nobody said {words}"
         time.sleep(0.01)

@@ -9,6 +9,7 @@ from said import say, sleep_until_said
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.groups import Start
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import ProcessGroupTransport, SharedMemoryTransport, open_transport
@@ -25,7 +26,7 @@ def coordinator(shared, deadline_s=20.0, **options):
     store = None
     if not shared:
         transport, board = ProcessGroupTransport(group), None
-        store = dist.PrefixStore(group.group_name, dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(group.group_name, Start(dist.group.WORLD).store)
     peers = Peers(rank, num_ranks, board=board, store=store, epoch=options.get("epoch", 0))
     return Coordinator(transport=transport, rank=rank, deadline_s=deadline_s, peers=peers, **options)
 

@@ -9,6 +9,7 @@ from said import say, sleep_until_said
 
 import lockstep
 from lockstep.errors import PeerFailedError
+from lockstep.models.parallel import parallel_of
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
@@ -118,7 +119,7 @@ def one_raises(path, where):
             raise ValueError("rank 1 broke in attention")
 
         attention.forward = broken
-    experts = model._lockstep_parallel.weights.experts[0]
+    experts = parallel_of(model).weights.experts[0]
     module = experts.module
     outcome, started = None, time.monotonic()
     try:

@@ -10,38 +10,38 @@ class WorkloadScheduler:
     """The whole workload as one rank of a run sees it: `Arrivals`, prefill alignment and a `RankScheduler`."""
 
     def __init__(self, requests, config, num_ranks, rank):
-        self._arrivals = Arrivals(requests, config, num_ranks, rank)
-        self._config, self._num_ranks, self._step = config, num_ranks, 0
-        self._scheduler = RankScheduler(config)
+        self.arrivals = Arrivals(requests, config, num_ranks, rank)
+        self.config, self.num_ranks, self.step = config, num_ranks, 0
+        self.scheduler = RankScheduler(config)
         self.assigned = []  # requests given to this rank so far, in order of arrival
         self.arrival_steps = {}  # by request id: the first step that it could have run in
-        self.state, self.stop = self._scheduler.state, self._scheduler.stop
+        self.state, self.stop = self.scheduler.state, self.scheduler.stop
 
     def initial_states(self):
-        return [SchedulerState()] * self._num_ranks
+        return [SchedulerState()] * self.num_ranks
 
     def done(self, states):
-        return not self._arrivals.left and not any(state.num_outstanding_tokens for state in states)
+        return not self.arrivals.left and not any(state.num_outstanding_tokens for state in states)
 
     def next_step(self, states):
-        for request in self._arrivals.before_step(states):
-            self._scheduler.add(request, self._step)
+        for request in self.arrivals.before_step(states):
+            self.scheduler.add(request, self.step)
             self.assigned.append(request)
-            self.arrival_steps[request.request_id] = self._step
+            self.arrival_steps[request.request_id] = self.step
         waits, decoding = [s.prefill_wait_steps for s in states], [s.num_decoding for s in states]
-        run_prefills = prefills_run(waits, decoding, self._config.max_prefill_delay_steps)
-        self._step += 1
-        return self._scheduler.next_step(self._step - 1, run_prefills)
+        run_prefills = prefills_run(waits, decoding, self.config.max_prefill_delay_steps)
+        self.step += 1
+        return self.scheduler.next_step(self.step - 1, run_prefills)
 
     @property
     def unfinished(self):
-        return self._arrivals.left or self.state().num_outstanding_tokens > 0
+        return self.arrivals.left or self.state().num_outstanding_tokens > 0
 
     def __contains__(self, request_id):
-        return request_id in self._scheduler
+        return request_id in self.scheduler
 
     def __getattr__(self, name):  # num_free_pages, num_preemptions
-        return getattr(self.__dict__["_scheduler"], name)
+        return getattr(self.__dict__["scheduler"], name)
 
 
 def run_cluster(requests, config, num_ranks, stop_before=()):

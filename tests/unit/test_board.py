@@ -40,15 +40,17 @@ def test_every_rank_receives_what_every_rank_sent_over_many_rounds(board):
     for index in range(2000):
         said = [StepRecord((index * 7 + rank) % 97, index % 2 == 0) for rank in range(3)]
         wires = [encode(HEADER, index, record) for record in said]
-        pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
-        for mine, exchange in zip(wires, pending, strict=True):
-            assert decode(exchange.wait(1.0), mine, StepRecord).records == tuple(said)
+        for transport, wire in zip(group, wires, strict=True):
+            transport.begin(wire)
+        for mine, transport in zip(wires, group, strict=True):
+            assert decode(transport.wait(1.0), mine, StepRecord).records == tuple(said)
 
 
 def test_a_rank_that_does_not_come_is_named_and_may_still_come(board):
     group = transports(board)
     wires = [encode(HEADER, 0, StepRecord(rank)) for rank in range(3)]
-    first = group[0].begin(wires[0])
+    first = group[0]
+    first.begin(wires[0])
     group[1].begin(wires[1])
     started = time.monotonic()
     with pytest.raises(RanksMissing) as caught:
@@ -63,15 +65,18 @@ def test_a_check_ends_the_wait(board):
     def check():
         raise KeyError("a peer has gone")
 
+    first = transports(board)[0]
+    first.begin(encode(HEADER, 0, StepRecord()))
     with pytest.raises(KeyError):
-        transports(board)[0].begin(encode(HEADER, 0, StepRecord())).wait(5.0, check)
+        first.wait(5.0, check)
 
 
 def test_unlike_records_are_received_and_named_on_both_ranks(board):
     group = transports(board)
     wires = [encode(HEADER, 0, StepRecord(1)), encode(HEADER, 0, StepRecord(2)), encode_message(b"something else")]
-    pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
-    for mine, exchange in list(zip(wires, pending, strict=True))[:2]:
+    for transport, wire in zip(group, wires, strict=True):
+        transport.begin(wire)
+    for mine, exchange in list(zip(wires, group, strict=True))[:2]:
         with pytest.raises(RankMismatchError, match="rank 2 sent a record that is damaged"):
             decode(exchange.wait(1.0), mine, StepRecord)
 
@@ -80,19 +85,21 @@ def test_records_of_unlike_lengths_are_received(board):
     group = transports(board)
     said = [StepRecord(1), StepRecord(2**40), StepRecord(3)]
     wires = [encode(HEADER, 0, record) for record in said]
-    pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
-    for mine, exchange in zip(wires, pending, strict=True):
-        assert decode(exchange.wait(1.0), mine, StepRecord).records == tuple(said)
+    for transport, wire in zip(group, wires, strict=True):
+        transport.begin(wire)
+    for mine, transport in zip(wires, group, strict=True):
+        assert decode(transport.wait(1.0), mine, StepRecord).records == tuple(said)
 
 
 def test_a_wish_is_seen_before_one_begins(board):
     group = transports(board)
     assert not any(transport.wanted() for transport in group)
-    pending = [group[1].begin(encode(HEADER, 0, StepRecord(4)))]
+    group[1].begin(encode(HEADER, 0, StepRecord(4)))
     assert [transport.wanted() for transport in group] == [True, False, True]
-    pending += [group[rank].begin(encode(HEADER, 0, StepRecord())) for rank in (0, 2)]
-    for exchange in pending:
-        exchange.wait(1.0)
+    for rank in (0, 2):
+        group[rank].begin(encode(HEADER, 0, StepRecord()))
+    for transport in group:
+        transport.wait(1.0)
     assert not any(transport.wanted() for transport in group)
 
 
@@ -100,9 +107,10 @@ def test_the_sequence_number_wraps(board):
     group = [SharedMemoryTransport(board, rank, sequence=2**32 - 2) for rank in range(3)]
     for step in range(4):
         wires = [encode(HEADER, step, StepRecord(rank)) for rank in range(3)]
-        pending = [transport.begin(wire) for transport, wire in zip(group, wires, strict=True)]
-        for mine, exchange in zip(wires, pending, strict=True):
-            assert decode(exchange.wait(1.0), mine, StepRecord).column("num_tokens") == (0, 1, 2)
+        for transport, wire in zip(group, wires, strict=True):
+            transport.begin(wire)
+        for mine, transport in zip(wires, group, strict=True):
+            assert decode(transport.wait(1.0), mine, StepRecord).column("num_tokens") == (0, 1, 2)
 
 
 @given(st.integers(0, 11), st.integers(0, 2**32 - 1))
@@ -111,7 +119,8 @@ def test_a_record_of_which_one_word_is_missing_is_not_taken(index, stale_tag):
     board.unlink()
     group = transports(board)
     wires = [encode(HEADER, 0, StepRecord(5)), encode(HEADER, 0, StepRecord(6))]
-    pending = group[0].begin(wires[0])
+    pending = group[0]
+    pending.begin(wires[0])
     group[1].begin(wires[1])
     word = board.exchange_offset(0, 1, 1) // 8 + index
     whole = board.words[word]
@@ -128,11 +137,11 @@ def test_whatever_stands_on_the_board_ends_in_a_sentence(garbage):
     board.unlink()
     transport = SharedMemoryTransport(board, 0)
     mine = encode(HEADER, 0, StepRecord(1))
-    pending = transport.begin(mine)
+    transport.begin(mine)
     start = board.exchange_offset(0, 1, 1)
     board.bytes[start : start + len(garbage)] = garbage
     with pytest.raises((RanksMissing, RankMismatchError)):
-        decode(pending.wait(0.001), mine, StepRecord)
+        decode(transport.wait(0.001), mine, StepRecord)
 
 
 def test_threads_of_many_ranks_agree_ten_thousand_times():
@@ -144,7 +153,8 @@ def test_threads_of_many_ranks_agree_ten_thousand_times():
         transport = SharedMemoryTransport(board, rank)
         for step in range(2500):
             mine = encode(HEADER, step, StepRecord(step * 4 + rank))
-            counts = decode(transport.begin(mine).wait(20), mine, StepRecord).column("num_tokens")
+            transport.begin(mine)
+            counts = decode(transport.wait(20), mine, StepRecord).column("num_tokens")
             if counts != tuple(step * 4 + other for other in range(4)):
                 wrong.append((rank, step, counts))
 
@@ -200,9 +210,9 @@ def test_process_states(board):
     assert becomes("gone")  # a zombie: its parent has not asked yet
     child.wait()
     assert board.process(1).state() == "gone"
-    board.register(1, identity._replace(pid=os.getpid()))  # the number was given to another process
+    board.register(1, ProcessIdentity(os.getpid(), *identity[1:]))  # the number was given to another process
     assert board.process(1).state() == "gone"
-    board.register(1, identity._replace(namespace=identity.namespace + 1))  # numbers of another container
+    board.register(1, ProcessIdentity(*identity[:2], identity.namespace + 1))  # numbers of another container
     assert board.process(1).state() == "unknown"
 
 
@@ -234,7 +244,7 @@ def test_without_proc_only_the_kernel_itself_says_that_a_process_is_gone(tmp_pat
     child.kill()
     child.wait()
     assert [identity.state(proc) for proc in unreadable] == ["gone"] * 3
-    assert identity._replace(pid=2**70).state(tmp_path) == "unknown"
+    assert ProcessIdentity(2**70, *identity[1:]).state(tmp_path) == "unknown"
 
 
 @pytest.mark.parametrize(

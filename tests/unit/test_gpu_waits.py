@@ -216,7 +216,7 @@ def test_a_step_that_never_ends_names_the_rank_and_ends_nccl(ranks):
 
 
 def test_a_process_that_is_gone_ends_the_wait_at_once(ranks):
-    ranks.board.register(1, ProcessIdentity.own()._replace(pid=2**22 + 1))  # a process number that nobody has
+    ranks.board.register(1, ProcessIdentity(2**22 + 1, *ProcessIdentity.own()[1:]))  # a process number that nobody has
     issued = step_of(ranks, Event(None), deadline_s=30.0)
     started = time.monotonic()
     with pytest.raises(RankAbsentError, match="is gone"):

@@ -1,22 +1,34 @@
-"""A board in shared memory on which the ranks of one host write what they say, where they are, and their last words.
+"""Boards on which ranks write what they say, where they are, and their last words: in shared memory, or in a store.
 
-No locks and no fences: every 8-byte word is written whole, and what belongs together carries a number that tells the
-reader whether it is complete. A rank may be killed between any two words.
+In shared memory, of one host, are no locks and no fences: every 8-byte word is written whole, and what belongs together
+carries a number that tells the reader whether it is complete. A rank may be killed between any two words.
 """
 
 import contextlib
+import json
+import logging
 import mmap
 import os
 import re
 import secrets
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from lockstep.coordination.flight_recorder import FlightRecorder
 from lockstep.coordination.processes import ProcessIdentity, pid_namespace
+from lockstep.coordination.waits import within
 from lockstep.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LANES = 2
 """Exchanges that may be under way at the same time: agreements, and comparisons of collectives."""
@@ -24,6 +36,9 @@ EXCHANGE_BYTES = 512
 """Room for one rank's words in one exchange: 64 words of 8 bytes, each half payload, half sequence number."""
 LAST_WORDS_BYTES = 2048
 
+_PUBLISH_S = 0.5
+_ROLL_CALL_S = 0.5
+_STORE_S = 0.9
 _FOLDER = "/dev/shm"
 _NAME = re.compile(r"lockstep-(\d+)-(\d+)-[0-9a-f]{32}")
 _MAGIC = 0x3144524F4142534C
@@ -53,7 +68,11 @@ class Board:
         """Make a board, or raise an `OSError`; boards that killed processes left behind half-made are removed."""
         if sys.byteorder != "little":
             raise OSError("boards are written for machines whose lowest byte comes first")
-        _remove_orphans()
+        for path in Path(_FOLDER).glob("lockstep-*"):
+            match = _NAME.fullmatch(path.name)
+            if match and ProcessIdentity(int(match[2]), 0, int(match[1])).state() == "gone":
+                with contextlib.suppress(OSError):
+                    path.unlink()
         name = f"lockstep-{pid_namespace()}-{os.getpid()}-{secrets.token_hex(16)}"
         descriptor = os.open(f"{_FOLDER}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
@@ -171,10 +190,82 @@ def _status(rank: int) -> int:
     return (_HEADER_BYTES + rank * _RANK_BYTES) // 8
 
 
-def _remove_orphans() -> None:
-    """Remove boards whose maker was killed before all ranks had attached."""
-    for path in Path(_FOLDER).glob("lockstep-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and ProcessIdentity(int(match[2]), 0, int(match[1])).state() == "gone":
-            with contextlib.suppress(OSError):
-                path.unlink()
+class StoreBoard:
+    """Places and last words of an epoch's ranks on several hosts, late, and only as long as their torch store lives.
+
+    A store that has once not answered is not asked again.
+    """
+
+    def __init__(self, store: "dist.Store", recorder: FlightRecorder) -> None:
+        self._store = store
+        self._recorder = recorder
+        self._answers = True
+        self._closed = threading.Event()
+        threading.Thread(target=self._publish, name="lockstep-peers", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop publishing where this rank is."""
+        self._closed.set()
+
+    def process(self, _rank: int) -> ProcessIdentity:
+        """Return that nothing is known of a rank's process."""
+        return ProcessIdentity(0, 0, 0)
+
+    def place(self, rank: int) -> tuple[int, float]:
+        """Return what a rank last published of its place, 0 for nothing, and how many seconds ago it came there."""
+        published = self._ask(lambda: self._read(self._key("place", rank)))
+        try:
+            place, since = json.loads(published or b"[0, 0]")
+            return int(place), max(0.0, time.time() - since)
+        except (ValueError, TypeError):
+            return 0, 0.0
+
+    def say_last_words(self, rank: int, message: bytes) -> None:
+        """Publish why this rank stops."""
+        self._ask(lambda: self._store.set(self._key("last words", rank), message.decode()))
+
+    def last_words(self, rank: int) -> bytes | None:
+        """Return why a rank has stopped, or None if it has not said so."""
+        return self._ask(lambda: self._read(self._key("last words", rank)))
+
+    def roll_call(self) -> tuple[int, ...]:
+        """Return the ranks that do not answer now: all that have ended their wait too are there."""
+        what, store, own = f"roll/{self._recorder.step}", self._store, self._recorder.rank
+        keys = [self._key(what, rank) for rank in range(self._recorder.num_ranks)]
+
+        def call() -> tuple[int, ...]:
+            store.set(keys[own], "here")
+            until = time.monotonic() + _ROLL_CALL_S
+            while True:
+                missing = tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
+                if not missing or time.monotonic() > until:
+                    return missing
+                time.sleep(0.02)
+
+        return self._ask(call) or ()
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"{what}/{self._recorder.epoch}/{rank}"
+
+    def _read(self, key: str) -> bytes | None:
+        return self._store.get(key) if self._store.check([key]) else None
+
+    def _ask(self, call: Callable[[], T]) -> T | None:
+        """Ask the store; it may have died with the rank that kept it."""
+        if self._answers:
+            try:
+                return within(call, _STORE_S)
+            except (RuntimeError, TimeoutError) as error:
+                self._answers = False
+                logger.warning("rank %d: the store does not answer: %s", self._recorder.rank, error)
+        return None
+
+    def _publish(self) -> None:
+        wait_s = 0.0
+        while not self._closed.wait(wait_s):
+            wait_s = _PUBLISH_S
+            entry = json.dumps([self._recorder.place, time.time() - self._recorder.idle_s])
+            try:
+                self._store.set(self._key("place", self._recorder.rank), entry)
+            except RuntimeError:
+                return

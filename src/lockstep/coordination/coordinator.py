@@ -156,9 +156,12 @@ class Coordinator:
     def _exchange(self, wire: Wire) -> Sequence[Wire]:
         started = time.perf_counter()
         try:
-            return self.transport.begin(wire).wait(self.deadline_s, self.peers.check)
+            self.transport.begin(wire)
+            return self.transport.wait(self.deadline_s, self.peers.check)
         except (LockstepError, TimeoutError, ConnectionError) as error:
             what = f"the agreement of step {self.step - 1} (epoch {self._header.epoch})"
-            absent = self.peers.end_of_wait(what, started, self.deadline_s, error)
-            self._close(absent)
-            raise absent from error
+            try:
+                self.peers.end_wait(what, started, self.deadline_s, error)
+            except LockstepError as absent:
+                self._close(absent)
+                raise

@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from lockstep.coordination.board import Board
 from lockstep.coordination.environment import environment_number
-from lockstep.coordination.meeting import MeetingPlace
+from lockstep.coordination.meeting import MeetingPlace, Whereabouts
 from lockstep.coordination.transports import Transport, open_transport
 from lockstep.coordination.waits import first_line, wait_until, within
 from lockstep.coordination.watched_group import WatchedGroup, watched_group
-from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
 

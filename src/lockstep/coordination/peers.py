@@ -4,9 +4,9 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lockstep.coordination.board import LAST_WORDS_BYTES, Board
+from lockstep.coordination.board import LAST_WORDS_BYTES, Board, StoreBoard
 from lockstep.coordination.flight_recorder import (
     IN_LAYER,
     FlightRecorder,
@@ -16,9 +16,7 @@ from lockstep.coordination.flight_recorder import (
     unpack_place,
 )
 from lockstep.coordination.step import odd_ones_out
-from lockstep.coordination.store_board import StoreBoard
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
-from lockstep.coordination.waits import not_ended
 from lockstep.coordination.wire import MESSAGE_BYTES, decode_message, encode_message
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
 
@@ -113,9 +111,10 @@ class Peers:
             self._comparisons = ProcessGroupTransport(group)
         started, wire = time.perf_counter(), encode_message(mine.encode()[:MESSAGE_BYTES])
         try:
-            received = self._comparisons.begin(wire).wait(deadline_s, self.check)
+            self._comparisons.begin(wire)
+            received = self._comparisons.wait(deadline_s, self.check)
         except (LockstepError, TimeoutError, ConnectionError) as error:
-            raise self.end_of_wait(mine, started, deadline_s, error) from error
+            self.end_wait(mine, started, deadline_s, error)
         if any(other != received[0] for other in received):
             texts = [decode_message(other).decode(errors="replace") for other in received]
             listed = "; ".join(f"rank {name}: {text}" for name, text in zip(self.processes, texts, strict=True))
@@ -145,14 +144,15 @@ class Peers:
             if gone:
                 raise self.absent(f"{self.recorder.doing} there is no use in waiting on", (rank,))
 
-    def end_of_wait(
+    def end_wait(
         self, what: str, started: float, deadline_s: float, error: Exception, among: Sequence[int] = ()
-    ) -> Exception:
-        """Return the error for a wait that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
+    ) -> NoReturn:
+        """Raise what a wait ends with that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
         if isinstance(error, LockstepError):  # another rank has ended it
-            return error
+            raise error
         ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
-        return self.absent(not_ended(what, started, deadline_s, error), ranks, among)
+        after = f"after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s"
+        raise self.absent(f"{what} did not end {after}: {error}", ranks, among) from error
 
     def absent(self, waited_for: str, ranks: Sequence[int] = (), among: Sequence[int] = ()) -> LockstepError:
         """Return the error for a wait that did not end, naming who is missing and where each was last seen.
@@ -161,8 +161,8 @@ class Peers:
         the other ranks learn that this one has given up. `ranks` are known not to have come; otherwise those are found
         out that are behind this one, among those that it waited for.
         """
-        for rank in self._others if self._notices is not None else ():
-            words = self._notices.last_words(rank)
+        for rank in self._others:
+            words = self._notices.last_words(rank) if self._notices is not None else None
             if words is not None:
                 return self._after_last_words(rank, words)
         if self._has_gone_on_alone():

@@ -162,7 +162,7 @@ def decide(
         return StepDecision(said, (0,) * (num_ranks // tensor_parallel_size), values)
     if tensor_parallel_size == 1:
         return StepDecision(said, num_tokens, values)
-    counts = []
+    counts: list[int] = []
     for start in range(0, num_ranks, tensor_parallel_size):
         group = num_tokens[start : start + tensor_parallel_size]
         if min(group) > 0 and len(set(group)) > 1:

@@ -3,7 +3,6 @@
 import contextlib
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -19,25 +18,21 @@ _MASK = 0xFFFFFFFF
 _ONE_ABOVE = b"\0\0\0\0\1\0\0\0"  # a word with 1 in its upper half
 
 
-class Pending(Protocol):
-    """An exchange that is under way."""
-
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
-        """Return what every rank sent, `[ranks]`. After an interruption it may be called again.
-
-        `check`, called from time to time, ends the wait by raising. `RanksMissing`, or another `TimeoutError`: not all
-        came. `ConnectionError`: a peer's connection broke.
-        """
-
-
 class Transport(Protocol):
     """One exchange at a time among the ranks of a group; `can_watch` says whether `wanted` can tell."""
 
     num_ranks: int
     can_watch: bool
 
-    def begin(self, wire: Wire) -> Pending:
+    def begin(self, wire: Wire) -> None:
         """Send this rank's words, at most `WORDS`, and return at once."""
+
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
+        """Return what every rank has sent, `[ranks]`. After an interruption it may be called again.
+
+        `check`, called from time to time, ends the wait by raising. `RanksMissing`, or another `TimeoutError`: not all
+        came. `ConnectionError`: a peer's connection broke.
+        """
 
     def wanted(self) -> bool:
         """Return whether another rank has begun an exchange that this one has not; False where that is not known."""
@@ -61,32 +56,27 @@ class ProcessGroupTransport:
         self.num_ranks = process_group.size()
         self._device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
 
-    def begin(self, wire: Wire) -> "_PendingAllGather":
+    def begin(self, wire: Wire) -> None:
         """See `Transport`."""
         # Always the same length, so that even two unlike records can be told apart.
         words = bytearray(wire.ljust(WORD_BYTES * WORDS, b"\0"))
-        mine = torch.frombuffer(words, dtype=torch.int64).to(self._device)
-        everyones = torch.empty(self.num_ranks, WORDS, dtype=torch.int64, device=self._device)
+        self._mine = torch.frombuffer(words, dtype=torch.int64).to(self._device)  # kept: the transfer reads it
+        self._everyones = torch.empty(self.num_ranks, WORDS, dtype=torch.int64, device=self._device)
         try:
-            work = dist.all_gather(list(everyones), mine, group=self.process_group, async_op=True)
+            self._work: dist.Work = dist.all_gather(
+                list(self._everyones), self._mine, group=self.process_group, async_op=True
+            )
         except RuntimeError as error:
             raise ConnectionError(f"the exchange could not be started: {first_line(error)}") from error
-        return _PendingAllGather(work, mine, everyones)
+
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
+        """See `Transport`."""
+        wait_for(self._work, timeout_s, check)
+        return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self._everyones.tolist()]
 
     def wanted(self) -> bool:
         """See `Transport`."""
         return False
-
-
-@dataclass
-class _PendingAllGather:
-    work: dist.Work
-    mine: torch.Tensor  # kept: the transfer reads it until it is done
-    everyones: torch.Tensor
-
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
-        wait_for(self.work, timeout_s, check)
-        return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self.everyones.tolist()]
 
 
 class SharedMemoryTransport:
@@ -101,38 +91,79 @@ class SharedMemoryTransport:
     can_watch = True
 
     def __init__(self, board: Board, rank: int, lane: int = 0, sequence: int = 0) -> None:
-        self.board = board
-        self.rank = rank
-        self.num_ranks = board.num_ranks
+        self.board, self.rank, self.num_ranks = board, rank, board.num_ranks
         # Where each rank's words begin, `[parity][rank]`, in bytes.
-        self.starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
+        self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
         # A rank that looks without pause must not keep another from answering.
-        self.spin_ns = SPIN_NS if board.cores_suffice() else 0
-        self._sequence = sequence
+        self._spin_ns = SPIN_NS if board.cores_suffice() else 0
+        self._sequence, self._wire, self._stamped = sequence, b"", b""
         self._shape: Callable[[int], _RecordShape] = cache(lambda size: _RecordShape(board.num_ranks, size))
 
-    def begin(self, wire: Wire) -> "_PendingBoard":
+    def begin(self, wire: Wire) -> None:
         """See `Transport`."""
         sequence = self._sequence = self._sequence + 1 & _MASK
-        size, starts = len(wire), self.starts[sequence & 1]
-        shape = self._shape(size)
-        stamped = (int.from_bytes(wire, "little") | sequence * shape.stamp).to_bytes(size, "little")
-        self.board.bytes[starts[self.rank] : starts[self.rank] + size] = stamped
-        return _PendingBoard(self, shape, sequence, starts, wire[:HEAD_BYTES], stamped[:HEAD_BYTES])
+        size, start = len(wire), self._starts[sequence & 1][self.rank]
+        stamps = sequence * self._shape(size).stamp
+        self._wire, self._stamped = wire, (int.from_bytes(wire, "little") | stamps).to_bytes(size, "little")
+        self.board.bytes[start : start + size] = self._stamped
+
+    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
+        """See `Transport`."""
+        received: Sequence[Wire] | None = self._take()
+        if received is not None:
+            return received
+        lookout = Lookout(timeout_s, check, self._spin_ns)
+        words, sequence, starts = self.board.words, self._sequence, self._starts[self._sequence & 1]
+        awaited = [(start + len(self._wire)) // WORD_BYTES - 1 for start in starts]  # each rank's last word
+        try:
+            while received is None:
+                slept = lookout.pause()
+                while awaited and words[awaited[-1]] >> 32 == sequence:
+                    awaited.pop()
+                if slept or not awaited:
+                    received = self._take()
+                if slept and received is None and len(whole := self._whole()) == self.num_ranks:
+                    received = list(whole.values())  # their heads differ: the ranks will say in what
+        except LockstepError:  # of `check`
+            raise
+        except TimeoutError as error:
+            missing = sorted(set(range(self.num_ranks)) - self._whole().keys())
+            raise RanksMissing(str(error), tuple(missing)) from None
+        return received
+
+    def _take(self) -> Alike | None:
+        """Return the records of all ranks, if all have come with this rank's head."""
+        shape, sequence = self._shape(len(self._wire)), self._sequence
+        parts = shape.on_board.unpack_from(self.board.bytes, self._starts[sequence & 1][0])
+        if parts[::2].count(self._stamped[:HEAD_BYTES]) != self.num_ranks:
+            return None
+        # All words at once: what is left in the upper halves is of an earlier exchange.
+        words = int.from_bytes(b"".join(parts[1::2]), "little") ^ sequence * shape.stamps
+        if words & shape.upper_halves:
+            return None
+        return Alike(self._wire[:HEAD_BYTES], words.to_bytes(shape.body_bytes, "little"), self.num_ranks)
+
+    def _whole(self) -> dict[int, Wire]:
+        """Return the records that have come whole, whatever they are, by rank."""
+        wires = {}
+        for rank, start in enumerate(self._starts[self._sequence & 1]):
+            wire = cut(bytes(self.board.bytes[start : start + WORD_BYTES * WORDS]))
+            uppers = struct.unpack(f"<{len(wire) // 4}I", wire)[1::2]
+            if uppers.count(self._sequence) == len(uppers):
+                wires[rank] = wire
+        return wires
 
     def wanted(self) -> bool:
         """See `Transport`."""
         following = self._sequence + 1 & _MASK
-        words, starts = self.board.words, self.starts[following & 1]
         # This rank's own words there are of an earlier exchange.
-        return any(words[start // WORD_BYTES] >> 32 == following for start in starts)
+        return any(self.board.words[start // WORD_BYTES] >> 32 == following for start in self._starts[following & 1])
 
 
 class _RecordShape:
     """What is worked out once for records of one size, from all ranks."""
 
     def __init__(self, num_ranks: int, size: int) -> None:
-        self.size = size
         self.on_board = struct.Struct(num_ranks * f"{HEAD_BYTES}s{size - HEAD_BYTES}s{EXCHANGE_BYTES - size}x")
         self.body_bytes = num_ranks * (size - HEAD_BYTES)
         self.stamp = int.from_bytes(_ONE_ABOVE * (size // WORD_BYTES), "little")
@@ -140,80 +171,25 @@ class _RecordShape:
         self.upper_halves = self.stamps * _MASK
 
 
-@dataclass(slots=True)
-class _PendingBoard:
-    transport: SharedMemoryTransport
-    shape: _RecordShape
-    sequence: int
-    starts: list[int]
-    own_head: bytes
-    stamped_head: bytes
-
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
-        received: Sequence[Wire] | None = self._take()
-        if received is not None:
-            return received
-        lookout = Lookout(timeout_s, check, self.transport.spin_ns)
-        words, sequence = self.transport.board.words, self.sequence
-        awaited = [(start + self.shape.size) // WORD_BYTES - 1 for start in self.starts]  # each rank's last word
-        try:
-            while received is None:
-                slept = lookout.pause()
-                while awaited and words[awaited[-1]] >> 32 == sequence:
-                    awaited.pop()
-                if slept or not awaited:
-                    received = self._take() or (self._take_all() if slept else None)
-        except LockstepError:  # of `check`
-            raise
-        except TimeoutError as error:
-            missing = tuple(rank for rank, wire in enumerate(self._whole()) if wire is None)
-            raise RanksMissing(str(error), missing) from None
-        return received
-
-    def _take(self) -> Alike | None:
-        """Return the records of all ranks, if all have come with this rank's head."""
-        shape, transport = self.shape, self.transport
-        parts = shape.on_board.unpack_from(transport.board.bytes, self.starts[0])
-        if parts[::2].count(self.stamped_head) != transport.num_ranks:
-            return None
-        # All words at once: what is left in the upper halves is of an earlier exchange.
-        words = int.from_bytes(b"".join(parts[1::2]), "little") ^ self.sequence * shape.stamps
-        if words & shape.upper_halves:
-            return None
-        return Alike(self.own_head, words.to_bytes(shape.body_bytes, "little"), transport.num_ranks)
-
-    def _take_all(self) -> Sequence[Wire] | None:
-        """Return the records of all ranks whatever they are: if their heads differ, the ranks will say in what."""
-        wires = [wire for wire in self._whole() if wire is not None]
-        return wires if len(wires) == len(self.starts) else None
-
-    def _whole(self) -> list[Wire | None]:
-        """Return each rank's record as far as it has come whole."""
-        wires: list[Wire | None] = []
-        for start in self.starts:
-            wire = cut(bytes(self.transport.board.bytes[start : start + WORD_BYTES * WORDS]))
-            uppers = struct.unpack(f"<{len(wire) // 4}I", wire)[1::2]
-            wires.append(wire if uppers.count(self.sequence) == len(uppers) else None)
-        return wires
-
-
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
     """Return the fastest transport of a gloo group, and its board if that is shared memory. Collective.
 
-    It is shared memory if all ranks share a host. Raises as `Pending.wait`.
+    It is shared memory if all ranks share a host. Raises as `Transport.wait`.
     """
     transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
     try:
         if rank == 0:
             with contextlib.suppress(OSError):  # no shared memory here, or none left: the group does as well
                 board = Board.create(transport.num_ranks)
-        name = decode_message(transport.begin(encode_message(board.name.encode() if board else b"")).wait(timeout_s)[0])
+        transport.begin(encode_message(board.name.encode() if board else b""))
+        name = decode_message(transport.wait(timeout_s)[0])
         if rank != 0 and name:
             with contextlib.suppress(OSError, ValueError):  # another host, or a container with memory of its own
                 board = Board.attach(name.decode(errors="replace"), transport.num_ranks)
         if board is not None:
             board.register(rank)
-        votes = transport.begin(encode_message(b"yes" if board is not None else b"no")).wait(timeout_s)
+        transport.begin(encode_message(b"yes" if board is not None else b"no"))
+        votes = transport.wait(timeout_s)
     finally:
         if rank == 0 and board is not None:
             board.unlink()

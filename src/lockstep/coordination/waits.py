@@ -33,10 +33,10 @@ _waited = threading.local()
 
 
 class Lookout:
-    """The pauses of one wait that looks again and again whether something has come.
+    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps.
 
-    It looks without pause at first, then gives way to other threads, and then sleeps between looks: for a share of what
-    it has waited, so that it ends late by no more than that. `check`, called every 0.1 s, ends the wait by raising.
+    A sleep is a share of what it has waited, so that it ends late by no more than that. `check`, called every 0.1 s,
+    ends the wait by raising.
     """
 
     def __init__(self, timeout_s: float, check: Callable[[], None] | None, spin_ns: int = SPIN_NS) -> None:
@@ -116,11 +116,6 @@ def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], floa
             raise TimeoutError(f"no answer within {seconds:.3g} s")
         futures.wait([outcome], left_s)
     return outcome.result()
-
-
-def not_ended(what: str, started: float, deadline_s: float, error: Exception) -> str:
-    """Return the sentence for a wait that `error` has ended; `started` by `time.perf_counter`."""
-    return f"{what} did not end after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s: {error}"
 
 
 def first_line(error: BaseException) -> str:
@@ -219,10 +214,8 @@ def _await(
             return  # most of that wait was for this rank's own GPU
         wait_for(work, deadline_s, check)
         count_wait(started)
-    except LockstepError:  # another rank has ended the wait
-        raise
-    except (TimeoutError, ConnectionError) as error:
-        waited_for = not_ended(name, started, deadline_s, error)
+    except (LockstepError, TimeoutError, ConnectionError) as error:
         if watch is not None:
-            raise watch.peers.absent(waited_for, among=watch.members) from error
-        raise RankAbsentError(f"rank {group.rank()}: {waited_for}; its group is not used again") from error
+            watch.peers.end_wait(name, started, deadline_s, error, watch.members)
+        text = f"rank {group.rank()}: {name} did not end within {deadline_s:g} s: {error}; its group is not used again"
+        raise RankAbsentError(text) from error

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.waits import await_work, peers_of
-from lockstep.coordination.whereabouts import Whereabouts
 from lockstep.errors import RankAbsentError
 
 _BACKEND = "lockstep_watched"

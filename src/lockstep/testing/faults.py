@@ -15,9 +15,9 @@ import torch
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import IN_LAYER, Phase
+from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.transports import Pending, Transport
-from lockstep.coordination.whereabouts import Whereabouts
+from lockstep.coordination.transports import Transport
 from lockstep.coordination.wire import HEAD_BYTES, WORD_BYTES, Wire, seal
 from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
 from lockstep.errors import ConfigurationError
@@ -183,13 +183,14 @@ class _ChangedWires:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.num_ranks, self.can_watch, self.wanted = transport.num_ranks, transport.can_watch, transport.wanted
+        self.num_ranks, self.can_watch = transport.num_ranks, transport.can_watch
+        self.wait, self.wanted = transport.wait, transport.wanted
         self.change: Callable[[Wire], Wire] | None = None
 
-    def begin(self, wire: Wire) -> Pending:
+    def begin(self, wire: Wire) -> None:
         """See `Transport`."""
         change, self.change = self.change, None
-        return self.transport.begin(wire if change is None else change(wire))
+        self.transport.begin(wire if change is None else change(wire))
 
 
 def _one_row_more(wire: Wire) -> Wire:
