@@ -220,7 +220,7 @@ def test_the_command(peers):
     assert "thread MainThread" in CliRunner().invoke(app, ["postmortem", "--stacks", *paths]).output
 
 
-def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, monkeypatch, command_line):
+def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, command_line):
     paths = recorded(peers)
     folder = paths[0].parent
     earlier = folder / "lockstep-rank0-epoch0-earlier.jsonl"
@@ -229,16 +229,15 @@ def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, 
     (folder / "lockstep-rank1-of-somebody.jsonl").write_text("[1]")
     os.mkfifo(folder / "lockstep-rank2-pipe.jsonl")
     (folder / "thesis.jsonl").write_text("[1]")
-    for arguments in ([folder], []):
-        monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-        code, shown, _ = command_line("postmortem", *arguments)
-        assert code == 0
-        assert "3 of 3 ranks left a flight recorder" in shown
-        assert "3 files of other failures in the same folder are left out" in shown
+    for arguments in ([str(folder)], []):
+        result = CliRunner().invoke(app, ["postmortem", *arguments], env={FOLDER_VARIABLE: str(folder)})
+        assert result.exit_code == 0
+        assert "3 of 3 ranks left a flight recorder" in result.output
+        assert "3 files of other failures in the same folder are left out" in result.output
     (tmp_path / "empty").mkdir()
     code, _, stderr = command_line("postmortem", tmp_path / "empty")
     assert code == 2
-    assert f"ranks write them when one fails, into {folder}" in stderr
+    assert f"ranks write them when one fails, into {postmortem.recorder_folder()}" in stderr
     assert command_line("postmortem", folder / "lockstep-rank2-pipe.jsonl")[0] == 2  # and does not wait for a writer
 
 
@@ -273,16 +272,18 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(peers, tmp_path
         read_recorder(torn)
 
 
-def test_files_of_other_runs_and_too_large_ones(peers, tmp_path, monkeypatch):
+def test_files_of_other_runs_and_too_large_ones(peers, tmp_path):
     files = [read_recorder(path) for path in recorded(peers)]
-    other = Peers(0, 4, epoch=2).recorder.write_file("x")
+    recorder = Peers(0, 4, epoch=2).recorder
+    recorder.folder = tmp_path
     with pytest.raises(ConfigurationError, match=r"runs with \[3, 4\] ranks"):
-        postmortem_document([*files, read_recorder(other)])
+        postmortem_document([*files, read_recorder(recorder.write_file("x"))])
     with pytest.raises(ConfigurationError, match="at least one"):
         postmortem_document([])
-    monkeypatch.setattr(postmortem, "_MOST_BYTES", 100)
-    with pytest.raises(ConfigurationError, match="has at most 100 bytes"):
-        read_recorder(other)
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(b" " * (2**24 + 1))
+    with pytest.raises(ConfigurationError, match="has at most 16777216 bytes"):
+        read_recorder(large)
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path):

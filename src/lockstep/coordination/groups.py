@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import functools
 import hashlib
 import itertools
 import logging
@@ -171,11 +172,9 @@ def find_group(
 
 def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> None:
     """Open the default group of a start by torchrun, or by anything that sets the same variables."""
-    rank = environment_number("RANK", 0, world_size - 1, environment=environment)
-    host, port = (
-        environment.get("MASTER_ADDR", ""),
-        environment_number("MASTER_PORT", 0, 65535, environment=environment),
-    )
+    number = functools.partial(environment_number, environment=environment)
+    rank, port = number("RANK", 0, world_size - 1), number("MASTER_PORT", 0, 65535)
+    host = environment.get("MASTER_ADDR", "")
     if not host or (rank == 0 and not _is_a_host(host)):  # others may hear of rank 0's name later
         raise ConfigurationError(f"the environment variable MASTER_ADDR must name a host, got {host!r:.200}")
     limit = datetime.timedelta(seconds=limit_s)
@@ -187,8 +186,8 @@ def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> N
             )
         # That of torchrun's agent, with keys of this start's own: the agent may keep one store over restarts, and ranks
         # would look for each other at the addresses of those that died.
-        number = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"lockstep/start-{number}", dist.TCPStore(host, port, is_master=False, timeout=limit))
+        restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"lockstep/start-{restarts}", dist.TCPStore(host, port, is_master=False, timeout=limit))
 
     try:
         # torch looks for a host without a name for longer than it is told to.

@@ -123,7 +123,8 @@ class Session:
                     pause_s = min(2 * pause_s, _PAUSE_S[1])
                 self._ctrl_c.hold()
         except BaseException:
-            self._release()
+            if self._owner == threading.get_ident():
+                self._release()
             self._ctrl_c.let_go()
             raise
 
@@ -203,8 +204,7 @@ class Session:
 
     def _release(self) -> None:
         with self._changed:
-            if self._owner == threading.get_ident():
-                self._owner = None
+            self._owner = None
             self._changed.notify_all()
 
     def _walk(self, num_tokens: int | None, since: float = 0.0) -> tuple[StepDecision, bool]:
@@ -279,10 +279,8 @@ class HeldBackInterrupt:
 
     def hold(self) -> None:
         """Begin to hold it back; once more does nothing."""
-        if self._handler is not None or threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):  # otherwise the signal is ignored, or ends the process
+        handler = signal.getsignal(signal.SIGINT)  # none to call: the signal is ignored, or ends the process
+        if self._handler is None and callable(handler) and threading.current_thread() is threading.main_thread():
             self._came = False
             signal.signal(signal.SIGINT, self._on_signal)  # raises here if it has come already: nothing is held then
             self._handler = handler
@@ -290,13 +288,11 @@ class HeldBackInterrupt:
     def let_go(self) -> None:
         """Hand on what was held back, and hold back no more."""
         handler = self._handler
-        if handler is None or threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGINT, handler)
-        self._handler = None
-        if self._came:
-            self._came = False
-            handler(signal.SIGINT, None)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+            self._handler = None
+            if self._came:
+                handler(signal.SIGINT, None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._came and self._handler is not None:

@@ -28,8 +28,6 @@ Action = Literal[
     "raise", "exit", "kill", "stop", "delay", "ctrl_c", "skip", "swap", "wrong_size", "wrong_count", "corrupted_header",
     "other_protocol",
 ]  # fmt: skip
-PHASES: tuple[FaultPhase, ...] = get_args(FaultPhase)
-ACTIONS: tuple[Action, ...] = get_args(Action)
 _PHASES_OF = {
     **dict.fromkeys(("wrong_count", "corrupted_header", "other_protocol"), ("agreement",)),
     **dict.fromkeys(("skip", "swap", "wrong_size"), ("dispatch", "combine")),
@@ -68,11 +66,10 @@ class Fault:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise ConfigurationError(f"phase must be one of {PHASES}, got {self.phase!r}")
-        if self.action not in ACTIONS:
-            raise ConfigurationError(f"action must be one of {ACTIONS}, got {self.action!r}")
-        if self.phase not in (phases := _PHASES_OF.get(self.action, PHASES)):
+        phases = _PHASES_OF.get(self.action, get_args(FaultPhase))
+        if self.action not in get_args(Action):
+            raise ConfigurationError(f"action must be one of {get_args(Action)}, got {self.action!r}")
+        if self.phase not in phases:
             raise ConfigurationError(f"{self.action} belongs to phase {' or '.join(phases)}, got {self.phase!r}")
 
 
