@@ -41,12 +41,7 @@ class DecodeWorkspace:
 
 
 def attention_name(device: torch.device | str) -> str:
-    """Return which kernels attend on this device, and why, as one line for a report.
-
-    Example:
-        >>> attention_name("cpu")
-        'scaled_dot_product_attention (the Triton kernels need a CUDA GPU)'
-    """
+    """Return which kernels attend on this device, and why, as one line for a report."""
     reason = _why_gathered(torch.device(device).type)
     return "Triton over pages" if reason is None else f"scaled_dot_product_attention ({reason})"
 
@@ -55,10 +50,7 @@ def decode_workspace(
     max_rows: int, num_heads: int, num_kv_heads: int, value_dim: int, device: torch.device | str,
     *, programs: int | None = None,
 ) -> DecodeWorkspace | None:  # fmt: skip
-    """Return memory for `attend_decode` calls of up to `max_rows` rows: all layers of a model can share it.
-
-    `programs` is the size of the kernel's grid, None for the largest that is used. None where a device needs none.
-    """
+    """Return memory, if a device needs any, for `attend_decode` calls of up to `max_rows` rows; layers can share it."""
     device = torch.device(device)
     workspace: DecodeWorkspace | None = _implementation(device.type).decode_workspace(
         max_rows, num_heads, num_kv_heads, value_dim, device, programs
@@ -67,10 +59,7 @@ def decode_workspace(
 
 
 def write_keys(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
-    """Store new rows' keys and values, `[rows, num_kv_heads, head_dim or value_dim]`, in their pages.
-
-    `slots` are page * 64 + place in the page, distinct, `[rows]` int32 or int64; a row with a negative one is dropped.
-    """
+    """Store rows' keys and values, `[rows, num_kv_heads, ..]`, at `slots`: page * 64 + place; negative ones nowhere."""
     if key.shape[0]:
         _implementation(key.device.type).write_keys(key, value, key_pages, value_pages, slots)
 
@@ -88,18 +77,14 @@ def attend_decode(
         query: `[rows, num_heads, head_dim]`.
         key_pages: `[num_pages, 64, num_kv_heads, head_dim]`.
         value_pages: `[num_pages, 64, num_kv_heads, value_dim]`.
-        block_table: page numbers per request, `[max_seqs, max_pages]` int32; entries beyond a request's length are
-            not looked at.
-        row_seqs: each row's row of the block table, `[rows]` int32; -1 for a padding row.
+        block_table: pages of each request, `[max_seqs, max_pages]` int32; those beyond its length are not looked at.
+        row_seqs: each row's row of the block table, `[rows]` int32; -1 for a padding row, whose output is zeros.
         lengths: how many keys each row sees, its own included, `[rows]` int32; 0 gives zeros.
         options: of the layer.
         out: contiguous `[rows, num_heads, value_dim]`, written if given.
         workspace: from `decode_workspace`; None makes one for this call.
         tables_ready: the launch just before this one (`write_keys`, usually) wrote neither `row_seqs` nor `lengths`.
             The kernel then reads them while that launch ends, about 1 us earlier.
-
-    Returns:
-        `[rows, num_heads, value_dim]`; padding rows are zeros.
     """
     out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if query.shape[0]:
@@ -116,9 +101,8 @@ def attend_prompts(
     """Attend with the last rows of some requests, packed; their own keys are in pages already.
 
     Row `j` of a request with `n` rows and length `l` is at position `l - n + j` and sees the keys up to its own. `seqs`
-    are the requests' rows of the block table, `[n]` int32; `cu_rows` where their rows begin, and their end, `[n + 1]`
-    int32 (rows of `query` outside are not touched); `lengths` their keys, own rows included, `[n]` int32. Everything
-    else is as for `attend_decode`.
+    are rows of the block table, `[n]`; `cu_rows` where their rows of `query` begin, and their end, `[n + 1]`; `lengths`
+    their keys, own rows included, `[n]`; all int32. Everything else is as for `attend_decode`.
     """
     out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if query.shape[0]:

@@ -56,10 +56,7 @@ _probed: ContextVar[dict[int, tuple[KVShape, torch.dtype]] | None] = ContextVar(
 
 
 def attend(query: Tensor, layer: int, rows: Rows, cache: KVCache, options: AttentionOptions) -> Tensor:
-    """Attend with all rows of a step, whose keys are in their pages already.
-
-    From `query`, `[num_rows, heads, head_dim]`, to `[num_rows, heads, value_dim]`.
-    """
+    """Attend with all rows of a step, whose keys are in pages: `[num_rows, heads, head_dim]` to `[.., value_dim]`."""
     pages = cache.key_pages[layer], cache.value_pages[layer], cache.block_table
     output = query.new_empty(*query.shape[:2], pages[1].shape[3])
     if split := rows.num_decode:
@@ -72,10 +69,7 @@ def attend(query: Tensor, layer: int, rows: Rows, cache: KVCache, options: Atten
 
 
 class TransformersDecoder:
-    """Runs a Transformers model over packed rows by its own forward pass, with attention over pages.
-
-    The model stays usable otherwise: outside a call of this object, its attention is that of any batch.
-    """
+    """Runs a Transformers model over packed rows by its own forward pass. Outside of a call, the model stays usable."""
 
     name = "Transformers'"
 

@@ -48,11 +48,7 @@ class EngineRequest:
 
 
 class DeviceStep:
-    """Runs the steps of one rank on its device.
-
-    A model that is spread over ranks has `parallel`. `decoder` runs a forward pass; `graphs` are of its steps, None
-    where there are none.
-    """
+    """Runs the steps of one rank on its device: `decoder` one forward pass, `graphs`, if there are any, whole steps."""
 
     def __init__(
         self, model: Any, parallel: ModelParallel | None, cache: KVCache, sampler: Sampler, config: SchedulerConfig,
@@ -98,7 +94,7 @@ class DeviceStep:
         """Issue a step's forward pass and its sampling, for the requests of the schedule's entries, in order.
 
         Without entries it only takes part in what the other ranks do; `step` is None in a single process. Returns the
-        tokens, in the order of the entries that sample, or None where none does; and whether a graph was replayed.
+        tokens of the entries that sample, or None where none does, and whether a graph was replayed.
         """
         captures = self.graphs is not None and step is not None and step.captures
         entries, num_decode = schedule.entries, schedule.num_decode_tokens
@@ -132,8 +128,12 @@ class DeviceStep:
 
     def _run_eagerly(self, host: HostRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of the sampled rows, their rows of the block table, and the positions of the next tokens."""
+        # Copied at once, in the order of the stream.
         lists = host.ids, host.positions, host.row_seqs, host.sampled, host.prompts, host.cu_rows, host.lengths
-        ids, positions, row_seqs, sampled, *prompts = self._to_device(*lists)
+        packed = torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int32)
+        if self._device.type == "cuda":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        ids, positions, row_seqs, sampled, *prompts = packed.split([len(part) for part in lists])
         rows, sampled = self.lay_out(ids, positions, row_seqs), sampled.long()
         if host.prompts:
             rows = replace(rows, num_decode=host.num_decode, prompts=Prompts(*prompts), sampled=sampled)
@@ -152,14 +152,6 @@ class DeviceStep:
         slots = torch.where(real, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
         lengths = torch.where(real, positions + 1, 0)
         return Rows(ids, positions.long(), row_seqs, lengths, slots, num_decode=len(row_seqs))
-
-    def _to_device(self, *parts: Sequence[int]) -> list[Tensor]:
-        """Copy lists of small integers to the device at once, in the order of the stream; int32."""
-        lengths = [len(part) for part in parts]
-        packed = torch.tensor(list(itertools.chain.from_iterable(parts)), dtype=torch.int32)
-        if self._device.type == "cuda":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
-        return list(packed.split(lengths))
 
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: list[int]) -> Sampled:
         """Draw a token for each row of `logits`, and start its way to the host."""

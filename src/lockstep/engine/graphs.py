@@ -30,10 +30,7 @@ T = TypeVar("T")
 
 @dataclass
 class HostRows:
-    """A step's rows as plain integers, as in `Rows`, and its `prompts`, `cu_rows` and `lengths`, as in `Prompts`.
-
-    A token of -1 is the one that the row's request drew last.
-    """
+    """A step's rows as plain integers, as in `Rows` and `Prompts`; a token of -1 is the one its request drew last."""
 
     num_decode: int
     ids: list[int] = field(default_factory=list)
@@ -46,23 +43,13 @@ class HostRows:
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Return how many rows the graphs have room for: 0, the powers of two, and `max_rows`.
-
-    Example:
-        >>> graph_sizes(100)
-        [0, 1, 2, 4, 8, 16, 32, 64, 100]
-    """
+    """Return how many rows the graphs have room for: 0, the powers of two, and `max_rows`."""
     powers = (2**i for i in itertools.count())
     return [0, *itertools.takewhile(lambda size: size < max_rows, powers), max_rows]
 
 
 def mixed_sizes(max_rows: int) -> list[int]:
-    """Return how many rows the graphs of steps with prompts have room for: at most a quarter more than are there.
-
-    Example:
-        >>> mixed_sizes(200)
-        [64, 80, 96, 112, 128, 160, 192, 200]
-    """
+    """Return how many rows graphs with prompts have room for, at most a quarter more than needed: 64, 80, 96, ..."""
     steps = (size for i in itertools.count(6) for size in range(2**i, 2 ** (i + 1), 2**i // 4))
     return [*itertools.takewhile(lambda size: size < max_rows, steps), max_rows]
 
@@ -94,10 +81,7 @@ class EngineGraphs:
         self._device = device
 
     def capture(self) -> None:
-        """Capture all graphs, the largest first, so that the smaller ones fit into its memory. Collective.
-
-        Each pass first runs as it is, without real rows, which loads its kernels.
-        """
+        """Capture all graphs, the largest first: the others use its memory. Collective; each pass runs once before."""
         for many in (True, False):
             for size in reversed(self._sizes):
                 with self._begin(size, many, self._inputs) as step:

@@ -44,10 +44,7 @@ class KVCache:
 
     Pages are handed out and taken back on the host, at once; the table in device memory follows at `flush`, in the
     order of the stream. So a page may be given to another request while a step that reads it still runs: whoever writes
-    to it does so in a later step.
-
-    Pages of a prompt's beginning can be known by a key: `remember`, `share`, `forget`. The scheduler decides which ones
-    are; here that is carried out.
+    to it does so in a later step. Pages of a prompt's beginning can be known by a key, as the scheduler decides.
 
     With `num_pages` None, it begins with a few and doubles them when they run out, which needs a device without graphs.
     """
@@ -115,7 +112,7 @@ class KVCache:
         self._pages[row] = []
 
     def share(self, row: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Let a request without pages begin with known ones, whose tokens have to be those that `remember` got."""
+        """Let a request without pages begin with known ones, which have to hold the same tokens, 4 bytes each."""
         for index, key in enumerate(keys):
             known = self._known[key]
             if known.token_ids != _page_of(token_ids, index):
@@ -125,10 +122,9 @@ class KVCache:
             self._changes[row * self._width + index] = known.page
 
     def remember(self, row: int, first: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Note that the step issued last has filled pages of a request, from its page `first` on.
+        """Note that the step issued last has filled pages of a request from `first` on; `token_ids` are of its prompt.
 
-        `token_ids` are of the whole prompt, 4 bytes each. Where another request has filled an equal page, both hold
-        that one from the next step on.
+        Where another request has filled an equal page, both hold that one from the next step on.
         """
         pages = self._pages[row]
         for index, key in enumerate(keys, first):

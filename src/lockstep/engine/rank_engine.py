@@ -21,6 +21,7 @@ from lockstep.engine.limits import Limits
 from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.config import ParallelConfig
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
@@ -138,8 +139,11 @@ class RankEngine:
             limit = f"at most the model's context of {context}"
             raise ConfigurationError(f"max_model_len must be {limit}, got {max_model_len}")
         shapes, dtype = probe_shapes(model)
-        config = self._without_unsupported(config, model.config.get_text_config())
-        total_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization, max_len)
+        if config.enable_prefix_caching and self._has_windows():
+            config = dataclasses.replace(config, enable_prefix_caching=False)
+        total_pages = config.num_kv_pages
+        if total_pages is None and self._device.type == "cuda":
+            total_pages = self._agree_on_pages(config, page_bytes(shapes, dtype), gpu_memory_utilization, max_len)
         if total_pages is not None:
             config = dataclasses.replace(config, kv_capacity_tokens=total_pages * PAGE_SIZE)
         self.config = config
@@ -149,15 +153,16 @@ class RankEngine:
         self._eos = frozenset(eos_token_ids)
         sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
         self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, config, graphs)
-        ranks = self.parallel.config.data_parallel_size if self.parallel is not None else 1
+        ranks = ParallelConfig() if self.parallel is None else self.parallel.config
+        self._tp_size, first = ranks.tensor_parallel_size, ranks.data_parallel_rank * ranks.tensor_parallel_size
+        self._alike = slice(first, first + self._tp_size)  # ranks with the same requests
         self.state = SchedulerState()
-        self.states = [self.state] * ranks
-        self.num_tokens_across_dp = (0,) * ranks
+        self.states = [self.state] * ranks.data_parallel_size
+        self.num_tokens_across_dp = (0,) * ranks.data_parallel_size
         self.all_stopped = False
         self.messages_alike = True
         self.elapsed_ms = 0
-        self._tp_size = self.parallel.config.tensor_parallel_size if self.parallel is not None else 1
-        self._num_messages: Sequence[int] = [0] * (ranks * self._tp_size)
+        self._num_messages: Sequence[int] = [0] * ranks.world_size
         self.step_number = 0
         self.reports: list[StepReport] = []
         self._requests: dict[int, EngineRequest] = {}
@@ -189,10 +194,9 @@ class RankEngine:
         self.scheduler.add(request, self.step_number, keys)
 
     def abort(self, request_id: int, *, missing_ok: bool = False) -> None:
-        """Let a request go. It may have rows in steps that are agreed already; their tokens are dropped.
+        """Let a request go; a number of no unfinished one is an error unless `missing_ok`.
 
-        Raises:
-            ConfigurationError: no unfinished request has this number, unless `missing_ok`.
+        It may have rows in steps that are agreed already; their tokens are dropped.
         """
         if request := self._requests.pop(request_id, None):
             self._leave(request)
@@ -225,10 +229,7 @@ class RankEngine:
 
     def num_messages_everywhere(self, received: int) -> int:
         """Return how many messages all ranks with the same requests have got, this one `received`: those to act on."""
-        if self.parallel is None or self._tp_size == 1:
-            return received
-        first = self.parallel.config.data_parallel_rank * self._tp_size
-        return min(self._num_messages[first : first + self._tp_size])
+        return min(self._num_messages[self._alike]) if self.shares_requests else received
 
     @property
     def shares_requests(self) -> bool:
@@ -320,8 +321,7 @@ class RankEngine:
         self.states = [SchedulerState(*row) for row in zip(*columns, strict=True)]
         self.all_stopped = not decision.values["unfinished"]
         self._num_messages = decision.values["num_messages"]
-        first = self.parallel.config.data_parallel_rank * self._tp_size
-        self.messages_alike = len(set(decision.values["messages_check"][first : first + self._tp_size])) == 1
+        self.messages_alike = len(set(decision.values["messages_check"][self._alike])) == 1
         self.elapsed_ms = max(self.elapsed_ms, decision.values["elapsed_ms"])
         self.num_tokens_across_dp = decision.num_tokens_across_dp
         return decision
@@ -345,23 +345,18 @@ class RankEngine:
             self._device_step.unseat(request)
         return flight
 
-    def _without_unsupported(self, config: SchedulerConfig, text_config: Any) -> SchedulerConfig:
-        """Return the limits without prefix pages where the model has layers that see a window of keys only."""
-        kinds = getattr(text_config, "layer_types", None)
-        windows = set(kinds) != {"full_attention"} if kinds else bool(getattr(text_config, "sliding_window", None))
-        if not (config.enable_prefix_caching and windows):
-            return config
-        if self.parallel is None or self.parallel.config.rank == 0:
+    def _has_windows(self) -> bool:
+        """Whether the model has layers that see a window of keys only: their pages are not shared, which is said."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        windows = set(kinds) != {"full_attention"} if kinds else bool(getattr(config, "sliding_window", None))
+        if windows and (self.parallel is None or self.parallel.config.rank == 0):
             text = "prefix caching is off: %s has layers with sliding windows, whose pages are not shared"
             logger.warning(text, type(self.model).__name__)
-        return dataclasses.replace(config, enable_prefix_caching=False)
+        return windows
 
-    def _agree_on_pages(
-        self, config: SchedulerConfig, bytes_of_page: int, utilization: float, max_model_len: int
-    ) -> int | None:
-        """Return how many pages every rank has room for; None for as many as are needed."""
-        if config.num_kv_pages is not None or self._device.type != "cuda":
-            return config.num_kv_pages
+    def _agree_on_pages(self, config: SchedulerConfig, bytes_of_page: int, utilization: float, max_len: int) -> int:
+        """Return how many pages every rank's GPU has room for."""
         free, total = torch.cuda.mem_get_info(self._device)
         room = free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         # What a step's own tensors may need beside the cache, roughly: logits and the like.
@@ -375,7 +370,7 @@ class RankEngine:
                 f"no room for a KV cache: {room / 2**30:.1f} GiB of the GPU are free, and gpu_memory_utilization "
                 f"{utilization:g} leaves {(1 - utilization) * total / 2**30:.1f} GiB of them unused"
             )
-        return min(pages, config.max_num_seqs * num_pages(max_model_len))
+        return min(pages, config.max_num_seqs * num_pages(max_len))
 
     def _collect(self, flight: _Flight | None) -> list[TokenOutput]:
         """Wait for a step's tokens, on a GPU at most until the deadline; end the requests that they end."""
@@ -395,22 +390,18 @@ class RankEngine:
             if self._requests.get(request.request_id) is not request:
                 flight.report.overrun_rows += 1
                 continue
-            position = len(request.generated)
             request.generated.append(token)
-            reason = self._finish_reason(request, token)
-            logprob, top = flight.drawn.logprobs_of(row, request.params.logprobs)
-            outputs.append(TokenOutput(request.request_id, position, token, logprob, top, reason))
+            params, count = request.params, len(request.generated)
+            ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+            reason = "length" if count == params.max_tokens else None
+            if ends and count >= params.min_tokens:
+                reason = "stop"
+            logprob, top = flight.drawn.logprobs_of(row, params.logprobs)
+            outputs.append(TokenOutput(request.request_id, count - 1, token, logprob, top, reason))
             if reason is not None:
                 del self._requests[request.request_id]
                 self._leave(request)
         return outputs
-
-    def _finish_reason(self, request: EngineRequest, token: int) -> str | None:
-        params, count = request.params, len(request.generated)
-        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if ends and count >= params.min_tokens:
-            return "stop"
-        return "length" if count == params.max_tokens else None
 
     def _leave(self, request: EngineRequest) -> None:
         """Take a request out of the schedule, if it is still there, and its pages back."""

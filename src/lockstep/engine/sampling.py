@@ -86,8 +86,8 @@ class Sampler:
     """Draws tokens for one rank. Parameters live on the device, one row per slot.
 
     All work is issued on the current stream and nothing waits for it: call `set` and `sample` on one stream.
-    `min_tokens` holds `eos_token_ids` back besides the request's own. Rows that read the whole vocabulary several times
-    go in chunks of `chunk_logits`, which bounds their memory whatever the batch.
+    `min_tokens` holds `eos_token_ids` back besides the request's own. Passes over the whole vocabulary take
+    `chunk_logits` at a time, which bounds their memory.
     """
 
     def __init__(
@@ -118,10 +118,9 @@ class Sampler:
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], generated: Sequence[int] = ()
     ) -> None:
-        """Give a slot to a request, whose `stop_token_ids` are below `vocab_size`.
+        """Give a slot to a request, whose `stop_token_ids` are below `vocab_size`; `seed` replaces the parameters' own.
 
-        `seed` takes the place of the parameters' own; `generated` are tokens from before the request was preempted. The
-        number of tokens in `prompt` places `min_tokens`.
+        `generated` are tokens from before it was preempted. The number of tokens in `prompt` places `min_tokens`.
         """
         if params.has_penalties:
             self._count(slot, prompt, generated)
@@ -145,10 +144,7 @@ class Sampler:
         (self._asking.discard if params.logprobs is None else self._asking.add)(slot)
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Take every path once with all slots in use: later steps load no kernel and need no more memory than this.
-
-        Comes before requests. The token counts of penalties are not allocated.
-        """
+        """Take every path once with all slots, before requests: later steps load no kernel and need no more memory."""
         slots = torch.arange(self.max_num_seqs, device=self.device)
         logits = torch.zeros(self.max_num_seqs, self.vocab_size, dtype=dtype, device=self.device)
         for params in _ONE_OF_EACH_PATH:
@@ -165,14 +161,10 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: Sequence[int]) -> Sampled:
-        """Draw one token per row. Reads nothing back and does not change `logits`.
+        """Draw one token per row of `[rows, vocab_size]`, any float type. Reads nothing back, leaves `logits` alone.
 
-        Args:
-            logits: `[rows, vocab_size]`, any float type.
-            slots: `[rows]` integers on the device, the slot of each row; -1 for padding. A slot has at most one row.
-            positions: `[rows]` integers on the device, the position of the token to draw: the first after a prompt of
-                5 tokens has position 5.
-            host_slots: the same slots on the host.
+        `slots` are the rows' on the device, `host_slots` on the host, -1 for padding; a slot has at most one row.
+        `positions` are of the tokens to draw, on the device: the first after a prompt of 5 tokens has position 5.
         """
         num_rows = len(host_slots)
         if logits.shape != (num_rows, self.vocab_size):
@@ -184,8 +176,12 @@ class Sampler:
                 if kind is None:
                     raise ConfigurationError(f"slot {slot} of row {row} has no request")
                 groups.setdefault(kind, []).append(row)
-        if any(kind != _GREEDY for kind in groups):
-            self._bring_changes()
+        if self._changes and any(kind != _GREEDY for kind in groups):
+            changed = self._upload(list(self._changes), torch.int64)
+            floats, ints = zip(*self._changes.values(), strict=True)
+            self._floats.index_copy_(0, changed, self._upload(floats, torch.float64))
+            self._ints.index_copy_(0, changed, self._upload(ints, torch.int64))
+            self._changes = {}
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         for kind, rows in groups.items():
             for chunk in [rows] if kind == _GREEDY else self._chunks(rows):
@@ -197,14 +193,6 @@ class Sampler:
                     tokens[index] = chosen
         return self._with_logprobs(logits, tokens, host_slots)
 
-    def _bring_changes(self) -> None:
-        if self._changes:
-            slots = self._upload(list(self._changes), torch.int64)
-            floats, ints = zip(*self._changes.values(), strict=True)
-            self._floats.index_copy_(0, slots, self._upload(floats, torch.float64))
-            self._ints.index_copy_(0, slots, self._upload(ints, torch.int64))
-            self._changes = {}
-
     def _sample_group(
         self, kind: _Kind, logits: Tensor, slots: Tensor, positions: Tensor, params: list[SamplingParams]
     ) -> Tensor:
@@ -215,7 +203,9 @@ class Sampler:
         if kind.penalties or kind.min_tokens:
             logits = logits.float()
         if kind.min_tokens:
-            logits = self._hold_back_stops(logits, slots, positions < ints[:, _FREE_FROM])
+            held, ids = positions < ints[:, _FREE_FROM], self._stop_ids.index_select(0, slots)
+            # Rows past their min_tokens write back what they have; so do ids that fill up a shorter list.
+            logits = logits.scatter(1, ids, logits.gather(1, ids).masked_fill_(held[:, None], -torch.inf))
         if kind.penalties:
             logits = self._penalise(logits, slots, floats)
         if kind.path == "greedy":
@@ -258,11 +248,6 @@ class Sampler:
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(seen, repeated, logits)
         return logits.sub_(counts * frequency).sub_(generated * presence)
-
-    def _hold_back_stops(self, logits: Tensor, slots: Tensor, held: Tensor) -> Tensor:
-        ids = self._stop_ids.index_select(0, slots)
-        # Rows that are past their min_tokens write back what they have; so do ids that fill up a shorter list.
-        return logits.scatter(1, ids, logits.gather(1, ids).masked_fill_(held[:, None], -torch.inf))
 
     def _with_logprobs(self, logits: Tensor, tokens: Tensor, host_slots: Sequence[int]) -> Sampled:
         if self._asking.isdisjoint(host_slots):
@@ -331,20 +316,12 @@ _ONE_OF_EACH_PATH = (
 
 
 def seed_key(seed: int) -> int:
-    """Return the start of a seed's random numbers: a signed 64-bit integer, mixed, so that near seeds are apart.
-
-    Example:
-        >>> seed_key(0) != seed_key(1)
-        True
-    """
+    """Return the start of a seed's random numbers: a signed 64-bit integer, mixed, so that near seeds are apart."""
     return int(_mix(torch.tensor(_signed((seed + _GOLDEN) & _MASK64))).item())
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """Return the random number of each row, a hash of its key and position: the same bits on every device.
-
-    From `seed_key` and positions >= 0, `[rows]` each, to `[rows]` float64 in `[0, 1)`, multiples of 2**-53.
-    """
+    """Return each row's random number, a hash of key and position: `[rows]` float64 in `[0, 1)`, the same anywhere."""
     state = (positions.long() + 1) * _signed(_GOLDEN) + keys
     return _shift(_mix(state), 11).double() * 2.0**-53
 
@@ -401,10 +378,9 @@ def _weights(values: Tensor, largest: Tensor, temperature: Tensor, min_p: Tensor
 
 
 def draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Return the place of the drawn token among weights in descending order, `[rows]`.
+    """Return the place of the drawn token among weights in descending order, `[rows, tokens]` int64, sums below 2**52.
 
-    Weights are `[rows, tokens]` int64, each row's sum below 2**52, draws in `[0, 1)`. The smallest prefix that has the
-    share `top_p` of the first `top_k` weights is kept.
+    The smallest prefix that has the share `top_p` of the first `top_k` weights is kept; draws are in `[0, 1)`.
     """
     last = weights.shape[1] - 1
     sums = weights.cumsum(-1)

@@ -66,10 +66,7 @@ class StopChecker:
     Text that may be the beginning of a stop string waits until that is known. The text does not depend on how it is cut
     into tokens: the stop string that completes first ends it, the longest of several that complete together, and the
     text ends before that string. A stop token has no text. Stop strings that complete within the first `min_tokens`
-    tokens are text like any other.
-
-    `eos_token_ids` end a request unless `ignore_eos` is set. Without a detokenizer all texts are empty, and stop
-    strings are refused.
+    tokens are text like any other. Without a detokenizer all texts are empty, and stop strings are refused.
 
     Example:
         >>> from lockstep.models.tiny import byte_tokenizer
@@ -102,10 +99,7 @@ class StopChecker:
         return self._pieces[0] if self._pieces else ""
 
     def push(self, token_id: int) -> TextDelta:
-        """Take the next token; return the text that it adds and, if it is the last one, why.
-
-        A token after the end, of an overrun row, is dropped.
-        """
+        """Take the next token; return what it adds. One after the end, of an overrun row, is dropped."""
         if self.finish_reason is not None:
             return TextDelta()
         self.token_ids.append(token_id)
@@ -116,7 +110,8 @@ class StopChecker:
             if token_id in self._stop_token_ids:
                 return self._end("stop", token_id)
         text = self._match(self._stream.push(token_id) if self._stream is not None else "")
-        if self.finish_reason is None and count > self._params.min_tokens and self._completes_with_open_text():
+        looks_on = self.finish_reason is None and count > self._params.min_tokens and self._params.stop_strings
+        if looks_on and self._stream is not None and self._matcher.would_match(self._stream.open_text()):
             return self._end("stop", None, text)
         if self.finish_reason is None and count >= self._params.max_tokens:
             return self._end("length", None, text)
@@ -132,10 +127,6 @@ class StopChecker:
         if found is not None:
             self.finish_reason, self.stop_reason = "stop", found
         return text
-
-    def _completes_with_open_text(self) -> bool:
-        stream = self._stream if self._params.stop_strings else None
-        return stream is not None and self._matcher.would_match(stream.open_text())
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None, text: str = "") -> TextDelta:
         self.finish_reason, self.stop_reason = reason, stop_reason
@@ -165,10 +156,7 @@ class _StopMatcher:
         self.found = False
 
     def push(self, text: str, *, ignore: bool = False) -> tuple[str, str | None]:
-        """Return the text that may leave, and the string that was found, if any; then nothing follows.
-
-        With `ignore`, strings that complete in `text` are text like any other.
-        """
+        """Return the text that may leave, and the string that was found, unless `ignore`; then nothing follows."""
         if not any(self._states) and self._first_characters.isdisjoint(text):
             return text, None
         waited = self.rest()

@@ -31,13 +31,6 @@ class Detokenizer:
 
     Each token costs the same, however long the text is. `clean_up_tokenization_spaces` is not applied: it would change
     text that has left already. Transformers ignores it too, for byte-pair tokenizers.
-
-    Example:
-        >>> from lockstep.models.tiny import byte_tokenizer
-        >>> tokenizer = byte_tokenizer()
-        >>> stream = Detokenizer(tokenizer).stream()
-        >>> [stream.push(token) for token in tokenizer.encode("a€")], stream.flush()
-        (['a', '', '', '€'], '')
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -60,10 +60,7 @@ class LoadBalancer:
         self._next = 0
 
     def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
-        """Return the rank of each request that arrives before a step, from every rank's state, as agreed last.
-
-        What the earlier of `requests` add to their rank's load is counted in.
-        """
+        """Return the rank of each arriving request from every rank's state; what earlier ones add is counted in."""
         if self._policy == "round-robin":
             first = self._next
             self._next = (first + len(requests)) % self._num_ranks

@@ -105,8 +105,7 @@ class RankScheduler:
     def add(self, request: Request, step: int, page_keys: Sequence[PageKey] | None = None) -> None:
         """Put a request with an unused id at the end of the queue before `step` is planned; it may run from then on.
 
-        `page_keys` are of whole pages of its prompt, from the first on; None takes those of its `block_ids`. A request
-        that can never fit into the KV cache is refused.
+        `page_keys` are of whole pages of its prompt, from the first on; None takes those of its `block_ids`.
         """
         if request.request_id in self:
             raise ConfigurationError(f"request {request.request_id} is already there and not finished")
@@ -123,13 +122,16 @@ class RankScheduler:
         self._kv_tokens += request.num_kv_tokens
 
     def next_step(self, step: int, run_prefills: bool = True, list_entries: bool = True) -> Schedule:
-        """Plan a step, above the last one, and take it as done.
+        """Plan a step, above the last one, and take it as done; without `run_prefills` all prompts are held.
 
-        `run_prefills` is the answer of `prefills_run`; False holds all prompts. Callers that only count may leave out
-        steps (`skip_to`), and with `list_entries=False` the entries that generate.
+        Callers that only count may leave out steps (`skip_to`), and with `list_entries=False` the entries that
+        generate.
         """
         self.skip_to(step)
-        preempted = self._take_decode_pages(step)
+        preempted = []
+        while self._pages.needed(step) > self._pages.num_free:
+            preempted.append(self._preempt())
+        self._take(self._pages.needed(step))
         self._step = step
         num_decode, decode_context = self._num_decoding, self._context_base + step * self._num_decoding
         entries = []
@@ -161,7 +163,7 @@ class RankScheduler:
             num_waiting_for_kv=self._num_waiting_for_kv(),
             prefills_held=held,
             finished=finished,
-            preempted=preempted,
+            preempted=tuple(preempted),
             prefill_context_tokens=prefill_context,
             decode_context_tokens=decode_context,
             prefix_hits=tuple(hits),
@@ -169,10 +171,9 @@ class RankScheduler:
         )
 
     def stop(self, request_ids: Iterable[int]) -> None:
-        """Let unfinished requests end before their last token: by a stop token or string, or because they were aborted.
+        """Let unfinished requests end before their last token; the rows of the step planned last stay planned.
 
-        Call it between two steps; the rows of the step planned last stay planned. Requests that reach `max_new_tokens`
-        leave by themselves, in the step that samples their last token: `request_id in scheduler` tells.
+        Requests that reach `max_new_tokens` leave by themselves, in the step that samples their last token.
         """
         for request_id in request_ids:
             if request_id in self._decoding:
@@ -204,10 +205,7 @@ class RankScheduler:
         return self._num_decoding, self._context_base, has_prompts, self._first_arrival()
 
     def pages_change_at(self) -> int | None:
-        """Return the next step that a simulation must visit for the sake of pages, while the rank only generates.
-
-        In it pages run out, or after it the first prompt could run no more. None where neither will happen.
-        """
+        """Return the next step in which pages run out, or after which the first prompt could run no more, or None."""
         if not self._is_limited:
             return None
         pages, following = self._pages, self._step + 1
@@ -288,14 +286,6 @@ class RankScheduler:
         """Give the pages of a request with `num_cached` tokens in the cache back, as far as nobody else holds them."""
         keys = sequence.page_keys[: num_cached // PAGE_SIZE]
         self._pages.free(num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys))
-
-    def _take_decode_pages(self, step: int) -> tuple[int, ...]:
-        """Give the requests that generate the pages of `step`; return whom that preempts."""
-        preempted = []
-        while self._pages.needed(step) > self._pages.num_free:
-            preempted.append(self._preempt())
-        self._take(self._pages.needed(step))
-        return tuple(preempted)
 
     def _preempt(self) -> int:
         """Send the request admitted last back to the front of the queue; return its id."""

@@ -45,14 +45,8 @@ class Request:
 def block_page_keys(request: Request) -> tuple[PageKey, ...]:
     """Return the keys of a prompt's whole pages where only the ids of its blocks are known.
 
-    A page's key is made of the ids of all blocks up to the one that its last token is in. Pages behind the last known
-    block have none.
-
-    Example:
-        >>> a = block_page_keys(Request(0, 0.0, 130, 1, block_ids=(7, 8), block_size=64))
-        >>> b = block_page_keys(Request(1, 0.0, 500, 1, block_ids=(7, 9), block_size=64))
-        >>> len(a), a[0] == b[0], a[1] == b[1]
-        (2, True, False)
+    A page's key is made of the ids of all blocks up to the one that its last token is in; pages behind the last have
+    none.
     """
     chain: list[bytes] = []
     key = b""
@@ -67,14 +61,9 @@ def block_page_keys(request: Request) -> tuple[PageKey, ...]:
 
 
 def random_prompt_ids(request: Request, vocab_size: int, seed: int) -> list[int]:
-    """Return token ids in `0..vocab_size-1` for a request whose text is not known.
+    """Return token ids for a request whose text is not known, from the seed and the request alone.
 
-    They depend on the seed and the request alone, never on the rank that computes it or on its neighbours. Pages with
-    equal `block_page_keys` get equal ids.
-
-    Example:
-        >>> random_prompt_ids(Request(7, 0.0, 4, 1), vocab_size=256, seed=0)
-        [165, 77, 202, 24]
+    Pages with equal `block_page_keys` get equal ids.
     """
     ids: list[int] = []
     for key in block_page_keys(request):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import stat
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lockstep.errors import ConfigurationError
 
@@ -42,30 +40,6 @@ class LineError(ValueError):
     """What is wrong with one line."""
 
 
-class _Unpacked(io.RawIOBase):
-    """A gzip file's content, refused once it is longer than a trace of the file's size can be."""
-
-    def __init__(self, path: Path, packed: io.BufferedIOBase, packed_bytes: int, limits: ReadLimits) -> None:
-        self._path = path
-        self._content = gzip.GzipFile(fileobj=packed)
-        self._limit = limits.unpacked_bytes + limits.unpacked_ratio * packed_bytes
-        self._ratio = limits.unpacked_ratio
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        num_bytes = self._content.readinto1(buffer)
-        self._num_bytes += num_bytes
-        if self._num_bytes > self._limit:
-            raise ConfigurationError(
-                f"{self._path} unpacks to more than {self._limit:,} bytes, over {self._ratio} times its size: "
-                "no trace does"
-            )
-        return num_bytes
-
-
 def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | LineError]]:
     """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
     status = path.stat()
@@ -80,10 +54,8 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
         for magic, what in _OTHER_FILES.items():
             if start.startswith(magic):
                 raise ConfigurationError(f"{path} is {what}; a workload is UTF-8 text, plain or packed with gzip")
-        stream: io.BufferedIOBase = raw
-        if start.startswith(b"\x1f\x8b"):
-            stream = io.BufferedReader(_Unpacked(path, raw, status.st_size, limits))
-        number = 0
+        stream = gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
+        number, most_bytes = 0, limits.unpacked_bytes + limits.unpacked_ratio * status.st_size
         while True:
             try:
                 line = stream.readline(limits.line_bytes)
@@ -95,6 +67,12 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
                 raise
             if not line:
                 return
+            most_bytes -= len(line)
+            if most_bytes < 0:
+                limit = f"{limits.unpacked_bytes + limits.unpacked_ratio * status.st_size:,} bytes"
+                raise ConfigurationError(
+                    f"{path} unpacks to more than {limit}, over {limits.unpacked_ratio} times its size: no trace does"
+                )
             if len(line) == limits.line_bytes and not line.endswith(b"\n"):
                 raise ConfigurationError(
                     f"{path}: line {number + 1} is longer than {limits.line_bytes} bytes, the most that a line of a "

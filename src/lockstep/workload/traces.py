@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
@@ -25,7 +26,6 @@ _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
 _MOONCAKE_BLOCK_SIZE = 512
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_Row = str | dict[str, object]
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
     "mooncake-jsonl": 'a JSON object with "timestamp" (ms, >= 0), "input_length" and "output_length" (integers >= 1) '
@@ -33,6 +33,7 @@ _EXPECTED = {
     "prompts-jsonl": 'a JSON object with "prompt" (text, not empty), "max_new_tokens" (integer >= 1) and, if wanted, '
     '"arrival_s" (seconds, >= 0)',
 }
+_EXPECTED_ANY = "one of: " + "; ".join(_EXPECTED.values())
 
 
 @dataclass(frozen=True)
@@ -126,139 +127,112 @@ def load_trace(
         ConfigurationError: for a file that is no trace, exceeds the limits, or has too many malformed lines; names the
             file, the first such lines and what was expected.
     """
-    options = options or WorkloadOptions()
+    source, options, limits = str(path), options or WorkloadOptions(), limits or ReadLimits()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
-    limits = limits or ReadLimits()
-    reader = _Reader(str(path), options, count_tokens, limits)
+    kind, found, malformed, num_malformed = "", [], [], 0
     # A cell may be as long as a line: prompts stand in some traces. The limit is the process's own, so it is put back.
     cell_limit = csv.field_size_limit(limits.line_bytes)
     try:
-        reader.read(numbered_lines(Path(path), limits))
+        for number, kind, row in _rows(Path(path), limits):
+            try:
+                found.append(_request(kind, row, options, count_tokens))
+            except LineError as error:
+                num_malformed += 1
+                if num_malformed <= _NUM_NAMED_LINES:
+                    malformed.append(MalformedLine(number, str(error), _EXPECTED.get(kind, _EXPECTED_ANY)))
+            if len(found) > limits.rows:
+                most = f"{limits.rows:,} requests, the most that are read"
+                raise ConfigurationError(f"{source} has more than {most}: num_requests takes the first N")
+            if len(found) == options.num_requests:
+                break
     finally:
         csv.field_size_limit(cell_limit)
-    return reader.finish()
+    named = "; ".join(str(line) for line in malformed[:3])
+    if not found:
+        why = named or f"the file has no rows; expected {_EXPECTED_ANY}"
+        raise ConfigurationError(f"{source}: no request could be read: {why}")
+    num_lines = len(found) + num_malformed
+    if num_malformed > max(1, int(options.max_malformed_share * num_lines)):
+        share = f"the share max_malformed_share={options.max_malformed_share}"
+        raise ConfigurationError(
+            f"{source}: {num_malformed} of {num_lines} lines are malformed, more than {share}: {named}"
+        )
+    # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
+    found.sort(key=lambda request: request[0])
+    requests = [
+        Request(index, (arrival - found[0][0]) / options.rate_scale, *others)
+        for index, (arrival, *others) in enumerate(found)
+    ]
+    return Trace(source, kind, requests, num_malformed, malformed)
 
 
-class _Reader:
-    """Recognises the format at the first line that has one, then turns lines into requests."""
-
-    def __init__(
-        self, source: str, options: WorkloadOptions, count_tokens: Callable[[str], int], limits: ReadLimits
-    ) -> None:
-        self._source = source
-        self._options = options
-        self._count_tokens = count_tokens
-        self._limits = limits
-        self._format: str | None = None
-        self._rows: list[tuple[float, int, int, str | None, tuple[int, ...]]] = []
-        self._malformed: list[MalformedLine] = []
-        self._num_malformed = 0
-
-    def read(self, lines: Iterator[tuple[int, str | LineError]]) -> None:
-        """Take lines until there are no more, or enough rows."""
-        for number, row in self._parsed(lines):
+def _rows(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str, dict[str, object] | str | LineError]]:
+    """Yield number, format and content of each line from the first that has a format: cells by column, or JSON."""
+    lines = numbered_lines(path, limits)
+    kind = ""
+    for number, line in lines:
+        if isinstance(line, str) and not line.strip():
+            continue
+        if isinstance(line, str) and not kind:
             try:
-                if isinstance(row, LineError):
-                    raise row
-                self._rows.append(self._request(_json_object(row) if isinstance(row, str) else row))
+                kind, delimiter = _recognise(line, limits)
             except LineError as error:
-                self._leave_out(number, error)
-            if self._enough():
-                return
-
-    def _parsed(self, lines: Iterator[tuple[int, str | LineError]]) -> Iterator[tuple[int, _Row | LineError]]:
-        """Yield rows: lines of JSON as they are, those of a table as cells by the columns' names."""
-        for number, line in lines:
-            if isinstance(line, str) and not line.strip():
+                yield number, kind, error
                 continue
-            if isinstance(line, str) and self._format is None:
-                try:
-                    self._format, delimiter = _recognise(line, self._limits)
-                except LineError as error:
-                    yield number, error
-                    continue
-                if delimiter:
-                    rows = table_rows(lines, number, line, delimiter, self._limits)
-                    yield from self._table(rows, grouped=delimiter == ",")
-                    return
-            yield number, line
+            if delimiter:
+                for row_number, row in _table(path, table_rows(lines, number, line, delimiter, limits), delimiter):
+                    yield row_number, kind, row
+                return
+        yield number, kind, line
 
-    def _table(
-        self, rows: Iterator[tuple[int, list[str] | LineError]], grouped: bool
-    ) -> Iterator[tuple[int, _Row | LineError]]:
-        columns: dict[str, int] = {}
-        num_columns = 0
-        for number, cells in rows:
-            if isinstance(cells, LineError):
-                yield number, cells
-            elif set(_AZURE_COLUMNS) <= set(cells):
-                # A header may come again, where files were put together, and its columns in another order.
-                for name in _AZURE_COLUMNS:
-                    if cells.count(name) > 1:
-                        raise ConfigurationError(f"{self._source}: the header names {name} {cells.count(name)} times")
-                columns, num_columns = {name: cells.index(name) for name in _AZURE_COLUMNS}, len(cells)
-            elif len(cells) < num_columns or any(cells[num_columns:]):
-                yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
-            else:
-                yield number, {name: _integer(cells[place], grouped) for name, place in columns.items()}
 
-    def _leave_out(self, number: int, error: LineError) -> None:
-        self._num_malformed += 1
-        if len(self._malformed) < _NUM_NAMED_LINES:
-            expected = _EXPECTED[self._format] if self._format else "one of: " + "; ".join(_EXPECTED.values())
-            self._malformed.append(MalformedLine(number, str(error), expected))
+def _table(
+    path: Path, rows: Iterator[tuple[int, list[str] | LineError]], delimiter: str
+) -> Iterator[tuple[int, dict[str, object] | LineError]]:
+    columns: dict[str, int] = {}
+    num_columns = 0
+    for number, cells in rows:
+        if isinstance(cells, LineError):
+            yield number, cells
+        elif set(_AZURE_COLUMNS) <= set(cells):
+            # A header may come again, where files were put together, and its columns in another order.
+            if twice := next((name for name in _AZURE_COLUMNS if cells.count(name) > 1), None):
+                raise ConfigurationError(f"{path}: the header names {twice} {cells.count(twice)} times")
+            columns, num_columns = {name: cells.index(name) for name in _AZURE_COLUMNS}, len(cells)
+        elif len(cells) < num_columns or any(cells[num_columns:]):
+            yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
+        else:
+            yield number, {name: _integer(cells[place], delimiter == ",") for name, place in columns.items()}
 
-    def _enough(self) -> bool:
-        if len(self._rows) > self._limits.rows:
-            raise ConfigurationError(
-                f"{self._source} has more than {self._limits.rows:,} requests, the most that are read: "
-                "num_requests takes the first N"
-            )
-        limit = self._options.num_requests
-        return limit is not None and len(self._rows) >= limit
 
-    def finish(self) -> Trace:
-        """Check the share of malformed lines and return the trace."""
-        named = "; ".join(str(line) for line in self._malformed[:3])
-        if self._format is None or not self._rows:
-            why = named or f"the file has no rows; expected one of: {'; '.join(_EXPECTED.values())}"
-            raise ConfigurationError(f"{self._source}: no request could be read: {why}")
-        num_lines = len(self._rows) + self._num_malformed
-        if self._num_malformed > max(1, int(self._options.max_malformed_share * num_lines)):
-            raise ConfigurationError(
-                f"{self._source}: {self._num_malformed} of {num_lines} lines are malformed, more than the share "
-                f"max_malformed_share={self._options.max_malformed_share}: {named}"
-            )
-        # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
-        rows = sorted(self._rows, key=lambda row: row[0])
-        first = rows[0][0]
-        size = _MOONCAKE_BLOCK_SIZE * self._options.length_scale
-        requests = [
-            Request(index, (arrival - first) / self._options.rate_scale, num_prompt, num_new, prompt, block_ids, size)
-            for index, (arrival, num_prompt, num_new, prompt, block_ids) in enumerate(rows)
-        ]
-        return Trace(self._source, self._format, requests, self._num_malformed, self._malformed)
-
-    def _request(self, row: dict[str, object]) -> tuple[float, int, int, str | None, tuple[int, ...]]:
-        if self._format == "azure-csv":
-            arrival = _timestamp(row["TIMESTAMP"])
-            lengths = [_length(row[name], name) for name in _AZURE_COLUMNS[1:]]
-            return (arrival, *self._options.lengths(*lengths), None, ())
-        if self._format == "mooncake-jsonl":
-            arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
-            lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
-            return (arrival, *self._options.lengths(*lengths), None, _block_ids(row.get("hash_ids")))
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise LineError(f'"prompt" is {short(prompt)}')
-        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
-        num_prompt = self._count_tokens(prompt)
-        if num_prompt < 1:
-            raise LineError(f'"prompt" has {num_prompt} tokens')
-        num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
-        arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
-        return (arrival, *self._options.lengths(num_prompt, num_new, scaled=False), prompt, ())
+def _request(
+    kind: str, row: dict[str, object] | str | LineError, options: WorkloadOptions, count_tokens: Callable[[str], int]
+) -> tuple[Any, ...]:
+    """Return its arrival by the file's own time, and what else makes a `Request`."""
+    if isinstance(row, LineError):
+        raise row
+    if isinstance(row, str):
+        row = _json_object(row)
+    if kind == "azure-csv":
+        arrival = _timestamp(row["TIMESTAMP"])
+        lengths = [_length(row[name], name) for name in _AZURE_COLUMNS[1:]]
+        return arrival, *options.lengths(*lengths)
+    if kind == "mooncake-jsonl":
+        arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
+        lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
+        block_ids, size = _block_ids(row.get("hash_ids")), _MOONCAKE_BLOCK_SIZE * options.length_scale
+        return arrival, *options.lengths(*lengths), None, block_ids, size
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise LineError(f'"prompt" is {short(prompt)}')
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
+    num_prompt = count_tokens(prompt)
+    if num_prompt < 1:
+        raise LineError(f'"prompt" has {num_prompt} tokens')
+    num_new = _length(row.get("max_new_tokens"), "max_new_tokens")
+    arrival = _seconds(row.get("arrival_s", 0), "arrival_s")
+    return arrival, *options.lengths(num_prompt, num_new, scaled=False), prompt
 
 
 def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
