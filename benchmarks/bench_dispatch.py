@@ -265,7 +265,7 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
             for counts, zipf in cases:
                 if time.time() - began < options.limit_s or dist.get_world_size() > 1:
                     bench_case({dtype: (dispatcher, expert_output)}, counts, hidden, num_experts, zipf, options, emit)
-            dispatcher.close()
+            dispatcher.check(wait=True)
             del dispatcher, expert_output
     if rank == 0:
         print(table(records, world))

@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lockstep.dispatch.mapped_memory import MappedMemory
-
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif(
@@ -55,13 +53,12 @@ def _interpreted(folder, rank):
     return nvlink
 
 
-class Files(MappedMemory):
-    """Files of a folder, which all ranks map."""
+class Files:
+    """Files of a folder, which all ranks map, in the place of `MappedMemory`."""
 
     numbers = itertools.count()
 
     def __init__(self, folder, rank):
-        super().__init__(dist.group.WORLD)
         self.folder, self.rank = folder, rank
 
     def map(self, nbytes, device):
@@ -76,8 +73,14 @@ class Files(MappedMemory):
                 self.tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8))
         return self.tensors[self.rank], [tensor.data_ptr() for tensor in self.tensors]
 
+    def synchronize(self, device):
+        pass
 
-class MadeUp(MappedMemory):
+    def meet(self, deadline_s):
+        dist.barrier()
+
+
+class MadeUp:
     """Buffers of three ranks, of which only rank 1 runs: nobody is met."""
 
     def __init__(self):
@@ -86,6 +89,9 @@ class MadeUp(MappedMemory):
     def map(self, nbytes, device):
         self.buffers.extend(torch.zeros(nbytes, dtype=torch.uint8) for _ in range(3))
         return self.buffers[1], [buffer.data_ptr() for buffer in self.buffers]
+
+    def synchronize(self, device):
+        pass
 
     def meet(self, deadline_s):
         pass

@@ -247,18 +247,14 @@ def test_a_missing_rank_is_named_in_error_and_log(experts, caplog):
 
 
 @pytest.mark.parametrize(("text", "seconds"), [(None, 30.0), ("12", 12.0), ("0.5", 0.5)])
-def test_the_deadline_comes_from_the_environment(monkeypatch, text, seconds):
-    monkeypatch.delenv("LOCKSTEP_VLLM_DEADLINE_S", raising=False)
-    if text:
-        monkeypatch.setenv("LOCKSTEP_VLLM_DEADLINE_S", text)
-    assert vllm_exchange.deadline_s() == seconds
+def test_the_deadline_comes_from_the_environment(text, seconds):
+    assert vllm_exchange.deadline_s({"LOCKSTEP_VLLM_DEADLINE_S": text} if text else {}) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "soon", "nan", "inf"])
-def test_a_wrong_deadline_is_refused(monkeypatch, text):
-    monkeypatch.setenv("LOCKSTEP_VLLM_DEADLINE_S", text)
+def test_a_wrong_deadline_is_refused(text):
     with pytest.raises(ConfigurationError, match=f"DEADLINE_S must be a number of seconds above 0, got '{text}'"):
-        vllm_exchange.deadline_s()
+        vllm_exchange.deadline_s({"LOCKSTEP_VLLM_DEADLINE_S": text})
 
 
 @pytest.fixture
@@ -525,7 +521,6 @@ def vllm(tmp_path, monkeypatch):
         pytest.skip("vLLM itself has been imported")
     forget()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
     vars(vllm_exchange.STEP).update(vars(Step()))
     yield lambda name: importlib.import_module(f"vllm.{name}")
     forget()
@@ -559,8 +554,8 @@ def joined(vllm, experts):
 
 
 def test_vllm_makes_our_method_where_it_would_make_its_own(vllm, caplog):
-    plugin.register()
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     assert type(method_of(vllm, object())).__name__ == "LockstepFusedMoEMethod"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -568,7 +563,7 @@ def test_vllm_makes_our_method_where_it_would_make_its_own(vllm, caplog):
 def test_another_plugins_method_is_left_alone(vllm, caplog):
     base = vllm("model_executor.layers.fused_moe.unquantized_fused_moe_method").UnquantizedFusedMoEMethod
     base.register_oot(type("Theirs", (base,), {}))
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     (record,) = caplog.records
     assert "another plugin has put Theirs in the place of vLLM's UnquantizedFusedMoEMethod" in record.getMessage()
 
@@ -583,7 +578,7 @@ def test_another_plugins_method_is_left_alone(vllm, caplog):
 )
 def test_a_vllm_that_lacks_what_we_rely_on_is_left_alone(vllm, caplog, module, name, missing):
     delattr(vllm(module), name)
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     (record,) = caplog.records
     assert record.getMessage() == f"LOCKSTEP_VLLM=exchange changes nothing: {missing}"
     assert type(method_of(vllm, object())).__name__ == "UnquantizedFusedMoEMethod"
@@ -600,7 +595,7 @@ def test_a_vllm_that_lacks_what_we_rely_on_is_left_alone(vllm, caplog, module, n
 def test_without_a_fixed_group_to_ask_vllm_runs_as_without_us_and_one_line_says_why(vllm, caplog, changes, reason):
     config, moe, _ = configuration(**changes)
     vllm("config").CURRENT = config
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     for _ in range(3):
         method = method_of(vllm, moe)
         method.process_weights_after_loading(SimpleNamespace(w2_weight=torch.zeros(1), w13_weight=torch.zeros(1)))

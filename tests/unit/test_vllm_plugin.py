@@ -216,19 +216,17 @@ def stand_in(tmp_path, monkeypatch):
 
     assert "vllm" not in sys.modules
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("LOCKSTEP_VLLM", "1")
     forget()
     yield make
     forget()
 
 
 @pytest.mark.parametrize(("switch", "version"), [("1", "0.33.1"), ("metadata", "0.32.0")])
-def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog, monkeypatch, switch, version):
+def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog, switch, version):
     caplog.set_level("INFO")
-    monkeypatch.setenv("LOCKSTEP_VLLM", switch)
     places = stand_in(version)
-    plugin.register()
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": switch})
+    plugin.register({"LOCKSTEP_VLLM": switch})
     assert places() == [DPMetadata] * 4
     # One visible line, by vLLM's own logger, however often it runs.
     (record,) = [record for record in caplog.records if record.levelname == "INFO"]
@@ -238,29 +236,25 @@ def test_the_plugin_replaces_the_class_wherever_it_was_imported(stand_in, caplog
 
 def test_layers_get_sizes_through_the_replaced_class(stand_in):
     stand_in()
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "1"})
     set_forward_context = importlib.import_module("vllm.forward_context").set_forward_context
     with set_forward_context(config(), 5, torch.tensor([5, 7])).sp_local_sizes(2) as sizes:
         assert sizes == [3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("switch", ["true", "Exchange", "on", "2", " "])
-def test_a_wrong_value_is_an_error_at_start(stand_in, monkeypatch, switch):
+def test_a_wrong_value_is_an_error_at_start(stand_in, switch):
     places = stand_in()
-    monkeypatch.setenv("LOCKSTEP_VLLM", switch)
     message = f"LOCKSTEP_VLLM must be one of 0, 1, metadata, exchange, or not set, got '{switch}'"
     with pytest.raises(ConfigurationError, match=message):
-        plugin.register()
+        plugin.register({"LOCKSTEP_VLLM": switch})
     assert DPMetadata not in places()
 
 
 @pytest.mark.parametrize("switch", [None, "", "0"])
-def test_the_plugin_is_off_unless_switched_on(stand_in, monkeypatch, caplog, switch):
+def test_the_plugin_is_off_unless_switched_on(stand_in, caplog, switch):
     places = stand_in()
-    monkeypatch.delenv("LOCKSTEP_VLLM")
-    if switch is not None:
-        monkeypatch.setenv("LOCKSTEP_VLLM", switch)
-    plugin.register()
+    plugin.register({} if switch is None else {"LOCKSTEP_VLLM": switch})
     assert DPMetadata not in places()
     assert not caplog.records
 
@@ -281,8 +275,8 @@ def test_the_plugin_is_off_unless_switched_on(stand_in, monkeypatch, caplog, swi
 )
 def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(stand_in, caplog, version, forward_context, reason):
     places = stand_in(version, forward_context)
-    plugin.register()
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "1"})
+    plugin.register({"LOCKSTEP_VLLM": "1"})
     assert DPMetadata not in places()
     (record,) = caplog.records
     assert record.levelname == "WARNING"
@@ -290,21 +284,19 @@ def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(stand_in, caplo
     assert reason in record.getMessage()
 
 
-def test_exchange_in_a_vllm_without_the_method_changes_nothing_and_says_so(stand_in, monkeypatch, caplog):
+def test_exchange_in_a_vllm_without_the_method_changes_nothing_and_says_so(stand_in, caplog):
     places = stand_in("0.33.0")
-    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
-    plugin.register()
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     assert DPMetadata not in places()
     (record,) = caplog.records
     assert record.getMessage().startswith("LOCKSTEP_VLLM=exchange changes nothing: vllm.model_executor.layers")
     assert "cannot be imported" in record.getMessage()
 
 
-def test_exchange_in_another_version_says_which_are_known(stand_in, monkeypatch, caplog):
+def test_exchange_in_another_version_says_which_are_known(stand_in, caplog):
     stand_in("0.30.0")
-    monkeypatch.setenv("LOCKSTEP_VLLM", "exchange")
-    plugin.register()
+    plugin.register({"LOCKSTEP_VLLM": "exchange"})
     (record,) = caplog.records
     assert "vLLM 0.30.0 is not among the versions known, 0.26, 0.33" in record.getMessage()
 

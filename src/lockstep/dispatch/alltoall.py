@@ -87,8 +87,6 @@ def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> floa
     Example:
         >>> round(expected_ranks_per_row(256, 8, 4), 2)
         3.61
-        >>> expected_ranks_per_row(8, 1, 4)
-        1.0
     """
     elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
     return num_ranks * (1 - elsewhere)

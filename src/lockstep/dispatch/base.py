@@ -24,8 +24,7 @@ class Abilities:
     Attributes:
         dtypes: of the hidden states.
         max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
-        counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`: the experts must
-            then run without it.
+        counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`.
         note: for a report: what the backend chooses from, and why not from more; empty where it chooses nothing.
     """
 
@@ -132,7 +131,6 @@ class Dispatcher(Protocol):
             ConfigurationError: not one size per rank, or a capture that this backend cannot be part of.
             TokenCountError: a negative size, naming the rank.
         """
-        ...
 
     def dispatch(
         self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
@@ -150,7 +148,6 @@ class Dispatcher(Protocol):
                 nowhere. In a captured graph it is read at each replay. Backends that only run eagerly take
                 `route.sizes[rank]`, which it must be equal to. None: all rows are tokens.
         """
-        ...
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """Send the results back: weighted, summed in rank order in float32, in this rank's row order. Collective.
@@ -162,19 +159,12 @@ class Dispatcher(Protocol):
         Returns:
             `[handle.num_rows, hidden]`; rows beyond `num_tokens` mean nothing.
         """
-        ...
 
     def check(self, *, wait: bool = False) -> None:
-        """Raise what calls that the host did not wait for have found out on the device meanwhile.
-
-        Args:
-            wait: first wait for everything issued so far; otherwise only look.
-        """
-        ...
+        """Raise what calls for which the host did not wait have found on the device; `wait`: wait for them first."""
 
     def forget_capture(self) -> None:
         """After a capture that failed: what it recorded has not run and will not."""
-        ...
 
 
 class CollectiveDispatcher:

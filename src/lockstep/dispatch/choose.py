@@ -98,13 +98,7 @@ def backend_names(can_map: bool = True) -> list[str]:
 
 
 def check_dispatcher(name: str, fp8: bool = False, device_type: str = "cuda") -> None:
-    """Raise `ConfigurationError` unless a dispatcher of this name is registered and can do what is asked for.
-
-    Args:
-        name: of the dispatcher.
-        fp8: it is to send rows in fp8.
-        device_type: where the rows are.
-    """
+    """Raise unless a dispatcher of this name is registered, and can send rows of such a device, in fp8 if need be."""
     if name not in _registered:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(dispatcher_names())}, got {name!r}")
     if fp8 and not _registered[name].carries_fp8:
@@ -149,11 +143,9 @@ class Choice:
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    exchange: Exchange,
-    constants: DispatchConstants,
-    available: tuple[tuple[str, int | None], ...],
+    exchange: Exchange, constants: DispatchConstants, available: tuple[tuple[str, int | None], ...],
     max_chunk_size: int | None = None,
-) -> Choice:
+) -> Choice:  # fmt: skip
     """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike.
 
     Chunks only cost time here, so they are as large as `max_chunk_size` and the limits of the `available` backends
@@ -175,9 +167,8 @@ def choose(
         if best is None or predicted < best.predicted_us:
             best = Choice(name, limit, predicted)
     if best is None:
-        raise ConfigurationError(
-            f"constants of {constants.source!r} know none of the backends {[name for name, _ in available]}"
-        )
+        known = [name for name, _ in available]
+        raise ConfigurationError(f"constants of {constants.source!r} know none of the backends {known}")
     return best
 
 

@@ -93,13 +93,7 @@ def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLI
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Take columns `[rows, n]` of a matrix for values of another dtype; copied where they do not lie as that has to.
-
-    Example:
-        >>> row = torch.tensor([[7, 1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
-        >>> view_as(row[:, 1:], torch.int64)
-        tensor([[1]])
-    """
+    """Take columns `[rows, n]` of a matrix for values of another dtype; copied where they do not lie as that has to."""
     # One row counts as contiguous wherever it begins and whatever its stride says: `contiguous` would copy nothing, and
     # `view` take offset and stride at their word.
     one_row = columns.shape[0] <= 1

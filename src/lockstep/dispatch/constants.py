@@ -21,8 +21,8 @@ PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"
 
 _FIRST_MB = 2.0  # see `BackendConstants`; of 0.5, 1, 2 and 4 the one with the smallest errors over all backends
 
-BACKENDS = ("allgather", "alltoall", "nvlink")
-"""What a choice is made from. Of two that would take the same time, the first is taken."""
+BACKENDS = {"allgather": True, "alltoall": False, "nvlink": False}
+"""What a choice is made from, and whether it brings every row to every rank. Of equally fast ones, the first serves."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,11 @@ class DispatchConstants:
 
 
 def features(name: str, exchange: Exchange) -> tuple[float, float, float, float, float, float]:
-    """Return what the constants are multiplied by: 1, rows, MB to experts, MB back, MB of all ranks, the first 2 MB.
-
-    `allgather` brings every row to every rank, the others only where it is needed.
-
-    Example:
-        >>> features("allgather", Exchange((3, 1), 8, 2, 500_000, 1_000_000))
-        (1.0, 4.0, 1.5, 3.0, 6.0, 2.0)
-    """
+    """Return what the constants are multiplied by: 1, rows, MB to experts, MB back, MB of all ranks, the first 2 MB."""
     sizes, num_ranks = exchange.sizes, len(exchange.sizes)
     total = sum(sizes)
-    share = 1.0
-    if name != "allgather":
-        share = expected_ranks_per_row(exchange.num_experts, exchange.top_k, num_ranks) / num_ranks
+    needed = expected_ranks_per_row(exchange.num_experts, exchange.top_k, num_ranks)
+    share = 1.0 if BACKENDS[name] else needed / num_ranks
     # A rank sends each row to the others and receives theirs; a link carries both at once.
     busiest = share * max(max(size * (num_ranks - 1), total - size) for size in sizes)
     dispatch, combine = exchange.dispatch_row_bytes / 1e6, exchange.combine_row_bytes / 1e6

@@ -27,11 +27,7 @@ def _partial_rows(
     expert_output, inverse, weight_words, source, token, here, column, CAPACITY: tl.constexpr, TOPK: tl.constexpr,
     HIDDEN: tl.constexpr, REDUCED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Sum a tile of one source's tokens over this rank's experts, weighted, in float32.
-
-    Returns:
-        The sums rounded to bfloat16, and which tokens have an expert here.
-    """
+    """Sum a tile of one source's tokens over this rank's experts, weighted; also return which have an expert here."""
     slot = source * CAPACITY + token
     inside = (column < HIDDEN)[None, :]
     wanted = tl.zeros(token.shape, tl.int32) > 0
@@ -275,12 +271,11 @@ def combine_kernel(
 ):  # fmt: skip
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
-    Where no rank has more than `WORD_TOKENS` tokens the rows travel as words, see `_combine_words`. Otherwise:
-    A block pushes up to `ROUND` tiles to each peer, sums the tiles of the round before, and only then raises its flag:
-    the link carries one round while memory is read for another, and the flag's fence finds the round's rows there
-    already. The number of rounds follows from the longest rank, which all ranks know, so every flag that is awaited is
-    raised; block 0 always has a round, and thus is the barrier that the next dispatch counts on. The rows of a skewed
-    rank come back along their chains; see `dispatch_kernel`.
+    Where no rank has more than `WORD_TOKENS` tokens the rows travel as words. Otherwise a block pushes up to `ROUND`
+    tiles to each peer, sums the tiles of the round before, and only then raises its flag: the link carries one round
+    while memory is read for another, and the flag's fence finds the round's rows there already. All ranks know the
+    longest rank and so the number of rounds: every flag that is awaited is raised. Block 0 always has a round, and thus
+    is the barrier that the next dispatch counts on. A skewed rank's rows come back along their chains.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)

@@ -137,10 +137,7 @@ def _push_words(
     BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
     ROWS: tl.constexpr, SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Store few tokens' rows as words into every rank, whether it needs them or not: the routing need not be read.
-
-    A word carries two bfloat16 or four fp8 values; the words of the scales follow those of the row.
-    """
+    """Store few tokens' rows, and behind each its scales, as words into every rank: the routing need not be read."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS  # in fp8 a tile's row is one scale group
     rows: tl.constexpr = BLOCK_COLUMNS // width
@@ -257,12 +254,10 @@ def dispatch_kernel(
     SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
     COUNTS: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Tokens to their experts' ranks; when it ends, all rows have come and the plan for the experts is ready.
+    """Tokens to their experts' ranks; when it ends, all rows have come and the experts' order is ready.
 
-    The first `ORDER_BLOCKS` blocks exchange the routing and make the plan; the others push rows, so that the plan is
-    made while the links are busy. All blocks must be resident at once.
-
-    Up to `WORD_TOKENS` tokens of a rank go as words that prove their own arrival, which its peers know from its count.
+    The first `ORDER_BLOCKS` blocks exchange the routing and make the order; the others push rows meanwhile. All blocks
+    must be resident at once. Up to `WORD_TOKENS` tokens of a rank go as words, which its peers know from its count.
 
     Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
     each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The plan for the experts, made on the GPU while rows are on the link: which pair goes where."""
+"""The experts' order, made on the GPU while rows are on the link: by expert, source, token and k, alike every time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ def order_one_tile(
     TOPK: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
     IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """The plan where `TILE` words of every source hold all pairs: one look at the words, kept in registers.
-
-    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit.
-    """
+    """The order where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
     lane = tl.arange(0, WORLD_POW2 * TILE)
     source, pair = lane // TILE, lane % TILE
     limit = tl.reshape(tl.broadcast_to(limits[:, None], [WORLD_POW2, TILE]), [WORLD_POW2 * TILE])
@@ -80,13 +77,10 @@ def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABO
 
 @triton.jit
 def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
-    """Return how many earlier pairs of a slice go to the same expert, `[slice]`, and the pairs per expert.
+    """Return how many earlier pairs of a slice go to the same expert, `[slice]` int32.
 
     Eight experts share a 64-bit word, one byte each, so that one short scan counts them all. A slice has 256 pairs at
     most: the count that a pair reads, its own not included, fits its byte.
-
-    Returns:
-        Orders `[slice]` int32.
     """
     words = tl.arange(0, GROUPS_OF_EXPERTS)[None, :]
     shift = ((local & 7) * 8).to(tl.int64)
@@ -103,10 +97,9 @@ def order_slices(
     CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr,
     BLOCKS: tl.constexpr, SLICE: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """The plan for any number of pairs: each block counts its slices, all meet, each writes its slices.
+    """The order of any number of pairs: each block counts its slices, all meet, each writes its slices.
 
-    The order is by expert, source, token and k: fixed by the inputs alone, so results repeat bit for bit. `scratch`
-    holds each block's pairs per expert; `inverse` holds, between the two passes, a pair's order among its block's.
+    `scratch` holds each block's pairs per expert; between the passes, `inverse` a pair's order among its block's.
     """
     sources = tl.arange(0, WORLD_POW2)
     experts = tl.arange(0, EXPERTS_POW2)

@@ -114,10 +114,9 @@ def wait_at_least(
     section, stride, want, include_self, peers, status, rank, budget_ns, WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`.
+    """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`; return them.
 
-    Returns:
-        The words `[WORLD_POW2]`; `want` beyond the world, and for all if the wait was given up.
+    Beyond the world, and for all if the wait was given up, they are `want`.
     """
     source = tl.arange(0, WORLD_POW2)
     counted = (source < WORLD) & ((source != rank) | (include_self != 0))

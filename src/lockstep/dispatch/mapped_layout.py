@@ -6,6 +6,7 @@ Pure arithmetic that every rank does alike: each writes into its peers' buffers 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import triton
 
@@ -23,15 +24,13 @@ class LaunchSizes:
         order_blocks, push_blocks: of the dispatch kernel.
         combine_blocks: of the combine kernel.
         dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
-        tiny_tile, tiles: how many routing words per source the plan holds in registers at once: `tiny_tile`, a power of
+        tiny_tile, tiles: routing words per source that the order holds in registers at once: `tiny_tile`, a power of
             two, or twice as many, and so on, `tiles` sizes in all. Beyond the largest it goes by slices.
-        word_tokens: most tokens of a rank whose rows travel as words that prove their own arrival: twice the bytes, but
-            no flag behind a fence. For rows in fp8, which have half the bytes, twice as many.
-        slice: routing words that a block of a larger plan counts at a time; a power of two, at most 256.
+        word_tokens: most tokens of a rank whose rows travel as words; in fp8 rows, half as long, twice as many.
+        slice: routing words that a block of a larger order counts at a time; a power of two, at most 256.
         pairs: routing words that a block sends at a time; a power of two.
         round: most tiles that a combine block pushes to each peer between two flags.
-        skew_tokens: from how many tokens on the rows of one rank are passed on from peer to peer, if no other rank has
-            more than half as many; of three ranks or more.
+        skew_tokens: a rank with so many, and twice as many as any other, has its rows passed on from peer to peer.
         chain_round: tiles of such a rank that a block handles between two flags.
     """
 
@@ -82,65 +81,34 @@ def launch_sizes(
     )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Byte offsets of one channel's sections in the mapped buffer, each a multiple of 256; equal on all ranks.
-
-    Attributes:
-        rows, scales: received rows `[ranks, capacity, hidden_stride]`; those in fp8 have `[ranks, capacity, groups]`
-            float32.
-        rows_as_words: rows of few tokens, `[ranks, row_word_tokens, words_per_row]` int64: two bfloat16 or four fp8
-            values in each, and one for each scale.
-        returned, returned_as_words: partial sums that came back, `[ranks, capacity, hidden_stride]` bfloat16, or of few
-            tokens `[ranks, word_tokens, hidden_stride / 2]` int64, two bfloat16 in each.
-        ids, weights: routing words, `[ranks, capacity, top_k]` int64.
-        counts: count words, a copy per block, `[ranks, blocks]` int64.
-        dispatch_flags, combine_flags: `[ranks, push_blocks]` and `[ranks, combine_blocks]` int64.
-        abort: one int64.
-        nbytes: of one channel.
-    """
-
-    rows: int
-    scales: int
-    rows_as_words: int
-    returned_as_words: int
-    ids: int
-    weights: int
-    counts: int
-    dispatch_flags: int
-    combine_flags: int
-    abort: int
-    returned: int
-    nbytes: int
-    row_word_tokens: int
-    words_per_row: int
-
-
 def make_layout(
     num_ranks: int, capacity: int, top_k: int, hidden_stride: int, groups: int, fp8: bool, launch: LaunchSizes
-) -> Layout:
-    """Lay out one channel; see `Layout` for the sections."""
+) -> SimpleNamespace:
+    """Return the byte offsets of the mapped sections, multiples of 256 and equal on all ranks, and `nbytes` of all.
+
+    Words for few tokens have room for `row_word_tokens` of a rank on the way to experts, `words_per_row` each.
+    """
     slots = num_ranks * capacity
     row_word_tokens = launch.word_tokens
     if fp8:
         row_word_tokens = min(2 * row_word_tokens, capacity, launch.skew_tokens - 1)
     words_per_row = -(-(hidden_stride // 4 + groups) // 8) * 8 if fp8 else hidden_stride // 2
     sizes = {
-        "ids": slots * top_k * 8,
+        "ids": slots * top_k * 8,  # routing words, `[ranks, capacity, top_k]` int64
         "weights": slots * top_k * 8,
-        "counts": num_ranks * (launch.order_blocks + launch.push_blocks) * 8,
+        "counts": num_ranks * (launch.order_blocks + launch.push_blocks) * 8,  # count words, a copy per block
         "dispatch_flags": num_ranks * launch.push_blocks * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
+        # Two bfloat16 or four fp8 values in each int64, and one for each scale.
         "rows_as_words": num_ranks * row_word_tokens * words_per_row * 8,
         "returned_as_words": num_ranks * launch.word_tokens * (hidden_stride // 2) * 8,
         "scales": slots * groups * 4 if fp8 else 0,
-        "rows": slots * hidden_stride * (1 if fp8 else 2),
-        "returned": slots * hidden_stride * 2,
+        "rows": slots * hidden_stride * (1 if fp8 else 2),  # `[ranks, capacity, hidden_stride]`
+        "returned": slots * hidden_stride * 2,  # partial sums that came back, bfloat16
     }
-    offsets: dict[str, int] = {}
-    end = 0
+    offsets = SimpleNamespace(row_word_tokens=row_word_tokens, words_per_row=words_per_row, nbytes=0)
     for name, size in sizes.items():
-        offsets[name] = end
-        end += -(-size // 256) * 256
-    return Layout(**offsets, nbytes=end, row_word_tokens=row_word_tokens, words_per_row=words_per_row)
+        setattr(offsets, name, offsets.nbytes)
+        offsets.nbytes += -(-size // 256) * 256
+    return offsets

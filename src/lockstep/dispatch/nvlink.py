@@ -1,8 +1,4 @@
-"""Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each way, no host wait.
-
-The kernels are in `kernels_dispatch.py` and `kernels_combine.py`. This file owns what they work on: buffers that all
-ranks have mapped, epochs, and the word in host memory through which a kernel says that a rank did not come.
-"""
+"""Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each way, no host wait."""
 
 from __future__ import annotations
 
@@ -13,14 +9,13 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.waits import peers_of
+from lockstep.coordination.waits import barrier, peers_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
 from lockstep.dispatch.kernels_dispatch import dispatch_kernel
 from lockstep.dispatch.kernels_wire import ALL_TOKENS, FLAG_LATE, TOO_MANY_TOKENS
 from lockstep.dispatch.mapped_layout import FP8_GROUP, LaunchSizes, launch_sizes, make_layout
-from lockstep.dispatch.mapped_memory import MappedMemory
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 MAX_RANKS = 8
@@ -29,14 +24,33 @@ _THREADS = 256
 _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
 
-class Buffers:
-    """What the kernels read and write: sections of the memory that all ranks map, and memory of this rank alone.
+class MappedMemory:
+    """The memory of a process group's GPUs, by torch's symmetric memory. Tests put threads of one GPU in its place."""
 
-    Args:
-        dispatcher: whose they are.
-        mapped: this rank's mapped memory, bytes.
-        addresses: of all ranks' mapped memory, as this rank sees it.
-    """
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self._group = process_group
+        self._kept: Any = None
+
+    def map(self, nbytes: int, device: torch.device) -> tuple[torch.Tensor, list[int]]:
+        """Return `nbytes` of this rank, mapped by all while this object lives, and all ranks' addresses. Collective."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        self._kept = symmetric_memory.rendezvous(buffer, self._group)
+        return buffer, [int(address) for address in self._kept.buffer_ptrs]
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for everything that this rank has launched."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def meet(self, deadline_s: float) -> None:
+        """Wait until all ranks have come. Collective; raises as `barrier`."""
+        barrier(self._group, deadline_s)
+
+
+class Buffers:
+    """What the kernels read and write: sections of this rank's `mapped` memory, and memory of this rank alone."""
 
     def __init__(self, dispatcher: NvlinkDispatcher, mapped: torch.Tensor, addresses: Sequence[int]) -> None:
         layout, device = dispatcher.layout, mapped.device
@@ -75,14 +89,9 @@ class NvlinkDispatcher:
     * `gather_index` and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
       `tokens_per_expert.sum()` entries count, the others are valid slots of no meaning.
 
-    Args:
+    Args, beside those of `ExpertsShape` and `DispatcherOptions`:
         process_group: the ranks, all on one host, each with a GPU of its own. Used to map the buffers; left open.
-        num_experts: of the whole model; rank r holds the r-th contiguous share.
-        hidden_size: of a row.
-        top_k: experts per token.
         max_tokens_per_rank: capacity: most tokens that any rank may bring to one dispatch.
-        fp8: send rows as float8_e4m3fn with one float32 scale per 128 values; results come back in bfloat16 either way.
-        deadline_s: longest wait for a peer's flag, seconds.
         launch: blocks and tiles; None takes the measured ones.
         share_device: several ranks run on one GPU (for tests): their launches together must fit it.
         device: this rank's GPU; None takes the current one.
@@ -123,12 +132,12 @@ class NvlinkDispatcher:
         self.abilities = Abilities((torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank, counts_on_device=True)
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.launch = launch or launch_sizes(
-            _num_multiprocessors(self.device), self.num_ranks, self.num_local_experts, hidden_size, max_tokens_per_rank
-        )
-        if self.launch.word_tokens >= self.launch.skew_tokens:
-            raise ConfigurationError(
-                f"word_tokens {self.launch.word_tokens} must be below skew_tokens {self.launch.skew_tokens}"
-            )
+            torch.cuda.get_device_properties(self.device).multi_processor_count, self.num_ranks,
+            self.num_local_experts, hidden_size, max_tokens_per_rank,
+        )  # fmt: skip
+        words, skew = self.launch.word_tokens, self.launch.skew_tokens
+        if words >= skew:
+            raise ConfigurationError(f"word_tokens {words} must be below skew_tokens {skew}")
         self.layout = make_layout(
             self.num_ranks, max_tokens_per_rank, top_k, self.hidden_stride, self.groups, fp8, self.launch
         )
@@ -144,9 +153,8 @@ class NvlinkDispatcher:
         self.buffers = Buffers(self, mapped, addresses)
         self._under_way: DispatchHandle | None = None  # dispatched and not combined yet
         # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
-        self._dispatch_options, self._combine_options = self._options(
-            early=self.device.type == "cuda" and not share_device
-        )
+        early = self.device.type == "cuda" and not share_device
+        self._dispatch_options, self._combine_options = self._options(early)
         self._settle()
         if warm_up:
             self._warm_up()
@@ -177,12 +185,6 @@ class NvlinkDispatcher:
         )  # fmt: skip
         return for_dispatch, for_combine
 
-    def close(self) -> None:
-        """Let go of the buffers. The process group stays open."""
-        self._memory.synchronize(self.device)
-        vars(self).pop("buffers", None)
-        self._memory.release()
-
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`. A step that goes in one chunk can always be part of a graph."""
         check_sizes("route", sizes, self.num_ranks)
@@ -198,15 +200,10 @@ class NvlinkDispatcher:
         self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. Returns at once; nothing waits on the host.
+        """See `Dispatcher.dispatch`. Returns at once; raises as `check`.
 
         The ranks' counts travel with the rows, so a captured call is right for any counts at its replay, and nothing is
-        read of the route's sizes. What is handed in is checked against the buffers: a kernel that is launched directly
-        takes it for what it was compiled for. In graphs, `num_tokens` is written before each replay.
-
-        Raises:
-            ConfigurationError: more rows than the capacity, wrong shapes or dtypes, or a dispatch not yet combined.
-            RankAbsentError: an earlier call ended because a rank did not come.
+        read of the route's sizes. In graphs, `num_tokens` is written before each replay.
         """
         self.check()
         rows, buffers = hidden_states.shape[0], self.buffers
@@ -242,18 +239,10 @@ class NvlinkDispatcher:
         self, expert_output: torch.Tensor, handle: DispatchHandle, *, reduced: bool = False,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """See `Dispatcher.combine`. Returns at once; nothing waits on the host.
+        """See `Dispatcher.combine`. Returns at once; raises as `check`.
 
-        Args:
-            expert_output: bfloat16, one row per pair, `[>= pairs, hidden]`, not weighted. With `reduced`: one row per
-                slot of `handle.hidden_states`, already weighted and summed over this rank's experts.
-            handle: of the same dispatch.
-            reduced: see `expert_output`.
-            output: where to put the result, contiguous; None makes a new tensor.
-
-        Raises:
-            ConfigurationError: a handle that is not under way, or wrong shapes or dtypes.
-            RankAbsentError: an earlier call ended because a rank did not come.
+        With `reduced`, `expert_output` has a row per slot of `handle.hidden_states`, already weighted and summed over
+        this rank's experts. `output` is where to put the result, contiguous.
         """
         self.check()
         if self._under_way is not handle:
@@ -289,10 +278,9 @@ class NvlinkDispatcher:
     def _run(
         self, kernel: Any, blocks: int, kind: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """Launch a kernel: by Triton's own call the first time, then without its look at every argument's kind.
+        """Cached launches: a binary that is launched directly takes any tensor for what it was compiled for.
 
-        `kind` is what may differ from call to call and makes it another binary; all else is this dispatcher's own, or
-        was checked: a binary that is launched directly takes any tensor for what it was compiled for.
+        `kind` is what may differ from call to call and makes it another binary.
         """
         compiled = self._compiled.get((kernel, kind))
         if compiled is None:
@@ -309,12 +297,7 @@ class NvlinkDispatcher:
         self._under_way = None
 
     def check(self, *, wait: bool = False) -> None:
-        """See `Dispatcher.check`.
-
-        Raises:
-            RankAbsentError: naming the rank whose flag did not come, and the rank that gave up first.
-            TokenCountError: a device-side token count above the rows handed in.
-        """
+        """See `Dispatcher.check`: `RankAbsentError`, or `TokenCountError` for a device-side count above the rows."""
         if wait:
             self._memory.synchronize(self.device)
         word = int(self._status_word[0])
@@ -374,7 +357,3 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
 def _expert_lanes(num_local_experts: int) -> int:
     """Return the length of the vectors of counts per expert: a power of two, and at least a warp."""
     return int(max(32, triton.next_power_of_2(num_local_experts)))
-
-
-def _num_multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

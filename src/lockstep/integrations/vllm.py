@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,15 +17,7 @@ import torch
 from lockstep.errors import ConfigurationError
 from lockstep.metadata import dp_metadata
 from lockstep.metadata.contexts import SizesContext
-from lockstep.metadata.dp_metadata import (
-    HoldsCounts,
-    TokenCounts,
-    check_own_count,
-    checked_step,
-    read_counts,
-    read_fields,
-    set_counts,
-)
+from lockstep.metadata.dp_metadata import HoldsCounts, TokenCounts, checked_step, read_counts, read_fields, set_counts
 from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
 
 # A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
@@ -34,8 +26,7 @@ logger = logging.getLogger("vllm.plugins.lockstep")
 KNOWN_VERSIONS = ("0.32", "0.33")
 """vLLM's versions, as major.minor, whose class has been compared with ours. In another one nothing is replaced."""
 
-NO_PCP = 1
-"""One prefill-context-parallel rank per DP rank: none of that kind."""
+NO_PCP = 1  # one prefill-context-parallel rank per DP rank: none of that kind
 
 SWITCH = "LOCKSTEP_VLLM"
 """The plugin does nothing unless this environment variable says so: installing a package must not change another."""
@@ -62,55 +53,33 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
 class DPMetadata(HoldsCounts):
     """How many tokens each data-parallel rank has in this step: vLLM's class surface on Lockstep's arithmetic.
 
-    What `lockstep.DPMetadata` says of contexts, shared lists, copied counts and equality holds here too.
-
-    Attributes:
-        num_tokens_across_dp_cpu: tokens per DP rank, `[dp_size]`, a tensor of integers on the CPU.
-        local_sizes: rows per rank inside a context, plain integers; None outside.
-
-    Example:
-        >>> metadata = DPMetadata(num_tokens_across_dp_cpu=torch.tensor([5, 7]))
-        >>> with metadata.sp_local_sizes(2, pcp_size=2, use_ep=True) as sizes:
-        ...     print(sizes)
-        [3, 3, 3, 3, 4, 4, 4, 4]
+    What `lockstep.DPMetadata` says of attributes, contexts, shared lists, copied counts, equality and errors holds too.
     """
 
     num_tokens_across_dp_cpu: torch.Tensor
     local_sizes: list[int] | None = field(default=None, init=False)
 
     def __init__(self, num_tokens_across_dp_cpu: TokenCounts, local_sizes: list[int] | None = None) -> None:
-        """Make the metadata from the counts of all ranks.
-
-        Args:
-            num_tokens_across_dp_cpu: tokens per DP rank, `[dp_size]`, as for `lockstep.DPMetadata`.
-            local_sizes: rows per rank, shown until the first context is entered; leave it out.
-
-        Raises:
-            TokenCountError: if a count has the wrong dtype, device, shape or sign.
-        """
+        """Make the metadata from the tokens per DP rank, `[dp_size]`; leave `local_sizes` out."""
         read_fields(self, num_tokens_across_dp_cpu, local_sizes=local_sizes)
 
     @staticmethod
     def make(parallel_config: Any, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
-        """Make the metadata of this step, checked against what this rank knows.
+        """Make the metadata of this step, checked against what this rank knows, as `lockstep.DPMetadata.make`.
 
         Args:
             parallel_config: vLLM's config: `data_parallel_size`, `data_parallel_rank`, `is_moe_model` (None where it is
                 not known) and `use_sequence_parallel_moe` are read.
             num_tokens: tokens of this rank in this step, >= 0.
-            num_tokens_across_dp_cpu: tokens per DP rank, `[data_parallel_size]`; entry `data_parallel_rank` must be
-                `num_tokens`.
-
-        Returns:
-            The metadata, with no sizes set.
+            num_tokens_across_dp_cpu: tokens per DP rank, `[data_parallel_size]`.
 
         Raises:
-            TokenCountError: as `lockstep.DPMetadata.make`.
+            TokenCountError: counts that are wrong, or not `num_tokens` on this rank.
             ConfigurationError: if size and rank do not fit together, the model has no experts, or one DP rank without
                 sequence-parallel experts asks for sizes that nothing needs.
         """
         counts, tensor = read_counts(num_tokens_across_dp_cpu)
-        dp_rank = check_own_count(parallel_config, num_tokens, counts)
+        dp_rank = dp_metadata.check_own_count(parallel_config, num_tokens, counts)
         if parallel_config.is_moe_model is False:
             raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
         if len(counts) == 1 and not parallel_config.use_sequence_parallel_moe:
@@ -131,21 +100,16 @@ class DPMetadata(HoldsCounts):
         Returns:
             A context manager; entering it sets the sizes and gives them: `[dp_size * pcp_size *
             sequence_parallel_size]` with `use_ep`, otherwise `[dp_size * sequence_parallel_size]`.
-
-        Raises:
-            ConfigurationError: at once, not on entering, if a size is below 1.
-            TokenCountError: if a count times `pcp_size` is beyond int32.
         """
+        key, sizes, counts, version = self._step.last
         if pcp_size is not NO_PCP:
             sizes = checked_step(self).find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
-        else:
-            key, sizes, counts, version = self._step.last
-            if (
-                sequence_parallel_size is not key
-                or self.num_tokens_across_dp_cpu is not counts
-                or counts._version != version
-            ):
-                sizes = checked_step(self).find_last(sequence_parallel_size)
+        elif (
+            sequence_parallel_size is not key
+            or self.num_tokens_across_dp_cpu is not counts
+            or counts._version != version
+        ):
+            sizes = checked_step(self).find_last(sequence_parallel_size)
         context = SizesContext()
         context.metadata = self
         context.sizes = sizes
@@ -169,35 +133,29 @@ def tell(text: str, level: int) -> None:
         logger.log(level, text)
 
 
-def register() -> None:
-    """Do what the environment asks for; vLLM calls this as a plugin in each of its processes.
+def register(environment: Mapping[str, str] = os.environ) -> None:
+    """Do what the environment asks for, see `MODES`; vLLM calls this as a plugin in each of its processes.
 
-    | `LOCKSTEP_VLLM` | effect |
-    |---|---|
-    | not set, empty, `0` | none |
-    | `metadata` or `1` | our `DPMetadata` takes the place of vLLM's |
-    | `exchange` | routed experts go through our exchange, see `lockstep.integrations.vllm_exchange` |
-
-    One line is logged, at the level INFO if it takes effect. Where vLLM is of a version that is not known, or differs
-    from what is known of it, a warning is logged instead and nothing changes. Running it again changes nothing.
+    `metadata` puts our `DPMetadata` into the place of vLLM's, `exchange` sends routed experts through our exchange. One
+    line is logged, at the level INFO if it takes effect. Where vLLM is of a version that is not known, or differs from
+    what is known of it, a warning is logged instead and nothing changes. Running it again changes nothing.
 
     Raises:
         ConfigurationError: if the variable has another value.
     """
-    switch = os.environ.get(SWITCH, "")
-    mode = MODES.get(switch)
-    if mode is None:
+    switch = environment.get(SWITCH, "")
+    if switch not in MODES:
         values = ", ".join(value for value in MODES if value)
         raise ConfigurationError(f"{SWITCH} must be one of {values}, or not set, got {switch!r}")
-    if not mode:
-        return
-    obstacle = _take_effect(mode)
+    obstacle = _take_effect(MODES[switch])
     if obstacle:
         tell(f"{SWITCH}={switch} changes nothing: {obstacle}", logging.WARNING)
 
 
 def _take_effect(mode: str) -> str:
-    """Return why this vLLM stays as it is, or an empty string."""
+    """Return why this vLLM stays as it is although a mode is asked for, or an empty string."""
+    if not mode:
+        return ""
     try:
         version = str(importlib.import_module("vllm").__version__)
     except (ImportError, AttributeError) as error:

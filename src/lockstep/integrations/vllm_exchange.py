@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -126,9 +126,9 @@ def disagreement(answers: Sequence[dict[str, Any]]) -> str:
     return ""
 
 
-def deadline_s() -> float:
+def deadline_s(environment: Mapping[str, str] = os.environ) -> float:
     """Return the deadline that the environment asks for, seconds; `ConfigurationError` if it is no positive number."""
-    text = os.environ.get(DEADLINE, "30")
+    text = environment.get(DEADLINE, "30")
     try:
         seconds = float(text)
     except ValueError:

@@ -139,15 +139,9 @@ class Watch:
 class Exchange:
     """Dispatch and combine for all layers of one shape, over the expert-parallel group.
 
-    Steps that CUDA graphs hold go through buffers as large as the largest graph; larger ones through buffers of their
-    own, in chunks where they must. Which of the two, and how many chunks, follows from counts that all ranks know.
-
-    Args:
-        decode: the dispatcher with the smaller buffers.
-        prompt: the one for all larger steps; the same object where graphs are as large as any step.
-        rank: this rank in the group.
-        sp_size: ranks in a row that share the tokens of one data-parallel rank.
-        deadline_s: longest wait for a rank while requests are served.
+    Steps that CUDA graphs hold go through `decode`, with buffers as large as the largest graph; larger ones through
+    `prompt`, in chunks where they must. Which, and how many chunks, follows from counts that all ranks know. Of the
+    group's ranks, `sp_size` in a row share the tokens of one data-parallel rank.
     """
 
     def __init__(self, decode: Any, prompt: Any, *, rank: int = 0, sp_size: int = 1, deadline_s: float = 30) -> None:
@@ -160,16 +154,8 @@ class Exchange:
     ) -> torch.Tensor:  # fmt: skip
         """Run this rank's rows through their experts, wherever those are. Collective.
 
-        Args:
-            step: says how many of the rows are tokens.
-            experts: this rank's.
-            rows: `[n, hidden]` bfloat16, the tokens first, padding behind them.
-            topk_ids: global experts, `[n, top_k]`.
-            topk_weights: `[n, top_k]`.
-            num_tokens_across_dp: rows of each data-parallel rank, padding included, `[dp_size]`; the same on all.
-
-        Returns:
-            The weighted sums, `[n, hidden]`; padding rows mean nothing.
+        The `rows`, `[n, hidden]` bfloat16, are tokens first and padding behind, which means nothing in the result.
+        `num_tokens_across_dp` are the rows of each data-parallel rank, padding included, `[dp_size]`; the same on all.
         """
         sizes = [-(-count // self.sp_size) for count in num_tokens_across_dp for _ in range(self.sp_size)]
         # The other ranks take this one's rows for what vLLM's counts say. Known before any moves, and on the host.
