@@ -57,8 +57,7 @@ def serve(
     )
     from lockstep.commands.serve import ServeCommand, execute, read_api_key
     from lockstep.runner.ranks import EngineOptions
-    from lockstep.serve.app import AppOptions
-    from lockstep.serve.server import ServerOptions
+    from lockstep.serve.app import ServeOptions
 
     engine = EngineOptions(
         model=model, data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size,
@@ -68,8 +67,8 @@ def serve(
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=prefix_caching,
         max_prefill_delay_steps=max_prefill_delay_steps, start_timeout_s=start_timeout,
     )  # fmt: skip
-    app_options = AppOptions(
-        served_model_name or model, read_api_key(api_key, api_key_file), max_body_bytes, 3 * read_timeout, log_requests
-    )
-    server = ServerOptions(app_options, max_queue, max_restarts, max_connections, read_timeout, drain)
-    execute(ServeCommand(engine, server, host, port, chat_template))
+    service = ServeOptions(
+        served_model_name or model, read_api_key(api_key, api_key_file), max_queue, max_restarts, max_connections,
+        max_body_bytes, read_timeout, drain, log_requests,
+    )  # fmt: skip
+    execute(ServeCommand(engine, service, host, port, chat_template))

@@ -20,7 +20,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.report.terminal import Terminal, plain
 from lockstep.runner.engine import Engine
 from lockstep.runner.ranks import EngineOptions, describe
-from lockstep.serve.server import ServerOptions, open_socket, serve
+from lockstep.serve.app import ServeOptions
+from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service
 
 API_KEY_VARIABLE = "LOCKSTEP_API_KEY"
@@ -33,7 +34,7 @@ class ServeCommand:
     """What the command line asked for."""
 
     engine: EngineOptions
-    server: ServerOptions
+    service: ServeOptions
     host: str
     port: int
     chat_template: Path | None = None
@@ -47,7 +48,7 @@ def execute(command: ServeCommand) -> NoReturn:
         LockstepError: the ranks could not be started, or died again and again.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if command.server.app.log_requests != "off":
+    if command.service.log_requests != "off":
         logging.getLogger("lockstep.serve").setLevel(logging.INFO)
     if "RANK" in os.environ:
         raise ConfigurationError("lockstep serve starts its ranks itself: run it without torchrun")
@@ -78,7 +79,7 @@ def execute(command: ServeCommand) -> NoReturn:
         console.print(f"starting {options.world_size} ranks on this host", style="dim")
 
         async def serve_until_told() -> NoReturn:
-            await serve(start_engine, command.server, listener, lambda service: _show(service, console, url), end_now)
+            await serve(start_engine, command.service, listener, lambda service: _show(service, console, url), end_now)
             end_now(0)
 
         asyncio.run(serve_until_told())

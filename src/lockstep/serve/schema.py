@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lockstep.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.runner.engine import Engine
 from lockstep.runner.front import NewRequest
@@ -17,48 +16,28 @@ from lockstep.workload.kv_pages import PAGE_SIZE
 
 MAX_SEQUENCES = 128
 """Most sequences that one HTTP request may ask for: prompts times `n`."""
-
-_REFUSED = {
-    **dict.fromkeys(
-        ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"), "tool calling"
-    ),
-    **dict.fromkeys(("response_format", "structured_outputs", "guided_json", "guided_regex"), "structured output"),
-    **dict.fromkeys(("guided_choice", "guided_grammar"), "structured output"),
-    **dict.fromkeys(("audio", "modalities"), "audio"),
+_WHAT = {
+    "tool calls": ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"),
+    "structured output": ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
 }
-# What they may hold all the same, since it asks for nothing.
-_NOTHING: tuple[Any, ...] = (None, [], {}, "none", False, {"type": "text"}, ["text"])
-_NO_EFFECT = (
-    "user",
-    "store",
-    "metadata",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
+# Fields that do not change the answer, and what other fields may hold since it asks for nothing.
+_WITHOUT_EFFECT = frozenset(
+    ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 )
-_NEUTRAL: dict[str, Any] = {"best_of": 1, "suffix": ""}
+_NOTHING: tuple[Any, ...] = (None, [], {}, "", "none", False, {"type": "text"}, ["text"])
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("stop", "stop_token_ids", "ignore_eos", "min_tokens"),
 )
 
 
-class _Model(BaseModel):
-    """Fields have their JSON types exactly; null is the same as leaving one out."""
+class Fields(BaseModel):
+    """Fields have exactly their JSON types; null is the same as leaving one out."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    def refuse_unknown(self) -> None:
-        """Raise for fields that would change the answer, and are not served."""
-        for name, value in (self.model_extra or {}).items():
-            if name in _NO_EFFECT or any(value is one or value == one for one in (*_NOTHING, _NEUTRAL.get(name))):
-                continue
-            what = f"{_REFUSED[name]} is not supported" if name in _REFUSED else "this field is not supported"
-            raise ApiError(400, f"{name[:80]}: {what}", param=name[:80], code="unsupported_parameter")
 
-
-class StreamOptions(_Model):
+class StreamOptions(Fields):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = None
@@ -66,7 +45,7 @@ class StreamOptions(_Model):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(_Model):
+class GenerationRequest(Fields):
     """What completions and chats have in common."""
 
     model: str | None = None
@@ -87,70 +66,28 @@ class GenerationRequest(_Model):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
 
-    def num_logprobs(self) -> int | None:
-        """Return how many most likely tokens are asked for; None for no log probabilities at all."""
-        raise NotImplementedError
-
-    def wanted_tokens(self) -> int | None:
-        """Return the length that is asked for; None for as much as there is room for."""
-        raise NotImplementedError
-
-    def prompts(self, engine: Engine) -> list[list[int]]:
-        """Return the token ids of each prompt."""
-        raise NotImplementedError
-
 
 class CompletionRequest(GenerationRequest):
     """Body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
-
-    def num_logprobs(self) -> int | None:
-        """See `GenerationRequest`."""
-        return self.logprobs
-
-    def wanted_tokens(self) -> int | None:
-        """See `GenerationRequest`; OpenAI's default is 16."""
-        return 16 if self.max_tokens is None else self.max_tokens
-
-    def prompts(self, engine: Engine) -> list[list[int]]:
-        """See `GenerationRequest`."""
-        several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
-        prompts: Sequence[Any] = self.prompt if several else [self.prompt]
-        if not prompts:
-            raise ApiError(400, "prompt must hold at least 1 prompt", param="prompt")
-        _check_sequences(len(prompts), self.n)
-        return [engine.prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    best_of: int | None = None
 
 
-class Part(_Model):
+class Part(Fields):
     """A part of a message's content."""
 
     type: str
     text: str | None = None
 
 
-class Message(_Model):
+class Message(Fields):
     """One message of a conversation."""
 
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Return it as chat templates take it: parts joined by newlines, `developer` as `system`."""
-        self.refuse_unknown()
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise ApiError(400, f"messages: role {self.role[:40]!r} is not supported", param="messages")
-        parts = self.content if isinstance(self.content, list) else []
-        for part in parts:
-            part.refuse_unknown()
-            if part.type != "text" or part.text is None:
-                raise ApiError(400, f"messages: content of type {part.type[:40]!r} is not supported", param="messages")
-        text = "\n".join(part.text or "" for part in parts) if parts else self.content or ""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": str(text)}
-        return message | ({"name": self.name} if self.name is not None else {})
 
 
 class ChatRequest(GenerationRequest):
@@ -161,99 +98,116 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
-    def num_logprobs(self) -> int | None:
-        """See `GenerationRequest`."""
-        if not self.logprobs:
-            if self.top_logprobs:
-                raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-            return None
-        return self.top_logprobs or 0
 
-    def wanted_tokens(self) -> int | None:
-        """See `GenerationRequest`."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    def prompts(self, engine: Engine) -> list[list[int]]:
-        """See `GenerationRequest`: the one that the tokenizer's chat template makes."""
-        if not self.messages:
-            raise ApiError(400, "messages must hold at least 1 message", param="messages")
-        _check_sequences(1, self.n)
-        messages = [message.for_template() for message in self.messages]
-        if getattr(engine.tokenizer, "chat_template", None) is None:
-            raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
-        try:
-            ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template may raise what it likes, most of it by its own raise_exception
-            raise ApiError(400, f"the chat template refused the messages: {error!s:.200}", param="messages") from None
-        return [list(ids)]
+Request = TypeVar("Request", bound=GenerationRequest)
 
 
-def parse(kind: type[GenerationRequest], body: bytes) -> Any:
-    """Read a request's body.
-
-    Raises:
-        ApiError: 400 for what is no JSON or not supported, 422 for a field that is missing or of a wrong type.
-    """
+def parse(kind: type[Request], body: bytes) -> Request:
+    """Read a body; 400 for what is no JSON or not served, 422 for a field that is missing or of a wrong type."""
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(place) for place in first["loc"])[:80]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is no valid JSON: {first['msg']}") from None
-        param = str(first["loc"][0])[:80] if first["loc"] else None
-        raise ApiError(422, f"{where or 'the body'}: {first['msg']}", param=param) from None
-    request.refuse_unknown()
+        place = ".".join(map(str, first["loc"]))[:80]
+        raise ApiError(422, f"{place or 'the body'}: {first['msg']}", place.partition(".")[0] or None) from None
+    _refuse_unknown(request)
     if request.stream_options is not None:
-        request.stream_options.refuse_unknown()
+        _refuse_unknown(request.stream_options)
         if not request.stream:
-            raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+            raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     return request
 
 
-def new_requests(request: GenerationRequest, engine: Engine) -> list[NewRequest]:
-    """Tokenize and check a request; sequence `prompt * n + choice` has that index.
-
-    Raises:
-        ApiError: 400, naming the field where that is known.
-    """
+def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> list[NewRequest]:
+    """Tokenize and check a request; sequence `prompt * n + choice` has that index. 400 names the field if it can."""
+    num_choices = 1 if request.n is None else request.n
     given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
-    num_choices, top = request.n or 1, request.num_logprobs()
-    if top is not None and top > MAX_LOGPROBS:
-        raise ApiError(400, f"at most {MAX_LOGPROBS} log probabilities are supported, got {top}", param="logprobs")
+    given |= {"seed": request.seed, "logprobs": _num_logprobs(request)}
+    requests: list[NewRequest] = []
     try:
         SamplingParams(**given | {"min_tokens": 0})  # before the work of tokenizing
-        requests: list[NewRequest] = []
-        for ids in request.prompts(engine):
-            wanted = request.wanted_tokens()
-            max_tokens = _room(engine) - len(ids) if wanted is None else wanted
-            params = SamplingParams(**given, seed=request.seed, max_tokens=max(1, max_tokens), logprobs=top)
-            if wanted is not None and wanted < 1:
-                raise ApiError(400, f"max_tokens must be >= 1, got {wanted}", param="max_tokens")
-            engine.check(len(requests) // num_choices, ids, params)
+        prompts = _prompts(request, num_choices)
+        for number, ids in enumerate(_tokenize(request, prompts, engine)):
+            params = SamplingParams(**given, max_tokens=_max_tokens(request, engine, len(ids)))
+            engine.check(number, ids, params)
             for choice in range(num_choices):
                 requests.append(NewRequest(len(requests), ids, _with_seed(params, choice)))
     except ConfigurationError as error:
-        message = str(error)
+        message, (first, *_) = str(error), str(error).split(" ")
         code = "context_length_exceeded" if "together more than" in message else None
-        first = message.partition(" ")[0]
-        param = first if first in GenerationRequest.model_fields else None
-        raise ApiError(400, message, param=param, code=code) from None
+        raise ApiError(400, message, first if first in type(request).model_fields else None, code) from None
     return requests
 
 
-def _check_sequences(num_prompts: int, n: int | None) -> None:
-    if n is not None and n < 1:
-        raise ApiError(400, f"n must be >= 1, got {n}", param="n")
-    if num_prompts * (n or 1) > MAX_SEQUENCES:
-        text = f"prompts * n must be <= {MAX_SEQUENCES}, got {num_prompts} * {n or 1}"
-        raise ApiError(400, text, param="n" if n is not None else "prompt")
+def _refuse_unknown(fields: Fields) -> None:
+    """Refuse what would change the answer, and is not served."""
+    for name, value in (fields.model_extra or {}).items():
+        if name not in _WITHOUT_EFFECT and value not in _NOTHING:
+            what = next((f"{what} are" for what, names in _WHAT.items() if name in names), "this field is")
+            raise ApiError(400, f"{name[:80]}: {what} not supported", name[:80], "unsupported_parameter")
 
 
-def _room(engine: Engine) -> int:
-    """Return how many tokens a request may have at most, prompt included."""
+def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        if request.best_of not in (None, 1):
+            raise ApiError(400, f"best_of must be 1, got {request.best_of}", "best_of", "unsupported_parameter")
+        return request.logprobs
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, num_prompt_tokens: int) -> int:
+    """Return the length that is asked for: by default OpenAI's 16 for completions, all the room for chats."""
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return request.max_completion_tokens
+    if request.max_tokens is not None or isinstance(request, CompletionRequest):
+        return 16 if request.max_tokens is None else request.max_tokens
     longest, capacity = engine.about["max_model_len"], engine.about["kv_capacity_tokens"]
-    return int(longest if capacity is None else min(longest, capacity // PAGE_SIZE * PAGE_SIZE))
+    room = longest if capacity is None else min(longest, capacity // PAGE_SIZE * PAGE_SIZE)
+    return max(1, int(room) - num_prompt_tokens)
+
+
+def _prompts(request: CompletionRequest | ChatRequest, num_choices: int) -> list[Any]:
+    """Return the prompts: texts or token ids, or the messages of a chat as chat templates take them."""
+    if isinstance(request, ChatRequest):
+        name, asked = "messages", [_for_template(message) for message in request.messages]
+        prompts: list[Any] = [asked] if asked else []
+    else:
+        name, several = "prompt", isinstance(request.prompt, list) and not isinstance((*request.prompt, "")[0], int)
+        prompts = list(request.prompt) if several else [request.prompt]
+    if not prompts:
+        raise ApiError(400, f"{name} must not be empty", name)
+    if not 1 <= num_choices <= MAX_SEQUENCES // len(prompts):
+        text = f"n must be >= 1, and n * prompts <= {MAX_SEQUENCES}, got {num_choices} * {len(prompts)}"
+        raise ApiError(400, text, name if request.n is None else "n")
+    return prompts
+
+
+def _for_template(message: Message) -> dict[str, str]:
+    _refuse_unknown(message)
+    if message.role not in ("system", "developer", "user", "assistant"):
+        raise ApiError(400, f"messages: role {message.role[:40]!r} is not supported", "messages")
+    parts = message.content if isinstance(message.content, list) else [Part(type="text", text=message.content or "")]
+    if any(part.type != "text" or part.text is None for part in parts):
+        raise ApiError(400, "messages: content that is no text is not supported", "messages")
+    content = "\n".join(str(part.text) for part in parts)
+    read = {"role": message.role.replace("developer", "system"), "content": content}
+    return read if message.name is None else read | {"name": message.name}
+
+
+def _tokenize(request: CompletionRequest | ChatRequest, prompts: list[Any], engine: Engine) -> list[list[int]]:
+    if isinstance(request, CompletionRequest):
+        return [engine.prompt_ids(number, prompt) for number, prompt in enumerate(prompts)]
+    if getattr(engine.tokenizer, "chat_template", None) is None:
+        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
+    try:
+        ids = engine.tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template may raise what it likes, most of it by its own raise_exception
+        raise ApiError(400, f"the chat template refused the messages: {error!s:.200}", "messages") from None
+    return [list(ids)]
 
 
 def _with_seed(params: SamplingParams, choice: int) -> SamplingParams:

@@ -8,7 +8,6 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lockstep.errors import ConfigurationError
 from lockstep.runner.engine import Engine
-from lockstep.serve.app import App, AppOptions
+from lockstep.serve.app import ServeOptions, make_app
 from lockstep.serve.errors import ApiError
 from lockstep.serve.metrics import ServiceMetrics
 from lockstep.serve.service import Service
@@ -31,47 +30,20 @@ _LAST_ANSWERS_S = 5
 _OTHER_FILES = 256  # descriptors that are no connections
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What the server is told.
-
-    Attributes:
-        app: of the HTTP face.
-        max_queue: most sequences that wait for their first token.
-        max_restarts: of the ranks, without a request being finished in between.
-        max_connections: at a time.
-        header_timeout_s: longest wait for a request's head, from the connection's or the head's first byte on.
-        drain_s: after a signal, how long what runs may go on.
-    """
-
-    app: AppOptions
-    max_queue: int = 1024
-    max_restarts: int = 3
-    max_connections: int = 4096
-    header_timeout_s: float = 10.0
-    drain_s: float = 30.0
-
-
 def open_socket(host: str, port: int) -> socket.socket:
-    """Listen, and take nothing yet.
-
-    Raises:
-        ConfigurationError: an address that cannot be used.
-    """
+    """Listen; `ConfigurationError` for an address that cannot be used."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # clients that have vanished leave
-        listener.bind(address)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigurationError(f"{host} port {port} cannot be used: {error.strerror}") from None
+        why = str(error.strerror).partition(" (while")[0]
+        raise ConfigurationError(f"{host} port {port} cannot be used: {why}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # clients that have vanished leave
     return listener
 
 
 async def serve(
     start_engine: Callable[[], Engine],
-    options: ServerOptions,
+    options: ServeOptions,
     listener: socket.socket,
     watch: Callable[[Service], Coroutine[Any, Any, None]],
     end_now: Callable[[int], NoReturn],
@@ -80,67 +52,65 @@ async def serve(
 
     Args:
         start_engine: starts the ranks; blocks until they are ready.
-        options: see `ServerOptions`.
+        options: see `ServeOptions`.
         listener: from `open_socket`.
         watch: runs beside, to show what goes on.
-        end_now: ends the process with a status.
+        end_now: ends the process with a status: at a second signal.
 
     Raises:
         LockstepError: what has ended the ranks for good.
     """
-    _allow_files(options)
+    _allow_files(options.max_connections)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients send wrong is no news
-    metrics = ServiceMetrics(options.app.model)
-    service = Service(start_engine, metrics, max_queue=options.max_queue, max_restarts=options.max_restarts)
+    metrics = ServiceMetrics(options.model)
+    service = Service(start_engine, metrics, options.max_queue, options.max_restarts)
     metrics.attach(service)
     config = uvicorn.Config(
-        App(service, options.app).asgi(), http=partial(_Protocol, limits=options), ws="none", lifespan="off",
+        make_app(service, options), http=partial(_Protocol, limits=options), ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_S, proxy_headers=False,
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
     )  # fmt: skip
-    server = _Server(config, partial(service.drain, options.drain_s), end_now)
-    running = asyncio.ensure_future(service.run())
-    running.add_done_callback(server.end)
-    watching = asyncio.ensure_future(watch(service))
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
+    server = _Server(config, lambda: loop.call_soon_threadsafe(signalled.set), end_now)
+
+    async def drain() -> None:
+        await signalled.wait()
+        await service.drain(options.drain_s)
+        server.should_exit = True
+
+    async def run() -> None:
+        try:
+            await service.run()
+        finally:
+            server.should_exit = True
+
+    running, *others = (asyncio.ensure_future(one) for one in (run(), drain(), watch(service)))
     await server.serve(sockets=[listener])
-    watching.cancel()
+    for task in others:
+        task.cancel()
     if running.done():
         running.result()
 
 
 class _Server(uvicorn.Server):
-    """The first signal drains, the second ends the process at once; its ranks end with it."""
+    """The first signal begins the end, the second ends the process at once; its ranks end with it."""
 
-    def __init__(
-        self, config: uvicorn.Config, drain: Callable[[], Coroutine[Any, Any, None]], end_now: Callable[[int], NoReturn]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, begin: Callable[[], Any], end_now: Callable[[int], NoReturn]) -> None:
         super().__init__(config)
-        self._drain = drain
-        self._end_now = end_now
-        self._draining: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._signalled = False
+        self._begin, self._end_now, self._signalled = begin, end_now, False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Handle a signal."""
         if self._signalled:
             self._end_now(128 + sig)
         self._signalled = True
-        self._loop.call_soon_threadsafe(self._begin_to_end)
-
-    def _begin_to_end(self) -> None:
-        self._draining = asyncio.ensure_future(self._drain())
-        self._draining.add_done_callback(self.end)
-
-    def end(self, _: Any = None) -> None:
-        """Stop serving."""
-        self.should_exit = True
+        self._begin()
 
 
 class _Protocol(HttpToolsProtocol):
     """One connection, with limits that Uvicorn's own lacks: of connections, and of a head's time and length."""
 
-    def __init__(self, *arguments: Any, limits: ServerOptions, **names: Any) -> None:
+    def __init__(self, *arguments: Any, limits: ServeOptions, **names: Any) -> None:
         super().__init__(*arguments, **names)
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
@@ -175,7 +145,7 @@ class _Protocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._head_timer is None:
-            limit_s, self._head_bytes = self._limits.header_timeout_s, 0
+            limit_s, self._head_bytes = self._limits.read_timeout_s, 0
             late = ApiError(408, f"the head of a request did not come within {limit_s:g} s")
             self._head_timer = self.loop.call_later(limit_s, self._end_with, late)
 
@@ -197,10 +167,10 @@ class _Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _allow_files(options: ServerOptions) -> None:
+def _allow_files(max_connections: int) -> None:
     """Raise this process's limit of open files as far as the connections need it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = options.max_connections + _OTHER_FILES
+    wanted = max_connections + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -23,44 +23,28 @@ from lockstep.serve.metrics import ServiceMetrics
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
-# A request may be what its ranks die of: it is not kept for ever.
-_MAX_LIVES = 3
-
-State = Literal["starting", "ready", "restarting", "draining", "failed"]
+_MAX_LIVES = 3  # a request may be what its ranks die of: it is not kept for ever
 
 
 class Generation:
-    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop takes them.
+    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop takes them."""
 
-    Args:
-        service: where it runs.
-        requests: its sequences, by index.
-    """
-
-    def __init__(self, service: Service, requests: Sequence[NewRequest]) -> None:
+    def __init__(self, post: Callable[[Generation, Piece | Exception], None], requests: Sequence[NewRequest]) -> None:
         self.requests = requests
+        # A prompt with several choices counts once.
+        self.num_prompt_tokens = sum({id(ids): len(ids) for ids in (new.prompt_token_ids for new in requests)}.values())
+        self.num_tokens = self.num_lives = 0
         self.num_open = len(requests)
-        self.num_tokens = 0
-        self.num_lives = 0
+        self.begun: set[int] = set()  # sequences with a token
         self.began_s = self.last_token_s = time.monotonic()
-        self.error: ApiError | None = None
-        self.begun: set[int] = set()
-        self._service = service
+        self._post = post
         self._pieces: list[Piece] = []
+        self._error: ApiError | None = None
         self._news = asyncio.Event()
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts; a prompt with several choices counts once."""
-        return sum({id(new.prompt_token_ids): len(new.prompt_token_ids) for new in self.requests}.values())
-
     async def steps(self) -> AsyncIterator[list[Piece]]:
-        """Give what has come since the last time, as long as anything comes.
-
-        Raises:
-            ApiError: the request was lost.
-        """
-        while self.error is None:
+        """Give what has come since the last time, until all has; raise what has ended it before."""
+        while self._error is None:
             pieces, self._pieces = self._pieces, []
             if pieces:
                 yield pieces
@@ -69,10 +53,10 @@ class Generation:
             else:
                 await self._news.wait()
                 self._news.clear()
-        raise self.error
+        raise self._error
 
     def take(self, piece: Piece) -> None:
-        """Take a token in; called in the event loop."""
+        """Take a token in."""
         self._pieces.append(piece)
         self.num_tokens += 1
         self.begun.add(piece.index)
@@ -80,158 +64,139 @@ class Generation:
         self._news.set()
 
     def fail(self, error: ApiError) -> None:
-        """End it; called in the event loop."""
-        self.error, self.num_open = error, 0
+        """End it."""
+        self._error, self.num_open = error, 0
         self._news.set()
 
     def on_token(self, entry: Entry, delta: TextDelta) -> None:
         """See `Listener`."""
-        token, logprobs = entry.checker.token_ids[-1], entry.logprobs[-1] if entry.logprobs else None
-        self._service.post(self, Piece(entry.index, token, delta.text, logprobs, delta.finish_reason))
+        logprobs = entry.logprobs[-1] if entry.logprobs else None
+        self._post(self, Piece(entry.index, entry.checker.token_ids[-1], delta.text, logprobs, delta.finish_reason))
 
     def on_error(self, error: Exception) -> None:
         """See `Listener`."""
-        self._service.post(self, error)
+        self._post(self, error)
 
 
 class Service:
-    """Keeps an engine running, and gives it requests.
+    """Keeps an engine running, and gives it requests. All but `_post` belongs to the event loop.
 
-    A rank that dies takes all ranks with it. They are started again; requests without a token yet are kept for them,
-    the others fail. All methods but `post` belong to the event loop.
-
-    Args:
-        start_engine: starts the ranks; blocks until they are ready.
-        metrics: counts.
-        max_queue: most sequences that wait for their first token, >= 1.
-        max_restarts: how often the ranks are started again without a request being finished in between.
+    A rank that dies takes all ranks with it. They are started again, at most `max_restarts` times without a sequence
+    being finished in between; requests without a token yet are kept for them, the others fail. At most `max_queue`
+    sequences wait for their first token. `start_engine` blocks until the ranks are ready.
     """
 
     def __init__(
-        self, start_engine: Callable[[], Engine], metrics: ServiceMetrics, *, max_queue: int, max_restarts: int
+        self, start_engine: Callable[[], Engine], metrics: ServiceMetrics, max_queue: int, max_restarts: int
     ) -> None:
-        self.state: State = "starting"
+        self.state: Literal["starting", "ready", "restarting", "draining", "failed"] = "starting"
         self.engine: Engine | None = None
         self.texts: TokenTexts
         self.metrics = metrics
         self.num_restarts = 0
-        self.why = ""  # the ranks were lost last
-        self.max_queue = max_queue
         self._start_engine = start_engine
-        self._max_restarts = max_restarts
-        self._failures = 0  # since a request was finished
-        self._running: dict[Generation, None] = {}
+        self._max_queue, self._max_restarts = max_queue, max_restarts
+        self._failures, self._why = 0, ""
+        self._running: dict[Generation, None] = {}  # until their answers are sent
         self._first_wait_s = 0.0
         self._events: deque[tuple[Generation, Piece | Exception]] = deque()
         self._wakes = False
         self._loop = asyncio.get_running_loop()
-        # Of tokenizers one thread at a time may be used safely.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="lockstep-tokenize")
+        self._tokenizing = ThreadPoolExecutor(1, "lockstep-tokenize")  # a tokenizer is safe in one thread at a time
 
     async def run(self) -> None:
-        """Keep an engine until the service drains.
-
-        Raises:
-            LockstepError: the engine could not be started, or died again and again.
-        """
+        """Keep an engine until the service drains; raise what has ended it for good."""
         while self.state != "draining":
             try:
-                self.engine = await asyncio.to_thread(self._start_engine)
+                self.engine = engine = await asyncio.to_thread(self._start_engine)
             except ConfigurationError:
                 raise
             except (LockstepError, OSError) as error:
                 self._lost(error)
                 continue
-            self.texts = TokenTexts(self.engine.tokenizer)
-            if self.state != "draining":
-                self.state = "ready"
+            self.texts = TokenTexts(engine.tokenizer)
+            self.state = "ready" if self.state != "draining" else self.state
             for generation in self._running:
                 if generation.num_open and not generation.begun:
-                    self.engine.submit(generation, generation.requests)
-            while self.engine.error is None:
+                    engine.submit(generation, generation.requests)
+            while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
             if self.state != "draining":
-                await asyncio.to_thread(self.engine.close)
-                self._lost(self.engine.error)
+                await asyncio.to_thread(engine.close)  # after which nothing of it is heard
+                self._lost(engine.error)
 
     def _lost(self, error: Exception) -> None:
-        self.why = str(error)
-        self._failures += 1
+        self._why, self._failures = str(error), self._failures + 1
         if self._failures > self._max_restarts:
             self.state = "failed"
-            self.fail_all(self._unavailable())
+            self._fail_all()
             raise error
         self.num_restarts += 1
-        if self.state != "draining":
-            self.state = "restarting"
-        text = "the ranks were lost: %s; starting all again (%d of %d without an answer)"
-        logger.warning(text, error, self._failures, self._max_restarts)
+        self.state = "restarting" if self.state != "draining" else self.state
+        logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._max_restarts, error)
 
     def health(self) -> dict[str, Any]:
-        """Return how the service and each of its ranks is, as of now.
-
-        `status` is `ready`, or `down` while nothing can be answered, with the reason in `why`.
-        """
-        engine = self.engine if self.state == "ready" else None
+        """Return how the service and each rank is, as of now: `ready`, or `down`, when nothing can be answered."""
+        engine, why = self.engine if self.state == "ready" else None, ""
         ranks = engine.ranks() if engine is not None else []
-        deadline_s = engine.options.deadline_s if engine is not None else 0.0
-        bad = [r for r in ranks if r.state in ("stopped", "gone") or r.silent_s > deadline_s]
-        why = "" if engine is not None else f"the service is {self.state}"
-        if bad:
-            why = "; ".join(f"rank {r.rank} is {r.state}, silent for {r.silent_s:.0f} s" for r in bad)
-        elif engine is not None and engine.error is not None:
+        if engine is None:
+            why = f"the service is {self.state}" + (f": {self._why}" if self.state in ("restarting", "failed") else "")
+        elif engine.error is not None:
             why = str(engine.error)
-        elif self.state in ("restarting", "failed"):
-            why += f": {self.why}"
-        shown = [{"rank": r.rank, "state": r.state, "silent_s": round(r.silent_s, 1)} for r in ranks]
+        else:
+            limit_s = engine.options.deadline_s
+            bad = [rank for rank in ranks if rank.state in ("stopped", "gone") or rank.silent_s > limit_s]
+            why = "; ".join(f"rank {rank.rank} is {rank.state}, silent for {rank.silent_s:.0f} s" for rank in bad)
+        shown = [{"rank": rank.rank, "state": rank.state, "silent_s": round(rank.silent_s, 1)} for rank in ranks]
         return {"status": "down" if why else "ready", "why": why, "ranks": shown, "restarts": self.num_restarts}
 
     @property
     def num_waiting(self) -> int:
         """Sequences without a token yet."""
-        return sum(len(generation.requests) - len(generation.begun) for generation in self._running)
+        return sum(len(one.requests) - len(one.begun) for one in self._running if one.num_open)
 
     @property
     def num_running(self) -> int:
         """Sequences that have begun and not ended."""
-        return sum(generation.num_open for generation in self._running) - self.num_waiting
+        return sum(one.num_open for one in self._running) - self.num_waiting
 
     async def prepare(self, make: Callable[[Engine], list[NewRequest]]) -> list[NewRequest]:
         """Tokenize and check a request beside the event loop."""
-        if self.engine is None or self.state in ("draining", "failed"):
-            raise self._unavailable()
-        return await self._loop.run_in_executor(self._tokenizing, make, self.engine)
+        return await self._loop.run_in_executor(self._tokenizing, make, self._usable())
 
     def submit(self, requests: Sequence[NewRequest]) -> Generation:
-        """Start a request.
-
-        Raises:
-            ApiError: 429 where the queue is full, 503 where nothing is taken in any more.
-        """
-        if self.engine is None or self.state in ("draining", "failed"):
-            raise self._unavailable()
-        waiting = self.num_waiting
-        if waiting + len(requests) > self.max_queue:
-            text = f"{waiting} sequences wait already, and at most {self.max_queue} may: try again later"
+        """Start a request; 429 where the queue is full, 503 where nothing is taken in any more."""
+        engine, waiting = self._usable(), self.num_waiting
+        if waiting + len(requests) > self._max_queue:
+            text = f"{waiting} sequences wait already, and at most {self._max_queue} may: try again later"
             after_s = min(60, max(1, math.ceil(self._first_wait_s)))
             raise ApiError(429, text, code="queue_full", Retry_After=str(after_s))
-        generation = Generation(self, requests)
+        generation = Generation(self._post, requests)
         self._running[generation] = None
         if self.state == "ready":
-            self.engine.submit(generation, requests)
+            engine.submit(generation, requests)
         return generation
 
     def leave(self, generation: Generation) -> None:
         """Let go of a request: it has ended, or nobody waits for it any more."""
-        if self._running.pop(generation, False) is False or self.engine is None:
-            return
-        if generation.num_open:
+        self._running.pop(generation)
+        if self.engine is not None and generation.num_open:
             self.engine.abandon(generation)
-            self.metrics.finished("abort", generation)
-        else:
+            self.metrics.finished(generation, "abort")
+        elif self.engine is not None:
             self.engine.forget(generation)
 
-    def post(self, generation: Generation, news: Piece | Exception) -> None:
+    async def drain(self, limit_s: float) -> None:
+        """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks."""
+        could_run, self.state = self.state == "ready", "draining"
+        until = time.monotonic() + limit_s
+        while self._running and could_run and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self._fail_all()
+        if self.engine is not None and could_run:
+            await asyncio.to_thread(self.engine.close)
+
+    def _post(self, generation: Generation, news: Piece | Exception) -> None:
         """Hand news of the engine's thread to the event loop, which is woken once for all that comes meanwhile."""
         self._events.append((generation, news))
         if not self._wakes:
@@ -248,38 +213,31 @@ class Service:
             if isinstance(news, Exception):
                 self._take_loss(generation, news)
                 continue
-            if news.index not in generation.begun:
-                self._first_wait_s = now_s - generation.began_s
-                self.metrics.first_token(generation, self._first_wait_s)
-            else:
-                self.metrics.next_token(now_s - generation.last_token_s)
+            is_first = news.index not in generation.begun
+            self._first_wait_s = now_s - generation.began_s if is_first else self._first_wait_s
+            self.metrics.token(generation, now_s, is_first=is_first)
             generation.last_token_s = now_s
             generation.take(news)
             if news.finish_reason is not None:
                 self._failures = 0
-                self.metrics.finished(news.finish_reason, generation)
+                self.metrics.finished(generation, news.finish_reason)
 
     def _take_loss(self, generation: Generation, error: Exception) -> None:
         generation.num_lives += 1
         if generation.begun or generation.num_lives >= _MAX_LIVES or self.state in ("draining", "failed"):
             text = f"the request was lost with the ranks that ran it ({error}); it may be sent again"
             generation.fail(ApiError(503, text, code="rank_failed", Retry_After="1"))
-            self.metrics.finished("error", generation)
+            self.metrics.finished(generation, "error")
 
-    def fail_all(self, error: ApiError) -> None:
-        """End all that runs or waits."""
+    def _usable(self) -> Engine:
+        if self.engine is None or self.state in ("draining", "failed"):
+            raise self._unavailable()
+        return self.engine
+
+    def _fail_all(self) -> None:
         for generation in self._running:
-            generation.fail(error)
-
-    async def drain(self, limit_s: float) -> None:
-        """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks."""
-        could_run, self.state = self.state == "ready", "draining"
-        until = time.monotonic() + limit_s
-        while self._running and could_run and time.monotonic() < until:
-            await asyncio.sleep(0.05)
-        self.fail_all(self._unavailable())
-        if self.engine is not None and could_run:
-            await asyncio.to_thread(self.engine.close)
+            if generation.num_open:
+                generation.fail(self._unavailable())
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")
