@@ -107,7 +107,7 @@ def run(
     Starts the ranks on this host, or is one of them under torchrun.
     """
     require("numpy", "transformers", "safetensors", *(["prometheus_client"] if metrics_port is not None else []))
-    from lockstep.commands.run import RunCommand, execute
+    from lockstep.commands.run import execute
     from lockstep.runner.options import RunOptions
     from lockstep.workload import SchedulerConfig, WorkloadOptions
 
@@ -126,7 +126,8 @@ def run(
             seconds_per_step, prefix_caching,
         ),
     )  # fmt: skip
-    raise typer.Exit(execute(RunCommand(options, verify, overwrite, as_json, sys.argv[1:], max_restarts)))
+    how = {"verify": verify, "overwrite": overwrite, "as_json": as_json, "max_restarts": max_restarts}
+    raise typer.Exit(execute(options, **how, arguments=sys.argv[1:]))
 
 
 @app.command()
@@ -145,10 +146,7 @@ def plan(
     except TokenCountError as error:
         # Here a wrong count is what somebody typed, and so ends like any other bad option.
         raise ConfigurationError(str(error)) from None
-    if as_json:
-        typer.echo(json.dumps(document))
-    else:
-        print_plan(document)
+    typer.echo(json.dumps(document)) if as_json else print_plan(document)
 
 
 @app.command()
@@ -161,45 +159,19 @@ def simulate(
         ),
     ] = None,
     data_parallel_size: Annotated[
-        Any,
-        opt.option(
-            "Ranks; several values with commas, as below.",
-            parser=opt.several(opt.whole(1, opt.MOST_RANKS)),
-            metavar="N,...",
-        ),
+        Any, opt.numbers("Ranks; several values with commas, as below.", high=opt.MOST_RANKS)
     ] = "8",
-    load_balancing: Annotated[
-        Any,
-        opt.option(
-            "Which rank gets a request.",
-            parser=opt.several(opt.one_of(*opt.LOAD_BALANCING)),
-            metavar="|".join(opt.LOAD_BALANCING),
-        ),
-    ] = "round-robin",
+    load_balancing: Annotated[Any, opt.choices("Which rank gets a request.", opt.LOAD_BALANCING)] = "round-robin",
     max_prefill_delay_steps: Annotated[
-        Any,
-        opt.option(
-            "Maximum steps that a prompt waits for prompts of other ranks.",
-            parser=opt.several(opt.whole(0)),
-            metavar="N,...",
-        ),
+        Any, opt.numbers("Maximum steps that a prompt waits for prompts of other ranks.", low=0)
     ] = "0",
-    max_num_batched_tokens: Annotated[Any, opt.counts("Maximum tokens per rank and step.")] = "2048",
+    max_num_batched_tokens: Annotated[Any, opt.numbers("Maximum tokens per rank and step.")] = "2048",
     max_chunk_size: Annotated[
-        Any,
-        opt.option(
-            "Maximum rows per rank and MoE chunk, or `none`.",
-            parser=opt.several(opt.whole(1), "none"),
-            metavar="N|none,...",
-        ),
+        Any, opt.numbers("Maximum rows per rank and MoE chunk, or `none`.", none="none")
     ] = "none",
     row_shapes: Annotated[
         Any,
-        opt.option(
-            "ragged; dummy: one row where a rank has none; equal: all padded to the longest.",
-            parser=opt.several(opt.one_of(*opt.ROW_SHAPES)),
-            metavar="|".join(opt.ROW_SHAPES),
-        ),
+        opt.choices("ragged; dummy: one row where a rank has none; equal: all padded to the longest.", opt.ROW_SHAPES),
     ] = "ragged",
     max_num_seqs: opt.MaxNumSeqs = 256,
     kv_capacity_tokens: opt.KvCapacityTokens = None,
@@ -244,9 +216,9 @@ def simulate(
     Options that take several values with commas are combined, every value with every other.
     """
     require("numpy", *(["pyarrow"] if out else []))
-    from lockstep.commands.simulate import SimulateCommand, execute, execute_replay, execute_validation
+    from lockstep.commands.simulate import execute, execute_replay, execute_validation
+    from lockstep.simulation.config import SimulationConfig
     from lockstep.simulation.cost import CostConstants
-    from lockstep.simulation.simulator import SimulationConfig
     from lockstep.simulation.sweep import Grid
     from lockstep.workload import SchedulerConfig, WorkloadOptions, load_workload
 
@@ -255,12 +227,10 @@ def simulate(
         raise typer.Exit(execute_validation(validate, constants, as_json))
     if replay:
         raise typer.Exit(execute_replay(replay, constants, as_json))
-    trace = load_workload(
-        workload,
-        WorkloadOptions(rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share),
-        seed,
-        synthetic,
+    options = WorkloadOptions(
+        rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share
     )
+    trace = load_workload(workload, options, seed, synthetic)
     grid = Grid(
         data_parallel_size, load_balancing, max_prefill_delay_steps, max_num_batched_tokens, max_chunk_size, row_shapes
     )
@@ -269,8 +239,8 @@ def simulate(
     )
     base = SimulationConfig(1, scheduler, constants, buffer_capacity_rows=buffer_capacity_rows)
     limits = {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99}
-    command = SimulateCommand(trace, grid, base, limits, str(out or ""), overwrite, as_json, workers, sys.argv[1:])
-    raise typer.Exit(execute(command))
+    how: dict[str, Any] = {"out": str(out or ""), "overwrite": overwrite, "as_json": as_json, "workers": workers}
+    raise typer.Exit(execute(trace, grid, base, limits, **how, arguments=sys.argv[1:]))
 
 
 @app.command()
@@ -286,10 +256,7 @@ def compare(
     from lockstep.report.tables import print_comparison
 
     comparison = compare_runs(a, b)
-    if as_json:
-        typer.echo(json.dumps(comparison))
-    else:
-        print_comparison(comparison)
+    typer.echo(json.dumps(comparison)) if as_json else print_comparison(comparison)
 
 
 @app.command()
@@ -398,10 +365,7 @@ def postmortem(
 
     recorders, num_left_out = read_recorders(files or [])
     document = postmortem_document(recorders)
-    if as_json:
-        typer.echo(json.dumps(document))
-    else:
-        print_postmortem(document, num_left_out, stacks)
+    typer.echo(json.dumps(document)) if as_json else print_postmortem(document, num_left_out, stacks)
 
 
 def main() -> None:

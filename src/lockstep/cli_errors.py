@@ -29,9 +29,6 @@ def run_to_status(app: typer.Typer) -> NoReturn:
 
     The status is 0 or what the command returned; 2 for bad input, 1 for any other error of ours, both with one sentence
     on stderr; 130 after Ctrl-C.
-
-    Args:
-        app: the commands.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text

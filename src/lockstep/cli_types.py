@@ -5,7 +5,7 @@ A parser raises `typer.BadParameter`, and Typer adds the name of the option that
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -119,7 +119,18 @@ steps = partial(option, parser=whole(0), metavar="N")
 seed_of = partial(option, parser=whole(0, 2**32 - 1), metavar="N")
 scale = partial(option, parser=real(0, above=True), metavar="X")
 limit = partial(option, parser=seconds, metavar="2s|500ms")
-counts = partial(option, parser=several(whole(1)), metavar="N,...")
+share = partial(option, metavar="0..1")
+
+
+def numbers(help: str, low: int = 1, high: int = _MOST, none: str = "") -> Any:
+    """Declare an option that takes several integers with commas, or the word `none`."""
+    return option(help, parser=several(whole(low, high), none), metavar=f"N|{none},..." if none else "N,...")
+
+
+def choices(help: str, names: Sequence[str]) -> Any:
+    """Declare an option that takes several of some names with commas."""
+    return option(help, parser=several(one_of(*names)), metavar="|".join(names))
+
 
 # Options that several commands have.
 Workload = Annotated[str, option("Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")]
@@ -130,11 +141,7 @@ MaxPromptTokens = Annotated[int | None, count("Cut longer prompts to N tokens.")
 MaxNewTokens = Annotated[int | None, count("Cut longer outputs to N tokens.")]
 MaxMalformedShare = Annotated[
     float,
-    option(
-        "Refuse a file with a larger share of malformed lines; a single one is always left out.",
-        parser=real(0, 1),
-        metavar="0..1",
-    ),
+    share("Refuse a file with a larger share of malformed lines; a single one is always left out.", parser=real(0, 1)),
 ]
 MaxNumSeqs = Annotated[int, count("Maximum requests in progress per rank.")]
 KvCapacityTokens = Annotated[

@@ -19,25 +19,14 @@ _EXTRA_OF = {
 
 
 def require(*packages: str) -> None:
-    """End with status 2 and the command to type where packages of an extra are missing.
-
-    Args:
-        *packages: names as they are imported.
-    """
+    """End with status 2 and the command to type where packages of an extra are missing."""
     if says := lacking(*packages):
         sys.stderr.write(f"lockstep: error: {says.format('this command')}\n")
         sys.exit(2)
 
 
 def lacking(*packages: str) -> str:
-    """Return which packages are missing, with the command that installs them; empty where none is.
-
-    Args:
-        *packages: names as they are imported.
-
-    Returns:
-        A sentence in which `{}` stands for what needs them.
-    """
+    """Return which packages are missing, with the command that installs them; empty where none is."""
     missing = [name for name in packages if not _is_there(name)]
     if missing:
         extras = list(dict.fromkeys(_EXTRA_OF[name] for name in missing if name in _EXTRA_OF))

@@ -7,15 +7,7 @@ from lockstep.errors import ConfigurationError
 
 
 def json_object(where: object, text: str | bytes) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Args:
-        where: what messages call the text: a path, a path and its line.
-        text: UTF-8.
-
-    Raises:
-        ConfigurationError: it is not JSON, or something else than an object.
-    """
+    """Return a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too

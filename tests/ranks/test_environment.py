@@ -120,16 +120,14 @@ def test_gpus_and_links_as_text():
 
 @pytest.mark.ranks(2)
 @pytest.mark.skipif(NUM_GPUS >= 2, reason="would measure GPUs, which takes longer")
-def test_calibration_is_stored_where_auto_finds_it(monkeypatch):
-    from lockstep.commands import calibrate_dispatch
+def test_calibration_is_stored_where_auto_finds_it(capsys):
+    from lockstep.commands.calibrate_dispatch import execute_dispatch_calibration
 
-    monkeypatch.setattr(calibrate_dispatch, "_SAMPLES", 1)
     alone = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--data-parallel-size", "1"])
     assert alone.exit_code == 2
     assert "must be >= 2, got 1" in " ".join(alone.stderr.replace("│", " ").split())
-    shown = CliRunner().invoke(app, ["bench", "calibrate", "--dispatch", "--json"], catch_exceptions=False)
-    assert shown.exit_code == 0
-    document = json.loads(shown.stdout)
+    assert execute_dispatch_calibration(2, None, as_json=True, samples=1) == 0
+    document = json.loads(capsys.readouterr().out)
     assert document["file"] == str(stored_path("cpu"))
     stored = DispatchConstants.load(document["file"])
     assert set(stored.backends) == {"allgather", "alltoall"}

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lockstep.cli import app
-from lockstep.commands import postmortem
 from lockstep.commands.postmortem import postmortem_document, read_recorder
 from lockstep.coordination.board import Board
-from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, Phase
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FORMAT, Phase
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.waits import within
 from lockstep.errors import ConfigurationError, PeerFailedError, RankAbsentError, RankMismatchError
@@ -294,7 +293,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path):
 
 
 HEADER = {
-    "format": postmortem.FORMAT, "rank": 0, "num_ranks": 2, "epoch": 0, "pid": 1, "clock_ns": 5, "time": 1.0,
+    "format": FORMAT, "rank": 0, "num_ranks": 2, "epoch": 0, "pid": 1, "clock_ns": 5, "time": 1.0,
     "host": "h", "reason": "r",
 }  # fmt: skip
 json_values = st.recursive(

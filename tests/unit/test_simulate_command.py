@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 from lockstep.cli import app, main
 from lockstep.cli_types import seconds, several, whole
+from lockstep.commands.calibrate import execute_calibration
 from lockstep.commands.compare import compare_runs
 from lockstep.errors import ConfigurationError
 from lockstep.report.perfetto import write_trace
@@ -343,21 +343,17 @@ def test_repeats_count_with_the_median_time_of_each_step():
         fit_runs(cost_columns([replace(record, dummy_rows=1) for record in found]))
 
 
-def test_calibration_makes_its_own_runs(monkeypatch, tmp_path):
+def test_calibration_makes_its_own_runs(tmp_path, capsys):
     made = []
 
-    def run(command, **options):
+    def make_run(out, model, data_parallel_size, requests):
         # What `lockstep run` would do, without its model: as many requests over as many ranks as it was asked for.
-        out = Path(command[command.index("--out") + 1])
-        made.append(command[command.index("--data-parallel-size") + 1])
+        made.append(data_parallel_size)
         write_run(out, records(60, noise=0.02 * len(made))[0])
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("lockstep.commands.calibrate.subprocess", SimpleNamespace(run=run, PIPE=None))
-    shown = invoke("bench", "calibrate", "--repeats", "3", "--out", str(tmp_path / "cost.json"), "--json")
-    assert shown.exit_code == 0, shown.output
-    assert made == ["2"] * 3
-    document = json.loads(shown.stdout)
+    status = execute_calibration([], "tiny", 2, 120, 3, tmp_path / "cost.json", as_json=True, make_run=make_run)
+    assert (status, made) == (0, [2] * 3)
+    document = json.loads(capsys.readouterr().out)
     assert document["fit"]["steps"] == 60
     assert "3 runs of tiny over 2 ranks" in document["constants"]["source"]
     missing = invoke("bench", "calibrate", "--out", str(tmp_path / "none" / "cost.json"))

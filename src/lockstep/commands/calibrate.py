@@ -11,44 +11,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lockstep.errors import ConfigurationError, LockstepError
+from lockstep.report.tables import print_validation
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
 from lockstep.steplog.files import read_step_log
 
 _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
-
-
-def calibrate(
-    run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int
-) -> tuple[CostConstants, dict[str, Any]]:
-    """Fit cost constants to recorded runs of the same ranks, or to `repeats` runs that are made for it.
-
-    Of runs that did the same steps, each step's median time counts.
-
-    Returns:
-        The constants, and how well they describe the runs that they were fitted to (see `validate`).
-
-    Raises:
-        ConfigurationError: if the logs cannot be used together.
-        LockstepError: if a run failed.
-    """
-    if run_folders:
-        runs = [read_columns(folder) for folder in run_folders]
-        source = "fitted to " + ", ".join(str(folder) for folder in run_folders)
-    else:
-        runs = [_run(model, data_parallel_size, requests) for _ in range(repeats)]
-        processor = platform.processor() or platform.machine()
-        source = (
-            f"fitted to {repeats} runs of {model} over {data_parallel_size} ranks on {platform.node()} ({processor})"
-        )
-    columns = join_runs(runs)
-    constants = fit_runs(columns, source)
-    return constants, validate(columns, constants)
 
 
 def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
@@ -59,15 +31,36 @@ def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
     return cost_columns(read_step_log(path).records)
 
 
+def make_run(out: Path, model: str, data_parallel_size: int, requests: int) -> None:
+    """Record a run of a synthetic workload in a folder, in processes of its own."""
+    command = [
+        *(sys.executable, "-m", "lockstep.cli", "run", "--no-verify", "--json", "--out", str(out)),
+        *("--model", model, "--data-parallel-size", str(data_parallel_size), "--requests", str(requests)),
+        *_WORKLOAD,
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise LockstepError(f"the run to be fitted ended with exit status {done.returncode}")
+
+
 def execute_calibration(
     run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int, out: Path,
-    as_json: bool,
+    as_json: bool, make_run: Callable[[Path, str, int, int], None] = make_run,
 ) -> int:  # fmt: skip
-    """Calibrate, write the constants and show how well they fit; return the exit status."""
-    from lockstep.report.tables import print_validation
-
+    """Fit cost constants to recorded runs, or to `repeats` runs made for it; write them and show how well they fit."""
     check_replaceable(out, lambda: CostConstants.load(str(out)))  # said before the runs, not after them
-    constants, fitted = calibrate(run_folders, model, data_parallel_size, requests, repeats)
+    source = "fitted to " + ", ".join(map(str, run_folders))
+    runs = [read_columns(folder) for folder in run_folders]
+    if not runs:
+        where = f"{platform.node()} ({platform.processor() or platform.machine()})"
+        source = f"fitted to {repeats} runs of {model} over {data_parallel_size} ranks on {where}"
+    for _ in range(0 if runs else repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            make_run(Path(folder, "run"), model, data_parallel_size, requests)
+            runs.append(read_columns(Path(folder, "run")))
+    columns = join_runs(runs)
+    constants = fit_runs(columns, source)
+    fitted = validate(columns, constants)
     constants.save(out)
     if as_json:
         sys.stdout.write(json.dumps({"constants": asdict(constants), "fit": fitted, "file": str(out)}) + "\n")
@@ -94,17 +87,3 @@ def check_replaceable(out: Path, load: Callable[[], object]) -> None:
             raise ConfigurationError(
                 f"{out} is not overwritten: it is no file of constants; choose another with --out"
             ) from None
-
-
-def _run(model: str, data_parallel_size: int, requests: int) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "run")
-        command = [
-            *(sys.executable, "-m", "lockstep.cli", "run", "--no-verify", "--json", "--out", str(out)),
-            *("--model", model, "--data-parallel-size", str(data_parallel_size), "--requests", str(requests)),
-            *_WORKLOAD,
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
-        if done.returncode:
-            raise LockstepError(f"the run to be fitted ended with exit status {done.returncode}")
-        return read_columns(out)

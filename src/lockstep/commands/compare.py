@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.steplog.files import read_parquet_columns
+from lockstep.steplog.files import read_parquet_columns, read_step_log
 from lockstep.steplog.table import StepTable, loss_figures
 from lockstep.workload.synthetic import percentile
 
@@ -24,28 +24,22 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
         `first_different_step`: the first step in which a rank had other counts of prompt or generated tokens, None
         where all are equal; `different_outputs`: how many requests of both generated other tokens, None where tokens
         were not recorded.
-
-    Raises:
-        ConfigurationError: if a folder has no step log.
     """
     tables = [_steps(folder) for folder in (a, b)]
-    tokens = [_tokens(folder) for folder in (a, b)]
-    different: int | None = None
-    if tokens[0] and tokens[1]:
-        shared = tokens[0].keys() & tokens[1].keys()
-        different = sum(tokens[0][request] != tokens[1][request] for request in shared)
+    outputs = [_outputs(folder) for folder in (a, b)]
+    tokens = [{item["request_id"]: item["tokens"] for item in items if "tokens" in item} for items in outputs]
+    shared = tokens[0].keys() & tokens[1].keys()
+    different = sum(tokens[0][request] != tokens[1][request] for request in shared)
     return {
-        "a": {"folder": str(a), **_figures(tables[0], a)},
-        "b": {"folder": str(b), **_figures(tables[1], b)},
+        "a": {"folder": str(a), **_figures(tables[0], a, outputs[0])},
+        "b": {"folder": str(b), **_figures(tables[1], b, outputs[1])},
         "clock": {"a": _clock(a), "b": _clock(b)},
         "first_different_step": _first_difference(*tables),
-        "different_outputs": different,
+        "different_outputs": different if all(tokens) else None,
     }
 
 
 def _steps(folder: Path) -> StepTable:
-    from lockstep.steplog.files import read_step_log
-
     if (folder / "steps.parquet").is_file():
         return StepTable.from_parquet(folder / "steps.parquet")
     if (folder / "steps.jsonl").is_file():
@@ -53,32 +47,26 @@ def _steps(folder: Path) -> StepTable:
     raise ConfigurationError(f"{folder} is not the folder of a run: it has neither steps.jsonl nor steps.parquet")
 
 
-def _figures(table: StepTable, folder: Path) -> dict[str, float]:
+def _figures(table: StepTable, folder: Path, outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
     counts = ("real_rows", "prefill_tokens", "decode_tokens", "dummy_rows", "padding_rows")
+    loss = loss_figures(table.lost_by_cause())
     figures: dict[str, float] = {
         "ranks": table.num_ranks,
         "steps": table.num_steps,
         "duration_s": float(table.duration_s.sum()),
         **{name: int(getattr(table, name).sum()) for name in counts},
+        "lost_fraction": loss["lost_fraction"],
+        **{f"lost.{cause}": share for cause, share in loss["lost"].items() if cause != "no_requests"},
+        "no_requests_fraction": loss["no_requests_fraction"],
     }
-    loss = loss_figures(table.lost_by_cause())
-    figures["lost_fraction"] = loss["lost_fraction"]
-    figures.update({f"lost.{cause}": share for cause, share in loss["lost"].items() if cause != "no_requests"})
-    figures["no_requests_fraction"] = loss["no_requests_fraction"]
-    for name, values in _latencies(folder).items():
+    names = ("ttft_s", "tpot_s")
+    latencies: dict[str, Any] = {name: [output.get(name) for output in outputs] for name in names}
+    if (folder / "requests.parquet").is_file():
+        latencies = read_parquet_columns(folder / "requests.parquet", names)
+    for name, values in latencies.items():
         if ordered := sorted(float(value) for value in values if _is_number(value)):
             figures[f"{name}_p50"], figures[f"{name}_p99"] = percentile(ordered, 0.5), percentile(ordered, 0.99)
     return figures
-
-
-def _latencies(folder: Path) -> dict[str, Sequence[Any]]:
-    names = ("ttft_s", "tpot_s")
-    path = folder / "requests.parquet"
-    if path.is_file():
-        columns = read_parquet_columns(path, names)
-        return {name: columns[name].tolist() for name in names}
-    outputs = _outputs(folder)
-    return {name: [output.get(name) for output in outputs] for name in names}
 
 
 def _outputs(folder: Path) -> list[dict[str, Any]]:
@@ -110,22 +98,17 @@ def _clock(folder: Path) -> str | None:
     return clock if clock in ("steps", "wall") else None
 
 
-def _tokens(folder: Path) -> dict[int, Any]:
-    return {output["request_id"]: output["tokens"] for output in _outputs(folder) if "tokens" in output}
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _first_difference(a: StepTable, b: StepTable) -> int | None:
-    steps = min(a.num_rows, b.num_rows)
     if a.num_ranks != b.num_ranks:
         return 0
-    differs = (a.prefill_tokens[:steps] != b.prefill_tokens[:steps]) | (
-        a.decode_tokens[:steps] != b.decode_tokens[:steps]
-    )
-    rows = np.flatnonzero(differs.any(axis=1))
+    steps = min(a.num_rows, b.num_rows)
+    counts = ("prefill_tokens", "decode_tokens")
+    differs = sum(getattr(a, name)[:steps] != getattr(b, name)[:steps] for name in counts)
+    rows = np.flatnonzero(np.any(differs, axis=1))
     if len(rows):
         return int(a.step[rows[0]])
     return None if a.num_rows == b.num_rows else steps

@@ -33,6 +33,7 @@ _FILES = (
     *("report.html", "trace.json"),
 )
 _FOLDERS = ("parts", "tiny-[0-9]*")
+_EXISTS = "the output folder {} exists: choose another, or pass --overwrite"
 _JOIN_S = 10.0
 BAD_PATH = {
     *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
@@ -45,35 +46,18 @@ BAD_PATH = {
 def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Iterator[Path]:
     """Make or take over an output folder, and keep every other command out of it until the end of the `with` block.
 
-    Args:
-        path: the folder. One that exists is taken only with `overwrite`, and then cleared of our files.
-        overwrite: take over a folder that holds an earlier result.
-        joint_run: names the run of several processes that share the folder, those of torchrun: the first of them makes
-            or clears it, and after a restart the folder stays as it is. Empty for a process of its own.
-
-    Yields:
-        The folder.
-
-    Raises:
-        ConfigurationError: the folder exists, is not ours, is being written by another process, or cannot be written.
-        OSError: the disk is full or fails.
+    One that exists is taken only with `overwrite`, and then cleared of our files. `joint_run` names the run of several
+    processes that share the folder, those of torchrun: the first of them makes or clears it, and after a restart the
+    folder stays as it is.
     """
     out = Path(path)
-    with _bad_path_named(out):
-        _make(out, overwrite, bool(joint_run))
-        # O_NOFOLLOW and no truncation: a marker that leads elsewhere, or is somebody's own, is not written to.
-        descriptor = os.open(out / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    with os.fdopen(descriptor, "r+b", buffering=0) as marker:
-        with _bad_path_named(out):
-            alone = _lock(marker, out, joint_run)
-            if alone and not (joint_run and _said(marker)[1:2] == [joint_run]):
-                _check_ours(out, overwrite or not joint_run)
-                _clear(out)
-                _mark(marker, joint_run)
-            if joint_run:
-                fcntl.flock(marker, fcntl.LOCK_SH)
-                if _said(marker)[1:2] != [joint_run]:
-                    raise _busy(out, marker)
+    try:
+        marker = _take(out, overwrite, joint_run)
+    except OSError as error:
+        if error.errno in BAD_PATH:
+            raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
+        raise
+    with marker:
         try:
             yield out
         except OSError as error:
@@ -82,33 +66,38 @@ def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Ite
             raise
 
 
-@contextlib.contextmanager
-def _bad_path_named(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in BAD_PATH:
-            raise ConfigurationError(f"the output folder {out} cannot be written: {error.strerror}") from None
-        raise
-
-
-def _make(out: Path, overwrite: bool, joint: bool) -> None:
+def _take(out: Path, overwrite: bool, joint_run: str) -> BinaryIO:
+    """Return the marker of the folder, locked for as long as it is open."""
     try:
         out.mkdir(parents=True)
-        return
     except FileExistsError:
-        pass
-    if not out.is_dir():
-        raise ConfigurationError(f"{out} is no folder, so it is not overwritten")
-    if not (overwrite or joint):
-        raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
-    if not joint:  # a process of a joint run may come while another one of it writes the marker
-        _check_ours(out, overwrite)
+        if not out.is_dir():
+            raise ConfigurationError(f"{out} is no folder, so it is not overwritten") from None
+        if not joint_run:  # a process of a joint run may come while another one of it writes the marker
+            if not overwrite:
+                raise ConfigurationError(_EXISTS.format(out)) from None
+            _check_ours(out, overwrite)
+    # O_NOFOLLOW and no truncation: a marker that leads elsewhere, or is somebody's own, is not written to.
+    descriptor = os.open(out / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with contextlib.ExitStack() as stack:
+        marker = stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
+        alone = _lock(marker, out, joint_run)
+        if alone and not (joint_run and _said(marker)[1:2] == [joint_run]):
+            _check_ours(out, overwrite or not joint_run)
+            _clear(out)
+            marker.seek(0)
+            marker.truncate()
+            marker.write(_MARKED + f"process {os.getpid()} on {socket.gethostname()}\n{joint_run}\n".encode())
+        if joint_run:
+            fcntl.flock(marker, fcntl.LOCK_SH)
+            if _said(marker)[1:2] != [joint_run]:
+                raise _busy(out, marker)
+        stack.pop_all()
+    return marker
 
 
 def _check_ours(out: Path, may_replace: bool) -> None:
-    entries = [entry.name for entry in os.scandir(out) if entry.name != MARKER]
-    if not entries:
+    if all(entry.name == MARKER for entry in os.scandir(out)):
         return
     marker = out / MARKER
     if marker.is_symlink() or not marker.is_file() or not marker.read_bytes().startswith(_MARKED):
@@ -116,7 +105,7 @@ def _check_ours(out: Path, may_replace: bool) -> None:
             f"{out} is not overwritten: it is not empty, and Lockstep did not make it (it has no {MARKER} of ours)"
         )
     if not may_replace:
-        raise ConfigurationError(f"the output folder {out} exists: choose another, or pass --overwrite")
+        raise ConfigurationError(_EXISTS.format(out))
 
 
 def _lock(marker: BinaryIO, out: Path, joint_run: str) -> bool:
@@ -138,12 +127,6 @@ def _busy(out: Path, marker: BinaryIO) -> ConfigurationError:
     return ConfigurationError(
         f"the output folder {out} is being written by another command{who}: wait until it ends, or choose another"
     )
-
-
-def _mark(marker: BinaryIO, joint_run: str) -> None:
-    marker.seek(0)
-    marker.truncate()
-    marker.write(_MARKED + f"process {os.getpid()} on {socket.gethostname()}\n{joint_run}\n".encode())
 
 
 def _said(marker: BinaryIO) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lockstep.errors import ConfigurationError, TokenCountError
+from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, shown, sp_sizes
 
@@ -14,7 +14,7 @@ MOST_RANKS = 100_000
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Return the token counts of a comma-separated list; a `TokenCountError` names the rank of what is no integer.
+    """Return the token counts of a comma-separated list; a `ConfigurationError` names the rank of what is no integer.
 
     Example:
         >>> parse_tokens("500,200,256")
@@ -25,30 +25,16 @@ def parse_tokens(text: str) -> list[int]:
         try:
             counts.append(int(entry))
         except ValueError:
-            says = f"tokens must be integers separated by commas, got {shown(entry, 60)} on DP rank {rank}"
-            raise TokenCountError(says) from None
+            raise ConfigurationError(
+                f"tokens must be integers separated by commas, got {shown(entry, 60)} on DP rank {rank}"
+            ) from None
     return counts
 
 
 def plan_document(
     counts: Sequence[int], sequence_parallel_size: int = 1, max_chunk_size_per_rank: int | None = None
 ) -> dict[str, Any]:
-    """Return the sizes and the chunk plan of one step as a document of lists and plain integers.
-
-    Args:
-        counts: tokens per DP rank, `[dp_size]`.
-        sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1; None for one chunk of any length.
-
-    Returns:
-        `sp_local_sizes` and `cu_tokens_across_sp`, `[ep_size]`; `chunked_sizes`, a list per chunk, `[chunks][ep_size]`;
-        `chunks`, for each chunk the real rows of each rank and their spans within the rank's own slice; and in all the
-        real, dummy and padding rows that `chunked_sizes` makes ranks send, counted apart.
-
-    Raises:
-        TokenCountError: if a count is wrong.
-        ConfigurationError: if a size is, or for more than `MOST_CHUNKS` chunks or `MOST_RANKS` ranks.
-    """
+    """Return the sizes and the chunk plan of one step as a document of lists and plain integers."""
     if len(counts) * max(1, sequence_parallel_size) > MOST_RANKS:
         raise ConfigurationError(
             f"sequence_parallel_size {sequence_parallel_size} of {len(counts)} DP ranks must make <= {MOST_RANKS} ranks"
@@ -102,10 +88,7 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
     # As many chunks as fit beside the four other columns, each as wide as its longest span.
     longest = max((len(f"{stop}..{stop}") for chunk in chunks for _, stop in chunk["spans"]), default=1)
     most_chunks = max(1, (console.width - 45) // (max(longest, len("chunk 00")) + 3))
-    lists = {
-        f"sp_local_sizes({sp})": document["sp_local_sizes"],
-        f"cu_tokens_across_sp({sp})": document["cu_tokens_across_sp"],
-    }
+    lists = {f"{name}({sp})": document[name] for name in ("sp_local_sizes", "cu_tokens_across_sp")}
     for chunk_idx, sizes in enumerate(document["chunked_sizes"][:most_chunks]):
         lists[f"chunked_sizes({sp}, {limit}, {chunk_idx})"] = sizes
     width = max(map(len, lists))
@@ -123,12 +106,8 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
         cells += [f"{start}..{stop}" if stop > start else "-" for start, stop in spans]
         table.add_row(*cells)
     console.print(table)
-    left_out = [
-        f"{number - most} more {what}"
-        for number, most, what in ((ranks, most_ranks, "ranks"), (len(chunks), most_chunks, "chunks"))
-        if number > most
-    ]
-    if left_out:
+    beyond = (("ranks", ranks - most_ranks), ("chunks", len(chunks) - most_chunks))
+    if left_out := [f"{number} more {what}" for what, number in beyond if number > 0]:
         console.print(f"{' and '.join(left_out)} not shown; --json shows all")
     real, dummy, padding = (document[f"{kind}_rows"] for kind in ("real", "dummy", "padding"))
     console.print(

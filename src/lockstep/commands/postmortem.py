@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.coordination.flight_recorder import FOLDER_VARIABLE, FORMAT, Phase
 from lockstep.errors import ConfigurationError
 from lockstep.json_reading import json_object
 from lockstep.report.terminal import Terminal, plain
 
-FORMAT = "lockstep-flight-recorder-1"
-PHASES = ("", "agreement", "model", "dispatch", "experts", "combine", "end", "left", "exchange", "merge")
-"""As `lockstep.coordination.flight_recorder.Phase` numbers them; 0 is an event within a phase."""
-
-FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"
-"""Environment variable: where ranks write their recorders; the system's temporary folder by default."""
+PHASES = ("", *(phase.name.lower() for phase in Phase))
+"""As events are numbered; 0 is an event within a phase."""
 
 _NAMES = "lockstep-rank*.jsonl"
 _MOST_BYTES = 16 * 2**20
@@ -40,6 +37,9 @@ class RecordedEvent:
     detail: Any
 
 
+_NOTHING = RecordedEvent(math.nan, -1, "", -1, None)
+
+
 @dataclass(frozen=True)
 class RecorderFile:
     """What one rank's flight recorder wrote: events oldest first, and where each thread stood."""
@@ -55,30 +55,16 @@ class RecorderFile:
     stacks: dict[str, list[str]]
 
 
-def recorder_folder() -> Path:
-    """Return the folder into which ranks started from here write their recorders."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
-
-
 def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
     """Read recorders from files and folders; of a folder, those of the last failure in it.
 
     A folder may hold recorders of many failures, the system's temporary folder above all. Those count that have as many
     ranks as the newest one, and were written in the 5 minutes before it.
-
-    Args:
-        paths: files or folders; none for `recorder_folder()`.
-
-    Returns:
-        The recorders, and how many files of folders were left out.
-
-    Raises:
-        ConfigurationError: a file that is none, or a folder without any; says where they lie.
-        OSError: a file that cannot be opened.
     """
     files: list[RecorderFile] = []
     num_left_out = 0
-    for path in paths or [recorder_folder()]:
+    usual = Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
+    for path in paths or [usual]:
         if not path.is_dir():
             files.append(read_recorder(path))
             continue
@@ -91,7 +77,7 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
         if not found:
             raise ConfigurationError(
                 f"no flight recorder's file ({_NAMES}) in {path}: ranks write them when one fails, into "
-                f"{recorder_folder()} (another folder: {FOLDER_VARIABLE})"
+                f"{usual} (another folder: {FOLDER_VARIABLE})"
             )
         newest = max(found, key=lambda file: file.time)
         same = [file for file in found if file.num_ranks == newest.num_ranks]
@@ -101,12 +87,7 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
 
 
 def read_recorder(path: str | Path) -> RecorderFile:
-    """Read a flight recorder's file. A last line that was torn off is left out.
-
-    Raises:
-        ConfigurationError: it is not one, naming the line and what is wrong there.
-        OSError: it cannot be opened.
-    """
+    """Read a flight recorder's file. A last line that was torn off is left out."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait until somebody writes into it
         raise ConfigurationError(f"{path} is no file")
@@ -115,27 +96,29 @@ def read_recorder(path: str | Path) -> RecorderFile:
     if len(data) > _MOST_BYTES:
         raise ConfigurationError(f"{path}: a flight recorder's file has at most {_MOST_BYTES} bytes")
     lines = data.split(b"\n")
-    header = json_object(f"{path}: line 1", lines[0])
+    where = f"{path}: line 1"
+    header = json_object(where, lines[0])
     if header.get("format") != FORMAT:
-        raise ConfigurationError(f"{path}: line 1 is not a flight recorder's: format is {header.get('format')!r:.80}")
-    names = ("rank", "num_ranks", "epoch", "pid", "clock_ns", "time")
-    numbers = {name: _number(path, 1, name, header.get(name)) for name in names}
+        raise ConfigurationError(f"{where} is not a flight recorder's: format is {header.get('format')!r:.80}")
+    numbers = _numbers(where, header, "rank", "num_ranks", "epoch", "pid", "clock_ns", "time")
     if not 0 <= numbers["rank"] < numbers["num_ranks"] <= _MOST_RANKS:
-        raise ConfigurationError(f"{path}: line 1: rank {numbers['rank']} of {numbers['num_ranks']} ranks")
+        raise ConfigurationError(f"{where}: rank {numbers['rank']} of {numbers['num_ranks']} ranks")
     events, stacks = [], {}
     for number, line in enumerate(lines[1:], 2):
         if not line:
             continue
+        where = f"{path}: line {number}"
         try:
-            entry = json_object(f"{path}: line {number}", line)
+            entry = json_object(where, line)
         except ConfigurationError:
             if number == len(lines):  # without its end: the process was killed while it wrote
                 break
             raise
         if "stacks" in entry:
-            stacks = _stacks(entry["stacks"])
+            threads = entry["stacks"].items() if isinstance(entry["stacks"], dict) else ()
+            stacks = {str(name)[:200]: [*map(str, lines)] for name, lines in threads if isinstance(lines, list)}
             continue
-        values = {name: _number(path, number, name, entry.get(name)) for name in ("ns", "step", "phase", "layer")}
+        values = _numbers(where, entry, "ns", "step", "phase", "layer")
         phase = PHASES[int(values["phase"])] if 0 <= values["phase"] < len(PHASES) else "?"
         time = numbers["time"] - (numbers["clock_ns"] - values["ns"]) / 1e9
         events.append(RecordedEvent(time, int(values["step"]), phase, int(values["layer"]), entry.get("detail")))
@@ -146,19 +129,7 @@ def read_recorder(path: str | Path) -> RecorderFile:
 
 
 def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
-    """Merge the recorders of one failure.
-
-    Args:
-        files: at least one; a rank's last one counts.
-
-    Returns:
-        `num_ranks`, `missing` (ranks without a file), `ranks` (per rank: `rank`, `host`, `pid`, `epoch`, `step`,
-        `phase`, `layer`, `seconds_before_end`, `reason`), `parted`: the first step that the ranks did not go through
-        alike, as `step` and `did` (what each rank did in it), or None; `stacks` by rank.
-
-    Raises:
-        ConfigurationError: no files, or of runs with other numbers of ranks.
-    """
+    """Merge the recorders of one failure."""
     if not files:
         raise ConfigurationError("a post-mortem needs at least one flight recorder's file")
     sizes = {file.num_ranks for file in files}
@@ -168,15 +139,11 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
     end = max((event.time for file in last.values() for event in file.events), default=0.0)
     ranks = []
     for _, file in sorted(last.items()):
-        event = next(
-            (event for event in reversed(file.events) if event.phase), RecordedEvent(math.nan, -1, "", -1, None)
-        )
+        event = next((event for event in reversed(file.events) if event.phase), _NOTHING)
         ranks.append(
-            {
-                **{name: getattr(file, name) for name in ("rank", "host", "pid", "epoch", "reason")},
-                **{name: getattr(event, name) for name in ("step", "phase", "layer")},
-                "seconds_before_end": None if math.isnan(event.time) else round(end - event.time, 3),
-            }
+            {name: getattr(file, name) for name in ("rank", "host", "pid", "epoch", "reason")}
+            | {name: getattr(event, name) for name in ("step", "phase", "layer")}
+            | {"seconds_before_end": None if math.isnan(event.time) else round(end - event.time, 3)}
         )
     num_ranks = next(iter(sizes))
     return {
@@ -189,13 +156,7 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
 
 
 def print_postmortem(document: dict[str, Any], num_left_out: int = 0, stacks: bool = False) -> None:
-    """Print a merged post-mortem as a table and sentences on stdout; what a file says is shown, never obeyed.
-
-    Args:
-        document: what `postmortem_document` returned.
-        num_left_out: files of the folder that belong to other failures.
-        stacks: also print where each thread of each rank stood.
-    """
+    """Print a merged post-mortem as a table and sentences on stdout; what a file says is shown, never obeyed."""
     from rich.table import Table
 
     console = Terminal()
@@ -211,13 +172,12 @@ def print_postmortem(document: dict[str, Any], num_left_out: int = 0, stacks: bo
         console.print(f"{num_left_out} files of other failures in the same folder are left out")
     if document["missing"]:
         console.print(f"no file of ranks {document['missing']}: their processes may have been killed")
-    parted = document["parted"]
-    if parted is None:
-        console.print("as far as the recorders reach, the ranks went through the same steps alike")
-    else:
+    if parted := document["parted"]:
         console.print(f"they parted in step {parted['step']}:")
         for rank, did in parted["did"].items():
             console.print(f"  rank {rank}: {plain(did, keep='')}", soft_wrap=True)
+    else:
+        console.print("as far as the recorders reach, the ranks went through the same steps alike")
     for row in document["ranks"]:
         console.print(f"rank {row['rank']} stopped because: {_indented(row['reason'])}", soft_wrap=True)
     for rank, threads in document["stacks"].items() if stacks else ():
@@ -258,23 +218,16 @@ def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:
 
 def _where_they_differ(lists: dict[int, list[str]], rank: int) -> str:
     """What a rank did in the step, from the first operation on that not all have in common."""
-    common = 0
-    while all(len(operations) > common for operations in lists.values()):
-        if len({operations[common] for operations in lists.values()}) > 1:
-            break
-        common += 1
+    alike = [len(set(operations)) == 1 for operations in zip(*lists.values(), strict=False)]
+    common = [*alike, False].index(False)
     rest = lists[rank][common:]
     done = f"{common} operations alike, then " if common else ""
     return done + (", ".join(rest[:4]) if rest else "nothing more")
 
 
-def _number(path: Path, number: int, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
-        raise ConfigurationError(f"{path}: line {number}: {name} is {value!r:.80}, expected a number")
-    return value
-
-
-def _stacks(value: Any) -> dict[str, list[str]]:
-    if not isinstance(value, dict):
-        return {}
-    return {str(name)[:200]: [str(line) for line in lines] for name, lines in value.items() if isinstance(lines, list)}
+def _numbers(where: str, values: dict[str, Any], *names: str) -> dict[str, float]:
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+            raise ConfigurationError(f"{where}: {name} is {value!r:.80}, expected a number")
+    return {name: values[name] for name in names}

@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from lockstep.commands.folder import output_folder
 from lockstep.coordination.environment import environment_number
-from lockstep.errors import ConfigurationError, LockstepError
+from lockstep.errors import ConfigurationError
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import expected_duration
 from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
@@ -37,68 +38,55 @@ _CHOSEN = (
 )
 
 
-@dataclass(frozen=True)
-class RunCommand:
-    """What the command line asked for; `options.out` is empty for a new folder under `runs/`.
-
-    `max_restarts` says how often ranks of this host are started again after one has died; torchrun has its own option.
-    """
-
-    options: RunOptions
-    verify: bool
-    overwrite: bool
-    as_json: bool
-    arguments: list[str]
-    max_restarts: int = 0
-
-
-def execute(command: RunCommand) -> int:
-    """Do it all, and return the exit status: 0 done and equal, 1 outputs differ.
+def execute(
+    options: RunOptions,
+    *,
+    verify: bool,
+    overwrite: bool,
+    as_json: bool,
+    arguments: Sequence[str],
+    max_restarts: int = 0,
+) -> int:
+    """Check, run, compare and write it all; return 0, or 1 where outputs differ. No `out` is a folder under `runs/`.
 
     Ends the process with 130 when interrupted, and with 143 when asked to end by SIGTERM, once all ranks have ended.
-
-    Raises:
-        ConfigurationError: options that cannot work; before any rank is started, and under torchrun on every rank.
-        LockstepError: the run failed.
     """
-    rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
-    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
+    rank = environment_number("RANK", 0, default=0)
+    _log_as(rank)
     console = Terminal(stderr=True)
-    options = command.options
-    _check_options(options, console)
-    _check_checkpoint(options)
-    _check_machine(options)
-    _check_model_and_workload(options)
-    with output_folder(options.out or _dated_folder(), command.overwrite, _torchrun_id()) as out:
-        options = replace(options, out=str(out))
+    _check(options, console)
+    out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    with output_folder(out, overwrite, _torchrun_id()) as folder:
+        options = replace(options, out=str(folder))
         if options.model == "tiny":
-            options = replace(options, model=_tiny(out, rank, options))
-        return _run(command, options, console, under_torchrun, rank)
+            from lockstep.models.tiny import make_tiny
+
+            # Each rank of torchrun makes its own: hosts need not share a disk.
+            _quiet_transformers()
+            model = make_tiny(folder / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS)
+            options = replace(options, model=str(model))
+        started = time.perf_counter()
+        try:
+            result = _run(options, console, max_restarts)
+            return 0 if rank else _finish(options, result, console, verify, as_json, arguments)
+        except KeyboardInterrupt as interrupt:
+            terminated = isinstance(interrupt, _Terminated)
+            _say_how_far("terminated" if terminated else "interrupted", folder, console, time.perf_counter() - started)
+            sys.stderr.flush()
+            os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
 
 
-def _run(command: RunCommand, options: RunOptions, console: Console, under_torchrun: bool, rank: int) -> int:
+def _run(options: RunOptions, console: Console, max_restarts: int) -> dict[str, Any]:
     from lockstep.runner.launcher import launch
 
-    started = time.perf_counter()
-    if not under_torchrun:  # which sends it to ranks as well whose peer has failed: they need not say anything
-        with suppress(ValueError):  # only the main thread takes signals
-            signal.signal(signal.SIGTERM, _terminated)
-    try:
-        if under_torchrun:
-            result = run_one_rank(options)
-            if rank != 0:
-                return 0
-        else:
-            console.print(f"starting {options.world_size} ranks on this host", style="dim")
-            restarts, deadline_s = command.max_restarts, options.deadline_s
-            result = launch(options.world_size, run_one_rank, options, max_restarts=restarts, deadline_s=deadline_s)
-        return _finish(command, options, result, console)
-    except KeyboardInterrupt as interrupt:
-        terminated = isinstance(interrupt, _Terminated)
-        seconds = time.perf_counter() - started
-        _say_how_far("terminated" if terminated else "interrupted", Path(options.out), console, seconds)
-        sys.stderr.flush()
-        os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
+    if "RANK" in os.environ:  # torchrun sends SIGTERM to ranks whose peer has failed, too: they need not say anything
+        return run_one_rank(options)
+    with suppress(ValueError):  # only the main thread takes signals
+        signal.signal(signal.SIGTERM, _terminated)
+    console.print(f"starting {options.world_size} ranks on this host", style="dim")
+    limits: dict[str, Any] = {"max_restarts": max_restarts, "deadline_s": options.deadline_s}
+    found: dict[str, Any] = launch(options.world_size, run_one_rank, options, **limits)
+    return found
 
 
 class _Terminated(KeyboardInterrupt):
@@ -109,10 +97,14 @@ def _terminated(*_: object) -> NoReturn:
     raise _Terminated
 
 
-def run_one_rank(options: RunOptions) -> dict[str, Any]:
-    """Run one rank; rank 0 shows the progress of all on stderr. Started in a process of its own."""
-    rank = int(os.environ.get("RANK", "0"))
+def _log_as(rank: int) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
+
+
+def run_one_rank(options: RunOptions) -> dict[str, Any]:
+    """Run one rank, in its process; rank 0 shows the progress of all on stderr."""
+    rank = int(os.environ.get("RANK", "0"))
+    _log_as(rank)
     _quiet_transformers()
     from lockstep.report.metrics import RunMetrics
     from lockstep.runner import run as runner
@@ -141,8 +133,8 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         return runner.run_rank(options, observe, say)
 
 
-def _check_options(options: RunOptions, console: Console) -> None:
-    """What needs neither torch nor a model, beyond what the command line has checked: said at once."""
+def _check(options: RunOptions, console: Console) -> None:
+    """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
     most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)
@@ -151,52 +143,41 @@ def _check_options(options: RunOptions, console: Console) -> None:
             f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
             f"{os.cpu_count()} cores: use torchrun on several hosts"
         )
-    if "RANK" in os.environ:
-        started = environment_number("WORLD_SIZE", 0, default=0)
-        if started != options.world_size:
-            raise ConfigurationError(
-                f"torchrun started {started} ranks, but data_parallel_size * tensor_parallel_size is "
-                f"{options.world_size}"
-            )
+    if "RANK" in os.environ and (started := environment_number("WORLD_SIZE", 0, default=0)) != options.world_size:
+        raise ConfigurationError(
+            f"torchrun started {started} ranks, but data_parallel_size * tensor_parallel_size is {options.world_size}"
+        )
     trace = load_workload(options.workload, options.workload_options, options.seed)
     options.scheduler.check_fits(trace.requests)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if options.clock == "wall":
-        console.print(expected_duration(trace.requests), style="dim", soft_wrap=True)
-    if options.metrics_port is not None:
-        from lockstep.report.metrics import RunMetrics
+    if os.environ.get("RANK", "0") == "0":
+        if options.clock == "wall":
+            console.print(expected_duration(trace.requests), style="dim", soft_wrap=True)
+        if options.metrics_port is not None:
+            from lockstep.report.metrics import RunMetrics
 
-        RunMetrics(options.metrics_port).close()  # a port that cannot be used is said now, not when ranks have started
-    if trace.left_out:
-        console.print(trace.left_out, style="yellow", soft_wrap=True)
+            RunMetrics(options.metrics_port).close()
+        if trace.left_out:
+            console.print(trace.left_out, style="yellow", soft_wrap=True)
+    from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
 
-
-def _check_machine(options: RunOptions) -> None:
+    if options.model != "tiny":
+        check_checkpoint(options.model, options.world_size)
+    elif _TINY_EXPERTS % options.world_size:
+        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
     from lockstep.coordination.groups import own_device
     from lockstep.dispatch.choose import check_dispatcher
 
     own_device(options.device)
     check_dispatcher(options.dispatcher, device_type=own_device(None).type)
+    if options.model != "tiny":  # whose tokenizer takes any prompt, and whose context each rank checks
+        from lockstep.runner.ranks import load_tokenizer
+        from lockstep.runner.run import check_requests, load_requests
 
-
-def _check_model_and_workload(options: RunOptions) -> None:
-    """What a checkpoint's tokenizer and configuration say of the workload, before any rank has started."""
-    if options.model == "tiny":
-        return  # its byte tokenizer takes any prompt, and its context is checked by each rank
-    from lockstep.runner.checkpoint_checks import check_config
-    from lockstep.runner.ranks import load_tokenizer
-    from lockstep.runner.run import check_requests, load_requests
-
-    _quiet_transformers()
-    config = check_config(options.model)
-    tokenizer = load_tokenizer(options.model)
-    requests = load_requests(options, tokenizer)
-    check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)
-
-
-def _dated_folder() -> Path:
-    return Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        _quiet_transformers()
+        config = check_config(options.model)
+        tokenizer = load_tokenizer(options.model)
+        requests = load_requests(options, tokenizer)
+        check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)
 
 
 def _torchrun_id() -> str:
@@ -209,24 +190,6 @@ def _torchrun_id() -> str:
     return "ranks of " + " ".join(run_id.split())
 
 
-def _tiny(out: Path, rank: int, options: RunOptions) -> str:
-    """Make the small model in the run's folder; each rank of torchrun makes its own: hosts need not share a disk."""
-    from lockstep.models.tiny import make_tiny
-
-    _quiet_transformers()
-    return str(make_tiny(out / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS))
-
-
-def _check_checkpoint(options: RunOptions) -> None:
-    """What can be said of a checkpoint before any rank has started, and a folder made."""
-    from lockstep.runner.checkpoint_checks import check_checkpoint
-
-    if options.model != "tiny":
-        check_checkpoint(options.model, options.world_size)
-    elif _TINY_EXPERTS % options.world_size:
-        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
-
-
 def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
@@ -234,7 +197,14 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], console: Console) -> int:
+def _finish(
+    options: RunOptions,
+    result: dict[str, Any],
+    console: Console,
+    compare: bool,
+    as_json: bool,
+    arguments: Sequence[str],
+) -> int:
     from lockstep.report.html import write_report
     from lockstep.report.perfetto import write_trace
     from lockstep.report.tables import print_run
@@ -244,19 +214,18 @@ def _finish(command: RunCommand, options: RunOptions, result: dict[str, Any], co
     options = replace(options, dtype=result["engine"]["dtype"])
     records = read_step_log(out / "steps.jsonl").records
     verification = Verification(None)
-    if command.verify:
+    if compare:
         with progress(console, "comparing with one process", None) as show:
             verification = verify(options, show)
     summary = _summary(options, result, records, verification)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
-    report = out / "report.html"
     write_trace(out / "trace.json", records)
-    write_report(report, summary, records, outputs, command=shlex.join(["lockstep", *command.arguments]))
-    if command.as_json:
+    write_report(out / "report.html", summary, records, outputs, command=shlex.join(["lockstep", *arguments]))
+    if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
-        print_run(summary, records, report)
+        print_run(summary, records, out / "report.html")
     if verification.mismatches:
         console.print(f"outputs differ from one process: {verification.first}", style="red")
         return 1
@@ -269,7 +238,6 @@ def _summary(
     from lockstep.steplog.table import StepTable, loss_figures
 
     totals = summarize(records)
-    loss = loss_figures(StepTable.from_records(records).lost_by_cause())
     wall_s, engine = result["wall_s"], result["engine"]
     # Each rank of a tensor-parallel group repeats these.
     repeated = ("prefill_tokens", "decode_tokens", "preempted", "overrun_rows", "cached_tokens")
@@ -277,7 +245,7 @@ def _summary(
         "requests": result["requests"],
         **{name: totals[name] for name in ("ranks", "steps", "real_tokens", "dummy_rows", "padding_rows")},
         **{name: totals[name] // options.tensor_parallel_size for name in repeated},
-        **loss,
+        **loss_figures(StepTable.from_records(records).lost_by_cause()),
         "tokens_per_s": round(result["generated_tokens"] / wall_s, 3),
         "verified": verification.verified,
         "mismatches": verification.mismatches if verification.verified is not None else None,
@@ -294,9 +262,8 @@ def _summary(
 
 
 def _say_how_far(how: str, out: Path, console: Console, seconds: float) -> None:
-    try:
+    finished = 0
+    with suppress(OSError):
         finished = sum(len(part.read_bytes().splitlines()) for part in (out / PARTS).glob("outputs-rank*.jsonl"))
-    except (OSError, LockstepError):
-        finished = 0
     told = f"{how} after {seconds:.1f} s: {finished} requests were finished; their outputs are in {out / PARTS}"
     console.print(told, soft_wrap=True)

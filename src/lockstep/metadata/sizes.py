@@ -53,11 +53,7 @@ def check_int(
     maximum: int | None = INT32_MAX,
     error: type[LockstepError] = ConfigurationError,
 ) -> int:
-    """Return `value` as a plain `int` in `minimum..maximum`; None is no upper limit.
-
-    Raises:
-        LockstepError: `error`, naming `name`, if it is not an integer (a bool is none) or out of range.
-    """
+    """Return `value` as a plain `int` in `minimum..maximum`; None is no upper limit."""
     number = as_plain_int(value)
     if number is None:
         raise error(f"{name} must be an integer, got {shown(value)}")
@@ -70,13 +66,6 @@ def check_int(
 
 def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[int, ...]:
     """Return token counts as plain integers, each checked, `[dp_size]`.
-
-    Args:
-        counts: tokens per DP rank, each in `0..2**31 - 1`: a sequence of integers or an array with `tolist`.
-        name: what the message calls them.
-
-    Raises:
-        TokenCountError: if it is no sequence, is empty, or an entry is no integer, negative or beyond int32.
 
     Example:
         >>> check_counts([500, 200, 256])
@@ -135,12 +124,6 @@ def abridged(values: Sequence[int], most: int = 16) -> str:
 def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
     """Return the rows of each rank when every DP rank's tokens are padded to a multiple of the sequence-parallel size.
 
-    Returns:
-        `ceil(count / sequence_parallel_size)`, each repeated that many times, `[ep_size]`. Zero stays zero.
-
-    Raises:
-        ConfigurationError: if `sequence_parallel_size` < 1, or there would be more than `MAX_RANKS` ranks.
-
     Example:
         >>> sp_sizes([5, 7], 2)
         (3, 3, 4, 4)
@@ -169,12 +152,6 @@ def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int
 def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
     """Return the real rows of each rank: contiguous slices of `ceil(count / sp)`, the last ones shorter or empty.
 
-    Returns:
-        Real rows, `[ep_size]`; those of one DP rank add up to its count.
-
-    Raises:
-        ConfigurationError: as `sp_sizes`.
-
     Example:
         >>> sp_rows([5, 1], 2)
         (3, 2, 1, 0)
@@ -199,19 +176,6 @@ def chunk_sizes(
 ) -> tuple[int, ...]:
     """Return how many rows each rank brings to one chunk.
 
-    Args:
-        sizes: rows per rank in the whole step, `[ep_size]`.
-        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1.
-        chunk_idx: which chunk, from 0. Past the end nothing is left on any rank.
-        min_rows: what a rank brings that has nothing left: 1 for a dummy row, so that a collective which refuses empty
-            ranks is still joined by all, or 0.
-
-    Returns:
-        Rows per rank, `[ep_size]`, each in `min_rows..max_chunk_size_per_rank`.
-
-    Raises:
-        ConfigurationError: if `max_chunk_size_per_rank` < 1, `chunk_idx` < 0, or `min_rows` is neither 0 nor 1.
-
     Example:
         >>> [chunk_sizes((500, 200, 256), 256, i) for i in range(2)]
         [(256, 200, 256), (244, 1, 1)]
@@ -224,9 +188,6 @@ def chunk_sizes(
 
 def num_chunks(max_size: int, max_chunk_size_per_rank: int) -> int:
     """Return how many chunks the longest rank needs; 0 if no rank has rows.
-
-    Raises:
-        ConfigurationError: if `max_chunk_size_per_rank` < 1 or `max_size` < 0.
 
     Example:
         >>> num_chunks(500, 256)

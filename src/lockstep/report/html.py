@@ -78,19 +78,7 @@ def write_report(
     requests: Sequence[Mapping[str, Any]] = (), settings: Sequence[Mapping[str, Any]] = (), *,
     title: str = "Lockstep run", command: str = "",
 ) -> None:  # fmt: skip
-    """Write `report.html`, replacing one that exists. Every text from outside (prompts, paths, names) is escaped.
-
-    Args:
-        path: the file.
-        summary: the run's figures by name; those of `_CARDS` are shown at the top, all in a table at the end.
-        steps: the step log, as records or as a table; may be empty.
-        requests: one mapping each; of `_REQUEST_COLUMNS`, those present are shown.
-        settings: for a comparison of settings, one mapping each: `name`, `group` (settings joined by a line), `label`
-            (at the point), `x` and `y` (seconds of waiting, lost share in %), `best` (bool), and `columns` (what the
-            table shows, by heading).
-        title: the page's heading.
-        command: the command line that made it, shown so that it can be repeated.
-    """
+    """Write `report.html`, replacing one that exists. Every text from outside (prompts, paths, names) is escaped."""
     table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
     data = _page_data(table, requests, settings)
     folder = Path(__file__).parent

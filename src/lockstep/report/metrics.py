@@ -14,13 +14,6 @@ class RunMetrics:
     Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank,
     `lockstep_agreement_wait_seconds` (a histogram, of rank 0) and `lockstep_idle_share` (of the run so far, counted in
     rows).
-
-    Args:
-        port: TCP port; 0 takes any that is free, see `port`.
-        host: address to listen on. The default is reached from this host only.
-
-    Raises:
-        ConfigurationError: if `prometheus-client` is not installed, or the port is out of range or in use.
     """
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
@@ -57,12 +50,7 @@ class RunMetrics:
         return int(self._server.server_port)
 
     def observe(self, num_tokens_across_dp: Sequence[int], agreement_s: float) -> None:
-        """Count one step.
-
-        Args:
-            num_tokens_across_dp: rows of requests of each data-parallel rank.
-            agreement_s: rank 0's wait for the agreement.
-        """
+        """Count one step."""
         self._steps.inc()
         for rank, rows in enumerate(num_tokens_across_dp):
             self._real.labels(str(rank)).inc(rows)

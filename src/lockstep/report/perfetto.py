@@ -31,11 +31,6 @@ def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: i
     Each rank is a thread. Its slices are the wait for the agreement, its own work (named by what it was) and the wait
     for other ranks; rows and waiting requests are counters. Where a rank's own work was not measured, it is taken to be
     in proportion to the longest rank's rows.
-
-    Args:
-        path: the file, replaced where it exists.
-        records: in order of step, then rank.
-        max_steps: most steps.
     """
     written = 0
     ends_ns: dict[int, int] = {}  # of each rank's last slice

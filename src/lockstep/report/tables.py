@@ -10,11 +10,10 @@ from rich.text import Text
 
 from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, share
 from lockstep.report.terminal import Terminal
-from lockstep.simulation.sweep import SETTING_NAMES
+from lockstep.simulation.sweep import BEST_RULE, SETTINGS
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Trace
 
-_FRACTIONS = tuple(name for name in FIGURE_WORDS if name.startswith("lost") or name.endswith("fraction"))
 _MOST_RANKS = 64
 _SAID_WHERE_ANY = {
     "kv_waits": "requests waited because the KV cache was full in {:,} steps of ranks",
@@ -29,21 +28,16 @@ def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], repo
     """Print what a run did, a line per rank, and where its `report` is, on stdout."""
     console = Terminal()
     filler = [name for name in ("dummy_rows", "padding_rows", "preempted", "overrun_rows") if summary.get(name)]
-    headings = ("rank", "rows of requests", "of prompts", "steps with work", "steps idle")
+    headings = ("rank", FIGURE_WORDS["real_rows"], "of prompts", "steps with work", "steps idle")
     title = f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps"
     table = _table(title, (*headings, *(FIGURE_WORDS[name] for name in filler)))
     for rank in range(summary["ranks"]):
         mine = [record for record in records if record.rank == rank]
         busy = sum(record.real_rows > 0 for record in mine)
-        cells = [
-            rank,
-            sum(record.real_rows for record in mine),
-            sum(record.prefill_tokens for record in mine),
-            busy,
-            len(mine) - busy,
-            *(sum(getattr(record, name) for record in mine) for name in filler),
-        ]
-        table.add_row(*(f"{cell:,}" for cell in cells))
+        real, prompts, *rest = (
+            sum(getattr(record, name) for record in mine) for name in ("real_rows", "prefill_tokens", *filler)
+        )
+        table.add_row(*(f"{cell:,}" for cell in (rank, real, prompts, busy, len(mine) - busy, *rest)))
     console.print(table)
     console.print(headline(summary["ranks"], summary["steps"], summary["requests"], summary))
     console.print(
@@ -70,26 +64,17 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
 
 
 def print_settings(
-    settings: Sequence[Mapping[str, Any]],
-    best: int | None,
-    limits: Mapping[str, float | None],
-    cost: str,
-    best_rule: str,
+    settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None], cost: str
 ) -> None:
-    """Print simulated settings, a line each, on stdout, and name the best.
+    """Print simulated settings, a line each, on stdout, and name the best within the limits, by its index.
 
-    Args:
-        settings: their values and what came out, as `lockstep simulate --json` shows them.
-        best: index of the best setting within the limits; None where none keeps to them.
-        limits: what the user asked for, by name; None for no limit.
-        cost: where the cost constants come from.
-        best_rule: by which the best was chosen.
+    `settings` are values and what came out, as `lockstep simulate --json` shows them; `best` is None where none keeps
+    to the limits, of which each may be None; `cost` says where the cost constants come from.
     """
-    names = dict(zip(SETTING_NAMES, ("ranks", "balancing", "delay", "budget", "chunk", "rows"), strict=True))
-    shown = [name for name in names if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
+    shown = [name for name in SETTINGS if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
-    headings = [names[name] for name in shown] + ["tok/s", "lost", "no requests"]
-    headings += [name.replace("_", " ") for name in counted]
+    headings = [SETTINGS[name][0] for name in shown] + ["tok/s", "lost", "no requests"]
+    headings += [FIGURE_WORDS[name] for name in counted]
     count = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
     title = f"{settings[0]['requests']:,} requests, {count}; times in ms, half/99 % within"
     table = _table(title, (*headings, "TTFT", "TPOT", "queue"), dense=True)
@@ -129,18 +114,17 @@ def print_settings(
     if best is None:
         console.print(f"no setting keeps to {asked}", style="red")
     elif len(settings) > 1:
-        values = ", ".join(f"{names[name]} {settings[best][name]}" for name in shown)
+        values = ", ".join(f"{SETTINGS[name][0]} {settings[best][name]}" for name in shown)
         console.print(Text.assemble(("best", "green"), f"{' with ' + asked if asked else ''}: {values}"))
-        console.print(f"rule: {best_rule}")
+        console.print(f"rule: {BEST_RULE}")
 
 
 def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> None:
-    words = {name: FIGURE_WORDS.get(name, name) for name in ("requests", "real_rows", "prefill_tokens")}
-    words["new_tokens"] = "new tokens"
-    table = _table(None, ("rank", *words.values()), dense=True)
+    names = ("requests", "real_rows", "prefill_tokens", "new_tokens")
+    table = _table(None, ("rank", *(FIGURE_WORDS[name] for name in names)), dense=True)
     num_ranks = len(per_rank["requests"])
     for rank in range(min(num_ranks, _MOST_RANKS)):
-        table.add_row(str(rank), *(f"{per_rank[name][rank]:,}" for name in words))
+        table.add_row(str(rank), *(f"{per_rank[name][rank]:,}" for name in names))
     console.print(table)
     if num_ranks > _MOST_RANKS:
         console.print(f"{num_ranks - _MOST_RANKS:,} more ranks not shown; --json shows all")
@@ -150,9 +134,14 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     """Print how well the cost formula predicts a recorded run, on stdout; see `validate`."""
     errors = ("total differs by", "a step's median error", "90 % of steps within")
     table = _table(f"{run}: measured and predicted", ("steps", "measured", "predicted", *errors))
-    times = (_seconds(result["measured_s"]), _seconds(result["predicted_s"]), f"{result['total_error']:+.1%}")
-    step_errors = (f"{result['median_step_error']:.1%}", f"{result['p90_step_error']:.1%}")
-    table.add_row(f"{result['steps']:,}", *times, *step_errors)
+    seconds = (result["measured_s"], result["predicted_s"])
+    table.add_row(
+        f"{result['steps']:,}",
+        *(f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms" for value in seconds),
+        f"{result['total_error']:+.1%}",
+        f"{result['median_step_error']:.1%}",
+        f"{result['p90_step_error']:.1%}",
+    )
     console = Terminal()
     console.print(table)
     console.print(f"cost: {source}")
@@ -166,13 +155,13 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     for name in a:
         if name == "folder" or name not in b:
             continue
-        if name in _FRACTIONS:
+        if name.startswith("lost") or name.endswith("fraction"):
             cells = [share(run[name]) for run in (a, b)]
             change = f"{100 * (b[name] - a[name]):+.1f} points"
         else:
             cells = [f"{run[name]:,.4g}" if isinstance(run[name], float) else f"{run[name]:,}" for run in (a, b)]
             change = f"{b[name] / a[name] - 1:+.1%}" if a[name] else ""
-        table.add_row(FIGURE_WORDS.get(name, name), *cells, change)
+        table.add_row(FIGURE_WORDS[name], *cells, change)
     console = Terminal()
     console.print(table)
     step = comparison["first_different_step"]
@@ -217,7 +206,3 @@ def _table(title: str | None, headings: Sequence[str], dense: bool = False) -> T
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=dense)
     return table
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"

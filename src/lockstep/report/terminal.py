@@ -18,10 +18,6 @@ _LINE_EVERY_S = 5.0
 def plain(text: str, keep: str = "\n") -> str:
     r"""Return text with what steers a terminal, turns the reading direction or is half a character written as escapes.
 
-    Args:
-        text: from a file, a path or an option.
-        keep: control characters that stay.
-
     Example:
         >>> plain("a\x1b[31m")
         'a\\x1b[31m'
@@ -43,10 +39,6 @@ class Terminal(Console):
     """A console that takes every string literally: no markup, no emoji codes, no control characters.
 
     Use `style=`, or a `Text`, for what is to be coloured.
-
-    Args:
-        stderr: write to stderr rather than stdout.
-        **options: see `rich.console.Console`.
     """
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
@@ -61,16 +53,7 @@ class Terminal(Console):
 
 @contextmanager
 def progress(console: Console, what: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """Show how far something is while the block runs: a bar on a terminal, elsewhere a line now and then.
-
-    Args:
-        console: to show it on.
-        what: is done.
-        total: all of it; None where only later calls know it.
-
-    Yields:
-        `show(done, total=None, now="")`, to be called as often as there is news; `now` says what is being done.
-    """
+    """Show how far something is while the block runs: a bar on a terminal, elsewhere a line now and then."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = ("{task.description}", BarColumn(), "{task.percentage:>5.1f} %", "{task.fields[now]}")

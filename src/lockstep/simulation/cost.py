@@ -96,16 +96,7 @@ class CostConstants:
         self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
         num_chunks: np.ndarray, filler_rows: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Return how long each step takes, in us.
-
-        Args:
-            tokens: rows of requests, `[steps, ranks]`.
-            decode_tokens: those of them that generate, `[steps, ranks]`.
-            decode_context: KV entries that its generating requests read, `[steps, ranks]`.
-            prefill_context: KV entries that its prompts attend to, `[steps, ranks]`.
-            num_chunks: chunks of each step, `[steps]`.
-            filler_rows: dummy and padding rows, `[steps, ranks]`; None for none.
-        """
+        """Return how long each step takes, in us."""
         rows = tokens if filler_rows is None else tokens + filler_rows
         step_us: np.ndarray = (
             self.step_us
@@ -122,11 +113,7 @@ class CostConstants:
 
     @classmethod
     def load(cls, name: str) -> CostConstants:
-        """Return a shipped set by its name, or read one from a JSON file.
-
-        Raises:
-            ConfigurationError: if it is neither, or the file holds something else; names the file and the constant.
-        """
+        """Return a shipped set by its name, or read one from a JSON file."""
         if name in COST_CONSTANTS:
             return COST_CONSTANTS[name]
         path = Path(name)
@@ -183,9 +170,6 @@ def fit(
     that took more than five times as long as a first fit says (the machine did something else) are left out.
 
     Counts are as for `CostConstants.step_times_us`, `duration_us` is what each step took, `[steps]`.
-
-    Raises:
-        ConfigurationError: with fewer than 10 steps.
     """
     if len(duration_us) < 10:
         raise ConfigurationError(f"at least 10 steps are needed to fit a cost, got {len(duration_us)}")
@@ -215,11 +199,7 @@ def fit(
 
 
 def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -> tuple[float, np.ndarray]:
-    """Fit coefficients of what all ranks share, `[steps, features]`, and of the longest rank's own work.
-
-    Returns:
-        The mean squared relative error, and the coefficients, those of `shared` first.
-    """
+    """Fit coefficients of what all ranks share, `[steps, features]`, and of the longest rank's own work."""
     steps = np.arange(len(own))
     longest = own[:, :, 0].argmax(axis=1)
     keep = np.ones(len(own), dtype=bool)

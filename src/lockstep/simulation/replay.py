@@ -43,11 +43,7 @@ class Replay:
     executed: Sequence[StepLogRecord]
 
     def run(self) -> tuple[dict[str, Any], str]:
-        """Plan the run again; return the simulation's summary, and the first difference in words (empty for none).
-
-        Raises:
-            ConfigurationError: for a stop that cannot have happened, see `simulate`.
-        """
+        """Plan the run again; return the simulation's summary, and the first difference in words (empty for none)."""
         planned = _Columns()
         summary = simulate(self.requests, self.config, planned, stops=self.stops).summary
         return summary, self._first_difference(planned)
@@ -84,16 +80,7 @@ class _Columns:
 
 
 def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
-    """Read what `lockstep run` has written.
-
-    Args:
-        run_folder: with `summary.json`, `outputs.jsonl` and `steps.jsonl`.
-        cost: what a step costs; it decides no counts here, since requests arrive by the number of the step.
-
-    Raises:
-        ConfigurationError: for a folder of something else, a run in real time or whose ranks were started again, or a
-            file that lacks something, naming file, line and field.
-    """
+    """Read what `lockstep run` has written."""
     for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
         if not (run_folder / name).is_file():
             raise ConfigurationError(f"{run_folder} is not the folder of a finished run: it has no {name}")

@@ -31,30 +31,7 @@ def simulate(
     on_progress: Callable[[float], None] | None = None, max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None,
 ) -> SimulationResult:  # fmt: skip
-    """Simulate a workload to its end.
-
-    Args:
-        requests: in order of arrival.
-        config: ranks, policies, cost.
-        step_log: takes every step and rank, if given.
-        on_progress: called now and then, and at the end, with the share of all rows that have been computed.
-        max_report_cells: most cells (step x rank) of `SimulationResult.steps`; memory does not grow beyond them.
-        stops: requests that end before their last token, by their ids: those of a recorded run, see `read_replay`.
-
-    Returns:
-        The result. Its `summary` has `requests, ranks, steps, rank_steps, duration_s, real_tokens, tokens_per_s` (rows
-        of prompts and output), `output_tokens_per_s, dummy_rows, padding_rows, lost_fraction, no_requests_fraction,
-        lost` (see `loss_figures`), `per_rank` (`requests, real_rows, prefill_tokens, new_tokens`, each `[ranks]`),
-        `ttft_s, tpot_s, queue_s` (each with `mean, p50, p99`), `kv_waits` (rank-steps in which requests waited only
-        because the KV cache was full), `preempted` (requests that lost their pages and were computed again, counted
-        each time), `cached_tokens` (of prompts, taken over from pages that were known), `overrun_rows`,
-        `buffer_limited_steps` (steps in more chunks than asked for, because larger ones do not fit into the exchange
-        buffers) and `held_rank_steps`.
-
-    Raises:
-        ConfigurationError: for a request that can never fit into a rank's KV cache, or a stop of one that has not
-            arrived yet or has ended.
-    """
+    """Simulate a workload to its end."""
     config.scheduler.check_fits(requests)
     return _Simulation(requests, config, step_log, max_report_cells, on_progress, stops or {}).run()
 

@@ -40,14 +40,6 @@ class StepSink:
     """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
 
     That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
-
-    Args:
-        config: ranks, cost, chunks and row shapes. Steps that the exchange buffers cut into more chunks than
-            `max_chunk_size` would are counted in `totals`.
-        step_log: takes every step, if given.
-        max_cells: most cells (step x rank) of the table.
-        on_flush: called with all rows of requests so far, and the tokens that needed none, whenever full buffers have
-            been handed on.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.simulator import SimulationConfig, simulate
+from lockstep.simulation.config import SimulationConfig
+from lockstep.simulation.simulator import simulate
 from lockstep.workload.request import Request
 
 _PROGRESS_EVERY_S = 0.5
@@ -22,18 +23,21 @@ BEST_RULE = (
 )
 """By which `best` chooses."""
 
+SETTINGS = {
+    "data_parallel_size": ("ranks", "{} ranks"),
+    "load_balancing": ("balancing", "{}"),
+    "max_prefill_delay_steps": ("delay", "delay {}"),
+    "max_num_batched_tokens": ("budget", "budget {}"),
+    "max_chunk_size": ("chunk", "chunk {}"),
+    "row_shapes": ("rows", "{} rows"),
+}
+"""What a grid can change, with its heading in a table and its part of a setting's name."""
 _OF_SCHEDULER = ("load_balancing", "max_prefill_delay_steps", "max_num_batched_tokens")
-SETTING_NAMES = ("data_parallel_size", *_OF_SCHEDULER, "max_chunk_size", "row_shapes")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values to combine, each at least one.
-
-    Attributes:
-        data_parallel_size, load_balancing, max_prefill_delay_steps, max_num_batched_tokens, max_chunk_size, row_shapes:
-            see `SimulationConfig` and `SchedulerConfig`.
-    """
+    """The values to combine, each at least one; see `SimulationConfig` and `SchedulerConfig`."""
 
     data_parallel_size: Sequence[int]
     load_balancing: Sequence[str] = ("round-robin",)
@@ -43,19 +47,12 @@ class Grid:
     row_shapes: Sequence[str] = ("ragged",)
 
     def configs(self, base: SimulationConfig) -> list[SimulationConfig]:
-        """Return a configuration for every combination, the last-named value changing fastest.
-
-        Args:
-            base: everything that is not in the grid.
-
-        Raises:
-            ConfigurationError: for a value outside its limits, or a name without values.
-        """
-        for name in SETTING_NAMES:
+        """Return `base` with every combination, the last-named value changing fastest."""
+        for name in SETTINGS:
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} needs at least one value, got none")
         found = []
-        for ranks, *of_scheduler, chunk, shapes in itertools.product(*(getattr(self, name) for name in SETTING_NAMES)):
+        for ranks, *of_scheduler, chunk, shapes in itertools.product(*(getattr(self, name) for name in SETTINGS)):
             scheduler = replace(base.scheduler, **dict(zip(_OF_SCHEDULER, of_scheduler, strict=True)))
             found.append(replace(base, num_ranks=ranks, scheduler=scheduler, max_chunk_size=chunk, row_shapes=shapes))
         return found
@@ -65,76 +62,64 @@ def setting(config: SimulationConfig) -> dict[str, Any]:
     """Return the values of a configuration that a grid can change, by name."""
     of_scheduler = [getattr(config.scheduler, name) for name in _OF_SCHEDULER]
     values = (config.num_ranks, *of_scheduler, config.max_chunk_size, config.row_shapes)
-    return dict(zip(SETTING_NAMES, values, strict=True))
+    return dict(zip(SETTINGS, values, strict=True))
 
 
 def sweep(
     requests: Sequence[Request],
     configs: Sequence[SimulationConfig],
     workers: int | None = None,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Simulate every configuration.
+    """Simulate every configuration and return the `summary` of each, `[len(configs)]`.
 
-    Args:
-        requests: the workload, in order of arrival.
-        configs: what to simulate.
-        workers: processes, >= 1; by default one for each core, and none besides this one where there is one
-            configuration.
-        on_progress: called now and then with how many are done, parts of them counted too; at the end with all.
-
-    Returns:
-        The `SimulationResult.summary` of each, `[len(configs)]`.
+    `workers` are processes, by default one for each core, and none besides this one where there is one configuration.
+    `on_progress` is told now and then how many are done, parts of them counted too.
     """
     for config in configs:
         config.scheduler.check_fits(requests)
     workers = min(workers or os.cpu_count() or 1, len(configs))
-    summaries: list[dict[str, Any]] = [{}] * len(configs)
     if workers <= 1:
-        for index, config in enumerate(configs):
-            show = None if on_progress is None else lambda share, before=index: on_progress(before + share)
-            summaries[index] = simulate(requests, config, on_progress=show, max_report_cells=1).summary
-        return summaries
+        return [
+            simulate(requests, config, None, lambda share, before=before: on_progress(before + share), 1).summary
+            for before, config in enumerate(configs)
+        ]
     # The workload goes to each process once, not with each task.
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(configs), lock=False)  # of each configuration, written by its process
     with ProcessPoolExecutor(workers, context, _take_workload, (list(requests), shares)) as pool:
-        tasks = {pool.submit(_simulate, index, config): index for index, config in enumerate(configs)}
+        tasks = [pool.submit(_simulate, index, config) for index, config in enumerate(configs)]
         left = set(tasks)
         try:
             while left:
                 done, left = wait(left, _PROGRESS_EVERY_S, FIRST_COMPLETED)
                 for task in done:
-                    summaries[tasks[task]] = task.result()
-                if on_progress is not None:
-                    on_progress(sum(shares))
+                    task.result()  # a failure ends all
+                on_progress(sum(shares))
+            return [task.result() for task in tasks]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return summaries
 
 
 def best(summaries: Sequence[dict[str, Any]], **limits: float | None) -> int | None:
     """Return the index of the best setting within the limits by `BEST_RULE`, or None where none keeps to them.
 
-    Workloads that arrive at their own rate end at nearly the same time whatever the setting: hence the 1 %.
-
-    Args:
-        summaries: of each setting, see `sweep`.
-        **limits: `ttft_p99_s`, `tpot_p99_s` and `queue_p99_s`, those that there are; None for no limit.
+    Limits are `ttft_p99_s`, `tpot_p99_s` and `queue_p99_s`; None for no limit. Workloads that arrive at their own rate
+    end at nearly the same time whatever the setting: hence the 1 %.
     """
     allowed = [
         index
         for index, summary in enumerate(summaries)
         if all(most is None or summary[name.replace("_p99", "")]["p99"] <= most for name, most in limits.items())
     ]
-    if not allowed:
-        return None
-    top = max(summaries[index]["tokens_per_s"] for index in allowed)
+    top = max((summaries[index]["tokens_per_s"] for index in allowed), default=0)
     equal = [index for index in allowed if summaries[index]["tokens_per_s"] >= 0.99 * top]
-    return min(
-        equal, key=lambda index: (round(summaries[index]["lost_fraction"], 3), summaries[index]["tpot_s"]["mean"])
-    )
+
+    def losses(index: int) -> tuple[float, float]:
+        return round(summaries[index]["lost_fraction"], 3), summaries[index]["tpot_s"]["mean"]
+
+    return min(equal, key=losses, default=None)
 
 
 _workload: list[Request] = []

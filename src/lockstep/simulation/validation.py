@@ -19,16 +19,6 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
     All ranks are at the same place when they have agreed, and nowhere else. So a step's time goes from its own
     agreement to the next one's, or to the end of the run; the mean of the ranks, which hardly differ in it.
-
-    Args:
-        records: in order of step, then rank.
-
-    Returns:
-        `tokens`, `decode_tokens`, `decode_context`, `prefill_context`, `filler_rows`, `[steps, ranks]`; `num_chunks`
-        and `duration_us`, `[steps]`.
-
-    Raises:
-        ConfigurationError: if a rank is missing in a step, no durations were recorded.
     """
     ranks = sorted({record.rank for record in records})
     if not records or len(records) % len(ranks):
@@ -86,12 +76,7 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
-    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run.
-
-    Returns:
-        `steps`, `measured_s` and `predicted_s` (totals), `total_error` (relative, signed), `median_step_error` and
-        `p90_step_error` (relative, absolute values).
-    """
+    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run."""
     predicted, measured = cost.step_times_us(**{name: columns[name] for name in _COUNTS}), columns["duration_us"]
     errors = np.sort(np.abs(predicted / measured - 1))
     return {

@@ -25,12 +25,6 @@ class StepLogWriter:
     """Writes records as JSON lines; each line is in the file as soon as `write` returns.
 
     Use it as a context manager, or call `close`.
-
-    Args:
-        path: the file; its folder must exist, the file must not.
-
-    Raises:
-        FileExistsError: if the file exists.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,15 +64,7 @@ class StepLog:
 
 
 def read_step_log(*paths: str | Path) -> StepLog:
-    """Read step logs written as JSON lines, or as Parquet, of one run: one file of all ranks, or one of each.
-
-    Args:
-        *paths: the files.
-
-    Raises:
-        ConfigurationError: for a line that is not a record, naming file and line; a torn last line is not an error.
-        OSError: if a file cannot be opened.
-    """
+    """Read step logs written as JSON lines, or as Parquet, of one run: one file of all ranks, or one of each."""
     records: list[StepLogRecord] = []
     torn = False
     for path in paths:
@@ -110,9 +96,6 @@ class StepColumns:
     """Writes the same records column by column to a Parquet file; memory does not grow with the run.
 
     Use it as a context manager, or call `close`. Needs PyArrow.
-
-    Args:
-        path: the file, replaced where it exists.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -150,18 +133,7 @@ class StepColumns:
 
 
 def read_parquet_columns(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read columns of numbers from a Parquet file.
-
-    Args:
-        path: the file.
-        needed: columns that it must have.
-        wanted: columns that are read where it has them.
-
-    Raises:
-        ConfigurationError: not a Parquet file, a column that is missing or holds something else than numbers, or more
-            rows than any log has: a few bytes of Parquet may stand for any number of equal rows.
-        OSError: it cannot be opened.
-    """
+    """Read columns of numbers from a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 

@@ -76,16 +76,7 @@ def by_step(records: Iterable[StepLogRecord]) -> Iterator[list[StepLogRecord]]:
 
 
 def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
-    """Return a run's totals.
-
-    Args:
-        records: in order of step, then rank, every rank in every step.
-
-    Returns:
-        `ranks`, `steps`, `real_tokens` (rows of requests, all ranks), `dummy_rows`, `padding_rows`, `prefill_tokens`,
-        `decode_tokens`, `preempted`, `overrun_rows` and `cached_tokens` (as recorded: tensor-parallel ranks of one
-        group repeat each other's), and `duration_s` (from the first step's start to the last one's end).
-    """
+    """Return a run's totals."""
     return {
         "ranks": len({record.rank for record in records}),
         "steps": len({record.step for record in records}),

@@ -19,15 +19,7 @@ request at all; it computes dummy and padding rows; all ranks agree on the step.
 
 
 def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
-    """Return what uneven work costs, under the names by which terminal, report and JSON show it.
-
-    Args:
-        lost: what `StepTable.lost_by_cause` returns.
-
-    Returns:
-        `lost_fraction`: the share of all ranks' time lost to uneven work, every cause but `no_requests` added up;
-        `no_requests_fraction`: the share in which ranks had no request; `lost`: all causes.
-    """
+    """Return what uneven work costs, under the names by which terminal, report and JSON show it."""
     uneven = sum(share for cause, share in lost.items() if cause != "no_requests")
     return {"lost_fraction": uneven, "no_requests_fraction": lost["no_requests"], "lost": dict(lost)}
 
@@ -75,20 +67,12 @@ class StepTable:
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> StepTable:
-        """Read what `StepColumns` has written.
-
-        Raises:
-            ConfigurationError: for a file of something else.
-        """
+        """Read what `StepColumns` has written."""
         return cls.from_columns(read_parquet_columns(path, ("step", "rank", "real_rows"), FIELDS))
 
     @classmethod
     def from_columns(cls, columns: dict[str, np.ndarray]) -> StepTable:
-        """Make a table of columns named as `StepLogRecord`'s fields, one entry per step and rank, in any order.
-
-        Raises:
-            ConfigurationError: if a step and rank appears twice.
-        """
+        """Make a table of columns named as `StepLogRecord`'s fields, one entry per step and rank, in any order."""
         steps, row = np.unique(columns["step"], return_inverse=True)
         ranks = np.unique(columns["rank"])
         column = np.searchsorted(ranks, columns["rank"])
