@@ -32,9 +32,9 @@ DECODED = 13.5  # tokens of a request that is decoded, in the middle of what was
 SOURCE = "h200: Qwen3-30B-A3B's shape over 2 H200s, decode steps measured, prompts from arithmetic"
 
 
-def read(pattern, **wanted):
+def read(pattern, folder=RESULTS, **wanted):
     """Return the rows of the newest result file of a pattern that have all wanted values."""
-    rows = max((rows_of(path) for path in sorted(RESULTS.glob(pattern))), key=age)
+    rows = max((rows_of(path) for path in sorted(folder.glob(pattern))), key=age)
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 

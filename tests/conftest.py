@@ -32,9 +32,11 @@ def pytest_xdist_auto_num_workers():
 def command_line(monkeypatch, capsys):
     """The command `lockstep` in this process: give it arguments, get its status, stdout and stderr."""
 
-    def run(*arguments):
+    def run(*arguments, env=()):
         from lockstep.cli import main
 
+        for name, value in dict(env).items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["lockstep", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

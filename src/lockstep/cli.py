@@ -126,7 +126,7 @@ def run(
             seconds_per_step, prefix_caching,
         ),
     )  # fmt: skip
-    how = {"verify": verify, "overwrite": overwrite, "as_json": as_json, "max_restarts": max_restarts}
+    how: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "as_json": as_json, "max_restarts": max_restarts}
     raise typer.Exit(execute(options, **how, arguments=sys.argv[1:]))
 
 

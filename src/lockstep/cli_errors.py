@@ -43,7 +43,7 @@ def run_to_status(app: typer.Typer) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ConfigurationError, OSError, LockstepError) as error:
-        _end(_sentence(error, app), 2 if _is_bad_input(error) else 1)
+        _end(*_sentence(error, app))
     except Exception as error:
         # Typer's errors have a common base, which it has moved between releases; it is known by its name.
         names = [base.__name__ for base in type(error).__mro__]
@@ -61,17 +61,14 @@ def run_to_status(app: typer.Typer) -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _is_bad_input(error: Exception) -> bool:
-    return isinstance(error, ConfigurationError) or (isinstance(error, OSError) and error.errno in BAD_PATH)
-
-
-def _sentence(error: Exception, app: typer.Typer) -> str:
-    if isinstance(error, OSError) and not isinstance(error, LockstepError):
-        says = error.strerror or str(error)
-        says = f"{error.filename}: {says}" if error.filename is not None else says
-        return says if error.errno in BAD_PATH else f"{type(error).__name__}: {says}"
+def _sentence(error: Exception, app: typer.Typer) -> tuple[str, int]:
+    """Return what an error of the library or the system says in terms of what was typed, and the exit status."""
+    bad_input = isinstance(error, ConfigurationError)
     says = _in_words_of_options(str(error), app)
-    return says if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {says}"
+    if isinstance(error, OSError) and not isinstance(error, LockstepError):
+        bad_input, says = error.errno in BAD_PATH, error.strerror or str(error)
+        says = f"{error.filename}: {says}" if error.filename is not None else says
+    return (says, 2) if bad_input else (f"{type(error).__name__}: {says}", 1)
 
 
 def _of_the_line(message: str) -> str:

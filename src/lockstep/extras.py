@@ -3,18 +3,12 @@
 import importlib.util
 import sys
 
-_EXTRA_OF = {
-    "typer": "cli",
-    "rich": "cli",
-    "transformers": "models",
-    "tokenizers": "models",
-    "safetensors": "models",
-    "pyarrow": "report",
-    "prometheus_client": "metrics",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "httptools": "serve",
-    "pydantic": "serve",
+_EXTRAS = {
+    "cli": ("typer", "rich"),
+    "models": ("transformers", "tokenizers", "safetensors"),
+    "report": ("pyarrow",),
+    "metrics": ("prometheus_client",),
+    "serve": ("starlette", "uvicorn", "httptools", "pydantic"),
 }
 
 
@@ -29,7 +23,7 @@ def lacking(*packages: str) -> str:
     """Return which packages are missing, with the command that installs them; empty where none is."""
     missing = [name for name in packages if not _is_there(name)]
     if missing:
-        extras = list(dict.fromkeys(_EXTRA_OF[name] for name in missing if name in _EXTRA_OF))
+        extras = [extra for extra, brought in _EXTRAS.items() if any(name in brought for name in missing)]
         if "numpy" in missing and not {"models", "report"} & set(extras):  # both bring it
             extras.append("report")
         verb = "is" if len(missing) == 1 else "are"

@@ -100,7 +100,7 @@ def times_written(out):
 def check(out, expected, done, num_ranks):
     assert outputs_of(out) == expected
     assert times_written(out) == dict.fromkeys(range(REQUESTS), 1)
-    records = read_step_log(out / "steps.jsonl").records
+    records = read_step_log(out / "steps.jsonl")
     assert [record.rank for record in records] == list(range(num_ranks)) * (len(records) // num_ranks)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["requests"], summary["verified"], summary["mismatches"]) == (REQUESTS, True, 0)

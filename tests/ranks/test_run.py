@@ -101,7 +101,7 @@ def test_what_was_chosen_and_why_is_said_once_and_kept(run_folder):
 @pytest.mark.ranks(4)
 def test_what_was_executed_is_what_was_planned(run_folder):
     out, document, _ = run_folder
-    records = read_step_log(out / "steps.jsonl").records
+    records = read_step_log(out / "steps.jsonl")
     assert len(records) == 4 * document["steps"]
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text().splitlines()]
     # Every row of every request was computed once: its prompt, and every token but the last.
@@ -137,7 +137,7 @@ def test_a_run_in_real_time_waits_for_arrivals_and_counts_latencies_from_them(tm
     outputs = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
     assert [output["rank"] for output in outputs] == [0, 1, 0, 1, 0]
     assert all(0 < output["ttft_s"] < 60 for output in outputs)
-    records = read_step_log(tmp_path / "out" / "steps.jsonl").records
+    records = read_step_log(tmp_path / "out" / "steps.jsonl")
     for output in outputs:
         begins = min(r.start_s for r in records if r.step == output["steps"][0] and r.rank == output["rank"])
         assert begins > output["arrival_s"] - 1

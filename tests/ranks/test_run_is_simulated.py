@@ -25,7 +25,7 @@ NAMES = (
 
 
 def counts(path):
-    return [tuple(getattr(record, name) for name in NAMES) for record in read_step_log(path).records]
+    return [tuple(getattr(record, name) for name in NAMES) for record in read_step_log(path)]
 
 
 @pytest.mark.ranks(4)

@@ -256,10 +256,8 @@ def test_ctrl_c_ends_every_command_with_130(monkeypatch, command_line):
 @pytest.mark.parametrize(
     ("variable", "value"), [("RANK", "first"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("RANK", "9" * 99)]
 )
-def test_what_starts_ranks_and_counts_wrongly_is_named(variable, value, monkeypatch, command_line):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv(variable, value)
-    code, _, stderr = command_line("run")
+def test_what_starts_ranks_and_counts_wrongly_is_named(variable, value, command_line):
+    code, _, stderr = command_line("run", env={"RANK": "0", variable: value})
     assert code == 2
     assert f"{variable} must be a number >= 0, got" in stderr
 

@@ -37,9 +37,8 @@ def test_measured_exchanges_and_experts_are_met(fit_h200):
     assert weights_us + 8 * 64 * expert_row_us == pytest.approx(min(row["us"] for row in rows))
 
 
-def test_the_newest_file_counts(fit_h200, tmp_path, monkeypatch):
+def test_the_newest_file_counts(fit_h200, tmp_path):
     names = ("model_h200x2_2026-11-22_f.jsonl", "model_h200x2_2026-11-23_a.jsonl", "model_h200x2_2026-11-23_b.jsonl")
     for name, more in zip(names, ("", ', "decoded": 15.5', ""), strict=True):
         (tmp_path / name).write_text('{"layers": 8' + more + "}\n")
-    monkeypatch.setattr(fit_h200, "RESULTS", tmp_path)
-    assert [row["file"] for row in fit_h200.read("model_h200x2_*", layers=8)] == [names[1]]
+    assert [row["file"] for row in fit_h200.read("model_h200x2_*", tmp_path, layers=8)] == [names[1]]

@@ -1,3 +1,4 @@
+import socket
 import urllib.request
 
 import pytest
@@ -35,4 +36,6 @@ def test_a_port_in_use_and_a_port_that_is_none():
 
 def test_it_listens_on_this_host_only():
     with RunMetrics(0) as metrics:
-        assert metrics._server.server_address[0] == "127.0.0.1"
+        socket.create_connection(("127.0.0.1", metrics.port), timeout=5).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", metrics.port), timeout=5)

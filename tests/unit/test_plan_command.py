@@ -8,11 +8,9 @@ from lockstep.metadata.chunks import ChunkPlan
 
 
 @pytest.fixture
-def plan(command_line, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-
+def plan(command_line):
     def shown(*arguments):
-        code, stdout, stderr = command_line("plan", *arguments)
+        code, stdout, stderr = command_line("plan", *arguments, env={"COLUMNS": "120"})
         assert (code, stderr) == (0, "")
         return stdout
 

@@ -50,8 +50,15 @@ def test_the_wheel_works_outside_the_clone(site, tmp_path):
 
 def test_the_wheel_has_what_it_needs_and_nothing_else(site):
     names = zipfile.ZipFile(site[1]).namelist()
-    for needed in ("lockstep/py.typed", "lockstep/report/page.js", "lockstep/report/page.css"):
-        assert needed in names
+    for needed in (
+        "py.typed",
+        "__init__.pyi",
+        "report/page.html",
+        "report/page.js",
+        "report/page.css",
+        "simulation/cpu.json",
+    ):
+        assert f"lockstep/{needed}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
     metadata = zipfile.ZipFile(site[1]).read(next(name for name in names if name.endswith("METADATA"))).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

@@ -17,6 +17,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.report.figures import headline
 from lockstep.report.html import write_report
 from lockstep.report.tables import print_run
+from lockstep.report.terminal import Terminal
 from lockstep.steplog.files import StepLogWriter
 from lockstep.steplog.record import StepLogRecord
 from lockstep.steplog.table import StepTable, loss_figures
@@ -70,12 +71,11 @@ def test_terminal_report_and_json_say_the_same_of_one_run(tmp_path, capsys):
     assert all(compared[name] == summary[name] for name in ("lost_fraction", "no_requests_fraction"))
 
 
-def test_preempted_requests_and_overrun_rows_are_shown_where_there_are_any(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # headings on one line
+def test_preempted_requests_and_overrun_rows_are_shown_where_there_are_any(tmp_path, capsys):
     some = [replace(RECORDS[0], preempted=2), replace(RECORDS[1], overrun_rows=1), *RECORDS[2:]]
     for records, counts in ((RECORDS, (0, 0)), (some, (2, 1))):
         summary = summary_of(records, preempted=counts[0], overrun_rows=counts[1])
-        print_run(summary, records, Path("report.html"))
+        print_run(summary, records, Path("report.html"), Terminal(width=200))  # headings on one line
         write_report(tmp_path / "report.html", summary, records)
         shown = capsys.readouterr().out
         text, _ = page_data(tmp_path / "report.html")

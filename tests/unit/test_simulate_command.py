@@ -16,17 +16,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lockstep.cli import app, main
+from lockstep.cli import app
 from lockstep.cli_types import seconds, several, whole
 from lockstep.commands.calibrate import execute_calibration
 from lockstep.commands.compare import compare_runs
 from lockstep.errors import ConfigurationError
 from lockstep.report.perfetto import write_trace
+from lockstep.report.terminal import Terminal, progress
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
-from lockstep.steplog.files import StepColumns, StepLogWriter, read_step_log
+from lockstep.steplog.files import StepColumns, StepLogWriter, read_parquet_columns, read_step_log
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Request, SyntheticParameters, synthetic_requests
 
@@ -65,18 +66,15 @@ def test_all_cores_give_what_one_gives():
     assert done[-1] == pytest.approx(4)
 
 
-def test_long_simulations_say_how_far_they_are(monkeypatch, tmp_path):
+def test_long_simulations_say_how_far_they_are(capsys):
     # Two buffers and a half of the recorder: at each full one, and at the end, the share of the rows is known.
     requests = [Request(0, 0.0, 1, 500_001)]
     shares = []
     simulate(requests, SimulationConfig(1), on_progress=shares.append)
     assert shares == pytest.approx([2**18 / 500_001, 1], rel=1e-4)
-    monkeypatch.setattr("lockstep.report.terminal._LINE_EVERY_S", 0.0)
-    options = ("--synthetic", "num_requests=1,output_median=300000,output_sigma=0,output_max=300000")
-    result = invoke("simulate", *options, "--data-parallel-size", "1", "--workers", "1", "--out", str(tmp_path / "out"))
-    assert result.exit_code == 0, result.output
-    assert "simulating 1 setting: 87.4 % of all rows done" in result.stderr
-    assert f"writing {tmp_path / 'out'}: 87." in result.stderr
+    with progress(Terminal(stderr=True), "simulating 1 setting", 1, line_every_s=0.0) as show:
+        sweep([Request(0, 0.0, 1, 300_001)], [SimulationConfig(1)], 1, show)
+    assert "simulating 1 setting: 87.3 % of all rows done" in capsys.readouterr().err
 
 
 def test_a_trace_with_a_bad_row_is_said_once(tmp_path):
@@ -411,11 +409,10 @@ def test_parquet_of_something_else_is_one_sentence(tmp_path, columns, message, c
     assert message in stderr
 
 
-def test_few_bytes_of_parquet_that_stand_for_many_rows_are_not_read(tmp_path, monkeypatch, command_line):
-    monkeypatch.setattr("lockstep.steplog.files._MOST_PARQUET_ROWS", 99)
+def test_few_bytes_of_parquet_that_stand_for_many_rows_are_not_read(tmp_path):
     write_parquet(tmp_path / "steps.parquet", step=[0] * 100, rank=[0] * 100, real_rows=[0] * 100)
-    code, _, stderr = command_line("compare", tmp_path, tmp_path)
-    assert (code, "has 100 rows, more than 99" in stderr) == (2, True)
+    with pytest.raises(ConfigurationError, match="has 100 rows, more than 99"):
+        read_parquet_columns(tmp_path / "steps.parquet", ("step", "rank", "real_rows"), most_rows=99)
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"tokens": [1]}', '{"request_id": []}', "[" * 100_000, "9" * 5000, "\udcff"])
@@ -473,7 +470,7 @@ def test_trace_keeps_to_the_documented_fields_of_the_trace_event_format(tmp_path
     requests = synthetic_requests(SyntheticParameters.parse(SYNTHETIC))
     with StepColumns(tmp_path / "steps.parquet") as log:
         simulate(requests, SimulationConfig(4, max_chunk_size=64, row_shapes="dummy"), log)
-    write_trace(tmp_path / "trace.json", read_step_log(tmp_path / "steps.parquet").records)
+    write_trace(tmp_path / "trace.json", read_step_log(tmp_path / "steps.parquet"))
     document = json.loads((tmp_path / "trace.json").read_text())
     assert document.keys() == {"displayTimeUnit", "traceEvents"}
     assert document["displayTimeUnit"] in ("ms", "ns")
@@ -506,9 +503,6 @@ def test_report_of_one_simulation_is_that_of_its_steps():
     assert result.steps.lost_by_cause() == result.summary["lost"]
 
 
-def test_a_file_that_is_not_there_is_named_without_numbers_of_the_system(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lockstep", "simulate", "--workload", "nowhere.csv"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "lockstep: error: nowhere.csv: No such file or directory\n"
+def test_a_file_that_is_not_there_is_named_without_numbers_of_the_system(command_line):
+    said = "lockstep: error: nowhere.csv: No such file or directory\n"
+    assert command_line("simulate", "--workload", "nowhere.csv") == (2, "", said)

@@ -28,7 +28,7 @@ def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
     path = run_folder / "steps.jsonl"
     if not path.is_file():
         raise ConfigurationError(f"{run_folder} is not the folder of a recorded run: it has no steps.jsonl")
-    return cost_columns(read_step_log(path).records)
+    return cost_columns(read_step_log(path))
 
 
 def make_run(out: Path, model: str, data_parallel_size: int, requests: int) -> None:

@@ -43,7 +43,7 @@ def _steps(folder: Path) -> StepTable:
     if (folder / "steps.parquet").is_file():
         return StepTable.from_parquet(folder / "steps.parquet")
     if (folder / "steps.jsonl").is_file():
-        return StepTable.from_records(read_step_log(folder / "steps.jsonl").records)
+        return StepTable.from_records(read_step_log(folder / "steps.jsonl"))
     raise ConfigurationError(f"{folder} is not the folder of a run: it has neither steps.jsonl nor steps.parquet")
 
 

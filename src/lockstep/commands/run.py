@@ -212,7 +212,7 @@ def _finish(
 
     out = Path(options.out)
     options = replace(options, dtype=result["engine"]["dtype"])
-    records = read_step_log(out / "steps.jsonl").records
+    records = read_step_log(out / "steps.jsonl")
     verification = Verification(None)
     if compare:
         with progress(console, "comparing with one process", None) as show:

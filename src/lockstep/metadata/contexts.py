@@ -29,13 +29,9 @@ class HoldsLocalSizes(Protocol):
 class StepSizes:
     """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`.
 
-    Attributes:
-        counts: tokens per DP rank, `[dp_size]`, checked.
-        dp_rank: this rank, for messages; None where it is not known.
-        shown: the tensor that shows the counts; kept here only to see whether somebody wrote to it.
-        lists: rows per rank, `[ep_size]`, by what they were asked for with; made once, shared by all who ask.
-        last: the sequence-parallel size asked for last, its sizes, and the tensor that showed the counts then with its
-            version: every layer asks for the same. One tuple, so that no other thread comes in between.
+    `shown` is the tensor that shows the counts, kept to see whether somebody wrote to it. `lists` are made once by what
+    they were asked for with. `last` is what every layer asks for: the sequence-parallel size, its sizes, the tensor and
+    its version then, in one tuple, so that no other thread comes in between.
     """
 
     __slots__ = ("counts", "dp_rank", "last", "lists", "shown")
@@ -87,10 +83,7 @@ class SizesContext:
     A class rather than a generator, because a caller from another language leaves with strings where Python has an
     exception, and a generator-based context manager raises at that and leaves its sizes set.
 
-    Attributes:
-        metadata: whose `local_sizes` are set.
-        sizes: what they are set to, `[ep_size]`.
-        alone: whether it is entered, and was so while no other was; see `Nested`.
+    `alone` says whether it is entered, and was so while no other was; see `Nested`.
     """
 
     # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python

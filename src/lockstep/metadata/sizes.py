@@ -30,12 +30,7 @@ def as_plain_int(value: object) -> int | None:
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Return a value as text for a message: on one line, at most `most` characters, and whatever it is.
-
-    Example:
-        >>> shown(10**5000), shown("tokens")
-        ('an integer of 16610 bits', "'tokens'")
-    """
+    """Return a value as text for a message: on one line, at most `most` characters, and whatever it is."""
     try:
         text = " ".join(repr(value).split())
     except Exception:
@@ -109,12 +104,7 @@ def read_entries(counts: object) -> tuple[Any, ...] | None:
 
 
 def abridged(values: Sequence[int], most: int = 16) -> str:
-    """Return a list of integers as text on one line, its middle left out where it has more than `most` entries.
-
-    Example:
-        >>> abridged(range(100), most=4)
-        '[0, 1, ..., 98, 99] (100 entries)'
-    """
+    """Return a list of integers as text on one line, its middle left out where it has more than `most` entries."""
     if len(values) <= most:
         return str(list(values))
     first, last = (", ".join(map(str, part)) for part in (values[: most // 2], values[-(most // 2) :]))
@@ -123,6 +113,8 @@ def abridged(values: Sequence[int], most: int = 16) -> str:
 
 def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
     """Return the rows of each rank when every DP rank's tokens are padded to a multiple of the sequence-parallel size.
+
+    `ceil(count / sequence_parallel_size)`, each repeated that many times, `[ep_size]`. Zero stays zero.
 
     Example:
         >>> sp_sizes([5, 7], 2)
@@ -162,12 +154,7 @@ def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ..
 
 
 def cu_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the running sum of sizes, `[ep_size]`: rows of each rank and all before it.
-
-    Example:
-        >>> cu_sizes([3, 3, 4, 4])
-        (3, 6, 10, 14)
-    """
+    """Return the running sum of sizes, `[ep_size]`: rows of each rank and all before it."""
     return tuple(accumulate(sizes))
 
 
@@ -187,11 +174,6 @@ def chunk_sizes(
 
 
 def num_chunks(max_size: int, max_chunk_size_per_rank: int) -> int:
-    """Return how many chunks the longest rank needs; 0 if no rank has rows.
-
-    Example:
-        >>> num_chunks(500, 256)
-        2
-    """
+    """Return how many chunks the longest rank needs; 0 if no rank has rows."""
     limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
     return -(-check_int("max_size", max_size) // limit)

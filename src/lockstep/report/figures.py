@@ -65,25 +65,6 @@ FIGURE_WORDS = {
 SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "cached_tokens")
 """Figures that are usually 0, and left out then."""
 
-GLOSSARY = {
-    "rank": "one of the processes that share the model, usually one GPU",
-    "step": "one forward pass of the model, on all ranks together: each MoE layer exchanges rows between all of them, "
-    "so nobody is done before the slowest",
-    "row": "one token of a request on its way through the experts",
-    "prompt tokens": "tokens of a request's prompt, many in one step; also called prefill",
-    "tokens that generate": "one per request and step once its prompt is done; also called decode",
-    "dummy row": "a row of no request, sent only so that a rank takes part",
-    "padding row": "a row of no request, added so that all ranks have equally many",
-    "waiting": "a rank has finished its part of the step, and another rank has not",
-    "time lost to uneven work": "the share of all ranks' time spent waiting for other ranks, on dummy and padding "
-    "rows, or on agreeing; time without any request is counted apart",
-    "agreement": "the exchange before each step in which every rank tells how many rows it has",
-    "overrun row": "a row that was planned before it was known that its request had ended; its token is dropped",
-    "preempted": "the KV cache was full, so the request lost its pages and was computed again",
-    "known pages": "a beginning of a prompt whose keys and values an earlier request has left in the cache",
-}
-"""The words of the report, explained."""
-
 
 def share(fraction: float) -> str:
     """Return a share as it is printed everywhere.

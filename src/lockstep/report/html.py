@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lockstep._version import __version__
-from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, FIGURE_WORDS, GLOSSARY, SHOWN_WHERE_ANY, headline, share
+from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, FIGURE_WORDS, SHOWN_WHERE_ANY, headline, share
 from lockstep.steplog.record import StepLogRecord
 from lockstep.steplog.table import StepTable, loss_figures
 from lockstep.workload.synthetic import percentile
@@ -29,48 +29,24 @@ _REQUEST_COLUMNS = (
     *("request_id", "rank", "num_prompt_tokens", "num_cached_tokens", "num_new_tokens", "queue_steps", "ttft_steps"),
     *("queue_s", "ttft_s", "tpot_s", "text"),
 )
+_SHADES = {
+    "prefill": "running prompts",
+    "decode": "generating tokens",
+    "serving": "running experts for other ranks",
+    "filler": "dummy or padding rows",
+    "waiting": "waiting for the longest rank",
+}
+_CURVES = {"ttft": "first token", "queue": "of it, in the queue", "tpot": "per token"}
+_FIRST = "From a request's arrival to its first generated token"
 _LATENCIES = (
-    # title, how to read it, axis, unit, [(key of a request, curve's name)]
+    # title, how to read it, axis, unit, keys of a request
+    ("Time to the first token", f"{_FIRST}, and the part of it in the queue.", "seconds", "s", ("ttft", "queue")),
     (
-        "Time to the first token",
-        "From a request's arrival to its first generated token, and the part of it spent in the queue.",
-        "seconds",
-        "s",
-        (("ttft_s", "first token"), ("queue_s", "of it, in the queue")),
+        *("Time per further token", "The mean time between a request's tokens after its first."),
+        *("seconds per token", "s", ("tpot",)),
     ),
-    (
-        "Time per further token",
-        "The mean time between a request's tokens after its first.",
-        "seconds per token",
-        "s",
-        (("tpot_s", "per token"),),
-    ),
-    (
-        "Steps to the first token",
-        "From a request's arrival to its first generated token, counted in steps.",
-        "steps",
-        "steps",
-        (("ttft_steps", "first token"), ("queue_steps", "of it, in the queue")),
-    ),
+    ("Steps to the first token", f"{_FIRST}, counted in steps.", "steps", "steps", ("ttft", "queue")),
 )
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src
-'unsafe-inline'; img-src data:"> <meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-{body}
-<p class="quiet">Written by Lockstep {version}. This file needs no network.</p>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 def write_report(
@@ -82,13 +58,14 @@ def write_report(
     table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
     data = _page_data(table, requests, settings)
     folder = Path(__file__).parent
-    document = _TEMPLATE.format(
+    template, css, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    document = template.format(
         title=escape(title),
-        css=(folder / "page.css").read_text(encoding="utf-8"),
+        css=css,
         body="\n".join(_body(table, summary, requests, settings, data, title, command)),
         # "</script>" inside the data would end it; JSON may write "<" as an escape.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c"),
-        script=(folder / "page.js").read_text(encoding="utf-8"),
+        script=script,
         version=escape(__version__),
     )
     # A path may have bytes that are no UTF-8: they are shown as escapes.
@@ -145,13 +122,13 @@ def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for title, reading, axis, unit, keys in _LATENCIES:
         curves = []
-        for key, name in keys:
-            values = np.sort([request[key] for request in requests if request.get(key) is not None])
-            if not len(values):
-                continue
-            shares = np.linspace(0, 1, min(len(values), _MAX_CURVE_POINTS) + 1)[1:]
-            at = np.maximum(np.ceil(shares * len(values)).astype(int) - 1, 0)
-            curves.append({"name": name, "values": values[at].tolist(), "shares": shares.tolist()})
+        for name in keys:
+            found_values = (request.get(f"{name}_{unit}") for request in requests)
+            values = np.sort([value for value in found_values if value is not None])
+            if len(values):
+                shares = np.linspace(0, 1, min(len(values), _MAX_CURVE_POINTS) + 1)[1:]
+                at = np.maximum(np.ceil(shares * len(values)).astype(int) - 1, 0)
+                curves.append({"name": _CURVES[name], "values": values[at].tolist(), "shares": shares.tolist()})
         if curves:
             half, most = (percentile(curves[0]["values"], part) for part in (0.5, 0.99))
             reading += f" Half within {half:.3g} {unit}, 99 % within {most:.3g} {unit}."
@@ -195,8 +172,6 @@ def _body(
             _section(item["title"], item["reading"], f'<div id="latency{index}"></div>') for index, item in curves
         )
         yield f'<div class="columns">{"".join(sections)}</div>'
-    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in GLOSSARY.items())
-    yield f"<details><summary>What the words mean</summary><dl>{words}</dl></details>"
     if requests:
         yield _requests_table(requests)
     if summary:
@@ -217,13 +192,7 @@ def _step_sections(table: StepTable, data: Mapping[str, Any], lost: float) -> It
         how = "The coloured height compares the rank's rows with those of the longest rank in the same step."
     legend = "".join(
         f'<span><span class="swatch" style="background:var(--{shade})"></span>{words}</span>'
-        for shade, words in (
-            ("prefill", "running prompts"),
-            ("decode", "generating tokens"),
-            ("serving", "running experts for other ranks"),
-            ("filler", "dummy or padding rows"),
-            ("waiting", "waiting for the longest rank"),
-        )
+        for shade, words in _SHADES.items()
         if data.get(f"has_{shade}", True)
     )
     yield _section(

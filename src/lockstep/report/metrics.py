@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lockstep.errors import ConfigurationError
 
 
-class RunMetrics:
+class RunMetrics(AbstractContextManager["RunMetrics"]):
     """Counts what rank 0 knows of all ranks, and serves it; use it as a context manager, or call `close`.
 
-    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank,
-    `lockstep_agreement_wait_seconds` (a histogram, of rank 0) and `lockstep_idle_share` (of the run so far, counted in
-    rows).
+    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank, `lockstep_agreement_wait_seconds` (a
+    histogram, of rank 0) and `lockstep_idle_share` (of the run so far, counted in rows).
     """
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
@@ -65,9 +65,6 @@ class RunMetrics:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def __enter__(self) -> RunMetrics:
-        return self
 
     def __exit__(self, *exception: Any) -> None:
         self.close()

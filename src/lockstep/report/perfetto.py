@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,10 @@ def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: i
     ends_ns: dict[int, int] = {}  # of each rank's last slice
     with Path(path).open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        separator = ""
-        for group in by_step(records):
-            if written == max_steps:
-                break
+        for group in islice(by_step(records), max_steps):
             names = [] if written else _names([record.rank for record in group])
-            for event in (*names, *_events(group, ends_ns)):
-                file.write(separator + json.dumps(event, separators=(",", ":")))
-                separator = ",\n"
+            events = [json.dumps(event, separators=(",", ":")) for event in (*names, *_events(group, ends_ns))]
+            file.write(",\n" * bool(written) + ",\n".join(events))
             written += 1
         file.write("\n]}\n")
     return written

@@ -24,9 +24,11 @@ _SAID_WHERE_ANY = {
 }
 
 
-def print_run(summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path) -> None:
+def print_run(
+    summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path, console: Terminal | None = None
+) -> None:
     """Print what a run did, a line per rank, and where its `report` is, on stdout."""
-    console = Terminal()
+    console = console or Terminal()
     filler = [name for name in ("dummy_rows", "padding_rows", "preempted", "overrun_rows") if summary.get(name)]
     headings = ("rank", FIGURE_WORDS["real_rows"], "of prompts", "steps with work", "steps idle")
     title = f"{summary['requests']} requests over {summary['ranks']} ranks, {summary['steps']} steps"

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-_LINE_EVERY_S = 5.0
+_LEAST_WIDTH = 40
 
 
 def plain(text: str, keep: str = "\n") -> str:
@@ -32,9 +32,6 @@ def plain(text: str, keep: str = "\n") -> str:
     )
 
 
-_LEAST_WIDTH = 40
-
-
 class Terminal(Console):
     """A console that takes every string literally: no markup, no emoji codes, no control characters.
 
@@ -52,7 +49,9 @@ class Terminal(Console):
 
 
 @contextmanager
-def progress(console: Console, what: str, total: float | None) -> Iterator[Callable[..., None]]:
+def progress(
+    console: Console, what: str, total: float | None, line_every_s: float = 5.0
+) -> Iterator[Callable[..., None]]:
     """Show how far something is while the block runs: a bar on a terminal, elsewhere a line now and then."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -65,7 +64,7 @@ def progress(console: Console, what: str, total: float | None) -> Iterator[Calla
         def show(done: float, total: float | None = total, now: str = "") -> None:
             nonlocal last_line
             bar.update(task, completed=done, total=total, now=now)
-            if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY_S:
+            if not console.is_terminal and time.monotonic() - last_line > line_every_s:
                 last_line = time.monotonic()
                 percent = int(1000 * done / (total or 1)) / 10  # the last steps have few rows: they are no 100 %
                 line = f"{what}: {percent} % of all rows done{'; ' * bool(now)}{now}"

@@ -18,23 +18,18 @@ class PageSteps:
     """When each rank must be visited because of its pages: at most one step per rank."""
 
     def __init__(self) -> None:
-        self._step_of: dict[int, int] = {}
+        self._step_of: dict[int, int | None] = {}
         self._ranks: dict[int, set[int]] = {}
 
     def put(self, rank: int, step: int | None) -> None:
         """Visit a rank in `step` instead of the step that was set before; None for no such visit."""
-        before = self._step_of.pop(rank, None)
-        if before is not None and before in self._ranks:
-            self._ranks[before].discard(rank)
-            if not self._ranks[before]:
-                del self._ranks[before]
+        self._step_of[rank] = step
         if step is not None:
-            self._step_of[rank] = step
             self._ranks.setdefault(step, set()).add(rank)
 
     def pop(self, step: int) -> set[int]:
         """Return the ranks to be visited in `step`, and forget them."""
-        return self._ranks.pop(step, NONE)
+        return {rank for rank in self._ranks.pop(step, NONE) if self._step_of[rank] == step}
 
 
 class StopSteps:
@@ -75,9 +70,8 @@ class StopSteps:
     def forget(self, index: int) -> None:
         """Take back what `sampled` said of steps to come: the request is preempted."""
         if index in self._stops:
-            for steps in (self._last, self._overrun):
-                for indices in steps.values():
-                    indices.discard(index)
+            for indices in (*self._last.values(), *self._overrun.values()):
+                indices.discard(index)
 
     def of_step(self, step: int) -> tuple[set[int], set[int]]:
         """Return the requests whose last kept token `step` samples, and those of which it samples a dropped one."""
@@ -93,10 +87,8 @@ class StopSteps:
 
     def num_new_tokens(self) -> list[int]:
         """Return how many tokens each request keeps, `[requests]`."""
-        counts = [request.max_new_tokens for request in self._requests]
-        for index, stop in self._stops.items():
-            counts[index] = stop.num_new_tokens
-        return counts
+        kept = {index: stop.num_new_tokens for index, stop in self._stops.items()}
+        return [kept.get(index, request.max_new_tokens) for index, request in enumerate(self._requests)]
 
 
 class LoadBalancerTwin:

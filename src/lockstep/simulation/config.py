@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import check_int
 from lockstep.simulation.cost import CostConstants
 from lockstep.steplog.table import StepTable
 from lockstep.workload.schedule import SchedulerConfig
@@ -16,8 +17,6 @@ ROW_SHAPES = ("ragged", "dummy", "equal")
 """What a dispatcher makes of uneven rows: nothing; one dummy row for a rank with none left; the longest rank's rows
 for all."""
 
-_MAX_RANKS = 100_000
-
 
 @dataclass(frozen=True)
 class SimulationConfig:
@@ -25,15 +24,12 @@ class SimulationConfig:
 
     Attributes:
         num_ranks: data-parallel ranks, 1..100,000.
-        scheduler: how requests become steps.
-        cost: what a step costs.
-        max_chunk_size: most rows that one rank sends at a time, >= 1; None for no limit.
+        max_chunk_size: maximum rows that one rank sends at a time; None for no limit.
         row_shapes: one of `ROW_SHAPES`.
         clock: `cost`: requests arrive as simulated time passes; `steps`: `scheduler.seconds_per_step` of the workload's
             time pass in every step, as in a real run.
-        buffer_capacity_rows: rows that a rank's exchange buffers hold, >= `num_ranks`; None for no limit. A rank may
-            get every row of a chunk, so the buffers need `num_ranks` times the chunk's size, and where they are smaller
-            than that, so are the chunks. In bytes: rows x hidden size x bytes per value, for rows and results each.
+        buffer_capacity_rows: rows that a rank's exchange buffers hold; None for no limit. A rank may get every row of a
+            chunk, so the buffers need `num_ranks` times the chunk's size, and where they are smaller, so are chunks.
     """
 
     num_ranks: int
@@ -45,10 +41,9 @@ class SimulationConfig:
     buffer_capacity_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_ranks <= _MAX_RANKS:
-            raise ConfigurationError(f"num_ranks must be in 1..{_MAX_RANKS}, got {self.num_ranks}")
-        if self.max_chunk_size is not None and self.max_chunk_size < 1:
-            raise ConfigurationError(f"max_chunk_size must be >= 1, got {self.max_chunk_size}")
+        check_int("num_ranks", self.num_ranks, 1, 100_000)
+        if self.max_chunk_size is not None:
+            check_int("max_chunk_size", self.max_chunk_size, 1)
         if self.row_shapes not in ROW_SHAPES:
             raise ConfigurationError(f"row_shapes must be one of {ROW_SHAPES}, got {self.row_shapes!r}")
         if self.clock not in ("cost", "steps"):
@@ -61,7 +56,7 @@ class SimulationConfig:
 
     @property
     def chunk_size(self) -> int | None:
-        """Most rows that one rank sends at a time: `max_chunk_size`, or what the buffers hold where that is less."""
+        """Maximum rows that one rank sends at a time: `max_chunk_size`, or what the buffers hold where that is less."""
         if self.buffer_capacity_rows is None:
             return self.max_chunk_size
         held = self.buffer_capacity_rows // self.num_ranks
@@ -74,8 +69,7 @@ class Stop(NamedTuple):
     Attributes:
         step: the step before whose planning its rank's scheduler was told; None where it was never told, since the
             request's last row had been planned already.
-        num_new_tokens: tokens that it kept, the one that ended it included. Rows that had been planned for further ones
-            by then are overrun rows: their tokens are dropped.
+        num_new_tokens: tokens that it kept. Rows planned for further ones by then are overrun rows.
     """
 
     step: int | None
@@ -84,14 +78,7 @@ class Stop(NamedTuple):
 
 @dataclass
 class SimulationResult:
-    """What happened.
-
-    Attributes:
-        summary: figures by name, see `simulate`.
-        steps: the step log, several steps added into one row where there are many.
-        rank, queue_s, ttft_s, tpot_s: of each request, `[requests]`: the rank it ran on; seconds until it first ran;
-            until its first token; per further token (NaN where there was none).
-    """
+    """What happened: figures, the step log (steps added up where there are many), and each request's rank and times."""
 
     summary: dict[str, Any]
     steps: StepTable

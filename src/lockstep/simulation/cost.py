@@ -134,24 +134,11 @@ class CostConstants:
 
 
 COST_CONSTANTS = {
-    # Qwen3-30B-A3B (hidden 2048, 128 experts of which 8 run per token, 48 layers, bf16) over 2 H200s.
-    # `benchmarks/fit_h200.py` writes it from stored results and says which constant is measured, fitted or assumed.
-    "h200": CostConstants(**json.loads((Path(__file__).parent / "h200.json").read_text(encoding="utf-8"))),
-    # The small made-up model over 2 ranks that share 2 cores, as `lockstep bench calibrate` fits it to 9 runs of three
-    # workloads while little else ran; measure your own.
-    "cpu": CostConstants(
-        step_us=14_140,
-        token_us=22.7,
-        decode_context_us=1.93,
-        expert_row_us=6.29,
-        weights_us=3_501,
-        expert_share=0.25,
-        source="cpu: fitted to runs of the tiny model over 2 ranks on 2 cores",
-    ),
-    # The two numbers with which the effect of holding prompts was first estimated; kept for comparison.
-    "linear": CostConstants(step_us=15_000, token_us=30, source="assumed: 15 ms and 30 us per row of the longest rank"),
+    name: CostConstants(**json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8")))
+    for name in ("h200", "cpu", "linear")
 }
-"""Shipped sets by name."""
+"""Shipped sets by name. `benchmarks/fit_h200.py` writes the first from stored results; the second is the small made-up
+model on 2 shared cores, as `lockstep bench calibrate` fits it; the third, two numbers for comparison."""
 
 _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 

@@ -30,11 +30,7 @@ COMPARED = (
 class Replay:
     """A recorded run, as the simulator takes it.
 
-    Attributes:
-        requests: in order of arrival.
-        config: of the simulation.
-        stops: requests that ended before their last token, by id.
-        executed: the run's step log, one record per step and data-parallel rank, in this order; `rank` is the latter.
+    `executed` is the run's step log, one record per step and data-parallel rank, in this order.
     """
 
     requests: Sequence[Request]
@@ -44,43 +40,36 @@ class Replay:
 
     def run(self) -> tuple[dict[str, Any], str]:
         """Plan the run again; return the simulation's summary, and the first difference in words (empty for none)."""
-        planned = _Columns()
-        summary = simulate(self.requests, self.config, planned, stops=self.stops).summary
-        return summary, self._first_difference(planned)
+        parts: list[dict[str, np.ndarray]] = []
 
-    def _first_difference(self, planned: _Columns) -> str:
-        num_ranks = self.config.num_ranks
+        class Log:
+            def write(self, columns: dict[str, Any]) -> None:
+                # Copies: the simulator uses its buffers again.
+                parts.append({name: np.array(columns[name], np.int64) for name in COMPARED})
+
+        summary = simulate(self.requests, self.config, Log(), stops=self.stops).summary
         found = []
         for name in COMPARED:
             executed = np.array([getattr(record, name) for record in self.executed], np.int64)
-            column = planned.column(name)
-            length = min(len(executed), len(column))
-            for cell in np.flatnonzero(executed[:length] != column[:length])[:1].tolist():
-                found.append((cell, name, int(executed[cell]), int(column[cell])))
+            planned = np.concatenate([np.zeros(0, np.int64), *(part[name] for part in parts)])
+            length = min(len(executed), len(planned))
+            for cell in np.flatnonzero(executed[:length] != planned[:length])[:1].tolist():
+                found.append((cell, name, int(executed[cell]), int(planned[cell])))
         if found:
             cell, name, was, is_planned = min(found)
-            step, rank = divmod(cell, num_ranks)
-            return f"step {step}, rank {rank}: {name} was {was} in the run, {is_planned} is planned"
-        num_steps, planned_steps = len(self.executed) // num_ranks, len(planned.column("step")) // num_ranks
-        return "" if planned_steps == num_steps else f"the run has {num_steps} steps, {planned_steps} are planned"
-
-
-class _Columns:
-    """A step log kept in memory."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, np.ndarray]] = []
-
-    def write(self, columns: dict[str, Any]) -> None:
-        # Copies: the simulator uses its buffers again.
-        self._parts.append({name: np.array(columns[name], np.int64) for name in ("step", *COMPARED)})
-
-    def column(self, name: str) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int64), *(part[name] for part in self._parts)])
+            step, rank = divmod(cell, self.config.num_ranks)
+            return summary, f"step {step}, rank {rank}: {name} was {was} in the run, {is_planned} is planned"
+        num_steps = len(self.executed) // self.config.num_ranks
+        if summary["steps"] != num_steps:
+            return summary, f"the run has {num_steps} steps, {summary['steps']} are planned"
+        return summary, ""
 
 
 def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
-    """Read what `lockstep run` has written."""
+    """Read what `lockstep run` has written; `cost` decides no counts, since requests arrive by the number of the step.
+
+    Refused are a run in real time, one whose ranks were started again, and files that lack something.
+    """
     for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
         if not (run_folder / name).is_file():
             raise ConfigurationError(f"{run_folder} is not the folder of a finished run: it has no {name}")
@@ -88,8 +77,9 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
         raise ConfigurationError(f"the ranks of {run_folder} were started again: such a run cannot be planned again")
     path = run_folder / "summary.json"
     summary = json_object(path, path.read_bytes())
-    num_ranks = _whole(path, summary, "data_parallel_size", 1)
-    tensor_parallel_size = _whole(path, summary, "tensor_parallel_size", 1)
+    num_ranks, tensor_parallel_size = (
+        _whole(path, summary, name, 1) for name in ("data_parallel_size", "tensor_parallel_size")
+    )
     if summary.get("clock", "steps") != "steps":
         raise ConfigurationError(
             f"{run_folder} was run with --clock {summary['clock']!s:.20}: when its requests arrived depended on the "
@@ -103,7 +93,7 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
     except (ConfigurationError, TypeError) as error:
         raise ConfigurationError(f"{path}: {error}") from None
     requests, stops = _read_outputs(run_folder / "outputs.jsonl")
-    records = read_step_log(run_folder / "steps.jsonl").records
+    records = read_step_log(run_folder / "steps.jsonl")
     if len(records) % (num_ranks * tensor_parallel_size):
         raise ConfigurationError(
             f"{run_folder / 'steps.jsonl'}: {len(records)} records are not the same number of each of "
@@ -121,24 +111,17 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
         arrival_s = output.get("arrival_s")
         if isinstance(arrival_s, bool) or not isinstance(arrival_s, int | float) or not 0 <= arrival_s < 1e12:
             raise ConfigurationError(f"{where}: arrival_s must be a number >= 0 and < 1e12, got {arrival_s!r:.60}")
-        request = Request(
-            _whole(where, output, "request_id", 0),
-            arrival_s,
-            _whole(where, output, "num_prompt_tokens", 1),
-            _whole(where, output, "max_new_tokens", 1),
-            block_ids=_block_ids(where, output),
-        )
-        if request.request_id in by_id:
-            raise ConfigurationError(f"{where}: request_id {request.request_id} is there twice")
-        by_id[request.request_id] = request
-        num_new_tokens = _whole(where, output, "num_new_tokens", 0)
+        request_id, num_new_tokens = (_whole(where, output, name, 0) for name in ("request_id", "num_new_tokens"))
+        num_prompt_tokens, most = (_whole(where, output, name, 1) for name in ("num_prompt_tokens", "max_new_tokens"))
+        if request_id in by_id:
+            raise ConfigurationError(f"{where}: request_id {request_id} is there twice")
+        if num_new_tokens > most:
+            raise ConfigurationError(f"{where}: num_new_tokens is {num_new_tokens}, above max_new_tokens, {most}")
+        pages = _block_ids(where, output)
+        by_id[request_id] = Request(request_id, arrival_s, num_prompt_tokens, most, block_ids=pages)
         step = None if output.get("stopped_step") is None else _whole(where, output, "stopped_step", 0)
-        if num_new_tokens > request.max_new_tokens:
-            raise ConfigurationError(
-                f"{where}: num_new_tokens is {num_new_tokens}, above max_new_tokens, {request.max_new_tokens}"
-            )
-        if step is not None or num_new_tokens < request.max_new_tokens:
-            stops[request.request_id] = Stop(step, num_new_tokens)
+        if step is not None or num_new_tokens < most:
+            stops[request_id] = Stop(step, num_new_tokens)
     return [by_id[request_id] for request_id in sorted(by_id)], stops
 
 

@@ -29,22 +29,38 @@ _FEW_RANKS = 32
 def simulate(
     requests: Sequence[Request], config: SimulationConfig, step_log: TakesColumns | None = None,
     on_progress: Callable[[float], None] | None = None, max_report_cells: int = 1_000_000,
-    stops: Mapping[int, Stop] | None = None,
+    stops: Mapping[int, Stop] | None = None, buffer_cells: int = 400_000,
 ) -> SimulationResult:  # fmt: skip
-    """Simulate a workload to its end."""
+    """Simulate a workload, in order of arrival, to its end.
+
+    `on_progress` is told the share of all rows now and then, and at the end. Memory does not grow beyond a report of
+    `max_report_cells` and buffers of `buffer_cells` (step x rank). `stops` are requests that end before their last
+    token, by their ids: those of a recorded run, see `read_replay`.
+
+    The result's `summary` has, besides figures that the report shows too: `rank_steps`; `tokens_per_s` (rows of prompts
+    and output); `kv_waits` (rank-steps in which requests waited only because the KV cache was full); `preempted`
+    (requests that lost their pages and were computed again, counted each time); `buffer_limited_steps` (steps in more
+    chunks than asked for, because larger ones do not fit into the exchange buffers); and `held_rank_steps`.
+    """
     config.scheduler.check_fits(requests)
-    return _Simulation(requests, config, step_log, max_report_cells, on_progress, stops or {}).run()
+    total_rows = sum(request.num_computed_tokens for request in requests)
+
+    def told(rows: int) -> None:
+        # Rows that a preemption makes necessary again are not in the total.
+        if on_progress is not None:
+            on_progress(min(1.0, rows / total_rows))
+
+    sink = StepSink(config, step_log, max_report_cells, buffer_cells, told)
+    return _Simulation(requests, config, sink, stops or {}).run()
 
 
 class _Simulation:
     """The state of one simulation. Arrays have one entry per rank, or per request where they say so."""
 
     def __init__(
-        self, requests: Sequence[Request], config: SimulationConfig, step_log: TakesColumns | None, max_cells: int,
-        on_progress: Callable[[float], None] | None, stops: Mapping[int, Stop],
-    ) -> None:  # fmt: skip
-        self.requests = requests
-        self.config = config
+        self, requests: Sequence[Request], config: SimulationConfig, sink: StepSink, stops: Mapping[int, Stop]
+    ) -> None:
+        self.requests, self.config, self.sink = requests, config, sink
         num_ranks = config.num_ranks
         self.schedulers = [RankScheduler(config.scheduler) for _ in range(num_ranks)]
         self.balancer = LoadBalancerTwin(config.scheduler.load_balancing, num_ranks)
@@ -62,18 +78,13 @@ class _Simulation:
         self.kv_waits = 0
         self.page_steps = PageSteps() if config.scheduler.num_kv_pages is not None else None
         self.num_preemptions = 0
-        self.stops = StopSteps(requests, stops) if stops else None
+        self.stops = StopSteps(requests, stops)
         self.num_unfinished = 0
         self.index = {request.request_id: index for index, request in enumerate(requests)}
         # Lists, one entry per request: they are written one entry at a time, which arrays are slow at.
         self.rank_of: list[int] = []
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
-        total_rows = sum(request.num_computed_tokens for request in requests)
-        # Progress is told only where buffers are handed on. Rows that a preemption makes necessary again are not in
-        # the total.
-        on_flush = None if on_progress is None else lambda rows: on_progress(min(1.0, rows / total_rows))
-        self.sink = StepSink(config, step_log, max_cells, on_flush)
 
     def run(self) -> SimulationResult:
         config, cost, sink, requests = self.config, self.config.cost, self.sink, self.requests
@@ -104,30 +115,14 @@ class _Simulation:
                 visited = visited.union(self.heads)
             if self.page_steps is not None:
                 visited = visited | self.page_steps.pop(step)
-            if self.stops is not None and (stopped := self.stops.before(step)):
+            if stopped := self.stops.before(step):
                 visited = visited | self._stop(stopped, step)
 
             slot = sink.next_slot()
             sink.decode[slot] = self.decode
             sink.context_base[slot] = self.context_base
-            num_prefill = 0
-            schedules = []
-            prompts = []
-            for rank in visited:
-                schedule = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
-                schedules.append((rank, schedule))
-                if schedule.preempted:
-                    self._preempted(rank, schedule, slot)
-                if schedule.prefix_hits:
-                    sink.note(sink.cached, slot, rank, schedule.num_cached_tokens)
-                prefill = schedule.num_prefill_tokens
-                if prefill:
-                    context = schedule.prefill_context_tokens
-                    prompts.append((rank, prefill, context))
-                    num_prefill += prefill
-                    sink.prefill[slot, rank] = prefill
-                    sink.prefill_context[slot, rank] = context
-            num_tokens = self.total_decode + num_prefill
+            schedules, prompts = self._visit(visited, step, slot, run_prefills)
+            num_tokens = self.total_decode + sum(prefill for _, prefill, _ in prompts)
             own_us, longest = self._longest(step, prompts)
             step_us = (
                 cost.step_us
@@ -141,27 +136,44 @@ class _Simulation:
             started_s, now_s = now_s, now_s + step_us * 1e-6
             clock = clock + 1 if in_steps else now_s
             if not run_prefills:
-                self._note_held(slot, schedules)
+                sink.held[slot, list(self.heads)] = True
+                for rank, schedule in schedules:
+                    sink.held[slot, rank] = schedule.prefills_held
             self.balancer.computed(self.decode, prompts)
             for rank, schedule in schedules:
                 self._after(rank, schedule, step, started_s, now_s, delay > 0)
-            if self.stops is not None:
-                self._note_ends(self.stops, step, slot, now_s)
+            last, overrun = self.stops.of_step(step)
+            for index in last:
+                self.last_s[index] = now_s
+            for index in overrun:
+                sink.note(sink.overrun, slot, self.rank_of[index], 1)
             if self.queued:
                 sink.num_waiting[slot] = self.num_waiting
                 self.kv_waits += len(self.kv_waiting)
             step += 1
         sink.flush()
-        if self.stops is not None:
-            self.stops.check_all_done(step)
+        self.stops.check_all_done(step)
         return self._result(step, now_s)
 
-    def _note_held(self, slot: int, schedules: list[tuple[int, Schedule]]) -> None:
-        held = self.sink.held[slot]
-        for rank in self.heads:
-            held[rank] = True
-        for rank, schedule in schedules:
-            held[rank] = schedule.prefills_held
+    def _visit(
+        self, visited: set[int], step: int, slot: int, run_prefills: bool
+    ) -> tuple[list[tuple[int, Schedule]], list[tuple[int, int, int]]]:
+        """Plan the step of ranks that do more than generate; return schedules, and prompts: `(rank, rows, context)`."""
+        sink = self.sink
+        schedules = []
+        prompts = []
+        for rank in visited:
+            schedule = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
+            schedules.append((rank, schedule))
+            if schedule.preempted:
+                self._preempted(rank, schedule, slot)
+            if schedule.prefix_hits:
+                sink.note(sink.cached, slot, rank, schedule.num_cached_tokens)
+            if prefill := schedule.num_prefill_tokens:
+                prompts.append((rank, prefill, schedule.prefill_context_tokens))
+                sink.prefill[slot, rank] = prefill
+                sink.prefill_context[slot, rank] = schedule.prefill_context_tokens
+        return schedules, prompts
 
     def _prefills_run(self, step: int, delay: int) -> bool:
         """The twin of `prefills_run`, from what changed instead of all ranks' states."""
@@ -249,9 +261,8 @@ class _Simulation:
         self.sink.context_base[slot, rank] = base
         self.sink.note(self.sink.preempted, slot, rank, len(schedule.preempted))
         self.num_preemptions += len(schedule.preempted)
-        if self.stops is not None:
-            for request_id in schedule.preempted:
-                self.stops.forget(self.index[request_id])
+        for request_id in schedule.preempted:
+            self.stops.forget(self.index[request_id])
 
     def _set_decode(self, rank: int, decode: int, base: int) -> None:
         self.total_decode += decode - int(self.decode[rank])
@@ -272,16 +283,15 @@ class _Simulation:
                 self.begun_s[index] = started_s
             if entry.samples:
                 num_sampled = entry.start + entry.num_tokens + 1 - self.requests[index].num_prompt_tokens
-                if num_sampled == 1 and (stops is None or stops.keeps(index, 1)):
+                if num_sampled == 1 and stops.keeps(index, 1):
                     self.first_s[index] = now_s
                 if not entry.finishes:
                     last_step = step + self.requests[index].max_new_tokens - num_sampled
                     self.ends.setdefault(last_step, set()).add(rank)
-                if stops is not None:
-                    stops.sampled(index, num_sampled, step)
+                stops.sampled(index, num_sampled, step)
         for request_id in schedule.finished:
             index = self.index[request_id]
-            if stops is None or stops.keeps(index, self.requests[index].max_new_tokens):
+            if stops.keeps(index, self.requests[index].max_new_tokens):
                 self.last_s[index] = now_s
             self.balancer.finished(rank, self.requests[index])
         self.num_unfinished -= len(schedule.finished)
@@ -301,24 +311,14 @@ class _Simulation:
         else:
             self.heads[rank] = head
 
-    def _note_ends(self, stops: StopSteps, step: int, slot: int, now_s: float) -> None:
-        """Note whose last kept token this step samples, and which rows overrun their request's end."""
-        last, overrun = stops.of_step(step)
-        for index in last:
-            self.last_s[index] = now_s
-        for index in overrun:
-            self.sink.note(self.sink.overrun, slot, self.rank_of[index], 1)
-
     def _result(self, num_steps: int, now_s: float) -> SimulationResult:
         sink, requests = self.sink, self.requests
-        num_new_tokens = [request.max_new_tokens for request in requests]
-        if self.stops is not None:
-            num_new_tokens = self.stops.num_new_tokens()
+        num_new_tokens = self.stops.num_new_tokens()
+        rank_of, num_ranks = np.array(self.rank_of, np.int32), self.config.num_ranks
         more = np.array(num_new_tokens, np.float64) - 1
         more[more <= 0] = np.nan
         arrived_s, begun_s, first_s, last_s = map(np.array, (self.arrived_s, self.begun_s, self.first_s, self.last_s))
         ttft_s, tpot_s, queue_s = first_s - arrived_s, (last_s - first_s) / more, begun_s - arrived_s
-        lost = sink.lost()
         num_output = sum(num_new_tokens)
         num_tokens = sum(request.num_prompt_tokens for request in requests) + num_output
         summary = {
@@ -332,8 +332,14 @@ class _Simulation:
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
             "dummy_rows": sink.totals["dummy_rows"],
             "padding_rows": sink.totals["padding_rows"],
-            **loss_figures(lost),
-            "per_rank": self._per_rank(num_new_tokens),
+            **loss_figures(sink.lost()),
+            # Rows that preemptions made necessary again are in these.
+            "per_rank": {
+                "requests": np.bincount(rank_of, minlength=num_ranks).tolist(),
+                "real_rows": sink.real_rows_per_rank.tolist(),
+                "prefill_tokens": sink.prefill_tokens_per_rank.tolist(),
+                "new_tokens": np.bincount(rank_of, num_new_tokens, num_ranks).astype(np.int64).tolist(),
+            },
             "ttft_s": _percentiles(ttft_s),
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
@@ -344,19 +350,7 @@ class _Simulation:
             "buffer_limited_steps": sink.totals["buffer_limited"],
             "held_rank_steps": sink.totals["held"],
         }
-        return SimulationResult(summary, sink.table(), np.array(self.rank_of, np.int32), queue_s, ttft_s, tpot_s)
-
-    def _per_rank(self, num_new_tokens: list[int]) -> dict[str, list[int]]:
-        """What each rank got and computed, rows that preemptions made necessary again included."""
-        ranks = np.array(self.rank_of, np.int64)
-        new_tokens = np.zeros(self.config.num_ranks, np.int64)
-        np.add.at(new_tokens, ranks, np.array(num_new_tokens, np.int64))
-        return {
-            "requests": np.bincount(ranks, minlength=self.config.num_ranks).tolist(),
-            "real_rows": self.sink.real_rows_per_rank.tolist(),
-            "prefill_tokens": self.sink.prefill_tokens_per_rank.tolist(),
-            "new_tokens": new_tokens.tolist(),
-        }
+        return SimulationResult(summary, sink.table(), rank_of, queue_s, ttft_s, tpot_s)
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:

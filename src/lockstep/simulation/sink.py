@@ -10,8 +10,6 @@ import numpy as np
 from lockstep.simulation.config import SimulationConfig
 from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
-_BUFFER_CELLS = 400_000
-
 
 class TakesColumns(Protocol):
     """What steps can be written to: `StepColumns`, or anything else with its `write`."""
@@ -39,19 +37,17 @@ def _num_chunks(longest: np.ndarray, chunk_size: int | None) -> np.ndarray:
 class StepSink:
     """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
 
-    That table is halved by adding up pairs of rows whenever it grows beyond its limit, so memory does not grow.
+    That table, at most `max_cells` (step x rank), is halved by adding up pairs of rows whenever it grows beyond, so
+    memory does not grow. `on_flush` is told all rows of requests so far, and the tokens that needed none.
     """
 
     def __init__(
-        self,
-        config: SimulationConfig,
-        step_log: TakesColumns | None,
-        max_cells: int,
-        on_flush: Callable[[int], None] | None = None,
-    ) -> None:
+        self, config: SimulationConfig, step_log: TakesColumns | None, max_cells: int, buffer_cells: int,
+        on_flush: Callable[[int], None],
+    ) -> None:  # fmt: skip
         num_ranks = config.num_ranks
         # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
-        self._size = 2 ** max(4, (_BUFFER_CELLS // num_ranks).bit_length() - 1)
+        self._size = 2 ** max(4, (buffer_cells // num_ranks).bit_length() - 1)
         shape = (self._size, num_ranks)
         self.decode, self.prefill, self.context_base, self.prefill_context, self.num_waiting = (
             np.zeros(shape, np.int64) for _ in range(5)
@@ -64,11 +60,8 @@ class StepSink:
         self.totals = dict.fromkeys(names, 0)
         self.real_rows_per_rank, self.prefill_tokens_per_rank = (np.zeros(num_ranks, np.int64) for _ in range(2))
         self._noted = False  # whether `note` has been called for what the buffers hold
-        self._config = config
-        self._step_log = step_log
-        self._on_flush = on_flush
-        self._used = 0
-        self._first_step = 0
+        self._config, self._step_log, self._on_flush = config, step_log, on_flush
+        self._used = self._first_step = 0
         self._seconds = 0.0
         self._lost_s = dict.fromkeys(CAUSES, 0.0)
         self._max_rows = max(16, max_cells // num_ranks)
@@ -93,33 +86,31 @@ class StepSink:
         used = self._used
         if not used:
             return
-        table, chunks = self._table(used)
-        lost = table.lost_by_cause()
+        table = self._table(used)
         rank_seconds = float(table.duration_s.sum()) * table.num_ranks
-        for cause in CAUSES:
-            self._lost_s[cause] += lost[cause] * rank_seconds
+        for cause, lost in table.lost_by_cause().items():
+            self._lost_s[cause] += lost * rank_seconds
         self._seconds += rank_seconds
         for name in ("real_rows", "dummy_rows", "padding_rows"):
             self.totals[name] += int(getattr(table, name).sum())
         self.real_rows_per_rank += table.real_rows.sum(axis=0)
         self.prefill_tokens_per_rank += table.prefill_tokens.sum(axis=0)
-        self.totals["held"] += int(self.held[:used].sum())
-        if self._noted:
-            self.totals["overrun"] += int(self.overrun[:used].sum())
-            self.totals["cached"] += int(self.cached[:used].sum())
+        for name in ("held", *(("overrun", "cached") if self._noted else ())):
+            self.totals[name] += int(getattr(self, name)[:used].sum())
+        longest = table.real_rows.max(axis=1)
+        chunks = _num_chunks(longest, self._config.chunk_size)
+        if self._config.buffer_capacity_rows is not None:
+            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, self._config.max_chunk_size)).sum())
         if self._step_log is not None:
             self._write(self._step_log, table, chunks)
         self._keep(table)
         self._first_step += used
         self._used = 0
-        for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held):
+        rare = (self.preempted, self.overrun, self.cached) if self._noted else ()
+        for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held, *rare):
             buffer[:used] = 0
-        if self._noted:
-            self._noted = False
-            for buffer in (self.preempted, self.overrun, self.cached):
-                buffer[:used] = 0
-        if self._on_flush is not None:
-            self._on_flush(self.totals["real_rows"] + self.totals["cached"])
+        self._noted = False
+        self._on_flush(self.totals["real_rows"] + self.totals["cached"])
 
     def lost(self) -> dict[str, float]:
         """Return the lost share of all ranks' time by cause."""
@@ -130,19 +121,13 @@ class StepSink:
         tables = list(self._kept)
         if self._pending:
             tables.append(StepTable.joined(self._pending).merged(self._unit // min(self._unit, self._size)))
-        if not tables:
-            return StepTable.from_records([])
-        return StepTable.joined(tables, lost=self.lost())
+        return StepTable.joined(tables, lost=self.lost()) if tables else StepTable.from_records([])
 
-    def _table(self, used: int) -> tuple[StepTable, np.ndarray]:
+    def _table(self, used: int) -> StepTable:
         config, cost = self._config, self._config.cost
         decode = self.decode[:used].copy()
         tokens = decode + self.prefill[:used]
         filler = filler_rows(tokens, config.chunk_size, config.row_shapes)
-        longest = tokens.max(axis=1)
-        chunks = _num_chunks(longest, config.chunk_size)
-        if config.chunk_size != config.max_chunk_size:
-            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, config.max_chunk_size)).sum())
         # A rank's own time: all that it would not have waited for. A rank without rows has none.
         own = cost.own_us(tokens, decode, self._decode_context(), self.prefill_context[:used])
         waits = own.max(axis=1, keepdims=True) - own
@@ -150,7 +135,6 @@ class StepSink:
         rows = (tokens + filler).sum(axis=1, keepdims=True)
         num_ranks = tokens.shape[1]
         filler_us = cost.experts_us(rows, num_ranks) - cost.experts_us(tokens.sum(axis=1, keepdims=True), num_ranks)
-        busy_s = np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0)
         nothing = np.zeros_like(tokens)
         return StepTable(
             step=np.arange(self._first_step, self._first_step + used),
@@ -163,9 +147,9 @@ class StepSink:
             start_s=self.start_s[:used].copy(),
             duration_s=self.duration_s[:used].copy(),
             agreement_s=np.zeros(used),
-            busy_s=busy_s,
+            busy_s=np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0),
             num_steps=used,
-        ), chunks
+        )
 
     def _decode_context(self) -> np.ndarray:
         steps = np.arange(self._first_step, self._first_step + self._used)[:, None]

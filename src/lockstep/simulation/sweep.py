@@ -80,10 +80,14 @@ def sweep(
         config.scheduler.check_fits(requests)
     workers = min(workers or os.cpu_count() or 1, len(configs))
     if workers <= 1:
-        return [
-            simulate(requests, config, None, lambda share, before=before: on_progress(before + share), 1).summary
-            for before, config in enumerate(configs)
-        ]
+        summaries: list[dict[str, Any]] = []
+        for config in configs:
+
+            def show(share: float) -> None:
+                on_progress(len(summaries) + share)
+
+            summaries.append(simulate(requests, config, on_progress=show, max_report_cells=1).summary)
+        return summaries
     # The workload goes to each process once, not with each task.
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(configs), lock=False)  # of each configuration, written by its process

@@ -15,7 +15,7 @@ _COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_
 
 
 def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
-    """Return a run's step log as `CostConstants.step_times_us` takes it, with what each step took.
+    """Return a run's step log as `CostConstants.step_times_us` takes it, and `duration_us` of each step.
 
     All ranks are at the same place when they have agreed, and nowhere else. So a step's time goes from its own
     agreement to the next one's, or to the end of the run; the mean of the ranks, which hardly differ in it.
@@ -25,21 +25,22 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         raise ConfigurationError(
             f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
         )
-    for first in range(0, len(records), len(ranks)):
-        step = records[first : first + len(ranks)]
-        if [record.rank for record in step] != ranks or len({record.step for record in step}) > 1:
-            raise ConfigurationError(f"the step log does not have one record of each rank in step {step[0].step}")
 
     def grid(name: str) -> np.ndarray:
         return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
 
+    steps = grid("step")
+    torn = (grid("rank") != ranks).any(axis=1) | (steps != steps[:, :1]).any(axis=1)
+    if torn.any():
+        raise ConfigurationError(
+            f"the step log does not have one record of each rank in step {int(steps[torn.argmax(), 0])}"
+        )
     if not grid("duration_s").all():
         raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
     agreement_s = grid("agreement_s")
     following_s = np.vstack([agreement_s[1:], np.zeros(len(ranks))])
     # Ranks without requests agreed in between, and waited for requests: that is no time of the step before.
-    following_s[:-1][np.diff(grid("step")[:, 0]) > 1] = 0
-    duration_us = 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1)
+    following_s[:-1][np.diff(steps[:, 0]) > 1] = 0
     return {
         "tokens": grid("real_rows"),
         "decode_tokens": grid("decode_tokens"),
@@ -47,7 +48,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
         "prefill_context": grid("prefill_context_tokens"),
         "num_chunks": grid("num_chunks").max(axis=1),
         "filler_rows": grid("dummy_rows") + grid("padding_rows"),
-        "duration_us": duration_us,
+        "duration_us": 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1),
     }
 
 
@@ -61,9 +62,10 @@ def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     repeats: dict[tuple[bytes, ...], list[dict[str, np.ndarray]]] = {}
     for run in runs:
         repeats.setdefault(tuple(run[name].tobytes() for name in _COUNTS), []).append(run)
-    joined = []
-    for group in repeats.values():
-        joined.append({**group[0], "duration_us": np.median([run["duration_us"] for run in group], axis=0)})
+    joined = [
+        {**group[0], "duration_us": np.median([run["duration_us"] for run in group], axis=0)}
+        for group in repeats.values()
+    ]
     return {name: np.concatenate([run[name] for run in joined]) for name in runs[0]}
 
 
@@ -76,7 +78,10 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
-    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run."""
+    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run.
+
+    Totals are in seconds; errors are relative, that of the total signed, those of steps absolute.
+    """
     predicted, measured = cost.step_times_us(**{name: columns[name] for name in _COUNTS}), columns["duration_us"]
     errors = np.sort(np.abs(predicted / measured - 1))
     return {

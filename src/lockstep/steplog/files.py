@@ -7,8 +7,10 @@ with millions of records, writes the same fields as columns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,11 @@ from lockstep.steplog.record import FIELDS, OPTIONAL_FIELDS, StepLogRecord
 if TYPE_CHECKING:
     import numpy as np
 
-_MOST_PARQUET_ROWS = 200_000_000
+_NEEDED = ("step", "rank", "real_rows")
 
 
-class StepLogWriter:
-    """Writes records as JSON lines; each line is in the file as soon as `write` returns.
-
-    Use it as a context manager, or call `close`.
-    """
+class StepLogWriter(AbstractContextManager["StepLogWriter"]):
+    """Writes records as JSON lines into a new file; each line is in the file as soon as `write` returns."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = Path(path).open("x", encoding="utf-8", buffering=1)  # noqa: SIM115 - close() does
@@ -38,71 +37,53 @@ class StepLogWriter:
         """Close the file; closing twice is allowed."""
         self._file.close()
 
-    def __enter__(self) -> StepLogWriter:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-@dataclass(frozen=True)
-class StepLog:
-    """A step log that was read.
+def read_step_log(*paths: str | Path) -> list[StepLogRecord]:
+    """Read step logs of one run, one file of all ranks or one of each; return records in order of step, then rank.
 
-    Attributes:
-        records: in order of step, then rank.
-        torn: whether a file ended in the middle of a line, which was left out: its writer was interrupted.
+    Files are JSON lines or Parquet. A last line that was torn off is left out; any other that is no record is a
+    `ConfigurationError` that names file and line.
     """
-
-    records: list[StepLogRecord]
-    torn: bool = False
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that appear in it."""
-        return len({record.rank for record in self.records})
-
-
-def read_step_log(*paths: str | Path) -> StepLog:
-    """Read step logs written as JSON lines, or as Parquet, of one run: one file of all ranks, or one of each."""
     records: list[StepLogRecord] = []
-    torn = False
     for path in paths:
-        if _is_parquet(path):
-            try:
-                records.extend(_parquet_records(path))
-            except (ValueError, TypeError, OSError, RuntimeError) as error:  # PyArrow raises any of them
-                first = str(error).strip().split("\n", 1)[0]
-                raise ConfigurationError(f"{path} is not a step log in Parquet: {first}") from None
-            continue
         with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
+            is_parquet = file.read(4) == b"PAR1"
+            file.seek(0)
+            for number, line in enumerate(() if is_parquet else file, 1):
                 try:
                     records.append(_record(json.loads(line)))
                 except (ValueError, TypeError, RecursionError) as error:
                     # Only the last line can lack its end: its writer was interrupted there.
-                    if not line.endswith(b"\n"):
-                        torn = True
-                    else:
+                    if line.endswith(b"\n"):
                         raise ConfigurationError(
                             f"{path}: line {number} is not a step record ({error}); "
                             f"expected a JSON object with {FIELDS}"
                         ) from None
-    records.sort(key=lambda record: (record.step, record.rank))
-    return StepLog(records, torn)
+        if is_parquet:
+            columns = read_parquet_columns(path, _NEEDED, FIELDS)
+            for row in zip(*(values.tolist() for values in columns.values()), strict=True):
+                known = {name: value for name, value in zip(columns, row, strict=True) if not _is_nan(value)}
+                records.append(_record(known))
+    return sorted(records, key=lambda record: (record.step, record.rank))
 
 
-class StepColumns:
-    """Writes the same records column by column to a Parquet file; memory does not grow with the run.
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
-    Use it as a context manager, or call `close`. Needs PyArrow.
-    """
+
+class StepColumns(AbstractContextManager["StepColumns"]):
+    """Writes the same records column by column to a Parquet file, replacing it; memory does not grow with the run."""
 
     def __init__(self, path: str | Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        self._schema = pyarrow.schema([(name, _arrow_type(name)) for name in FIELDS])
+        types = {"prefills_held": pyarrow.bool_()}
+        types |= {name: pyarrow.float64() for name in FIELDS if name.endswith("_s")}
+        self._schema = pyarrow.schema([(name, types.get(name, pyarrow.int64())) for name in FIELDS])
         # PyArrow takes some names for addresses, and no name that is not UTF-8.
         self._file = Path(path).open("wb")  # noqa: SIM115 - close() does
         self._writer = pyarrow.parquet.ParquetWriter(self._file, self._schema, compression="zstd")
@@ -125,67 +106,45 @@ class StepColumns:
         self._writer.close()
         self._file.close()
 
-    def __enter__(self) -> StepColumns:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def read_parquet_columns(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read columns of numbers from a Parquet file."""
+def read_parquet_columns(
+    path: str | Path, needed: Sequence[str], wanted: Sequence[str] = (), most_rows: int = 200_000_000
+) -> dict[str, np.ndarray]:
+    """Read columns of numbers from a Parquet file: those that it must have, and the wanted ones that it has.
+
+    A file with more rows than any log has is refused: a few bytes of Parquet may stand for any number of equal rows.
+    """
     import pyarrow
     import pyarrow.parquet
 
+    kinds = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)
     try:
         with Path(path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
             for name in needed:
                 if names.count(name) != 1:
                     raise ConfigurationError(f"{path} has {names.count(name)} columns {name}, and must have one")
-            if num_rows > _MOST_PARQUET_ROWS:
-                raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {_MOST_PARQUET_ROWS:,}")
+            if num_rows > most_rows:
+                raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {most_rows:,}")
             chosen = [name for name in dict.fromkeys((*needed, *wanted)) if names.count(name) == 1]
             for name in chosen:
                 kind = file.schema_arrow.field(name).type
-                if not (
-                    pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)
-                ):
+                if not any(is_kind(kind) for is_kind in kinds):
                     raise ConfigurationError(f"{path}: column {name} holds {kind}, and must hold numbers")
             table = file.read(columns=chosen)
         columns = {name: table.column(name).to_numpy() for name in chosen}
     except pyarrow.ArrowException as error:
         first = str(error).strip().split("\n", 1)[0][:200]
         raise ConfigurationError(f"{path} is no Parquet file that can be read: {first}") from None
-    for name in needed:
-        if columns[name].dtype.kind == "f" and name in ("step", "rank", "real_rows"):
-            raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
     for name, values in columns.items():
+        if name in _NEEDED and values.dtype.kind == "f":
+            raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
         if len(values) and values.dtype.kind in "iu" and values.min() < 0:
             raise ConfigurationError(f"{path}: column {name} has {values.min()}, and must be >= 0")
     return columns
-
-
-def _arrow_type(name: str) -> Any:
-    import pyarrow
-
-    if name == "prefills_held":
-        return pyarrow.bool_()
-    return pyarrow.float64() if name.endswith("_s") else pyarrow.int64()
-
-
-def _is_parquet(path: str | Path) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(4) == b"PAR1"
-
-
-def _parquet_records(path: str | Path) -> Iterator[StepLogRecord]:
-    import pyarrow.parquet
-
-    with Path(path).open("rb") as file:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                yield _record(row)
 
 
 def _record(row: Any) -> StepLogRecord:

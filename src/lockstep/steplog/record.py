@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 
@@ -65,28 +67,25 @@ OPTIONAL_FIELDS = tuple(item.name for item in fields(StepLogRecord) if item.defa
 
 def by_step(records: Iterable[StepLogRecord]) -> Iterator[list[StepLogRecord]]:
     """Yield each step's records together, given records in order of step."""
-    group: list[StepLogRecord] = []
-    for record in records:
-        if group and record.step != group[0].step:
-            yield group
-            group = []
-        group.append(record)
-    if group:
-        yield group
+    for _, group in groupby(records, key=attrgetter("step")):
+        yield list(group)
 
 
 def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
-    """Return a run's totals."""
+    """Return a run's totals; tensor-parallel ranks of one group repeat each other's tokens."""
+    names = (
+        "dummy_rows",
+        "padding_rows",
+        "prefill_tokens",
+        "decode_tokens",
+        "preempted",
+        "overrun_rows",
+        "cached_tokens",
+    )
     return {
         "ranks": len({record.rank for record in records}),
         "steps": len({record.step for record in records}),
         "real_tokens": sum(record.real_rows for record in records),
-        "dummy_rows": sum(record.dummy_rows for record in records),
-        "padding_rows": sum(record.padding_rows for record in records),
-        "prefill_tokens": sum(record.prefill_tokens for record in records),
-        "decode_tokens": sum(record.decode_tokens for record in records),
-        "preempted": sum(record.preempted for record in records),
-        "overrun_rows": sum(record.overrun_rows for record in records),
-        "cached_tokens": sum(record.cached_tokens for record in records),
+        **{name: sum(getattr(record, name) for record in records) for name in names},
         "duration_s": max((record.start_s + record.duration_s for record in records), default=0.0),
     }

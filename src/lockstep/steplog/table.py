@@ -13,6 +13,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.steplog.files import read_parquet_columns
 from lockstep.steplog.record import FIELDS, StepLogRecord
 
+_MOST_HOLES = 10_000_000
+ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 CAUSES = ("other_prompts", "uneven_generation", "no_requests", "padding", "agreement")
 """Why time is lost: the rank waits while another runs prompts; while another generates for more requests; it has no
 request at all; it computes dummy and padding rows; all ranks agree on the step."""
@@ -22,11 +24,6 @@ def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
     """Return what uneven work costs, under the names by which terminal, report and JSON show it."""
     uneven = sum(share for cause, share in lost.items() if cause != "no_requests")
     return {"lost_fraction": uneven, "no_requests_fraction": lost["no_requests"], "lost": dict(lost)}
-
-
-_MOST_HOLES = 10_000_000
-
-ROWS = ("real_rows", "dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens", "num_waiting")
 
 
 @dataclass(frozen=True)
@@ -135,41 +132,33 @@ class StepTable:
         Where it was not measured, a step is taken to last as long as its longest rank has rows.
         """
         longest = self.real_rows.max(axis=1, initial=0, keepdims=True)
-        by_rows = self.real_rows / np.maximum(longest, 1)
+        share = self.real_rows / np.maximum(longest, 1)
+        duration_s = np.maximum(self.duration_s, 1e-12)[:, None]
         if self.duration_s.any() and not np.isnan(self.busy_s).all():
-            measured = self.busy_s / np.maximum(self.duration_s, 1e-12)[:, None]
-            by_rows = np.where(np.isnan(measured), by_rows, measured)
-            return np.asarray(np.clip(by_rows, 0, 1))
-        if self.duration_s.any():
-            by_rows = by_rows * (1 - self.agreement_s / np.maximum(self.duration_s, 1e-12))[:, None]
-        return np.asarray(np.clip(by_rows, 0, 1))
+            share = np.where(np.isnan(self.busy_s), share, self.busy_s / duration_s)
+        elif self.duration_s.any():
+            share = share * (1 - self.agreement_s[:, None] / duration_s)
+        return np.asarray(np.clip(share, 0, 1))
 
     def lost_by_cause(self) -> dict[str, float]:
         """Return the share of all ranks' time that is lost, split by `CAUSES`; the rest of 1 was work."""
         if self.lost is not None:
             return self.lost
-        weights = self.weights
+        weights = self.weights[:, None]
         total = float(weights.sum()) * self.num_ranks
         if not total:
             return dict.fromkeys(CAUSES, 0.0)
-        idle = (1 - self.busy_share()) * weights[:, None]
-        agreement = np.minimum(self.agreement_s if self.duration_s.any() else np.zeros(self.num_rows), weights)
-        agreed = np.minimum(idle, agreement[:, None])
-        idle = idle - agreed
+        idle = (1 - self.busy_share()) * weights
+        agreed = np.minimum(idle, self.agreement_s[:, None] if self.duration_s.any() else 0.0)
         # Dummy and padding rows fill a part of the wait for the longest rank, in proportion to its rows.
         filler = self.dummy_rows + self.padding_rows
         longest = np.maximum((self.real_rows + filler).max(axis=1, initial=0, keepdims=True), 1)
-        padding = np.minimum(idle, filler / longest * weights[:, None])
-        idle = idle - padding
+        padding = np.minimum(idle - agreed, filler / longest * weights)
+        waiting = idle - agreed - padding
         none = self.real_rows == 0
         prompts_elsewhere = (self.prefill_tokens.max(axis=1, initial=0, keepdims=True) > 0) & ~none
-        return {
-            "other_prompts": float(idle[prompts_elsewhere].sum()) / total,
-            "uneven_generation": float(idle[~prompts_elsewhere & ~none].sum()) / total,
-            "no_requests": float(idle[none].sum()) / total,
-            "padding": float(padding.sum()) / total,
-            "agreement": float(agreed.sum()) / total,
-        }
+        lost = (waiting[prompts_elsewhere], waiting[~prompts_elsewhere & ~none], waiting[none], padding, agreed)
+        return {cause: float(seconds.sum()) / total for cause, seconds in zip(CAUSES, lost, strict=True)}
 
     def merged(self, steps_per_row: int) -> StepTable:
         """Return the table with every so many steps added into one row; shares stay what they were."""
