@@ -236,7 +236,7 @@ def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, 
     (tmp_path / "empty").mkdir()
     code, _, stderr = command_line("postmortem", tmp_path / "empty")
     assert code == 2
-    assert f"ranks write them when one fails, into {postmortem.recorder_folder()}" in stderr
+    assert "ranks write them when one fails, into " in stderr
     assert command_line("postmortem", folder / "lockstep-rank2-pipe.jsonl")[0] == 2  # and does not wait for a writer
 
 
