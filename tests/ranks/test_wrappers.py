@@ -391,14 +391,14 @@ def captured(path):
     try:
         with lockstep.join(model):
             model(IDS[:1])
-            agree = model._lockstep_parallel.session.begin_step
+            agree = parallel_of(model).session.begin_step
 
             def begin_step(num_tokens):
                 nonlocal agreed
                 agreed += 1
                 return agree(num_tokens)
 
-            model._lockstep_parallel.session.begin_step = begin_step
+            parallel_of(model).session.begin_step = begin_step
             if rank == 0:
                 torch.cuda.is_initialized = torch.cuda.is_current_stream_capturing = lambda: True
                 model(IDS[:1])

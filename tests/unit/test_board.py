@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.coordination.board import LAST_WORDS_BYTES, Board, board_bytes
+from lockstep.coordination.board import LAST_WORDS_BYTES, Board, StoreBoard, board_bytes
+from lockstep.coordination.flight_recorder import FlightRecorder, Phase, place_text
 from lockstep.coordination.processes import ProcessIdentity
 from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import RanksMissing, SharedMemoryTransport
@@ -318,3 +321,54 @@ def test_a_maker_that_was_killed_half_way_leaves_nothing_after_the_next_board():
     left = f"/dev/shm/{child.stdout.strip()}"
     Board.create(2).unlink()
     assert not os.path.exists(left)
+
+
+# the board in a store
+
+
+def recorder_of(rank, num_ranks=3):
+    recorder = FlightRecorder(rank, num_ranks, epoch=2, process=rank)
+    recorder.step = 7
+    recorder.mark(Phase.EXPERTS, 3)
+    return recorder
+
+
+def test_ranks_of_several_hosts_see_each_other_in_a_store():
+    store = dist.HashStore()
+    boards = [StoreBoard(store, recorder_of(rank)) for rank in range(2)]  # the third does not come
+    until = time.monotonic() + 20
+    while not boards[0].place(1)[0]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert place_text(*boards[0].place(1)).startswith("was last seen in experts of layer 3 in step 7, ")
+    assert place_text(*boards[0].place(2)) == "has not been seen"
+    assert boards[1].last_words(0) is None
+    boards[0].say_last_words(0, b"out of memory")
+    assert boards[1].last_words(0) == b"out of memory"
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(StoreBoard.roll_call, boards)) == [(2,), (2,)]
+    for board in boards:
+        board.close()
+
+
+class DeadStore:
+    """A store whose keeper is gone; counts who asks it."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def check(self, keys):
+        self.asked += 1
+        raise RuntimeError("Broken pipe")
+
+    def set(self, key, value):
+        raise RuntimeError("Broken pipe")
+
+
+def test_a_store_that_does_not_answer_is_not_asked_again():
+    store = DeadStore()
+    board = StoreBoard(store, recorder_of(0))
+    assert board.last_words(1) is None
+    assert board.place(1) == (0, 0.0)
+    assert board.roll_call() == ()
+    assert store.asked == 1

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 from zlib import crc32
 
 from lockstep._version import __version__
-from lockstep.coordination.step import Said, StepRecord, by_rank, fields_of
+from lockstep.coordination.step import RecordFields, Said, StepRecord, by_rank
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 1
@@ -46,12 +46,12 @@ class Header:
     package: int = sum(int(part) * 1000 ** (2 - i) for i, part in enumerate(__version__.split(".")[:3]))
 
 
-class _Layout:
+class _Layout(RecordFields):
     """How the records of one class travel, worked out once per class."""
 
     def __init__(self, record_class: type[StepRecord]) -> None:
-        self.fields = fields_of(record_class)
-        num_fields = len(self.fields.names)
+        super().__init__(record_class)
+        num_fields = len(self.names)
         if num_fields > MAX_FIELDS:
             raise ConfigurationError(f"{record_class.__name__} has {num_fields} fields; at most {MAX_FIELDS} travel")
         # Nearly all values fit into 32 bits: then one word carries each, otherwise two.
@@ -79,14 +79,13 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
     value that does not fit into 64 bits raises `TokenCountError`.
     """
     layout = _layout(record.__class__)
-    known = layout.fields
-    values = known.values_of(record)
-    head = (header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, known.fingerprint)
+    values = layout.values_of(record)
+    head = (header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, layout.fingerprint)
     try:
         words = layout.small.pack(_MAGIC | layout.num_words, *head, collectives, *values)
     except struct.error:
         halves: list[int] = []
-        for name, value in zip(known.names, values, strict=True):
+        for name, value in zip(layout.names, values, strict=True):
             if not isinstance(value, SupportsIndex) or not -(2**63) <= index(value) < 2**63:
                 raise TokenCountError(f"{name} must be an integer that fits into 64 bits, got {value!r}") from None
             halves += (index(value) & _MASK, index(value) >> 32)

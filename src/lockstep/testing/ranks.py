@@ -33,11 +33,7 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    num_ranks: int,
-    function: Callable[..., Any],
-    *args: Any,
-    deadline_s: float = 60.0,
-    may_die: Sequence[int] = (),
+    num_ranks: int, function: Callable[..., Any], *args: Any, deadline_s: float = 60.0, may_die: Sequence[int] = ()
 ) -> list[Any]:
     """Run `function(*args)` on `num_ranks` real processes that share a gloo process group; return their results.
 
@@ -66,12 +62,12 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
         about = (num_ranks, folder, function, args)
         with Ranks(num_ranks, _rank_main, about, lambda *message: said.put(message), preload=_PRELOAD) as ranks:
-            return _collect(ranks, said, Path(folder), deadline_s, set(may_die))
+            return _collect(ranks, said, Path(folder), deadline_s, may_die)
 
 
 def _collect(
     ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", folder: Path, deadline_s: float,
-    may_die: set[int],
+    may_die: Sequence[int],
 ) -> list[Any]:  # fmt: skip
     num_ranks = len(ranks.processes)
     results: dict[int, Any] = {}
