@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import spawn
+from multiprocessing import current_process, spawn
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
@@ -178,7 +178,8 @@ def how_it_ended(code: int | None) -> str:
 
 def _about_this_process(work: bytes) -> dict[str, Any]:
     """What a rank takes over, as `multiprocessing.spawn.prepare` does it; the script only if its names are needed."""
-    about = {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    about: dict[str, Any] = {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    about["authkey"] = bytes(current_process().authkey)  # with which a rank asks for tensors among its arguments
     script = sys.modules["__main__"]
     if b"__main__" not in work:
         return about
