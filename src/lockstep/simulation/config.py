@@ -22,23 +22,18 @@ for all."""
 class SimulationConfig:
     """What is simulated.
 
-    Attributes:
-        num_ranks: data-parallel ranks, 1..100,000.
-        max_chunk_size: maximum rows that one rank sends at a time; None for no limit.
-        row_shapes: one of `ROW_SHAPES`.
-        clock: `cost`: requests arrive as simulated time passes; `steps`: `scheduler.seconds_per_step` of the workload's
-            time pass in every step, as in a real run.
-        buffer_capacity_rows: rows that a rank's exchange buffers hold; None for no limit. A rank may get every row of a
-            chunk, so the buffers need `num_ranks` times the chunk's size, and where they are smaller, so are chunks.
+    With the clock `cost`, requests arrive as simulated time passes; with `steps`, `scheduler.seconds_per_step` of the
+    workload's time pass in every step, as in a real run. A rank may get every row of a chunk, so its exchange buffers
+    need `num_ranks` times the chunk's size, and where `buffer_capacity_rows` are fewer, chunks are smaller.
     """
 
-    num_ranks: int
+    num_ranks: int  # data-parallel ranks, 1..100,000
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cost: CostConstants = field(default_factory=lambda: CostConstants.load("linear"))
-    max_chunk_size: int | None = None
-    row_shapes: str = "ragged"
+    max_chunk_size: int | None = None  # maximum rows that one rank sends at a time; None for no limit
+    row_shapes: str = "ragged"  # one of `ROW_SHAPES`
     clock: str = "cost"
-    buffer_capacity_rows: int | None = None
+    buffer_capacity_rows: int | None = None  # None for no limit
 
     def __post_init__(self) -> None:
         check_int("num_ranks", self.num_ranks, 1, 100_000)

@@ -29,32 +29,19 @@ class CostConstants:
     fullest link. The experts are spread over all ranks, whose rows they share: there the mean counts. Only the weights
     of experts that some row has chosen are read: of one row's, few; of many rows', all. In `t` of the last two lines,
     dummy and padding rows count too.
-
-    Attributes:
-        step_us: what every step costs: reading the dense weights, launching kernels, the agreement.
-        token_us: one row through everything but the experts.
-        chunk_us: what every chunk of the step costs, all layers together.
-        decode_context_us: one KV entry read for a token that generates.
-        prefill_context_us: one KV entry attended to by one token of a prompt.
-        row_us: one row of the longest rank to its experts and back, all layers together.
-        expert_row_us: one row per rank through the experts, all layers together.
-        request_us: one request that generates, beyond its row: its own part of the attention, and its sampling.
-        weights_us: all experts of a rank once, all layers together: reading their weights, starting their products.
-        expert_share: experts that one row chooses over all experts, 0..1.
-        source: where the numbers come from.
     """
 
-    step_us: float
-    token_us: float
-    chunk_us: float = 0.0
-    decode_context_us: float = 0.0
-    prefill_context_us: float = 0.0
-    row_us: float = 0.0
-    expert_row_us: float = 0.0
-    request_us: float = 0.0
-    weights_us: float = 0.0
-    expert_share: float = 0.0
-    source: str = ""
+    step_us: float  # every step: reading the dense weights, launching kernels, the agreement
+    token_us: float  # one row through everything but the experts
+    chunk_us: float = 0.0  # every chunk of the step, all layers together
+    decode_context_us: float = 0.0  # one KV entry read for a token that generates
+    prefill_context_us: float = 0.0  # one KV entry attended to by one token of a prompt
+    row_us: float = 0.0  # one row of the longest rank to its experts and back
+    expert_row_us: float = 0.0  # one row per rank through the experts
+    request_us: float = 0.0  # one request that generates, beyond its row: its part of the attention, its sampling
+    weights_us: float = 0.0  # all experts of a rank once: reading their weights, starting their products
+    expert_share: float = 0.0  # experts that one row chooses over all experts, 0..1
+    source: str = ""  # where the numbers come from
 
     def __post_init__(self) -> None:
         for name in (item.name for item in fields(self) if item.name != "source"):
@@ -120,11 +107,10 @@ class CostConstants:
         if not path.is_file():
             raise ConfigurationError(f"cost must be one of {sorted(COST_CONSTANTS)} or a JSON file, got {name!r}")
         values, names = json_object(path, path.read_bytes()), [item.name for item in fields(cls)]
-        for name in ("step_us", "token_us"):
-            if name not in values:
-                raise ConfigurationError(
-                    f"{path}: cost constant {name} is missing; `lockstep bench calibrate` writes it"
-                )
+        if missing := next((name for name in ("step_us", "token_us") if name not in values), None):
+            raise ConfigurationError(
+                f"{path}: cost constant {missing} is missing; `lockstep bench calibrate` writes it"
+            )
         if foreign := next((name for name in values if name not in names), None):
             raise ConfigurationError(f"{path}: {foreign!r:.60} is no cost constant; there are {', '.join(names)}")
         try:

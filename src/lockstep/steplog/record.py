@@ -14,50 +14,29 @@ class StepLogRecord:
     """What one rank did in one step.
 
     Rows are counted once per step, although every MoE layer sends them: layers of one step do not differ in that.
-
-    Attributes:
-        step: number of the step, from 0.
-        rank: expert-parallel rank, from 0.
-        real_rows: rows of requests that this rank took into the experts; 0 for an idle rank.
-        dummy_rows: rows sent only so that the rank took part.
-        padding_rows: rows added to make shapes equal.
-        prefill_tokens: tokens of prompts, of this rank's data-parallel rank.
-        decode_tokens: tokens of requests that generate, of this rank's data-parallel rank.
-        prefill_context_tokens: KV entries that its prompts' tokens attend to, summed over these tokens.
-        decode_context_tokens: the same of the tokens that generate.
-        num_waiting: requests left in the queue after the step was formed.
-        prefills_held: prompts that could have run were held, so that prompts of several ranks run together.
-        preempted: requests of its data-parallel rank that lost their KV cache before the step, to be computed again.
-        overrun_rows: rows of its data-parallel rank whose token is dropped: their request had ended by a stop token, a
-            stop string or an abort, after the step was planned.
-        cached_tokens: tokens of its data-parallel rank's prompts that begin in this step, taken over from pages that
-            were known; they need no rows.
-        num_chunks: chunks of the step, equal on all ranks; 0 where no rank had rows.
-        start_s: when the step began on this rank, in seconds after the run's first step began.
-        duration_s: how long it took there, from this rank's start to the start of its next step.
-        agreement_s: of that, the wait for all ranks' records.
-        busy_s: of that, this rank's own work; the rest it stood idle. None where it was not measured.
+    What happens to requests is that of the rank's data-parallel rank. Seconds count from the start of the run's first
+    step.
     """
 
-    step: int
-    rank: int
-    real_rows: int
-    dummy_rows: int = 0
-    padding_rows: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefill_context_tokens: int = 0
-    decode_context_tokens: int = 0
-    num_waiting: int = 0
-    prefills_held: bool = False
-    preempted: int = 0
-    overrun_rows: int = 0
-    cached_tokens: int = 0
-    num_chunks: int = 1
-    start_s: float = 0.0
-    duration_s: float = 0.0
-    agreement_s: float = 0.0
-    busy_s: float | None = None
+    step: int  # from 0
+    rank: int  # expert-parallel rank, from 0
+    real_rows: int  # rows of requests that this rank took into the experts; 0 for an idle rank
+    dummy_rows: int = 0  # rows sent only so that the rank took part
+    padding_rows: int = 0  # rows added to make shapes equal
+    prefill_tokens: int = 0  # tokens of prompts
+    decode_tokens: int = 0  # tokens of requests that generate
+    prefill_context_tokens: int = 0  # KV entries that the prompts' tokens attend to, summed over these tokens
+    decode_context_tokens: int = 0  # the same of the tokens that generate
+    num_waiting: int = 0  # requests left in the queue after the step was formed
+    prefills_held: bool = False  # prompts that could have run were held, so that prompts of several ranks run together
+    preempted: int = 0  # requests that lost their KV cache before the step, to be computed again
+    overrun_rows: int = 0  # rows whose token is dropped: their request had ended after the step was planned
+    cached_tokens: int = 0  # tokens of prompts that begin here, taken over from known pages; they need no rows
+    num_chunks: int = 1  # chunks of the step, equal on all ranks; 0 where no rank had rows
+    start_s: float = 0.0  # when the step began on this rank
+    duration_s: float = 0.0  # from this rank's start to the start of its next step
+    agreement_s: float = 0.0  # of that, the wait for all ranks' records
+    busy_s: float | None = None  # of that, this rank's own work; the rest it stood idle. None: not measured
 
 
 FIELDS = tuple(item.name for item in fields(StepLogRecord))

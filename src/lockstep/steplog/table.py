@@ -28,34 +28,22 @@ def loss_figures(lost: Mapping[str, float]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepTable:
-    """A step log as arrays.
+    """A step log as arrays: of each rank, `[steps, ranks]`, int64 but for `busy_s`; of each step, `[steps]`."""
 
-    Attributes:
-        step: number of each step, `[steps]`, int64.
-        real_rows, dummy_rows, padding_rows, prefill_tokens, decode_tokens, num_waiting: see `StepLogRecord`;
-            `[steps, ranks]`, int64.
-        start_s, duration_s: of the step, of the rank where it is largest; `[steps]`, float64.
-        agreement_s: the shortest wait of any rank for the agreement: what it costs where nobody is late; `[steps]`.
-        busy_s: each rank's own work in seconds, `[steps, ranks]`; NaN where it was not measured.
-        num_steps: steps in the table.
-        steps_per_row: how many steps were added into one row, see `merged`.
-        lost: what `lost_by_cause` said before steps were added up; None where they were not.
-    """
-
-    step: np.ndarray
-    real_rows: np.ndarray
+    step: np.ndarray  # number of each step
+    real_rows: np.ndarray  # this and the following five of each rank, see `StepLogRecord`
     dummy_rows: np.ndarray
     padding_rows: np.ndarray
     prefill_tokens: np.ndarray
     decode_tokens: np.ndarray
     num_waiting: np.ndarray
-    start_s: np.ndarray
-    duration_s: np.ndarray
-    agreement_s: np.ndarray
-    busy_s: np.ndarray
+    start_s: np.ndarray  # of the step, on the rank where it is largest
+    duration_s: np.ndarray  # likewise
+    agreement_s: np.ndarray  # the shortest wait of any rank for the agreement: what it costs where nobody is late
+    busy_s: np.ndarray  # each rank's own work; NaN where it was not measured
     num_steps: int
-    steps_per_row: int = 1
-    lost: dict[str, float] | None = None
+    steps_per_row: int = 1  # how many steps were added into one row, see `merged`
+    lost: dict[str, float] | None = None  # what `lost_by_cause` said before steps were added up
 
     @classmethod
     def from_records(cls, records: Sequence[StepLogRecord]) -> StepTable:
