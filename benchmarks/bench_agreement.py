@@ -5,7 +5,7 @@
 
 Every rank of one host notes when it comes and when it knows, on the host's one clock. A round's cost is the time from
 the last rank's coming to the slowest rank's knowing; the share of the ranks' time before the last came is skew, which
-no transport can help, and is shown apart. Token counts change in every round, in the last variant all that the runner
+no transport can help, and is shown apart. Token counts change in every round, in the last variant all that the engine
 says. Ours include encoding, checking all headers, and `decide`. Every result is checked.
 
 With `--pin` each rank's thread gets a physical core of its own, after the groups are open, so that gloo's threads may
@@ -31,7 +31,7 @@ from lockstep import __version__
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.step import StepRecord
 from lockstep.coordination.transports import SharedMemoryTransport, open_transport
-from lockstep.runner.run import RunRecord
+from lockstep.engine.rank_engine import EngineRecord
 from lockstep.testing import run_ranks
 
 WARM_UP = 200
@@ -40,7 +40,7 @@ VARIANTS = (
     "gloo all_gather",
     "coordinator over gloo",
     "coordinator in shared memory",
-    "the same, the runner's record",
+    "the same, the engine's record",
 )
 
 
@@ -74,7 +74,8 @@ def calls(rank: int, num_ranks: int) -> dict:
         return sum(coordinator.agree(StepRecord(count_of(rank, index), True)).num_tokens_across_dp)
 
     def agree_on_run(index: int) -> int:
-        record = RunRecord(count_of(rank, index), True, False, False, 3 * index + rank, 5 * index, rank, index % 7 - 1)
+        said = {"num_outstanding_tokens": 3 * index + rank, "num_kv_tokens": 5 * index, "num_decoding": rank}
+        record = EngineRecord(count_of(rank, index), True, **said, prefill_wait_steps=index % 7 - 1)
         return sum(in_memory.agree(record).num_tokens_across_dp)
 
     functions = (all_reduce, all_gather, lambda i: agree(over_gloo, i), lambda i: agree(in_memory, i), agree_on_run)
