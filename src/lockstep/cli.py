@@ -88,6 +88,11 @@ def run(
     dtype: opt.WeightsDType = "auto",
     device: opt.Device = None,
     deadline: opt.Deadline = 30.0,
+    placement: opt.ExpertPlacement = None,
+    num_redundant_experts: opt.NumRedundantExperts = 0,
+    expert_load: Annotated[
+        bool, opt.option("Count the rows that come to each expert: expert_load.json, and a heat map.", "--expert-load")
+    ] = False,
     max_restarts: Annotated[
         int, opt.steps("How often ranks that died or hang are started again; finished requests are kept.")
     ] = 3,
@@ -118,6 +123,7 @@ def run(
         tensor_parallel_size=tensor_parallel_size, max_chunk_size=max_chunk_size, dispatcher=dispatcher, dtype=dtype,
         device=device, seed=seed, clock=clock, deadline_s=deadline, metrics_port=metrics_port,
         max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization, keep_logprobs=verify,
+        placement=placement, num_redundant_experts=num_redundant_experts, expert_load=expert_load,
         workload_options=WorkloadOptions(
             rate_scale, length_scale, max_prompt_tokens, max_new_tokens, requests, max_malformed_share
         ),
@@ -192,6 +198,8 @@ def simulate(
     tpot_p99: Annotated[float | None, opt.limit("The same limit for the time per further token.")] = None,
     queue_p99: Annotated[float | None, opt.limit("The same limit for the wait in the queue.")] = None,
     seed: Annotated[int, opt.seed_of("Seed of a synthetic workload.")] = 0,
+    placement: opt.ExpertPlacement = None,
+    num_redundant_experts: opt.NumRedundantExperts = 0,
     workers: Annotated[int | None, opt.count("Processes; one per core by default.")] = None,
     validate: Annotated[
         list[Path] | None,
@@ -216,7 +224,7 @@ def simulate(
     Options that take several values with commas are combined, every value with every other.
     """
     require("numpy", *(["pyarrow"] if out else []))
-    from lockstep.commands.simulate import execute, execute_replay, execute_validation
+    from lockstep.commands.simulate import execute, execute_replay, execute_validation, placement_gains
     from lockstep.simulation.config import SimulationConfig
     from lockstep.simulation.cost import CostConstants
     from lockstep.simulation.sweep import Grid
@@ -240,6 +248,8 @@ def simulate(
     base = SimulationConfig(1, scheduler, constants, buffer_capacity_rows=buffer_capacity_rows)
     limits = {"ttft_p99_s": ttft_p99, "tpot_p99_s": tpot_p99, "queue_p99_s": queue_p99}
     how: dict[str, Any] = {"out": str(out or ""), "overwrite": overwrite, "as_json": as_json, "workers": workers}
+    if placement:
+        how["placement"] = placement_gains(placement, data_parallel_size, num_redundant_experts)
     raise typer.Exit(execute(trace, grid, base, limits, **how, arguments=sys.argv[1:]))
 
 

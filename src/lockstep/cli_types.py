@@ -172,6 +172,11 @@ Device = Annotated[
     str | None,
     option("Where the model runs; by default on a GPU if there is one.", parser=device, metavar="cpu|cuda|cuda:N"),
 ]
+ExpertPlacement = Annotated[
+    str | None,
+    option("Place experts by the load that a run with --expert-load recorded: its folder or file.", metavar="FILE"),
+]
+NumRedundantExperts = Annotated[int, steps("Spare slots in each layer, over all ranks, for replicas of hot experts.")]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.")]
 Balancing = Annotated[LoadBalancing, option("Which rank gets a request.")]
 Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]

@@ -254,18 +254,6 @@ def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(
     assert chosen == [torch.device("cuda", 1)]
 
 
-@pytest.mark.ranks(3)
-def test_experts_that_the_ranks_do_not_divide_are_named_by_all_at_once(tmp_path, capsys):
-    started = time.monotonic()
-    command = Command("run", "--data-parallel-size", 3, "--requests", 1, "--out", tmp_path / "out")
-    assert command.wait(60) == 2
-    stderr = capsys.readouterr().err
-    assert "16 experts" in stderr
-    assert "cannot be divided over 3 ranks" in stderr
-    assert "Traceback" not in stderr
-    assert time.monotonic() - started < 60
-
-
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("ends", "number", "status", "word"),

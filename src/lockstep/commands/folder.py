@@ -25,6 +25,7 @@ _TINY = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 _FILES = (
     # of a run
     *("outputs.jsonl", "outputs.jsonl.part", "steps.jsonl", "steps.jsonl.part", "summary.json"),
+    "expert_load.json",
     *("parts/outputs-rank[0-9]*.jsonl", "parts/steps-rank[0-9]*.jsonl"),
     *(f"tiny-[0-9]*/{name}" for name in _TINY),
     # of a simulation

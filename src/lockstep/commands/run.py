@@ -18,6 +18,7 @@ from rich.console import Console
 from lockstep.commands.folder import output_folder
 from lockstep.coordination.environment import environment_number
 from lockstep.errors import ConfigurationError
+from lockstep.moe.placement import LOAD_FILE, ExpertLoad
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import expected_duration
 from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
@@ -53,6 +54,8 @@ def execute(
     """
     rank = environment_number("RANK", 0, default=0)
     _log_as(rank)
+    from lockstep.runner.checkpoint_checks import placement_of
+
     console = Terminal(stderr=True)
     _check(options, console)
     out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
@@ -65,6 +68,7 @@ def execute(
             _quiet_transformers()
             model = make_tiny(folder / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS)
             options = replace(options, model=str(model))
+            placement_of(options)
         started = time.perf_counter()
         try:
             result = _run(options, console, max_restarts)
@@ -158,12 +162,10 @@ def _check(options: RunOptions, console: Console) -> None:
             RunMetrics(options.metrics_port).close()
         if trace.left_out:
             console.print(trace.left_out, style="yellow", soft_wrap=True)
-    from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
+    from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 
     if options.model != "tiny":
-        check_checkpoint(options.model, options.world_size)
-    elif _TINY_EXPERTS % options.world_size:
-        raise ConfigurationError(f"{_TINY_EXPERTS} experts cannot be divided over {options.world_size} ranks")
+        check_checkpoint(options.model)
     from lockstep.coordination.groups import own_device
     from lockstep.dispatch.choose import check_dispatcher
 
@@ -175,6 +177,7 @@ def _check(options: RunOptions, console: Console) -> None:
 
         _quiet_transformers()
         config = check_config(options.model)
+        placement_of(options)
         tokenizer = load_tokenizer(options.model)
         requests = load_requests(options, tokenizer)
         check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)
@@ -221,7 +224,9 @@ def _finish(
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     write_trace(out / "trace.json", records)
-    write_report(out / "report.html", summary, records, outputs, command=shlex.join(["lockstep", *arguments]))
+    load = ExpertLoad.read(out) if options.expert_load and (out / LOAD_FILE).exists() else None
+    told = shlex.join(["lockstep", *arguments])
+    write_report(out / "report.html", summary, records, outputs, expert_load=load, command=told)
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:

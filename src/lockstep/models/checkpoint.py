@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lockstep.errors import ConfigurationError
+from lockstep.moe.placement import Placement
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _READ_BYTES = 1 << 20
@@ -124,6 +128,19 @@ def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
                 f"tensor {name!r} in {tensor.file} is of type {tensor.dtype}, "
                 "and the model needs floating-point numbers"
             )
+
+
+def check_room(tensors: dict[str, StoredTensor], placement: Placement, device: torch.device) -> None:
+    """Refuse a placement whose slots take more memory than the device has, by what their weights take in the files."""
+    slot = sum(one.end - one.start for name, one in tensors.items() if ".experts." in name) / placement.num_experts
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    if (needed := slot * placement.num_slots_per_rank) > has:
+        raise ConfigurationError(
+            f"{placement.num_slots_per_rank} slots for experts in each layer take {needed / 2**30:.1f} GiB of each "
+            f"rank, and {device} has {has / 2**30:.1f} GiB: fewer redundant experts, or more ranks"
+        )
 
 
 def check_config(file: Path) -> None:

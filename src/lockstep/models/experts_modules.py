@@ -43,14 +43,15 @@ def slots_of(
     """Return what each slot of a rank in a layer is to hold, by a placement that fits the model, or the even split."""
     name, module = found[layer]
     num_experts = int(module.down_proj.shape[0])
-    if placement is None:
+    if placement is not None:
+        wanted, has = (placement.num_layers, placement.num_experts), (len(found), num_experts)
+        if (*wanted, placement.num_ranks) != (*has, ep_size):
+            raise ConfigurationError(
+                f"a placement of {wanted[0]} layers of {wanted[1]} experts over {placement.num_ranks} ranks does not "
+                f"fit {has[0]} layers of {has[1]} ({name}) over {ep_size}"
+            )
+    if placement is None or ep_size == 1:
         return Placement.even(1, num_experts, ep_size).slots_of(0, ep_rank)
-    wanted, has = (placement.num_layers, placement.num_experts), (len(found), num_experts)
-    if (*wanted, placement.num_ranks) != (*has, ep_size):
-        raise ConfigurationError(
-            f"a placement of {wanted[0]} layers of {wanted[1]} experts over {placement.num_ranks} ranks does not fit "
-            f"{has[0]} layers of {has[1]} ({name}) over {ep_size}"
-        )
     return placement.slots_of(layer, ep_rank)
 
 

@@ -29,6 +29,7 @@ from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
+from lockstep.moe.placement import Placement
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,6 +63,8 @@ def from_pretrained(
     deadline_s: float = ...,
     debug: bool = ...,
     fuse_norms: bool = ...,
+    placement: Placement | None = ...,
+    count_expert_load: bool = ...,
     dtype: torch.dtype | str = ...,
     device: torch.device | str | None = ...,
     output_loading_info: Literal[False] = ...,
@@ -79,6 +82,8 @@ def from_pretrained(  # noqa: D417
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
     fuse_norms: bool = False,
+    placement: Placement | None = None,
+    count_expert_load: bool = False,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
@@ -90,7 +95,8 @@ def from_pretrained(  # noqa: D417
     Args:
         path: a folder, or a Hub id.
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
-        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms: see `ParallelOptions`.
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load:
+            see `ParallelOptions`.
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
         dtype: of the weights; "auto" is what the checkpoint says.
@@ -105,7 +111,9 @@ def from_pretrained(  # noqa: D417
     Raises:
         ConfigurationError: on every rank, for a checkpoint or sizes that cannot work.
     """
-    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
+    options = ParallelOptions(
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load
+    )
     placed = read_arguments(kwargs | {"dtype": dtype, "device": device}).device
     kwargs.pop("device_map", None)  # said by `placed` from here on
     group = find_group(group_of(process_group, device_mesh), deadline_s)
@@ -118,8 +126,8 @@ def from_pretrained(  # noqa: D417
         attention = tensor_parallel_group(config, group, device, deadline_s)
         tp_mesh = DeviceMesh.from_group(attention, device.type, mesh_dim_names=("tp",))
     loaded = load_pretrained(
-        path, ep_rank=config.rank, ep_size=config.world_size, tp_mesh=tp_mesh, dtype=dtype, device=device,
-        process_group=group, deadline_s=deadline_s, **kwargs,
+        path, ep_rank=config.rank, ep_size=config.world_size, placement=placement, tp_mesh=tp_mesh, dtype=dtype,
+        device=device, process_group=group, deadline_s=deadline_s, **kwargs,
     )  # fmt: skip
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if fuse_norms:
@@ -140,6 +148,8 @@ def parallelize(  # noqa: D417
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
     fuse_norms: bool = False,
+    placement: Placement | None = None,
+    count_expert_load: bool = False,
 ) -> ModelT:
     """Spread the experts of a Transformers MoE model that is already in memory over all ranks, each keeping its own.
 
@@ -148,7 +158,8 @@ def parallelize(  # noqa: D417
     Args:
         model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`: its adapters of experts are
             cut to each rank's as well.
-        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms: see `ParallelOptions`.
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load:
+            see `ParallelOptions`.
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
 
@@ -158,7 +169,9 @@ def parallelize(  # noqa: D417
     Raises:
         ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
     """
-    options = ParallelOptions(max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms)
+    options = ParallelOptions(
+        max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load
+    )
     group = find_group(group_of(process_group, device_mesh), deadline_s)
     inner = internals.transformers_model_in(model)
     found = find_experts(inner)
@@ -176,7 +189,7 @@ def parallelize(  # noqa: D417
         )
     config = parallel_config(group, 1)
     for layer, (name, module) in enumerate(found):
-        slots = slots_of(found, layer, config.rank, config.world_size, None)
+        slots = slots_of(found, layer, config.rank, config.world_size, placement)
         shard_adapters(inner.get_submodule(plain_name(name)), slots)
         shard_experts(module, slots)
     if fuse_norms:

@@ -22,6 +22,7 @@ from lockstep.models.checkpoint import (
     check_config,
     check_experts,
     check_files,
+    check_room,
     check_scales,
     refuse_disguised,
     refuse_leftovers,
@@ -85,6 +86,8 @@ def load_pretrained(
     folder, config, model_class, quantization, tensors = together.do(lambda: _look(path, arguments))
 
     def load() -> Any:
+        if placement is not None:
+            check_room(tensors, placement, torch.device(place))
         slots: dict[str, tuple[int, ...]] = {}  # what each experts module is to hold here; filled on the way
 
         def distribute(model: Any) -> None:

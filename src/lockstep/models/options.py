@@ -7,6 +7,7 @@ from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.choose import check_dispatcher
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
+from lockstep.moe.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ParallelOptions:
         deadline_s: longest wait for any rank, in seconds, > 0.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
         fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
+        placement: which ranks hold which experts, from `lockstep.place`; contiguous shares by default.
+        count_expert_load: count on the device what comes to each expert, see `ModelParallel.expert_load`.
 
     Raises:
         ConfigurationError: naming the option, its limit and its value.
@@ -38,6 +41,8 @@ class ParallelOptions:
     deadline_s: float = DEADLINE_S
     debug: bool = False
     fuse_norms: bool = False
+    placement: Placement | None = None
+    count_expert_load: bool = False
 
     def __post_init__(self) -> None:
         if self.max_chunk_size_per_rank is not None:

@@ -32,12 +32,13 @@ from lockstep.dispatch.collectives import all_gatherv
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.models.experts_modules import dense_checksum, experts_shapes
+from lockstep.models.experts_modules import dense_checksum, experts_shapes, slots_held
 from lockstep.models.graphs import StepGraphs
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
-from lockstep.moe.layer import MoELayer
+from lockstep.moe.layer import MoELayer, SlotTable
 from lockstep.moe.layers import MoELayers
+from lockstep.moe.placement import ExpertLoad, Placement
 from lockstep.moe.step import Step, current_step
 
 OUTSIDE = (
@@ -92,6 +93,7 @@ class ModelParallel:
         number = self._start.next_number("model")
         self._store = dist.PrefixStore(str(number), self._start.store)
         self._groups: list[dist.ProcessGroup] = []
+        self._load: list[torch.Tensor] = []
         self._constants: DispatchConstants | None = None
         self._epoch = -1
         met_at = f"join() of {type(model).__name__} (model {number})"
@@ -231,6 +233,14 @@ class ModelParallel:
             raise
         return [bytes(part.flatten().tolist()) for part in everything.split(sizes)]
 
+    def expert_load(self) -> ExpertLoad:
+        """Return what came to each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
+        counts = [load.tolist() for load in self._load]
+        everyones = [json.loads(data) for data in self.gather_bytes(json.dumps(counts).encode())]
+        _, num_experts = slots_held(self.weights.experts[0].module)
+        even = Placement.even(len(counts), num_experts, self.config.world_size)
+        return ExpertLoad.of_slots(self.model.config.model_type, self.options.placement or even, everyones)
+
     def accept_weights(self) -> None:
         """Take this rank's weights as they are now for right, after each rank has written its own part on purpose."""
         self.weights.accept()
@@ -303,16 +313,23 @@ class ModelParallel:
         )  # fmt: skip
         # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
         made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
-        layers, warm = [], set()
-        for experts, shape in zip(self.weights.experts, self._shapes, strict=True):
+        layers, warm, placement = [], set(), options.placement
+        self._load = []
+        for index, (experts, shape) in enumerate(zip(self.weights.experts, self._shapes, strict=True)):
             key = shape, experts.run_on_device
             if key not in made:
                 own = replace(wanted, experts_on_device=experts.run_on_device)
                 made[key] = make_dispatcher(options.dispatcher, groups.data, shape, own)
+            slots = load = None
+            if placement is not None and not placement.is_identity:
+                slots = SlotTable(placement, index, config.rank, shape.device)
+            if options.count_expert_load:
+                load = torch.zeros(experts.num_local_experts, dtype=torch.int64, device=shape.device)
+                self._load.append(load)
             layers.append(
                 MoELayer(
                     experts, made[key], config, shape, tensor_parallel_group=groups.tensor_parallel,
-                    deadline_s=options.deadline_s,
+                    deadline_s=options.deadline_s, slots=slots, load=load,
                 )
             )  # fmt: skip
             kind = experts.module.down_proj.shape, shape.top_k
@@ -333,6 +350,8 @@ class ModelParallel:
             "fp8 dispatch": options.fp8_dispatch,
             "dispatch constants": self._constants.summary if self._constants is not None else "",
             "MoE layers": len(self.weights.experts),
+            "placement (checksum)": options.placement.checksum if options.placement is not None else 0,
+            "expert load": options.count_expert_load,
             "local experts": [experts.num_local_experts for experts in self.weights.experts],
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,

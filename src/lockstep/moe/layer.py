@@ -15,12 +15,55 @@ from lockstep.dispatch.collectives import all_gatherv
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import FEW_ROWS, LocalExperts
+from lockstep.moe.placement import Placement
 
 if TYPE_CHECKING:
     from lockstep.moe.step import Step
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`(hidden_states [rows, hidden], gather_index [pairs], tokens_per_expert [num_local_experts]) -> [pairs, hidden]`"""
+
+
+class SlotTable:
+    """One layer's placement on the device: which slot takes a row's choice, by a fixed rule where it has replicas.
+
+    Few rows are brought to as few slots as possible, since each read of an expert's weights costs as much as its rows:
+    to the own rank's, else to the first. Many are spread: slot `(number of the row in the step + expert) % replicas`.
+
+    Args:
+        placement: of all layers.
+        layer: which one.
+        rank: this rank.
+        device: of the ids.
+    """
+
+    def __init__(self, placement: Placement, layer: int, rank: int, device: torch.device) -> None:
+        replicas, per_rank = placement.replicas(layer), placement.num_slots_per_rank
+        nearest = [next((slot for slot in slots if slot // per_rank == rank), slots[0]) for slots in replicas]
+        most = max(map(len, replicas))
+        # The last entry of each is that of `NO_EXPERT`, -1.
+        padded = [(*slots, *[NO_EXPERT] * (most - len(slots))) for slots in replicas] + [(NO_EXPERT,) * most]
+        self._nearest = torch.tensor([*nearest, NO_EXPERT], dtype=torch.int32, device=device)
+        self._replicas = torch.tensor(padded, dtype=torch.int32, device=device)
+        self._counts = torch.tensor([*map(len, replicas), 1], device=device)
+        self._spreads = most > 1
+
+    def slots(self, topk_ids: torch.Tensor, first_row: int, few_rows: bool) -> torch.Tensor:
+        """Return the slot of each choice.
+
+        Args:
+            topk_ids: experts, `[num_rows, top_k]`; `NO_EXPERT` stays as it is.
+            first_row: number of the first row among all ranks' rows of the step.
+            few_rows: whether the step brings few rows to each expert.
+
+        Returns:
+            `[num_rows, top_k]`, int32.
+        """
+        if few_rows or not self._spreads:
+            return self._nearest[topk_ids]
+        ids = topk_ids.long()
+        rows = torch.arange(first_row, first_row + len(ids), device=ids.device)[:, None]
+        return self._replicas[ids, (rows + ids) % self._counts[ids]]
 
 
 class MoELayer:
@@ -36,6 +79,8 @@ class MoELayer:
             them into the experts and all get all results.
         shape: of the experts, and of the rows that come to them.
         tensor_parallel_group: the ranks that share rows; needed if `config.tensor_parallel_size > 1`. Left open.
+        slots: where experts are placed otherwise than in contiguous shares; `shape.num_experts` then counts slots.
+        load: counts the pairs that come to each of this rank's slots, `[num_local_experts]`, on the device.
         deadline_s: longest wait for any rank, in seconds.
 
     Raises:
@@ -51,6 +96,8 @@ class MoELayer:
         *,
         tensor_parallel_group: dist.ProcessGroup | None = None,
         deadline_s: float = DEADLINE_S,
+        slots: SlotTable | None = None,
+        load: torch.Tensor | None = None,
     ) -> None:
         if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
             raise ConfigurationError(
@@ -63,6 +110,7 @@ class MoELayer:
         self.config = config
         self.shape = shape
         self.tensor_parallel_group = tensor_parallel_group
+        self._slots, self._load = slots, load
         self._deadline_s = deadline_s
         self.nothing = self.rows_for_nobody(0)
 
@@ -89,6 +137,8 @@ class MoELayer:
         """
         step.in_step = False  # until every collective of this layer has been issued
         failed_before = step.failure
+        if self._slots is not None:
+            topk_ids = self._slots.slots(topk_ids, step.first_row, self.takes_few_rows(sum(step.route.sizes)))
         # One integer and one float type on the wire, whatever a model's router returns: all ranks must send alike.
         topk_ids, topk_weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
         chunks = step.chunks(self)
@@ -113,6 +163,8 @@ class MoELayer:
         mark = step.peers.mark
         mark(Phase.DISPATCH, *place)
         handle = self.dispatcher.dispatch(route, hidden_states, topk_ids, topk_weights, step.num_rows)
+        if self._load is not None:
+            self._load += handle.tokens_per_expert
         mark(Phase.EXPERTS, *place)
         try:
             expert_output = self._run_experts(handle)

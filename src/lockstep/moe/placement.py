@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_object
+
+LOAD_FILE = "expert_load.json"
+"""Name of the file, in a run's folder, that says how many rows came to each expert."""
 
 EMPTY = -1
 """In `Placement.physical_to_logical`: a slot without an expert."""
@@ -117,14 +124,14 @@ class Placement:
         ]
 
     def busiest_over_mean(self, load: Sequence[Sequence[float]]) -> float:
-        """Return the busiest rank's load over the mean, summed over layers, which wait for their own busiest rank.
+        """Return `busiest_over_mean` of the ranks' loads where the experts have this one, `[layers][num_experts]`."""
+        return busiest_over_mean([self.rank_loads(layer, one) for layer, one in enumerate(load)])
 
-        Args:
-            load: of each expert, `[layers][num_experts]`.
-        """
-        busiest = sum(max(self.rank_loads(layer, one)) for layer, one in enumerate(load))
-        total = sum(map(sum, load))
-        return self.num_ranks * busiest / total if total else 1.0
+
+def busiest_over_mean(loads: Sequence[Sequence[float]]) -> float:
+    """Return the busiest rank's load over the mean, from `[layers][ranks]`: each layer waits for its busiest one."""
+    total = sum(map(sum, loads))
+    return len(loads[0]) * sum(map(max, loads)) / total if total else 1.0
 
 
 def place(load: Sequence[Sequence[float]], num_ranks: int, num_slots_per_rank: int) -> Placement:
@@ -250,3 +257,66 @@ def _load_of(rank: _Rank) -> float:
 
 def _busiest(ranks: list[_Rank]) -> float:
     return max(map(_load_of, ranks))
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How many (row, expert) pairs a run brought to each expert, and to each rank by the placement that it had.
+
+    Attributes:
+        model: its type, such as `qwen3_moe`.
+        pairs: `[layers][num_experts]`.
+        rank_pairs: `[layers][ranks]`.
+    """
+
+    model: str
+    pairs: tuple[tuple[int, ...], ...]
+    rank_pairs: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of_slots(cls, model: str, placement: Placement, counts: Sequence[Sequence[Sequence[int]]]) -> ExpertLoad:
+        """Add up what each rank has counted for its own slots, `[ranks][layers][num_slots_per_rank]`."""
+        pairs = [[0] * placement.num_experts for _ in placement.physical_to_logical]
+        for rank, layers in enumerate(counts):
+            for layer, slots in enumerate(layers):
+                for expert, count in zip(placement.slots_of(layer, rank), slots, strict=True):
+                    if expert != EMPTY:
+                        pairs[layer][expert] += count
+        ranks = zip(*([sum(slots) for slots in layers] for layers in counts), strict=True)
+        return cls(model, tuple(map(tuple, pairs)), tuple(ranks))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ExpertLoad:
+        """Read a load file, or the one in a run's folder; `ConfigurationError` where it is none."""
+        file = Path(path, LOAD_FILE) if Path(path).is_dir() else Path(path)
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                f"no expert load at {file}: {error.strerror}; record one with --expert-load"
+            ) from None
+        found = json_object(file, text)
+        try:
+            load = cls(str(found["model"]), *(tuple(map(tuple, found[name])) for name in ("pairs", "rank_pairs")))
+            numbers = [count for layer in (*load.pairs, *load.rank_pairs) for count in layer]
+            whole = {len(set(map(len, layers))) for layers in (load.pairs, load.rank_pairs)} == {1}
+            if not (whole and all(type(count) is int and count >= 0 for count in numbers)):
+                raise ValueError("pairs and rank_pairs must be lists, one per layer, of as many numbers >= 0")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{file} is no expert load: {error!r:.200}") from None
+        return load
+
+    def write(self, path: Path) -> None:
+        """Write the file that `read` reads."""
+        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def place(self, model: str, num_ranks: int, num_redundant_experts: int = 0) -> Placement:
+        """Place a model's experts by this load, with at least so many spare slots in all.
+
+        Raises:
+            ConfigurationError: the load is of another model than `model` (its type), naming both.
+        """
+        if model != self.model:
+            raise ConfigurationError(f"the expert load is of a model of type {self.model!r}, and this one is {model!r}")
+        num_slots = len(self.pairs[0]) + num_redundant_experts
+        return place(self.pairs, num_ranks, -(-num_slots // num_ranks))

@@ -57,6 +57,7 @@ class Step:
         self.number = self.peers.recorder.step
         self.num_rows, self._capacity = num_rows, capacity
         self.captured = plan is None
+        self.first_row = sum(self.route.sizes[: layers.config.rank])  # of this rank, among those of all ranks
         self.next_layer, self.in_step = 0, True
         self.failure: BaseException | None = None
         self._event: torch.cuda.Event | None = None

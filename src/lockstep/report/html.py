@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from lockstep._version import __version__
+from lockstep.moe.placement import ExpertLoad
+from lockstep.report.expert_load import heat_map
 from lockstep.report.figures import CAUSE_WORDS, CLOCK_WORDS, FIGURE_WORDS, SHOWN_WHERE_ANY, headline, share
 from lockstep.steplog.record import StepLogRecord
 from lockstep.steplog.table import StepTable, loss_figures
@@ -52,7 +54,7 @@ _LATENCIES = (
 def write_report(
     path: str | Path, summary: Mapping[str, Any], steps: Sequence[StepLogRecord] | StepTable,
     requests: Sequence[Mapping[str, Any]] = (), settings: Sequence[Mapping[str, Any]] = (), *,
-    title: str = "Lockstep run", command: str = "",
+    expert_load: ExpertLoad | None = None, title: str = "Lockstep run", command: str = "",
 ) -> None:  # fmt: skip
     """Write `report.html`, replacing one that exists. Every text from outside (prompts, paths, names) is escaped."""
     table = steps if isinstance(steps, StepTable) else StepTable.from_records(steps)
@@ -62,7 +64,7 @@ def write_report(
     document = template.format(
         title=escape(title),
         css=css,
-        body="\n".join(_body(table, summary, requests, settings, data, title, command)),
+        body="\n".join(_body(table, summary, requests, settings, expert_load, data, title, command)),
         # "</script>" inside the data would end it; JSON may write "<" as an escape.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c"),
         script=script,
@@ -139,7 +141,8 @@ def _latencies(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _body(
     table: StepTable, summary: Mapping[str, Any], requests: Sequence[Mapping[str, Any]],
-    settings: Sequence[Mapping[str, Any]], data: dict[str, Any], title: str, command: str,
+    settings: Sequence[Mapping[str, Any]], expert_load: ExpertLoad | None, data: dict[str, Any], title: str,
+    command: str,
 ) -> Iterable[str]:  # fmt: skip
     loss = loss_figures(table.lost_by_cause())
     says = headline(table.num_ranks, table.num_steps, len(requests), loss)
@@ -164,6 +167,8 @@ def _body(
         )
     if table.num_steps:
         yield from _step_sections(table, data, sum(loss["lost"].values()))
+    if expert_load is not None:
+        yield _section("Rows per expert", *heat_map(expert_load))
     if data["latencies"]:
         if summary.get("clock") in CLOCK_WORDS:
             yield f"<p>{CLOCK_WORDS[summary['clock']]}</p>"

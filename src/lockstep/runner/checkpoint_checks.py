@@ -7,18 +7,12 @@ from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.json_reading import json_object
+from lockstep.moe.placement import ExpertLoad, Placement
+from lockstep.runner.options import ModelOptions
 
 
-def check_checkpoint(model: str, world_size: int) -> None:
-    """Say what can be said of a checkpoint before any rank has started.
-
-    Args:
-        model: a folder, or a Hub id, of which nothing is known yet.
-        world_size: ranks over which its experts are divided.
-
-    Raises:
-        ConfigurationError: no such folder, no checkpoint in it, or experts that the ranks do not divide.
-    """
+def check_checkpoint(model: str) -> None:
+    """Raise where a folder is not there or holds no checkpoint; of a Hub id nothing is known yet."""
     path = Path(model)
     if not path.exists():
         if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
@@ -26,13 +20,20 @@ def check_checkpoint(model: str, world_size: int) -> None:
         return
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"{path} is no checkpoint: it has no config.json")
-    config = json_object(path / "config.json", (path / "config.json").read_bytes())
-    text_config = config.get("text_config")
-    for names in (config, text_config if isinstance(text_config, dict) else {}):
-        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-            num_experts = names.get(name)
-            if isinstance(num_experts, int) and num_experts % world_size:
-                raise ConfigurationError(f"{num_experts} experts cannot be divided over {world_size} ranks")
+    json_object(path / "config.json", (path / "config.json").read_bytes())
+
+
+def placement_of(options: ModelOptions) -> Placement | None:
+    """Place the experts by the load that the options name; `ConfigurationError` where it is of another model."""
+    if options.placement is None:
+        if options.num_redundant_experts:
+            raise ConfigurationError("num_redundant_experts needs a placement: which experts are hot is not known")
+        return None
+    load = ExpertLoad.read(options.placement)
+    try:
+        return load.place(check_config(options.model).model_type, options.world_size, options.num_redundant_experts)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{options.placement}: {error}") from None
 
 
 def check_config(model: str) -> Any:

@@ -16,7 +16,7 @@ from lockstep.coordination.processes import ProcessState
 from lockstep.engine.limits import Limits
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
-from lockstep.runner.checkpoint_checks import check_checkpoint, check_config
+from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import EngineRanks, RankProcesses
@@ -77,8 +77,9 @@ class Engine:
     def __init__(self, model: str | os.PathLike[str], *, data_parallel_size: int | None = None, **options: Any) -> None:
         self._pid = os.getpid()
         self.options = _read_options(model, data_parallel_size, options)
-        check_checkpoint(self.options.model, self.options.world_size)
+        check_checkpoint(self.options.model)
         check_config(self.options.model)
+        placement_of(self.options)
         self.tokenizer = find_tokenizer(self.options.model)
         started = started_ranks()
         ranks: EngineRanks = RankProcesses(self.options) if started is None else OwnRank(self.options)

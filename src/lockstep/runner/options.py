@@ -27,6 +27,10 @@ class ModelOptions:
         max_model_len: maximum tokens per request, prompt included; None takes the model's context.
         gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
         deadline_s: longest wait for any rank in a step, in seconds.
+        placement: file or run's folder with a recorded expert load, by which the experts are placed; None for equal
+            contiguous shares.
+        num_redundant_experts: spare slots in each layer, over all ranks, for replicas of hot experts.
+        expert_load: count what comes to each expert.
     """
 
     model: str
@@ -39,6 +43,9 @@ class ModelOptions:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     deadline_s: float = 30.0
+    placement: str | None = None
+    num_redundant_experts: int = 0
+    expert_load: bool = False
 
     @property
     def world_size(self) -> int:

@@ -53,14 +53,15 @@ class EngineOptions(ModelOptions):
         for name in ("max_model_len", "max_chunk_size", "kv_capacity_tokens"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        check_int("max_prefill_delay_steps", self.max_prefill_delay_steps, 0)
+        for name in ("max_prefill_delay_steps", "num_redundant_experts"):
+            check_int(name, getattr(self, name), 0)
         for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value <= most or value == math.inf:
                 limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
                 raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
-        for name in ("graphs", "enable_prefix_caching"):
+        for name in ("graphs", "enable_prefix_caching", "expert_load"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_dispatcher(self.dispatcher)
@@ -107,6 +108,7 @@ def load_model(options: ModelOptions) -> Any:
     import torch
 
     from lockstep.models.huggingface import from_pretrained
+    from lockstep.runner.checkpoint_checks import placement_of
 
     return from_pretrained(
         options.model,
@@ -116,6 +118,8 @@ def load_model(options: ModelOptions) -> Any:
         deadline_s=options.deadline_s,
         dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         device=options.device,
+        placement=placement_of(options),
+        count_expert_load=options.expert_load,
     )
 
 

@@ -17,6 +17,7 @@ from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
 from lockstep.models.parallel import parallel_of
+from lockstep.moe.placement import LOAD_FILE
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.options import PARTS, RunOptions
@@ -318,8 +319,11 @@ class _Run:
         """Bring all ranks' lines to rank 0, which writes them in order."""
         outputs = [json.loads(line) for line in self._all_lines(self.outputs_path.read_bytes())]
         steps = self._whole_steps()
+        load = self.parallel.expert_load() if self.parallel is not None and self.options.expert_load else None
         if self.rank != 0:
             return {}
+        if load is not None:
+            load.write(Path(self.options.out, LOAD_FILE))
         outputs.sort(key=lambda output: output["request_id"])
         for name, lines in (("outputs.jsonl", outputs), ("steps.jsonl", steps)):
             # Under another name first: who reads one of these files finds it whole or not at all.
