@@ -281,7 +281,7 @@ def measure_cases(run, name, model, layers, cases, references, joined=None, grap
 def measure_lockstep(run, model, layers, cases, references, names):
     """Measure our backends, one after another, on one model that is spread once."""
     import lockstep
-    from lockstep.models import graphs as lockstep_graphs
+    from lockstep.models import generate_graphs as lockstep_graphs
     from lockstep.models.options import ParallelOptions
     from lockstep.models.parallel import parallel_of
 

@@ -95,7 +95,7 @@ class _Script:
         from transformers import AutoModelForCausalLM
 
         import lockstep
-        from lockstep.models import graphs
+        from lockstep.models import generate_graphs as graphs
 
         self.rank, self.cuda, self.join, self.fp8 = dist.get_rank(), device.type == "cuda", lockstep.join, fp8
         self.whole, model = (

@@ -10,8 +10,8 @@ import torch
 
 from lockstep.dispatch.base import Abilities, DispatchHandle, ExpertsShape, Route
 from lockstep.metadata.config import ParallelConfig
-from lockstep.models import graphs
-from lockstep.models.graphs import StepGraphs
+from lockstep.models import generate_graphs as graphs
+from lockstep.models.generate_graphs import StepGraphs
 from lockstep.moe.layer import MoELayer
 from lockstep.moe.layers import MoELayers
 

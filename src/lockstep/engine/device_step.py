@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.engine.decoder import Prompts, Rows, TransformersDecoder
-from lockstep.engine.graphs import EngineGraphs, HostRows
+from lockstep.engine.engine_graphs import EngineGraphs, HostRows
 from lockstep.engine.kv_cache import KVCache
 from lockstep.engine.sampling import Sampled, Sampler
 from lockstep.engine.sampling_params import SamplingParams

@@ -33,7 +33,7 @@ from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.models.experts_modules import dense_checksum, experts_shapes, slots_held
-from lockstep.models.graphs import StepGraphs
+from lockstep.models.generate_graphs import StepGraphs
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
 from lockstep.moe.layer import MoELayer, SlotTable
