@@ -46,7 +46,7 @@ class ByHand:
             preempted[-1]["cached"] = 0
             self.queue.insert(0, preempted[-1])
         for r in self.decoding:
-            entries.append(self._run(r, 1, is_prefill=False))
+            entries.append(self.run_rows(r, 1, is_prefill=False))
         left = self.budget - len(entries)
         while run_prefills and left:
             if len(self.decoding) == len(self.running):
@@ -60,13 +60,13 @@ class ByHand:
             num_tokens = min(left, r["target"] - r["cached"], room)
             if not num_tokens:
                 break
-            entries.append(self._run(r, num_tokens, is_prefill=True))
+            entries.append(self.run_rows(r, num_tokens, is_prefill=True))
             left -= num_tokens
         finished = [r for r in self.running if r["sampled"] == r["request"].max_new_tokens]
         self.running = [r for r in self.running if r not in finished]
         return entries, [r["request"].request_id for r in preempted], {r["request"].request_id for r in finished}
 
-    def _run(self, r, num_tokens, is_prefill):
+    def run_rows(self, r, num_tokens, is_prefill):
         start = r["cached"]
         r["cached"] += num_tokens
         samples = r["cached"] >= r["target"]
@@ -80,10 +80,10 @@ class ByHand:
             sum(r["request"].num_computed_tokens - r["cached"] for r in unfinished),
             sum(r["request"].num_kv_tokens for r in unfinished),
             len(self.decoding),
-            self._wait(),
+            self.wait_steps(),
         )
 
-    def _wait(self, total=None):
+    def wait_steps(self, total=None):
         trial = copy.deepcopy(self)
         trial.total = total or self.total
         prompts = [entry[0] for entry in trial.next_step()[0] if entry[3]]
@@ -91,7 +91,7 @@ class ByHand:
         return self.step + 1 - arrivals[prompts[0]] if prompts else -1
 
     def num_waiting_for_kv(self):
-        return len(self.queue) if self._wait() < 0 <= self._wait(total=10**9) else 0
+        return len(self.queue) if self.wait_steps() < 0 <= self.wait_steps(total=10**9) else 0
 
 
 def schedules(requests, config, stops=None, arrivals=None, num_steps=1000):

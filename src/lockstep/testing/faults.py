@@ -117,8 +117,8 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
     place, changed = peers.recorder, _ChangedCollectives()
 
     def is_there(fault: Fault) -> bool:
-        in_layer = place.phase not in IN_LAYER or place.layer == fault.layer
-        return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and in_layer
+        right_layer = place.phase not in IN_LAYER or place.layer == fault.layer
+        return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and right_layer
 
     before, transport = peers.on_mark, coordinator.transport
     peers.on_mark = lambda _: due.happen(is_there, coordinator, changed)
