@@ -8,19 +8,12 @@ _OPTIONS = ("sequence_parallel_size", "max_chunk_size_per_rank", "rank", "min_ro
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One slice of a step.
+    """One slice of a step."""
 
-    Attributes:
-        index: which chunk, from 0.
-        sizes: rows that each EP rank brings, `[ep_size]`; the same tuple on every rank.
-        start: first row of this rank's own slice that belongs to the chunk.
-        stop: one past the last; `stop - start` are this rank's real rows, 0 where it has none left.
-    """
-
-    index: int
-    sizes: tuple[int, ...]
-    start: int
-    stop: int
+    index: int  # which chunk, from 0
+    sizes: tuple[int, ...]  # rows that each EP rank brings, `[ep_size]`; the same tuple on every rank
+    start: int  # first row of this rank's own slice that belongs to the chunk
+    stop: int  # one past the last; `stop - start` are this rank's real rows, 0 where it has none left
 
 
 class ChunkPlan:
