@@ -2,7 +2,7 @@
 
 import torch
 
-from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
+from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route
 from lockstep.dispatch.collectives import all_gatherv, reduce_scatterv
 
 
@@ -11,19 +11,11 @@ class AllGatherDispatcher(CollectiveDispatcher):
 
     name = "allgather"
 
-    def dispatch(
-        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
-        num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. Received rows are all ranks' rows in rank order, `[sum(sizes), hidden]`."""
-        own = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
-        rows, ids, weights = all_gatherv(own, route.sizes, self._group, self._deadline_s)
-        pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
-        return DispatchHandle(route, hidden_states.shape[0], rows, None, *pairs, pairs[0].shape[0])
+    def _send(
+        self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        rows, ids, weights = all_gatherv([rows, topk_ids, topk_weights], route.sizes, self._group, self._deadline_s)
+        return rows, ids, weights, None
 
-    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """See `Dispatcher.combine`."""
-        rows = handle.hidden_states
-        partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0]).to(rows.dtype)
-        sums = reduce_scatterv(partial, handle.route.sizes, self._group, self._deadline_s, host_waits=False)
-        return torch.nn.functional.pad(sums, (0, 0, 0, handle.num_rows - sums.shape[0]))
+    def _send_back(self, partial: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        return reduce_scatterv(partial, handle.route.sizes, self._group, self._deadline_s, host_waits=False)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route, pairs_of_local_experts, sum_pairs
+from lockstep.dispatch.base import CollectiveDispatcher, DispatchHandle, Route
 from lockstep.dispatch.collectives import all_to_allv, view_as
 
 
@@ -23,49 +23,41 @@ class AllToAllDispatcher(CollectiveDispatcher):
     """Ragged all-to-all there and back. Three collectives per chunk: counts, rows, results.
 
     A row that several experts of one rank need travels there once, and their weighted sum travels back once. The sums
-    are taken in rank order in float32, so the result has the same bits as the all-gather backend's.
+    are taken in rank order in float32, so the result has the same bits as the all-gather backend's. What arrives is
+    ordered by source rank, then by row.
     """
 
     name = "alltoall"
 
-    def dispatch(
-        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
-        num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. Received rows are ordered by source rank, then by row, `[received, hidden]`."""
-        num_rows, ones = hidden_states.shape[0], [1] * self._num_ranks
-        hidden_states, topk_ids, topk_weights = self._tokens(route, num_tokens, hidden_states, topk_ids, topk_weights)
-        needed = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks)
-        send_sizes = needed.sum(dim=0)
-        recv_sizes = self._exchange(route, send_sizes[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
+    def _send(
+        self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Sent]:
+        needed, ones = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks), [1] * self._num_ranks
+        counts = needed.sum(dim=0)
+        recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
         # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits. It waits for
         # the GPU, so it comes after a wait that has a limit.
-        rows = needed.t().nonzero()[:, 1]
-        sent = _Sent(rows, send_sizes.tolist(), recv_sizes)
+        copies = needed.t().nonzero()[:, 1]
+        sent = _Sent(copies, counts.tolist(), recv_sizes)
         # Ids and weights travel in the same message, as more columns of the states' dtype.
-        routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[rows]
-        hidden, columns = hidden_states.shape[1], routing.shape[1] * 4 // hidden_states.element_size()
-        packed = hidden_states.new_empty((len(rows), hidden + columns))
-        torch.index_select(hidden_states, 0, rows, out=packed[:, :hidden])
-        packed[:, hidden:] = routing.view(hidden_states.dtype)
+        routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[copies]
+        hidden, columns = rows.shape[1], routing.shape[1] * 4 // rows.element_size()
+        packed = rows.new_empty((len(copies), hidden + columns))
+        torch.index_select(rows, 0, copies, out=packed[:, :hidden])
+        packed[:, hidden:] = routing.view(rows.dtype)
         received = self._exchange(route, packed, sent.send_sizes, recv_sizes)
         ids, weights = view_as(received[:, hidden:], torch.int32).chunk(2, dim=1)
-        weights = view_as(weights, torch.float32)
-        pairs = pairs_of_local_experts(ids, weights, self._first_expert, self.num_local_experts)
-        return DispatchHandle(route, num_rows, received[:, :hidden], None, *pairs, pairs[0].shape[0], sent)
+        return received[:, :hidden], ids, view_as(weights, torch.float32), sent
 
-    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """See `Dispatcher.combine`."""
+    def _send_back(self, partial: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         sent: _Sent = handle.own
-        dtype, received = handle.hidden_states.dtype, handle.hidden_states.shape[0]
-        partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, received).to(dtype)
         parts = self._exchange(handle.route, partial, sent.recv_sizes, sent.send_sizes, host_waits=False)
         total = parts.new_zeros((handle.num_rows, parts.shape[1]), dtype=torch.float32)
         both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
         for rows, part in zip(*both, strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
             total.index_add_(0, rows, part.float())
-        return total.to(dtype)
+        return total.to(partial.dtype)
 
     def _exchange(
         self, route: Route, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], *, host_waits: bool = True

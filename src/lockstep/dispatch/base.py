@@ -178,7 +178,6 @@ class CollectiveDispatcher:
         self.abilities = Abilities()
         self.num_experts = num_experts
         self.num_local_experts = check_experts(num_experts, self._num_ranks)
-        self._first_expert = self._rank * self.num_local_experts
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
@@ -187,34 +186,47 @@ class CollectiveDispatcher:
             raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so no CUDA graph can have it")
         return Route(self.name, tuple(sizes), limit or max(1, *sizes))
 
+    def dispatch(
+        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+        num_tokens: torch.Tensor | None = None,
+    ) -> DispatchHandle:  # fmt: skip
+        """See `Dispatcher.dispatch`. All ranks have agreed on the number of tokens, so the device is not asked."""
+        own = slice(route.sizes[self._rank] if num_tokens is not None else None)
+        rows, ids, weights, sent = self._send(route, hidden_states[own], topk_ids[own], topk_weights[own])
+        # The pairs of this rank's experts, in the order of expert and row.
+        local = ids.reshape(-1) - self._rank * self.num_local_experts
+        position = ((local >= 0) & (local < self.num_local_experts)).nonzero().squeeze(1)
+        position = position[torch.argsort(local[position], stable=True)]
+        tokens_per_expert = torch.bincount(local[position], minlength=self.num_local_experts).to(torch.int32)
+        expert_offsets = torch.nn.functional.pad(tokens_per_expert.cumsum(0, dtype=torch.int32), (1, 0))
+        gather_index = (position // ids.shape[1]).to(torch.int32)
+        return DispatchHandle(
+            route, hidden_states.shape[0], rows, None, gather_index, tokens_per_expert, expert_offsets,
+            weights.reshape(-1)[position].float(), position.shape[0], sent,
+        )  # fmt: skip
+
+    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See `Dispatcher.combine`."""
+        rows = handle.hidden_states
+        partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0]).to(rows.dtype)
+        sums = self._send_back(partial, handle)
+        return torch.nn.functional.pad(sums, (0, 0, 0, handle.num_rows - sums.shape[0]))
+
     def check(self, *, wait: bool = False) -> None:
         """See `Dispatcher.check`: nothing is left to be found out."""
 
     def forget_capture(self) -> None:
         """See `Dispatcher.forget_capture`: there is none."""
 
-    def _tokens(self, route: Route, num_tokens: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Leave out the rows beyond this rank's tokens, whose number all ranks have agreed on."""
-        return [tensor if num_tokens is None else tensor[: route.sizes[self._rank]] for tensor in tensors]
+    def _send(
+        self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Send this rank's rows; return those that came, their ids and weights, and what `_send_back` needs to know."""
+        raise NotImplementedError
 
-
-def pairs_of_local_experts(
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put the (received row, expert) pairs that this rank computes in the order of expert and row.
-
-    Returns the fields of `DispatchHandle`: `gather_index`, `tokens_per_expert`, `expert_offsets` and `pair_weights`.
-    """
-    top_k = topk_ids.shape[1]
-    local = topk_ids.reshape(-1) - first_expert
-    position = ((local >= 0) & (local < num_local_experts)).nonzero().squeeze(1)
-    expert = local[position]
-    order = torch.argsort(expert, stable=True)
-    position = position[order]
-    tokens_per_expert = torch.bincount(expert, minlength=num_local_experts).to(torch.int32)
-    expert_offsets = torch.nn.functional.pad(tokens_per_expert.cumsum(0, dtype=torch.int32), (1, 0))
-    pair_weights = topk_weights.reshape(-1)[position].float()
-    return (position // top_k).to(torch.int32), tokens_per_expert, expert_offsets, pair_weights
+    def _send_back(self, partial: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Send the sums of the rows that came to where they came from; return those of this rank's, over all ranks."""
+        raise NotImplementedError
 
 
 def sum_pairs(

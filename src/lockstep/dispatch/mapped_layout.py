@@ -64,7 +64,7 @@ def launch_sizes(
     dispatch_tokens = min(16, 8192 // columns)
     combine_tokens = min(8, 4096 // columns)
     ranks = triton.next_power_of_2(num_ranks)
-    # Few pairs are planned by a block per expert, many by a block per slice of them.
+    # Few pairs are put in order by a block per expert, many by a block per slice of them.
     order_blocks = min(max(num_local_experts, num_ranks * max_tokens_per_rank // 32), num_multiprocessors)
     column_blocks = -(-hidden_size // columns)
     return LaunchSizes(
