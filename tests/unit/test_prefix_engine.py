@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lockstep.engine import rank_engine
 from lockstep.engine.kv_cache import KVCache, KVShape
 from lockstep.engine.rank_engine import RankEngine
 from lockstep.engine.sampling_params import SamplingParams
@@ -152,9 +151,9 @@ def test_prefix_pages_are_off_for_sliding_windows_and_that_is_said_once(tmp_path
     assert run.engine.about()["enable_prefix_caching"] is False
 
 
-def test_a_key_that_two_pages_have_is_an_error_and_no_wrong_token(model, monkeypatch):
-    monkeypatch.setattr(rank_engine, "token_page_keys", lambda ids: ("same",) * (len(ids) // PAGE_SIZE))
+def test_a_key_that_two_pages_have_is_an_error_and_no_wrong_token(model):
     run = Run(model, kv_capacity_tokens=9 * PAGE_SIZE)
+    run.engine.page_keys_of = lambda ids: ("same",) * (len(ids) // PAGE_SIZE)
     run.engine.add(0, [1] * 70, GREEDY[0])
     run.step()
     run.engine.add(1, [2] * 70, GREEDY[0])

@@ -137,8 +137,8 @@ def _attention(
 def take_over_attention(model: Any) -> None:
     """Let a model call `_attention`, which outside a pass attends as the model's own does.
 
-    Refused are layers that keep something else than one key and value per token (recurrent or linear attention), and
-    models that do not call attention through Transformers' attention interface.
+    Layers that keep something else than one key and value per token are refused, and models with attention of their
+    own.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []

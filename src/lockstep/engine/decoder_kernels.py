@@ -114,9 +114,8 @@ def rope_and_write(
     """Split the projection, norm and rotate queries and keys, and write keys and values into their pages.
 
     `qkv` has queries, keys, values of each row, `[num_rows, (num_heads + 2 * kv_heads) * head_dim]`; `cos` and `sin`
-    are `[num_rows, head_dim]`; all contiguous. The norms' weights are per head, `[head_dim]`, or None. `slots` are
-    `page * PAGE_SIZE + offset`, `[num_rows]` int32; a negative one writes nothing. Returns the queries, `[num_rows,
-    num_heads, head_dim]`.
+    are `[num_rows, head_dim]`, all contiguous; norms are `[head_dim]` or None; a negative one of `slots` writes
+    nothing. Returns the queries, `[num_rows, num_heads, head_dim]`.
     """
     num_rows, kv_heads, head_dim = qkv.shape[0], key_pages.shape[2], key_pages.shape[3]
     query = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -162,10 +161,9 @@ def route_kernel(
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts by softmax and top-k, `logits` being `[num_rows, num_experts]`, contiguous.
+    """Choose experts by softmax and top-k from contiguous `[num_rows, num_experts]`: ids int32 and weights float32.
 
-    Returns experts, `[num_rows, top_k]` int32, and weights rounded to the dtype of `logits`, `[num_rows, top_k]`
-    float32; those of a row sum to 1 if `renormalize`.
+    Both are `[num_rows, top_k]`; weights are rounded to the logits' dtype, and a row's sum to 1 if `renormalize`.
     """
     num_rows, num_experts = logits.shape
     ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from lockstep.metadata.config import ParallelConfig
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
-from lockstep.workload.kv_pages import num_pages
+from lockstep.workload.kv_pages import PageKey, num_pages
 from lockstep.workload.policies import prefills_run
 from lockstep.workload.prefix_pages import token_page_keys
 
@@ -116,6 +116,7 @@ class RankEngine:
         messages_alike: whether ranks with the same requests got the same messages, as far as all of them have them.
         elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
         step_number: of the next step.
+        page_keys_of: keys of the whole pages of a prompt's tokens, by which prefix pages are shared.
         reports: of the steps whose tokens have come since the caller last emptied it.
         limits: what a request must fit into.
 
@@ -164,6 +165,7 @@ class RankEngine:
         self.elapsed_ms = 0
         self._num_messages: Sequence[int] = [0] * ranks.world_size
         self.step_number = 0
+        self.page_keys_of: Callable[[Sequence[int]], Sequence[PageKey]] = token_page_keys
         self.reports: list[StepReport] = []
         self._requests: dict[int, EngineRequest] = {}
         self._flight: _Flight | None = None
@@ -189,7 +191,7 @@ class RankEngine:
         request = Request(request_id, 0.0, len(prompt), params.max_tokens)
         if seed is None:
             seed = params.seed if params.seed is not None else request_id
-        keys = token_page_keys(prompt) if self.config.enable_prefix_caching else ()
+        keys = self.page_keys_of(prompt) if self.config.enable_prefix_caching else ()
         self._requests[request_id] = EngineRequest(request_id, prompt, params, seed, page_keys=keys)
         self.scheduler.add(request, self.step_number, keys)
 

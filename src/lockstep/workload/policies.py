@@ -37,12 +37,6 @@ def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int],
     The wait counts from a request's arrival at its rank, whatever it waits for, until its prompt is done. So the policy
     holds a request in at most `max_prefill_delay_steps` steps all in all, however many steps its prompt takes, and a
     queue that grows turns holding off instead of growing further.
-
-    Example:
-        >>> prefills_run([3, -1], [5, 5], max_prefill_delay_steps=10)
-        False
-        >>> prefills_run([3, 0], [5, 5], max_prefill_delay_steps=10)
-        True
     """
     if max_prefill_delay_steps == 0 or not any(num_decoding):
         return True
