@@ -35,6 +35,8 @@ from lockstep.models.parallel import parallel_of as parallel_of
 from lockstep.moe.experts import LocalExperts as LocalExperts
 from lockstep.moe.layer import MoELayer as MoELayer
 from lockstep.moe.layers import MoELayers as MoELayers
+from lockstep.moe.placement import Placement as Placement
+from lockstep.moe.placement import place as place
 from lockstep.moe.step import Step as Step
 from lockstep.moe.step import current_step as current_step
 from lockstep.runner.engine import Engine as Engine

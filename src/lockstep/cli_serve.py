@@ -27,6 +27,8 @@ def serve(
     dtype: opt.WeightsDType = "auto",
     device: opt.Device = None,
     deadline: opt.Deadline = 30.0,
+    placement: opt.ExpertPlacement = None,
+    num_redundant_experts: opt.NumRedundantExperts = 0,
     start_timeout: Annotated[float, opt.scale("Longest wait for the ranks to be ready, in seconds.")] = 600.0,
     max_restarts: Annotated[
         int, opt.steps("How often ranks that died are started again without a request being finished in between.")
@@ -65,7 +67,8 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, dtype=dtype, device=device,
         kv_capacity_tokens=kv_capacity_tokens, max_model_len=max_model_len, deadline_s=deadline,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=prefix_caching,
-        max_prefill_delay_steps=max_prefill_delay_steps, start_timeout_s=start_timeout,
+        max_prefill_delay_steps=max_prefill_delay_steps, start_timeout_s=start_timeout, placement=placement,
+        num_redundant_experts=num_redundant_experts,
     )  # fmt: skip
     service = ServeOptions(
         served_model_name or model, read_api_key(api_key, api_key_file), max_queue, max_restarts, max_connections,

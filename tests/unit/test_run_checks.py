@@ -84,14 +84,14 @@ def test_the_duration_in_real_time_is_said_before_ranks_start(tmp_path, monkeypa
     (tmp_path / "workload").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # What cannot work is found after it, and no rank is started.
     code, shown, stderr = command_line(
-        *("run", "--workload", "workload", "--clock", clock, "--data-parallel-size", "3")
+        *("run", "--workload", "workload", "--clock", clock, "--num-redundant-experts", "3")
     )
     assert (code, shown) == (2, "")
     told = (
         "--clock wall: the last request arrives after 2 d 7 h 33 min, so the run takes at least that long; ranks wait"
     )
     assert (told in stderr) == (clock == "wall")
-    assert "16 experts cannot be divided over 3 ranks" in stderr
+    assert "--num-redundant-experts needs a placement" in stderr
 
 
 def test_a_request_beyond_the_context_is_said_before_ranks_start(checkpoint, refused):

@@ -166,6 +166,8 @@ def _check(options: RunOptions, console: Console) -> None:
 
     if options.model != "tiny":
         check_checkpoint(options.model)
+    if options.model != "tiny" or options.placement is None:
+        placement_of(options)
     from lockstep.coordination.groups import own_device
     from lockstep.dispatch.choose import check_dispatcher
 
@@ -177,7 +179,6 @@ def _check(options: RunOptions, console: Console) -> None:
 
         _quiet_transformers()
         config = check_config(options.model)
-        placement_of(options)
         tokenizer = load_tokenizer(options.model)
         requests = load_requests(options, tokenizer)
         check_requests(requests, options.model, config, tokenizer, options.seed, options.max_model_len)

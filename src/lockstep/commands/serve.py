@@ -58,7 +58,7 @@ def execute(command: ServeCommand) -> NoReturn:
         listener = stack.enter_context(open_socket(command.host, command.port))
         options = command.engine
         if options.model == "tiny":
-            options = replace(options, model=_make_tiny(stack, options))
+            options = replace(options, model=_make_tiny(stack))
 
         def start_engine() -> Engine:
             given = asdict(options)
@@ -111,15 +111,14 @@ def _line(service: Service, tokens_per_s: float) -> str:
     return f"{service.state}: rows {shown}; {counts}; {tokens_per_s:,.0f} tokens/s"
 
 
-def _make_tiny(stack: contextlib.ExitStack, options: EngineOptions) -> str:
+def _make_tiny(stack: contextlib.ExitStack) -> str:
     from transformers.utils import logging as transformers_logging
 
     from lockstep.models.tiny import make_tiny
 
     transformers_logging.disable_progress_bar()
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-serve-"))
-    experts = max(1, _TINY_EXPERTS // options.world_size) * options.world_size  # which the ranks divide
-    return str(make_tiny(Path(folder, "tiny"), num_experts=experts, num_experts_per_token=min(2, experts)))
+    return str(make_tiny(Path(folder, "tiny"), num_experts=_TINY_EXPERTS))
 
 
 def read_api_key(given: str | None, file: Path | None) -> str | None:

@@ -26,15 +26,10 @@ def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
 
 
 class ExpertsAdapters:
-    """The LoRA adapters around one layer's experts on this rank.
+    """The LoRA adapters around one layer's experts on this rank; `name` is that of the experts without wrappers.
 
     PEFT adds an adapter to the weights for the length of a call of its wrapper. Experts that serve other ranks are not
     called through it, so wrappers only hand on, and `LocalExperts` applies what `read` returns.
-
-    Args:
-        model: that holds the experts.
-        name: of the experts module in it, without wrappers.
-        module: the experts module itself.
     """
 
     def __init__(self, model: Any, name: str, module: Any) -> None:
@@ -43,11 +38,7 @@ class ExpertsAdapters:
         self._state = self._state_now()
 
     def read(self) -> Adapters:
-        """Return the active adapters as they are now, and let their wrappers hand on.
-
-        Raises:
-            ConfigurationError: the experts were replaced, or wrapped by anything but LoRA on their weights.
-        """
+        """Return the active adapters as they are now, and let their wrappers hand on; refuse any but LoRA."""
         outermost = self._outermost()
         wrappers, innermost = wrappers_around(outermost)
         of_others = [one for one in wrappers if getattr(one, "parameter_name", None) not in _WEIGHTS]
@@ -114,14 +105,8 @@ class ExpertsAdapters:
     def cut_loaded(self, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Cut this layer's adapters in a state dict that is about to be loaded, in place, to this rank's slots.
 
-        Args:
-            parent: module that holds the experts, which PEFT leaves in place when it wraps them.
-            state_dict: of the parent.
-            prefix: of the parent's names in it.
-
-        Raises:
-            ConfigurationError: weights of the experts themselves, or an adapter that is neither of the whole model nor
-                of this rank, with both shapes.
+        `parent` holds the experts, and PEFT leaves it in place when it wraps them. Refused: weights of the experts
+        themselves, and an adapter that is neither of the whole model nor of this rank, with both shapes.
         """
         self._notice()
         slots, num_experts = slots_held(self._module)

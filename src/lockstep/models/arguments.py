@@ -63,29 +63,17 @@ TAKEN = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments of Transformers' `from_pretrained`, sorted by what becomes of them.
-
-    Attributes:
-        dtype: of the weights.
-        device: one device; None where none was named.
-        config: a config or where to read one; None for the checkpoint's own.
-        subfolder: of the checkpoint, where its files are.
-        trust_remote_code: run code that comes with the checkpoint.
-        output_loading_info: return Transformers' loading info beside the model.
-        hub: for the download.
-        handed_on: for Transformers.
-        config_changes: attributes of the config; whether it has them is known once it is read.
-    """
+    """Arguments of Transformers' `from_pretrained`, sorted by what becomes of them."""
 
     dtype: Any
-    device: torch.device | str | None
-    config: Any
+    device: torch.device | str | None  # None where none was named
+    config: Any  # or where to read one; None for the checkpoint's own
     subfolder: str
     trust_remote_code: bool
     output_loading_info: bool
     hub: dict[str, Any]
     handed_on: dict[str, Any]
-    config_changes: dict[str, Any]
+    config_changes: dict[str, Any]  # whether the config has such attributes is known once it is read
 
 
 def read_arguments(kwargs: dict[str, Any]) -> Arguments:

@@ -167,7 +167,7 @@ def parallelize(  # noqa: D417
         The same model, ready for `join`.
 
     Raises:
-        ConfigurationError: a model without MoE layers, or already parallel; experts that the ranks do not divide.
+        ConfigurationError: a model without MoE layers, or already parallel.
     """
     options = ParallelOptions(
         max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load

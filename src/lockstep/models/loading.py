@@ -51,30 +51,14 @@ def load_pretrained(
     deadline_s: float = 30.0,
     **kwargs: Any,
 ) -> Any:
-    """Load a checkpoint so that this rank holds the dense weights and its own experts, and reads no others.
+    """Load a checkpoint so that this rank holds the dense weights and the experts in its slots, and reads no others.
 
     Without a conversion of the dtype, dense weights on a CPU stay views of the files, shared with every other process
-    that maps them.
+    that maps them. Over a `tp_mesh`, one-dimensional, attention is split by the model's own plan. With a
+    `process_group`, what is wrong on one rank is raised on all of them, in the same words. `kwargs` are what
+    Transformers' `from_pretrained` takes, see `lockstep.models.arguments`; the device is the CPU by default.
 
-    Args:
-        path: a folder, or a Hub id; with `local_files_only` or `HF_HUB_OFFLINE=1` from the local cache only.
-        ep_rank: this rank's place among those that share the experts, in `0..ep_size - 1`.
-        ep_size: ranks that share the experts, >= 1.
-        placement: of the experts, over as many ranks; the even split by default.
-        tp_mesh: the ranks that share this rank's requests, one-dimensional; attention is split over them by the model's
-            own plan, and replicated where that has no rule. None or one rank: all dense weights are whole.
-        process_group: with it, what is wrong on one rank is raised on all of them, in the same words.
-        deadline_s: longest wait for a rank of the group that is not there, or there and makes no progress, in seconds.
-        **kwargs: what Transformers' `from_pretrained` takes, see `lockstep.models.arguments`; the CPU by default.
-
-    Returns:
-        The model, in evaluation mode. With `output_loading_info=True` the model and Transformers' loading info.
-
-    Raises:
-        ConfigurationError: for a checkpoint that is missing, truncated or does not fit the model or the placement, or a
-            quantisation that is not undone on load.
-        PeerFailedError: another rank of the group raised anything else.
-        RankAbsentError: a rank of the group did not come in time.
+    Returns the model in evaluation mode; with `output_loading_info=True`, the model and Transformers' loading info.
     """
     if not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")

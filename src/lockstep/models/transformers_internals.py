@@ -38,14 +38,10 @@ def sharding_class(
     weights, hence the override of the class methods that would read it. Call the class's `from_pretrained` with
     `distributed_config=no_distribution()`.
 
-    Args:
-        model_class: of Transformers, or of code that comes with a checkpoint.
-        distribute: gets the empty model, on the meta device.
-        on_loaded: gets the model and Transformers' loading info (`missing_keys`, `mismatched_keys`,
-            `conversion_errors`), before what is missing is filled with random numbers.
-        on_finished: gets both once Transformers has taken out the `unexpected_keys` that the architecture ignores.
-        local_parameters_of: names of modules; read after `distribute`, which may fill it. For their parameters
-            `get_parameter` returns this rank's part.
+    `distribute` gets the empty model, on the meta device; `on_loaded` the model and Transformers' loading info, before
+    what is missing is filled with random numbers; `on_finished` both, once the `unexpected_keys` that the architecture
+    ignores are taken out. For parameters of the modules in `local_parameters_of`, which `distribute` may fill,
+    `get_parameter` returns this rank's part.
     """
 
     class Sharding(model_class):

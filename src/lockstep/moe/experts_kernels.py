@@ -170,17 +170,9 @@ def few_rows_experts(
 ) -> torch.Tensor:  # fmt: skip
     """Run each pair through its expert, reading the weights of used experts once per 32 pairs. SwiGLU, no biases.
 
-    Args:
-        hidden_states: received rows, `[received, hidden]`, bfloat16 or float8_e4m3fn.
-        scales: of fp8 rows, `[received, ceil(hidden / 128)]` float32; None for bfloat16.
-        gather_index: row of each pair, pairs sorted by expert, `[capacity]` int32.
-        expert_offsets: where each expert's pairs begin, and their end, `[num_local_experts + 1]` int32, on the device.
-        gate_up_proj: gate rows first, `[num_local_experts, 2 * intermediate, hidden]` bfloat16.
-        down_proj: `[num_local_experts, hidden, intermediate]` bfloat16.
-        tile: inner columns per program, values of a row per step, steps in flight.
-
-    Returns:
-        `[capacity, hidden]` bfloat16, not weighted; rows beyond the pairs are unwritten.
+    Rows are bfloat16, or float8_e4m3fn with `scales [received, ceil(hidden / 128)]`; all else is as in `DispatchHandle`
+    and `LocalExperts.from_tensors`. `tile`: inner columns per program, values of a row per step, steps in flight.
+    Returns `[capacity, hidden]` bfloat16, not weighted; rows beyond the pairs are unwritten.
     """
     experts, hidden, intermediate = down_proj.shape
     capacity = gather_index.shape[0]

@@ -311,11 +311,7 @@ class ExpertLoad:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def place(self, model: str, num_ranks: int, num_redundant_experts: int = 0) -> Placement:
-        """Place a model's experts by this load, with at least so many spare slots in all.
-
-        Raises:
-            ConfigurationError: the load is of another model than `model` (its type), naming both.
-        """
+        """Place the experts of a model of this type by the load, with at least so many spare slots in all."""
         if model != self.model:
             raise ConfigurationError(f"the expert load is of a model of type {self.model!r}, and this one is {model!r}")
         num_slots = len(self.pairs[0]) + num_redundant_experts
