@@ -146,7 +146,7 @@ def test_logprobs_follow_their_tokens():
 
 def test_what_cannot_run_is_refused_before_it_is_in_the_ledger():
     router = make_router()
-    with pytest.raises(ConfigurationError, match="prompt 4 has no tokens"):
+    with pytest.raises(ConfigurationError, match="num_prompt_tokens and max_new_tokens must be >= 1"):
         router.add([], GREEDY, index=4)
     with pytest.raises(ConfigurationError, match="needs a tokenizer"):
         router.add([1], SamplingParams(stop="x"))

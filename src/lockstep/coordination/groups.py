@@ -70,6 +70,11 @@ class Start:
         )  # fmt: skip
 
 
+def forget_starts() -> None:
+    """Count anew what groups of the same ranks open; for ranks that meet in a store of which they have used no key."""
+    _numbers.clear()
+
+
 def _whereabouts(store: dist.Store, rank: int) -> Whereabouts:
     return Whereabouts(dist.PrefixStore("lockstep/whereabouts", store), rank)
 

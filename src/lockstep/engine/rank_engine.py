@@ -171,8 +171,9 @@ class RankEngine:
         self._flight: _Flight | None = None
 
     def add(
-        self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
-    ) -> None:
+        self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None,
+        generated: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """Take a request in; it may run from the next step on.
 
         Args:
@@ -180,6 +181,7 @@ class RankEngine:
             prompt_token_ids: at least one.
             params: how to sample and when to stop.
             seed: of its random numbers; None takes `params.seed`, or the request's number.
+            generated: its tokens so far, where another rank began it: it goes on behind them.
 
         Raises:
             ConfigurationError: a request that exceeds `limits`, or a number in use. Nothing else is affected.
@@ -188,11 +190,11 @@ class RankEngine:
         if request_id in self._requests:
             raise ConfigurationError(f"request {request_id} is there already")
         self.limits.check(f"request {request_id}", prompt, params)
-        request = Request(request_id, 0.0, len(prompt), params.max_tokens)
+        request = Request(request_id, 0.0, len(prompt) + len(generated), params.max_tokens - len(generated))
         if seed is None:
             seed = params.seed if params.seed is not None else request_id
         keys = self.page_keys_of(prompt) if self.config.enable_prefix_caching else ()
-        self._requests[request_id] = EngineRequest(request_id, prompt, params, seed, page_keys=keys)
+        self._requests[request_id] = EngineRequest(request_id, prompt, params, seed, list(generated), keys)
         self.scheduler.add(request, self.step_number, keys)
 
     def abort(self, request_id: int, *, missing_ok: bool = False) -> None:

@@ -91,6 +91,7 @@ class Engine:
             tensor_parallel_size=self.options.tensor_parallel_size if started is None else 1,
             num_data_ranks=self._num_data_ranks,
             start_timeout_s=self.options.start_timeout_s,
+            deadline_s=self.options.deadline_s,
         )
         self.about = self._front.start()
         self._limits = Limits(*(self.about[name] for name in Limits._fields))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import queue
 import threading
 import time
@@ -10,14 +12,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lockstep.coordination.membership import Membership
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.failures import error_of, first_cause, is_echo
+from lockstep.runner.launcher import MARGIN_S
 from lockstep.runner.processes import LOOK_S
 from lockstep.runner.rank_loop import add_message
 from lockstep.runner.rank_processes import EngineRanks
 from lockstep.runner.router import Entry, Router
+
+logger = logging.getLogger(__name__)
 
 _ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
@@ -56,6 +62,7 @@ class EngineStats:
         longest_rows: of the rank with the most in each step, all steps together.
         agreement_s: of each data-parallel rank: seconds from planning a step until all ranks had agreed on it.
         num_kv_tokens: of each data-parallel rank: see `SchedulerState`.
+        epoch: how often ranks were lost, and the others went on.
     """
 
     steps: int = 0
@@ -68,6 +75,7 @@ class EngineStats:
     longest_rows: int = 0
     agreement_s: list[float] = field(default_factory=list)
     num_kv_tokens: list[int] = field(default_factory=list)
+    epoch: int = 0
 
     @property
     def idle_share(self) -> float:
@@ -84,6 +92,7 @@ class Front:
         tensor_parallel_size: processes per data-parallel rank.
         num_data_ranks: data-parallel ranks behind this front.
         start_timeout_s: longest wait for the ranks to be ready, in seconds.
+        deadline_s: longest that one rank waits for another.
 
     Attributes:
         error: why nothing is taken in any more.
@@ -92,15 +101,17 @@ class Front:
 
     def __init__(
         self, ranks: EngineRanks, make_router: Callable[[dict[str, Any]], Router], *,
-        tensor_parallel_size: int, num_data_ranks: int, start_timeout_s: float,
+        tensor_parallel_size: int, num_data_ranks: int, start_timeout_s: float, deadline_s: float,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self.error: Exception | None = None
         zeros = [0] * num_data_ranks
         self.stats = EngineStats(0, [*zeros], [*zeros], agreement_s=[0.0 for _ in zeros], num_kv_tokens=[*zeros])
+        self._before = copy.deepcopy(self.stats)  # as of the beginning of the epoch, since when ranks count
         self.heard_at_s = [time.monotonic()] * ranks.num_processes
         self._make_router = make_router
         self._tensor_parallel_size, self._start_timeout_s = tensor_parallel_size, start_timeout_s
+        self._patience_s = deadline_s + MARGIN_S
         self._events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # of requests that have not ended
         # Of calls, until they are abandoned or forgotten: what ranks hear must not depend on which tokens have come to
@@ -108,6 +119,9 @@ class Front:
         self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
         self._told = False
+        self._membership = Membership(ranks.num_processes)
+        self._failures: list[tuple[int, dict[str, Any]]] = []  # of the epoch that is ending
+        self._patience_ends = 0.0
         self._too_late: list[Listener] = []
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()
@@ -173,7 +187,10 @@ class Front:
             while self._take_event():
                 pass
             self._lose(self._closed)
-            self.ranks.stop()
+            if self._membership.is_ending:
+                self.ranks.kill()
+            else:
+                self.ranks.stop()
         except BaseException as error:
             if not isinstance(error, LockstepError | OSError):
                 text = f"the engine's thread failed: {type(error).__name__}: {error}"
@@ -189,7 +206,8 @@ class Front:
         try:
             kind, who, what = self._events.get(timeout=2 * LOOK_S)
         except queue.Empty:
-            self.ranks.check()
+            self.ranks.check(self._membership.is_ending)
+            self._begin_epoch_if_due()
             return True
         if kind == "rank":
             self._take_message(who, what)
@@ -203,7 +221,10 @@ class Front:
 
     def _take_message(self, rank: int, message: dict[str, Any]) -> None:
         if "failed" in message:
-            raise self._cause(rank, message)
+            self._take_failure(rank, message)
+            return
+        if message["epoch"] != self._router.epoch:
+            return
         if "refused" in message:  # what `RankEngine.add` checks was checked before, so that this is a fault of ours
             raise LockstepError(f"rank {rank} refused a request: {message['why']}")
         if "tokens" not in message or rank % self._tensor_parallel_size:
@@ -211,13 +232,22 @@ class Front:
         data_rank = rank // self._tensor_parallel_size
         state, stats, counts = message["state"], self.stats, message["counts"]
         self._router.observe(data_rank, state, message["taken_in"])
-        if counts["steps"] >= stats.steps:
-            stats.steps, stats.rows, stats.longest_rows = counts["steps"], counts["rows"], counts["longest_rows"]
-        stats.agreement_s[data_rank], stats.num_kv_tokens[data_rank] = counts["agreement_s"], state.num_kv_tokens
-        stats.overrun_rows[data_rank], stats.preempted[data_rank] = counts["overrun_rows"], counts["preempted"]
+        before = self._before
+        if before.steps + counts["steps"] >= stats.steps:
+            stats.steps, stats.longest_rows = (
+                before.steps + counts["steps"],
+                before.longest_rows + counts["longest_rows"],
+            )
+            stats.rows = list(before.rows) or [0] * len(counts["rows"])
+            ranks = self._membership.members if self.ranks.can_survive else range(len(counts["rows"]))
+            for known, num_rows in zip(ranks, counts["rows"], strict=True):
+                stats.rows[known] += num_rows
+        for name in ("agreement_s", "overrun_rows", "preempted"):
+            getattr(stats, name)[data_rank] = getattr(before, name)[data_rank] + counts[name]
+        stats.num_kv_tokens[data_rank] = state.num_kv_tokens
         stats.num_tokens_across_dp = list(message["rows"])
         for request_id, position, token, logprob, top, finish in message["tokens"]:
-            taken = self._router.take(request_id, position, token, logprob, top)
+            taken = self._router.take(request_id, position, token, logprob, top, epoch=message["epoch"])
             if taken is None:
                 stats.dropped_tokens += 1
                 continue
@@ -227,8 +257,52 @@ class Front:
                 del self._listeners[request_id]
                 stats.unfinished_requests = len(self._listeners)
                 if finish is None:  # a rank that looks for no stop strings
-                    self.ranks.send(entry.rank, {"abort": [request_id]})
+                    self._send(entry.rank, {"abort": [request_id]})
             listener.on_token(entry, delta)
+
+    def _take_failure(self, rank: int, message: dict[str, Any]) -> None:
+        """A rank has died, or has stopped because of another one: the others may go on without those that are lost."""
+        membership = self._membership
+        if rank not in membership.members:  # it was given up
+            return
+        if not self.ranks.can_survive or not (message["failed"] == "died" or is_echo(message)):
+            raise self._cause(rank, message)
+        if not membership.is_ending:
+            self._patience_ends = time.monotonic() + self._patience_s
+        if message["failed"] == "died":
+            membership.died(rank)
+        else:
+            membership.stopped(rank, message["epoch"])
+        self._failures.append((rank, message))
+        self._begin_epoch_if_due()
+
+    def _begin_epoch_if_due(self) -> None:
+        """Begin the next epoch once every member of this one is dead or waits for it; kill whoever takes too long."""
+        membership = self._membership
+        if membership.awaited and membership.is_ending and time.monotonic() > self._patience_ends:
+            for rank in membership.awaited:
+                self.ranks.kill_one(rank)
+        members = membership.next_members()
+        if members is None:
+            return
+        error = error_of(*first_cause(self._failures))
+        if not members or members == membership.members:  # who is left, or what has gone wrong?
+            raise error
+        logger.warning("%s; going on with rank%s %s", error, "s" * (len(members) > 1), ", ".join(map(str, members)))
+        membership.begin(members)
+        self.stats.epoch, self._before = membership.epoch, copy.deepcopy(self.stats)
+        self._failures = []
+        self._router.begin_epoch(members)
+        self.ranks.publish(membership.epoch, members)
+        for entry in self._router.entries.values():
+            self._send_request(entry)
+
+    def _send_request(self, entry: Entry) -> None:
+        tokens = entry.checker.token_ids
+        self._send(entry.rank, add_message(entry.request_id, entry.prompt_token_ids, entry.params, tokens))
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        self.ranks.send(rank, message | {"epoch": self._router.epoch})
 
     def _submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
         entries = self._calls.setdefault(id(listener), [])
@@ -236,7 +310,7 @@ class Front:
             entry = self._router.add(new.prompt_token_ids, new.params, new.index)
             self._listeners[entry.request_id] = listener
             entries.append(entry)
-            self.ranks.send(entry.rank, add_message(entry.request_id, new.prompt_token_ids, new.params))
+            self._send_request(entry)
         self.stats.unfinished_requests = len(self._listeners)
 
     def _abandon(self, call: int) -> None:
@@ -246,7 +320,7 @@ class Front:
             self._listeners.pop(entry.request_id, None)
             self._router.abort(entry.request_id)
         for rank, ids in ids_of.items():
-            self.ranks.send(rank, {"abort": ids})
+            self._send(rank, {"abort": ids})
         self.stats.unfinished_requests = len(self._listeners)
 
     def _lose(self, error: Exception) -> None:

@@ -171,11 +171,13 @@ def _rank_main(
     connection: Connection, rank: int, num_ranks: int, port: int, deadline_s: float, function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    from lockstep.runner.ranks import join_group
+    from lockstep.runner.ranks import join_group, open_store
 
     pid = os.getpid()
     try:
-        join_group(rank, num_ranks, port, max(deadline_s, _START_S))
+        limit_s = max(deadline_s, _START_S)
+        if num_ranks > 1:
+            join_group(open_store(port, limit_s), rank, num_ranks, limit_s)
         message = {"done": function(*args)}
     except BaseException as error:
         if os.getpid() != pid:  # a forked child unwinds: it has no say in what becomes of this rank

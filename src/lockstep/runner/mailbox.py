@@ -12,11 +12,20 @@ from typing import Any
 
 
 class Mailbox:
-    """A rank's messages, plain dicts; `deliver` brings one in, `send` hands one out."""
+    """A rank's messages, plain dicts; `deliver` brings one in. Each says its epoch; those of earlier ones are dropped.
+
+    Attributes:
+        epoch: in which the rank works.
+    """
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.deliver, self.send = self._received.put, send
+        self.deliver, self._send = self._received.put, send
+        self.epoch = 0
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Hand a message out; returns at once."""
+        self._send(message | {"epoch": self.epoch})
 
     def receive(self, timeout_s: float) -> list[dict[str, Any]]:
         """Return what has come; if nothing has, wait at most this long for something."""
@@ -25,7 +34,7 @@ class Mailbox:
             messages.append(self._received.get(timeout=timeout_s) if timeout_s else self._received.get_nowait())
             while True:
                 messages.append(self._received.get_nowait())
-        return messages
+        return [message for message in messages if message.get("epoch", self.epoch) >= self.epoch]
 
 
 class ConnectionMailbox(Mailbox):

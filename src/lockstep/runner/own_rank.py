@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
@@ -20,7 +21,7 @@ class OwnRank:
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        self.num_processes = 1
+        self.num_processes, self.can_survive = 1, False
         self._options = options
         self._mailbox: Mailbox
         self._parallel: Any = None
@@ -34,8 +35,14 @@ class OwnRank:
     def send(self, data_rank: int, message: dict[str, Any]) -> None:  # noqa: D102
         self._mailbox.deliver(message)
 
-    def check(self) -> None:  # noqa: D102
+    def check(self, is_ending: bool = False) -> None:  # noqa: D102
         pass
+
+    def kill_one(self, rank: int) -> None:  # noqa: D102
+        raise NotImplementedError("under torchrun all ranks start again")
+
+    def publish(self, epoch: int, members: Sequence[int]) -> None:  # noqa: D102
+        raise NotImplementedError("under torchrun all ranks start again")
 
     def states(self) -> list[tuple[int, ProcessState]]:  # noqa: D102
         return [(os.getpid(), "alive")]
@@ -58,11 +65,11 @@ class OwnRank:
             self._parallel.coordinator.give_up(failure)
 
     def _run(self) -> None:
-        from lockstep.runner.rank_loop import run_rank
-        from lockstep.runner.ranks import detokenizer_of, find_tokenizer, make_engine
-
         try:
-            engine = make_engine(self._options)
+            from lockstep.runner.rank_loop import run_rank
+            from lockstep.runner.ranks import detokenizer_of, find_tokenizer, load_model, make_engine
+
+            engine = make_engine(load_model(self._options), self._options)
             self._parallel = engine.parallel
             detokenizer = detokenizer_of(find_tokenizer(self._options.model))
             self._mailbox.send({"ready": engine.about()})

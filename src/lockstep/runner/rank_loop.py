@@ -26,9 +26,12 @@ _SAY_S = 1.0  # how often a rank says that it lives, at least
 _LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
 
 
-def add_message(request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
-    """Return the message that brings a request."""
-    return {"add": request_id, "prompt": list(prompt_token_ids), "params": dataclasses.asdict(params)}
+def add_message(
+    request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, generated: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return the message that brings a request; `generated` are its tokens so far, if another rank has lost it."""
+    about = {"prompt": list(prompt_token_ids), "generated": list(generated), "params": dataclasses.asdict(params)}
+    return {"add": request_id, **about}
 
 
 def run_rank(
@@ -159,12 +162,14 @@ class _RankLoop:
         request_id = message["add"]
         try:
             params = SamplingParams(**message["params"])
-            self.engine.add(request_id, message["prompt"], params)
+            self.engine.add(request_id, message["prompt"], params, generated=message["generated"])
         except ConfigurationError as error:
             self.mailbox.send({"refused": request_id, "why": str(error)})
             return
         if params.stop_strings and self.detokenizer is not None:
-            self.checkers[request_id] = StopChecker(params, detokenizer=self.detokenizer)
+            checker = self.checkers[request_id] = StopChecker(params, detokenizer=self.detokenizer)
+            for token in message["generated"]:
+                checker.push(token)
 
     def _find_stops(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
         """End requests whose text a stop string has ended; their last token says so."""

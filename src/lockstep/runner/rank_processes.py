@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from lockstep.coordination.membership import publish
 from lockstep.coordination.processes import ProcessState
 from lockstep.errors import RankAbsentError
 from lockstep.runner.launcher import MARGIN_S, PRELOAD, loopback_store, rank_environment
@@ -16,9 +18,13 @@ _STOP_S = 10.0
 
 
 class EngineRanks(Protocol):
-    """What an engine's front needs of the ranks behind it; `num_processes` of them send `ready` once each."""
+    """What an engine's front needs of the ranks behind it; `num_processes` of them send `ready` once each.
+
+    Where they `can_survive`, they go on without those that die, as the front decides it.
+    """
 
     num_processes: int
+    can_survive: bool
 
     def start(self, on_message: OnMessage) -> None:
         """Start them. From then on `on_message(rank, message)` is called for each message, from any thread.
@@ -29,8 +35,17 @@ class EngineRanks(Protocol):
     def send(self, data_rank: int, message: dict[str, Any]) -> None:
         """Send a message to all processes of a data-parallel rank."""
 
-    def check(self) -> None:
-        """Raise `RankAbsentError` for ranks that do not run, though nobody else would say so."""
+    def check(self, is_ending: bool = False) -> None:
+        """Raise `RankAbsentError` for ranks that are stopped, or kill them where the others can survive that.
+
+        `is_ending` where the others have noticed, and wait.
+        """
+
+    def kill_one(self, rank: int) -> None:
+        """End a rank that is given up."""
+
+    def publish(self, epoch: int, members: Sequence[int]) -> None:
+        """Let ranks know who the members of an epoch are."""
 
     def states(self) -> list[tuple[int, ProcessState]]:
         """Return each process and what the operating system says of it."""
@@ -46,7 +61,7 @@ class RankProcesses:
     """Ranks as processes of this host. The methods are those of `EngineRanks`."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self.num_processes = options.world_size
+        self.num_processes, self.can_survive = options.world_size, options.can_survive
         self._options = options
         self._store = loopback_store()
         self._ending = False
@@ -65,8 +80,18 @@ class RankProcesses:
         for process in self._ranks.processes[data_rank * size : (data_rank + 1) * size]:
             process.send(message)
 
-    def check(self) -> None:  # noqa: D102
-        for rank in self._ranks.stopped(self._options.deadline_s + MARGIN_S):
+    def kill_one(self, rank: int) -> None:  # noqa: D102
+        self._ranks.processes[rank].kill()
+
+    def publish(self, epoch: int, members: Sequence[int]) -> None:  # noqa: D102
+        publish(self._store, epoch, members)
+
+    def check(self, is_ending: bool = False) -> None:  # noqa: D102
+        limit_s = self._options.deadline_s
+        for rank in self._ranks.stopped(limit_s / 2 if is_ending else limit_s + MARGIN_S):
+            if self.can_survive:
+                self.kill_one(rank)
+                continue
             stopped = f"rank {rank} was stopped (process {self._ranks.processes[rank].pid})"
             text = f"{stopped} and did not go on within {self._options.deadline_s:g} s"
             raise RankAbsentError(text, (rank,))

@@ -70,6 +70,11 @@ class EngineOptions(ModelOptions):
                 raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
         self.scheduler()
 
+    @property
+    def can_survive(self) -> bool:
+        """Whether other ranks can go on where one is lost: each has a part of the experts, and no other weights."""
+        return self.world_size > 1 and self.tensor_parallel_size == 1
+
     def scheduler(self) -> SchedulerConfig:
         """Return how requests become steps."""
         return SchedulerConfig(
@@ -82,31 +87,43 @@ class EngineOptions(ModelOptions):
         )
 
 
-def join_group(rank: int, num_ranks: int, port: int, timeout_s: float) -> None:
-    """Join the ranks of this host that were started together and share its cores and GPUs.
-
-    They meet in a store at a port of the loopback address, and wait for each other at most `timeout_s`.
-    """
-    if num_ranks == 1:
-        return
+def open_store(port: int, timeout_s: float) -> Any:
+    """Return the store of the process that has started this rank; it answers each question within `timeout_s`."""
     import datetime
 
-    import torch
     import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
+    """Join the ranks of this host that work together and share its cores and GPUs; wait `timeout_s` for any of them."""
+    import torch
 
     from lockstep.coordination.groups import connect
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     connect(store, rank, num_ranks, timeout_s)
+
+
+def leave_groups(model: Any, timeout_s: float) -> None:
+    """Let go of all groups of a model whose other ranks may be gone; the next ones meet under keys of their own."""
+    import torch.distributed as dist
+
+    from lockstep.coordination.groups import forget_starts
+    from lockstep.coordination.waits import within
+    from lockstep.models.parallel import parallel_of
+
+    if (parallel := parallel_of(model)) is not None:
+        parallel.close()
+    within(dist.destroy_process_group, timeout_s)
+    forget_starts()
 
 
 def load_model(options: ModelOptions) -> Any:
     """Load the model on this rank. Collective."""
-    import torch
-
     from lockstep.models.huggingface import from_pretrained
     from lockstep.runner.checkpoint_checks import placement_of
 
@@ -116,19 +133,25 @@ def load_model(options: ModelOptions) -> Any:
         max_chunk_size_per_rank=options.max_chunk_size,
         dispatcher=options.dispatcher,
         deadline_s=options.deadline_s,
-        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        dtype=torch_dtype(options),
         device=options.device,
         placement=placement_of(options),
         count_expert_load=options.expert_load,
     )
 
 
-def make_engine(options: EngineOptions) -> Any:
-    """Load the model on this rank and make its `RankEngine`, whose groups are open. Collective."""
+def torch_dtype(options: ModelOptions) -> Any:
+    """Return the dtype that the options name, or `auto`."""
+    import torch
+
+    return options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def make_engine(model: Any, options: EngineOptions) -> Any:
+    """Make the `RankEngine` of a model that `load_model` has loaded on this rank, and open its groups. Collective."""
     from lockstep.engine.rank_engine import RankEngine
     from lockstep.models.parallel import parallel_of
 
-    model = load_model(options)
     parallel = parallel_of(model)
     if parallel is not None:
         parallel.open()

@@ -54,6 +54,7 @@ class Router:
 
     Attributes:
         entries: requests that have not ended, by number.
+        epoch: of the ranks that it gives requests to; tokens of earlier ones change nothing.
     """
 
     def __init__(
@@ -67,43 +68,47 @@ class Router:
         detokenizer: Detokenizer | None = None,
     ) -> None:
         self.entries: dict[int, Entry] = {}
-        self._balancer = LoadBalancer(load_balancing, num_ranks)
-        self._states = [SchedulerState()] * num_ranks
-        self._sent: list[dict[int, Request]] = [{} for _ in range(num_ranks)]  # not counted in the rank's state yet
+        self.epoch, self._first_rank = 0, first_rank
+        self._load_balancing = load_balancing
+        self._set_ranks(range(first_rank, first_rank + num_ranks))
         self._eos_token_ids = tuple(eos_token_ids)
         self._detokenizer = detokenizer
-        self._first_rank = first_rank
         self._next_id = first_rank
         self._id_step = all_ranks // num_ranks if all_ranks is not None else 1
 
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
         """Take a request in and choose its rank; `index` is its place among the prompts of a call."""
         checker = StopChecker(params, eos_token_ids=self._eos_token_ids, detokenizer=self._detokenizer)
-        request = Request(self._next_id, 0.0, len(prompt_token_ids), params.max_tokens)
-        (rank,) = self._balancer.assign([request], [self._expected(rank) for rank in range(len(self._states))])
-        self._sent[rank][request.request_id] = request
-        entry = Entry(index, request.request_id, list(prompt_token_ids), params, self._first_rank + rank, checker)
+        entry = Entry(index, self._next_id, list(prompt_token_ids), params, 0, checker)
+        self._choose_rank(entry)
         self.entries[entry.request_id] = entry
         self._next_id += self._id_step
         return entry
 
+    def begin_epoch(self, ranks: Sequence[int]) -> None:
+        """Go on with other ranks, which know of nothing: every unfinished request gets a rank of theirs."""
+        self.epoch += 1
+        self._set_ranks(ranks)
+        for entry in self.entries.values():
+            self._choose_rank(entry)
+
     def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
         """Note what a rank, counted from `first_rank`, says of its scheduler, and which requests that newly counts."""
-        self._states[rank] = state
+        self._states[self._first_rank + rank] = state
         for request_id in taken_in:
-            self._sent[rank].pop(request_id, None)
+            self._sent[self._first_rank + rank].pop(request_id, None)
 
     def take(
         self, request_id: int, position: int, token_id: int,
-        logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] | None = None,
+        logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] | None = None, *, epoch: int = 0,
     ) -> tuple[Entry, TextDelta] | None:  # fmt: skip
         """Take a token in; return its request, which leaves the ledger with its last one, and what it adds to the text.
 
-        None for a token that changes nothing: it is there already, or its request has ended. A token that leaves a gap,
-        which no rank sends, raises `ConfigurationError`.
+        None for a token that changes nothing: it is there already, its request has ended, or its epoch has. A token
+        that leaves a gap, which no rank sends, raises `ConfigurationError`.
         """
         entry = self.entries.get(request_id)
-        if entry is None or position < len(entry.checker.token_ids):
+        if entry is None or epoch != self.epoch or position < len(entry.checker.token_ids):
             return None
         if position > len(entry.checker.token_ids):
             after = f"after {len(entry.checker.token_ids)} tokens"
@@ -121,6 +126,18 @@ class Router:
         if entry is not None:
             entry.checker.abort()
         return entry
+
+    def _set_ranks(self, ranks: Sequence[int]) -> None:
+        self._balancer = LoadBalancer(self._load_balancing, len(ranks))
+        self._states = {rank: SchedulerState() for rank in ranks}
+        self._sent: dict[int, dict[int, Request]] = {rank: {} for rank in ranks}  # not counted in its state yet
+
+    def _choose_rank(self, entry: Entry) -> None:
+        done, ranks = len(entry.checker.token_ids), list(self._states)
+        request = Request(entry.request_id, 0.0, len(entry.prompt_token_ids) + done, entry.params.max_tokens - done)
+        (place,) = self._balancer.assign([request], [self._expected(rank) for rank in ranks])
+        entry.rank = ranks[place]
+        self._sent[entry.rank][entry.request_id] = request
 
     def _expected(self, rank: int) -> SchedulerState:
         """A rank's state with the requests on their way to it."""

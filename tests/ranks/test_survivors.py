@@ -1,0 +1,124 @@
+"""`lockstep.Engine` loses ranks: the others go on, every request comes out once, and as one process has it."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+
+from lockstep import Engine, PeerFailedError, SamplingParams
+from lockstep.models.tiny import make_tiny
+
+LONG = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
+MOST_OUTAGE_S = 1.5
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(make_tiny(tmp_path_factory.mktemp("survivors") / "tiny", num_layers=2, num_experts=12))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """What one process generates, by Transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
+
+    def generate(prompt, count):
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+            pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        return tuple(output[0, len(prompt) :].tolist())
+
+    return generate
+
+
+class Heard:
+    """Every token that a listener hears, with its time."""
+
+    def __init__(self, num_requests):
+        self.tokens, self.times, self.error = [[] for _ in range(num_requests)], [], None
+        self.left = threading.Semaphore(0)
+
+    def on_token(self, entry, delta):
+        assert len(entry.checker.token_ids) == len(self.tokens[entry.index]) + 1  # one more, none twice
+        self.tokens[entry.index].append(entry.checker.token_ids[-1])
+        self.times.append(time.monotonic())
+        if delta.finish_reason is not None:
+            self.left.release()
+
+    def on_error(self, error):
+        self.error = error
+        for _ in self.tokens:
+            self.left.release()
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come true"
+        time.sleep(0.002)
+
+
+def lose(engine, heard, rank, number=signal.SIGKILL):
+    """End a rank in mid-run; return the seconds until the first token of the next epoch."""
+    epoch = engine.stats.epoch
+    os.kill(engine.ranks()[rank].pid, number)
+    lost = time.monotonic()
+    wait_for(lambda: engine.stats.epoch == epoch + 1 or heard.error)
+    heard_before = len(heard.times)
+    wait_for(lambda: len(heard.times) > heard_before or heard.error)
+    assert heard.error is None
+    return time.monotonic() - lost
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("victims", [(1, 0), (0, 2)], ids=["a rank, then the first", "the first, then the last"])
+def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, victims):
+    prompts = [[n + 1, 2, 3] * (1 + n % 4) for n in range(9)]
+    with Engine(tiny, data_parallel_size=3, deadline_s=10) as engine:
+        heard = Heard(len(prompts))
+        engine.submit(heard, engine.read_requests(prompts, LONG))
+        wait_for(lambda: len(heard.times) > 60)
+        outages = []
+        for victim in victims:
+            outages.append(lose(engine, heard, victim))
+            wait_for(lambda before=len(heard.times): len(heard.times) > before + 30)
+        for _ in prompts:
+            assert heard.left.acquire(timeout=60) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+        (left,) = {0, 1, 2} - set(victims)
+        assert [rank.state for rank in engine.ranks()] == ["alive" if rank == left else "gone" for rank in range(3)]
+        again = list(engine.generate(prompts[:2], LONG))  # of one rank, which goes on to take requests
+        assert [output.token_ids for output in sorted(again, key=lambda output: output.index)] == [
+            alone(prompt, 120) for prompt in prompts[:2]
+        ]
+        assert {output.rank for output in again} == {left}
+        assert engine.stats.unfinished_requests == 0 and engine.stats.epoch == 2
+        os.kill(engine.ranks()[left].pid, signal.SIGKILL)
+        with pytest.raises(PeerFailedError, match=rf"rank {left} failed: .*SIGKILL"):
+            list(engine.generate(prompts[:1], LONG))
+    print("outages, s:", [round(outage, 2) for outage in outages])
+    assert min(outages) < MOST_OUTAGE_S
+
+
+@pytest.mark.ranks(3)
+def test_a_stopped_rank_is_given_up_after_the_deadline_and_killed(tiny, alone):
+    prompts = [[n + 1, 5] for n in range(6)]
+    with Engine(tiny, data_parallel_size=3, deadline_s=2) as engine:
+        heard = Heard(len(prompts))
+        engine.submit(heard, engine.read_requests(prompts, LONG))
+        wait_for(lambda: len(heard.times) > 30)
+        assert lose(engine, heard, 2, signal.SIGSTOP) < 2 + 4
+        for _ in prompts:
+            assert heard.left.acquire(timeout=60) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+        assert engine.ranks()[2].state == "gone"
