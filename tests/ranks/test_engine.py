@@ -363,7 +363,7 @@ def test_the_last_rank_that_is_killed_is_named_and_nothing_is_left(engine):
     assert time.monotonic() - killed < 5  # a second on a machine that does nothing else
     assert caught.value.rank in (0, 1)
     wait_for(lambda: not any(is_running(pid) for pid in pids), 5)
-    with pytest.raises(PeerFailedError, match="rank [01] failed"):  # it stays closed, and says why
+    with pytest.raises(PeerFailedError, match=r"rank [01] failed"):  # it stays closed, and says why
         engine.generate(["a"])
     engine.close()
     engine.close()

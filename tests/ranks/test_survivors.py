@@ -55,6 +55,10 @@ class Heard:
         if delta.finish_reason is not None:
             self.left.release()
 
+    def wait_for_more(self, num_tokens):
+        before = len(self.times)
+        wait_for(lambda: len(self.times) >= before + num_tokens)
+
     def on_error(self, error):
         self.error = error
         for _ in self.tokens:
@@ -74,8 +78,7 @@ def lose(engine, heard, rank, number=signal.SIGKILL):
     os.kill(engine.ranks()[rank].pid, number)
     lost = time.monotonic()
     wait_for(lambda: engine.stats.epoch == epoch + 1 or heard.error)
-    heard_before = len(heard.times)
-    wait_for(lambda: len(heard.times) > heard_before or heard.error)
+    heard.wait_for_more(1)
     assert heard.error is None
     return time.monotonic() - lost
 
@@ -91,7 +94,7 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
         outages = []
         for victim in victims:
             outages.append(lose(engine, heard, victim))
-            wait_for(lambda before=len(heard.times): len(heard.times) > before + 30)
+            heard.wait_for_more(30)
         for _ in prompts:
             assert heard.left.acquire(timeout=60) and heard.error is None
         assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]

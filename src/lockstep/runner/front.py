@@ -234,10 +234,8 @@ class Front:
         self._router.observe(data_rank, state, message["taken_in"])
         before = self._before
         if before.steps + counts["steps"] >= stats.steps:
-            stats.steps, stats.longest_rows = (
-                before.steps + counts["steps"],
-                before.longest_rows + counts["longest_rows"],
-            )
+            stats.steps = before.steps + counts["steps"]
+            stats.longest_rows = before.longest_rows + counts["longest_rows"]
             stats.rows = list(before.rows) or [0] * len(counts["rows"])
             ranks = self._membership.members if self.ranks.can_survive else range(len(counts["rows"]))
             for known, num_rows in zip(ranks, counts["rows"], strict=True):
