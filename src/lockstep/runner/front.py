@@ -352,7 +352,7 @@ class Front:
                 kind, other, told = self._events.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
-            if kind == "rank" and "failed" in told:
+            if kind == "rank" and "failed" in told and other not in dict(failures):
                 failures.append((other, told))
             elif kind == "submit":
                 self._too_late.append(other)

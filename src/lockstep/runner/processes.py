@@ -44,7 +44,7 @@ class Ranks:
     """Processes that were started together; leaving the `with` block ends them.
 
     Each runs `main(connection, rank, *args)`. What it sends comes to `on_message(rank, message)`, from a thread per
-    rank; after its end, unless `message["failed"]` was the last one, `{"failed": "died", "why": how it ended}`.
+    rank; the last one is `{"failed": "died", "why": how its process ended}`.
 
     Args:
         num_ranks: how many.
@@ -156,16 +156,12 @@ class RankProcess:
         return "gone" if self._exit_code.done() else ProcessIdentity(self.pid, 0, pid_namespace()).state()
 
     def _listen(self, on_message: OnMessage) -> None:
-        failed = False
         with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self._connection.recv()
-                failed = failed or "failed" in message
-                on_message(self.rank, message)
+                on_message(self.rank, self._connection.recv())
         code = self.exit_code()
         self._connection.close()
-        if not failed:
-            on_message(self.rank, {"failed": "died", "why": how_it_ended(code)})
+        on_message(self.rank, {"failed": "died", "why": how_it_ended(code)})
 
 
 def how_it_ended(code: int | None) -> str:
