@@ -29,6 +29,9 @@ def serve(
     deadline: opt.Deadline = 30.0,
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
+    survive: Annotated[
+        int, opt.steps("Lost ranks for whose experts there are slots from the start; for more, the cache shrinks.")
+    ] = 0,
     start_timeout: Annotated[float, opt.scale("Longest wait for the ranks to be ready, in seconds.")] = 600.0,
     max_restarts: Annotated[
         int, opt.steps("How often ranks that died are started again without a request being finished in between.")
@@ -68,7 +71,7 @@ def serve(
         kv_capacity_tokens=kv_capacity_tokens, max_model_len=max_model_len, deadline_s=deadline,
         gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=prefix_caching,
         max_prefill_delay_steps=max_prefill_delay_steps, start_timeout_s=start_timeout, placement=placement,
-        num_redundant_experts=num_redundant_experts,
+        num_redundant_experts=num_redundant_experts, survive=survive,
     )  # fmt: skip
     service = ServeOptions(
         served_model_name or model, read_api_key(api_key, api_key_file), max_queue, max_restarts, max_connections,

@@ -20,7 +20,7 @@ MOST_OUTAGE_S = 1.5
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return str(make_tiny(tmp_path_factory.mktemp("survivors") / "tiny", num_layers=2, num_experts=12))
+    return str(make_tiny(tmp_path_factory.mktemp("survivors") / "tiny", num_layers=2, num_experts=8))
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,13 @@ def lose(engine, heard, rank, number=signal.SIGKILL):
 
 
 @pytest.mark.ranks(3)
-@pytest.mark.parametrize("victims", [(1, 0), (0, 2)], ids=["a rank, then the first", "the first, then the last"])
-def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, victims):
+@pytest.mark.parametrize(
+    ("victims", "survive"), [((1, 0), 0), ((0, 2), 1)], ids=["a rank, then the first", "the first, then the last"]
+)
+def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, victims, survive):
+    """Eight experts over 3, 2 and 1 ranks, none of which divides them but the last two."""
     prompts = [[n + 1, 2, 3] * (1 + n % 4) for n in range(9)]
-    with Engine(tiny, data_parallel_size=3, deadline_s=10) as engine:
+    with Engine(tiny, data_parallel_size=3, deadline_s=10, survive=survive) as engine:
         heard = Heard(len(prompts))
         engine.submit(heard, engine.read_requests(prompts, LONG))
         wait_for(lambda: len(heard.times) > 60)

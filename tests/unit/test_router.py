@@ -151,3 +151,27 @@ def test_what_cannot_run_is_refused_before_it_is_in_the_ledger():
     with pytest.raises(ConfigurationError, match="needs a tokenizer"):
         router.add([1], SamplingParams(stop="x"))
     assert not router.entries
+
+
+def test_ranks_that_are_left_get_every_unfinished_request_once():
+    router = make_router(num_ranks=3)
+    entries = [router.add([5] * (1 + n), GREEDY) for n in range(6)]
+    send(router, entries[0], [10, 11])
+    router.abort(entries[1].request_id)
+    router.begin_epoch([0, 2])
+    assert {entry.rank for entry in router.entries.values()} == {0, 2}
+    assert sorted(router.entries) == [entry.request_id for entry in entries if entry is not entries[1]]
+    assert router.add([1], GREEDY).rank in (0, 2)
+    router.observe(2, SchedulerState(num_outstanding_tokens=1000), [])
+    assert router.add([1], GREEDY).rank == 0
+
+
+def test_a_token_of_an_epoch_that_has_ended_changes_nothing():
+    router = make_router(num_ranks=2)
+    entry = router.add([5], GREEDY)
+    send(router, entry, [10, 11])
+    router.begin_epoch([1])
+    assert router.take(entry.request_id, 2, 99, epoch=0) is None  # of the rank that was lost, in the nick of time
+    assert router.take(entry.request_id, 1, 11, epoch=1) is None  # computed again
+    taken, _ = router.take(entry.request_id, 2, 12, epoch=1)
+    assert taken.checker.token_ids == [10, 11, 12]

@@ -38,6 +38,7 @@ _LONGEST_IDENTITY = 64
 # NCCL's watchdog ends the process: only where all else has failed.
 _WATCHDOG_S = 10.0
 
+_abandoned: list[dist.ProcessGroup] = []
 _numbers: dict[tuple[str, str], Iterator[int]] = {}
 
 
@@ -70,8 +71,11 @@ class Start:
         )  # fmt: skip
 
 
-def forget_starts() -> None:
-    """Count anew what groups of the same ranks open; for ranks that meet in a store of which they have used no key."""
+def abandon_groups() -> None:
+    """Forget all groups, whose other ranks may be gone; the next ones meet in a store of which no key was used."""
+    # Not freed before the process ends: that would wait for collectives that nobody answers any more.
+    _abandoned.extend(dist.distributed_c10d._world.pg_map)
+    dist.destroy_process_group()
     _numbers.clear()
 
 

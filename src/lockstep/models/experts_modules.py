@@ -79,6 +79,19 @@ def localise(module: Any, slots: Sequence[int]) -> None:
     _hold(module, slots)
 
 
+def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
+    """Let a module that was cut down hold other experts: its own, and those of another module of the same layer."""
+    (held, num_experts), added = slots_held(module), slots_held(fresh)[0] if fresh is not None else ()
+    wanted = [(*held, *added).index(expert) if expert != EMPTY else EMPTY for expert in slots]
+    for name, parameter in _expert_parameters(module):
+        rows = parameter.detach()
+        if added:
+            rows = torch.cat([rows, fresh._parameters[name].detach().to(rows.device)])
+        _set(module, name, parameter, take(rows, wanted))
+    module.num_experts = num_experts
+    _hold(module, slots)
+
+
 def slots_held(module: Any) -> tuple[tuple[int, ...], int]:
     """Return what each slot of a module that was cut down holds, and how many experts the layer has over all ranks."""
     held: tuple[tuple[int, ...], int] = module._lockstep_slots

@@ -133,7 +133,7 @@ def from_pretrained(  # noqa: D417
     if fuse_norms:
         norms.fuse_norms(model)
     if group is not None:
-        _attach(ModelParallel(model, config, group, options, attention))
+        attach(ModelParallel(model, config, group, options, attention))
     return loaded
 
 
@@ -196,7 +196,7 @@ def parallelize(  # noqa: D417
         norms.fuse_norms(inner)
     outer: Any = model
     outer.eval()
-    _attach(ModelParallel(inner, config, group, options))
+    attach(ModelParallel(inner, config, group, options))
     return model
 
 
@@ -244,7 +244,7 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
         parallel.session = None
 
 
-def _attach(parallel: ModelParallel) -> None:
+def attach(parallel: ModelParallel) -> None:
     """Route the model's experts and its forward pass through Lockstep."""
     model = parallel.model
     internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)

@@ -1,36 +1,73 @@
-"""A model that is spread over ranks, spread anew over those that are left: its experts are read again, nothing else."""
+"""A model that is spread over ranks, spread anew over those that are left: missing experts are read, nothing else."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.coordination.groups import parallel_config
 from lockstep.errors import ConfigurationError
-from lockstep.models.experts_modules import find_experts, slots_held
-from lockstep.models.huggingface import _attach
+from lockstep.models.experts_modules import change_slots, find_experts, slots_held
+from lockstep.models.huggingface import attach
 from lockstep.models.loading import load_pretrained
 from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.moe.placement import EMPTY, Placement
+from lockstep.moe.survivors import to_read
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-def respread(model: Any, path: str, process_group: dist.ProcessGroup, **how_loaded: Any) -> None:
-    """Give this rank its part of a model among other ranks than before; without tensor parallelism. Collective.
+class Respreader:
+    """Gives this rank's model other experts, as often as ranks are lost. Without tensor parallelism.
 
-    The model's groups must have been closed. Its dense weights stay; of the second model that reads the experts, those
-    are views of the files, which nobody reads.
+    Args:
+        model: from `from_pretrained`, on this rank.
+        path: of its checkpoint.
+        **how_loaded: what `load_pretrained` was given besides.
+
+    Attributes:
+        placement: by which the model was loaded.
     """
-    old = parallel_of(model)
-    assert old is not None
-    config = parallel_config(process_group, 1)
-    fresh = dict(find_experts(load_pretrained(path, ep_rank=config.rank, ep_size=config.world_size, **how_loaded)))
-    for name, module in find_experts(model):
-        if slots_held(module)[1] % config.world_size:
-            num_experts = slots_held(module)[1]
-            raise ConfigurationError(f"{num_experts} experts cannot be divided over {config.world_size} ranks")
-        module._parameters.update(fresh[name]._parameters)
-        module.num_experts, module._lockstep_slots = fresh[name].num_experts, slots_held(fresh[name])
-    model.forward = old.forward
-    del model.__dict__["_lockstep_parallel"]
-    _attach(ModelParallel(model, config, process_group, old.options))
+
+    def __init__(self, model: Any, path: str, **how_loaded: Any) -> None:
+        parallel = parallel_of(model)
+        assert parallel is not None
+        self._model, self._path, self._how_loaded = model, path, how_loaded
+        self._files = _files_of(path)
+        layers = find_experts(model)
+        num_experts, num_ranks = slots_held(layers[0][1])[1], parallel.config.world_size
+        self.placement = parallel.options.placement or Placement.even(len(layers), num_experts, num_ranks)
+
+    def spread(self, placement: Placement, process_group: dist.ProcessGroup) -> None:
+        """Hold what a placement over the ranks of a group says, and work among them. The old groups must be closed."""
+        parallel, modules = parallel_of(self._model), find_experts(self._model)
+        assert parallel is not None
+        config = parallel_config(process_group, 1)
+        wanted = [placement.slots_of(layer, config.rank) for layer in range(len(modules))]
+        missing = [
+            set(slots).difference(slots_held(module)[0], {EMPTY})
+            for slots, (_, module) in zip(wanted, modules, strict=True)
+        ]
+        fresh = self._read(to_read(missing, placement.num_experts)) if any(missing) else {}
+        for slots, (name, module) in zip(wanted, modules, strict=True):
+            change_slots(module, slots, fresh.get(name))
+        self._model.forward = parallel.forward
+        del self._model.__dict__["_lockstep_parallel"]
+        attach(ModelParallel(self._model, config, process_group, replace(parallel.options, placement=placement)))
+
+    def _read(self, placement: Placement) -> dict[str, Any]:
+        """Experts modules with the experts of a placement's first rank; of dense weights, views are made at most."""
+        if _files_of(self._path) != self._files:
+            raise ConfigurationError(f"{self._path} is not the checkpoint any more that the ranks have loaded")
+        model = load_pretrained(
+            self._path, ep_rank=0, ep_size=placement.num_ranks, placement=placement, **self._how_loaded
+        )
+        return dict(find_experts(model))
+
+
+def _files_of(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of a folder's weights; a Hub id's never change in the cache."""
+    found = sorted(Path(path).glob("*.safetensors"))
+    return [(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in found]

@@ -35,12 +35,14 @@ class RankHealth:
         state: what the operating system says of it.
         silent_s: seconds since its last message; a rank that lives sends one every second, unless a step takes longer.
         pid: of its process.
+        lost: the others go on without it.
     """
 
     rank: int
     state: ProcessState
     silent_s: float
     pid: int
+    lost: bool
 
 
 class Engine:
@@ -154,7 +156,8 @@ class Engine:
         """Return how each process of the engine is, as of now."""
         now_s, heard_at_s = time.monotonic(), self._front.heard_at_s
         found = zip(self._front.ranks.states(), heard_at_s, strict=True)
-        return [RankHealth(rank, state, now_s - at_s, pid) for rank, ((pid, state), at_s) in enumerate(found)]
+        lost = [rank not in self._front.members for rank in range(len(heard_at_s))]
+        return [RankHealth(r, state, now_s - at_s, pid, lost[r]) for r, ((pid, state), at_s) in enumerate(found)]
 
     def close(self) -> None:
         """End what runs, and the ranks; closing twice does nothing. Under torchrun, waits until all ranks close.

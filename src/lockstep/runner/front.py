@@ -129,6 +129,11 @@ class Front:
         self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """Processes that work; those that were lost do not."""
+        return self._membership.members
+
+    @property
     def failure(self) -> Exception | None:
         """What has ended the ranks, if no caller has heard of it."""
         return None if self._told or self.error is self._closed else self.error

@@ -31,6 +31,7 @@ class ModelOptions:
             contiguous shares.
         num_redundant_experts: spare slots in each layer, over all ranks, for replicas of hot experts.
         expert_load: count what comes to each expert.
+        survive: lost ranks for whose experts there are slots from the start; for more, the cache shrinks.
     """
 
     model: str
@@ -46,6 +47,12 @@ class ModelOptions:
     placement: str | None = None
     num_redundant_experts: int = 0
     expert_load: bool = False
+    survive: int = 0
+
+    @property
+    def can_survive(self) -> bool:
+        """Whether other ranks can go on where one is lost: each has a part of the experts, and no other weights."""
+        return self.data_parallel_size > 1 and self.tensor_parallel_size == 1
 
     @property
     def world_size(self) -> int:

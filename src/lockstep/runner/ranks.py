@@ -53,8 +53,12 @@ class EngineOptions(ModelOptions):
         for name in ("max_model_len", "max_chunk_size", "kv_capacity_tokens"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name in ("max_prefill_delay_steps", "num_redundant_experts"):
+        for name in ("max_prefill_delay_steps", "num_redundant_experts", "survive"):
             check_int(name, getattr(self, name), 0)
+        if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
+            sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
+            rule = "fewer than all ranks may be lost, and none of those that share requests"
+            raise ConfigurationError(f"survive is {self.survive} with {sizes}: {rule}")
         for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -69,11 +73,6 @@ class EngineOptions(ModelOptions):
             if getattr(self, name) not in names:
                 raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
         self.scheduler()
-
-    @property
-    def can_survive(self) -> bool:
-        """Whether other ranks can go on where one is lost: each has a part of the experts, and no other weights."""
-        return self.world_size > 1 and self.tensor_parallel_size == 1
 
     def scheduler(self) -> SchedulerConfig:
         """Return how requests become steps."""
@@ -108,18 +107,14 @@ def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
     connect(store, rank, num_ranks, timeout_s)
 
 
-def leave_groups(model: Any, timeout_s: float) -> None:
-    """Let go of all groups of a model whose other ranks may be gone; the next ones meet under keys of their own."""
-    import torch.distributed as dist
-
-    from lockstep.coordination.groups import forget_starts
-    from lockstep.coordination.waits import within
+def leave_groups(model: Any) -> None:
+    """Let go of all groups of a model whose other ranks may be gone."""
+    from lockstep.coordination.groups import abandon_groups
     from lockstep.models.parallel import parallel_of
 
     if (parallel := parallel_of(model)) is not None:
         parallel.close()
-    within(dist.destroy_process_group, timeout_s)
-    forget_starts()
+    abandon_groups()
 
 
 def load_model(options: ModelOptions) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from multiprocessing.connection import Connection
-from typing import Any
 
 from lockstep.errors import PeerFailedError, RankAbsentError
+from lockstep.runner import ranks
 from lockstep.runner.failures import failure_of
 from lockstep.runner.mailbox import ConnectionMailbox, Mailbox
 from lockstep.runner.ranks import EngineOptions
@@ -14,7 +14,6 @@ from lockstep.runner.ranks import EngineOptions
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5.0
-_LEAVE_S = 5.0
 # The launcher may have to wait for a rank's deadline, and once more for one that does not say that it has stopped.
 _DECISION_DEADLINES, _DECISION_S = 3, 30.0
 
@@ -38,41 +37,39 @@ def _work(rank: int, options: EngineOptions, port: int, mailbox: Mailbox) -> Non
     import torch.distributed as dist
 
     from lockstep.coordination.membership import await_members
-    from lockstep.models.respread import respread
+    from lockstep.models.respread import Respreader
+    from lockstep.moe.survivors import widened, without_lost
     from lockstep.runner.rank_loop import run_rank
-    from lockstep.runner.ranks import (
-        detokenizer_of,
-        find_tokenizer,
-        join_group,
-        leave_groups,
-        load_model,
-        make_engine,
-        open_store,
-        torch_dtype,
-    )  # fmt: skip
 
-    store = open_store(port, options.start_timeout_s)
+    wait_s = _DECISION_DEADLINES * options.deadline_s + _DECISION_S
+    store = ranks.open_store(port, options.start_timeout_s)
     members: tuple[int, ...] = tuple(range(options.world_size))
-    detokenizer = detokenizer_of(find_tokenizer(options.model))
-    model: Any = None
+    detokenizer = ranks.detokenizer_of(ranks.find_tokenizer(options.model))
+    model, respreader, placement = None, None, None
     while True:
         try:
             if options.world_size > 1:
-                own_store = dist.PrefixStore(f"epoch/{mailbox.epoch}", open_store(port, options.start_timeout_s))
                 limit_s = options.deadline_s if mailbox.epoch else options.start_timeout_s
-                join_group(own_store, members.index(rank), len(members), limit_s)
+                own_store = dist.PrefixStore(f"epoch/{mailbox.epoch}", ranks.open_store(port, limit_s))
+                ranks.join_group(own_store, members.index(rank), len(members), limit_s)
             if model is None:
-                model = load_model(options)
-            else:
-                respread(model, options.model, dist.group.WORLD, dtype=torch_dtype(options), device=options.device)
-            engine = make_engine(model, options)
+                model = ranks.load_model(options)
+                if options.can_survive:
+                    how_loaded = {"dtype": ranks.torch_dtype(options), "device": options.device}
+                    respreader = Respreader(model, options.model, **how_loaded)
+                    placement = widened(respreader.placement, options.survive)
+            if respreader is not None and (mailbox.epoch or options.survive):
+                assert placement is not None and dist.group.WORLD is not None
+                respreader.spread(placement, dist.group.WORLD)
+            engine = ranks.make_engine(model, options)
             mailbox.send({"ready": engine.about()})
             run_rank(engine, mailbox, detokenizer=detokenizer)
             return
         except (RankAbsentError, PeerFailedError) as error:
-            if model is None or not options.can_survive:
+            if placement is None:
                 raise
             mailbox.send(failure_of(rank, error))
-        members = await_members(store, rank, mailbox.epoch + 1, _DECISION_DEADLINES * options.deadline_s + _DECISION_S)
+        before, members = members, await_members(store, rank, mailbox.epoch + 1, wait_s)
+        placement = without_lost(placement, [before.index(member) for member in members])
         mailbox.epoch += 1
-        leave_groups(model, _LEAVE_S)
+        ranks.leave_groups(model)

@@ -145,7 +145,8 @@ class Service:
             why = str(engine.error)
         else:
             limit_s = engine.options.deadline_s
-            bad = [rank for rank in ranks if rank.state in ("stopped", "gone") or rank.silent_s > limit_s]
+            members = [rank for rank in ranks if not rank.lost]
+            bad = [rank for rank in members if rank.state in ("stopped", "gone") or rank.silent_s > limit_s]
             why = "; ".join(f"rank {rank.rank} is {rank.state}, silent for {rank.silent_s:.0f} s" for rank in bad)
         shown = [{"rank": rank.rank, "state": rank.state, "silent_s": round(rank.silent_s, 1)} for rank in ranks]
         return {"status": "down" if why else "ready", "why": why, "ranks": shown, "restarts": self.num_restarts}

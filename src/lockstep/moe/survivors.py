@@ -1,0 +1,62 @@
+"""What the ranks that are left hold, once others are lost: what they had, and the experts that nobody has any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from lockstep.errors import ConfigurationError
+from lockstep.moe.placement import EMPTY, Placement, check_slots
+
+
+def widened(placement: Placement, num_lost: int) -> Placement:
+    """Return a placement with empty slots for the experts of so many lost ranks.
+
+    Example:
+        >>> widened(Placement.even(num_layers=1, num_experts=6, num_ranks=3), 1).physical_to_logical
+        ((0, 1, -1, 2, 3, -1, 4, 5, -1),)
+    """
+    if not 0 <= num_lost < placement.num_ranks:
+        raise ConfigurationError(f"survive must be in 0..{placement.num_ranks - 1}, one rank is left, got {num_lost}")
+    fewest = check_slots(placement.num_experts, placement.num_ranks - num_lost)
+    every_rank = range(placement.num_ranks)
+    held = [[placement.experts_of(layer, rank) for rank in every_rank] for layer in range(placement.num_layers)]
+    return _with_slots(placement.num_experts, held, max(fewest, placement.num_slots_per_rank))
+
+
+def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
+    """Return the placement of the ranks that are left, which keep their experts and get those that nobody has now.
+
+    Each of these goes to the rank that has fewest. Slots are added where there are not enough empty ones.
+
+    Args:
+        placement: of all ranks before.
+        left: their places in it, in the order in which they are numbered now.
+
+    Example:
+        >>> without_lost(Placement.even(num_layers=1, num_experts=6, num_ranks=3), [0, 2]).physical_to_logical
+        ((0, 1, 2, 4, 5, 3),)
+    """
+    held = []
+    for layer in range(placement.num_layers):
+        ranks = [list(placement.experts_of(layer, rank)) for rank in left]
+        for expert in sorted(set(range(placement.num_experts)).difference(*ranks)):
+            min(ranks, key=len).append(expert)
+        held.append(ranks)
+    return _with_slots(placement.num_experts, held, placement.num_slots_per_rank)
+
+
+def to_read(layers: Sequence[Collection[int]], num_experts: int) -> Placement:
+    """Return a placement whose first rank holds just these experts of each layer, for a loader that is to read them."""
+    most = max(1, *map(len, layers))
+    held = []
+    for wanted in layers:
+        others = [expert for expert in range(num_experts) if expert not in wanted]
+        held.append([sorted(wanted), *(others[at : at + most] for at in range(0, num_experts, most))])
+    return _with_slots(num_experts, held, most)
+
+
+def _with_slots(num_experts: int, held: Sequence[Sequence[Sequence[int]]], fewest: int) -> Placement:
+    """Fill up with empty slots, so that all ranks have equally many: at least `fewest`."""
+    size = max(fewest, *(len(own) for ranks in held for own in ranks))
+    slots = [tuple(slot for own in ranks for slot in (*own, *[EMPTY] * (size - len(own)))) for ranks in held]
+    return Placement(num_experts, len(held[0]), tuple(slots))

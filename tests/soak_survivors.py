@@ -1,0 +1,135 @@
+"""Engines that lose ranks at random moments: outputs are those of one process, every token comes once, nothing hangs.
+
+`python tests/soak_survivors.py --cases 100 --minutes 10 --seed 1`; the last line is a JSON document with the counts.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lockstep import Engine, LockstepError, SamplingParams
+from lockstep.models.tiny import make_tiny
+
+DEADLINE_S = 3.0
+MOST_TOKENS = 80
+HANG_S = 90.0
+
+
+class Outputs:
+    """What a case hears of its requests."""
+
+    def __init__(self, num_requests):
+        self.tokens = [[] for _ in range(num_requests)]
+        self.unfinished, self.error, self.twice = set(range(num_requests)), None, 0
+        self.changed = threading.Event()
+
+    def on_token(self, entry, delta):
+        known = self.tokens[entry.index]
+        self.twice += len(entry.checker.token_ids) != len(known) + 1
+        known.append(entry.checker.token_ids[-1])
+        if delta.finish_reason is not None:
+            self.unfinished.discard(entry.index)
+            self.changed.set()
+
+    def on_error(self, error):
+        self.error = error
+        self.changed.set()
+
+
+class Soak:
+    """A model of each kind, what one process generates with it, and the counts."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.counts = dict.fromkeys(("cases", "losses", "all lost", "tokens", "hangs", "wrong", "lost", "twice"), 0)
+        self.slowest_s = 0.0
+        folder = tempfile.mkdtemp(prefix="soak-survivors-")
+        self.models = [str(make_tiny(f"{folder}/{n}", num_layers=2, num_experts=n)) for n in (6, 8, 12)]
+        self.expected = {path: self._alone(path) for path in self.models}
+
+    def _alone(self, path):
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+        known = {}
+
+        @torch.no_grad()
+        def generate(prompt):
+            if prompt not in known:
+                ids = torch.tensor([prompt])
+                output = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST_TOKENS, do_sample=False,
+                    min_new_tokens=MOST_TOKENS, pad_token_id=0, eos_token_id=None,
+                )  # fmt: skip
+                known[prompt] = output[0, len(prompt) :].tolist()
+            return known[prompt]
+
+        return generate
+
+    def run_case(self):
+        """Start an engine, lose ranks of it, and compare what comes out."""
+        rng, counts = self.random, self.counts
+        path, num_ranks = rng.choice(self.models), rng.randint(2, 4)
+        lengths = [rng.randint(1, MOST_TOKENS) for _ in range(rng.randint(1, 10))]
+        prompts = [tuple(rng.randrange(40) for _ in range(rng.choice((1, 3, 30)))) for _ in lengths]
+        params = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
+        victims = rng.sample(range(num_ranks), rng.randint(1, num_ranks))
+        options = {"survive": rng.randrange(num_ranks), "kv_capacity_tokens": rng.choice((None, 256))}
+        heard, began = Outputs(len(prompts)), time.monotonic()
+        counts["cases"] += 1
+        with Engine(path, data_parallel_size=num_ranks, deadline_s=DEADLINE_S, **options) as engine:
+            engine.submit(heard, engine.read_requests([list(prompt) for prompt in prompts], params))
+            for victim in victims:
+                time.sleep(rng.choice((0.0, rng.uniform(0, 0.3), rng.uniform(0, 1.0))))
+                os.kill(engine.ranks()[victim].pid, rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
+                counts["losses"] += 1
+            while heard.unfinished and heard.error is None:
+                heard.changed.clear()
+                if not heard.changed.wait(HANG_S):
+                    counts["hangs"] += 1
+                    raise AssertionError(f"case {counts['cases']} hangs: {engine.ranks()}, {engine.stats}")
+            if len(victims) == num_ranks and heard.error is not None:
+                counts["all lost"] += 1
+            elif heard.unfinished:
+                counts["lost"] += len(heard.unfinished)
+                logging.error("case %d lost %s: %s", counts["cases"], heard.unfinished, heard.error)
+        counts["twice"] += heard.twice
+        for prompt, length, tokens in zip(prompts, lengths, heard.tokens, strict=True):
+            wanted = self.expected[path](prompt)[:length]
+            counts["tokens"] += len(tokens)
+            if tokens != wanted[: len(tokens)]:
+                counts["wrong"] += 1
+                logging.error("case %d: %s is not %s", counts["cases"], tokens, wanted)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+
+
+def main():
+    """Run cases until their number or the time is reached."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    wanted = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    soak, began = Soak(wanted.seed), time.monotonic()
+    try:
+        while soak.counts["cases"] < wanted.cases and time.monotonic() - began < 60 * wanted.minutes:
+            try:
+                soak.run_case()
+            except LockstepError as error:
+                soak.counts["lost"] += 1
+                logging.error("case %d: %s", soak.counts["cases"], error)
+    finally:
+        minutes = round((time.monotonic() - began) / 60, 1)
+        print(json.dumps({**soak.counts, "slowest case, s": round(soak.slowest_s, 1), "minutes": minutes}))
+
+
+if __name__ == "__main__":
+    main()
