@@ -104,7 +104,7 @@ class _Script:
         self.model = lockstep.parallelize(
             model, dispatcher=dispatcher, fp8_dispatch=fp8, max_chunk_size_per_rank=256, deadline_s=30
         )
-        self.parallel = self.model.__dict__["_lockstep_parallel"]
+        self.parallel = lockstep.parallel_of(self.model)
         self.replays = 0
         replay = graphs._CapturedForward.replay
 

@@ -88,7 +88,7 @@ def run_model(folder, other_constants):
     model = load("auto")
     if other_constants:
         with pytest.raises(RankMismatchError, match="ranks disagree about dispatch constants: rank 0: made up"):
-            model.__dict__["_lockstep_parallel"].open()
+            lockstep.parallel_of(model).open()
         return None
 
     def forward(model, num_tokens):

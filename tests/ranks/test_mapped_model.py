@@ -75,17 +75,17 @@ def test_rows_in_fp8_and_steps_of_several_chunks(folder):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_kernels_are_loaded_with_rows_of_the_kind_that_steps_bring(monkeypatch, fp8):
+def test_kernels_are_loaded_with_rows_of_the_kind_that_steps_bring(fp8):
     seen = []
 
-    def look(self, hidden_states, scales, gather_index, expert_offsets, rows_per_expert):
-        output = on_device(self, hidden_states, scales, gather_index[:1], expert_offsets, rows_per_expert)
-        seen.append((hidden_states.dtype, hidden_states.stride(), len(gather_index), rows_per_expert > FEW_ROWS))
-        assert torch.equal(output, torch.zeros(1, 384, dtype=torch.bfloat16))
+    class Seen(LocalExperts):
+        def on_device(self, hidden_states, scales, gather_index, expert_offsets, rows_per_expert):
+            output = on_device(self, hidden_states, scales, gather_index[:1], expert_offsets, rows_per_expert)
+            seen.append((hidden_states.dtype, hidden_states.stride(), len(gather_index), rows_per_expert > FEW_ROWS))
+            assert torch.equal(output, torch.zeros(1, 384, dtype=torch.bfloat16))
 
-    monkeypatch.setattr(LocalExperts, "on_device", look)
     weights = torch.ones(3, 32, 384, dtype=torch.bfloat16), torch.ones(3, 384, 16, dtype=torch.bfloat16)
-    LocalExperts.from_tensors(*weights).warm_up(640, fp8)
+    Seen.from_tensors(*weights).warm_up(640, fp8)
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     assert seen == [(dtype, (384, 1), 640, False), (dtype, (384, 1), 640, True)]
 

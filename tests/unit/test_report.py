@@ -14,6 +14,8 @@ import pytest
 
 from lockstep.commands.compare import compare_runs
 from lockstep.errors import ConfigurationError
+from lockstep.moe.placement import ExpertLoad
+from lockstep.report.expert_load import heat_map
 from lockstep.report.figures import headline
 from lockstep.report.html import write_report
 from lockstep.report.tables import print_run
@@ -279,3 +281,19 @@ def test_requests_of_one_token_have_no_time_per_further_token(tmp_path):
     assert "tpot_s_p50" not in compare_runs(tmp_path, tmp_path)["a"]
     (tmp_path / "outputs.jsonl").write_text(json.dumps(one) + "\n" + json.dumps(more) + "\n")
     assert compare_runs(tmp_path, tmp_path)["a"]["tpot_s_p99"] == 0.5
+
+
+def test_the_heat_map_has_a_pixel_per_layer_and_expert_and_says_how_uneven_the_ranks_were():
+    pairs = ((0, 10, 10, 60), (20, 20, 20, 20))
+    text, picture = heat_map(ExpertLoad("any", pairs, ((70, 10), (40, 40))))
+    assert "expert 3 of MoE layer 0, had 3.0 times the mean" in text
+    assert "<b>1.38 times</b> the mean" in text and "would have made it 1.38" not in text  # (70 + 40) * 2 / 160
+    image = base64.b64decode(re.search(r"base64,([^\"]+)", picture)[1])
+    assert image.startswith(b"\x89PNG") and struct.unpack(">II", image[16:24]) == (4, 2)
+    (length,) = struct.unpack(">I", image[33:37])
+    lines = np.frombuffer(zlib.decompress(image[41 : 41 + length]), np.uint8).reshape(2, 1 + 4 * 3)
+    pixels = lines[:, 1:].reshape(2, 4, 3).astype(int)
+    assert tuple(pixels[0, 0]) == (232, 238, 247) and (pixels[1] == pixels[1, 0]).all()
+    assert pixels[0, 3, 1] < pixels[1, 0, 1] < pixels[0, 0, 1]  # the hotter, the less green
+    placed, _ = heat_map(ExpertLoad("any", pairs, ((40, 40), (40, 40))))
+    assert "<b>1.00 times</b>" in placed and "would have made it 1.38" in placed

@@ -47,7 +47,7 @@ def test_what_is_harmless(experts, seal):
         (lambda experts: experts.down_proj.detach().zero_(), r"layers\.3\.experts\.down_proj was written in place"),
         (lambda experts: setattr(experts, "down_proj", torch.nn.Parameter(torch.zeros(2, 8, 6))), "was replaced"),
         (lambda experts: experts.double(), r"gate_up_proj was moved or cast inside of join"),
-        (lambda experts: experts._parameters.pop("gate_up_proj"), r"gate_up_proj was replaced"),
+        (lambda experts: delattr(experts, "gate_up_proj"), r"gate_up_proj was replaced"),
         (lambda experts: experts.register_parameter("more", torch.nn.Parameter(torch.zeros(1))), "was added"),
     ],
 )

@@ -21,6 +21,7 @@ from lockstep.cli_types import seconds, several, whole
 from lockstep.commands.calibrate import execute_calibration
 from lockstep.commands.compare import compare_runs
 from lockstep.errors import ConfigurationError
+from lockstep.moe.placement import ExpertLoad
 from lockstep.report.perfetto import write_trace
 from lockstep.report.terminal import Terminal, progress
 from lockstep.simulation.cost import CostConstants
@@ -55,6 +56,26 @@ def test_a_grid_is_every_combination():
         Grid([2], []).configs(SimulationConfig(1))
     with pytest.raises(ConfigurationError, match="max_prefill_delay_steps must be >= 0, got -1"):
         Grid([2], max_prefill_delay_steps=[-1]).configs(SimulationConfig(1))
+
+
+def test_a_recorded_load_says_what_a_placement_would_gain(tmp_path):
+    load = ExpertLoad("qwen3_moe", ((90, 10, 20, 30), (10, 10, 10, 10)), ((100, 50), (20, 20)))
+    load.write(tmp_path / "expert_load.json")
+    common = ("simulate", "--synthetic", "num_requests=5,rate=40", "--placement", str(tmp_path))
+    result = invoke(*common, "--data-parallel-size", "2,3", "--num-redundant-experts", "2", "--json")
+    assert result.exit_code == 0, result.output
+    # Layers of 150 and 40 rows. Busiest of 2 ranks: 100 and 20, then 75 and 20; of 3: 100 and 20, then 55 and 15.
+    assert json.loads(result.stdout)["placement"] == [
+        {"ranks": 2, "slots": 6, "even": 1.2632, "placed": 1.0},
+        {"ranks": 3, "slots": 6, "even": 1.8947, "placed": 1.1053},
+    ]
+    result = invoke(*common, "--data-parallel-size", "2", "--num-redundant-experts", "2")
+    said = " ".join(result.stdout.split())
+    assert (
+        "2 ranks: the busiest has 1.26 times the mean of the experts' work, 1.00 times once placed in 6 slots" in said
+    )
+    result = invoke("simulate", "--placement", str(tmp_path / "nowhere"))
+    assert isinstance(result.exception, ConfigurationError) or "no expert load at" in result.output
 
 
 def test_all_cores_give_what_one_gives():

@@ -119,10 +119,8 @@ class ModelParallel:
     def open(self) -> None:
         """Meet all ranks, check that they are set up alike, and open groups where there are none that may be used.
 
-        Raises:
-            RankAbsentError: ranks that did not come before the deadline, by number.
-            RankMismatchError: naming the setting that differs and each rank's value.
-            ConfigurationError: on all ranks, if a rank's own weights were overwritten or replaced since.
+        Raised on all ranks: `RankMismatchError` names the setting that differs, and each rank's value;
+        `ConfigurationError` a rank's own weights that were overwritten or replaced since.
         """
         complaint = self.weights.complaint()
         if not complaint and self.weights.place() != self._probed_place:  # the model was cast or moved since
@@ -180,7 +178,7 @@ class ModelParallel:
     def begin_capture(
         self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
-        """Begin a step that a CUDA graph records, see `MoELayers.begin_capture`. Needs no agreement."""
+        """See `MoELayers.begin_capture`. Needs no agreement."""
         return self.layers.begin_capture(sizes, num_rows=num_rows, capacity=capacity)
 
     @contextlib.contextmanager

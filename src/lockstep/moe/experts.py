@@ -68,22 +68,16 @@ class LocalExperts:
     ) -> torch.Tensor:
         """Run each (row, expert) pair through its expert: `[num_pairs, hidden]`, in the rows' dtype, not yet weighted.
 
-        A pair's result depends on its own row only, up to the rounding of the accumulation dtype.
-
         Args:
             hidden_states: rows that this rank received, `[num_rows, hidden]`.
             gather_index: the row of each pair, pairs sorted by local expert, `[num_pairs]`, integers.
-            tokens_per_expert: pairs of each local expert, `[num_local_experts]`. A tensor is not read back to the host
-                where `grouped_mm` serves.
+            tokens_per_expert: pairs of each local expert. A tensor is not read back where `grouped_mm` serves.
         """
         if self._check_weights is not None:
             self._check_weights()
         module = self.module
-        if len(tokens_per_expert) != self.num_local_experts:
-            raise ConfigurationError(
-                f"tokens_per_expert must have one entry per local expert ({self.num_local_experts}), "
-                f"got {len(tokens_per_expert)}"
-            )
+        if (got := len(tokens_per_expert)) != (has := self.num_local_experts):
+            raise ConfigurationError(f"tokens_per_expert must have one entry per local expert ({has}), got {got}")
         num_pairs = gather_index.shape[0]
         if num_pairs == 0:
             return hidden_states.new_zeros((0, hidden_states.shape[1]))

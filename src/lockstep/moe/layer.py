@@ -28,13 +28,7 @@ class SlotTable:
     """One layer's placement on the device: which slot takes a row's choice, by a fixed rule where it has replicas.
 
     Few rows are brought to as few slots as possible, since each read of an expert's weights costs as much as its rows:
-    to the own rank's, else to the first. Many are spread: slot `(number of the row in the step + expert) % replicas`.
-
-    Args:
-        placement: of all layers.
-        layer: which one.
-        rank: this rank.
-        device: of the ids.
+    to the own rank's, else to the first. Many are spread: replica `(number of the row + expert) % replicas`.
     """
 
     def __init__(self, placement: Placement, layer: int, rank: int, device: torch.device) -> None:
@@ -49,16 +43,7 @@ class SlotTable:
         self._spreads = most > 1
 
     def slots(self, topk_ids: torch.Tensor, first_row: int, few_rows: bool) -> torch.Tensor:
-        """Return the slot of each choice.
-
-        Args:
-            topk_ids: experts, `[num_rows, top_k]`; `NO_EXPERT` stays as it is.
-            first_row: number of the first row among all ranks' rows of the step.
-            few_rows: whether the step brings few rows to each expert.
-
-        Returns:
-            `[num_rows, top_k]`, int32.
-        """
+        """Return the slots of experts `[num_rows, top_k]`, int32; `first_row` is this rank's among all of the step."""
         if few_rows or not self._spreads:
             return self._nearest[topk_ids]
         ids = topk_ids.long()
