@@ -1,11 +1,12 @@
 # What one step would look like: the sizes that DPMetadata shows and the plan that the layer follows, side by side.
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan
-from lockstep.metadata.sizes import abridged, chunk_sizes, cu_sizes, shown, sp_sizes
+from lockstep.metadata.sizes import abridged, chunk_sizes, shown, sp_sizes
 
 MOST_CHUNKS = 10_000
 """Chunks that are written out; beyond that somebody mistyped a size."""
@@ -14,12 +15,7 @@ MOST_RANKS = 100_000
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Return the token counts of a comma-separated list; a `ConfigurationError` names the rank of what is no integer.
-
-    Example:
-        >>> parse_tokens("500,200,256")
-        [500, 200, 256]
-    """
+    """Return the token counts of a list with commas; a `ConfigurationError` names the rank of what is no integer."""
     counts = []
     for rank, entry in enumerate(text.split(",")):
         try:
@@ -52,10 +48,6 @@ def plan_document(
         starts = [min(chunk.index * limit, rows) for rows in plan.sp_rows]
         spans = [[start, start + size] for start, size in zip(starts, chunk.sizes, strict=True)]
         chunks.append({"chunk_idx": chunk.index, "real_rows": list(chunk.sizes), "spans": spans})
-    own_spans: list[list[int]] = []
-    for rank, rows in enumerate(plan.sp_rows):  # as `plan.sp_span` says, in one pass over all ranks
-        start = own_spans[-1][1] if rank % plan.sequence_parallel_size else 0
-        own_spans.append([start, start + rows])
     sent = sum(map(sum, shown))
     without_dummies = sum(sum(chunk_sizes(padded, limit, chunk.index, min_rows=0)) for chunk in plan)
     real = sum(plan.num_tokens_across_dp)
@@ -64,9 +56,9 @@ def plan_document(
         "sequence_parallel_size": plan.sequence_parallel_size,
         "max_chunk_size_per_rank": limit,
         "sp_local_sizes": list(padded),
-        "cu_tokens_across_sp": list(cu_sizes(padded)),
+        "cu_tokens_across_sp": list(accumulate(padded)),
         "chunked_sizes": shown,
-        "sp_spans": own_spans,
+        "sp_spans": [list(plan.sp_span(rank)) for rank in range(len(plan.sp_rows))],
         "chunks": chunks,
         "real_rows": real,
         "dummy_rows": sent - without_dummies,

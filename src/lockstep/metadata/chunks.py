@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lockstep.metadata.sizes import abridged, check_counts, check_int, chunk_sizes, num_chunks, sp_rows, sp_sizes
+from lockstep.metadata.sizes import abridged, check_counts, check_int, chunk_sizes, sp_rows, sp_sizes
 
 _OPTIONS = ("sequence_parallel_size", "max_chunk_size_per_rank", "rank", "min_rows")
 
@@ -62,10 +62,9 @@ class ChunkPlan:
         longest = max(self.sp_rows)
         limit = max(1, longest) if max_chunk_size_per_rank is None else max_chunk_size_per_rank
         self.max_chunk_size_per_rank = check_int("max_chunk_size_per_rank", limit, 1)
-        self._num_chunks = num_chunks(longest, self.max_chunk_size_per_rank)
-        self._step_sizes = self.sp_rows
-        if self.min_rows:
-            self._step_sizes = sp_sizes(self.num_tokens_across_dp, self.sequence_parallel_size)
+        self._num_chunks = -(-longest // self.max_chunk_size_per_rank)
+        counts, sp = self.num_tokens_across_dp, self.sequence_parallel_size
+        self._step_sizes = sp_sizes(counts, sp) if self.min_rows else self.sp_rows
         self._chunks: tuple[Chunk, ...] | None = None
 
     def __len__(self) -> int:
@@ -103,8 +102,8 @@ class ChunkPlan:
             [(0, 3), (3, 5)]
         """
         rank = check_int("rank", rank, 0, len(self.sp_rows) - 1)
-        first = rank - rank % self.sequence_parallel_size
-        start = sum(self.sp_rows[first:rank])
+        dp_rank, place = divmod(rank, self.sequence_parallel_size)
+        start = min(self.num_tokens_across_dp[dp_rank], place * self.sp_rows[rank - place])
         return start, start + self.sp_rows[rank]
 
     def _make_chunk(self, chunk_idx: int) -> Chunk:

@@ -1,10 +1,11 @@
 # What DPMetadata keeps of a step and hands to a `with` block, without torch.
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_sizes, cu_sizes, sp_size_list, sp_sizes
+from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_sizes, sp_size_list, sp_sizes
 
 MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
@@ -27,20 +28,17 @@ class HoldsLocalSizes(Protocol):
 
 
 class StepSizes:
-    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`.
-
-    `shown` is the tensor that shows the counts, kept to see whether somebody wrote to it. `lists` are made once by what
-    they were asked for with. `last` is what every layer asks for: the sequence-parallel size, its sizes, the tensor and
-    its version then, in one tuple, so that no other thread comes in between.
-    """
+    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`."""
 
     __slots__ = ("counts", "dp_rank", "last", "lists", "shown")
 
     def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None, shown: Any = None) -> None:
         self.counts = counts
         self.dp_rank = dp_rank
-        self.shown = shown
-        self.lists: dict[object, list[int]] = {}
+        self.shown = shown  # the tensor that shows the counts, kept to see whether somebody wrote to it
+        self.lists: dict[object, list[int]] = {}  # by what they were asked for with
+        # What every layer asks for: the sequence-parallel size, its sizes, the tensor and its version then, in one
+        # tuple, so that no other thread comes in between.
         self.last: tuple[object, list[int], Any, int] = (None, [], None, 0)
 
     def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
@@ -76,14 +74,9 @@ class StepSizes:
 class SizesContext:
     """Puts sizes into `local_sizes` of a metadata object while it is entered.
 
-    Of the contexts that are entered and not left, the last entered counts. So a nested context gives the outer sizes
-    back, and leaving twice, without having entered, or in another order never leaves sizes behind. Neither does
-    dropping the context: it is left when nothing refers to it any more. A `with` block refers to it.
-
-    A class rather than a generator, because a caller from another language leaves with strings where Python has an
-    exception, and a generator-based context manager raises at that and leaves its sizes set.
-
-    `alone` says whether it is entered, and was so while no other was; see `Nested`.
+    Of the contexts that are entered and not left, the last entered counts: leaving twice, without having entered, in
+    another order, or by dropping the context never leaves sizes behind. No generator: callers from another language
+    leave with strings where Python has an exception, at which a generator would raise and leave its sizes set.
     """
 
     # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
@@ -91,7 +84,7 @@ class SizesContext:
     __slots__ = ("alone", "metadata", "sizes")
     metadata: HoldsLocalSizes
     sizes: list[int]
-    alone: bool
+    alone: bool  # whether it is entered, and was so while no other was; see `Nested`
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
@@ -165,4 +158,4 @@ def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int)
 
 def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
     """Return the running sum of the rows of each rank, `[ep_size]`."""
-    return list(cu_sizes(sp_sizes(counts, check_int("sp_size", sp_size, 1))))
+    return list(accumulate(sp_size_list(counts, check_int("sp_size", sp_size, 1))))

@@ -4,9 +4,7 @@
 # with `ep_size = dp_size * sequence_parallel_size`, ranks of one data-parallel rank next to each other.
 
 from collections.abc import Sequence
-from itertools import accumulate
 from operator import index
-from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
 
@@ -60,14 +58,15 @@ def check_int(
 
 
 def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[int, ...]:
-    """Return token counts as plain integers, each checked, `[dp_size]`.
-
-    Example:
-        >>> check_counts([500, 200, 256])
-        (500, 200, 256)
-    """
+    """Return token counts of a sequence, array or tensor as plain integers, each checked, `[dp_size]`."""
+    dtype = getattr(counts, "dtype", None)
     try:
-        entries = read_entries(counts)
+        if getattr(dtype, "kind", "i") in "mM":  # times, which `tolist` makes integers
+            raise TypeError(f"it must have an integer dtype, got {dtype}")
+        tolist = getattr(counts, "tolist", None)
+        listed = tolist() if callable(tolist) else counts
+        is_text = isinstance(listed, str | bytes | bytearray)
+        entries = tuple(listed) if isinstance(listed, Sequence) and not is_text else None
     except Exception as reason:
         # Tensors without values, or whose values lie elsewhere, each fail in a way of their own.
         kind = type(counts).__name__
@@ -91,18 +90,6 @@ def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[in
     return tuple(checked)
 
 
-def read_entries(counts: object) -> tuple[Any, ...] | None:
-    """Return the entries of a sequence or array, None if it is neither; times, which `tolist` makes integers, raise."""
-    dtype = getattr(counts, "dtype", None)
-    if getattr(dtype, "kind", "i") in "mM":
-        raise TypeError(f"it must have an integer dtype, got {dtype}")
-    tolist = getattr(counts, "tolist", None)
-    entries = tolist() if callable(tolist) else counts
-    return (
-        tuple(entries) if isinstance(entries, Sequence) and not isinstance(entries, str | bytes | bytearray) else None
-    )
-
-
 def abridged(values: Sequence[int], most: int = 16) -> str:
     """Return a list of integers as text on one line, its middle left out where it has more than `most` entries."""
     if len(values) <= most:
@@ -112,14 +99,7 @@ def abridged(values: Sequence[int], most: int = 16) -> str:
 
 
 def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
-    """Return the rows of each rank when every DP rank's tokens are padded to a multiple of the sequence-parallel size.
-
-    `ceil(count / sequence_parallel_size)`, each repeated that many times, `[ep_size]`. Zero stays zero.
-
-    Example:
-        >>> sp_sizes([5, 7], 2)
-        (3, 3, 4, 4)
-    """
+    """Return `ceil(count / sequence_parallel_size)` of each count, repeated that many times, `[ep_size]`."""
     return tuple(sp_size_list(counts, sequence_parallel_size))
 
 
@@ -142,38 +122,17 @@ def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int
 
 
 def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
-    """Return the real rows of each rank: contiguous slices of `ceil(count / sp)`, the last ones shorter or empty.
-
-    Example:
-        >>> sp_rows([5, 1], 2)
-        (3, 2, 1, 0)
-    """
+    """Return the real rows of each rank, `[ep_size]`: slices of `ceil(count / sp)`, the last ones shorter or empty."""
     padded = sp_sizes(counts, sequence_parallel_size)
     sp = len(padded) // len(counts) if counts else 1
     return tuple(min(size, max(0, counts[rank // sp] - (rank % sp) * size)) for rank, size in enumerate(padded))
 
 
-def cu_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the running sum of sizes, `[ep_size]`: rows of each rank and all before it."""
-    return tuple(accumulate(sizes))
-
-
 def chunk_sizes(
     sizes: Sequence[int], max_chunk_size_per_rank: int, chunk_idx: int, min_rows: int = 1
 ) -> tuple[int, ...]:
-    """Return how many rows each rank brings to one chunk.
-
-    Example:
-        >>> [chunk_sizes((500, 200, 256), 256, i) for i in range(2)]
-        [(256, 200, 256), (244, 1, 1)]
-    """
+    """Return how many rows each rank brings to one chunk, `min_rows` (0 or 1) where it has none left, `[ep_size]`."""
     limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
     start = check_int("chunk_idx", chunk_idx, 0, maximum=None) * limit
     least = check_int("min_rows", min_rows, 0, 1)
     return tuple(max(least, min(limit, size - start)) for size in sizes)
-
-
-def num_chunks(max_size: int, max_chunk_size_per_rank: int) -> int:
-    """Return how many chunks the longest rank needs; 0 if no rank has rows."""
-    limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
-    return -(-check_int("max_size", max_size) // limit)

@@ -30,15 +30,9 @@ __all__ = [
 
 
 def load_workload(
-    workload: str,
-    options: WorkloadOptions | None = None,
-    seed: int = 0,
-    synthetic: SyntheticParameters | None = None,
+    workload: str, options: WorkloadOptions | None = None, seed: int = 0, synthetic: SyntheticParameters | None = None
 ) -> Trace:
-    """Read a trace file as `load_trace` does, or make a workload where `workload` is the word `synthetic`.
-
-    `seed` and `synthetic` are a synthetic workload's; a file named `synthetic` is reached as `./synthetic`.
-    """
+    """Read a trace file, or make a workload of a seed and parameters where `workload` is the word `synthetic`."""
     if workload == "synthetic":
         return Trace(workload, workload, synthetic_requests(synthetic, options, seed))
     if synthetic is not None:

@@ -1,11 +1,7 @@
 """Which of a workload's requests reach a rank, and when: plain integers, the same answer on every rank.
 
-A run has one `Arrivals` and one `RankScheduler` per rank. Everything that one rank decides about another rests on the
-`SchedulerState` of each, which all ranks have agreed on, and on the workload, which all have read. A state describes
-its rank **after** the step that was just planned, so that it can travel with the agreement of that very step, and
-nothing of the step needs to have been computed yet.
-
-An engine whose requests come from elsewhere uses a `RankScheduler` alone: `add`, `stop`, `next_step`.
+Everything that one rank decides about another rests on the workload, which all have read, and on agreed
+`SchedulerState`s. A state is that **after** the step just planned, so that it travels with that step's own agreement.
 """
 
 from __future__ import annotations
@@ -21,11 +17,7 @@ from lockstep.workload.schedule import SchedulerConfig
 
 
 class Arrivals:
-    """Which of a workload's requests reach one rank before each step: virtual or real time, and load balancing.
-
-    Every rank has the same `requests`, in order of arrival, and `config`. `num_tokens_left` are the rows of those that
-    have not arrived yet.
-    """
+    """Which of a workload's requests, in order of arrival, reach one rank before each step: time and load balancing."""
 
     def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
         if not 0 <= rank < num_ranks:
@@ -34,7 +26,7 @@ class Arrivals:
         self._num_ranks = num_ranks
         self._rank = rank
         self._waiting = deque(requests)
-        self.num_tokens_left = sum(request.num_computed_tokens for request in requests)
+        self.num_tokens_left = sum(request.num_computed_tokens for request in requests)  # rows of those to come
         self._seconds_per_step = config.seconds_per_step
         self._clock = 0  # virtual time in steps: runs ahead of the step number where all ranks were idle
         self._balancer = LoadBalancer(config.load_balancing, num_ranks)
@@ -50,28 +42,25 @@ class Arrivals:
         return self._waiting[0].arrival_s if self._waiting else None
 
     def before_step(self, states: Sequence[SchedulerState], elapsed_s: float | None = None) -> list[Request]:
-        """Return the requests that this rank gets before the next step; call it once per step.
+        """Return the requests that this rank gets before the next step, by what was agreed with the step before.
 
-        Args:
-            states: every rank's `SchedulerState`, as agreed with the step before, `[num_ranks]`.
-            elapsed_s: age of the run, as agreed with the step before: requests up to it have arrived. None for virtual
-                time, which passes by steps; where all ranks are idle, it jumps to the next arrival instead of running
-                empty steps.
+        `states` are every rank's, `elapsed_s` is the age of the run. None is virtual time: it passes by steps, and
+        jumps to the next arrival where all ranks are idle.
         """
         if len(states) != self._num_ranks:
             raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")
         if elapsed_s is None and self._waiting and not any(state.num_outstanding_tokens for state in states):
-            self._clock = max(self._clock, self._arrival_step())
+            self._clock = max(self._clock, self._arrival_step(self._waiting[0]))
         arriving = []
-        while self._waiting and self._has_come(elapsed_s):
+        while self._waiting and self._has_come(self._waiting[0], elapsed_s):
             arriving.append(self._waiting.popleft())
         self._clock += 1
         self.num_tokens_left -= sum(request.num_computed_tokens for request in arriving)
         ranks = self._balancer.assign(arriving, states)
         return [request for request, rank in zip(arriving, ranks, strict=True) if rank == self._rank]
 
-    def _has_come(self, elapsed_s: float | None) -> bool:
-        return self._arrival_step() <= self._clock if elapsed_s is None else self._waiting[0].arrival_s <= elapsed_s
+    def _has_come(self, request: Request, elapsed_s: float | None) -> bool:
+        return self._arrival_step(request) <= self._clock if elapsed_s is None else request.arrival_s <= elapsed_s
 
-    def _arrival_step(self) -> int:
-        return ceil(self._waiting[0].arrival_s / self._seconds_per_step)
+    def _arrival_step(self, request: Request) -> int:
+        return ceil(request.arrival_s / self._seconds_per_step)

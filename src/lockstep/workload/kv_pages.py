@@ -21,9 +21,8 @@ def num_pages(num_tokens: int) -> int:
 class KVPages:
     """The free pages of one rank, `total` at first, and the steps in which its decoding requests take their next ones.
 
-    A decoding request adds one token per step, so it takes a page every `PAGE_SIZE` steps, always in the same residue
-    of the step number. Counting the requests by this residue makes the pages that a step needs one look-up, and the
-    step in which they run out one scan over `PAGE_SIZE` counts, however far away it is.
+    A decoding request takes a page every `PAGE_SIZE` steps, always in the same residue of the step number: requests
+    are counted by it, so that the step in which pages run out is found by one scan, however far away it is.
     """
 
     def __init__(self, total: int) -> None:

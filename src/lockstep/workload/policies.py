@@ -10,6 +10,8 @@ from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
 
 LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
+"""In turns; to the fewest tokens still to be computed; to the fewest tokens that unfinished requests will hold in the
+KV cache. Ties go to the lowest rank."""
 
 
 class SchedulerState(NamedTuple):
@@ -28,15 +30,10 @@ class SchedulerState(NamedTuple):
 
 
 def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int], max_prefill_delay_steps: int) -> bool:
-    """Decide, for all ranks alike, whether prompts run in the next step.
+    """Decide, for all ranks alike, whether prompts run in the next step: a prompt on one rank takes all ranks as long.
 
-    A step in which one rank has a prompt takes all ranks as long as that prompt; so prompts wait for each other. They
-    run when one of them arrived `max_prefill_delay_steps` or more steps ago (0 never holds), when every rank has one,
-    or when no rank generates (there is nothing to disturb). While none of that holds, ranks only generate.
-
-    The wait counts from a request's arrival at its rank, whatever it waits for, until its prompt is done. So the policy
-    holds a request in at most `max_prefill_delay_steps` steps all in all, however many steps its prompt takes, and a
-    queue that grows turns holding off instead of growing further.
+    They run when one arrived `max_prefill_delay_steps` or more steps ago (0 never holds), when every rank has one, or
+    when no rank generates. The wait counts from arrival, so a queue that grows turns holding off.
     """
     if max_prefill_delay_steps == 0 or not any(num_decoding):
         return True

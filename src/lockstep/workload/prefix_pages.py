@@ -1,8 +1,6 @@
 """Pages that hold a known beginning of a prompt: who holds them, and which of the others go first.
 
-Only whole pages are shared, and only of prompts. A page is known by its key, which stands for all tokens from the
-prompt's first to the page's last: equal keys mean equal keys and values. The engine makes keys of token ids
-(`token_page_keys`), the simulator of the block ids that a workload has (`block_page_keys`).
+Only whole pages of prompts are shared. Keys are made of token ids (`token_page_keys`) or block ids (`block_page_keys`).
 """
 
 from __future__ import annotations
@@ -29,9 +27,8 @@ def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
 class PrefixPages:
     """The known pages of one rank: how many requests hold each, and the order in which the unheld ones go.
 
-    Requests hold their pages from the first one on and let go of the last one first. So a page is never forgotten
-    before one that continues it. Without `keeps_unheld`, a page is forgotten once nobody holds it. `version` changes
-    whenever the answers of `num_known` or `num_held` may.
+    Requests let go of their last page first, so a page is never forgotten before one that continues it. Without
+    `keeps_unheld`, a page is forgotten once nobody holds it.
     """
 
     def __init__(self, keeps_unheld: bool) -> None:
@@ -39,7 +36,7 @@ class PrefixPages:
         self._holders: dict[PageKey, int] = {}
         self._unheld: OrderedDict[PageKey, None] = OrderedDict()  # least recently used first
         self._forgotten: list[PageKey] = []
-        self.version = 0
+        self.version = 0  # changes whenever the answers of `num_known` or `num_held` may
 
     @property
     def num_unheld(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, num_pages
@@ -15,19 +16,16 @@ from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
 _NO_LIMIT = 2**50  # pages: more than any workload takes
 
 
+@dataclass(slots=True, eq=False)
 class _Sequence:
     """An unfinished request. `num_tokens` and `num_left` change at preemptions only."""
 
-    __slots__ = ("arrival", "ended", "num_left", "num_tokens", "page_keys", "request")
-
-    def __init__(self, request: Request, arrival: int, page_keys: Sequence[PageKey]) -> None:
-        self.request = request
-        self.arrival = arrival  # the step before which it arrived
-        self.page_keys = page_keys  # of the prompt's first pages
-        # Rows to compute before it can generate (again): its prompt, and what it had generated when it was preempted.
-        self.num_tokens = request.num_prompt_tokens
-        self.num_left = request.max_new_tokens  # tokens to sample from there on, >= 1
-        self.ended = -1  # the step that computed the last of these rows; meaningful while it decodes
+    request: Request
+    arrival: int  # the step before which it arrived
+    page_keys: Sequence[PageKey]  # of the prompt's first pages
+    num_tokens: int  # rows before it can generate (again): its prompt, and what it had generated when preempted
+    num_left: int  # tokens to sample from there on, >= 1
+    ended: int = -1  # the step that computed the last of these rows; meaningful while it decodes
 
     @property
     def last_step(self) -> int:
@@ -38,10 +36,6 @@ class _Sequence:
         """Tokens in the cache after `step`, while it decodes."""
         return self.num_tokens + step - self.ended
 
-    def filled(self, start: int, stop: int) -> Sequence[PageKey]:
-        """Keys of the pages that are full once the tokens `start..stop-1` are in the cache, and were not before."""
-        return self.page_keys[start // PAGE_SIZE : stop // PAGE_SIZE]
-
     @property
     def sharable(self) -> Sequence[PageKey]:
         """Keys of the pages that it may take over; at least one token is left to be computed, which gives logits."""
@@ -51,21 +45,13 @@ class _Sequence:
 class RankScheduler:
     """One rank's queue, and the steps formed from it.
 
-    Requests join and leave between steps (continuous batching). Requests that generate go first, one token each; what
-    is left of the token budget goes to prompts in order of arrival, the last of them cut where the budget ends.
+    Requests that generate go first, one token each; what is left of the token budget goes to prompts in order of
+    arrival, the last of them cut where the budget ends. A prompt is admitted when the pages of all its tokens and of
+    the first generated one are free. Where requests that generate need more, the one admitted last is preempted and
+    goes to the front of the queue: those that hold pages arrived first, and every step gets somewhere.
 
-    With a limited KV cache, an entry of a step holds the pages of its `start + num_tokens` tokens, no more. A prompt is
-    admitted when the pages of all its tokens and of the first generated one are free. Where requests that generate need
-    more pages than are free, the request admitted last is preempted: it gives its pages back and goes to the front of
-    the queue. So the requests that hold pages are always those that arrived first, the first of them is never
-    preempted, and every step with unfinished requests gets somewhere.
-
-    With `enable_prefix_caching`, a prompt begins behind the pages of its beginning that are known, and holds them as
-    their other holders do. A page that a prompt fills in one step can be taken over from the next step on: by then the
-    step that fills it has been issued. A page that nobody holds counts as free: it is used when no other is left.
-
-    Nothing is kept per step: a step in which no prompt runs, no request ends and no page is missing costs nothing,
-    however many requests generate.
+    A prompt begins behind the known pages of its beginning. A page that a step fills can be taken over from the next
+    step on; one that nobody holds counts as free. A step in which requests only generate costs nothing.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -103,10 +89,7 @@ class RankScheduler:
         return self._pages.num_free if self._is_limited else None
 
     def add(self, request: Request, step: int, page_keys: Sequence[PageKey] | None = None) -> None:
-        """Put a request with an unused id at the end of the queue before `step` is planned; it may run from then on.
-
-        `page_keys` are of whole pages of its prompt, from the first on; None takes those of its `block_ids`.
-        """
+        """Queue a request before `step` is planned; `page_keys` are of its first pages, None for its `block_ids`'."""
         if request.request_id in self:
             raise ConfigurationError(f"request {request.request_id} is already there and not finished")
         if step <= self._step:
@@ -117,15 +100,16 @@ class RankScheduler:
         elif page_keys is None:
             page_keys = block_page_keys(request)
         page_keys = page_keys[: request.num_prompt_tokens // PAGE_SIZE]
-        self._waiting[request.request_id] = _Sequence(request, step, page_keys)
+        self._waiting[request.request_id] = _Sequence(
+            request, step, page_keys, request.num_prompt_tokens, request.max_new_tokens
+        )
         self._outstanding += request.num_computed_tokens
         self._kv_tokens += request.num_kv_tokens
 
     def next_step(self, step: int, run_prefills: bool = True, list_entries: bool = True) -> Schedule:
         """Plan a step, above the last one, and take it as done; without `run_prefills` all prompts are held.
 
-        Callers that only count may leave out steps (`skip_to`), and with `list_entries=False` the entries that
-        generate.
+        Callers that only count may leave out steps, and with `list_entries=False` the entries that generate.
         """
         self.skip_to(step)
         preempted = []
@@ -154,13 +138,15 @@ class RankScheduler:
         finished = tuple(self._ends.pop(step, ()))
         for request_id in finished:
             self._leave(self._decoding.pop(request_id))
+        no_seat = self._partial is None and self._num_decoding >= self._max_num_seqs
+        kv_is_full = not no_seat and not self._prompt_can_run(self._pages.needed(step + 1))
         return Schedule(
             step,
             tuple(entries),
             num_prefill_tokens=num_prefill,
             num_decode_tokens=num_decode,
             num_waiting=len(self._waiting),
-            num_waiting_for_kv=self._num_waiting_for_kv(),
+            num_waiting_for_kv=len(self._waiting) if kv_is_full else 0,
             prefills_held=held,
             finished=finished,
             preempted=tuple(preempted),
@@ -171,10 +157,7 @@ class RankScheduler:
         )
 
     def stop(self, request_ids: Iterable[int]) -> None:
-        """Let unfinished requests end before their last token; the rows of the step planned last stay planned.
-
-        Requests that reach `max_new_tokens` leave by themselves, in the step that samples their last token.
-        """
+        """Let unfinished requests end before their last token; the rows of the step planned last stay planned."""
         for request_id in request_ids:
             if request_id in self._decoding:
                 sequence = self._decoding.pop(request_id)
@@ -198,8 +181,8 @@ class RankScheduler:
     def counts(self) -> tuple[int, int, bool, int]:
         """Return what a simulation needs to carry on without visiting this rank.
 
-        `num_decoding` of the coming step; the part of its `decode_context_tokens` that does not grow with the step;
-        whether there is a prompt, queued or begun; the arrival step of the first prompt that could run, or -1.
+        That is `num_decoding`, the part of `decode_context_tokens` that does not grow with the step, whether there is a
+        prompt, queued or begun, and the arrival step of the first that could run, or -1.
         """
         has_prompts = self._partial is not None or bool(self._waiting)
         return self._num_decoding, self._context_base, has_prompts, self._first_arrival()
@@ -246,7 +229,7 @@ class RankScheduler:
             if not num_tokens:
                 break
             self._take(num_pages(start + num_tokens) - num_pages(start))
-            if keys := sequence.filled(start, start + num_tokens):
+            if keys := sequence.page_keys[start // PAGE_SIZE : (start + num_tokens) // PAGE_SIZE]:
                 self._filled.append(keys)
             left -= num_tokens
             context += num_tokens * (2 * start + num_tokens + 1) // 2
@@ -327,11 +310,6 @@ class RankScheduler:
         if self._last_num_held[0] is not sequence or self._last_num_held[1] != version:
             self._last_num_held = sequence, version, self.prefixes.num_held(sequence.sharable)
         return num_pages(sequence.num_tokens + 1) - self._last_num_held[2]
-
-    def _num_waiting_for_kv(self) -> int:
-        if self._partial is None and self._num_decoding >= self._max_num_seqs:
-            return 0  # for a seat as well
-        return 0 if self._prompt_can_run(self._pages.needed(self._step + 1)) else len(self._waiting)
 
     def _drop_partial(self) -> tuple[_Sequence, int]:
         """Free the pages of the prompt that has begun; return it, and how many of its rows were computed."""

@@ -43,11 +43,7 @@ class Request:
 
 
 def block_page_keys(request: Request) -> tuple[PageKey, ...]:
-    """Return the keys of a prompt's whole pages where only the ids of its blocks are known.
-
-    A page's key is made of the ids of all blocks up to the one that its last token is in; pages behind the last have
-    none.
-    """
+    """Return keys of a prompt's whole pages, each made of the ids of all blocks up to that of the page's last token."""
     chain: list[bytes] = []
     key = b""
     for block_id in request.block_ids:
@@ -61,10 +57,7 @@ def block_page_keys(request: Request) -> tuple[PageKey, ...]:
 
 
 def random_prompt_ids(request: Request, vocab_size: int, seed: int) -> list[int]:
-    """Return token ids for a request whose text is not known, from the seed and the request alone.
-
-    Pages with equal `block_page_keys` get equal ids.
-    """
+    """Return token ids for a request whose text is not known; pages with equal `block_page_keys` get equal ids."""
     ids: list[int] = []
     for key in block_page_keys(request):
         shared = random.Random(f"{seed} {key!r}")

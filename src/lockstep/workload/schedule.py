@@ -14,33 +14,18 @@ from lockstep.workload.request import Request
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """How requests become steps.
+    """How requests become steps."""
 
-    Attributes:
-        load_balancing: which rank gets an arriving request: `round-robin`; `least-tokens`, the rank with the fewest
-            tokens still to be computed; `least-kv-cache`, the rank whose unfinished requests will hold the fewest
-            tokens of KV cache. Ties go to the lowest rank.
-        max_num_batched_tokens: most tokens of one rank in one step, >= 1. A longer prompt runs in several steps.
-        max_num_seqs: most requests that one rank works on at a time, >= 1; never more than `max_num_batched_tokens`,
-            so that every request that generates gets its token in every step.
-        max_prefill_delay_steps: a prompt may be held this many steps, so that prompts of several ranks run in the same
-            step (see `prefills_run`); 0 turns holding off.
-        kv_capacity_tokens: tokens of KV cache that one rank has, >= `PAGE_SIZE`; only whole pages count. A prompt waits
-            until its pages are free; where decoding runs out of pages, the request admitted last is preempted. None
-            for no limit.
-        seconds_per_step: how many seconds of the workload's arrival times pass per step, > 0. A run measured in steps
-            repeats exactly, whatever the machine's speed.
-        enable_prefix_caching: whether whole pages at the beginning of a prompt are computed once and then shared. With
-            a limited KV cache, pages that no request holds are kept until their room is needed, and the least recently
-            used ones go first; without a limit, pages are kept only as long as some request holds them.
-    """
-
-    load_balancing: str = "round-robin"
-    max_num_batched_tokens: int = 2048
+    load_balancing: str = "round-robin"  # which rank gets a request: one of `LOAD_BALANCING`
+    max_num_batched_tokens: int = 2048  # maximum tokens per rank and step, >= 1; longer prompts run in several steps
+    # Maximum requests in progress per rank, >= 1; at most `max_num_batched_tokens`, so that all can generate in a step.
     max_num_seqs: int = 256
-    max_prefill_delay_steps: int = 0
+    max_prefill_delay_steps: int = 0  # maximum steps that a prompt is held, see `prefills_run`; 0 never holds
+    # Tokens of KV cache per rank, in whole pages; prompts wait for free pages, decoding preempts. None for no limit.
     kv_capacity_tokens: int | None = None
-    seconds_per_step: float = 0.05
+    seconds_per_step: float = 0.05  # of the workload's arrival times, > 0
+    # Whether whole pages at the beginning of prompts are computed once and shared. With a limited KV cache, pages that
+    # no request holds are kept until their room is needed, the least recently used ones going first; else not at all.
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:

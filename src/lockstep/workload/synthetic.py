@@ -21,11 +21,7 @@ _MAX_REQUESTS = 10_000_000
 
 @dataclass(frozen=True)
 class SyntheticParameters:
-    """A workload in nine numbers; the defaults resemble a conversation service (the Azure trace of 2023).
-
-    Gaps between arrivals are gamma-distributed, lengths lognormal. A lognormal has no upper end, but a model's context
-    has: longer lengths are cut to `prompt_max` and `output_max`.
-    """
+    """Gamma-distributed gaps between arrivals and lognormal lengths; the defaults resemble the Azure trace of 2023."""
 
     num_requests: int = 1000
     rate: float = 5.5  # mean arrivals per second
@@ -34,7 +30,7 @@ class SyntheticParameters:
     prompt_median: float = 1020.0  # tokens
     # Standard deviation of the length's logarithm: 0 is one length for all, 1 a long tail (p99 is ten medians).
     prompt_sigma: float = 1.0
-    prompt_max: int = 14050
+    prompt_max: int = 14050  # longer ones are cut to it
     output_median: float = 129.0
     output_sigma: float = 0.8
     output_max: int = 1000
@@ -71,10 +67,7 @@ class SyntheticParameters:
 def synthetic_requests(
     parameters: SyntheticParameters | None = None, options: WorkloadOptions | None = None, seed: int = 0
 ) -> list[Request]:
-    """Make requests in order of arrival, the first at 0 s; a seed gives the same ones on every machine.
-
-    `options` scales and limits as for a trace; its `num_requests` goes before that of `parameters`.
-    """
+    """Make requests in order of arrival, the first at 0 s, the same on every machine; `options` as for a trace."""
     parameters = parameters or SyntheticParameters()
     options = options or WorkloadOptions()
     num_requests = options.num_requests or parameters.num_requests
@@ -102,11 +95,7 @@ def synthetic_requests(
 
 
 def resembling(requests: Sequence[Request]) -> SyntheticParameters:
-    """Return the synthetic parameters that resemble requests in order of arrival, at least one.
-
-    Rate and burstiness come from the gaps between arrivals, medians and sigmas from the logarithms of the lengths (the
-    sigma from the middle 80 % of them, which a few extreme requests do not move).
-    """
+    """Return the synthetic parameters that resemble requests in order of arrival, at least one."""
     if not requests:
         raise ConfigurationError("a workload without requests resembles nothing: at least 1 is needed, got 0")
     gaps = [later.arrival_s - earlier.arrival_s for earlier, later in itertools.pairwise(requests)]
@@ -159,7 +148,7 @@ def _lengths(values: list[int]) -> dict[str, float]:
 
 def _log_sigma(values: list[int]) -> float:
     ordered = sorted(values)
-    # The 10th and 90th percentile of a normal distribution lie 2.563 standard deviations apart.
+    # The 10th and 90th percentile of a normal distribution lie 2.563 standard deviations apart; extremes do not count.
     return math.log(percentile(ordered, 0.9) / percentile(ordered, 0.1)) / 2.563
 
 

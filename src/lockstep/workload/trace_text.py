@@ -45,9 +45,7 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
-        raise ConfigurationError(
-            f"{path} is a pipe or a device: a workload is read several times, so it must be a file"
-        )
+        raise ConfigurationError(f"{path} is a pipe or a device: a workload is read several times, from a file")
     with path.open("rb") as raw:
         start = raw.read(6)
         raw.seek(0)
@@ -55,7 +53,8 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
             if start.startswith(magic):
                 raise ConfigurationError(f"{path} is {what}; a workload is UTF-8 text, plain or packed with gzip")
         stream = gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
-        number, most_bytes = 0, limits.unpacked_bytes + limits.unpacked_ratio * status.st_size
+        most_bytes = limits.unpacked_bytes + limits.unpacked_ratio * status.st_size
+        number = num_bytes = 0
         while True:
             try:
                 line = stream.readline(limits.line_bytes)
@@ -67,17 +66,13 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
                 raise
             if not line:
                 return
-            most_bytes -= len(line)
-            if most_bytes < 0:
-                limit = f"{limits.unpacked_bytes + limits.unpacked_ratio * status.st_size:,} bytes"
-                raise ConfigurationError(
-                    f"{path} unpacks to more than {limit}, over {limits.unpacked_ratio} times its size: no trace does"
-                )
+            num_bytes += len(line)
+            if num_bytes > most_bytes:
+                limit = f"{most_bytes:,} bytes, over {limits.unpacked_ratio} times its size"
+                raise ConfigurationError(f"{path} unpacks to more than {limit}: no trace does")
             if len(line) == limits.line_bytes and not line.endswith(b"\n"):
-                raise ConfigurationError(
-                    f"{path}: line {number + 1} is longer than {limits.line_bytes} bytes, the most that a line of a "
-                    "trace may have"
-                )
+                limit = f"{limits.line_bytes} bytes, the most that a line of a trace may have"
+                raise ConfigurationError(f"{path}: line {number + 1} is longer than {limit}")
             for part in line.splitlines(keepends=True):  # at a carriage return alone as well
                 number += 1
                 try:
@@ -89,10 +84,10 @@ def numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | 
 def table_rows(
     lines: Iterator[tuple[int, str | LineError]], number: int, line: str, delimiter: str, limits: ReadLimits
 ) -> Iterator[tuple[int, list[str] | LineError]]:
-    """Yield `(line number, cells)` of CSV whose cells may be quoted, and then hold delimiters, quotes and line ends.
+    """Yield `(line number, cells)` of CSV with the header `line`, and `lines` after it.
 
     A quote that is never closed would swallow all rows after it. So a row over several lines that is not well-formed is
-    malformed in its first line alone, and reading goes on with the next. The header is `line`; `lines` come after it.
+    malformed in its first line alone, and reading goes on with the next.
     """
     ahead: deque[tuple[int, str | LineError]] = deque([(number, line)])
     taken: list[tuple[int, str | LineError]] = []

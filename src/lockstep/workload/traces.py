@@ -1,8 +1,7 @@
 """Request traces from files: Azure CSV, Mooncake JSON lines, prompts as JSON lines; plain or gzip.
 
-The format is recognised from the content, never from the name. A malformed line is counted and named (file, line, what
-was expected) and the rows around it are kept. A file is refused if more than a share of its lines is malformed, if a
-line is longer than any trace has, or if it grows beyond a limit when it is unpacked.
+The format is recognised from the content, never from the name. A malformed line is counted and named, and the rows
+around it are kept; a file with more than a share of them is refused.
 """
 
 from __future__ import annotations
@@ -111,21 +110,9 @@ def load_trace(
     count_tokens: Callable[[str], int] | None = None,
     limits: ReadLimits | None = None,
 ) -> Trace:
-    """Read a request trace: Azure CSV, Mooncake JSON lines or prompts as JSON lines; plain or gzip.
+    """Read a request trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
 
-    Args:
-        path: of the file.
-        options: scaling, limits, and the share of malformed lines at which the file is refused.
-        count_tokens: the length in tokens of a prompt given as text; without it, its UTF-8 bytes are counted (which is
-            what a byte tokenizer gives).
-        limits: of files, for tests; what no trace exceeds by default.
-
-    Returns:
-        The trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
-
-    Raises:
-        ConfigurationError: for a file that is no trace, exceeds the limits, or has too many malformed lines; names the
-            file, the first such lines and what was expected.
+    `count_tokens` gives the length of a prompt given as text, by default its UTF-8 bytes, as a byte tokenizer does.
     """
     source, options, limits = str(path), options or WorkloadOptions(), limits or ReadLimits()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
@@ -202,6 +189,7 @@ def _table(
         elif len(cells) < num_columns or any(cells[num_columns:]):
             yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
         else:
+            # A comma groups digits only where commas separate cells: other tables may have decimal commas.
             yield number, {name: _integer(cells[place], delimiter == ",") for name, place in columns.items()}
 
 
@@ -286,10 +274,7 @@ def _timestamp(value: object) -> float:
 
 
 def _integer(text: str, grouped: bool) -> object:
-    """Return a cell as an integer where it is one: `1374`, `1374.0` (as pandas writes them), or `"1,374"`.
-
-    A comma groups digits only where commas separate cells: other tables may have decimal commas.
-    """
+    """Return a cell as an integer where it is one: `1374`, `1374.0` (as pandas writes it), or `"1,374"` if grouped."""
     if grouped and re.fullmatch(r"\d{1,3}(,\d{3})+", text, re.ASCII):
         text = text.replace(",", "")
     # More than ten digits are beyond the limit anyway, and thousands of them no integer to Python.
