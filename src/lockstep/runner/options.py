@@ -30,7 +30,6 @@ class ModelOptions:
         placement: file or run's folder with a recorded expert load, by which the experts are placed; None for equal
             contiguous shares.
         num_redundant_experts: spare slots in each layer, over all ranks, for replicas of hot experts.
-        expert_load: count what comes to each expert.
         survive: lost ranks for whose experts there are slots from the start; for more, the cache shrinks.
     """
 
@@ -46,7 +45,6 @@ class ModelOptions:
     deadline_s: float = 30.0
     placement: str | None = None
     num_redundant_experts: int = 0
-    expert_load: bool = False
     survive: int = 0
 
     @property
@@ -73,6 +71,7 @@ class RunOptions(ModelOptions):
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
         keep_logprobs: write the logprob of each chosen token where the dtype rounds, for a comparison.
+        expert_load: count what comes to each expert, and write it down.
         metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
     """
 
@@ -83,4 +82,5 @@ class RunOptions(ModelOptions):
     workload_options: WorkloadOptions = field(default_factory=WorkloadOptions)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     keep_logprobs: bool = False
+    expert_load: bool = False
     metrics_port: int | None = None

@@ -65,7 +65,7 @@ class EngineOptions(ModelOptions):
             if not number or not 0 < value <= most or value == math.inf:
                 limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
                 raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
-        for name in ("graphs", "enable_prefix_caching", "expert_load"):
+        for name in ("graphs", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_dispatcher(self.dispatcher)
@@ -117,7 +117,7 @@ def leave_groups(model: Any) -> None:
     abandon_groups()
 
 
-def load_model(options: ModelOptions) -> Any:
+def load_model(options: ModelOptions, *, count_expert_load: bool = False) -> Any:
     """Load the model on this rank. Collective."""
     from lockstep.models.huggingface import from_pretrained
     from lockstep.runner.checkpoint_checks import placement_of
@@ -131,7 +131,7 @@ def load_model(options: ModelOptions) -> Any:
         dtype=torch_dtype(options),
         device=options.device,
         placement=placement_of(options),
-        count_expert_load=options.expert_load,
+        count_expert_load=count_expert_load,
     )
 
 

@@ -116,7 +116,7 @@ def run_rank(
     On rank 0, `on_progress` is called after every step, `on_ready` before the first one with what `RankEngine.about`
     says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned; nothing elsewhere.
     """
-    model = load_model(options)
+    model = load_model(options, count_expert_load=options.expert_load)
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
     check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
