@@ -89,7 +89,7 @@ def measure(
 
 
 def table(rows: list[dict]) -> str:
-    """Return the measurements as the Markdown table of docs/vllm.md."""
+    """Return the measurements as the Markdown table of docs/benchmarks/dp_metadata.md."""
     lines = [
         "| ranks | sp | straightforward, us | `lockstep.DPMetadata`, us | times faster | for vLLM, us | times faster |",
         "|---|---|---|---|---|---|---|",

@@ -13,7 +13,7 @@ measured  row_us, and chunk_us: dispatch and combine of 4096 rows and of one row
 fitted    step_us, request_us, decode_context_us: to what is left of the decode steps of `model_*`, 48 layers as graphs
 assumed   token_us, prefill_context_us: arithmetic of attention at the 663 TFLOP/s of a large product;
           the output head once a step (622 MB read at 4.3 TB/s);
-          steps with prompts start as fast as graphs (ours are eager: about 2 ms per layer, see docs/gpu.md);
+          steps with prompts start as fast as graphs (ours are eager: about 2 ms per layer, see docs/benchmarks/gpu.md);
           other numbers of ranks: the constants are those of 2
 """
 

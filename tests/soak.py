@@ -2,7 +2,7 @@
 
     python tests/soak.py --cases 2000 --minutes 30 --seed 1     # `make soak`
     python tests/soak.py --cases 1000 --minutes 4 --seed 1 --jobs 8     # eight at once, with seeds 1 to 8
-    python tests/soak.py --write-table                          # three ranks, each case once, into docs/reliability.md
+    python tests/soak.py --write-table     # three ranks, each case once, into docs/benchmarks/faults.md
 
 Runs on CPUs and talks over loopback only. Prints what went wrong as it happens, and as its last line one JSON document.
 Exit status 1 if anything went wrong.
@@ -34,7 +34,7 @@ import test_protocol as protocol  # noqa: E402
 from lockstep.models.tiny import make_tiny  # noqa: E402
 from lockstep.testing import RankFailure, run_ranks  # noqa: E402
 
-DOCUMENT = ROOT.parent / "docs" / "reliability.md"
+DOCUMENT = ROOT.parent / "docs" / "benchmarks" / "faults.md"
 CASES_PER_SPAWN = 20
 BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 

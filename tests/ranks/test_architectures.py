@@ -1,6 +1,6 @@
 """Every architecture on 2 ranks against one process: logits and greedy tokens, uneven calls, float32 and bfloat16.
 
-Shown for some in the tests, for all of them where the table of docs/architectures.md is made:
+Shown for some in the tests, for all of them where the table of docs/reference/architectures.md is made:
 
     python tests/ranks/test_architectures.py --write
 """
@@ -25,7 +25,7 @@ from lockstep.models.experts_modules import find_experts
 from lockstep.testing import run_ranks
 from lockstep.workload import SchedulerConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 # One of each kind: what people use most, and every way in which experts, their files and their attention differ.
 SHOWN_IN_TESTS = [
     "deepseek_v3", "glm4_moe", "gpt_oss", "jamba", "mixtral", "nemotron_h", "olmoe", "qwen3_moe", "qwen3_vl_moe",
@@ -233,7 +233,7 @@ def main():
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table into docs/architectures.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/reference/architectures.md")
     parser.add_argument("architectures", nargs="*", help="all of them if none is named")
     arguments = parser.parse_args()
     names = arguments.architectures or all_architectures()

@@ -1,4 +1,4 @@
-"""The examples of docs/engine.md: each gives what the page shows."""
+"""The examples of docs/how-to/engine.md: each gives what the page shows."""
 
 import doctest
 import re
@@ -13,7 +13,7 @@ from lockstep.models.tiny import make_tiny
 from lockstep.runner.ranks import EngineOptions
 from lockstep.testing import run_ranks
 
-PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "engine.md"
 TEXTS = ["one", "the second prompt", "3", "a fourth one"]
 
 

@@ -129,7 +129,7 @@ def test_every_case_is_another_one():
 
 
 def test_the_published_table_has_every_case_of_three_ranks_in_a_step():
-    table = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text().split("<!-- cases: begin -->")[1]
+    table = (Path(__file__).parents[2] / "docs" / "benchmarks" / "faults.md").read_text().split("<!-- cases: begin")[1]
     published = [line.split("|")[1].strip() for line in table.splitlines()[3:] if line.startswith("|")]
     assert published == [case.name for case in survivable_cases() + late_cases() + lethal_cases()]
     assert "WRONG" not in table

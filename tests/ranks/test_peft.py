@@ -14,7 +14,7 @@ from lockstep.testing import run_ranks
 
 peft = pytest.importorskip("peft")
 
-PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "peft.md"
 IDS = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 ATTENTION = ["q_proj", "v_proj"]
 SMALL_GPT_OSS = transformers.GptOssConfig(

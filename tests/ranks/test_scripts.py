@@ -1,4 +1,4 @@
-"""Scripts that people have, each rank with another share of the work: the examples of docs/scripts.md on 2 ranks."""
+"""Scripts that people have, with a different share of the work on each of 2 ranks: the examples of two pages."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
-PAGE = Path(__file__).parents[2] / "docs" / "scripts.md"
-ENGINE_PAGE = PAGE.with_name("engine_of_your_own.md")
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "scripts.md"
+ENGINE_PAGE = PAGE.parents[1] / "tutorials" / "engine_of_your_own.md"
 PROMPTS = ["one", "the second prompt", "3", "a fourth, which is somewhat longer than the others", "five"]
 
 

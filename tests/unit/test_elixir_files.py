@@ -23,7 +23,7 @@ def test_the_mix_project_parses():
 
 
 def test_the_examples_of_the_page_parse(tmp_path):
-    page = (ROOT / "docs" / "elixir.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "elixir.md").read_text()
     blocks = re.findall(r"^```elixir\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) == 2
     for number, block in enumerate(blocks):
@@ -35,12 +35,12 @@ def test_page_and_project_name_the_same_dependency():
     project = (ROOT / "examples" / "elixir" / "mix.exs").read_text()
     for text in ('{:snakebridge, "~> 0.16.0"}', '{:lockstep, :stdlib, include: ["DPMetadata", "ParallelConfig"]}'):
         assert text in project
-        assert text in (ROOT / "docs" / "elixir.md").read_text()
+        assert text in (ROOT / "docs" / "how-to" / "elixir.md").read_text()
 
 
 def test_no_file_names_several_modules_in_one_alias():
     # SnakeBridge 0.16 reads `alias Lockstep.{A, B}` as a call of a Python function and stops the compilation.
-    for path in [*FILES, "docs/elixir.md"]:
+    for path in [*FILES, "docs/how-to/elixir.md"]:
         code = re.sub(r"`[^`\n]*`|#.*", "", (ROOT / path).read_text())
         assert not re.search(r"alias [\w.]+\.\{", code), path
 

@@ -118,7 +118,7 @@ def test_the_first_example_of_the_readme_gives_what_it_says():
 
 
 def test_every_file_has_its_line_in_the_structure_page():
-    page = (ROOT / "docs" / "structure.md").read_text()
+    page = (ROOT / "docs" / "reference" / "structure.md").read_text()
     files = [path.relative_to(ROOT / "src" / "lockstep") for path in (ROOT / "src" / "lockstep").rglob("*.py")]
     missing = [str(path) for path in files if path.name != "__init__.py" and f"`{path}`" not in page]
     assert not missing

@@ -207,7 +207,7 @@ LARGE_SETTINGS = {
     "three ranks, two at work, death": Setting((1, 0, 1), kills=1),
     "three ranks, two at work, one late": Setting((1, 0, 1), lates=1),
 }
-"""Names as in docs/reliability.md, which also has the numbers of states. `make soak` runs the large ones."""
+"""Names as in docs/benchmarks/faults.md, which also has the numbers of states. `make soak` runs the large ones."""
 
 
 def check(setting):

@@ -53,7 +53,7 @@ class LaunchSizes:
 def launch_sizes(
     num_multiprocessors: int, num_ranks: int, num_local_experts: int, hidden_size: int, max_tokens_per_rank: int
 ) -> LaunchSizes:
-    """Return the launch sizes that were measured to be best on H200 (docs/gpu.md).
+    """Return the launch sizes that were measured to be best on H200 (docs/benchmarks/gpu.md).
 
     Example:
         >>> launch_sizes(132, 2, 128, 7168, 4096).push_blocks

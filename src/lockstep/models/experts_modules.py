@@ -25,7 +25,7 @@ def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
     if not found:
         raise ConfigurationError(
             f"{type(model).__name__} has no MoE layer that follows Transformers' experts interface "
-            "(docs/architectures.md lists the models that do)"
+            "(docs/reference/architectures.md lists the models that do)"
         )
     return found
 

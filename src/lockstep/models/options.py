@@ -22,7 +22,7 @@ class ParallelOptions:
             significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
         deadline_s: longest wait for any rank, in seconds, > 0.
         debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
-        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs (docs/gpu.md), other last bits.
+        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs, other last bits.
         placement: which ranks hold which experts, from `lockstep.place`; contiguous shares by default.
         count_expert_load: count on the device what comes to each expert, see `ModelParallel.expert_load`.
 

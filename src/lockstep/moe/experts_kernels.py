@@ -3,7 +3,7 @@
 
 Few rows per expert (decoding): `few_rows_experts`, two Triton launches that stream each used expert's weights once and
 fetch rows through the gather index. Many rows per expert (prefill): `many_rows_experts`, PyTorch's `grouped_mm` between
-two small kernels that touch real pairs only. docs/gpu.md has the figures that say where one overtakes the other.
+two small kernels that touch real pairs only. docs/benchmarks/gpu.md says where one overtakes the other.
 """
 
 from __future__ import annotations
