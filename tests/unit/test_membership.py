@@ -1,8 +1,8 @@
 """Membership as a model: every interleaving of three ranks, two losses, and the launcher that decides who goes on.
 
-The launcher's side is `Membership` itself. A rank is what `docs/survivors.md` says of it: it steps with the members of
-its epoch, stops where one of them is gone, says so, and waits for the next. Messages to the launcher keep their order,
-and come late. At any moment a rank may be killed or hang; one that hangs is given up when all others wait.
+The launcher's side is `Membership` itself. A rank is what `docs/how-to/survivors.md` says of it: it steps with the
+members of its epoch, stops where one of them is gone, says so, and waits for the next. Messages to the launcher keep
+their order, and come late. At any moment a rank may be killed or hang; one that hangs is given up when all others wait.
 """
 
 from collections.abc import Iterator
