@@ -1,8 +1,4 @@
-"""Boards on which ranks write what they say, where they are, and their last words: in shared memory, or in a store.
-
-In shared memory, of one host, are no locks and no fences: every 8-byte word is written whole, and what belongs together
-carries a number that tells the reader whether it is complete. A rank may be killed between any two words.
-"""
+"""Boards on which ranks write what they say, where they are, and their last words: in shared memory, or in a store."""
 
 import contextlib
 import json
@@ -51,11 +47,7 @@ _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
 
 
 class Board:
-    """The shared memory of the ranks of one host, as bytes and as 64-bit words; `create` on one, `attach` on the rest.
-
-    It has a name in `/dev/shm` only until all ranks have attached: `unlink` it then, and the kernel frees it with its
-    last process, however that ends.
-    """
+    """The shared memory of one host's ranks; it has a name until all have attached, and ends with its last process."""
 
     def __init__(self, name: str, num_ranks: int, memory: mmap.mmap) -> None:
         self.name = name
@@ -191,10 +183,7 @@ def _status(rank: int) -> int:
 
 
 class StoreBoard:
-    """Places and last words of an epoch's ranks on several hosts, late, and only as long as their torch store lives.
-
-    A store that has once not answered is not asked again.
-    """
+    """Places and last words of ranks on several hosts, late. A store that has once not answered is not asked again."""
 
     def __init__(self, store: "dist.Store", recorder: FlightRecorder) -> None:
         self._store = store

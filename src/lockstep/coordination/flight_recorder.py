@@ -54,11 +54,7 @@ _SAID_AS = {
 
 
 class FlightRecorder:
-    """A ring of what this rank did last, and where it is: nothing is sent anywhere, and nobody is asked.
-
-    `process` is this rank's number in the whole start, `fingerprint` a hash of all collectives noted so far, `folder`
-    that of the ring's file, by default that of `FOLDER_VARIABLE`.
-    """
+    """A ring of what this rank did last, and where it is; `process` is its number in the whole start. Sends nothing."""
 
     def __init__(self, rank: int, num_ranks: int, epoch: int, process: int) -> None:
         self.rank, self.num_ranks, self.epoch, self.process = rank, num_ranks, epoch, process

@@ -43,11 +43,7 @@ _numbers: dict[tuple[str, str], Iterator[int]] = {}
 
 
 class Start:
-    """The ranks of a process group within the whole start, and where they write what others should know of them.
-
-    `processes` are their numbers in the default group, which messages use and `whereabouts`, of all its ranks. `store`
-    has keys of this group alone: groups of other ranks never meet each other there.
-    """
+    """A process group's ranks in the whole start, `processes` by number, and a store with keys of its own."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         store = dist.distributed_c10d._get_default_store()
@@ -85,10 +81,7 @@ def _whereabouts(store: dist.Store, rank: int) -> Whereabouts:
 
 @dataclass(frozen=True)
 class Groups:
-    """An epoch's groups: `data` for tokens, `transport` for agreements, and the ranks that share this one's requests.
-
-    All ranks have a `board` where they are on one host. `opened` are torch's groups; the first is under `transport`.
-    """
+    """An epoch's groups; `board`: where all ranks are on one host. The first of `opened` is under `transport`."""
 
     data: dist.ProcessGroup
     tensor_parallel: dist.ProcessGroup | None
@@ -166,11 +159,7 @@ def abort(groups: Sequence[Any], device: torch.device, rank: int, timeout_s: flo
 def find_group(
     process_group: dist.ProcessGroup | None, deadline_s: float = 30.0, environment: Mapping[str, str] = os.environ
 ) -> dist.ProcessGroup | None:
-    """Return the ranks, connected under torchrun where the script has not done so; None for a single process.
-
-    Processes that start have half a minute at least to come. An environment that names no place to meet, or one where
-    the ranks could not meet, raises `ConfigurationError`.
-    """
+    """Return the ranks, connected under torchrun where the script has not done so; None for a single process."""
     if process_group is None:
         world_size = environment_number("WORLD_SIZE", 1, default=1, environment=environment)
         if not dist.is_initialized() and world_size > 1:
@@ -253,10 +242,7 @@ def group_of(process_group: dist.ProcessGroup | None, device_mesh: "DeviceMesh |
 def own_device(
     device: torch.device | str | None, has_gpus: bool | None = None, environment: Mapping[str, str] = os.environ
 ) -> torch.device:
-    """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs.
-
-    A `ConfigurationError` for what is no device, and for a GPU where there is none.
-    """
+    """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs."""
     has_gpus = torch.cuda.is_available() if has_gpus is None else has_gpus
     try:
         meant: torch.device | None = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)

@@ -41,10 +41,7 @@ class Entry(NamedTuple):
 
 
 class Whereabouts:
-    """What a rank publishes about itself in a store of all ranks of a start, and finds there about other ranks.
-
-    Ranks go by their numbers in the whole start, whatever groups they are in.
-    """
+    """What a rank of a start publishes about itself in the start's store, and finds there about others, by number."""
 
     on_enter: ClassVar[Callable[[str], None] | None] = None
     """Called with the place at every `enter`; for tests that break things on purpose."""
@@ -62,11 +59,7 @@ class Whereabouts:
 
     @contextlib.contextmanager
     def working(self, place: str) -> Iterator[None]:
-        """Publish that this rank works, for as long as it does: the other ranks then wait for it beyond a deadline.
-
-        A rank works if this thread uses the CPU or this process reads. One that is stopped, asleep, or stuck on a disk
-        that does not answer makes no progress, and the deadline of whoever waits for it runs.
-        """
+        """Publish progress (this thread's CPU time, bytes read) inside the block: others wait beyond a deadline."""
         done = threading.Event()
         clock = time.pthread_getcpuclockid(threading.get_ident())
 
@@ -98,10 +91,7 @@ class Whereabouts:
             return Entry()
 
     def absent(self, message: str, ranks: Sequence[int], place: str) -> RankAbsentError:
-        """Return the error for a wait of all `ranks` at a place, naming for whom it was, however the store answers.
-
-        Those are the ranks whose process is gone or stopped, otherwise those that are elsewhere.
-        """
+        """Return the error of a wait of all `ranks` at a place, naming those gone or stopped, else those elsewhere."""
 
         def look() -> tuple[tuple[int, ...], str]:
             entries = {rank: self.of(rank) for rank in ranks if rank != self.rank}
@@ -126,13 +116,10 @@ def _bytes_read() -> int:
 
 
 class MeetingPlace:
-    """Where the ranks of a group exchange a few facts through a torch store, which outlives every group.
+    """Where ranks exchange a few facts through a torch store, which outlives every group; `name` is for messages.
 
     A meeting is either complete, then every rank knows all facts, or it has failed, then no rank ever takes part in it:
     which of the two is written once, by whoever comes first. A rank that comes too late waits in the next meeting.
-
-    `store` has keys of this place alone, `name` stands after "did not enter", and `processes` are the ranks' numbers in
-    the whole start, by which `whereabouts` and messages know them.
     """
 
     def __init__(
@@ -147,12 +134,9 @@ class MeetingPlace:
         self._answered = 0.0
 
     def meet(self, facts: dict[str, Any], deadline_s: float, *, once: bool = False) -> list[dict[str, Any]]:
-        """Wait for all ranks and return the facts, JSON, that each brought, `[num_ranks]`. Collective.
+        """Wait for all ranks and return the facts, JSON, that each brought, `[num_ranks]`, or raise `RankAbsentError`.
 
-        `deadline_s` is for a rank that shows no progress, see `Whereabouts.working`. `once`: there is no next meeting.
-
-        Raises:
-            RankAbsentError: ranks that did not come, perhaps this one; or the store that does not answer.
+        Collective. `deadline_s` is for a rank without progress, see `Whereabouts.working`. `once`: there is no next.
         """
         self._answered, limit_s = time.monotonic(), deadline_s + _MARGIN_S
         store = f"rank {self._processes[self.rank]}: the store through which ranks meet"

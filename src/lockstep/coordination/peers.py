@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 class Peers:
     """The other ranks of an epoch: where each is and whether it lives; and the last words of a rank that gives up.
 
-    Ranks of one host publish on their `board`, with every phase, for about a microsecond; others twice a second, in a
-    `store`. `processes` are the ranks' numbers in the whole start, for messages and errors. With `debug`, every
-    collective is compared over all ranks before it is issued. `on_mark` is for tests that break things on purpose.
+    Ranks of one host publish on their `board`, in about a microsecond; others twice a second, in a `store`. `processes`
+    are the ranks' numbers in the whole start; with `debug` every collective is compared before it is issued.
     """
 
     def __init__(
@@ -98,11 +97,7 @@ class Peers:
     def collective(
         self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float, on_cpu: bool
     ) -> None:
-        """Note a collective that is about to be issued, and where `debug` is set raise on all ranks if theirs differ.
-
-        On the CPU of one host it is always compared, on the board: that costs little there, and gloo ends the process
-        of a rank that receives more than it expects. Elsewhere on the group itself.
-        """
+        """Note a collective that is about to be issued; where ranks can compare it, raise on all if theirs differ."""
         self.recorder.collective(name, sizes)
         if not (self.debug or (on_cpu and self._comparisons is not None)):
             return
@@ -129,10 +124,7 @@ class Peers:
             self.check()
 
     def check(self) -> None:
-        """Raise if a rank that this one waits for will never come: it has given up, by whatever error, or is gone.
-
-        Called from time to time in every wait.
-        """
+        """Raise if a rank that this one waits for will never come: it has given up or is gone. Called in every wait."""
         if self._board is None:
             return
         for rank in self._others:
@@ -155,11 +147,9 @@ class Peers:
         raise self.absent(f"{what} did not end {after}: {error}", ranks, among) from error
 
     def absent(self, waited_for: str, ranks: Sequence[int] = (), among: Sequence[int] = ()) -> LockstepError:
-        """Return the error for a wait that did not end, naming who is missing and where each was last seen.
+        """Give up, and return the error of a wait that did not end: whom it was for, where each was last seen.
 
-        Where another rank has given up before, it is that rank's reason that counts. The ring is written to a file, and
-        the other ranks learn that this one has given up. `ranks` are known not to have come; otherwise those are found
-        out that are behind this one, among those that it waited for.
+        `ranks` are known not to have come; otherwise those are found out that are behind this one, of those waited for.
         """
         for rank in self._others:
             words = self._notices.last_words(rank) if self._notices is not None else None
@@ -180,10 +170,7 @@ class Peers:
         return RankAbsentError(f"{message}{self.recorder.file_note()}", names)
 
     def give_up(self, kind: str, message: str, blamed: Sequence[int] = ()) -> None:
-        """Tell the others that this rank's groups are not used again and why; the first reason counts.
-
-        `kind` says which error the others raise: `absent`, `failed` or `mismatch`; `blamed` are numbers in the start.
-        """
+        """Tell the others, once, why this rank's groups are not used again: `absent`, `failed` or `mismatch`."""
         if not self._silent:
             self.recorder.write_file(message)
             self._say_last_words(kind, message, blamed)
@@ -221,10 +208,7 @@ class Peers:
         return place_text(*self._notices.place(rank)) + self._notices.process(rank).describe()
 
     def terminate(self) -> str:
-        """Say last words because SIGTERM is about to end this process; return what a person should read, if anything.
-
-        A ring is written only where something is wrong: a rank is gone, or it is not known whether one is.
-        """
+        """Say last words because SIGTERM ends this process; return what a person should read, if anything is wrong."""
         if self._silent or self.recorder.phase == Phase.LEFT:
             return ""
         gone = self._in_state("gone")

@@ -10,10 +10,7 @@ _PROC = Path("/proc")
 
 
 class ProcessIdentity(NamedTuple):
-    """A process among all that ever had its number; 0 stands for what could not be read.
-
-    `started` is in clock ticks since boot; `namespace` that of process numbers, since other containers count anew.
-    """
+    """A process among all that had its number; `started` in ticks since boot, `namespace` of numbers; 0 is unknown."""
 
     pid: int
     started: int
@@ -38,11 +35,7 @@ class ProcessIdentity(NamedTuple):
         return f"; its process is {state}" if state != "unknown" else ""
 
     def state(self, proc: Path = _PROC) -> ProcessState:
-        """Return what is known of it. Only a process that certainly no longer exists is `gone`.
-
-        Without `proc`, or with no file descriptor left to read it, the state is `unknown`: a rank that cannot look
-        must not declare its peers dead.
-        """
+        """Return what is known of it; `gone` is only what certainly no longer exists, `unknown` what cannot be read."""
         if self.pid <= 0 or not self.namespace or self.namespace != pid_namespace():
             return "unknown"
         try:

@@ -208,10 +208,7 @@ class Session:
             self._changed.notify_all()
 
     def _walk(self, num_tokens: int | None, since: float = 0.0) -> tuple[StepDecision, bool]:
-        """Agree on a step, and take part in it unless it is the script's own, of `num_tokens` rows: whether it is.
-
-        An error ends the session, or is announced at the next agreement where that is still possible.
-        """
+        """Agree on a step, and take part unless it is the script's own, of `num_tokens` rows: whether it is."""
         coordinator = self.coordinator
         try:
             decision = self._agree(num_tokens or 0)
@@ -268,10 +265,7 @@ class Session:
 
 
 class HeldBackInterrupt:
-    """Holds Ctrl-C back while a rank is inside a step, where it would leave the other ranks in the middle of one.
-
-    A second Ctrl-C is not held back. Threads other than the main one never get it, so there this does nothing.
-    """
+    """Holds Ctrl-C back while a rank is in a step, which others need it for; a second one is not held back."""
 
     def __init__(self) -> None:
         self._handler: Callable[[int, FrameType | None], Any] | None = None

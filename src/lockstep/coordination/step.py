@@ -17,12 +17,7 @@ _REDUCERS: dict[str, Callable[[Sequence[int]], Any]] = {
 
 
 def decided(by: Reducer, default: int | bool = 0) -> Any:
-    """Declare a field of a `StepRecord` and how all ranks' values of it become one decision.
-
-    Args:
-        by: `gather` keeps every rank's value; `max`, `min`, `all`, `any` reduce them; `equal` demands that they agree.
-        default: what a rank says that does not mention the field.
-    """
+    """Declare a field of a `StepRecord` and how all ranks' values become one; `equal` demands that they agree."""
     if by not in _REDUCERS:
         raise ConfigurationError(f"a step field is decided by one of {sorted(_REDUCERS)}, got {by!r}")
     return field(default=default, metadata={"decided_by": by})
@@ -74,8 +69,7 @@ class StepDecision(NamedTuple):
 
     Attributes:
         said: what each rank said, field by field.
-        num_tokens_across_dp: rows that each data-parallel rank takes into the step, `[data_parallel_size]`. Not always
-            what it asked for: see `decide`.
+        num_tokens_across_dp: rows of each data-parallel rank in the step, `[data_parallel_size]`; see `decide`.
         values: every field's decided value by name (a tuple `[ranks]` for `gather`).
     """
 

@@ -1,7 +1,4 @@
-"""What a rank says before SIGTERM ends it, and that a process forked from a rank says nothing in its name.
-
-torchrun sends SIGTERM to the other ranks as soon as one has died, which is often before they have noticed it.
-"""
+"""What a rank says before SIGTERM ends it, and that a process forked from a rank says nothing in its name."""
 
 import contextlib
 import functools
@@ -22,10 +19,7 @@ _installed = False
 
 
 def speak_before_termination(peers: Peers) -> None:
-    """Let SIGTERM end this process only after last words: who is gone, to stderr, to the other ranks, and to a file.
-
-    A handler that the script or its launcher has set is left alone. Does nothing outside of the main thread.
-    """
+    """Let SIGTERM end this process only after last words; a handler that is set already is left alone."""
     global _installed
     _peers_of_this_process.add(peers)
     in_main_thread = threading.current_thread() is threading.main_thread()

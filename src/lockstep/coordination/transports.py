@@ -30,8 +30,7 @@ class Transport(Protocol):
     def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
         """Return what every rank has sent, `[ranks]`. After an interruption it may be called again.
 
-        `check`, called from time to time, ends the wait by raising. `RanksMissing`, or another `TimeoutError`: not all
-        came. `ConnectionError`: a peer's connection broke.
+        `check` ends it by raising. `RanksMissing` or a `TimeoutError`: not all came. `ConnectionError`: a peer's broke.
         """
 
     def wanted(self) -> bool:
@@ -83,9 +82,7 @@ class SharedMemoryTransport:
     """Exchange through a board in shared memory, for ranks of one host, all of which have registered there.
 
     Each rank writes its words with the number of the exchange in the upper half of each, and looks until the words of
-    all others carry the same number. Two sets of places take turns: a rank that writes the next exchange but one has
-    seen all others in the next, so nobody reads the old one any more. Each kind of exchange that may be under way has a
-    lane of the board. `sequence` is the number of the exchange before the first, 32 bits.
+    all others carry it. Two sets of places take turns: who writes the next exchange but one has seen all in the next.
     """
 
     can_watch = True
@@ -172,10 +169,7 @@ class _RecordShape:
 
 
 def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[Transport, Board | None]:
-    """Return the fastest transport of a gloo group, and its board if that is shared memory. Collective.
-
-    It is shared memory if all ranks share a host. Raises as `Transport.wait`.
-    """
+    """Return a gloo group's transport, and its board: shared memory if all ranks share a host. Collective."""
     transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
     try:
         if rank == 0:

@@ -33,11 +33,7 @@ _waited = threading.local()
 
 
 class Lookout:
-    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps.
-
-    A sleep is a share of what it has waited, so that it ends late by no more than that. `check`, called every 0.1 s,
-    ends the wait by raising.
-    """
+    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps. `check` may end it."""
 
     def __init__(self, timeout_s: float, check: Callable[[], None] | None, spin_ns: int = SPIN_NS) -> None:
         self._timeout_s, self._check, self._spin_ns = timeout_s, check, spin_ns
@@ -95,11 +91,7 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
 
 
 def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], float] | None = None) -> T:
-    """Run a function that may hang, such as one that asks a store whose keeper is gone, in a thread of its own.
-
-    After `seconds` without a return, counted from `last_answer()` on the monotonic clock where that is given, it is
-    left behind, and the caller gets a `TimeoutError`.
-    """
+    """Run what may hang in a thread, left behind `seconds` after the start or `last_answer()` with a `TimeoutError`."""
     outcome: futures.Future[T] = futures.Future()
 
     def run() -> None:
@@ -125,10 +117,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class _Watch:
-    """Who watches the waits of a group; `members` are its ranks as `peers` numbers them, empty for all.
-
-    `parked` waits for the group's last collective on this rank's GPU after which the host went on.
-    """
+    """Who watches a group's waits; `members` by number, empty for all; `parked` waits for its last work on the GPU."""
 
     peers: "Peers"
     members: tuple[int, ...]
@@ -163,11 +152,7 @@ def count_wait(started: float) -> None:
 
 
 def await_parked(peers: "Peers") -> None:
-    """Wait for the collectives after which the host went on, in all groups of these peers. No-op if there are none.
-
-    Whoever lets the host go on calls it before the host needs anything from the GPU: that wait would have no limit.
-    Raises as `await_work`.
-    """
+    """Wait, as `await_work`, for what was parked in these peers' groups, before the host needs anything of the GPU."""
     for watch in list(_watches.values()):
         if watch.peers is peers and watch.parked is not None:
             parked, watch.parked = watch.parked, None
@@ -178,13 +163,7 @@ def await_work(
     work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *, host_waits: bool = True,
     on_gpu: bool | None = None,
 ) -> None:  # fmt: skip
-    """Wait for a collective; without `host_waits`, on a GPU and in a watched group, it is parked for `await_parked`.
-
-    `on_gpu`: it is one of NCCL's, which the host only issues; by default what torch says of the group.
-
-    Raises:
-        RankAbsentError: a rank did not come in time; the group must not be used again.
-    """
+    """Wait for a collective, or raise `RankAbsentError`; not `host_waits`, on a GPU: parked for `await_parked`."""
     watch = _watches.get(group.group_name)
     on_gpu = dist.get_backend(group) == "nccl" if on_gpu is None else on_gpu
     if on_gpu:

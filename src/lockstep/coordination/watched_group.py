@@ -16,11 +16,10 @@ _COLLECTIVES = ("all", "reduce", "broadcast", "scatter", "gather", "barrier")
 
 
 class WatchedGroup(dist.ProcessGroup):
-    """A face for a group that may be replaced: what is issued on it runs on `inner`, and is waited for at most so long.
+    """A face for a group that may be replaced: what is issued on it runs on `inner`, with a deadline.
 
-    A tensor-parallel plan puts its group into every parameter for good, and waits in C++, for torch's half hour. This
-    group stays where the plan has put it, while `inner` changes whenever groups are opened anew. `ranks` are the
-    members' numbers in the whole start, `whereabouts` where they say what they are doing.
+    A tensor-parallel plan puts its group into every parameter for good, and waits in C++, for torch's half hour.
+    `inner` changes whenever groups are opened anew; `ranks` are its members' numbers in the whole start.
     """
 
     inner: dist.ProcessGroup
@@ -46,12 +45,7 @@ class WatchedGroup(dist.ProcessGroup):
         return _BACKEND
 
     def run(self, name: str, *args: Any) -> Any:
-        """Issue a collective on `inner` and wait for it, on NCCL only where no later wait does.
-
-        Raises:
-            RankAbsentError: a rank of the group did not come in time.
-            PeerFailedError: another rank said that it failed.
-        """
+        """Issue a collective on `inner` and wait for it as `await_work`, on NCCL only where no later wait does."""
         inner, peers = self.inner, peers_of(self.inner)
         if peers is None:  # before join: the pass that finds out the model's shapes
             self.whereabouts.enter(_PLACE)

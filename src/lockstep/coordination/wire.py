@@ -34,11 +34,7 @@ a transport's own while they travel. The head must be equal on all ranks, but fo
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What must be the same on all ranks before any of their numbers may be believed. Each fits into 32 bits.
-
-    `epoch` says how often the ranks have opened new groups, `fingerprint` is a hash of what they are about to run,
-    `package` is Lockstep's version as `major * 10**6 + minor * 10**3 + patch`.
-    """
+    """What must be the same on all ranks before their numbers may be believed; `package` is Lockstep's version."""
 
     epoch: int = 0
     fingerprint: int = 0
@@ -73,11 +69,7 @@ _layout: Callable[[type[StepRecord]], _Layout] = cache(_Layout)  # type: ignore[
 
 
 def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) -> Wire:
-    """Return a record as words, at most `WORDS`: a head, the values, and their checksum.
-
-    `step` is the number of the agreement, from 0; `collectives` the hash of those that this rank has issued so far. A
-    value that does not fit into 64 bits raises `TokenCountError`.
-    """
+    """Return a record as words, at most `WORDS`; `collectives` is a hash of those that this rank has issued so far."""
     layout = _layout(record.__class__)
     values = layout.values_of(record)
     head = (header.protocol, header.package, header.epoch, step & _MASK, header.fingerprint, layout.fingerprint)
@@ -118,11 +110,7 @@ class Alike(Sequence[Wire]):
 def decode(
     received: Sequence[Wire], mine: Wire, record_class: type[StepRecord], names: Sequence[int] | None = None
 ) -> Said:
-    """Check every rank's head against that of `mine`, what this rank sent, and return what the records say.
-
-    Every rank checks all heads, so either all ranks raise `RankMismatchError` or none does. `received` may be `Alike`
-    only with the head of `mine`; `names` are the ranks' numbers for messages, by default their indices.
-    """
+    """Check every rank's head against that of `mine`, as sent: all ranks raise `RankMismatchError`, or none does."""
     layout = _layout(record_class)
     if isinstance(received, Alike) and len(mine) == WORD_BYTES * layout.num_words:
         if crc32(received.bodies, _CRC) != _CRC:

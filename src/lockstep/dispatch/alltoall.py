@@ -20,12 +20,7 @@ class _Sent(NamedTuple):
 
 
 class AllToAllDispatcher(CollectiveDispatcher):
-    """Ragged all-to-all there and back. Three collectives per chunk: counts, rows, results.
-
-    A row that several experts of one rank need travels there once, and their weighted sum travels back once. The sums
-    are taken in rank order in float32, so the result has the same bits as the all-gather backend's. What arrives is
-    ordered by source rank, then by row.
-    """
+    """Ragged all-to-all: counts, rows, results. Rows come ordered by source and row; sums are in rank order."""
 
     name = "alltoall"
 

@@ -25,7 +25,7 @@ class Abilities:
         dtypes: of the hidden states.
         max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
         counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`.
-        note: for a report: what the backend chooses from, and why not from more; empty where it chooses nothing.
+        note: what the backend chooses from, and why not from more, for a report.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)

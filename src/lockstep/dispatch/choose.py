@@ -148,9 +148,6 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike.
 
-    Chunks only cost time here, so they are as large as `max_chunk_size` and the limits of the `available` backends
-    allow; None is no limit.
-
     Example:
         >>> two = (("allgather", None), ("alltoall", None))
         >>> choose(Exchange((900, 0), 8, 1, 1024, 1024), SHIPPED["cpu"], two).backend
@@ -202,12 +199,7 @@ def mapping_facts(device: torch.device) -> list[str] | None:
 
 
 def can_map(everyones: Sequence[list[str] | None]) -> bool:
-    """Say whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with a GPU of its own.
-
-    Example:
-        >>> can_map([["host", "GPU-0"], ["host", "GPU-1"]]), can_map([["host", "GPU-0"], ["host", "GPU-0"]])
-        (True, False)
-    """
+    """Say whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with a GPU of its own."""
     known = [facts for facts in everyones if facts is not None]
     return (
         2 <= len(everyones) <= 8
@@ -218,10 +210,7 @@ def can_map(everyones: Sequence[list[str] | None]) -> bool:
 
 
 class AutoDispatcher:
-    """The backend that is expected to be fastest, chosen anew for every step from agreed sizes and constants only.
-
-    The backends are of the same ranks and experts; constants are by default those shipped for the rows' device type.
-    """
+    """The backend expected to be fastest, chosen for every step from agreed sizes and constants only."""
 
     name = "auto"
 

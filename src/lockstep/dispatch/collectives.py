@@ -1,7 +1,4 @@
-"""Collectives over ranks with different numbers of rows, zero included: nothing is padded, every wait has a deadline.
-
-Sizes are known on all ranks beforehand (they were agreed), so no call exchanges them first.
-"""
+"""Collectives over ranks with different, agreed numbers of rows: nothing is padded, every wait has a deadline."""
 
 import json
 import math
@@ -38,21 +35,10 @@ def all_gatherv(
     tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gather the rows of all ranks, in rank order, of several tensors in one exchange.
+    """Gather the rows, `[sizes[rank], ...]`, of several tensors in one exchange: `[sum(sizes), ...]` of each.
 
-    Args:
-        tensors: this rank's tensors, each `[sizes[rank], ...]`; any dtypes, the same on all ranks.
-        sizes: rows of every rank, `[ranks]`; 0 is allowed.
-        group: gloo or NCCL.
-        deadline_s: longest wait in seconds.
-        host_waits: False: on NCCL the host goes on, up to `await_parked`; see there.
-
-    Returns:
-        For each tensor the rows of all ranks, `[sum(sizes), ...]`.
-
-    Raises:
-        TokenCountError: a tensor that has not `sizes[rank]` rows.
-        RankAbsentError: a rank did not come in time; the group must not be used again.
+    `TokenCountError` for other rows than `sizes`, `[ranks]`, says; `RankAbsentError` for a rank that did not come,
+    after which the group is not used again. Without `host_waits` the host goes on, on NCCL, up to `await_parked`.
     """
     if not tensors:
         raise ConfigurationError("all_gatherv needs at least one tensor")
@@ -105,11 +91,7 @@ def reduce_scatterv(
     rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum every rank's rows over all ranks and give each rank its own, `[sizes[rank], hidden]`, in their dtype.
-
-    The inverse of `all_gatherv`, whose arguments and errors it shares. The parts are added in rank order in float32, so
-    the same inputs give the same bits. Each part goes straight to its owner: the bytes of a reduce-scatter.
-    """
+    """Sum rows over all ranks, in rank order in float32, and give each rank its own, `[sizes[rank], hidden]`."""
     check_sizes("reduce_scatterv", sizes, group.size())
     own = sizes[dist.get_rank(group)]
     received = all_to_allv(
@@ -128,11 +110,7 @@ def all_to_allv(
     deadline_s: float = DEADLINE_S, *, name: str = "all_to_allv", noted_sizes: Sequence[int] = (),
     host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Send each rank its slice of the rows and receive a slice of each, `[sum(recv_sizes), ...]`, in rank order.
-
-    `send_sizes` are the rows for every rank, `recv_sizes` those from every rank. Messages and records call it `name`,
-    with the `noted_sizes`, by which ranks can be compared. Further arguments and errors: as for `all_gatherv`.
-    """
+    """Send each rank its slice of the rows, receive one of each, `[sum(recv_sizes), ...]`; records call it `name`."""
     check_sizes(name, send_sizes, group.size())
     check_sizes(name, recv_sizes, group.size())
     if rows.shape[0] != sum(send_sizes):
@@ -150,10 +128,7 @@ def all_to_allv(
 
 @dataclass(frozen=True)
 class AllToAll:
-    """One all-to-all that is about to be issued: every collective of this module on a CPU is one. See `all_to_allv`.
-
-    `sent` is ordered by destination, `received`, which it fills, by source.
-    """
+    """An all-to-all about to be issued; `sent` is ordered by destination, `received`, which it fills, by source."""
 
     name: str
     noted_sizes: Sequence[int]

@@ -27,15 +27,7 @@ BACKENDS = {"allgather": True, "alltoall": False, "nvlink": False}
 
 @dataclass(frozen=True)
 class Exchange:
-    """One dispatch and its combine, by what all ranks have agreed on.
-
-    Attributes:
-        sizes: rows of every rank, `[ranks]`.
-        num_experts: experts of the layer, a multiple of the ranks.
-        top_k: experts per row.
-        dispatch_row_bytes: of a row on its way to its experts.
-        combine_row_bytes: of a row on its way back.
-    """
+    """One dispatch and its combine, as agreed: rows of every rank, `[ranks]`, and the bytes of one row each way."""
 
     sizes: tuple[int, ...]
     num_experts: int
@@ -51,8 +43,8 @@ class BackendConstants:
     Attributes:
         latency_us: with no rows at all.
         count_exchange_us: more, where ranks first tell each other how many rows they send.
-        row_us: per row of all ranks together, whatever its length: putting the experts' rows in order.
-        dispatch_us_per_mb: per 10**6 bytes to the experts on the busiest rank's link, in its fuller direction.
+        row_us: per row of all ranks together: putting the experts' rows in order.
+        dispatch_us_per_mb: per 10**6 bytes on the busiest rank's link, in its fuller direction.
         combine_us_per_mb: the same for the way back; 1000 over the bandwidth in GB/s.
         total_us_per_mb: per 10**6 bytes of all ranks together, both ways.
         first_us_per_mb: more, for the first 2 MB on the busiest link, which takes some to get up to its speed.
@@ -81,12 +73,7 @@ class BackendConstants:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be kept
 class DispatchConstants:
-    """The constants of one machine's backends. All ranks must use the same: they choose by them.
-
-    Attributes:
-        backends: by name, of `BACKENDS`; one that is not in it is never chosen.
-        source: where the numbers come from.
-    """
+    """One machine's constants by backend of `BACKENDS`, and their `source`. All ranks must use the same."""
 
     backends: Mapping[str, BackendConstants]
     source: str = ""
@@ -132,10 +119,7 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
 
 
 def fit(name: str, measured: Sequence[tuple[Exchange, float]]) -> BackendConstants:
-    """Fit one backend's constants to 6 times or more, > 0 us; all come out >= 0, and errors count relatively.
-
-    An exchange of counts, where there is one, goes into `latency_us`.
-    """
+    """Fit one backend's constants, all >= 0, to 6 times or more, > 0 us; errors count relatively."""
     if len(measured) < 6 or not all(time > 0 for _, time in measured):
         raise ConfigurationError(f"{name}: a fit needs 6 times or more, all > 0 us, got {[us for _, us in measured]}")
     table = torch.tensor([features(name, exchange) for exchange, _ in measured], dtype=torch.float64)

@@ -64,11 +64,7 @@ def _combine_words(
     IDS: tl.constexpr, WEIGHTS: tl.constexpr, RETURNED_AS_WORDS: tl.constexpr, FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Few tokens on every rank: send partial sums as words that prove their arrival, and sum what comes.
-
-    Tasks are single tokens. Which block has which follows from the counts, alike on all ranks. That a peer's experts
-    have read their rows, on which the next dispatch counts, is said by a flag of block 0, which no store waits for.
-    """
+    """Few tokens on every rank: send partial sums as words that prove their arrival, and sum what comes."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     lane = tl.arange(0, 1)
     columns = tl.arange(0, BLOCK_COLUMNS)

@@ -205,10 +205,7 @@ def _push_rows(
     CHAINED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Store each token's row once into every rank that holds one of its experts, at slot (this rank, token).
-
-    With `CHAINED` into the first rank of the token's chain only, and into this rank's own slots.
-    """
+    """Store each token's row once into every rank that holds one of its experts; `CHAINED`: the chain's first."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     # In fp8 a tile's row is one scale group of a token, otherwise it is the token.
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS

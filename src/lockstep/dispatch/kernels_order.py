@@ -77,11 +77,7 @@ def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABO
 
 @triton.jit
 def _orders_in_slice(local, mine, GROUPS_OF_EXPERTS: tl.constexpr):
-    """Return how many earlier pairs of a slice go to the same expert, `[slice]` int32.
-
-    Eight experts share a 64-bit word, one byte each, so that one short scan counts them all. A slice has 256 pairs at
-    most: the count that a pair reads, its own not included, fits its byte.
-    """
+    """Return how many earlier pairs of a slice go to the same expert, `[slice]` int32; a count fits a byte."""
     words = tl.arange(0, GROUPS_OF_EXPERTS)[None, :]
     shift = ((local & 7) * 8).to(tl.int64)
     own_word = mine[:, None] & ((local >> 3)[:, None] == words)
@@ -97,10 +93,7 @@ def order_slices(
     CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr,
     BLOCKS: tl.constexpr, SLICE: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """The order of any number of pairs: each block counts its slices, all meet, each writes its slices.
-
-    `scratch` holds each block's pairs per expert; between the passes, `inverse` a pair's order among its block's.
-    """
+    """The order of any number of pairs: each block counts its slices into `scratch`, all meet, each writes."""
     sources = tl.arange(0, WORLD_POW2)
     experts = tl.arange(0, EXPERTS_POW2)
     lanes = tl.arange(0, SLICE)

@@ -114,10 +114,7 @@ def wait_at_least(
     section, stride, want, include_self, peers, status, rank, budget_ns, WORLD: tl.constexpr,
     WORLD_POW2: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Wait until the word of every source at `section + source * stride` is >= its `want`, `[WORLD_POW2]`; return them.
-
-    Beyond the world, and for all if the wait was given up, they are `want`.
-    """
+    """Return every source's word at `section + source * stride`, `[WORLD_POW2]`, once it is >= its `want`."""
     source = tl.arange(0, WORLD_POW2)
     counted = (source < WORLD) & ((source != rank) | (include_self != 0))
     addresses = section + tl.minimum(source, WORLD - 1).to(tl.int64) * stride
@@ -145,11 +142,7 @@ def arrived_words(
     words, index, mask, tag, peers, status, rank, source, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr,
     SECOND: tl.constexpr = 0,
 ):  # fmt: skip
-    """Load the words at `index` (`[n]`) that `mask` names until all are of this epoch; return their payloads, int32.
-
-    With `SECOND`, a distance in words, there are two words per index, and both payloads are returned; else the same
-    one twice. `source` is the rank that sends them, `[n]` or one for all: it is named if they do not come.
-    """
+    """Return the int32 payloads of the words at `index`, `[n]`, once all are of this epoch; and those `SECOND` on."""
     first = tl.load(words + index, mask, other=0, volatile=True)
     second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
     stale = mask & (((first >> 32) != tag) | ((second >> 32) != tag))
@@ -214,11 +207,7 @@ def arrived_counts(
     section, stride, want, peers, status, rank, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr,
     CAPACITY: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Wait for every rank's count word; return their tokens, and 0 for a rank that is epochs ahead.
-
-    A rank can be ahead only after another wait was ended by the abort cell: then no result counts, but no address may
-    be made of what it sent.
-    """
+    """Wait for every rank's count word; return their tokens, and 0 for a rank that is epochs ahead, after an abort."""
     words = wait_at_least(section, stride, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
     counts = words - want
     valid = (tl.arange(0, words.shape[0]) < WORLD) & (counts <= CAPACITY)
@@ -257,15 +246,10 @@ def skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
 
 @triton.jit
 def chain(target, token, source, rank, WORLD: tl.constexpr):
-    """Where `rank` stands in the chains along which `source`'s tokens go from one rank that needs them to the next.
+    """Return each token's next member after `rank` in its chain (-1: none), members before it, and the last one.
 
-    Token t's chain takes the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic order,
-    beginning `t % (WORLD - 1)` ranks after the source, so that every rank passes on an equal share. The source itself
-    is not a member.
-
-    Returns:
-        The next member after `rank` (the first, for the source; -1 at the end), the number of members before it, the
-        last member (-1 for an empty chain), each `[tokens]`.
+    Token t's chain takes the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic
+    order, beginning `t % (WORLD - 1)` ranks after the source, no member itself: every rank passes on an equal share.
     """
     begin = token % (WORLD - 1)
     own = ((rank + WORLD - source - 1) % WORLD + WORLD - 1 - begin) % (WORLD - 1)

@@ -1,7 +1,4 @@
-"""How the one-sided kernels are cut into blocks and tiles, and where what they exchange lies in the mapped buffers.
-
-Pure arithmetic that every rank does alike: each writes into its peers' buffers by its own layout.
-"""
+"""How the one-sided kernels are cut into blocks and tiles, and where what they exchange lies: alike on every rank."""
 
 from __future__ import annotations
 
@@ -53,12 +50,7 @@ class LaunchSizes:
 def launch_sizes(
     num_multiprocessors: int, num_ranks: int, num_local_experts: int, hidden_size: int, max_tokens_per_rank: int
 ) -> LaunchSizes:
-    """Return the launch sizes that were measured to be best on H200 (docs/benchmarks/gpu.md).
-
-    Example:
-        >>> launch_sizes(132, 2, 128, 7168, 4096).push_blocks
-        136
-    """
+    """Return the launch sizes that were measured to be best on H200 (docs/benchmarks/gpu.md)."""
     resident = 2 * num_multiprocessors
     columns = min(1024, max(FP8_GROUP, triton.next_power_of_2(hidden_size)))
     dispatch_tokens = min(16, 8192 // columns)
@@ -84,10 +76,7 @@ def launch_sizes(
 def make_layout(
     num_ranks: int, capacity: int, top_k: int, hidden_stride: int, groups: int, fp8: bool, launch: LaunchSizes
 ) -> SimpleNamespace:
-    """Return the byte offsets of the mapped sections, multiples of 256 and equal on all ranks, and `nbytes` of all.
-
-    Words for few tokens have room for `row_word_tokens` of a rank on the way to experts, `words_per_row` each.
-    """
+    """Return the byte offsets of the mapped sections, multiples of 256; words hold `row_word_tokens` rows of a rank."""
     slots = num_ranks * capacity
     row_word_tokens = launch.word_tokens
     if fp8:

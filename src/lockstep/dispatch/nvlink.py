@@ -79,27 +79,13 @@ class Buffers:
 class NvlinkDispatcher:
     """Brings tokens to their experts and back over NVLink; shapes are capacities, the counts stay on the device.
 
-    Every rank must make the same calls in the same order **on one stream** (or on streams ordered by events): each
-    kernel waits for its peers. A captured graph may be replayed with any counts, zero included; all ranks replay.
+    Every rank makes the same calls in the same order **on one stream**: each kernel waits for its peers. A captured
+    graph may be replayed with any counts; all ranks replay. A handle holds until the next dispatch: `hidden_states` has
+    slot `rank * max_tokens_per_rank + token` for every token, of which those in `gather_index` mean anything; of it and
+    of `pair_weights`, `[ranks * max_tokens_per_rank * top_k]`, the first `expert_offsets[-1]` entries count.
 
-    The tensors of a handle hold until the next dispatch. In them
-
-    * `hidden_states` has a slot for every token of every rank, `[ranks * max_tokens_per_rank, hidden]`: slot
-      `rank * max_tokens_per_rank + token`. Only the slots named by `gather_index` mean anything.
-    * `gather_index` and `pair_weights` are `[ranks * max_tokens_per_rank * top_k]`; the first
-      `tokens_per_expert.sum()` entries count, the others are valid slots of no meaning.
-
-    Args, beside those of `ExpertsShape` and `DispatcherOptions`:
-        process_group: the ranks, all on one host, each with a GPU of its own. Used to map the buffers; left open.
-        max_tokens_per_rank: capacity: most tokens that any rank may bring to one dispatch.
-        launch: blocks and tiles; None takes the measured ones.
-        share_device: several ranks run on one GPU (for tests): their launches together must fit it.
-        device: this rank's GPU; None takes the current one.
-        memory: how the ranks map each other's memory; None for torch's symmetric memory.
-        warm_up: compile and load the kernels now; otherwise the first calls do, with peers waiting meanwhile.
-
-    Attributes:
-        status: the word in host memory through which a kernel says that a rank did not come, `[1]` int64.
+    `launch`: None takes the measured sizes. `share_device`: several ranks run on one GPU, for tests. `memory`: how
+    ranks map each other's. `status`: the word in host memory through which a kernel says that a rank did not come.
     """
 
     name = "nvlink"
@@ -200,11 +186,7 @@ class NvlinkDispatcher:
         self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. Returns at once; raises as `check`.
-
-        The ranks' counts travel with the rows, so a captured call is right for any counts at its replay, and nothing is
-        read of the route's sizes. In graphs, `num_tokens` is written before each replay.
-        """
+        """See `Dispatcher.dispatch`. Returns at once; raises as `check`. Graphs read `num_tokens` at each replay."""
         self.check()
         rows, buffers = hidden_states.shape[0], self.buffers
         if rows > self.max_tokens_per_rank:
@@ -239,11 +221,7 @@ class NvlinkDispatcher:
         self, expert_output: torch.Tensor, handle: DispatchHandle, *, reduced: bool = False,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """See `Dispatcher.combine`. Returns at once; raises as `check`.
-
-        With `reduced`, `expert_output` has a row per slot of `handle.hidden_states`, already weighted and summed over
-        this rank's experts. `output` is where to put the result, contiguous.
-        """
+        """See `Dispatcher.combine`. `reduced`: a row per slot, already weighted and summed over this rank's experts."""
         self.check()
         if self._under_way is not handle:
             raise ConfigurationError(f"this handle was combined before, on rank {self.rank}")
@@ -278,10 +256,7 @@ class NvlinkDispatcher:
     def _run(
         self, kernel: Any, blocks: int, kind: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """Cached launches: a binary that is launched directly takes any tensor for what it was compiled for.
-
-        `kind` is what may differ from call to call and makes it another binary.
-        """
+        """Launch a kernel, after its first call without Triton's specialisation; `kind` tells which binary it is."""
         compiled = self._compiled.get((kernel, kind))
         if compiled is None:
             compiled = kernel[(blocks,)](*arguments, **options)
