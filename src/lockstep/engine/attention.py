@@ -1,9 +1,7 @@
 """Attention over paged keys and values, for all rows of a step at once.
 
-A layer's keys are in pages of 64 tokens; the block table lists each request's pages. Which request a row belongs to and
-how many keys it sees are read from device memory, so one CUDA graph serves every step of its size. On GPUs the kernels
-are ours, in Triton; elsewhere PyTorch's `scaled_dot_product_attention` runs over gathered keys. `attention_name` says
-which of them a device gets, and why.
+Which request a row belongs to and how many keys it sees are read from device memory, so one CUDA graph serves every
+step of its size. GPUs run our Triton kernels, other devices PyTorch's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -69,22 +67,12 @@ def attend_decode(
     options: AttentionOptions, *, out: Tensor | None = None, workspace: DecodeWorkspace | None = None,
     tables_ready: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attend with one token per row; the row's own key is in its page already.
+    """Attend with one token per row, `[rows, num_heads, head_dim]`; the row's own key is in its page already.
 
-    On a GPU nothing is read by the host, and the launch depends on the shapes only.
-
-    Args:
-        query: `[rows, num_heads, head_dim]`.
-        key_pages: `[num_pages, 64, num_kv_heads, head_dim]`.
-        value_pages: `[num_pages, 64, num_kv_heads, value_dim]`.
-        block_table: pages of each request, `[max_seqs, max_pages]` int32; those beyond its length are not looked at.
-        row_seqs: each row's row of the block table, `[rows]` int32; -1 for a padding row, whose output is zeros.
-        lengths: how many keys each row sees, its own included, `[rows]` int32; 0 gives zeros.
-        options: of the layer.
-        out: contiguous `[rows, num_heads, value_dim]`, written if given.
-        workspace: from `decode_workspace`; None makes one for this call.
-        tables_ready: the launch just before this one (`write_keys`, usually) wrote neither `row_seqs` nor `lengths`.
-            The kernel then reads them while that launch ends, about 1 us earlier.
+    Pages are `[num_pages, 64, num_kv_heads, dim]`, the block table has those of each request, `[max_seqs, max_pages]`;
+    `row_seqs` are rows of the table, -1 for padding, and `lengths` the keys that each row sees, its own included,
+    `[rows]`; all int32. Padding, and length 0, give zeros. `tables_ready`: the launch just before this one wrote
+    neither of the two, so that the kernel may read them while that launch ends, about 1 us earlier.
     """
     out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if query.shape[0]:
@@ -98,11 +86,10 @@ def attend_prompts(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, seqs: Tensor, cu_rows: Tensor,
     lengths: Tensor, options: AttentionOptions, *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attend with the last rows of some requests, packed; their own keys are in pages already.
+    """Attend with the last rows of `n` requests, packed; each sees the keys up to its own, which are in pages already.
 
-    Row `j` of a request with `n` rows and length `l` is at position `l - n + j` and sees the keys up to its own. `seqs`
-    are rows of the block table, `[n]`; `cu_rows` where their rows of `query` begin, and their end, `[n + 1]`; `lengths`
-    their keys, own rows included, `[n]`; all int32. Everything else is as for `attend_decode`.
+    `seqs` are rows of the block table, `[n]`; `cu_rows` where their rows of `query` begin, and their end, `[n + 1]`;
+    `lengths` their keys, own rows included, `[n]`; all int32. Everything else is as for `attend_decode`.
     """
     out = _check(query, key_pages, value_pages, block_table, lengths, options, out)
     if query.shape[0]:

@@ -1,7 +1,4 @@
-"""Attention over pages by PyTorch's `scaled_dot_product_attention`: keys are gathered first.
-
-The functions are those of `attention.py`, which checks their arguments and says what they mean.
-"""
+"""The functions of `attention.py` by PyTorch's `scaled_dot_product_attention`: keys are gathered first."""
 
 from __future__ import annotations
 
@@ -92,10 +89,7 @@ def _attend_requests(
 def attend_batch(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions, is_causal: bool
 ) -> Tensor:
-    """Attention of equal numbers of heads, `[batch, heads, rows, value_dim]`.
-
-    Query rows of decoding may be heads of one key head, so sinks are spread over heads and rows alike.
-    """
+    """Attention of equal numbers of heads, `[batch, heads, rows, value_dim]`; rows may be heads of one key head."""
     if options.sinks is None and options.softcap is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=options.scaling

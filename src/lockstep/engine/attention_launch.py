@@ -1,7 +1,4 @@
-"""The Triton kernels of attention over pages, launched: how they are cut, and what they work in.
-
-The functions are those of `attention.py`, which checks their arguments and says what they mean.
-"""
+"""The functions of `attention.py` by Triton kernels: how they are cut, launched, and what they work in."""
 
 from __future__ import annotations
 

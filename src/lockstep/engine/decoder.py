@@ -1,8 +1,4 @@
-"""One forward pass over rows of many requests, whatever phase each is in: Transformers' own layers, or fused ones.
-
-Nothing is padded: the model sees one sequence of all rows. Each row has its own position, and attends to the keys of
-its own request, which lie in pages.
-"""
+"""One forward pass over rows of many requests, packed into one sequence: Transformers' own layers, or fused ones."""
 
 from __future__ import annotations
 
@@ -117,8 +113,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Stand among Transformers' attention functions: `[batch, heads, rows, dim]` to `[batch, rows, heads, value_dim]`.
 
-    In a pass the batch is one sequence, the step's rows. Outside of one `key` and `value` are of all keys, and the mask
-    says which of them each row sees. `s_aux` are the sinks.
+    In a pass, batch 0 has the step's rows. Outside of one, `key` and `value` are of all keys. `s_aux` are the sinks.
     """
     if (shapes := _probed.get()) is not None:
         shapes[module.layer_idx] = KVShape(key.shape[1], key.shape[3], value.shape[3]), key.dtype
@@ -135,11 +130,7 @@ def _attention(
 
 
 def take_over_attention(model: Any) -> None:
-    """Let a model call `_attention`, which outside a pass attends as the model's own does.
-
-    Layers that keep something else than one key and value per token are refused, and models with attention of their
-    own.
-    """
+    """Let a model call `_attention`; models that keep something else than a key and value per token are refused."""
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     other = [repr(kind) for kind in sorted(set(kinds) - {"full_attention", "sliding_attention"})]

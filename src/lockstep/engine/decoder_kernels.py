@@ -1,10 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The small operations between a decoder layer's matrix products, one kernel each.
-
-A decoding step of few rows spends more time on launches than on arithmetic: Transformers' layer takes some 30 kernels
-for what three do here. Every function has a slower twin, the module that it stands in for; `decoder.py` compares the
-two before it uses these.
-"""
+"""The small operations between a decoder layer's matrix products: three kernels for some 30 of Transformers'."""
 
 from __future__ import annotations
 
@@ -111,11 +106,10 @@ def rope_and_write(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
     eps: float, slots: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, num_heads: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Split the projection, norm and rotate queries and keys, and write keys and values into their pages.
+    """Norm and rotate queries and keys, write keys and values into their pages; return the queries, split by heads.
 
-    `qkv` has queries, keys, values of each row, `[num_rows, (num_heads + 2 * kv_heads) * head_dim]`; `cos` and `sin`
-    are `[num_rows, head_dim]`, all contiguous; norms are `[head_dim]` or None; a negative one of `slots` writes
-    nothing. Returns the queries, `[num_rows, num_heads, head_dim]`.
+    `qkv` is `[num_rows, (num_heads + 2 * kv_heads) * head_dim]`, `cos` and `sin` `[num_rows, head_dim]`, all
+    contiguous; norms are `[head_dim]` or None; a negative one of `slots` writes nothing.
     """
     num_rows, kv_heads, head_dim = qkv.shape[0], key_pages.shape[2], key_pages.shape[3]
     query = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -161,10 +155,7 @@ def route_kernel(
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts by softmax and top-k from contiguous `[num_rows, num_experts]`: ids int32 and weights float32.
-
-    Both are `[num_rows, top_k]`; weights are rounded to the logits' dtype, and a row's sum to 1 if `renormalize`.
-    """
+    """Return ids and weights, `[num_rows, top_k]`, by softmax and top-k of contiguous `[num_rows, num_experts]`."""
     num_rows, num_experts = logits.shape
     ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(num_rows, top_k, dtype=torch.float32, device=logits.device)

@@ -62,9 +62,13 @@ class DeviceStep:
         # The token that each row of the table goes on with; the host may not know it yet.
         self._last_tokens = torch.zeros(cache.block_table.shape[0], dtype=torch.int64, device=self._device)
         self._free_rows = list(range(cache.block_table.shape[0] - 1, -1, -1))
-        self.decoder = _make_decoder(model, cache)
-        if self._device.type == "cuda":  # no step of a run loads a kernel
-            sampler.warm_up(model.get_output_embeddings().weight.dtype)
+        fused: FusedDecoder | None = None
+        if self._device.type == "cuda":
+            from lockstep.engine.fused import FusedDecoder
+
+            fused = FusedDecoder.of(model, cache)
+            sampler.warm_up(model.get_output_embeddings().weight.dtype)  # no step of a run loads a kernel
+        self.decoder = fused or TransformersDecoder(model, cache)
         if graphs and parallel is not None and parallel.layers.can_capture:
             most = config.max_num_batched_tokens
             max_rows = min(config.max_num_seqs, most)
@@ -91,10 +95,9 @@ class DeviceStep:
     def run(
         self, schedule: Schedule, requests: Sequence[EngineRequest], step: Step | None
     ) -> tuple[Sampled | None, bool]:
-        """Issue a step's forward pass and its sampling, for the requests of the schedule's entries, in order.
+        """Issue a step for the requests of the schedule's entries, in order; `step` is None in a single process.
 
-        Without entries it only takes part in what the other ranks do; `step` is None in a single process. Returns the
-        tokens of the entries that sample, or None where none does, and whether a graph was replayed.
+        Returns the tokens of the entries that sample, or None where none does, and whether a graph was replayed.
         """
         captures = self.graphs is not None and step is not None and step.captures
         entries, num_decode = schedule.entries, schedule.num_decode_tokens
@@ -116,15 +119,12 @@ class DeviceStep:
                 replayed = self.graphs.run_mixed(_lay_out_on_host(entries, requests, num_decode), step)
         logits, rows, positions = replayed or self._run_eagerly(_lay_out_on_host(entries, requests, num_decode))
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
-        self._remember_pages(entries[num_decode:], requests[num_decode:])
-        return drawn, replayed is not None
-
-    def _remember_pages(self, entries: Sequence[StepEntry], requests: Sequence[EngineRequest]) -> None:
-        """Let the pages that prompts have filled be known from the next step on, as the scheduler does."""
-        for entry, request in zip(entries, requests, strict=True):
+        # As in the scheduler, the pages that prompts have filled are known from the next step on.
+        for entry, request in zip(entries[num_decode:], requests[num_decode:], strict=True):
             first, stop = entry.start // PAGE_SIZE, (entry.start + entry.num_tokens) // PAGE_SIZE
             if keys := request.page_keys[first:stop]:
                 self.cache.remember(request.row, first, keys, _packed(request.prompt))
+        return drawn, replayed is not None
 
     def _run_eagerly(self, host: HostRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of the sampled rows, their rows of the block table, and the positions of the next tokens."""
@@ -140,10 +140,9 @@ class DeviceStep:
         return self.decoder(rows), row_seqs[sampled], rows.positions[sampled] + 1
 
     def lay_out(self, ids: Tensor | None, positions: Tensor, row_seqs: Tensor) -> Rows:
-        """Return the rows of requests that generate; on the device alone, so that a graph may hold it.
+        """Return the rows of requests that generate, of `[num_rows]` int32; on the device, so that a graph may hold it.
 
-        All are `[num_rows]` int32. A token of -1, or None in place of all, is the one that its request drew last;
-        `row_seqs` is -1 for rows that pad a graph.
+        A token of -1, or None in place of all, is the one its request drew last; `row_seqs` is -1 for padding.
         """
         real, seqs = row_seqs >= 0, row_seqs.clamp(min=0).long()
         last = self._last_tokens[seqs]
@@ -193,12 +192,3 @@ def _lay_out_on_host(entries: Sequence[StepEntry], requests: Sequence[EngineRequ
 
 def _packed(token_ids: Sequence[int]) -> bytes:
     return array("I", token_ids).tobytes()
-
-
-def _make_decoder(model: Any, cache: KVCache) -> TransformersDecoder | FusedDecoder:
-    if cache.block_table.device.type == "cuda":
-        from lockstep.engine.fused import FusedDecoder
-
-        if (fused := FusedDecoder.of(model, cache)) is not None:
-            return fused
-    return TransformersDecoder(model, cache)

@@ -1,11 +1,8 @@
 """Steps as CUDA graphs, right for any counts of the other ranks.
 
-A graph has room for some rows; how many of them are real it reads from device memory. Rows beyond them pad it at home:
-they go to no expert, write no key, attend to nothing and are not sampled. So each rank replays the smallest graph that
-its own rows fit into, whatever the others run.
-
-Graphs of decoding are captured at start. Those of steps with prompts, in which every row may be of any request, are
-captured when a step of their size comes for the first time: issuing that step takes no longer than without a graph.
+How many rows are real a graph reads from device memory; others go to no expert, write no key and attend to nothing. So
+each rank replays the smallest graph that its own rows fit into. Graphs of decoding are captured at start, those of
+steps with prompts when a step of their size first comes.
 """
 
 from __future__ import annotations
@@ -55,10 +52,7 @@ def mixed_sizes(max_rows: int) -> list[int]:
 
 
 class EngineGraphs:
-    """The graphs of one rank's steps: of decoding up to `max_rows` rows, and of prompts up to `max_mixed_rows`.
-
-    `lay_out` is `DeviceStep.lay_out`. A step with prompts has at most `max_rows` of them.
-    """
+    """The graphs of one rank's steps: of decoding up to `max_rows` rows, and of prompts up to `max_mixed_rows`."""
 
     def __init__(
         self, parallel: ModelParallel, decoder: Callable[[Rows], Tensor],
@@ -95,10 +89,9 @@ class EngineGraphs:
     def run(
         self, row_seqs: Sequence[int], positions: Sequence[int], step: Step
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Replay the smallest graph that the rows fit into; `step.captures` is true.
+        """Replay the smallest graph that the rows fit into; return logits (None without rows) until the next replay.
 
-        Returns logits of the rows, `[num_rows, vocabulary]`, valid until the next replay; None without rows. And on the
-        device: `row_seqs`, `[num_rows]` int32, and the position of the next token of each, `[num_rows]` int32.
+        With them, on the device: `row_seqs` and the position of each row's next token, `[num_rows]` int32.
         """
         num_rows, most = len(row_seqs), self._max_rows
         size = next(size for size in self._sizes if size >= num_rows)
@@ -112,11 +105,7 @@ class EngineGraphs:
         return (None if logits is None else logits[:num_rows]), own_rows[:num_rows], own_positions[:num_rows] + 1
 
     def run_mixed(self, host: HostRows, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Replay the smallest graph that a step with prompts fits into, captured now if there is none yet.
-
-        Returns as `run` does, for the sampled rows. None for rows that no graph has room for, or where the capture
-        failed.
-        """
+        """As `run`, for a step with prompts, captured if need be; None where no graph has room or a capture failed."""
         num_rows, num_prompts = len(host.ids), len(host.prompts)
         size = next((size for size in self._mixed_sizes if size >= num_rows), None)
         if size is None or num_prompts > self._max_rows:

@@ -1,8 +1,4 @@
-"""Decoder layers with the small operations fused, for models that are built as most are.
-
-`FusedDecoder.of` looks at a model's modules, and tries each layer beside the module's own forward pass. A layer that it
-does not know, or that computes something else, leaves the whole model to `TransformersDecoder`.
-"""
+"""Decoder layers with the small operations fused, each tried beside its module's own forward pass."""
 
 from __future__ import annotations
 
@@ -64,10 +60,7 @@ class FusedDecoder:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, cache: KVCache) -> FusedDecoder | None:
-        """Take a model on a GPU apart and try its layers; None, and a log that says why, for one that is not known.
-
-        No page of the cache may be in use: the first is overwritten.
-        """
+        """Take a model on a GPU apart and try its layers, over the first page; None, and why in the log, if unknown."""
         try:
             base = model.model
             layers = [_take_apart(layer, index) for index, layer in enumerate(base.layers)]

@@ -40,13 +40,10 @@ class _KnownPage:
 
 
 class KVCache:
-    """The pages of one rank.
+    """The pages of one rank; with `num_pages` None a few at first, doubled when they run out (not with graphs).
 
     Pages are handed out and taken back on the host, at once; the table in device memory follows at `flush`, in the
-    order of the stream. So a page may be given to another request while a step that reads it still runs: whoever writes
-    to it does so in a later step. Pages of a prompt's beginning can be known by a key, as the scheduler decides.
-
-    With `num_pages` None, it begins with a few and doubles them when they run out, which needs a device without graphs.
+    order of the stream. So a page may be given to another request while a step that reads it still runs.
     """
 
     def __init__(
@@ -122,10 +119,7 @@ class KVCache:
             self._changes[row * self._width + index] = known.page
 
     def remember(self, row: int, first: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Note that the step issued last has filled pages of a request from `first` on; `token_ids` are of its prompt.
-
-        Where another request has filled an equal page, both hold that one from the next step on.
-        """
+        """Note that the step issued last has filled a prompt's pages from `first` on; equal known ones replace them."""
         pages = self._pages[row]
         for index, key in enumerate(keys, first):
             known = self._known.get(key)

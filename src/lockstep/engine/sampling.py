@@ -31,8 +31,6 @@ from torch import Tensor
 from lockstep.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from lockstep.errors import ConfigurationError
 
-__all__ = ["Sampled", "Sampler", "SamplingParams", "seed_key", "uniforms"]
-
 _BLOCK = 128  # tokens per block: of the first stage of top-k, and of the running sum of the unfiltered path
 _MAX_SMALL_TOP_K = 64
 
@@ -85,8 +83,7 @@ _GREEDY = _Kind("greedy")
 class Sampler:
     """Draws tokens for one rank. Parameters live on the device, one row per slot.
 
-    All work is issued on the current stream and nothing waits for it: call `set` and `sample` on one stream.
-    `min_tokens` holds `eos_token_ids` back besides the request's own. Passes over the whole vocabulary take
+    `min_tokens` holds `eos_token_ids` back besides a request's own. Passes over the whole vocabulary take
     `chunk_logits` at a time, which bounds their memory.
     """
 
@@ -118,10 +115,7 @@ class Sampler:
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], generated: Sequence[int] = ()
     ) -> None:
-        """Give a slot to a request, whose `stop_token_ids` are below `vocab_size`; `seed` replaces the parameters' own.
-
-        `generated` are tokens from before it was preempted. The number of tokens in `prompt` places `min_tokens`.
-        """
+        """Give a slot to a request; `seed` replaces the parameters' own, `generated` is from before a preemption."""
         if params.has_penalties:
             self._count(slot, prompt, generated)
         stop_ids = self._eos_token_ids + tuple(params.stop_token_ids)
@@ -346,8 +340,7 @@ def _signed(value: int) -> int:
 def top_ids(values: Tensor, k: int) -> Tensor:
     """Return the ids of each row's `k` largest values, `[rows, k]`, largest first, lower ids first among equal ones.
 
-    `torch.topk` may take any of several equal values, and which one depends on the shape: bfloat16 logits have many.
-    Two stages: the k blocks with the largest maxima hold the k largest values, so that the vocabulary is read once.
+    The k blocks with the largest maxima hold the k largest values, so that the vocabulary is read once.
     """
     num_tokens = values.shape[1]
     if num_tokens <= 2 * k * _BLOCK:
@@ -364,7 +357,7 @@ def top_ids(values: Tensor, k: int) -> Tensor:
 
 
 def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """Return the ids of the k largest values per row; one int64 holds value and id, so that no two are equal."""
+    """Return the ids of the k largest values per row; one int64 holds value and id: `topk` takes any of equal ones."""
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     keys = (0xFFFFFFFF - ids) + ascending.long() * 2**32
@@ -378,10 +371,7 @@ def _weights(values: Tensor, largest: Tensor, temperature: Tensor, min_p: Tensor
 
 
 def draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Return the place of the drawn token among weights in descending order, `[rows, tokens]` int64, sums below 2**52.
-
-    The smallest prefix that has the share `top_p` of the first `top_k` weights is kept; draws are in `[0, 1)`.
-    """
+    """Return the drawn token's place among descending weights, `[rows, tokens]` int64, whose sums are below 2**52."""
     last = weights.shape[1] - 1
     sums = weights.cumsum(-1)
     kept = sums.gather(1, (top_k - 1).clamp_(max=last)[:, None])
@@ -391,10 +381,7 @@ def draw_from_sorted(weights: Tensor, draws: Tensor, top_p: Tensor, top_k: Tenso
 
 
 def draw_from_blocks(weights: Tensor, draws: Tensor, scale: float) -> Tensor:
-    """Return the drawn token of weights in the vocabulary's order, `[rows]`: first its block, then its place there.
-
-    Weights are `[rows, tokens]` float32 in 0..1; a weight of 1 counts as the integer `scale`.
-    """
+    """Return the drawn token of weights in 0..1, in the vocabulary's order: first its block, then its place there."""
     num_rows, num_tokens = weights.shape
     num_blocks = -(-num_tokens // _BLOCK)
     counts = weights.new_empty((num_rows, num_blocks * _BLOCK), dtype=torch.int64)

@@ -8,17 +8,17 @@ from numbers import Integral, Real
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import INT32_MAX, shown
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: float32 could not divide by much less
 MAX_LOGPROBS = 5
 # Each costs work in every step, and a request comes from anybody.
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 256
-_INT32_MAX = 2**31 - 1
 _LIMITS: dict[str, tuple[float, float]] = {  # a field has its limits' type
     "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 100.0), "max_tokens": (1, _INT32_MAX),
-    "top_k": (-1, _INT32_MAX), "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS),
+    "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 100.0), "max_tokens": (1, INT32_MAX),
+    "top_k": (-1, INT32_MAX), "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS),
 }  # fmt: skip
 
 
@@ -106,13 +106,8 @@ class SamplingParams:
         # Compared before converted: an integer too large for a float is out of range. NaN is in no range.
         if not is_kind or not low <= value <= high:
             limits = f"an integer in {low}..{high}" if kind is int else f"a number in {low:g}..{high:g}"
-            raise ConfigurationError(f"{name} must be {limits}, got {_shown(value)}")
+            raise ConfigurationError(f"{name} must be {limits}, got {shown(value, 80)}")
         object.__setattr__(self, name, kind(value))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -120,21 +115,21 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
         return ()
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, bytes | bytearray):
-        raise ConfigurationError(f"stop must be a string or a list of strings, got {_shown(stop)}")
+        raise ConfigurationError(f"stop must be a string or a list of strings, got {shown(stop, 80)}")
     if len(strings) > MAX_STOP_STRINGS:
         raise ConfigurationError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ConfigurationError(f"stop must hold strings of at least 1 character, got {_shown(string)}")
+            raise ConfigurationError(f"stop must hold strings of at least 1 character, got {shown(string, 80)}")
     return tuple(strings)
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
-        raise ConfigurationError(f"stop_token_ids must be a list of token ids, got {_shown(ids)}")
+        raise ConfigurationError(f"stop_token_ids must be a list of token ids, got {shown(ids, 80)}")
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise ConfigurationError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} token ids, got {len(ids)}")
     for token in ids:
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= _INT32_MAX:
-            raise ConfigurationError(f"stop_token_ids must hold integers in 0..{_INT32_MAX}, got {_shown(token)}")
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= INT32_MAX:
+            raise ConfigurationError(f"stop_token_ids must hold integers in 0..{INT32_MAX}, got {shown(token, 80)}")
     return tuple(int(token) for token in ids)

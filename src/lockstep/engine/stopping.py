@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Literal
 
 from lockstep.engine.sampling_params import SamplingParams
@@ -63,10 +64,9 @@ class RequestOutput:
 class StopChecker:
     """Follows one request on the host: tokens in, text and the end out.
 
-    Text that may be the beginning of a stop string waits until that is known. The text does not depend on how it is cut
-    into tokens: the stop string that completes first ends it, the longest of several that complete together, and the
-    text ends before that string. A stop token has no text. Stop strings that complete within the first `min_tokens`
-    tokens are text like any other. Without a detokenizer all texts are empty, and stop strings are refused.
+    Text that may begin a stop string waits. The stop string that completes first ends the text, the longest of several
+    that complete together, however the text is cut into tokens; within the first `min_tokens` tokens none does.
+    Without a detokenizer all texts are empty, and stop strings are refused.
 
     Example:
         >>> from lockstep.models.tiny import byte_tokenizer
@@ -86,7 +86,7 @@ class StopChecker:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._stream = detokenizer.stream() if detokenizer is not None else None
         self._matcher = _StopMatcher(params.stop_strings)
-        self._pieces: list[str] = []
+        self._text = StringIO()
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -94,9 +94,7 @@ class StopChecker:
     @property
     def text(self) -> str:
         """All text so far that nothing takes back."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
+        return self._text.getvalue()
 
     def push(self, token_id: int) -> TextDelta:
         """Take the next token; return what it adds. One after the end, of an overrun row, is dropped."""
@@ -136,16 +134,14 @@ class StopChecker:
         return self._emit(text)
 
     def _emit(self, text: str) -> TextDelta:
-        if text:
-            self._pieces.append(text)
+        self._text.write(text)
         return TextDelta(text, self.finish_reason, self.stop_reason)
 
 
 class _StopMatcher:
-    """Looks for several strings in a text that comes in pieces, a fixed amount of work per character.
+    """Looks for strings in a text that comes in pieces, by Knuth, Morris and Pratt (1977): fixed work per character.
 
-    Knuth, Morris and Pratt (1977), once per string: its state is the length of its longest beginning that the text ends
-    with. The longest of these beginnings is the text that waits.
+    A string's state is the length of its longest beginning that the text ends with. The longest of these waits.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

@@ -18,19 +18,14 @@ _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Makes text streams for one tokenizer. Special tokens have no text.
-
-    The pieces of a stream together are `tokenizer.decode(ids, skip_special_tokens=True)`, whatever the ids. Two kinds
-    of tokenizer are known from inside, others are asked:
+    """Makes text streams whose pieces together are `tokenizer.decode(ids, skip_special_tokens=True)`, whatever the ids.
 
     * Byte-level (GPT-2's alphabet: Qwen, Llama 3, DeepSeek, GPT-OSS): tokens are bytes, decoded as they come.
     * With byte fallback (SentencePiece's: Llama 2, Mixtral): `<0xE2>` is a byte, and a run of byte tokens is text only
       if all its bytes are valid UTF-8. So a run is held back until a token that is no byte ends it.
-    * Any other object with `decode(ids, skip_special_tokens=True)`: a text that ends in U+FFFD is held back, for up to
-      32 tokens. It must decode a token in the same way whatever comes before the previous piece of text.
+    * Any other object with that `decode`: a text that ends in U+FFFD is held back, for up to 32 tokens.
 
-    Each token costs the same, however long the text is. `clean_up_tokenization_spaces` is not applied: it would change
-    text that has left already. Transformers ignores it too, for byte-pair tokenizers.
+    Each token costs the same, however long the text is.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -101,8 +96,7 @@ class ByteLevelStream:
 class WindowStream:
     """The text of one request by the tokenizer's own decoding of the tokens since the last piece of text.
 
-    That piece's tokens come before them as context: without it, the middle of a text would be decoded as a start is,
-    and most decoders drop a space there.
+    That piece's tokens are their context: at the start of a text, most decoders drop a space.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:

@@ -115,9 +115,3 @@ def table_rows(
         except (csv.Error, LineError) as error:
             yield taken[0][0], error if isinstance(error, LineError) else LineError(f"not CSV ({error})")
             ahead.extendleft(reversed(taken[1:]))
-
-
-def short(value: object) -> str:
-    """Return a value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import shown
 from lockstep.workload.request import Request
-from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, short, table_rows
+from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, table_rows
 
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
@@ -212,7 +213,7 @@ def _request(
         return arrival, *options.lengths(*lengths), None, block_ids, size
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt:
-        raise LineError(f'"prompt" is {short(prompt)}')
+        raise LineError(f'"prompt" is {shown(prompt, 60)}')
     if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise LineError('"prompt" has half of a surrogate pair, which no tokenizer takes')
     num_prompt = count_tokens(prompt)
@@ -238,7 +239,7 @@ def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
             continue
         if not isinstance(cells, LineError) and set(_AZURE_COLUMNS) <= set(cells):
             return "azure-csv", delimiter
-    raise LineError(f"{short(line.strip())} fits no known format")
+    raise LineError(f"{shown(line.strip(), 60)} fits no known format")
 
 
 def _json_object(line: str) -> dict[str, object]:
@@ -247,9 +248,9 @@ def _json_object(line: str) -> dict[str, object]:
     except LineError:
         raise
     except (ValueError, RecursionError) as error:  # no JSON, or an integer of thousands of digits
-        raise LineError(f"not JSON ({short(str(error))})") from None
+        raise LineError(f"not JSON ({shown(str(error), 60)})") from None
     if not isinstance(row, dict):
-        raise LineError(f"{short(row)} is not an object")
+        raise LineError(f"{shown(row, 60)} is not an object")
     return row
 
 
@@ -268,7 +269,7 @@ def _timestamp(value: object) -> float:
             raise ValueError
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise LineError(f"TIMESTAMP is {short(value)}") from None
+        raise LineError(f"TIMESTAMP is {shown(value, 60)}") from None
     # A time without a zone is read as UTC, so that the result does not depend on this machine's zone.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
@@ -285,7 +286,7 @@ def _length(value: object, name: str) -> int:
     # JSON has booleans and fractions; neither a boolean nor 3.7 tokens is a length. A whole number may be written 3.0.
     number = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
-        raise LineError(f"{name} is {short(value)}")
+        raise LineError(f"{name} is {shown(value, 60)}")
     return number
 
 
@@ -294,14 +295,14 @@ def _block_ids(value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise LineError(f"hash_ids is {short(value)}")
+        raise LineError(f"hash_ids is {shown(value, 60)}")
     for block_id in value:
         if isinstance(block_id, bool) or not isinstance(block_id, int) or not 0 <= block_id < 2**63:
-            raise LineError(f"hash_ids has {short(block_id)}")
+            raise LineError(f"hash_ids has {shown(block_id, 60)}")
     return tuple(value)
 
 
 def _seconds(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
-        raise LineError(f"{name} is {short(value)}")
+        raise LineError(f"{name} is {shown(value, 60)}")
     return float(value)
