@@ -82,14 +82,19 @@ class Soak:
         params = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
         victims = rng.sample(range(num_ranks), rng.randint(1, num_ranks))
         options = {"survive": rng.randrange(num_ranks), "kv_capacity_tokens": rng.choice((None, 256))}
-        heard, began = Outputs(len(prompts)), time.monotonic()
+        heard, later, began = Outputs(len(prompts)), Outputs(len(prompts)), time.monotonic()
         counts["cases"] += 1
         with Engine(path, data_parallel_size=num_ranks, deadline_s=DEADLINE_S, **options) as engine:
-            engine.submit(heard, engine.read_requests([list(prompt) for prompt in prompts], params))
+            requests = engine.read_requests([list(prompt) for prompt in prompts], params)
+            engine.submit(heard, requests)
             for victim in victims:
                 time.sleep(rng.choice((0.0, rng.uniform(0, 0.3), rng.uniform(0, 1.0))))
                 os.kill(engine.ranks()[victim].pid, rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
                 counts["losses"] += 1
+                if victim == victims[0]:  # while the others go on without it
+                    engine.submit(later, requests)
+                    if rng.random() < 0.5:
+                        engine.abandon(later)
             while heard.unfinished and heard.error is None:
                 heard.changed.clear()
                 if not heard.changed.wait(HANG_S):

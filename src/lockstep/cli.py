@@ -88,6 +88,7 @@ def run(
     dtype: opt.WeightsDType = "auto",
     device: opt.Device = None,
     deadline: opt.Deadline = 30.0,
+    survive: opt.Survive = 0,
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
     expert_load: Annotated[
@@ -121,7 +122,7 @@ def run(
     options = RunOptions(
         model=model, workload=workload, out=str(out or ""), data_parallel_size=data_parallel_size,
         tensor_parallel_size=tensor_parallel_size, max_chunk_size=max_chunk_size, dispatcher=dispatcher, dtype=dtype,
-        device=device, seed=seed, clock=clock, deadline_s=deadline, metrics_port=metrics_port,
+        device=device, seed=seed, clock=clock, deadline_s=deadline, survive=survive, metrics_port=metrics_port,
         max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization, keep_logprobs=verify,
         placement=placement, num_redundant_experts=num_redundant_experts, expert_load=expert_load,
         workload_options=WorkloadOptions(

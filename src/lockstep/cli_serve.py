@@ -29,9 +29,7 @@ def serve(
     deadline: opt.Deadline = 30.0,
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
-    survive: Annotated[
-        int, opt.steps("Lost ranks for whose experts there are slots from the start; for more, the cache shrinks.")
-    ] = 0,
+    survive: opt.Survive = 0,
     start_timeout: Annotated[float, opt.scale("Longest wait for the ranks to be ready, in seconds.")] = 600.0,
     max_restarts: Annotated[
         int, opt.steps("How often ranks that died are started again without a request being finished in between.")

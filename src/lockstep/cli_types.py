@@ -177,6 +177,9 @@ ExpertPlacement = Annotated[
     option("Place experts by the load that a run with --expert-load recorded: its folder or file.", metavar="FILE"),
 ]
 NumRedundantExperts = Annotated[int, steps("Spare slots in each layer, over all ranks, for replicas of hot experts.")]
+Survive = Annotated[
+    int, steps("Lost ranks for whose experts there are slots from the start; for more, the cache shrinks.")
+]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.")]
 Balancing = Annotated[LoadBalancing, option("Which rank gets a request.")]
 Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]

@@ -1,7 +1,11 @@
-"""A rank of `lockstep run` is killed: finished requests are kept, the others run, the outputs are the same."""
+"""Ranks of `lockstep run` are killed: finished requests are kept, the others run, the outputs are the same.
+
+The ranks that are left go on; where none is left, or under torchrun, all are started again.
+"""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,19 +72,21 @@ def pid_of_rank(out, rank):
     return None
 
 
-def kill_in_the_middle(has_ended, out, rank, torn=b""):
-    """Kill a rank once some requests are finished, in the middle of a line if `torn`; return which were."""
-    until, pid = time.monotonic() + 100, None
+def kill_in_the_middle(has_ended, out, *ranks, torn=b"", when=3):
+    """Kill ranks once some requests are finished, in the middle of a line if `torn`; return which were."""
+    until, pids = time.monotonic() + 100, [None]
     while time.monotonic() < until:
-        if pid is None and (out / "parts").exists():
-            pid = pid_of_rank(out, rank)
-        if pid is not None and len(finished(out)) >= 3:
-            os.kill(pid, signal.SIGSTOP)
+        if None in pids and (out / "parts").exists():
+            pids = [pid_of_rank(out, rank) for rank in ranks]
+        if None not in pids and len(finished(out)) >= when:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
             done = finished(out)
             if torn:
-                with (out / "parts" / f"outputs-rank{rank}.jsonl").open("ab") as file:
+                with (out / "parts" / f"outputs-rank{ranks[0]}.jsonl").open("ab") as file:
                     file.write(torn)
-            os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
             return done
         assert not has_ended(), "the run ended too early"
         time.sleep(0.005)
@@ -110,15 +116,42 @@ def check(out, expected, done, num_ranks):
 
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize(("rank", "torn"), [(1, b""), (0, b""), (2, b'{"request_id": 5, "tok')])
-def test_kill_minus_nine_costs_a_restart_and_no_output(setting, caplog, rank, torn):
+def test_the_others_go_on_where_a_rank_is_killed(setting, caplog, rank, torn):
     folder, expected = setting
     out = folder / f"killed{rank}"
     command = start(folder, out.name)
-    done = kill_in_the_middle(lambda: not command.is_alive(), out, rank, torn)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, rank, torn=torn)
+    assert command.wait(120) == 0
+    check(out, expected, done, RANKS)
+    left = ", ".join(str(other) for other in range(RANKS) if other != rank)
+    said = f"rank {rank} failed: its process was ended by signal 9 (SIGKILL); going on with ranks {left}"
+    assert said in caplog.text and "again" not in caplog.text
+    records = read_step_log(out / "steps.jsonl").records
+    assert sum(record.real_rows for record in records if record.rank == rank) > 0
+    assert not any(record.real_rows for record in records[-RANKS:] if record.rank == rank)
+
+
+@pytest.mark.ranks(3)
+def test_one_rank_is_left_after_two_losses(setting, caplog):
+    folder, expected = setting
+    out = folder / "twice"
+    command = start(folder, out.name, "--survive", 1)
+    kill_in_the_middle(lambda: not command.is_alive(), out, 0)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, 2, when=6)
+    assert command.wait(120) == 0
+    check(out, expected, done, RANKS)
+    assert "going on with ranks 1, 2" in caplog.text and "going on with rank 1" in caplog.text
+
+
+@pytest.mark.ranks(3)
+def test_all_ranks_are_started_again_where_none_is_left(setting, caplog):
+    folder, expected = setting
+    out = folder / "all"
+    command = start(folder, out.name)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, 0, 1, 2, torn=b'{"request_id": 5, "tok')
     assert command.wait(120) == 0
     check(out, expected, done, RANKS)
     assert "starting all ranks again, 1 of 3 times" in caplog.text
-    assert f"rank {rank} failed: its process was ended by signal 9 (SIGKILL)" in caplog.text
 
 
 @pytest.mark.ranks(2)
@@ -135,13 +168,14 @@ def test_under_torchrun_elastic_restarts_do_the_same(setting):
 
 
 @pytest.mark.ranks(3)
-def test_without_restarts_the_rank_is_named_and_what_was_done_is_whole(setting, capsys):
+def test_without_restarts_a_rank_is_named_and_what_was_done_is_whole(setting, capsys):
     folder, _ = setting
     out = folder / "once"
     command = start(folder, out.name, "--max-restarts", 0)
-    done = kill_in_the_middle(lambda: not command.is_alive(), out, 1)
+    done = kill_in_the_middle(lambda: not command.is_alive(), out, 1, 0, 2)
     assert command.wait(60) == 1
-    assert "PeerFailedError: rank 1 failed: its process was ended by signal 9 (SIGKILL)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"PeerFailedError: rank \d failed: its process was ended by signal 9 \(SIGKILL\)", said), said
     assert done <= finished(out)
     assert not (out / "outputs.jsonl").exists()
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from lockstep import Engine, PeerFailedError, SamplingParams
+from lockstep import ConfigurationError, Engine, PeerFailedError, SamplingParams
 from lockstep.models.tiny import make_tiny
 
 LONG = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
@@ -114,6 +114,17 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
             list(engine.generate(prompts[:1], LONG))
     print("outages, s:", [round(outage, 2) for outage in outages])
     assert min(outages) < MOST_OUTAGE_S
+
+
+@pytest.mark.ranks(2)
+def test_experts_are_not_read_from_another_checkpoint(tmp_path):
+    path = make_tiny(tmp_path / "tiny", num_layers=1, num_experts=4)
+    with Engine(str(path), data_parallel_size=2, deadline_s=10) as engine:
+        outputs = engine.generate([[1, 2], [3]], LONG)
+        os.utime(path / "model.safetensors")  # somebody has written it anew
+        os.kill(engine.ranks()[1].pid, signal.SIGKILL)
+        with pytest.raises(ConfigurationError, match="tiny is not the checkpoint any more that the ranks have loaded"):
+            list(outputs)
 
 
 @pytest.mark.ranks(3)

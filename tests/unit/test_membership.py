@@ -62,7 +62,7 @@ def first_world():
 def membership_of(world, kind):
     membership = kind(RANKS)
     membership.epoch, membership.members = world.epoch, world.members
-    membership._dead, membership._stopped = set(world.dead), set(world.stopped)
+    membership.dead, membership.waiting = set(world.dead), set(world.stopped)
     return membership
 
 
@@ -146,8 +146,8 @@ def take(world, number, what, about, kind):
         membership.begin(members)
         published = (*published, (members, assigned(members, world.ledger)))
     return world._replace(
-        epoch=membership.epoch, members=membership.members, dead=frozenset(membership._dead),
-        stopped=frozenset(membership._stopped), published=published,
+        epoch=membership.epoch, members=membership.members, dead=frozenset(membership.dead),
+        stopped=frozenset(membership.waiting), published=published,
     )  # fmt: skip
 
 
@@ -189,8 +189,8 @@ class Hasty(Membership):
     """Begins the next epoch as soon as somebody has died."""
 
     def next_members(self):
-        left = tuple(rank for rank in self.members if rank not in self._dead)
-        return left if self._dead else None
+        left = tuple(rank for rank in self.members if rank not in self.dead)
+        return left if self.dead else None
 
 
 class Patient(Membership):
@@ -198,7 +198,7 @@ class Patient(Membership):
 
     @property
     def awaited(self):
-        return tuple(rank for rank in self.members if rank not in self._stopped)
+        return tuple(rank for rank in self.members if rank not in self.waiting)
 
 
 @pytest.mark.parametrize(("kind", "said"), [(Hasty, "are at work"), (Patient, "waits for ever")])

@@ -27,6 +27,7 @@ from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
 
 if TYPE_CHECKING:
+    from lockstep.runner.member import Member
     from lockstep.runner.run import Progress as RunProgress
     from lockstep.runner.verify import Verification
 
@@ -88,7 +89,7 @@ def _run(options: RunOptions, console: Console, max_restarts: int) -> dict[str, 
     with suppress(ValueError):  # only the main thread takes signals
         signal.signal(signal.SIGTERM, _terminated)
     console.print(f"starting {options.world_size} ranks on this host", style="dim")
-    limits: dict[str, Any] = {"max_restarts": max_restarts, "deadline_s": options.deadline_s}
+    limits: dict[str, Any] = {"max_restarts": max_restarts, "deadline_s": options.deadline_s, "survivors": options}
     found: dict[str, Any] = launch(options.world_size, run_one_rank, options, **limits)
     return found
 
@@ -105,7 +106,7 @@ def _log_as(rank: int) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
 
 
-def run_one_rank(options: RunOptions) -> dict[str, Any]:
+def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[str, Any]:
     """Run one rank, in its process; rank 0 shows the progress of all on stderr."""
     rank = int(os.environ.get("RANK", "0"))
     _log_as(rank)
@@ -115,7 +116,7 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
     from lockstep.runner.ranks import describe
 
     if rank != 0:
-        return runner.run_rank(options)
+        return runner.run_rank(options, member=member)
     console = Terminal(stderr=True)
     with ExitStack() as stack:
         metrics = None
@@ -134,11 +135,12 @@ def run_one_rank(options: RunOptions) -> dict[str, Any]:
         def say(about: dict[str, Any]) -> None:
             console.print(describe(about, options.world_size), style="dim", soft_wrap=True)
 
-        return runner.run_rank(options, observe, say)
+        return runner.run_rank(options, observe, say, member)
 
 
 def _check(options: RunOptions, console: Console) -> None:
     """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
+    options.check_survive()
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
     most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)

@@ -25,6 +25,8 @@ class Membership:
     Attributes:
         epoch: number of the present one, from 0; epochs only grow.
         members: of the present epoch, ascending.
+        dead: members that have died.
+        waiting: members that have stopped working, and wait for the next epoch.
 
     Example:
         >>> membership = Membership(3)
@@ -37,40 +39,40 @@ class Membership:
     def __init__(self, num_ranks: int) -> None:
         self.epoch = 0
         self.members: tuple[int, ...] = tuple(range(num_ranks))
-        self._dead: set[int] = set()
-        self._stopped: set[int] = set()
+        self.dead: set[int] = set()
+        self.waiting: set[int] = set()
 
     @property
     def is_ending(self) -> bool:
         """Whether a member of the present epoch has died or stopped working in it."""
-        return bool(self._dead or self._stopped)
+        return bool(self.dead or self.waiting)
 
     @property
     def awaited(self) -> tuple[int, ...]:
         """Members that have neither died nor stopped working in the present epoch."""
-        return tuple(rank for rank in self.members if rank not in self._dead | self._stopped)
+        return tuple(rank for rank in self.members if rank not in self.dead | self.waiting)
 
     def died(self, rank: int) -> None:
         """A rank's process has ended; of one that was lost before, that is no news."""
         if rank in self.members:
-            self._dead.add(rank)
+            self.dead.add(rank)
 
     def stopped(self, rank: int, epoch: int) -> None:
         """A rank has stopped working in an epoch, because of another one, and waits for the next."""
         if rank in self.members and epoch == self.epoch:
-            self._stopped.add(rank)
+            self.waiting.add(rank)
 
     def next_members(self) -> tuple[int, ...] | None:
         """Return who is left for the next epoch; None where none may begin yet."""
         if not self.is_ending or self.awaited:
             return None
-        return tuple(rank for rank in self.members if rank not in self._dead)
+        return tuple(rank for rank in self.members if rank not in self.dead)
 
     def begin(self, members: tuple[int, ...]) -> None:
         """The next epoch begins."""
         assert members == self.next_members()
         self.epoch, self.members = self.epoch + 1, members
-        self._dead, self._stopped = set(), set()
+        self.dead, self.waiting = set(), set()
 
 
 def publish(store: dist.Store, epoch: int, members: Sequence[int]) -> tuple[int, ...]:

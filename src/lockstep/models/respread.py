@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
 
 from lockstep.coordination.groups import parallel_config
 from lockstep.errors import ConfigurationError
@@ -14,9 +16,6 @@ from lockstep.models.loading import load_pretrained
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.placement import EMPTY, Placement
 from lockstep.moe.survivors import to_read
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 
 class Respreader:
@@ -40,10 +39,10 @@ class Respreader:
         num_experts, num_ranks = slots_held(layers[0][1])[1], parallel.config.world_size
         self.placement = parallel.options.placement or Placement.even(len(layers), num_experts, num_ranks)
 
-    def spread(self, placement: Placement, process_group: dist.ProcessGroup) -> None:
-        """Hold what a placement over the ranks of a group says, and work among them. The old groups must be closed."""
-        parallel, modules = parallel_of(self._model), find_experts(self._model)
-        assert parallel is not None
+    def spread(self, placement: Placement) -> None:
+        """Hold what a placement over all ranks says, and work among them. Groups of earlier ranks must be closed."""
+        parallel, modules, process_group = parallel_of(self._model), find_experts(self._model), dist.group.WORLD
+        assert parallel is not None and process_group is not None
         config = parallel_config(process_group, 1)
         wanted = [placement.slots_of(layer, config.rank) for layer in range(len(modules))]
         missing = [

@@ -19,7 +19,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.own_rank import OwnRank
-from lockstep.runner.rank_processes import EngineRanks, RankProcesses
+from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
 
@@ -84,17 +84,9 @@ class Engine:
         placement_of(self.options)
         self.tokenizer = find_tokenizer(self.options.model)
         started = started_ranks()
-        ranks: EngineRanks = RankProcesses(self.options) if started is None else OwnRank(self.options)
+        ranks = RankProcesses(self.options) if started is None else OwnRank(self.options)
         self._first_rank = 0 if started is None else started[0] // self.options.tensor_parallel_size
-        self._num_data_ranks = self.options.data_parallel_size if started is None else 1
-        self._front = Front(
-            ranks,
-            self._make_router,
-            tensor_parallel_size=self.options.tensor_parallel_size if started is None else 1,
-            num_data_ranks=self._num_data_ranks,
-            start_timeout_s=self.options.start_timeout_s,
-            deadline_s=self.options.deadline_s,
-        )
+        self._front = Front(ranks, self._make_router, self.options)
         self.about = self._front.start()
         self._limits = Limits(*(self.about[name] for name in Limits._fields))
         if self._first_rank == 0:
@@ -190,7 +182,7 @@ class Engine:
 
     def _make_router(self, about: dict[str, Any]) -> Router:
         return Router(
-            self._num_data_ranks,
+            self._front.ranks.num_data_ranks,
             self.options.load_balancing,
             first_rank=self._first_rank,
             all_ranks=self.options.data_parallel_size,

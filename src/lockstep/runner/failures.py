@@ -9,6 +9,7 @@ from lockstep.errors import LockstepError, PeerFailedError
 
 logger = logging.getLogger(__name__)
 
+_BROKEN_DEVICE = "AcceleratorError"  # torch's: this process's device takes no more work, as after a device-side assert
 _ECHOES = ("PeerFailedError", "RankAbsentError")
 
 
@@ -17,6 +18,8 @@ def failure_of(rank: int, error: BaseException) -> dict[str, Any]:
     if isinstance(error, LockstepError | OSError):
         kind = type(error).__name__ if isinstance(error, LockstepError) else "OSError"
         return {"failed": kind, "why": str(error)}
+    if type(error).__name__ == _BROKEN_DEVICE:
+        return {"failed": "died", "why": f"its device failed: {error}"}
     logger.error("rank %d failed:\n%s", rank, "".join(traceback.format_exception(error)))
     return {"failed": type(error).__name__, "why": f"{type(error).__name__}: {error}"}
 

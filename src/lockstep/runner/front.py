@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import queue
 import threading
 import time
@@ -12,18 +11,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lockstep.coordination.membership import Membership
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.failures import error_of, first_cause, is_echo
 from lockstep.runner.launcher import MARGIN_S
+from lockstep.runner.losses import Losses
+from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.processes import LOOK_S
 from lockstep.runner.rank_loop import add_message
-from lockstep.runner.rank_processes import EngineRanks
+from lockstep.runner.rank_processes import RankProcesses
+from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.router import Entry, Router
-
-logger = logging.getLogger(__name__)
 
 _ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
@@ -89,10 +88,7 @@ class Front:
     Args:
         ranks: not started yet.
         make_router: makes the ledger, given what the ranks said when they were ready.
-        tensor_parallel_size: processes per data-parallel rank.
-        num_data_ranks: data-parallel ranks behind this front.
-        start_timeout_s: longest wait for the ranks to be ready, in seconds.
-        deadline_s: longest that one rank waits for another.
+        options: of the engine.
 
     Attributes:
         error: why nothing is taken in any more.
@@ -100,18 +96,16 @@ class Front:
     """
 
     def __init__(
-        self, ranks: EngineRanks, make_router: Callable[[dict[str, Any]], Router], *,
-        tensor_parallel_size: int, num_data_ranks: int, start_timeout_s: float, deadline_s: float,
-    ) -> None:  # fmt: skip
+        self, ranks: RankProcesses | OwnRank, make_router: Callable[[dict[str, Any]], Router], options: EngineOptions
+    ) -> None:
         self.ranks = ranks
         self.error: Exception | None = None
-        zeros = [0] * num_data_ranks
+        zeros = [0] * ranks.num_data_ranks
         self.stats = EngineStats(0, [*zeros], [*zeros], agreement_s=[0.0 for _ in zeros], num_kv_tokens=[*zeros])
         self._before = copy.deepcopy(self.stats)  # as of the beginning of the epoch, since when ranks count
         self.heard_at_s = [time.monotonic()] * ranks.num_processes
         self._make_router = make_router
-        self._tensor_parallel_size, self._start_timeout_s = tensor_parallel_size, start_timeout_s
-        self._patience_s = deadline_s + MARGIN_S
+        self._start_timeout_s = options.start_timeout_s
         self._events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # of requests that have not ended
         # Of calls, until they are abandoned or forgotten: what ranks hear must not depend on which tokens have come to
@@ -119,9 +113,7 @@ class Front:
         self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
         self._told = False
-        self._membership = Membership(ranks.num_processes)
-        self._failures: list[tuple[int, dict[str, Any]]] = []  # of the epoch that is ending
-        self._patience_ends = 0.0
+        self._losses = Losses(ranks.num_processes, options.deadline_s + MARGIN_S, ranks.kill_one, ranks.store)
         self._too_late: list[Listener] = []
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()
@@ -131,7 +123,7 @@ class Front:
     @property
     def members(self) -> tuple[int, ...]:
         """Processes that work; those that were lost do not."""
-        return self._membership.members
+        return self._losses.membership.members
 
     @property
     def failure(self) -> Exception | None:
@@ -192,7 +184,7 @@ class Front:
             while self._take_event():
                 pass
             self._lose(self._closed)
-            if self._membership.is_ending:
+            if self._losses.membership.is_ending:
                 self.ranks.kill()
             else:
                 self.ranks.stop()
@@ -211,7 +203,7 @@ class Front:
         try:
             kind, who, what = self._events.get(timeout=2 * LOOK_S)
         except queue.Empty:
-            self.ranks.check(self._membership.is_ending)
+            self.ranks.check(self._losses.membership.is_ending)
             self._begin_epoch_if_due()
             return True
         if kind == "rank":
@@ -232,19 +224,20 @@ class Front:
             return
         if "refused" in message:  # what `RankEngine.add` checks was checked before, so that this is a fault of ours
             raise LockstepError(f"rank {rank} refused a request: {message['why']}")
-        if "tokens" not in message or rank % self._tensor_parallel_size:
+        processes_each = self.ranks.num_processes // self.ranks.num_data_ranks
+        if "tokens" not in message or rank % processes_each:
             return
-        data_rank = rank // self._tensor_parallel_size
+        data_rank = rank // processes_each
         state, stats, counts = message["state"], self.stats, message["counts"]
         self._router.observe(data_rank, state, message["taken_in"])
         before = self._before
         if before.steps + counts["steps"] >= stats.steps:
             stats.steps = before.steps + counts["steps"]
             stats.longest_rows = before.longest_rows + counts["longest_rows"]
-            stats.rows = list(before.rows) or [0] * len(counts["rows"])
-            ranks = self._membership.members if self.ranks.can_survive else range(len(counts["rows"]))
-            for known, num_rows in zip(ranks, counts["rows"], strict=True):
-                stats.rows[known] += num_rows
+            known = range(self.ranks.num_processes if self.ranks.can_survive else len(counts["rows"]))
+            stats.rows = list(before.rows) or [0 for _ in known]
+            for one, num_rows in zip(self.members if self.ranks.can_survive else known, counts["rows"], strict=True):
+                stats.rows[one] += num_rows
         for name in ("agreement_s", "overrun_rows", "preempted"):
             getattr(stats, name)[data_rank] = getattr(before, name)[data_rank] + counts[name]
         stats.num_kv_tokens[data_rank] = state.num_kv_tokens
@@ -264,39 +257,17 @@ class Front:
             listener.on_token(entry, delta)
 
     def _take_failure(self, rank: int, message: dict[str, Any]) -> None:
-        """A rank has died, or has stopped because of another one: the others may go on without those that are lost."""
-        membership = self._membership
-        if rank not in membership.members:  # it was given up
-            return
-        if not self.ranks.can_survive or not (message["failed"] == "died" or is_echo(message)):
+        if not self.ranks.can_survive or not self._losses.take(rank, message):
             raise self._cause(rank, message)
-        if not membership.is_ending:
-            self._patience_ends = time.monotonic() + self._patience_s
-        if message["failed"] == "died":
-            membership.died(rank)
-        else:
-            membership.stopped(rank, message["epoch"])
-        self._failures.append((rank, message))
         self._begin_epoch_if_due()
 
     def _begin_epoch_if_due(self) -> None:
-        """Begin the next epoch once every member of this one is dead or waits for it; kill whoever takes too long."""
-        membership = self._membership
-        if membership.awaited and membership.is_ending and time.monotonic() > self._patience_ends:
-            for rank in membership.awaited:
-                self.ranks.kill_one(rank)
-        members = membership.next_members()
+        """Give every unfinished request to the ranks that are left, where those may go on now."""
+        members = self._losses.begin_epoch()
         if members is None:
             return
-        error = error_of(*first_cause(self._failures))
-        if not members or members == membership.members:  # who is left, or what has gone wrong?
-            raise error
-        logger.warning("%s; going on with rank%s %s", error, "s" * (len(members) > 1), ", ".join(map(str, members)))
-        membership.begin(members)
-        self.stats.epoch, self._before = membership.epoch, copy.deepcopy(self.stats)
-        self._failures = []
         self._router.begin_epoch(members)
-        self.ranks.publish(membership.epoch, members)
+        self.stats.epoch, self._before = self._router.epoch, copy.deepcopy(self.stats)
         for entry in self._router.entries.values():
             self._send_request(entry)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.failures import error_of, failure_of, first_cause
+from lockstep.runner.losses import Losses
+from lockstep.runner.options import ModelOptions
 from lockstep.runner.processes import LOOK_S, Ranks
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ def launch(
     limit_s: float | None = None,
     deadline_s: float = 30.0,
     preload: Sequence[str] = PRELOAD,
+    survivors: ModelOptions | None = None,
 ) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
@@ -63,6 +66,8 @@ def launch(
         deadline_s: longest wait, in seconds, for a rank: to start, to go on where it was stopped, and to end once
             another one has.
         preload: modules that the server imports from which ranks are forked.
+        survivors: of a model that ranks may go on with where others are lost; `function` gets its `Member` too, as
+            `member`, and works by it. The result is that of the first rank that is left.
 
     Raises:
         LockstepError: what the first failing rank raised, if it was one; ranks that did not end within `limit_s`.
@@ -74,26 +79,32 @@ def launch(
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
     restarts = 0
     while True:
-        said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-        store = loopback_store()
-        ranks = Ranks(
-            num_ranks,
-            _rank_main,
-            (num_ranks, store.port, deadline_s, function, args),
-            lambda rank, message, said=said: said.put((rank, message)),  # type: ignore[misc]
-            preload=preload,
-            environment=lambda rank, restarts=restarts: (  # type: ignore[misc]
-                rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)}
-            ),
-        )
         try:
-            with ranks:
-                return _result(ranks, said, limit_s, deadline_s)
+            return _launch_once(num_ranks, restarts, (deadline_s, function, args, survivors), limit_s, preload)
         except _Lost as lost:
             if restarts == max_restarts:
                 raise lost.error from None
             restarts += 1
             logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts, max_restarts)
+
+
+def _launch_once(
+    num_ranks: int, restarts: int, work: tuple[float, Callable[..., Any], tuple[Any, ...], ModelOptions | None],
+    limit_s: float | None, preload: Sequence[str],
+) -> Any:  # fmt: skip
+    said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+    store, (deadline_s, _, _, survivors), losses = loopback_store(), work, None
+
+    def environment(rank: int) -> dict[str, str]:
+        return rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)}
+
+    with Ranks(
+        num_ranks, _rank_main, (num_ranks, store.port, *work), lambda *message: said.put(message), preload=preload,
+        environment=environment,
+    ) as ranks:  # fmt: skip
+        if survivors is not None and survivors.can_survive:
+            losses = Losses(num_ranks, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
+        return _result(ranks, said, limit_s, deadline_s, losses)
 
 
 def rank_environment(rank: int, num_ranks: int) -> dict[str, str]:
@@ -115,8 +126,9 @@ def loopback_store() -> Any:
 
 
 def _result(
-    ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float
-) -> Any:
+    ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float,
+    losses: Losses | None,
+) -> Any:  # fmt: skip
     """Return what rank 0 returned, or raise what is worth most of what the ranks said.
 
     Waits for a rank that was stopped, and for the last ones, at most as long as for any rank.
@@ -130,9 +142,18 @@ def _result(
         try:
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
-            stopped = ranks.stopped(deadline_s + MARGIN_S)
-            if stopped and not failures:
+            is_ending = losses is not None and losses.membership.is_ending
+            stopped = ranks.stopped(deadline_s / 2 if is_ending else deadline_s + MARGIN_S)
+            if losses is not None:
+                for rank in stopped:
+                    ranks.processes[rank].kill()
+                waiting = set(_begin_epoch(losses) or waiting)
+            elif stopped and not failures:
                 raise _absent(ranks, stopped, f"stood still for more than {deadline_s:g} s") from None
+            continue
+        if losses is not None and "failed" in message and losses.take(rank, message):
+            if (members := _begin_epoch(losses)) is not None:
+                waiting, until = set(members), ends
             continue
         if rank not in waiting:  # it has ended, as it said
             continue
@@ -141,7 +162,8 @@ def _result(
             failures.append((rank, message))
             after_s, text = _AFTER_FAILURE_S, "did not end within {:g} s after another rank had failed"
         else:
-            result = message["done"] if rank == 0 else result
+            first = losses.membership.members[0] if losses is not None else 0
+            result = message["done"] if rank == first else result
             after_s, text = deadline_s + MARGIN_S, "did not end within {:g} s after other ranks had"
         if time.monotonic() + after_s < until:
             until, why = time.monotonic() + after_s, text.format(after_s)
@@ -152,6 +174,13 @@ def _result(
     if waiting:
         raise _absent(ranks, sorted(waiting), why)
     return result
+
+
+def _begin_epoch(losses: Losses) -> tuple[int, ...] | None:
+    try:
+        return losses.begin_epoch()
+    except LockstepError as error:
+        raise _Lost(error) from None
 
 
 def _absent(ranks: Ranks, absent: Sequence[int], why: str) -> _Lost:
@@ -169,16 +198,21 @@ def _worst(failures: list[tuple[int, dict[str, Any]]], stopped: list[int]) -> Ex
 
 def _rank_main(
     connection: Connection, rank: int, num_ranks: int, port: int, deadline_s: float, function: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: tuple[Any, ...], survivors: ModelOptions | None,
 ) -> None:  # fmt: skip
+    from lockstep.runner.member import Member
     from lockstep.runner.ranks import join_group, open_store
 
     pid = os.getpid()
     try:
         limit_s = max(deadline_s, _START_S)
-        if num_ranks > 1:
-            join_group(open_store(port, limit_s), rank, num_ranks, limit_s)
-        message = {"done": function(*args)}
+        if survivors is not None:
+            member = Member(rank, survivors, port, limit_s, connection.send)
+            message = {"done": function(*args, member=member)}
+        else:
+            if num_ranks > 1:
+                join_group(open_store(port, limit_s), rank, num_ranks, limit_s)
+            message = {"done": function(*args)}
     except BaseException as error:
         if os.getpid() != pid:  # a forked child unwinds: it has no say in what becomes of this rank
             raise

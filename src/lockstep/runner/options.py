@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lockstep.errors import ConfigurationError
 from lockstep.workload import SchedulerConfig, WorkloadOptions
 
 PARTS = "parts"
@@ -51,6 +52,13 @@ class ModelOptions:
     def can_survive(self) -> bool:
         """Whether other ranks can go on where one is lost: each has a part of the experts, and no other weights."""
         return self.data_parallel_size > 1 and self.tensor_parallel_size == 1
+
+    def check_survive(self) -> None:
+        """Raise `ConfigurationError` where so many ranks cannot be lost."""
+        if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
+            sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
+            rule = "fewer than all ranks may be lost, and none of those that share requests"
+            raise ConfigurationError(f"survive is {self.survive} with {sizes}: {rule}")
 
     @property
     def world_size(self) -> int:

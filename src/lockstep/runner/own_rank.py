@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
@@ -15,13 +14,13 @@ from lockstep.runner.ranks import EngineOptions
 
 
 class OwnRank:
-    """This process as a rank: a thread loads the model and steps with the other ranks, whatever the script does.
+    """This process as a rank, with the methods of `RankProcesses`: a thread loads the model and steps with the others.
 
-    The methods are those of `EngineRanks`. The other ranks are seen to by agreements.
+    The other ranks are seen to by agreements.
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        self.num_processes, self.can_survive = 1, False
+        self.num_processes, self.num_data_ranks, self.can_survive, self.store = 1, 1, False, None
         self._options = options
         self._mailbox: Mailbox
         self._parallel: Any = None
@@ -39,9 +38,6 @@ class OwnRank:
         pass
 
     def kill_one(self, rank: int) -> None:  # noqa: D102
-        raise NotImplementedError("under torchrun all ranks start again")
-
-    def publish(self, epoch: int, members: Sequence[int]) -> None:  # noqa: D102
         raise NotImplementedError("under torchrun all ranks start again")
 
     def states(self) -> list[tuple[int, ProcessState]]:  # noqa: D102

@@ -1,12 +1,10 @@
-"""The ranks of an engine: what its front needs of them, and those that are processes of this host."""
+"""The ranks of an engine as processes of this host."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from lockstep.coordination.membership import publish
 from lockstep.coordination.processes import ProcessState
 from lockstep.errors import RankAbsentError
 from lockstep.runner.launcher import MARGIN_S, PRELOAD, loopback_store, rank_environment
@@ -17,89 +15,58 @@ from lockstep.runner.worker import run_worker
 _STOP_S = 10.0
 
 
-class EngineRanks(Protocol):
-    """What an engine's front needs of the ranks behind it; `num_processes` of them send `ready` once each.
+class RankProcesses:
+    """Ranks as processes of this host; `num_processes` of them send `ready` once in each epoch.
 
-    Where they `can_survive`, they go on without those that die, as the front decides it.
+    Where they `can_survive`, they go on without those that die, as the front writes it into their `store`.
     """
 
-    num_processes: int
-    can_survive: bool
+    def __init__(self, options: EngineOptions) -> None:
+        self.num_processes, self.num_data_ranks = options.world_size, options.data_parallel_size
+        self.can_survive = options.can_survive
+        self.store = loopback_store()
+        self._options, self._ending = options, False
+        self._on_message: OnMessage
+        self._ranks = Ranks(
+            self.num_processes, run_worker, (options, self.store.port), self._hear, preload=PRELOAD,
+            environment=lambda rank: rank_environment(rank, options.world_size), patience_s=options.deadline_s,
+        )  # fmt: skip
 
     def start(self, on_message: OnMessage) -> None:
-        """Start them. From then on `on_message(rank, message)` is called for each message, from any thread.
-
-        A rank that has failed sends `{"failed": type, "why": text}` and nothing after that.
-        """
+        """Start them. From then on `on_message(rank, message)` is called for each message, from any thread."""
+        self._on_message = on_message
+        self._ranks.__enter__()
 
     def send(self, data_rank: int, message: dict[str, Any]) -> None:
         """Send a message to all processes of a data-parallel rank."""
+        size = self._options.tensor_parallel_size
+        for process in self._ranks.processes[data_rank * size : (data_rank + 1) * size]:
+            try:
+                process.send(message)
+            except RankAbsentError:
+                if not self.can_survive:
+                    raise
+                process.kill()
 
     def check(self, is_ending: bool = False) -> None:
         """Raise `RankAbsentError` for ranks that are stopped, or kill them where the others can survive that.
 
         `is_ending` where the others have noticed, and wait.
         """
-
-    def kill_one(self, rank: int) -> None:
-        """End a rank that is given up."""
-
-    def publish(self, epoch: int, members: Sequence[int]) -> None:
-        """Let ranks know who the members of an epoch are."""
-
-    def states(self) -> list[tuple[int, ProcessState]]:
-        """Return each process and what the operating system says of it."""
-
-    def stop(self) -> None:
-        """Let all ranks end, and wait for it."""
-
-    def kill(self, error: BaseException | None = None) -> None:
-        """End all ranks now, because of an error if there is one; from any thread, and as often as one likes."""
-
-
-class RankProcesses:
-    """Ranks as processes of this host. The methods are those of `EngineRanks`."""
-
-    def __init__(self, options: EngineOptions) -> None:
-        self.num_processes, self.can_survive = options.world_size, options.can_survive
-        self._options = options
-        self._store = loopback_store()
-        self._ending = False
-        self._on_message: OnMessage
-        self._ranks = Ranks(
-            self.num_processes, run_worker, (options, self._store.port), self._hear, preload=PRELOAD,
-            environment=lambda rank: rank_environment(rank, options.world_size), patience_s=options.deadline_s,
-        )  # fmt: skip
-
-    def start(self, on_message: OnMessage) -> None:  # noqa: D102
-        self._on_message = on_message
-        self._ranks.__enter__()
-
-    def send(self, data_rank: int, message: dict[str, Any]) -> None:  # noqa: D102
-        size = self._options.tensor_parallel_size
-        for process in self._ranks.processes[data_rank * size : (data_rank + 1) * size]:
-            process.send(message)
-
-    def kill_one(self, rank: int) -> None:  # noqa: D102
-        self._ranks.processes[rank].kill()
-
-    def publish(self, epoch: int, members: Sequence[int]) -> None:  # noqa: D102
-        publish(self._store, epoch, members)
-
-    def check(self, is_ending: bool = False) -> None:  # noqa: D102
         limit_s = self._options.deadline_s
         for rank in self._ranks.stopped(limit_s / 2 if is_ending else limit_s + MARGIN_S):
             if self.can_survive:
                 self.kill_one(rank)
                 continue
             stopped = f"rank {rank} was stopped (process {self._ranks.processes[rank].pid})"
-            text = f"{stopped} and did not go on within {self._options.deadline_s:g} s"
-            raise RankAbsentError(text, (rank,))
+            raise RankAbsentError(f"{stopped} and did not go on within {limit_s:g} s", (rank,))
 
-    def states(self) -> list[tuple[int, ProcessState]]:  # noqa: D102
+    def states(self) -> list[tuple[int, ProcessState]]:
+        """Return each process and what the operating system says of it."""
         return [(process.pid, process.state()) for process in self._ranks.processes]
 
-    def stop(self) -> None:  # noqa: D102
+    def stop(self) -> None:
+        """Let all ranks end, and wait for it."""
         self._ending = True
         for data_rank in range(self._options.data_parallel_size):
             self.send(data_rank, {"stop": True})
@@ -108,7 +75,12 @@ class RankProcesses:
             process.exit_code(max(0.0, until - time.monotonic()))
         self.kill()
 
-    def kill(self, error: BaseException | None = None) -> None:  # noqa: D102
+    def kill_one(self, rank: int) -> None:
+        """End a rank that is given up."""
+        self._ranks.processes[rank].kill()
+
+    def kill(self, _error: BaseException | None = None) -> None:
+        """End all ranks now; from any thread, and as often as one likes."""
         self._ending = True
         self._ranks.kill()
 

@@ -55,10 +55,7 @@ class EngineOptions(ModelOptions):
                 check_int(name, getattr(self, name), 1)
         for name in ("max_prefill_delay_steps", "num_redundant_experts", "survive"):
             check_int(name, getattr(self, name), 0)
-        if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
-            sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
-            rule = "fewer than all ranks may be lost, and none of those that share requests"
-            raise ConfigurationError(f"survive is {self.survive} with {sizes}: {rule}")
+        self.check_survive()
         for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lockstep.models.parallel import parallel_of
 from lockstep.moe.placement import LOAD_FILE
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
+from lockstep.runner.member import Member
 from lockstep.runner.options import PARTS, RunOptions
 from lockstep.runner.ranks import load_model, load_tokenizer
 from lockstep.steplog.files import StepLogWriter
@@ -105,36 +105,43 @@ def run_rank(
     options: RunOptions,
     on_progress: Callable[[Progress], None] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Run one rank to the end of the workload; every rank of the group calls it.
 
     Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
     `options.out` as it goes. At the end rank 0 writes all ranks' lines to `outputs.jsonl` and `steps.jsonl`.
 
-    When all ranks have been started again, by `launch` or by torchrun, requests that had finished are not run again.
+    When ranks have been lost, of which `member` knows, or when all have been started again, by `launch` or by torchrun,
+    requests that had finished are not run again. What a lost rank has written down, the first that is left hands in.
 
     On rank 0, `on_progress` is called after every step, `on_ready` before the first one with what `RankEngine.about`
     says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned; nothing elsewhere.
     """
-    model = load_model(options, count_expert_load=options.expert_load)
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
-    check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
-    parallel = parallel_of(model)
-    if parallel is not None:
-        parallel.open()
-    restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
-    run = _Run(options, model, tokenizer, requests, restarts)
-    if on_ready is not None and run.rank == 0:
-        on_ready(run.engine.about())
-    with run:
-        started = time.perf_counter()
-        run.loop(on_progress)
-        wall_s = time.perf_counter() - started
-    result = run.merge(wall_s)
-    if parallel is not None:
-        parallel.close()
-    return result
+
+    def work(model: Any) -> dict[str, Any]:
+        check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
+        parallel = parallel_of(model)
+        if parallel is not None:
+            parallel.open()
+        run = _Run(options, model, tokenizer, requests, member)
+        if on_ready is not None and run.rank == 0:
+            on_ready(run.engine.about())
+        with run:
+            started = time.perf_counter()
+            run.loop(on_progress)
+            wall_s = time.perf_counter() - started
+        result = run.merge(wall_s)
+        if parallel is not None:
+            parallel.close()
+        return result
+
+    def load() -> Any:
+        return load_model(options, count_expert_load=options.expert_load)
+
+    return work(load()) if member is None else member.work(load, work)
 
 
 @dataclass
@@ -153,12 +160,17 @@ class _Notes:
 
 
 class _Run:
-    """The state of one rank's loop."""
+    """The state of one rank's loop; `rank` is its number from the start, `place` that among the ranks that are left."""
 
-    def __init__(self, options: RunOptions, model: Any, tokenizer: Any, requests: list[Request], restarts: int) -> None:
+    def __init__(
+        self, options: RunOptions, model: Any, tokenizer: Any, requests: list[Request], member: Member | None
+    ) -> None:
         self.options, self.tokenizer = options, tokenizer
         self.parallel = parallel = parallel_of(model)
-        self.rank = parallel.config.rank if parallel is not None else 0
+        self.place = parallel.config.rank if parallel is not None else 0
+        self.rank = self.place if member is None else member.rank
+        lost = set() if member is None else set(range(options.world_size)).difference(member.members)
+        self.hands_in = {self.rank, *(lost if self.place == 0 else ())}
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
         self.engine = RankEngine(
@@ -173,25 +185,25 @@ class _Run:
         self.run_began, self.last_done_s = 0.0, 0.0
         parts = Path(options.out, PARTS)
         parts.mkdir(parents=True, exist_ok=True)
-        self.outputs_path = parts / f"outputs-rank{self.rank}.jsonl"
-        self.steps_path = parts / f"steps-rank{self.rank}.jsonl"
-        self.first_step, self.started_s = 0, 0.0
-        if restarts:
-            done = mend_lines(self.outputs_path)
-            finished = {json.loads(line)["request_id"] for line in self._all_lines(done)}
+        self.parts, start, self.first_step, self.started_s = parts, 0, 0, 0.0
+        if int(os.environ.get(RESTARTS_VARIABLE, "0")) or lost:
+            finished = {output["request_id"] for output in self._outputs_of_all()}
             requests = [request for request in requests if request.request_id not in finished]
-            earlier = self._whole_steps()
+            logs = self._logs_of_all()
+            start = 1 + max(logs, default=0)
+            earlier = _whole_steps(logs, options.world_size)
             self.first_step = max((record["step"] for record in earlier), default=-1) + 1
             self.started_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
-            if self.rank == 0:
-                logger.warning("restart %d: %d requests finished, %d left", restarts, len(finished), len(requests))
+            if self.place == 0:
+                logger.warning("restart %d: %d requests finished, %d left", start, len(finished), len(requests))
         self.requests = {request.request_id: request for request in requests}
         self.rows_total = sum(request.num_computed_tokens for request in requests)
-        self.arrivals = Arrivals(requests, self.engine.config, options.data_parallel_size, self.dp_rank)
-        self._outputs = self.outputs_path.open("a" if restarts else "x", encoding="utf-8", buffering=1)
+        num_ranks = parallel.config.data_parallel_size if parallel is not None else 1
+        self.arrivals = Arrivals(requests, self.engine.config, num_ranks, self.dp_rank)
+        outputs = parts / f"outputs-rank{self.rank}.jsonl"
+        self._outputs = outputs.open("a" if start else "x", encoding="utf-8", buffering=1)
         # A log for each start, since what the ranks logged last may differ by a step.
-        stem = f"{self.steps_path.stem}-restart{restarts}" if restarts else self.steps_path.stem
-        self._steps = StepLogWriter(self.steps_path.with_stem(stem))
+        self._steps = StepLogWriter(parts / f"steps-rank{self.rank}{f'-restart{start}' if start else ''}.jsonl")
 
     def __enter__(self) -> Self:
         return self
@@ -287,7 +299,7 @@ class _Run:
         """Write this rank's record."""
         schedule = report.schedule
         chunks = ChunkPlan(
-            report.num_tokens_across_dp, self.options.tensor_parallel_size, self.options.max_chunk_size, self.rank
+            report.num_tokens_across_dp, self.options.tensor_parallel_size, self.options.max_chunk_size, self.place
         )
         # On a GPU a step is agreed while the one before it runs; it begins when that one ends.
         began = max(report.began_s, self.last_done_s)
@@ -297,7 +309,7 @@ class _Run:
             StepLogRecord(
                 step=step,
                 rank=self.rank,
-                real_rows=chunks.sp_rows[self.rank],
+                real_rows=chunks.sp_rows[self.place],
                 prefill_tokens=schedule.num_prefill_tokens,
                 decode_tokens=schedule.num_decode_tokens,
                 prefill_context_tokens=schedule.prefill_context_tokens,
@@ -316,11 +328,10 @@ class _Run:
         )
 
     def merge(self, wall_s: float) -> dict[str, Any]:
-        """Bring all ranks' lines to rank 0, which writes them in order."""
-        outputs = [json.loads(line) for line in self._all_lines(self.outputs_path.read_bytes())]
-        steps = self._whole_steps()
+        """Bring all ranks' lines to the first rank, which writes them in order."""
+        outputs, steps = self._outputs_of_all(), _whole_steps(self._logs_of_all(), self.options.world_size)
         load = self.parallel.expert_load() if self.parallel is not None and self.options.expert_load else None
-        if self.rank != 0:
+        if self.place != 0:
             return {}
         if load is not None:
             load.write(Path(self.options.out, LOAD_FILE))
@@ -337,17 +348,41 @@ class _Run:
             "engine": self.engine.about(),
         }
 
-    def _whole_steps(self) -> list[dict[str, Any]]:
-        """All ranks' records of all starts, in order; of a step that was broken off, not all ranks have one."""
-        logs = sorted(self.steps_path.parent.glob(f"{self.steps_path.stem}*.jsonl"), key=lambda path: len(path.name))
-        mine = b"".join(mend_lines(path) for path in logs if path.stem.split("-restart")[0] == self.steps_path.stem)
-        records = [json.loads(line) for line in self._all_lines(mine)]
-        ranks_of = Counter(record["step"] for record in records)
-        whole = [record for record in records if ranks_of[record["step"]] == self.options.world_size]
-        return sorted(whole, key=lambda record: (record["step"], record["rank"]))
+    def _outputs_of_all(self) -> list[dict[str, Any]]:
+        paths = [self.parts / f"outputs-rank{rank}.jsonl" for rank in sorted(self.hands_in)]
+        return self._gather([json.loads(line) for path in paths for line in mend_lines(path).splitlines()])
 
-    def _all_lines(self, data: bytes) -> list[str]:
-        """Every rank's lines; through the ranks' group, since several hosts need not share a disk."""
-        if self.parallel is not None:
-            data = b"".join(self.parallel.gather_bytes(data))
-        return data.decode().splitlines()
+    def _logs_of_all(self) -> dict[int, dict[int, list[dict[str, Any]]]]:
+        """The records of all ranks, by start and by rank."""
+        own = []
+        for path in self.parts.glob("steps-rank*.jsonl"):
+            rank, _, start = path.stem.removeprefix("steps-rank").partition("-restart")
+            if int(rank) in self.hands_in:
+                own.append([int(start or 0), int(rank), [json.loads(line) for line in mend_lines(path).splitlines()]])
+        logs: dict[int, dict[int, list[dict[str, Any]]]] = {}
+        for start, number, records in self._gather(own):
+            logs.setdefault(start, {})[number] = records
+        return logs
+
+    def _gather(self, own: list[Any]) -> list[Any]:
+        """Every rank's entries; through the ranks' group, since several hosts need not share a disk."""
+        if self.parallel is None:
+            return own
+        return [entry for data in self.parallel.gather_bytes(json.dumps(own).encode()) for entry in json.loads(data)]
+
+
+def _whole_steps(logs: dict[int, dict[int, list[dict[str, Any]]]], num_ranks: int) -> list[dict[str, Any]]:
+    """Return the records of steps that all ranks of a start have ended, in order; ranks that were lost have no rows."""
+    whole = []
+    for by_rank in logs.values():
+        ended = set.intersection(*({record["step"] for record in records} for records in by_rank.values()))
+        whole += [record for records in by_rank.values() for record in records if record["step"] in ended]
+        some = next(iter(by_rank.values()))
+        for rank in set(range(num_ranks)).difference(by_rank):
+            whole += [_without_rows(record, rank) for record in some if record["step"] in ended]
+    return sorted(whole, key=lambda record: (record["step"], record["rank"]))
+
+
+def _without_rows(record: dict[str, Any], rank: int) -> dict[str, Any]:
+    kept = ("step", "num_chunks", "start_s", "duration_s")
+    return {name: value if name in kept else type(value)() for name, value in record.items()} | {"rank": rank}
