@@ -39,7 +39,7 @@ class Member:
         self._options, self._port, self._start_timeout_s, self._say = options, port, start_timeout_s, say
 
     def work(self, load: Callable[[], Any], serve: Callable[[Any], T]) -> T:
-        """Return what `serve` returns, given the model that `load` loads; it is called anew in each epoch. Collective."""
+        """Return what `serve` returns, given the model from `load`; it is called anew in each epoch. Collective."""
         from lockstep.coordination.membership import await_members
         from lockstep.models.respread import Respreader
         from lockstep.moe.survivors import widened, without_lost
