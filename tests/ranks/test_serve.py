@@ -521,12 +521,20 @@ def test_prompts_are_not_in_the_log(server, client):
 
 
 @pytest.mark.ranks(RANKS)
-def test_a_dead_rank_fails_what_runs_and_keeps_what_waits(server, client, alone):
-    """Health tells of it at once, all ranks start again, and a request that came meanwhile is answered."""
+def test_a_dead_rank_costs_no_request_and_dead_ranks_keep_what_waits(server, client, alone):
+    """The others go on. With the last of them health tells of it at once, and a request that comes then is answered."""
+    victims = server.ranks()
+    stream = client.completions.create(prompt="abc", max_tokens=300, stream=True, **GREEDY)
+    events = [next(stream)]
+    victims[1].kill()
+    events += list(stream)
+    assert "".join(event.choices[0].text for event in events) == alone("abc", 300)
+    health = json.loads(server.get("/health")[1])
+    assert (health["status"], health["restarts"], health["ranks"][1]["state"]) == ("ready", 0, "gone")
     stream = client.completions.create(prompt="abc", max_tokens=4000, stream=True, **GREEDY)
     next(stream)
-    victim = server.ranks()[1]
-    victim.kill()
+    for rank in (0, 2):
+        victims[rank].kill()
     wait_for(lambda: server.get("/health")[0] == 503)
     health = json.loads(server.get("/health")[1])
     assert health["status"] == "down" and health["why"]
@@ -537,7 +545,7 @@ def test_a_dead_rank_fails_what_runs_and_keeps_what_waits(server, client, alone)
         assert waiting.result(200).choices[0].text == alone("later", 5)
     health = json.loads(server.get("/health")[1])
     assert (health["status"], health["restarts"]) == ("ready", 1)
-    assert victim.pid not in [rank.pid for rank in server.ranks()] and len(server.ranks()) == RANKS
+    assert not {rank.pid for rank in victims} & {rank.pid for rank in server.ranks()} and len(server.ranks()) == RANKS
 
 
 @pytest.mark.ranks(RANKS)
