@@ -24,12 +24,14 @@ from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
 from lockstep.models.adapters import shard_adapters
 from lockstep.models.arguments import read_arguments
+from lockstep.models.compiled import CompiledCall, moe, when_compiled
 from lockstep.models.experts_modules import find_experts, plain_name, shard_experts, slots_of
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
 from lockstep.moe.placement import Placement
+from lockstep.moe.step import Step
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -250,26 +252,21 @@ def attach(parallel: ModelParallel) -> None:
     internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
     for index, (_, module) in enumerate(find_experts(model)):
         internals.route_experts(module, EXPERTS_IMPLEMENTATION)
-        module._lockstep_place = parallel, index
+        module._lockstep_place, module._lockstep_layer = (parallel, index), index
     original = parallel.forward
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        session = parallel.session
-        if session is None and parallel.current_step() is not None:
-            return original(*args, **kwargs)  # an engine that forms its own steps has agreed already
-        if session is None:
-            raise RuntimeError(OUTSIDE.format(type(model).__name__))
+    @contextlib.contextmanager
+    def step_of(session: Session, num_tokens: int) -> Iterator[Step]:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             # The agreement waits for other ranks on the host, which a graph would not repeat.
             error = ConfigurationError(_CAPTURED.format(type(model).__name__))
             session.fail(error)  # the other ranks hear of it now, whatever becomes of the capture here
             raise error
         parallel.weights.check()
-        decision = session.begin_step(_count_tokens(args, kwargs))
+        decision = session.begin_step(num_tokens)
         try:
             with parallel.step(decision) as step:
-                return parallel.run_forward(step, args, kwargs)
+                yield step
         except BaseException as error:
             if not parallel.coordinator.usable:
                 session.break_off(error)
@@ -279,10 +276,31 @@ def attach(parallel: ModelParallel) -> None:
         finally:
             session.end_step()
 
+    def session_of_call() -> Session | None:
+        if parallel.session is None and parallel.current_step() is None:
+            raise RuntimeError(OUTSIDE.format(type(model).__name__))
+        return parallel.session  # without one, an engine that forms its own steps has agreed already
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        session = session_of_call()
+        if session is None:
+            return original(*args, **kwargs)
+        with step_of(session, _count_tokens(args, kwargs)) as step:
+            return parallel.run_forward(step, args, kwargs)
+
+    def compiled_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall | None:
+        if parallel.config.tensor_parallel_size > 1:
+            raise ConfigurationError("torch.compile needs tensor_parallel_size 1: its ranks meet in every layer")
+        session = session_of_call()
+        if session is None:
+            return None
+        return CompiledCall(step_of(session, _count_tokens(args, kwargs)), parallel.check_all_layers_ran)
+
     if parallel.device.type == "cuda" and getattr(model, "generation_config", None) is not None:
         # Decode steps are graphs of ours, which agree before each replay.
         model.generation_config.disable_compile = True
-    model.forward = forward
+    model.forward = when_compiled(forward, original, compiled_call)
     if hasattr(model, "generate"):
         model.generate = _without_synced_gpus(model.generate)
     model.__dict__["_lockstep_parallel"] = parallel
@@ -325,6 +343,8 @@ def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """One of Transformers' experts implementations: the layer's place in the step that this thread runs."""
+    if torch.compiler.is_compiling():
+        return moe(hidden_states, top_k_index, top_k_weights, module._lockstep_layer)
     place = getattr(module, "_lockstep_place", None)
     if place is None:
         raise ConfigurationError(

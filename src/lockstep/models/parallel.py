@@ -206,12 +206,17 @@ class ModelParallel:
             if output is not None:
                 return output
         output = self.forward(*args, **kwargs)
-        if step.next_layer < len(self.layers):
-            raise ConfigurationError(
-                f"only {step.next_layer} of {len(self.layers)} MoE layers of {type(self.model).__name__} ran over the "
-                f"ranks in this forward pass: something has replaced {self.weights.names[step.next_layer]}"
-            )
+        self.check_all_layers_ran(step)
         return output
+
+    def check_all_layers_ran(self, step: Step | None) -> None:
+        """Raise where MoE layers did not run over the ranks in a forward pass that has ended."""
+        ran = 0 if step is None else step.next_layer
+        if ran < len(self.layers):
+            raise ConfigurationError(
+                f"only {ran} of {len(self.layers)} MoE layers of {type(self.model).__name__} ran over the "
+                f"ranks in this forward pass: something has replaced {self.weights.names[ran]}"
+            )
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Give every rank what each rank has, any number of bytes, `[ranks]`, outside of steps. Collective.

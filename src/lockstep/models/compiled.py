@@ -1,0 +1,107 @@
+"""`torch.compile` of a spread model: each MoE layer is one operation, and the first one agrees on the step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+from lockstep.moe.step import Step, current_step
+
+_due: ContextVar[CompiledCall | None] = ContextVar("lockstep_compiled_call", default=None)
+
+
+@torch.library.custom_op("lockstep::moe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def moe(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: int) -> torch.Tensor:
+    """Run rows through an MoE layer of the step that this thread runs, see `Step.run_layer`.
+
+    Args:
+        hidden_states: all rows of this data-parallel rank in the step, `[..., hidden]`.
+        topk_ids: global experts of each row, `[..., top_k]`.
+        topk_weights: their weights, `[..., top_k]`.
+        layer: number of the layer, from 0.
+
+    Returns:
+        The weighted sums, in the shape and dtype of `hidden_states`.
+    """
+    step, call = current_step(), _due.get()
+    if step is None and call is not None:
+        step = call.begin()
+    if step is None:
+        raise RuntimeError(f"MoE layer {layer} ran outside of a step: call the compiled model inside lockstep.join")
+    return step.run_layer(layer, hidden_states, topk_ids, topk_weights)
+
+
+@moe.register_fake
+def _(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+class CompiledCall:
+    """One call of a model that `torch.compile` traces: its step begins with the first MoE layer.
+
+    Until then the model may be compiled, for minutes, while this rank takes part in the others' steps with zero rows.
+
+    Args:
+        step: agrees on a step and enters it.
+        check: raises where a step that has ended did not run all layers.
+    """
+
+    def __init__(self, step: AbstractContextManager[Step], check: Callable[[Step | None], None]) -> None:
+        self._context, self._check = step, check
+        self._entered = ExitStack()
+        self._step: Step | None = None
+        self._token = _due.set(self)
+
+    def begin(self) -> Step:
+        """Agree on the step and enter it."""
+        self._step = self._entered.enter_context(self._context)
+        return self._step
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Leave the step, if one has begun, by the error that ended the model's forward pass, if one did."""
+        _due.reset(self._token)
+        with self._entered:
+            if error is not None:
+                raise error
+            self._check(self._step)
+
+
+def when_compiled(
+    forward: Callable[..., Any], original: Callable[..., Any], call: Callable[..., CompiledCall | None]
+) -> Callable[..., Any]:
+    """Return `forward` that lets an active compiler see nothing but the model's own.
+
+    Args:
+        forward: what is called where no compiler is active.
+        original: the model's own.
+        call: gets the arguments; None where `original` runs in a step that somebody else has agreed on.
+    """
+    begin = torch.compiler.disable(call)
+    end = torch.compiler.disable(CompiledCall.end)
+
+    @torch.compiler.disable(recursive=False)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if get_eval_frame_callback() is None:
+            return forward(*args, **kwargs)
+        started = begin(args, kwargs)
+        if started is None:
+            return original(*args, **kwargs)
+        try:
+            output = original(*args, **kwargs)
+        except BaseException as error:
+            end(started, error)
+            raise
+        end(started)
+        return output
+
+    @functools.wraps(original)
+    def from_outside(*args: Any, **kwargs: Any) -> Any:  # torch.compile(model.forward) would look into `run`
+        return run(*args, **kwargs)
+
+    return from_outside
