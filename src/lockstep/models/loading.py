@@ -141,28 +141,23 @@ def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) 
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
             raise ConfigurationError(f"no checkpoint at {folder}: there is no such folder")
-        folder = _download(str(path), hub, subfolder)
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+        except Exception as error:
+            raise ConfigurationError(
+                f"no checkpoint {str(path)!r}: there is no such folder, and as a Hub id (revision "
+                f"{hub.get('revision', 'main')}) it could not be had: {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise ConfigurationError(f"subfolder must be a folder inside of {folder}, got {subfolder!r}")
     if not (folder / subfolder).is_dir():
         raise ConfigurationError(f"no checkpoint at {folder / subfolder}: there is no such folder")
     return folder / subfolder
-
-
-def _download(repository: str, hub: dict[str, Any], subfolder: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-    if subfolder:
-        patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, **hub))
-    except Exception as error:
-        revision = hub.get("revision", "main")
-        raise ConfigurationError(
-            f"no checkpoint {repository!r}: there is no such folder, and as a Hub id (revision {revision}) it could "
-            f"not be had: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _config(source: Any, trust_remote_code: bool) -> Any:
@@ -185,17 +180,13 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     reference = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in reference:
         return internals.class_from_folder(reference["AutoModelForCausalLM"], str(folder))
-    for name in config.architectures or ():
-        if not isinstance(name, str) or not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
-            continue
-        if hasattr(transformers, name):
+    for name in map(str, config.architectures or ()):
+        if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
             return getattr(transformers, name)
-    found = internals.text_class_of(config)
-    if found is None:
-        raise ConfigurationError(
-            f"{folder} is a {config.model_type!r} model, for which Transformers has no class that generates text"
-        )
-    return found
+    if found := internals.text_class_of(config):
+        return found
+    kind = config.model_type
+    raise ConfigurationError(f"{folder} is a {kind!r} model, for which Transformers has no class that generates text")
 
 
 def _dequantisation(config: Any, folder: Path) -> Any:

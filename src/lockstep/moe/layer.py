@@ -57,19 +57,15 @@ class MoELayer:
     A layer knows nothing of steps: which rows it runs, and in which chunks, is the `Step`'s.
 
     Args:
-        experts: this rank's experts as one function of rows, see `Experts`. `LocalExperts` where the dispatcher leaves
-            counts on the device.
+        experts: of this rank, see `Experts`; `LocalExperts` where the dispatcher leaves counts on the device.
         dispatcher: brings rows to their experts and back. Layers that run one after another may share it.
         config: this rank's place. Ranks of one tensor-parallel group hand in the same rows; each takes its share of
             them into the experts and all get all results.
         shape: of the experts, and of the rows that come to them.
-        tensor_parallel_group: the ranks that share rows; needed if `config.tensor_parallel_size > 1`. Left open.
+        tensor_parallel_group: the ranks that share rows, where there are several. Left open.
         slots: where experts are placed otherwise than in contiguous shares; `shape.num_experts` then counts slots.
         load: counts the pairs that come to each of this rank's slots, `[num_local_experts]`, on the device.
         deadline_s: longest wait for any rank, in seconds.
-
-    Raises:
-        ConfigurationError: no group for ranks that share rows, or a dtype that the dispatcher cannot carry.
     """
 
     def __init__(
@@ -84,16 +80,12 @@ class MoELayer:
         slots: SlotTable | None = None,
         load: torch.Tensor | None = None,
     ) -> None:
-        if config.tensor_parallel_size > 1 and tensor_parallel_group is None:
-            raise ConfigurationError(
-                f"tensor_parallel_size {config.tensor_parallel_size} needs a tensor_parallel_group"
-            )
+        if (tp_size := config.tensor_parallel_size) > 1 and tensor_parallel_group is None:
+            raise ConfigurationError(f"tensor_parallel_size {tp_size} needs a tensor_parallel_group")
         if shape.dtype not in dispatcher.abilities.dtypes:
             raise ConfigurationError(f"dispatcher {dispatcher.name!r} cannot carry {shape.dtype}")
-        self.experts = experts
-        self.dispatcher = dispatcher
-        self.config = config
-        self.shape = shape
+        self.experts, self.dispatcher = experts, dispatcher
+        self.config, self.shape = config, shape
         self.tensor_parallel_group = tensor_parallel_group
         self._slots, self._load = slots, load
         self._deadline_s = deadline_s

@@ -43,9 +43,7 @@ class MoELayers:
         abort: Callable[[], None] | None = None,
         shares_attention: bool = False,
     ) -> None:
-        self.layers = tuple(layers)
-        self.config = layers[0].config
-        self.device = layers[0].shape.device
+        self.layers, self.config, self.device = tuple(layers), layers[0].config, layers[0].shape.device
         self.dispatchers = tuple(dict.fromkeys(layer.dispatcher for layer in layers))
         self.max_chunk_size_per_rank = max_chunk_size_per_rank
         self.deadline_s = deadline_s

@@ -40,11 +40,8 @@ class Step:
     Attributes:
         plan: the chunks of the step; None in one that is captured.
         route: how its rows travel.
-        number: of the step, for messages and records.
-        num_rows: this rank's count in device memory, `[1]`, int32; None where the model's rows are the agreed ones.
         next_layer: index of the layer that is due.
-        in_step: whether this rank has issued every collective of the layers so far: after an error, whether the groups
-            can be used again.
+        in_step: every collective of the layers so far was issued: after an error, the groups can be used again.
         failure: what broke on this rank, if anything.
     """
 
@@ -63,10 +60,8 @@ class Step:
         self._event: torch.cuda.Event | None = None
         self._contexts = ExitStack()
         config = layers.config
-        if plan is None:
-            assert capacity is not None
-            self._own_rows = self._rows_due = capacity
-        else:
+        self._own_rows = self._rows_due = capacity or 0
+        if plan is not None:
             self._own_rows = plan.sp_rows[config.rank]
             self._rows_due = plan.num_tokens_across_dp[config.data_parallel_rank] if capacity is None else capacity
         if plan is None or len(plan) == 1:
