@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lockstep.errors import PeerFailedError, RankAbsentError
+from lockstep.coordination.waits import within
+from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError
 from lockstep.runner import ranks
 from lockstep.runner.failures import failure_of
 from lockstep.runner.options import ModelOptions
@@ -14,6 +16,7 @@ T = TypeVar("T")
 
 # Whoever decides may have to wait for a rank's deadline, and once more for one that does not say that it has stopped.
 _DECISION_DEADLINES, _DECISION_S = 3, 30.0
+_LEAVE_S = 10.0
 
 
 class Member:
@@ -68,7 +71,10 @@ class Member:
             before, self.members = self.members, await_members(store, self.rank, self.epoch + 1, wait_s)
             placement = without_lost(placement, [before.index(member) for member in self.members])
             self.epoch += 1
-            ranks.leave_groups(model)
+            try:
+                within(functools.partial(ranks.leave_groups, model), _LEAVE_S)
+            except TimeoutError as error:  # as a GPU might that still waits for a rank that is gone
+                raise LockstepError(f"rank {self.rank} could not leave the groups of epoch {self.epoch - 1}") from error
 
     def _join(self) -> None:
         import torch.distributed as dist
