@@ -106,7 +106,6 @@ def test_gpus_and_links_as_text():
             "gpus": [{"index": 0, "name": "NVIDIA H200", "memory_gib": 139.8, "capability": "90"}],
             "links": {"source": "peer access as torch sees it", "table": "- peer\npeer -"},
             "peer_bandwidth_gbps": [[None, 386.0], [368.5, None]],
-            "symmetric_memory": {"available": True, "detail": "in torch"},
             "dispatch_constants": {"source": "shipped, for H200", "path": "there.json"},
             "backends": [
                 {"name": "nvlink", "transport": "GPU memory", "works": False, "detail": "rank 1 failed", "seconds": 1.0,

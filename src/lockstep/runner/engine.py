@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from lockstep.coordination.environment import environment_number
 from lockstep.coordination.processes import ProcessState
 from lockstep.engine.limits import Limits
 from lockstep.engine.sampling_params import SamplingParams
@@ -246,12 +247,8 @@ def started_ranks() -> tuple[int, int] | None:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        try:
-            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        except ValueError:
-            got = f"{os.environ['RANK']!r:.40} and {os.environ['WORLD_SIZE']!r:.40}"
-            text = f"the environment's RANK and WORLD_SIZE must be numbers, got {got}"
-            raise ConfigurationError(text) from None
+        world_size = environment_number("WORLD_SIZE", 1)
+        return environment_number("RANK", 0, world_size - 1), world_size
     return None
 
 

@@ -55,20 +55,12 @@ def examine() -> dict[str, Any]:
     backends = [try_backend(name, "cpu", until) for name in backend_names(can_map=False)]
     backends += [try_backend(name, "cuda", until, lacking(name, num_gpus, **has)) for name in backend_names()]
     processor = platform.processor() or platform.machine()
-    in_torch = importlib.util.find_spec("torch.distributed._symmetric_memory") is not None
-    note = (
-        "in torch; whether it works here is shown by nvlink below" if num_gpus else "in torch, of no use without GPUs"
-    )
     return {
         "versions": _versions(has["nccl"]),
         "machine": {"system": platform.platform(), "processor": processor, "cores": os.cpu_count()},
         "gpus": [_gpu(index) for index in range(num_gpus)],
         "links": _links(num_gpus),
         "peer_bandwidth_gbps": _peer_bandwidth_gbps(num_gpus),
-        "symmetric_memory": {
-            "available": in_torch and num_gpus > 0,
-            "detail": note if in_torch else "this build of torch has none",
-        },
         "nccl": {"available": has["nccl"]},
         "dispatch_constants": _constants("cuda" if num_gpus else "cpu"),
         "backends": backends,
@@ -96,7 +88,6 @@ def describe(document: dict[str, Any]) -> str:
         lines.append("copies between GPUs, GB/s, from row to column:")
         for row in document["peer_bandwidth_gbps"]:
             lines.append("  " + " ".join("     -" if value is None else f"{value:6.1f}" for value in row))
-    lines.append(f"symmetric memory: {document['symmetric_memory']['detail']}")
     constants = document["dispatch_constants"]
     measured = f"a measured set would be {constants['path']}"
     lines.append(f"constants by which `auto` chooses: {constants['source']} ({measured})")
