@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
 IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: run serve test test-lowest test-plugins lint bench clean elixir soak
+.PHONY: run serve test test-lowest test-plugins lint docs dist bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
@@ -44,6 +44,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into site/; warnings are errors. `make docs DOCS_DO=serve` shows it while pages are written.
+DOCS := .venv-docs
+DOCS_DO ?= build --strict
+docs: $(DOCS)/.installed
+	PATH=$(abspath $(DOCS)/bin):$$PATH NO_MKDOCS_2_WARNING=1 mkdocs $(DOCS_DO)
+
+# Wheel and sdist into dist/, each checked: metadata, contents, and the wheel built from the sdist.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python tests/check_dist.py dist
+
 bench: $(STAMP)
 	for name in dp_metadata agreement alltoall generate simulator; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
@@ -53,7 +65,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(PLUGINS) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(PLUGINS) $(DOCS) build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +85,12 @@ $(PLUGINS)/.installed: pyproject.toml constraints.txt constraints-torch.txt
 	$(PLUGINS)/bin/python -m pip install --quiet --upgrade pip
 	$(PLUGINS)/bin/python -m pip install --quiet --constraint constraints-torch.txt torch
 	$(PLUGINS)/bin/python -m pip install --quiet --constraint constraints-torch.txt --editable '.[dev,plugins]'
+	touch $@
+
+$(DOCS)/.installed: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # Runs examples/elixir against this environment. Needs mix (Elixir 1.18), uv and the package SnakeBridge; says so where it

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,31 @@ def test_pages_named_in_code_are_there():
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert len(files) > 10
     assert {name for name in files if not (ROOT / name).is_file()} == set()
+
+
+def test_every_page_is_on_the_map_and_in_the_site():
+    """The map is `docs/index.md`; the site's order of pages is in `mkdocs.yml`."""
+    mapped = {(DOCS / target.partition("#")[0]).resolve() for _, target in links(DOCS / "index.md")}
+    pages = {page for page in DOCS.rglob("*.md") if page.name != "index.md"}
+    assert {name_of(page) for page in pages - mapped} == set()
+    site = re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(site) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_pages_that_come_from_the_program_are_up_to_date():
+    command = [sys.executable, str(DOCS / "make_reference.py"), "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_api_page_has_every_public_name():
+    import lockstep
+    from lockstep import testing
+
+    page = (DOCS / "reference" / "api.md").read_text()
+    told = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith(":::")}
+    errors = {name for name in lockstep.__all__ if name.endswith("Error")}  # by their module
+    assert {*lockstep.__all__, *testing.__all__} - told - errors - {"__version__"} == set()
 
 
 def test_the_checks_find_what_is_wrong(tmp_path):
