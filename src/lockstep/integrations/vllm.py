@@ -36,12 +36,7 @@ MODES = {"": "", "0": "", "1": "metadata", "metadata": "metadata", "exchange": "
 
 
 def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: int, use_ep: int) -> list[int]:
-    """Return the rows of each rank under prefill context parallelism, as `sp_local_sizes` of the class below.
-
-    Example:
-        >>> pcp_size_list([5, 7], 2, 2, 1), pcp_size_list([5, 7], 2, 2, 0)
-        ([3, 3, 3, 3, 4, 4, 4, 4], [5, 5, 7, 7])
-    """
+    """Return the rows of each rank under prefill context parallelism, as `sp_local_sizes` of the class below."""
     pcp = check_int("pcp_size", pcp_size, 1, MAX_RANKS // len(counts))
     if use_ep:
         return sp_size_list([count for count in counts for _ in range(pcp)], sequence_parallel_size)

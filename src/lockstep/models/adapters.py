@@ -26,11 +26,7 @@ def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
 
 
 class ExpertsAdapters:
-    """The LoRA adapters around one layer's experts on this rank; `name` is that of the experts without wrappers.
-
-    PEFT adds an adapter to the weights for the length of a call of its wrapper. Experts that serve other ranks are not
-    called through it, so wrappers only hand on, and `LocalExperts` applies what `read` returns.
-    """
+    """The LoRA adapters around one layer's experts on this rank; `name` is that of the experts without wrappers."""
 
     def __init__(self, model: Any, name: str, module: Any) -> None:
         self._model, self._name, self._module = model, name, module

@@ -77,12 +77,7 @@ class Arguments:
 
 
 def read_arguments(kwargs: dict[str, Any]) -> Arguments:
-    """Sort what was passed. Refused: what contradicts, or cannot be done over ranks, with what to do instead.
-
-    Example:
-        >>> read_arguments({"torch_dtype": "bfloat16", "device_map": {"": "cpu"}, "gguf_file": None}).dtype
-        'bfloat16'
-    """
+    """Sort what was passed. Refused: what contradicts, or cannot be done over ranks, with what to do instead."""
     rest = dict(kwargs)
     taken = {
         "config": rest.pop("config", None),

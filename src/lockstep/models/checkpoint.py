@@ -52,12 +52,7 @@ class StoredTensor:
 
 
 def check_files(folder: Path, weights_name: str | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder's safetensors files by name, once they are all there, whole and unambiguous.
-
-    `weights_name` is the file or index that the config says to read. Refused, naming the file and the tensor or bytes:
-    a file that is missing, truncated or outside of the folder; an index beside a single file, of which either may be
-    out of date; a tensor that a file lacks, or holds although the index does not name it; two unlike copies of one.
-    """
+    """Return every tensor of a folder's safetensors files by name, once they are all there, whole and unambiguous."""
     if weights_name is not None:
         _check_name(folder / "config.json", weights_name)
         index = folder / weights_name if weights_name.endswith(".index.json") else None
@@ -114,10 +109,7 @@ def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are no floating-point numbers where a model, built and not loaded yet, has such a weight.
-
-    Tables of integers that the model has of its own are left alone.
-    """
+    """Refuse tensors that are no floating-point numbers where a model, not loaded yet, has only such a weight."""
     own = [*model.named_parameters(), *model.named_buffers()]
     leaves = {name.rpartition(".")[2] for name, tensor in own if tensor.is_floating_point()}
     leaves -= {name.rpartition(".")[2] for name, tensor in own if not tensor.is_floating_point()}
@@ -179,12 +171,7 @@ def check_scales(tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool) -> None:
-    """Refuse tensors of the files that the model has no place for, if its weights mean something else without them.
-
-    A whole module that the model lacks, such as a head for drafting, is left out. What belongs to a module that the
-    model has is not: a scale, a bias, an adapter. Where the loader has undone a quantisation, scales of activations are
-    left over.
-    """
+    """Refuse tensors that belong to a module of the model which has no place for them: a scale, a bias, an adapter."""
     modules = dict(model.named_modules())
     for key in sorted(unexpected):
         name, _, leaf = key.rpartition(".")

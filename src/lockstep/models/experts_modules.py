@@ -15,10 +15,7 @@ from lockstep.moe.placement import EMPTY, Placement
 
 
 def find_experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return `(qualified name, module)` of every MoE layer's experts, at least one, in forward order.
-
-    They are recognised by the attributes that `use_experts_implementation` sets and a three-dimensional `down_proj`.
-    """
+    """Return `(qualified name, module)` of every MoE layer's experts, at least one, in forward order."""
     if not isinstance(model, torch.nn.Module):
         raise ConfigurationError(f"a model of Transformers is needed, got {type(model).__name__}: {model!r:.80}")
     found = [(name, module) for name, module in model.named_modules() if internals.is_experts_module(module)]
@@ -134,11 +131,7 @@ def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 @torch.no_grad()
 def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> list[ExpertsShape]:
-    """Send one token through the model with experts that only look, and return what each was called with, in order.
-
-    No config names these the same in all architectures. Each of `num_ranks` ranks has as many slots as this one. Raises
-    `ConfigurationError` for a model that does not call each of its MoE layers once and in order.
-    """
+    """Send one token through the model and return what each of its MoE layers was called with, in order."""
     modules = [module for _, module in find_experts(model)]
     called: list[Any] = []
     shapes: list[ExpertsShape] = []

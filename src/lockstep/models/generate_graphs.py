@@ -1,8 +1,4 @@
-"""Decode steps and idle steps as CUDA graphs: captured when a step of the same kind comes again, right for any counts.
-
-A rank's graph does not know what the others do: a captured dispatch reads their counts from the flags when it is
-replayed. So one rank may replay its graph while another runs a prompt step by step; each issues the same exchanges.
-"""
+"""Decode and idle steps of `generate` as CUDA graphs, captured when one of a kind comes again, right for any counts."""
 
 import logging
 import weakref
@@ -23,12 +19,7 @@ _SEEN = object()
 
 
 class StepGraphs:
-    """The graphs of one model on one rank.
-
-    A forward pass is captured if it has one row per sequence and a cache of fixed size (Transformers' `StaticCache`, or
-    `generate(cache_implementation="static", disable_compile=True)`), at its second call with the same shapes; before,
-    and where a capture fails, it runs as it is.
-    """
+    """The graphs of one model on one rank: idle steps, and decode steps with a cache of fixed size (`StaticCache`)."""
 
     def __init__(self, layers: MoELayers) -> None:
         self._layers = layers
@@ -48,10 +39,7 @@ class StepGraphs:
     def run_forward(
         self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any | None:
-        """Run a forward pass by a graph, if it is of a kind that was seen before; None leaves the pass to the caller.
-
-        With positional arguments no graph is used. The output has logits of its own. The step's `captures` is true.
-        """
+        """Run a forward pass by a graph, if one of its kind was seen before; None leaves the pass to the caller."""
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
             return None

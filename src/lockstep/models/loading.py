@@ -53,12 +53,8 @@ def load_pretrained(
 ) -> Any:
     """Load a checkpoint so that this rank holds the dense weights and the experts in its slots, and reads no others.
 
-    Without a conversion of the dtype, dense weights on a CPU stay views of the files, shared with every other process
-    that maps them. Over a `tp_mesh`, one-dimensional, attention is split by the model's own plan. With a
-    `process_group`, what is wrong on one rank is raised on all of them, in the same words. `kwargs` are what
-    Transformers' `from_pretrained` takes, see `lockstep.models.arguments`; the device is the CPU by default.
-
-    Returns the model in evaluation mode; with `output_loading_info=True`, the model and Transformers' loading info.
+    Dense weights on a CPU stay views of the files unless the dtype is converted. Over a one-dimensional `tp_mesh`,
+    attention is split by the model's own plan. With a `process_group`, what is wrong on one rank is raised on all.
     """
     if not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
@@ -268,10 +264,7 @@ class _Together:
         self._what, self._deadline_s = what, deadline_s
 
     def do(self, action: Callable[[], Any]) -> Any:
-        """Run `action` and return what it returns, once it has succeeded on every rank.
-
-        A `ConfigurationError` of any rank is raised on all; anything else on its rank, `PeerFailedError` on the others.
-        """
+        """Run `action` on every rank; a `ConfigurationError` of one is raised on all, of others `PeerFailedError`."""
         start = self._start
         if start is None:
             return action()

@@ -11,13 +11,7 @@ from lockstep.errors import ConfigurationError
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
-    """Run each RMSNorm of a Transformers model by `torch.nn.functional.rms_norm`, in place; return how many are now.
-
-    On GPUs that is one kernel in place of seven (docs/benchmarks/gpu.md). Results differ in the last bit: the weight is
-    applied before rounding to the model's dtype, not after. A module is changed only if it computes the same on random
-    rows, so norms of another formula (such as Gemma's, which add 1 to the weight) stay as they are, and so do those
-    whose `forward` somebody else has replaced. Raises `ConfigurationError` where none can be run so.
-    """
+    """Run each RMSNorm of a model by torch's `rms_norm`, in place; return how many. Other formulas stay as they are."""
     if any(weight.is_meta for weight in model.parameters()):
         raise ConfigurationError(f"the weights of {type(model).__name__} are not there yet: load it first")
     fused = 0

@@ -121,13 +121,7 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 
 class OwnWeights:
-    """What only this rank has of a model whose experts modules hold its own experts only.
-
-    Attributes:
-        names: of the experts modules, in forward order, without PEFT's wrappers.
-        adapters: around each of them, `[layers]`.
-        experts: of this rank, `[layers]`.
-    """
+    """What only this rank has of a model: experts by layer, adapters around each, and names without PEFT's wrappers."""
 
     def __init__(self, model: Any) -> None:
         weights_are_there(model)

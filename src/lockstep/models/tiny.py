@@ -33,11 +33,7 @@ def make_tiny(
     num_experts_per_token: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Make a small random model with a byte tokenizer, and save it in the folder that is returned.
-
-    The same seed and sizes give the same checkpoint. All layers have experts; `hidden_size` is a multiple of 16. A size
-    out of its range or an unknown architecture raises `ConfigurationError` before anything is written.
-    """
+    """Make a small random model with a byte tokenizer, the same for one seed, and save it in the folder returned."""
     if architecture not in ARCHITECTURES:
         raise ConfigurationError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     if hidden_size < 16 or hidden_size % 16:

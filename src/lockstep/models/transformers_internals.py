@@ -33,15 +33,9 @@ def sharding_class(
 ) -> Any:
     """Make a subclass whose `from_pretrained` calls us in Transformers' own place for distributing a model.
 
-    Transformers' loader asks of each parameter whether it is a DTensor and then reads only its local part, for every
-    layout and through every conversion. `DistributedConfig` itself cannot express data parallelism with whole dense
-    weights, hence the override of the class methods that would read it. Call the class's `from_pretrained` with
-    `distributed_config=no_distribution()`.
-
-    `distribute` gets the empty model, on the meta device; `on_loaded` the model and Transformers' loading info, before
-    what is missing is filled with random numbers; `on_finished` both, once the `unexpected_keys` that the architecture
-    ignores are taken out. For parameters of the modules in `local_parameters_of`, which `distribute` may fill,
-    `get_parameter` returns this rank's part.
+    Transformers' loader reads of a DTensor only the local part. `distribute` gets the empty model, on the meta device;
+    `on_loaded` the model and the loading info before what is missing is made up; `on_finished` both at the end. For
+    modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part.
     """
 
     class Sharding(model_class):
@@ -87,10 +81,7 @@ class _ExpertsMesh(DeviceMesh):
 
 
 def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type: str) -> torch.Tensor:
-    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only.
-
-    A DTensor moves what is put into it to its mesh's kind of device, so the mesh has that of the weights.
-    """
+    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only."""
     from transformers import core_model_loading
 
     core_model_loading.DtensorShardOperation = _reading_experts(core_model_loading.DtensorShardOperation)
@@ -229,10 +220,7 @@ def is_experts_module(module: torch.nn.Module) -> bool:
 
 
 def transformers_model_in(model: Any) -> Any:
-    """Return the Transformers model that a wrapper such as PEFT's holds; the model itself if it is one, or has none.
-
-    Refused: a wrapper that runs collectives of its own, and what is no module.
-    """
+    """Return the Transformers model in a wrapper such as PEFT's, or what was passed; wrappers that wait are refused."""
     from transformers import PreTrainedModel
 
     kind = type(model).__name__

@@ -129,10 +129,7 @@ class LocalExperts:
         expert_offsets: torch.Tensor,
         rows_per_expert: float,
     ) -> torch.Tensor:
-        """Run the pairs whose number only the device knows; the host waits for nothing. See `few_rows_experts`.
-
-        `rows_per_expert`, how many are expected, chooses the kernel, not the result.
-        """
+        """Run pairs whose number only the device knows; `rows_per_expert`, as expected, chooses the kernel alone."""
         from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
 
         if self._check_weights is not None:
@@ -142,11 +139,7 @@ class LocalExperts:
         return run(hidden_states, scales, gather_index, expert_offsets, *weights)
 
     def warm_up(self, capacity: int, fp8: bool) -> None:
-        """Compile and load the kernels of `on_device`, with one pair, so that no step has to.
-
-        A kernel is loaded when it is first launched, and that may wait for one that waits for a peer. The choice of
-        `grouped_mm` depends on `capacity`, the length of the gather index that steps will bring.
-        """
+        """Load the kernels of `on_device` for gather indices of `capacity`, before a step that peers wait in."""
         weight = self.module.down_proj
         num_local_experts, hidden, _ = weight.shape
         stride = -(-hidden // 16) * 16

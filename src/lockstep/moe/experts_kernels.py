@@ -168,12 +168,7 @@ def few_rows_experts(
     hidden_states: torch.Tensor, scales: torch.Tensor | None, gather_index: torch.Tensor, expert_offsets: torch.Tensor,
     gate_up_proj: torch.Tensor, down_proj: torch.Tensor, *, tile: tuple[int, int, int] = (32, 128, 4),
 ) -> torch.Tensor:  # fmt: skip
-    """Run each pair through its expert, reading the weights of used experts once per 32 pairs. SwiGLU, no biases.
-
-    Rows are bfloat16, or float8_e4m3fn with `scales [received, ceil(hidden / 128)]`; all else is as in `DispatchHandle`
-    and `LocalExperts.from_tensors`. `tile`: inner columns per program, values of a row per step, steps in flight.
-    Returns `[capacity, hidden]` bfloat16, not weighted; rows beyond the pairs are unwritten.
-    """
+    """Run each pair through its expert, reading used experts once per 32 pairs: `[capacity, hidden]`, not weighted."""
     experts, hidden, intermediate = down_proj.shape
     capacity = gather_index.shape[0]
     columns, block_k, stages = tile

@@ -28,7 +28,7 @@ class SlotTable:
     """One layer's placement on the device: which slot takes a row's choice, by a fixed rule where it has replicas.
 
     Few rows are brought to as few slots as possible, since each read of an expert's weights costs as much as its rows:
-    to the own rank's, else to the first. Many are spread: replica `(number of the row + expert) % replicas`.
+    to the own rank's, else to the first. Many are spread: `(number of the row in the step + expert) % replicas`.
     """
 
     def __init__(self, placement: Placement, layer: int, rank: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class SlotTable:
         self._spreads = most > 1
 
     def slots(self, topk_ids: torch.Tensor, first_row: int, few_rows: bool) -> torch.Tensor:
-        """Return the slots of experts `[num_rows, top_k]`, int32; `first_row` is this rank's among all of the step."""
+        """Return each choice's slot, `[num_rows, top_k]`, int32; rows count from `first_row` over all ranks."""
         if few_rows or not self._spreads:
             return self._nearest[topk_ids]
         ids = topk_ids.long()
@@ -107,11 +107,7 @@ class MoELayer:
     def run(
         self, step: Step, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Run this rank's rows through their experts, wherever those are. Collective; called by `Step` alone.
-
-        Returns the weighted sums, `[num_tokens, hidden]`, of all rows of the tensor-parallel group. `index` is the
-        number of this layer in the step.
-        """
+        """Return the weighted sums, `[num_tokens, hidden]`, of the tensor-parallel group's rows. For `Step` alone."""
         step.in_step = False  # until every collective of this layer has been issued
         failed_before = step.failure
         if self._slots is not None:

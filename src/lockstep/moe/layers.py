@@ -89,11 +89,10 @@ class MoELayers:
     def begin_capture(
         self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
-        """Begin a step that a CUDA graph records. The graph is right for any counts of the other ranks.
+        """Begin a step that a CUDA graph records, right for any counts of the other ranks.
 
-        It may be replayed, inside a step that was agreed on, where that step's `captures` is true and this rank's count
-        is in `num_rows`, read at every replay; without `num_rows`, where it is `capacity`. `sizes` of every rank, as
-        they will roughly be, choose kernels, not results. Ranks that share their rows are refused.
+        It may be replayed inside an agreed step whose `captures` is true, with this rank's count in `num_rows`, read at
+        every replay, or else `capacity` rows. `sizes`, roughly those to come, choose kernels, not results.
         """
         if self.config.tensor_parallel_size > 1:
             raise ConfigurationError("steps of ranks that share their rows cannot be CUDA graphs")

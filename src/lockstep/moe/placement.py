@@ -261,13 +261,7 @@ def _busiest(ranks: list[_Rank]) -> float:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How many (row, expert) pairs a run brought to each expert, and to each rank by the placement that it had.
-
-    Attributes:
-        model: its type, such as `qwen3_moe`.
-        pairs: `[layers][num_experts]`.
-        rank_pairs: `[layers][ranks]`.
-    """
+    """How many (row, expert) pairs came to each expert, `[layers][num_experts]`, and each rank, `[layers][ranks]`."""
 
     model: str
     pairs: tuple[tuple[int, ...], ...]

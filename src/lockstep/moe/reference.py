@@ -12,11 +12,7 @@ def moe_reference(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Return what every rank must get from the layer, `[ranks][num_tokens of the rank, hidden]`.
-
-    Experts are spread contiguously: with `E` experts on `n` ranks, rank `r` holds `r*E/n` to `(r+1)*E/n - 1`. Negative
-    ids go nowhere. Gate rows come before up rows in `gate_up_proj`, `[num_experts, 2 * intermediate, hidden]`.
-    """
+    """Return what every rank must get, `[ranks][num_tokens of the rank, hidden]`; experts lie in contiguous shares."""
     num_ranks, num_experts = len(hidden_states), gate_up_proj.shape[0]
     experts_per_rank = num_experts // num_ranks
     outputs = []

@@ -75,16 +75,7 @@ class Fault:
 
 @contextmanager
 def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
-    """Let faults happen to a joined model inside the block. Use it on every rank, inside `lockstep.join`.
-
-    Faults of other ranks are ignored.
-
-    Yields:
-        When faults happened on this rank, in seconds of the host's clock.
-
-    Raises:
-        ConfigurationError: the model is not joined.
-    """
+    """Let faults of this rank happen to a joined model inside the block; yields when they did, in host seconds."""
     parallel = parallel_of(model)
     if parallel is None or not parallel.is_open:
         raise ConfigurationError("faults are injected inside `with lockstep.join(model):`, over several ranks")
@@ -94,10 +85,7 @@ def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
 
 @contextmanager
 def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
-    """As `inject`, before a model is joined: at the `start`, in the `load`, or before ranks `meet`.
-
-    `rank` is this rank's number in the whole start.
-    """
+    """As `inject`, before a model is joined; `rank` is this rank's number in the whole start."""
     due = _Due(fault for fault in faults if fault.rank == rank and fault.phase in _PLACES)
 
     def on_enter(place: str) -> None:

@@ -37,17 +37,7 @@ class MoEInputs:
         cls, counts: Sequence[int], seed: int = 0, *, num_experts: int = 8, top_k: int = 2, hidden: int = 16,
         intermediate: int = 24, dtype: torch.dtype = torch.float32,
     ) -> "MoEInputs":  # fmt: skip
-        """Make them from a seed; the same on every rank that calls this with the same arguments.
-
-        Args:
-            counts: tokens of every rank; 0 is allowed.
-            seed: of the random generator.
-            num_experts: experts of the layer.
-            top_k: experts per token, at most `num_experts`.
-            hidden: size of a row.
-            intermediate: inner size of an expert.
-            dtype: of rows and experts.
-        """
+        """Make them from a seed, alike on every rank that calls this with the same arguments. Counts may be 0."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
