@@ -211,10 +211,21 @@ class Session:
         """Agree on a step, and take part unless it is the script's own, of `num_tokens` rows: whether it is."""
         coordinator = self.coordinator
         try:
-            decision = self._agree(num_tokens or 0)
+            with self._changed:
+                failure, self._untold = self._failure, False
+                record = StepRecord(num_tokens or 0, unfinished=bool(num_tokens) or not self._finished)
+            if failure is not None:  # all ranks learn it here, and the session ends
+                coordinator.fail(failure)
+                raise failure
+            decision = coordinator.agree(record)
             mine = decision.num_tokens_across_dp[self._data_parallel_rank] == num_tokens
             if decision.runs_step and not mine:
-                self._idle(decision)
+                try:
+                    self._run_idle_step(decision)
+                except Exception as error:
+                    if not coordinator.usable:
+                        raise
+                    self.fail(error)  # this rank's experts broke while they ran for others: said at the next agreement
             if num_tokens is not None and not mine:
                 self._check_sharers(decision, num_tokens, time.monotonic() - since)
             return decision, mine
@@ -231,23 +242,6 @@ class Session:
             else:
                 self.fail(error)
             raise
-
-    def _agree(self, num_tokens: int) -> StepDecision:
-        """One agreement. If this rank has failed, all ranks learn it here, and the session ends."""
-        with self._changed:
-            failure, unfinished, self._untold = self._failure, num_tokens > 0 or not self._finished, False
-        if failure is None:
-            return self.coordinator.agree(StepRecord(num_tokens, unfinished))
-        self.coordinator.fail(failure)
-        raise failure
-
-    def _idle(self, decision: StepDecision) -> None:
-        try:
-            self._run_idle_step(decision)
-        except Exception as error:
-            if not self.coordinator.usable:
-                raise
-            self.fail(error)  # this rank's experts broke while they ran for others: say so at the next agreement
 
     def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
         """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""

@@ -22,7 +22,7 @@ class Transport(Protocol):
     """One exchange at a time among the ranks of a group; `can_watch` says whether `wanted` can tell."""
 
     num_ranks: int
-    can_watch: bool
+    can_watch: bool = False
 
     def begin(self, wire: Wire) -> None:
         """Send this rank's words, at most `WORDS`, and return at once."""
@@ -35,6 +35,7 @@ class Transport(Protocol):
 
     def wanted(self) -> bool:
         """Return whether another rank has begun an exchange that this one has not; False where that is not known."""
+        return False
 
 
 class RanksMissing(TimeoutError):
@@ -45,10 +46,8 @@ class RanksMissing(TimeoutError):
         self.ranks_missing = ranks_missing
 
 
-class ProcessGroupTransport:
+class ProcessGroupTransport(Transport):
     """Exchange over any torch process group: one all-gather of a few integers, on NCCL through the current device."""
-
-    can_watch = False
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
@@ -72,10 +71,6 @@ class ProcessGroupTransport:
         """See `Transport`."""
         wait_for(self._work, timeout_s, check)
         return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self._everyones.tolist()]
-
-    def wanted(self) -> bool:
-        """See `Transport`."""
-        return False
 
 
 class SharedMemoryTransport:

@@ -177,11 +177,6 @@ def await_work(
     wait()
 
 
-def barrier(group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until all ranks of a group have come. Raises as `await_work`."""
-    await_work(dist.barrier(group, async_op=True), "barrier", group, deadline_s)
-
-
 def _await(
     work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float, watch: _Watch | None, on_gpu: bool
 ) -> None:

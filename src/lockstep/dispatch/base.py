@@ -167,10 +167,8 @@ class Dispatcher(Protocol):
         """After a capture that failed: what it recorded has not run and will not."""
 
 
-class CollectiveDispatcher:
+class CollectiveDispatcher(Dispatcher):
     """What the backends share that exchange rows by collectives, eagerly, with counts known to the host."""
-
-    name: str
 
     def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
         self._group, self._deadline_s = process_group, deadline_s
@@ -211,12 +209,6 @@ class CollectiveDispatcher:
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0]).to(rows.dtype)
         sums = self._send_back(partial, handle)
         return torch.nn.functional.pad(sums, (0, 0, 0, handle.num_rows - sums.shape[0]))
-
-    def check(self, *, wait: bool = False) -> None:
-        """See `Dispatcher.check`: nothing is left to be found out."""
-
-    def forget_capture(self) -> None:
-        """See `Dispatcher.forget_capture`: there is none."""
 
     def _send(
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
-from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route
+from lockstep.dispatch.base import Abilities, CollectiveDispatcher, Dispatcher, DispatchHandle, ExpertsShape, Route
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
@@ -265,12 +265,8 @@ class AutoDispatcher:
             backend.forget_capture()
 
 
-def _make_allgather(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
-    return AllGatherDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
-
-
-def _make_alltoall(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
-    return AllToAllDispatcher(group, shape.num_experts, deadline_s=options.deadline_s)
+def _by_collectives(kind: type[CollectiveDispatcher]) -> DispatcherFactory:
+    return lambda group, shape, options: kind(group, shape.num_experts, deadline_s=options.deadline_s)
 
 
 def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
@@ -303,7 +299,7 @@ def _against_mapping(shape: ExpertsShape, options: DispatcherOptions) -> str:
     return "" if options.experts_on_device else "these experts need the rows' counts on the host"
 
 
-register_dispatcher("allgather", _make_allgather)
-register_dispatcher("alltoall", _make_alltoall)
+register_dispatcher("allgather", _by_collectives(AllGatherDispatcher))
+register_dispatcher("alltoall", _by_collectives(AllToAllDispatcher))
 register_dispatcher("nvlink", _make_nvlink, carries_fp8=True, maps_memory=True)
 register_dispatcher(AutoDispatcher.name, _make_auto)

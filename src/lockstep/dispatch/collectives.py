@@ -70,12 +70,17 @@ def all_gatherv(
     ]
 
 
+def gather_bytes(data: bytes, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[bytes]:
+    """Return what each rank of a gloo group has, any number of bytes, `[ranks]`."""
+    sizes = all_gatherv([torch.tensor([len(data)])], [1] * group.size(), group, deadline_s)[0].tolist()
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    parts = all_gatherv([mine], sizes, group, deadline_s)[0].split(sizes)
+    return [bytes(part.tolist()) for part in parts]
+
+
 def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[Any]:
     """Return what each rank of a gloo group says, `[ranks]`, as JSON: nothing of another process is unpickled."""
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = all_gatherv([torch.tensor([len(text)])], [1] * group.size(), group, deadline_s)[0].tolist()
-    texts = all_gatherv([text[:, None]], sizes, group, deadline_s)[0]
-    return [json.loads(bytes(each[:, 0].tolist())) for each in torch.split(texts, sizes)]
+    return list(map(json.loads, gather_bytes(json.dumps(value).encode(), group, deadline_s)))
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -38,25 +38,15 @@ class Exchange:
 
 @dataclass(frozen=True)
 class BackendConstants:
-    """What one backend takes for one dispatch and its combine, in us, on the slowest rank: the sum of all of these.
+    """What one backend takes for one dispatch and its combine, in us, on the slowest rank: the sum of all of these."""
 
-    Attributes:
-        latency_us: with no rows at all.
-        count_exchange_us: more, where ranks first tell each other how many rows they send.
-        row_us: per row of all ranks together: putting the experts' rows in order.
-        dispatch_us_per_mb: per 10**6 bytes on the busiest rank's link, in its fuller direction.
-        combine_us_per_mb: the same for the way back; 1000 over the bandwidth in GB/s.
-        total_us_per_mb: per 10**6 bytes of all ranks together, both ways.
-        first_us_per_mb: more, for the first 2 MB on the busiest link, which takes some to get up to its speed.
-    """
-
-    latency_us: float
-    count_exchange_us: float = 0.0
-    row_us: float = 0.0
-    dispatch_us_per_mb: float = 0.0
-    combine_us_per_mb: float = 0.0
-    total_us_per_mb: float = 0.0
-    first_us_per_mb: float = 0.0
+    latency_us: float  # with no rows at all
+    count_exchange_us: float = 0.0  # more, where ranks first tell each other how many rows they send
+    row_us: float = 0.0  # per row of all ranks together, whatever its length: putting the experts' rows in order
+    dispatch_us_per_mb: float = 0.0  # per 10**6 bytes to experts on the busiest rank's link, in its fuller direction
+    combine_us_per_mb: float = 0.0  # the same for the way back; 1000 over the bandwidth in GB/s
+    total_us_per_mb: float = 0.0  # per 10**6 bytes of all ranks together, both ways
+    first_us_per_mb: float = 0.0  # more, for the first 2 MB on the busiest link, which takes some to get up to speed
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -16,35 +16,22 @@ class LaunchSizes:
     """How the kernels are cut into blocks and tiles; equal on all ranks.
 
     All blocks of a launch wait for peers, so all must be resident at once: two per multiprocessor at most.
-
-    Attributes:
-        order_blocks, push_blocks: of the dispatch kernel.
-        combine_blocks: of the combine kernel.
-        dispatch_tokens, combine_tokens, columns: of a tile; powers of two.
-        tiny_tile, tiles: routing words per source that the order holds in registers at once: `tiny_tile`, a power of
-            two, or twice as many, and so on, `tiles` sizes in all. Beyond the largest it goes by slices.
-        word_tokens: most tokens of a rank whose rows travel as words; in fp8 rows, half as long, twice as many.
-        slice: routing words that a block of a larger order counts at a time; a power of two, at most 256.
-        pairs: routing words that a block sends at a time; a power of two.
-        round: most tiles that a combine block pushes to each peer between two flags.
-        skew_tokens: a rank with so many, and twice as many as any other, has its rows passed on from peer to peer.
-        chain_round: tiles of such a rank that a block handles between two flags.
     """
 
-    order_blocks: int
+    order_blocks: int  # of the dispatch kernel, as `push_blocks`
     push_blocks: int
     combine_blocks: int
-    dispatch_tokens: int
+    dispatch_tokens: int  # of a tile, as the next two; powers of two
     combine_tokens: int
     columns: int
-    tiny_tile: int
-    tiles: int
-    word_tokens: int
-    slice: int = 256
-    pairs: int = 256
-    round: int = 4
-    skew_tokens: int = 1024
-    chain_round: int = 2
+    tiny_tile: int  # routing words per source that the order holds in registers at least; a power of two
+    tiles: int  # how often that may double; beyond the largest the order goes by slices
+    word_tokens: int  # most tokens of a rank whose rows travel as words; in fp8 rows, half as long, twice as many
+    slice: int = 256  # routing words that a block of a larger order counts at a time; a power of two, at most 256
+    pairs: int = 256  # routing words that a block sends at a time; a power of two
+    round: int = 4  # most tiles that a combine block pushes to each peer between two flags
+    skew_tokens: int = 1024  # a rank with so many, and twice any other's, has its rows passed on from peer to peer
+    chain_round: int = 2  # tiles of such a rank that a block handles between two flags
 
 
 def launch_sizes(

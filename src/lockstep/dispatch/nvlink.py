@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.waits import barrier, peers_of
+from lockstep.coordination.waits import await_work, peers_of
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
@@ -45,8 +45,8 @@ class MappedMemory:
             torch.cuda.synchronize(device)
 
     def meet(self, deadline_s: float) -> None:
-        """Wait until all ranks have come. Collective; raises as `barrier`."""
-        barrier(self._group, deadline_s)
+        """Wait until all ranks have come. Collective; raises as `await_work`."""
+        await_work(dist.barrier(self._group, async_op=True), "barrier", self._group, deadline_s)
 
 
 class Buffers:

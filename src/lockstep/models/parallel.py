@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from lockstep.dispatch.choose import (
     make_dispatcher,
     mapping_facts,
 )
-from lockstep.dispatch.collectives import all_gatherv
+from lockstep.dispatch.collectives import gather_bytes
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
@@ -61,8 +61,8 @@ class ModelParallel:
             logits = model(...)
 
     An engine that goes on while the device works uses `begin` in place of `step`, and `Step.wait` before it trusts what
-    came out. One that captures CUDA graphs runs the model inside `begin_capture(...)`, and later replays the graph, and
-    says `Step.replayed()`, inside a step whose `captures` is true.
+    came out. One that captures CUDA graphs runs the model inside `layers.begin_capture(...)`, and later replays the
+    graph, and says `Step.replayed()`, inside a step whose `captures` is true.
 
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
@@ -175,12 +175,6 @@ class ModelParallel:
         """
         return self.layers.begin(decision.num_tokens_across_dp, num_rows=num_rows, capacity=capacity)
 
-    def begin_capture(
-        self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
-    ) -> Step:
-        """See `MoELayers.begin_capture`. Needs no agreement."""
-        return self.layers.begin_capture(sizes, num_rows=num_rows, capacity=capacity)
-
     @contextlib.contextmanager
     def step(
         self, decision: StepDecision, *, num_rows: torch.Tensor | None = None, capacity: int | None = None
@@ -223,18 +217,12 @@ class ModelParallel:
 
         Where a rank did not come in time, the groups are not used again.
         """
-        control, deadline_s = self._groups[0], self.options.deadline_s
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
         try:
             self.peers.mark(Phase.MERGE)
-            ones = [1] * self.config.world_size
-            (lengths,) = all_gatherv([torch.tensor([[len(data)]])], ones, control, deadline_s)
-            sizes = lengths.flatten().tolist()
-            (everything,) = all_gatherv([mine.view(-1, 1)], sizes, control, deadline_s)
+            return gather_bytes(data, self._groups[0], self.options.deadline_s)
         except BaseException as error:
             self.layers.give_up(error)
             raise
-        return [bytes(part.flatten().tolist()) for part in everything.split(sizes)]
 
     def expert_load(self) -> ExpertLoad:
         """Return what came to each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
