@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.alltoall import AllToAllDispatcher
-from lockstep.dispatch.base import Abilities, CollectiveDispatcher, Dispatcher, DispatchHandle, ExpertsShape, Route
+from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
@@ -265,7 +265,7 @@ class AutoDispatcher:
             backend.forget_capture()
 
 
-def _by_collectives(kind: type[CollectiveDispatcher]) -> DispatcherFactory:
+def _by_collectives(kind: Callable[..., Dispatcher]) -> DispatcherFactory:
     return lambda group, shape, options: kind(group, shape.num_experts, deadline_s=options.deadline_s)
 
 

@@ -74,8 +74,8 @@ def gather_bytes(data: bytes, group: dist.ProcessGroup, deadline_s: float = DEAD
     """Return what each rank of a gloo group has, any number of bytes, `[ranks]`."""
     sizes = all_gatherv([torch.tensor([len(data)])], [1] * group.size(), group, deadline_s)[0].tolist()
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    parts = all_gatherv([mine], sizes, group, deadline_s)[0].split(sizes)
-    return [bytes(part.tolist()) for part in parts]
+    everyones = all_gatherv([mine], sizes, group, deadline_s)[0]
+    return [bytes(part.tolist()) for part in torch.split(everyones, sizes)]
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[Any]:
