@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from command import Command
 
 import lockstep
-from lockstep import Engine, SamplingParams
+from lockstep import ConfigurationError, Engine, SamplingParams
 from lockstep.models.tiny import make_tiny
 from lockstep.moe.placement import ExpertLoad, Placement, place
 from lockstep.testing import RankFailure, run_ranks
@@ -55,7 +55,12 @@ def outputs(path, placement, in_memory):
             )
             found.append((logits.numpy(), tokens.numpy()))
     parallel = lockstep.parallel_of(model)
-    return found, None if in_memory else (parallel.expert_load().pairs, parallel.expert_load().rank_pairs)
+    if in_memory:
+        with pytest.raises(ConfigurationError, match="nothing has counted the expert load: pass count_expert_load"):
+            parallel.expert_load()
+        return found, None
+    load = parallel.expert_load()
+    return found, (load.pairs, load.rank_pairs)
 
 
 @pytest.mark.ranks(3)

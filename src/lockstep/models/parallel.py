@@ -226,6 +226,8 @@ class ModelParallel:
 
     def expert_load(self) -> ExpertLoad:
         """Return what came to each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
+        if not self._load:
+            raise ConfigurationError("nothing has counted the expert load: pass count_expert_load=True, and enter join")
         counts = [load.tolist() for load in self._load]
         everyones = [json.loads(data) for data in self.gather_bytes(json.dumps(counts).encode())]
         _, num_experts = slots_held(self.weights.experts[0].module)
