@@ -25,11 +25,7 @@ _INTERRUPTED = 130
 
 
 def run_to_status(app: typer.Typer) -> NoReturn:
-    """Run the command line and end the process.
-
-    The status is 0 or what the command returned; 2 for bad input, 1 for any other error of ours, both with one sentence
-    on stderr; 130 after Ctrl-C.
-    """
+    """Run the command line and end the process: with the status that `cli` documents, and one sentence on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text
             stream.reconfigure(errors="backslashreplace")

@@ -6,7 +6,7 @@ import pytest
 from command import Command
 
 from lockstep.simulation.simulator import SimulationConfig, simulate
-from lockstep.steplog.files import StepColumns, read_step_log
+from lockstep.steplog.files import StepColumns, read_step_columns, read_step_log
 from lockstep.workload import SchedulerConfig, WorkloadOptions, load_trace, synthetic_requests
 
 NAMES = (
@@ -25,7 +25,10 @@ NAMES = (
 
 
 def counts(path):
-    return [tuple(getattr(record, name) for name in NAMES) for record in read_step_log(path)]
+    return [
+        tuple(getattr(record, name) for name in NAMES)
+        for record in (read_step_log if path.suffix else read_step_columns)(path)
+    ]
 
 
 @pytest.mark.ranks(4)

@@ -28,7 +28,7 @@ from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
 from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
-from lockstep.steplog.files import StepColumns, StepLogWriter, read_parquet_columns, read_step_log
+from lockstep.steplog.files import StepColumns, StepLogWriter, read_parquet_columns, read_step_columns
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Request, SyntheticParameters, synthetic_requests
 
@@ -491,7 +491,7 @@ def test_trace_keeps_to_the_documented_fields_of_the_trace_event_format(tmp_path
     requests = synthetic_requests(SyntheticParameters.parse(SYNTHETIC))
     with StepColumns(tmp_path / "steps.parquet") as log:
         simulate(requests, SimulationConfig(4, max_chunk_size=64, row_shapes="dummy"), log)
-    write_trace(tmp_path / "trace.json", read_step_log(tmp_path / "steps.parquet"))
+    write_trace(tmp_path / "trace.json", read_step_columns(tmp_path / "steps.parquet"))
     document = json.loads((tmp_path / "trace.json").read_text())
     assert document.keys() == {"displayTimeUnit", "traceEvents"}
     assert document["displayTimeUnit"] in ("ms", "ns")

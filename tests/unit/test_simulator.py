@@ -12,7 +12,7 @@ from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import COST_CONSTANTS, CostConstants, fit
 from lockstep.simulation.simulator import simulate
 from lockstep.simulation.sink import filler_rows
-from lockstep.steplog.files import StepColumns, read_step_log
+from lockstep.steplog.files import StepColumns, read_step_columns
 from lockstep.steplog.record import summarize
 from lockstep.steplog.table import StepTable
 from lockstep.workload import Request, SchedulerConfig, SyntheticParameters, synthetic_requests
@@ -53,7 +53,7 @@ def check_equal(requests, config, num_ranks, tmp_path, chunk, stop_before=()):
     path = tmp_path / "steps.parquet"
     with StepColumns(path) as log:
         result = simulate(requests, simulated, log, stops=stops)
-    records = read_step_log(path)
+    records = read_step_columns(path)
     overrun = overrun_rows(steps, requests, stops)
     assert len(records) == len(steps) * num_ranks
     for record, plan in zip(records, [plan for plans in steps for plan in plans], strict=True):
@@ -147,7 +147,7 @@ def test_step_times_are_those_of_the_formula(tmp_path, shapes):
     config = SimulationConfig(3, SchedulerConfig(max_num_batched_tokens=256), COST, 32, shapes)
     with StepColumns(tmp_path / "log") as log:
         result = simulate(requests, config, log)
-    records = read_step_log(tmp_path / "log")
+    records = read_step_columns(tmp_path / "log")
     column = {
         name: np.array([getattr(record, name) for record in records]).reshape(-1, 3)
         for name in StepTable.__dataclass_fields__.keys()
@@ -268,7 +268,7 @@ def test_exchange_buffers_cut_chunks_smaller_and_it_is_counted(tmp_path):
         config = SimulationConfig(2, cost=COST, max_chunk_size=asked, buffer_capacity_rows=capacity)
         with StepColumns(tmp_path / "log") as log:
             summary = simulate(requests, config, log).summary
-        first = read_step_log(tmp_path / "log")[0]
+        first = read_step_columns(tmp_path / "log")[0]
         counted.append((config.chunk_size, first.num_chunks, summary["buffer_limited_steps"]))
     assert counted == [(None, 1, 0), (16, 3, 1), (40, 1, 0), (16, 3, 1), (8, 5, 0)]
     with pytest.raises(ConfigurationError, match="buffer_capacity_rows must be >= 4, a row of each of 4 ranks, got 3"):

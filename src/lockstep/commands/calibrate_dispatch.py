@@ -33,10 +33,7 @@ _Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, ids an
 
 
 def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool, samples: int = 9) -> int:
-    """Measure local ranks, on GPUs if there are so many; store the constants and show how well they fit.
-
-    `out` is None for this machine's place, where `auto` finds them; `samples` are timed calls of each case.
-    """
+    """Measure local ranks, on GPUs if there are enough; store the constants and show how well they fit."""
     most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)
     if num_ranks > most_ranks:
         raise ConfigurationError(
@@ -82,11 +79,7 @@ def execute_dispatch_calibration(num_ranks: int, out: Path | None, as_json: bool
 
 
 def measure(device_type: str, samples: int) -> list[tuple[str, Exchange, float]]:
-    """Time one dispatch and its combine in every backend and case, in us; the same result on all ranks.
-
-    Calls are eager, the sums that each backend takes by itself are in them, experts compute nothing, and the slowest
-    rank counts. On "cpu" rows are float32 over gloo, on "cuda" bfloat16 over NCCL and mapped memory.
-    """
+    """Time an eager dispatch and its combine in every backend and case, in us of the slowest rank; alike on all."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     cuda = device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -17,14 +17,7 @@ from lockstep.workload.synthetic import percentile
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
-    """Compare the folders of two runs or simulations.
-
-    Returns:
-        `a`, `b`: the figures of each by name; `clock`: of each, `steps` or `wall`, None where it is not recorded;
-        `first_different_step`: the first step in which a rank had other counts of prompt or generated tokens, None
-        where all are equal; `different_outputs`: how many requests of both generated other tokens, None where tokens
-        were not recorded.
-    """
+    """Compare the folders of two runs or simulations; None stands for what was not recorded, or does not differ."""
     tables = [_steps(folder) for folder in (a, b)]
     outputs = [_outputs(folder) for folder in (a, b)]
     tokens = [{item["request_id"]: item["tokens"] for item in items if "tokens" in item} for items in outputs]

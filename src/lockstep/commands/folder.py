@@ -1,8 +1,7 @@
 """The folder that a command writes: marked as ours, locked while it is written, and cleared of our own files alone.
 
-A folder is ours if it holds the marker. The marker is also the lock: the kernel holds it for as long as the process
-lives, so a run that was killed leaves no lock behind. `--overwrite` removes files by the list below, each by its name;
-whatever else lies in the folder stays, and so does a folder of ours that somebody has put something into.
+The marker is also the lock, which the kernel holds for as long as the process lives. `--overwrite` removes files by the
+list below, each by its name; whatever else lies in the folder stays.
 """
 
 from __future__ import annotations
@@ -45,11 +44,9 @@ BAD_PATH = {
 
 @contextlib.contextmanager
 def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Iterator[Path]:
-    """Make or take over an output folder, and keep every other command out of it until the end of the `with` block.
+    """Make or, with `overwrite`, clear an output folder, and keep every other command out of it in the `with` block.
 
-    One that exists is taken only with `overwrite`, and then cleared of our files. `joint_run` names the run of several
-    processes that share the folder, those of torchrun: the first of them makes or clears it, and after a restart the
-    folder stays as it is.
+    `joint_run` names the run of torchrun's processes that share the folder: the first of them makes or clears it.
     """
     out = Path(path)
     try:

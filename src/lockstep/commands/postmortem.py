@@ -56,10 +56,9 @@ class RecorderFile:
 
 
 def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
-    """Read recorders from files and folders; of a folder, those of the last failure in it.
+    """Read recorders from files and folders, and count those left out.
 
-    A folder may hold recorders of many failures, the system's temporary folder above all. Those count that have as many
-    ranks as the newest one, and were written in the 5 minutes before it.
+    Of a folder count those of its last failure: of as many ranks as the newest, and of the 5 minutes before it.
     """
     files: list[RecorderFile] = []
     num_left_out = 0

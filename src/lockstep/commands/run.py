@@ -49,10 +49,7 @@ def execute(
     arguments: Sequence[str],
     max_restarts: int = 0,
 ) -> int:
-    """Check, run, compare and write it all; return 0, or 1 where outputs differ. No `out` is a folder under `runs/`.
-
-    Ends the process with 130 when interrupted, and with 143 when asked to end by SIGTERM, once all ranks have ended.
-    """
+    """Check, run, compare and write it all; return 0, or 1 where outputs differ. Ends the process if interrupted."""
     rank = environment_number("RANK", 0, default=0)
     _log_as(rank)
     from lockstep.runner.checkpoint_checks import placement_of

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import simulate
 from lockstep.simulation.sweep import BEST_RULE, SETTINGS, Grid, best, setting, sweep
 from lockstep.simulation.validation import join_runs, validate
-from lockstep.steplog.files import StepColumns
-from lockstep.steplog.record import StepLogRecord
+from lockstep.steplog.files import StepColumns, read_step_columns
 from lockstep.workload import Trace
 
 _TRACE_STEPS = 2000
@@ -140,7 +138,8 @@ def _write(
         result = simulate(trace.requests, configs[chosen], log, on_progress)
     columns = _request_columns(trace, result)
     _write_parquet(pyarrow.table(columns), out / "requests.parquet")
-    write_trace(out / "trace.json", _first_records(out / "steps.parquet", _TRACE_STEPS * configs[chosen].num_ranks))
+    first = read_step_columns(out / "steps.parquet", _TRACE_STEPS * configs[chosen].num_ranks)
+    write_trace(out / "trace.json", first)
     several = len(names) > 1
     write_report(
         out / "report.html",
@@ -186,15 +185,6 @@ def _request_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     # A request of one token has no time per further token: NaN there, None here.
     values = [[None if value != value else value for value in columns[name]] for name in names]
     return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
-
-
-def _first_records(path: Path, count: int) -> list[StepLogRecord]:
-    import pyarrow.parquet
-
-    with path.open("rb") as file:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=min(count, 65_536))
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        return [StepLogRecord(**row) for row in islice(rows, count)]
 
 
 def _names(settings: Sequence[Mapping[str, Any]], without: str = "") -> list[str]:

@@ -67,12 +67,7 @@ SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "c
 
 
 def share(fraction: float) -> str:
-    """Return a share as it is printed everywhere.
-
-    Example:
-        >>> share(0.2849)
-        '28.5 %'
-    """
+    """Return a share as it is printed everywhere: `28.5 %`."""
     return f"{100 * fraction:.1f} %"
 
 

@@ -10,11 +10,7 @@ from lockstep.errors import ConfigurationError
 
 
 class RunMetrics(AbstractContextManager["RunMetrics"]):
-    """Counts what rank 0 knows of all ranks, and serves it; use it as a context manager, or call `close`.
-
-    Served are `lockstep_steps_total`, `lockstep_real_rows_total` per rank, `lockstep_agreement_wait_seconds` (a
-    histogram, of rank 0) and `lockstep_idle_share` (of the run so far, counted in rows).
-    """
+    """Counts what rank 0 knows of all ranks, and serves it until it is closed."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         try:

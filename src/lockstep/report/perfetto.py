@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lockstep.steplog.record import StepLogRecord, by_step
+from lockstep.steplog.record import StepLogRecord
 
 # The words of the report. chrome://tracing takes these colours; Perfetto makes its own of the names.
 _COLORS = {
@@ -27,17 +28,13 @@ _PROCESS, _FIRST_THREAD = 100_000, 100_001
 
 
 def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: int = 100_000) -> int:
-    """Write the first `max_steps` steps (viewers choke on more) as a trace, and return how many they are.
-
-    Each rank is a thread. Its slices are the wait for the agreement, its own work (named by what it was) and the wait
-    for other ranks; rows and waiting requests are counters. Where a rank's own work was not measured, it is taken to be
-    in proportion to the longest rank's rows.
-    """
+    """Write the first `max_steps` steps (viewers choke on more) as a trace, and return how many they are."""
     written = 0
     ends_ns: dict[int, int] = {}  # of each rank's last slice
     with Path(path).open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        for group in islice(by_step(records), max_steps):
+        for _, of_step in islice(groupby(records, attrgetter("step")), max_steps):
+            group = list(of_step)
             names = [] if written else _names([record.rank for record in group])
             events = [json.dumps(event, separators=(",", ":")) for event in (*names, *_events(group, ends_ns))]
             file.write(",\n" * bool(written) + ",\n".join(events))

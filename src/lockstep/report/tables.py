@@ -68,11 +68,7 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
 def print_settings(
     settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None], cost: str
 ) -> None:
-    """Print simulated settings, a line each, on stdout, and name the best within the limits, by its index.
-
-    `settings` are values and what came out, as `lockstep simulate --json` shows them; `best` is None where none keeps
-    to the limits, of which each may be None; `cost` says where the cost constants come from.
-    """
+    """Print simulated settings as `--json` has them, and which is `best` within the limits, by its index, if any is."""
     shown = [name for name in SETTINGS if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
     counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
     headings = [SETTINGS[name][0] for name in shown] + ["tok/s", "lost", "no requests"]

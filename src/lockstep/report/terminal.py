@@ -16,12 +16,7 @@ _LEAST_WIDTH = 40
 
 
 def plain(text: str, keep: str = "\n") -> str:
-    r"""Return text with what steers a terminal, turns the reading direction or is half a character written as escapes.
-
-    Example:
-        >>> plain("a\x1b[31m")
-        'a\\x1b[31m'
-    """
+    """Return text with what steers a terminal, turns the reading direction or is half a character as escapes."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -33,10 +28,7 @@ def plain(text: str, keep: str = "\n") -> str:
 
 
 class Terminal(Console):
-    """A console that takes every string literally: no markup, no emoji codes, no control characters.
-
-    Use `style=`, or a `Text`, for what is to be coloured.
-    """
+    """A console that takes every string literally: no markup, no emoji codes, no control characters."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         file = sys.stderr if stderr else sys.stdout

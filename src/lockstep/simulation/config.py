@@ -20,20 +20,16 @@ for all."""
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What is simulated.
-
-    With the clock `cost`, requests arrive as simulated time passes; with `steps`, `scheduler.seconds_per_step` of the
-    workload's time pass in every step, as in a real run. A rank may get every row of a chunk, so its exchange buffers
-    need `num_ranks` times the chunk's size, and where `buffer_capacity_rows` are fewer, chunks are smaller.
-    """
+    """What is simulated."""
 
     num_ranks: int  # data-parallel ranks, 1..100,000
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cost: CostConstants = field(default_factory=lambda: CostConstants.load("linear"))
     max_chunk_size: int | None = None  # maximum rows that one rank sends at a time; None for no limit
     row_shapes: str = "ragged"  # one of `ROW_SHAPES`
-    clock: str = "cost"
-    buffer_capacity_rows: int | None = None  # None for no limit
+    clock: str = "cost"  # requests arrive as simulated time passes, or by `steps`, as in a real run
+    # A rank may get every row of a chunk: where `num_ranks` times a chunk's size is more, chunks are smaller.
+    buffer_capacity_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_int("num_ranks", self.num_ranks, 1, 100_000)
@@ -44,10 +40,8 @@ class SimulationConfig:
         if self.clock not in ("cost", "steps"):
             raise ConfigurationError(f"clock must be 'cost' or 'steps', got {self.clock!r}")
         if self.buffer_capacity_rows is not None and self.buffer_capacity_rows < self.num_ranks:
-            raise ConfigurationError(
-                f"buffer_capacity_rows must be >= {self.num_ranks}, a row of each of {self.num_ranks} ranks, "
-                f"got {self.buffer_capacity_rows}"
-            )
+            least = f"{self.num_ranks}, a row of each of {self.num_ranks} ranks"
+            raise ConfigurationError(f"buffer_capacity_rows must be >= {least}, got {self.buffer_capacity_rows}")
 
     @property
     def chunk_size(self) -> int | None:
@@ -59,16 +53,10 @@ class SimulationConfig:
 
 
 class Stop(NamedTuple):
-    """How a request ended before its last token: by a stop token, a stop string, or because it was aborted.
+    """How a request ended before its last token: by a stop token, a stop string, or because it was aborted."""
 
-    Attributes:
-        step: the step before whose planning its rank's scheduler was told; None where it was never told, since the
-            request's last row had been planned already.
-        num_new_tokens: tokens that it kept. Rows planned for further ones by then are overrun rows.
-    """
-
-    step: int | None
-    num_new_tokens: int
+    step: int | None  # before whose planning its scheduler was told; None: never, its last row had been planned
+    num_new_tokens: int  # tokens that it kept; rows planned for further ones by then are overrun rows
 
 
 @dataclass

@@ -68,12 +68,7 @@ class CostConstants:
         )
 
     def experts_us(self, num_rows: Any, num_ranks: int) -> Any:
-        """Return the experts' time in us for `num_rows` rows of all ranks together; a number, or an array of any shape.
-
-        Example:
-            >>> CostConstants(1, 0, expert_row_us=2, weights_us=100, expert_share=0.5).experts_us(4, num_ranks=2)
-            97.75
-        """
+        """Return the experts' time in us for the rows of all ranks together; a number, or an array of any shape."""
         rows_us = self.expert_row_us / num_ranks * num_rows
         if not self.weights_us:
             return rows_us
@@ -109,7 +104,7 @@ class CostConstants:
         values, names = json_object(path, path.read_bytes()), [item.name for item in fields(cls)]
         if missing := next((name for name in ("step_us", "token_us") if name not in values), None):
             raise ConfigurationError(
-                f"{path}: cost constant {missing} is missing; `lockstep bench calibrate` writes it"
+                f"{path}: cost constant {missing} is missing, which `lockstep bench calibrate` writes"
             )
         if foreign := next((name for name in values if name not in names), None):
             raise ConfigurationError(f"{path}: {foreign!r:.60} is no cost constant; there are {', '.join(names)}")
@@ -133,16 +128,10 @@ def fit(
     tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
     num_chunks: np.ndarray, duration_us: np.ndarray, source: str = "",
 ) -> CostConstants:  # fmt: skip
-    """Fit the constants to a measured run by least squares, none of them negative.
+    """Fit the constants to counts and durations of a measured run by least squares, none of them negative.
 
-    Which rank is the longest depends on the constants, so the fit is repeated until the longest ranks stay. `row_us` is
-    left at 0: the longest rank's rows are in `token_us` already, and one run cannot tell the two apart. A step log does
-    not say how many experts a row chooses; of a few shares, the one that fits best is taken.
-
-    Errors count relative to a step's time, so that the many short steps are fitted as well as the few long ones. Steps
-    that took more than five times as long as a first fit says (the machine did something else) are left out.
-
-    Counts are as for `CostConstants.step_times_us`, `duration_us` is what each step took, `[steps]`.
+    `row_us` is left at 0: one run cannot tell it from `token_us`. A step log does not say how many experts a row
+    chooses; of a few shares, the one that fits best is taken.
     """
     if len(duration_us) < 10:
         raise ConfigurationError(f"at least 10 steps are needed to fit a cost, got {len(duration_us)}")
@@ -172,7 +161,11 @@ def fit(
 
 
 def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -> tuple[float, np.ndarray]:
-    """Fit coefficients of what all ranks share, `[steps, features]`, and of the longest rank's own work."""
+    """Fit coefficients of what all ranks share, `[steps, features]`, and of the longest rank's own work.
+
+    Which rank is the longest depends on them: repeated until the longest ranks stay. Steps of more than five times what
+    a first fit says are left out: the machine did something else.
+    """
     steps = np.arange(len(own))
     longest = own[:, :, 0].argmax(axis=1)
     keep = np.ones(len(own), dtype=bool)

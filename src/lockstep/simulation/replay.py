@@ -28,15 +28,12 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Replay:
-    """A recorded run, as the simulator takes it.
-
-    `executed` is the run's step log, one record per step and data-parallel rank, in this order.
-    """
+    """A recorded run, as the simulator takes it."""
 
     requests: Sequence[Request]
     config: SimulationConfig
     stops: dict[int, Stop]
-    executed: Sequence[StepLogRecord]
+    executed: Sequence[StepLogRecord]  # one per step and data-parallel rank, in this order
 
     def run(self) -> tuple[dict[str, Any], str]:
         """Plan the run again; return the simulation's summary, and the first difference in words (empty for none)."""
@@ -66,10 +63,7 @@ class Replay:
 
 
 def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
-    """Read what `lockstep run` has written; `cost` decides no counts, since requests arrive by the number of the step.
-
-    Refused are a run in real time, one whose ranks were started again, and files that lack something.
-    """
+    """Read what `lockstep run` has written; `cost` decides no counts: requests arrive by the number of the step."""
     for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
         if not (run_folder / name).is_file():
             raise ConfigurationError(f"{run_folder} is not the folder of a finished run: it has no {name}")
@@ -81,10 +75,10 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
         _whole(path, summary, name, 1) for name in ("data_parallel_size", "tensor_parallel_size")
     )
     if summary.get("clock", "steps") != "steps":
-        raise ConfigurationError(
-            f"{run_folder} was run with --clock {summary['clock']!s:.20}: when its requests arrived depended on the "
-            "machine's speed, so it cannot be planned again; use a run with --clock steps"
+        why = (
+            f"was run with --clock {summary['clock']!s:.20}: when its requests arrived depended on the machine's speed"
         )
+        raise ConfigurationError(f"{run_folder} {why}, so it cannot be planned again; use a run with --clock steps")
     scheduler = summary.get("scheduler")
     if not isinstance(scheduler, dict):
         raise ConfigurationError(f"{path}: scheduler is missing: this run cannot be planned again")
@@ -94,11 +88,9 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
         raise ConfigurationError(f"{path}: {error}") from None
     requests, stops = _read_outputs(run_folder / "outputs.jsonl")
     records = read_step_log(run_folder / "steps.jsonl")
-    if len(records) % (num_ranks * tensor_parallel_size):
-        raise ConfigurationError(
-            f"{run_folder / 'steps.jsonl'}: {len(records)} records are not the same number of each of "
-            f"{num_ranks * tensor_parallel_size} ranks"
-        )
+    if len(records) % (all_ranks := num_ranks * tensor_parallel_size):
+        told = f"{len(records)} records are not the same number of each of {all_ranks} ranks"
+        raise ConfigurationError(f"{run_folder / 'steps.jsonl'}: {told}")
     return Replay(requests, config, stops, [record for record in records if record.rank % tensor_parallel_size == 0])
 
 

@@ -1,9 +1,7 @@
 """What would happen: the runtime's scheduler and policies over a workload, with a cost formula in place of tensors.
 
-Ranks in whose step nothing happens but generating are not visited: their counts stand in arrays, one entry per rank,
-and are advanced together. Only ranks with an arriving request, a running prompt, an ending request or too few pages of
-KV cache go through their `RankScheduler`, the one of the real run. That the counts are those of the real run, step by
-step, is a test.
+Ranks in whose step nothing happens but generating are not visited: their counts are advanced together, in arrays. Only
+ranks with an arriving, ending or preempted request or a running prompt go through the real run's `RankScheduler`.
 """
 
 from __future__ import annotations
@@ -31,16 +29,10 @@ def simulate(
     on_progress: Callable[[float], None] | None = None, max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None, buffer_cells: int = 400_000,
 ) -> SimulationResult:  # fmt: skip
-    """Simulate a workload, in order of arrival, to its end.
+    """Simulate a workload, in order of arrival, to its end; `on_progress` is told the share of all rows now and then.
 
-    `on_progress` is told the share of all rows now and then, and at the end. Memory does not grow beyond a report of
-    `max_report_cells` and buffers of `buffer_cells` (step x rank). `stops` are requests that end before their last
-    token, by their ids: those of a recorded run, see `read_replay`.
-
-    The result's `summary` has, besides figures that the report shows too: `rank_steps`; `tokens_per_s` (rows of prompts
-    and output); `kv_waits` (rank-steps in which requests waited only because the KV cache was full); `preempted`
-    (requests that lost their pages and were computed again, counted each time); `buffer_limited_steps` (steps in more
-    chunks than asked for, because larger ones do not fit into the exchange buffers); and `held_rank_steps`.
+    Memory does not grow beyond a report of `max_report_cells` and buffers of `buffer_cells` (step x rank). `stops` are
+    requests that end before their last token, by their ids: those of a recorded run, see `read_replay`.
     """
     config.scheduler.check_fits(requests)
     total_rows = sum(request.num_computed_tokens for request in requests)
@@ -328,7 +320,7 @@ class _Simulation:
             "rank_steps": num_steps * self.config.num_ranks,
             "duration_s": now_s,
             "real_tokens": sink.totals["real_rows"],
-            "tokens_per_s": num_tokens / now_s if now_s else 0.0,
+            "tokens_per_s": num_tokens / now_s if now_s else 0.0,  # of prompts and output
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
             "dummy_rows": sink.totals["dummy_rows"],
             "padding_rows": sink.totals["padding_rows"],
@@ -343,11 +335,11 @@ class _Simulation:
             "ttft_s": _percentiles(ttft_s),
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
-            "kv_waits": self.kv_waits,
-            "preempted": self.num_preemptions,
+            "kv_waits": self.kv_waits,  # rank-steps in which requests waited only because the KV cache was full
+            "preempted": self.num_preemptions,  # counted each time
             "cached_tokens": sink.totals["cached"],
             "overrun_rows": sink.totals["overrun"],
-            "buffer_limited_steps": sink.totals["buffer_limited"],
+            "buffer_limited_steps": sink.totals["buffer_limited"],  # in more chunks than asked for
             "held_rank_steps": sink.totals["held"],
         }
         return SimulationResult(summary, sink.table(), rank_of, queue_s, ttft_s, tpot_s)

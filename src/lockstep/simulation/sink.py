@@ -37,8 +37,7 @@ def _num_chunks(longest: np.ndarray, chunk_size: int | None) -> np.ndarray:
 class StepSink:
     """Collects steps in buffers; full ones go to the step log, into sums, and into a table for the report.
 
-    That table, at most `max_cells` (step x rank), is halved by adding up pairs of rows whenever it grows beyond, so
-    memory does not grow. `on_flush` is told all rows of requests so far, and the tokens that needed none.
+    That table is halved by adding up pairs of rows whenever it grows beyond `max_cells` (step x rank).
     """
 
     def __init__(

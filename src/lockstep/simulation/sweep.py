@@ -21,7 +21,7 @@ BEST_RULE = (
     "the highest throughput within the limits; among settings within 1 % of it, the least time lost to uneven work, "
     "then the lowest mean time per token"
 )
-"""By which `best` chooses."""
+"""By which `best` chooses. Workloads that arrive at their own rate end at nearly the same time: hence the 1 %."""
 
 SETTINGS = {
     "data_parallel_size": ("ranks", "{} ranks"),
@@ -71,9 +71,8 @@ def sweep(
     workers: int | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Simulate every configuration and return the `summary` of each, `[len(configs)]`.
+    """Simulate every configuration in `workers` processes, by default one per core, and return the `summary` of each.
 
-    `workers` are processes, by default one for each core, and none besides this one where there is one configuration.
     `on_progress` is told now and then how many are done, parts of them counted too.
     """
     for config in configs:
@@ -107,11 +106,7 @@ def sweep(
 
 
 def best(summaries: Sequence[dict[str, Any]], **limits: float | None) -> int | None:
-    """Return the index of the best setting within the limits by `BEST_RULE`, or None where none keeps to them.
-
-    Limits are `ttft_p99_s`, `tpot_p99_s` and `queue_p99_s`; None for no limit. Workloads that arrive at their own rate
-    end at nearly the same time whatever the setting: hence the 1 %.
-    """
+    """Return the index of the best setting within the limits, such as `ttft_p99_s`, by `BEST_RULE`; None for none."""
     allowed = [
         index
         for index, summary in enumerate(summaries)

@@ -17,8 +17,7 @@ _COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_
 def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     """Return a run's step log as `CostConstants.step_times_us` takes it, and `duration_us` of each step.
 
-    All ranks are at the same place when they have agreed, and nowhere else. So a step's time goes from its own
-    agreement to the next one's, or to the end of the run; the mean of the ranks, which hardly differ in it.
+    A step's time goes from its own agreement to the next one's: there alone are all ranks at the same place.
     """
     ranks = sorted({record.rank for record in records})
     if not records or len(records) % len(ranks):
@@ -53,10 +52,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
 
 def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Put several runs' `cost_columns` into one: repeats of the same steps become one run, others are added to it.
-
-    A step of repeats took the median of their times: what else a machine did meanwhile touches some of them.
-    """
+    """Put several runs' `cost_columns` into one; of repeats of the same steps, the median of a step's times counts."""
     if len({run["tokens"].shape[1] for run in runs}) > 1:
         raise ConfigurationError("runs to be put together must have the same ranks")
     repeats: dict[tuple[bytes, ...], list[dict[str, np.ndarray]]] = {}
@@ -78,10 +74,7 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
-    """Compare what steps took (see `cost_columns`) with what the formula says, its constants fitted to another run.
-
-    Totals are in seconds; errors are relative, that of the total signed, those of steps absolute.
-    """
+    """Compare what steps took with what the formula says; errors are relative, those of steps absolute."""
     predicted, measured = cost.step_times_us(**{name: columns[name] for name in _COUNTS}), columns["duration_us"]
     errors = np.sort(np.abs(predicted / measured - 1))
     return {

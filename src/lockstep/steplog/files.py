@@ -1,16 +1,12 @@
-"""The step log's files: JSON lines of a real run, columns of Parquet of the simulator.
-
-A real run writes one record a line, so that whatever was written before an interruption can be read. The simulator,
-with millions of records, writes the same fields as columns.
-"""
+"""The step log's files: JSON lines of a real run, readable after any interruption; Parquet columns of the simulator."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, fields
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,37 +37,29 @@ class StepLogWriter(AbstractContextManager["StepLogWriter"]):
         self.close()
 
 
-def read_step_log(*paths: str | Path) -> list[StepLogRecord]:
-    """Read step logs of one run, one file of all ranks or one of each; return records in order of step, then rank.
-
-    Files are JSON lines or Parquet. A last line that was torn off is left out; any other that is no record is a
-    `ConfigurationError` that names file and line.
-    """
+def read_step_log(path: str | Path) -> list[StepLogRecord]:
+    """Read a run's JSON lines, in order of step, then rank; of a last line, nothing where it was torn off."""
     records: list[StepLogRecord] = []
-    for path in paths:
-        with Path(path).open("rb") as file:
-            is_parquet = file.read(4) == b"PAR1"
-            file.seek(0)
-            for number, line in enumerate(() if is_parquet else file, 1):
-                try:
-                    records.append(_record(json.loads(line)))
-                except (ValueError, TypeError, RecursionError) as error:
-                    # Only the last line can lack its end: its writer was interrupted there.
-                    if line.endswith(b"\n"):
-                        raise ConfigurationError(
-                            f"{path}: line {number} is not a step record ({error}); "
-                            f"expected a JSON object with {FIELDS}"
-                        ) from None
-        if is_parquet:
-            columns = read_parquet_columns(path, _NEEDED, FIELDS)
-            for row in zip(*(values.tolist() for values in columns.values()), strict=True):
-                known = {name: value for name, value in zip(columns, row, strict=True) if not _is_nan(value)}
-                records.append(_record(known))
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records.append(_record(json.loads(line)))
+            except (ValueError, TypeError, RecursionError) as error:
+                if line.endswith(b"\n"):  # only a last line can lack its end: its writer was interrupted there
+                    expected = f"expected a JSON object with {FIELDS}"
+                    message = f"{path}: line {number} is not a step record ({error}); {expected}"
+                    raise ConfigurationError(message) from None
     return sorted(records, key=lambda record: (record.step, record.rank))
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def read_step_columns(path: str | Path, most: int | None = None) -> list[StepLogRecord]:
+    """Return the first records that `StepColumns` has written, by default all."""
+    import pyarrow.parquet
+
+    with Path(path).open("rb") as file:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        return [StepLogRecord(**row) for row in islice(rows, most)]
 
 
 class StepColumns(AbstractContextManager["StepColumns"]):
@@ -113,10 +101,7 @@ class StepColumns(AbstractContextManager["StepColumns"]):
 def read_parquet_columns(
     path: str | Path, needed: Sequence[str], wanted: Sequence[str] = (), most_rows: int = 200_000_000
 ) -> dict[str, np.ndarray]:
-    """Read columns of numbers from a Parquet file: those that it must have, and the wanted ones that it has.
-
-    A file with more rows than any log has is refused: a few bytes of Parquet may stand for any number of equal rows.
-    """
+    """Read columns of numbers from a Parquet file: those that it must have, and the wanted ones that it has."""
     import pyarrow
     import pyarrow.parquet
 
@@ -127,7 +112,7 @@ def read_parquet_columns(
             for name in needed:
                 if names.count(name) != 1:
                     raise ConfigurationError(f"{path} has {names.count(name)} columns {name}, and must have one")
-            if num_rows > most_rows:
+            if num_rows > most_rows:  # a few bytes of Parquet may stand for any number of equal rows
                 raise ConfigurationError(f"{path} has {num_rows:,} rows, more than {most_rows:,}")
             chosen = [name for name in dict.fromkeys((*needed, *wanted)) if names.count(name) == 1]
             for name in chosen:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class StepLogRecord:
-    """What one rank did in one step.
-
-    Rows are counted once per step, although every MoE layer sends them: layers of one step do not differ in that.
-    What happens to requests is that of the rank's data-parallel rank. Seconds count from the start of the run's first
-    step.
-    """
+    """What one rank did in one step; requests are its data-parallel rank's, seconds count from the run's first step."""
 
     step: int  # from 0
     rank: int  # expert-parallel rank, from 0
-    real_rows: int  # rows of requests that this rank took into the experts; 0 for an idle rank
+    real_rows: int  # rows of requests that this rank took into the experts of each layer; 0 for an idle rank
     dummy_rows: int = 0  # rows sent only so that the rank took part
     padding_rows: int = 0  # rows added to make shapes equal
     prefill_tokens: int = 0  # tokens of prompts
@@ -44,23 +37,10 @@ OPTIONAL_FIELDS = tuple(item.name for item in fields(StepLogRecord) if item.defa
 """Fields that may be None: they were not measured."""
 
 
-def by_step(records: Iterable[StepLogRecord]) -> Iterator[list[StepLogRecord]]:
-    """Yield each step's records together, given records in order of step."""
-    for _, group in groupby(records, key=attrgetter("step")):
-        yield list(group)
-
-
 def summarize(records: Sequence[StepLogRecord]) -> dict[str, Any]:
     """Return a run's totals; tensor-parallel ranks of one group repeat each other's tokens."""
-    names = (
-        "dummy_rows",
-        "padding_rows",
-        "prefill_tokens",
-        "decode_tokens",
-        "preempted",
-        "overrun_rows",
-        "cached_tokens",
-    )
+    rows = ("dummy_rows", "padding_rows", "prefill_tokens", "decode_tokens")
+    names = (*rows, "preempted", "overrun_rows", "cached_tokens")
     return {
         "ranks": len({record.rank for record in records}),
         "steps": len({record.step for record in records}),

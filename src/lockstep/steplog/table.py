@@ -63,10 +63,8 @@ class StepTable:
         column = np.searchsorted(ranks, columns["rank"])
         shape = (len(steps), len(ranks))
         if shape[0] * shape[1] > _MOST_HOLES + 16 * len(columns["step"]):
-            raise ConfigurationError(
-                f"the step log has {len(columns['step'])} records of {shape[0]} steps and {shape[1]} ranks, "
-                "and should have one of each rank in each step"
-            )
+            found = f"{len(columns['step'])} records of {shape[0]} steps and {shape[1]} ranks"
+            raise ConfigurationError(f"the step log has {found}, and should have one of each rank in each step")
         cell = row * max(1, len(ranks)) + column
         if len(np.unique(cell)) != len(cell):
             raise ConfigurationError("the step log has two records of one step and rank: are these files of one run?")
@@ -115,10 +113,7 @@ class StepTable:
         return self.duration_s if self.duration_s.any() else np.ones(self.num_rows)
 
     def busy_share(self) -> np.ndarray:
-        """Return the share of each step in which each rank had work of its own, `[steps, ranks]`, 0..1.
-
-        Where it was not measured, a step is taken to last as long as its longest rank has rows.
-        """
+        """Return the share of each step that was each rank's own work, `[steps, ranks]`; by rows where not measured."""
         longest = self.real_rows.max(axis=1, initial=0, keepdims=True)
         share = self.real_rows / np.maximum(longest, 1)
         duration_s = np.maximum(self.duration_s, 1e-12)[:, None]
