@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,8 +63,9 @@ def load_pretrained(
         raise ConfigurationError(says.format("from_pretrained"))
     arguments = read_arguments(kwargs)
     place = str(arguments.device if arguments.device is not None else "cpu")
-    together = _Together(process_group, str(path), deadline_s)
-    folder, config, model_class, quantization, tensors = together.do(lambda: _look(path, arguments))
+    start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
+    together = functools.partial(_on_all_ranks, start, str(path), deadline_s)
+    folder, config, model_class, quantization, tensors = together(lambda: _look(path, arguments))
 
     def load() -> Any:
         if placement is not None:
@@ -113,7 +115,7 @@ def load_pretrained(
         model.config.distributed_config = None
         return (model, loading_info) if arguments.output_loading_info else model
 
-    return together.do(load)
+    return together(load)
 
 
 def _look(path: str | os.PathLike[str], arguments: Arguments) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
@@ -256,44 +258,38 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
         raise ConfigurationError(f"checkpoint {folder}: {kind}{error}") from error
 
 
-class _Together:
-    """Does one thing after another on every rank of a group; what fails on one rank is raised on all of them."""
+def _on_all_ranks(start: Start | None, what: str, deadline_s: float, action: Callable[[], Any]) -> Any:
+    """Run `action` and return what it returns, once it has succeeded on every rank.
 
-    def __init__(self, process_group: ProcessGroup | None, what: str, deadline_s: float) -> None:
-        self._start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
-        self._what, self._deadline_s = what, deadline_s
-
-    def do(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on every rank; a `ConfigurationError` of one is raised on all, of others `PeerFailedError`."""
-        start = self._start
-        if start is None:
-            return action()
-        key = f"loading/{start.next_number('loading')}"
-        before = start.meeting_place(f"{key}/before", f"the loading of {self._what}")
-        before.meet({}, self._deadline_s, once=True)
-        result, own = None, None
-        try:
-            with start.whereabouts.working(f"loading {self._what}"):
-                result = action()
-        except BaseException as error:  # whatever it is, the other ranks wait for this one
-            own = error
-        facts = {"type": "", "message": ""} if own is None else {"type": type(own).__name__, "message": str(own)}
-        after = start.meeting_place(f"{key}/after", f"the end of the loading of {self._what}")
-        try:
-            answers = after.meet(facts, self._deadline_s, once=True)
-        except RankAbsentError:
-            if own is not None:
-                raise own from None
-            raise
-        failed = {rank: answer for rank, answer in zip(start.processes, answers, strict=True) if answer["type"]}
-        if not failed:
-            return result
-        if own is not None and not isinstance(own, ConfigurationError):
-            raise own
-        for rank, answer in failed.items():
-            if answer["type"] != ConfigurationError.__name__:
-                text = f"{answer['type']}: {answer['message']}"
-                stops = f"rank {start.processes[start.rank]} stops loading {self._what}"
-                raise PeerFailedError(f"{stops}: rank {rank} raised {text}", rank, text) from own
-        seen = "every rank" if len(failed) == len(answers) else f"rank {', '.join(map(str, failed))}"
-        raise ConfigurationError(f"{next(iter(failed.values()))['message']} (seen on {seen})") from own
+    A `ConfigurationError` of any rank is raised on all; anything else on its rank, `PeerFailedError` on the others.
+    """
+    if start is None:
+        return action()
+    key = f"loading/{start.next_number('loading')}"
+    start.meeting_place(f"{key}/before", f"the loading of {what}").meet({}, deadline_s, once=True)
+    result, own = None, None
+    try:
+        with start.whereabouts.working(f"loading {what}"):
+            result = action()
+    except BaseException as error:  # whatever it is, the other ranks wait for this one
+        own = error
+    facts = {"type": "", "message": ""} if own is None else {"type": type(own).__name__, "message": str(own)}
+    after = start.meeting_place(f"{key}/after", f"the end of the loading of {what}")
+    try:
+        answers = after.meet(facts, deadline_s, once=True)
+    except RankAbsentError:
+        if own is not None:
+            raise own from None
+        raise
+    failed = {rank: answer for rank, answer in zip(start.processes, answers, strict=True) if answer["type"]}
+    if not failed:
+        return result
+    if own is not None and not isinstance(own, ConfigurationError):
+        raise own
+    for rank, answer in failed.items():
+        if answer["type"] != ConfigurationError.__name__:
+            text = f"{answer['type']}: {answer['message']}"
+            stops = f"rank {start.processes[start.rank]} stops loading {what}"
+            raise PeerFailedError(f"{stops}: rank {rank} raised {text}", rank, text) from own
+    seen = "every rank" if len(failed) == len(answers) else f"rank {', '.join(map(str, failed))}"
+    raise ConfigurationError(f"{next(iter(failed.values()))['message']} (seen on {seen})") from own

@@ -70,25 +70,20 @@ def sharding_class(
     return Sharding
 
 
-class _ExpertsMesh(DeviceMesh):
-    """Carries the numbers of this rank's experts to where the loader reads them; needs no process group."""
-
-    def __init__(self, device_type: str, experts: Sequence[int]) -> None:
-        # The name tells the meshes of one process apart, of which torch takes equal ones for the same.
-        name = f"experts {experts}"
-        super().__init__(device_type, torch.arange(1), mesh_dim_names=(name,), _init_backend=False, _rank=0)
-        self.experts = experts
-
-
 def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type: str) -> torch.Tensor:
-    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only."""
+    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only.
+
+    Its mesh carries their numbers, and has the weights' kind of device, to which a DTensor moves what is put into it.
+    """
     from transformers import core_model_loading
 
     core_model_loading.DtensorShardOperation = _reading_experts(core_model_loading.DtensorShardOperation)
-    return DTensor.from_local(
-        parameter[: len(experts)], _ExpertsMesh(device_type, experts), [Shard(0)], run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+    # The name tells the meshes of one process apart, of which torch takes equal ones for the same.
+    name = f"experts {experts}"
+    mesh: Any = DeviceMesh(device_type, torch.arange(1), mesh_dim_names=(name,), _init_backend=False, _rank=0)
+    mesh.experts = experts
+    local, shape, stride = parameter[: len(experts)], parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 @functools.cache
