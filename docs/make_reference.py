@@ -56,7 +56,7 @@ def value_of(parameter, annotation):
     if getattr(parameter, "is_flag", False):
         return ""
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return "|".join(choices) or parameter.metavar or ("PATH" if "Path" in str(annotation) else "TEXT")
+    return " | ".join(choices) or parameter.metavar or ("PATH" if "Path" in str(annotation) else "TEXT")
 
 
 def option_row(parameter, annotation):
