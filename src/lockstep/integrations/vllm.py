@@ -46,10 +46,7 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
 
 @dataclass(init=False, eq=False, repr=False)
 class DPMetadata(HoldsCounts):
-    """How many tokens each data-parallel rank has in this step: vLLM's class surface on Lockstep's arithmetic.
-
-    What `lockstep.DPMetadata` says of attributes, contexts, shared lists, copied counts, equality and errors holds too.
-    """
+    """vLLM's class surface on Lockstep's arithmetic; all that `lockstep.DPMetadata` says of itself holds too."""
 
     num_tokens_across_dp_cpu: torch.Tensor
     local_sizes: list[int] | None = field(default=None, init=False)
@@ -60,18 +57,10 @@ class DPMetadata(HoldsCounts):
 
     @staticmethod
     def make(parallel_config: Any, num_tokens: int, num_tokens_across_dp_cpu: TokenCounts) -> "DPMetadata":
-        """Make the metadata of this step, checked against what this rank knows, as `lockstep.DPMetadata.make`.
+        """Make the metadata of this step from vLLM's config and the tokens per DP rank, `[data_parallel_size]`.
 
-        Args:
-            parallel_config: vLLM's config: `data_parallel_size`, `data_parallel_rank`, `is_moe_model` (None where it is
-                not known) and `use_sequence_parallel_moe` are read.
-            num_tokens: tokens of this rank in this step, >= 0.
-            num_tokens_across_dp_cpu: tokens per DP rank, `[data_parallel_size]`.
-
-        Raises:
-            TokenCountError: counts that are wrong, or not `num_tokens` on this rank.
-            ConfigurationError: if size and rank do not fit together, the model has no experts, or one DP rank without
-                sequence-parallel experts asks for sizes that nothing needs.
+        Errors are those of `lockstep.DPMetadata.make`, and `ConfigurationError` for a model without experts, or one DP
+        rank without sequence-parallel experts, which needs no sizes.
         """
         counts, tensor = read_counts(num_tokens_across_dp_cpu)
         dp_rank = dp_metadata.check_own_count(parallel_config, num_tokens, counts)
@@ -84,17 +73,10 @@ class DPMetadata(HoldsCounts):
         return metadata
 
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
-        """Set `local_sizes` to the rows of the whole step, for use in a `with` block.
+        """Set `local_sizes` to the rows of the whole step in a `with` block, `[dp_size * sequence_parallel_size]`.
 
-        Args:
-            sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-            pcp_size: prefill-context-parallel ranks of one DP rank, >= 1.
-            use_ep: whether each of these is an expert-parallel rank of its own, so that the count stands for each of
-                them; otherwise the experts see the tokens of all of them as one rank's.
-
-        Returns:
-            A context manager; entering it sets the sizes and gives them: `[dp_size * pcp_size *
-            sequence_parallel_size]` with `use_ep`, otherwise `[dp_size * sequence_parallel_size]`.
+        With `use_ep` each of `pcp_size` prefill-context-parallel ranks has a size of its own, the count of its DP rank;
+        otherwise the experts see the tokens of all of them as one rank's.
         """
         key, sizes, counts, version = self._step.last
         if pcp_size is not NO_PCP:

@@ -171,10 +171,7 @@ def join(
     facts: Callable[[torch.device], list[str] | None] = mapping_facts,
     make: Callable[[Any, ExpertsShape, dist.ProcessGroup, LocalExperts], Exchange] = make_exchange,
 ) -> Callable[..., torch.Tensor] | None:  # fmt: skip
-    """Return what runs a layer's rows, or None where vLLM's own path stays. Collective; logs one line.
-
-    Every layer is agreed on, so that ranks that differ know it before rows move.
-    """
+    """Return what runs a layer's rows, or None where vLLM's own path stays. Collective; every layer is agreed on."""
     parallel = moe.moe_parallel_config
     reason = unsupported(config, moe, method)
     if not parallel.use_ep or parallel.dp_size < 2 or getattr(config.parallel_config, "enable_elastic_ep", False):

@@ -30,24 +30,16 @@ def say(text: str, level: int = logging.INFO) -> None:
 
 @dataclass(eq=False)
 class Step:
-    """What a worker knows of the step that it runs, beside what vLLM's forward context says.
+    """What a worker knows of the step that it runs, beside what vLLM's forward context says."""
 
-    Attributes:
-        num_tokens: tokens of this rank in the step, without padding, 0 in a dummy batch; the host's copy.
-        cell: the same on the device, `[1]` int32. Captured graphs read it at each replay.
-        serving: whether a request has been seen.
-        calls: when each call of vLLM's began that this worker is in, seconds of `time.monotonic`. There may be two:
-            tokens of one step are fetched in another thread while the next step begins.
-        exchanges: of this process, by shape.
-        watch: looks after ranks that have stopped; None before the first exchange.
-    """
-
-    num_tokens: int = 0
-    cell: torch.Tensor | None = None
-    serving: bool = False
+    num_tokens: int = 0  # of this rank's requests, without padding, 0 in a dummy batch; the host's copy
+    cell: torch.Tensor | None = None  # the same on the device, `[1]` int32; captured graphs read it at each replay
+    serving: bool = False  # a request has been seen
+    # When each call of vLLM's began that this worker is in, `time.monotonic` seconds. There may be two: tokens of one
+    # step are fetched in another thread while the next step begins.
     calls: dict[object, float] = field(default_factory=dict)
     exchanges: "dict[ExpertsShape, Exchange]" = field(default_factory=dict)
-    watch: "Watch | None" = None
+    watch: "Watch | None" = None  # None before the first exchange
 
     def begin(self, num_tokens: int) -> None:
         """Note this rank's tokens of requests. Before each step, on the stream that will run it; raises as `check`."""
@@ -80,11 +72,9 @@ class Step:
 class Watch:
     """Notices a rank that is stopped or gone while vLLM itself waits for it, where no kernel of ours does.
 
-    vLLM agrees on each step by a collective of its own, which waits for minutes and names nobody. So each worker has a
-    thread that writes the time on a board that all ranks share, and looks at the others' while its worker is busy.
-
-    A rank counts as silent after `deadline_s`. Where the worker does not raise within `grace_s`, `end` ends it: vLLM's
-    wait cannot be called off.
+    vLLM agrees on each step by a collective that waits for minutes and names nobody. So each worker has a thread that
+    writes the time on a shared board and looks at the others'. Where the worker does not raise within `grace_s`, `end`
+    ends it: vLLM's wait cannot be called off.
     """
 
     def __init__(
@@ -137,12 +127,7 @@ class Watch:
 
 
 class Exchange:
-    """Dispatch and combine for all layers of one shape, over the expert-parallel group.
-
-    Steps that CUDA graphs hold go through `decode`, with buffers as large as the largest graph; larger ones through
-    `prompt`, in chunks where they must. Which, and how many chunks, follows from counts that all ranks know. Of the
-    group's ranks, `sp_size` in a row share the tokens of one data-parallel rank.
-    """
+    """Dispatch and combine for all layers of one shape: `decode` for what CUDA graphs hold, `prompt` for the rest."""
 
     def __init__(self, decode: Any, prompt: Any, *, rank: int = 0, sp_size: int = 1, deadline_s: float = 30) -> None:
         self.decode, self.prompt, self.dispatchers = decode, prompt, list(dict.fromkeys((decode, prompt)))
@@ -152,11 +137,7 @@ class Exchange:
         self, step: Step, experts: LocalExperts, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens_across_dp: Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
-        """Run this rank's rows through their experts, wherever those are. Collective.
-
-        The `rows`, `[n, hidden]` bfloat16, are tokens first and padding behind, which means nothing in the result.
-        `num_tokens_across_dp` are the rows of each data-parallel rank, padding included, `[dp_size]`; the same on all.
-        """
+        """Run this rank's rows, `[n, hidden]` bfloat16, tokens first, padding behind, through their experts."""
         sizes = [-(-count // self.sp_size) for count in num_tokens_across_dp for _ in range(self.sp_size)]
         # The other ranks take this one's rows for what vLLM's counts say. Known before any moves, and on the host.
         if sizes[self.rank] != rows.shape[0] or step.num_tokens > num_tokens_across_dp[self.rank // self.sp_size]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,30 +48,6 @@ _CAPTURED = (
 )
 
 
-@overload
-def from_pretrained(
-    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
-) -> "tuple[PreTrainedModel, dict[str, Any]]": ...
-@overload
-def from_pretrained(
-    path: str | os.PathLike[str],
-    *,
-    tensor_parallel_size: int = ...,
-    max_chunk_size_per_rank: int | None = ...,
-    dispatcher: str = ...,
-    fp8_dispatch: bool = ...,
-    process_group: dist.ProcessGroup | None = ...,
-    device_mesh: "DeviceMesh | None" = ...,
-    deadline_s: float = ...,
-    debug: bool = ...,
-    fuse_norms: bool = ...,
-    placement: Placement | None = ...,
-    count_expert_load: bool = ...,
-    dtype: torch.dtype | str = ...,
-    device: torch.device | str | None = ...,
-    output_loading_info: Literal[False] = ...,
-    **kwargs: Any,
-) -> "PreTrainedModel": ...
 def from_pretrained(  # noqa: D417
     path: str | os.PathLike[str],
     *,
@@ -89,7 +65,7 @@ def from_pretrained(  # noqa: D417
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
-) -> Any:
+) -> "PreTrainedModel":
     """Load a Hugging Face MoE checkpoint, each rank reading only its own experts, ready for `join`.
 
     Under `torchrun` the ranks find each other by themselves; a single process gets the plain model.
@@ -136,7 +112,7 @@ def from_pretrained(  # noqa: D417
         norms.fuse_norms(model)
     if group is not None:
         attach(ModelParallel(model, config, group, options, attention))
-    return loaded
+    return cast("PreTrainedModel", loaded)  # or a tuple, as by Transformers' own `from_pretrained`
 
 
 def parallelize(  # noqa: D417
