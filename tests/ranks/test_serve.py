@@ -5,9 +5,11 @@ A start takes seconds: one server answers most tests, and the last of them end i
 
 import concurrent.futures
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +36,7 @@ openai = pytest.importorskip("openai")
 KEY = "a-key"
 RANKS = 3
 MAX_QUEUE = 300
+MAX_CONNECTIONS = 200
 SLOW = 60.0
 
 
@@ -83,8 +87,7 @@ class Server:
         return sum(map(float, found))
 
     def ranks(self):
-        processes = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in processes if "lockstep.runner.worker" in " ".join(process.cmdline())]
+        return [psutil.Process(rank["pid"]) for rank in json.loads(self.get("/health")[1])["ranks"]]
 
     def end(self, number=signal.SIGTERM, seconds=SLOW):
         with contextlib.suppress(ProcessLookupError):
@@ -106,7 +109,17 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(tiny):
-    made = Server(tiny, "--max-queue", str(MAX_QUEUE), "--read-timeout", "2", "--log-requests", "sizes")
+    made = Server(
+        tiny,
+        "--max-queue",
+        str(MAX_QUEUE),
+        "--read-timeout",
+        "2",
+        "--max-connections",
+        str(MAX_CONNECTIONS),
+        "--log-requests",
+        "sizes",
+    )
     yield made
     made.process.kill()
 
@@ -321,7 +334,7 @@ BAD = [
     (400, CHAT | {"functions": [{"name": "f"}]}, "functions"),
     (400, CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
     (400, CHAT | {"top_logprobs": 2}, "top_logprobs"),
-    (400, CHAT | {"max_tokens": 10**6}, None),
+    (400, CHAT | {"max_tokens": 10**6}, "max_tokens"),
 ]
 
 
@@ -400,6 +413,22 @@ def test_slow_and_endless_heads_and_bodies_end(server):
 
 
 @pytest.mark.ranks(RANKS)
+def test_too_many_connections_are_refused_and_idle_ones_end(server):
+    with contextlib.ExitStack() as stack:
+
+        def connect():
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            connection.settimeout(30)
+            return connection
+
+        idle = [connect() for _ in range(MAX_CONNECTIONS)]
+        refused = connect().recv(4096)
+        assert b" 503 " in refused and b"too_many_connections" in refused
+        assert b" 408 " in idle[0].recv(4096)
+    wait_for(lambda: server.get("/health")[0] == 200)
+
+
+@pytest.mark.ranks(RANKS)
 @pytest.mark.parametrize("nonsense", [b"\x00" * 9, b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01"])
 def test_what_is_no_http_is_refused(server, nonsense):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -436,6 +465,7 @@ def test_a_client_that_goes_away_frees_its_rows(server, stream):
 
 @pytest.mark.ranks(RANKS)
 def test_health_and_figures(server):
+    assert server.post({"prompt": "a", "max_tokens": 2})[0] == 200
     status, text = server.get("/health")
     health = json.loads(text)
     assert (status, health["status"]) == (200, "ready")
@@ -443,6 +473,23 @@ def test_health_and_figures(server):
     assert server.figure("lockstep_up") == 1 and server.figure("lockstep_steps_total") > 0
     assert 0 <= server.figure("lockstep_idle_share") < 1
     assert server.figure("vllm:time_to_first_token_seconds_count") > 0
+
+
+@pytest.mark.ranks(RANKS)
+def test_the_lines_of_the_readme_work(server, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI(" in block]
+    (command,) = re.findall(r"^curl -N localhost:8000.*$", readme, re.MULTILINE)
+    here = code.replace("localhost:8000", f"127.0.0.1:{server.port}").replace('"none"', repr(KEY))
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        exec(here, {})
+    assert shown.getvalue().strip()
+    if shutil.which("curl"):
+        command = (
+            command.replace("localhost:8000", f"127.0.0.1:{server.port}") + f" -s -H 'Authorization: Bearer {KEY}'"
+        )
+        answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=SLOW, check=True).stdout
+        assert answer.startswith('data: {"id":"chatcmpl-') and answer.endswith("data: [DONE]\n\n")
 
 
 def openapi():
@@ -530,7 +577,8 @@ def test_a_dead_rank_costs_no_request_and_dead_ranks_keep_what_waits(server, cli
     events += list(stream)
     assert "".join(event.choices[0].text for event in events) == alone("abc", 300)
     health = json.loads(server.get("/health")[1])
-    assert (health["status"], health["restarts"], health["ranks"][1]["state"]) == ("ready", 0, "gone")
+    assert (health["status"], health["restarts"], health["ranks"][1]["state"]) == ("degraded", 0, "gone")
+    assert health["why"] == "rank 1 is lost, the others go on" and server.get("/health")[0] == 200
     stream = client.completions.create(prompt="abc", max_tokens=4000, stream=True, **GREEDY)
     next(stream)
     for rank in (0, 2):

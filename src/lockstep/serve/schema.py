@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -135,9 +136,11 @@ def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> li
             for choice in range(num_choices):
                 requests.append(NewRequest(len(requests), ids, _with_seed(params, choice)))
     except ConfigurationError as error:
-        message, (first, *_) = str(error), str(error).split(" ")
+        message, fields = str(error), type(request).model_fields
+        first, *words = re.findall(r"\w+", message)  # "prompt 0 has token 9 in stop_token_ids"
+        param = next((word for word in words if "_" in word and word in fields), first if first in fields else None)
         code = "context_length_exceeded" if "together more than" in message else None
-        raise ApiError(400, message, first if first in type(request).model_fields else None, code) from None
+        raise ApiError(400, message, param, code) from None
     return requests
 
 

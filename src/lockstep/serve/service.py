@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lockstep.engine.stopping import TextDelta
@@ -23,6 +24,7 @@ from lockstep.serve.metrics import ServiceMetrics
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
+_DEAD = ("stopped", "gone")
 _MAX_LIVES = 3  # a request may be what its ranks die of: it is not kept for ever
 
 
@@ -81,9 +83,9 @@ class Generation:
 class Service:
     """Keeps an engine running, and gives it requests. All but `_post` belongs to the event loop.
 
-    A rank that dies takes all ranks with it. They are started again, at most `max_restarts` times without a sequence
-    being finished in between; requests without a token yet are kept for them, the others fail. At most `max_queue`
-    sequences wait for their first token. `start_engine` blocks until the ranks are ready.
+    Where an engine cannot go on, its ranks are started again, at most `max_restarts` times without a sequence being
+    finished in between; requests without a token yet are kept for them, the others fail. At most `max_queue` sequences
+    wait for their first token. `start_engine` blocks until the ranks are ready.
     """
 
     def __init__(
@@ -136,8 +138,8 @@ class Service:
         logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._max_restarts, error)
 
     def health(self) -> dict[str, Any]:
-        """Return how the service and each rank is, as of now: `ready`, or `down`, when nothing can be answered."""
-        engine, why = self.engine if self.state == "ready" else None, ""
+        """Return how all is, as of now: `ready`; `degraded`, without ranks that are lost; `down`, with no answers."""
+        engine, status = self.engine if self.state == "ready" else None, "down"
         ranks = engine.ranks() if engine is not None else []
         if engine is None:
             why = f"the service is {self.state}" + (f": {self._why}" if self.state in ("restarting", "failed") else "")
@@ -145,11 +147,12 @@ class Service:
             why = str(engine.error)
         else:
             limit_s = engine.options.deadline_s
-            members = [rank for rank in ranks if not rank.lost]
-            bad = [rank for rank in members if rank.state in ("stopped", "gone") or rank.silent_s > limit_s]
-            why = "; ".join(f"rank {rank.rank} is {rank.state}, silent for {rank.silent_s:.0f} s" for rank in bad)
-        shown = [{"rank": rank.rank, "state": rank.state, "silent_s": round(rank.silent_s, 1)} for rank in ranks]
-        return {"status": "down" if why else "ready", "why": why, "ranks": shown, "restarts": self.num_restarts}
+            bad = [one for one in ranks if not one.lost and (one.state in _DEAD or one.silent_s > limit_s)]
+            status = "down" if bad else "degraded" if any(one.lost for one in ranks) else "ready"
+            what = [f"rank {one.rank} is {one.state}, silent for {one.silent_s:.0f} s" for one in bad]
+            why = "; ".join(what or [f"rank {one.rank} is lost, the others go on" for one in ranks if one.lost])
+        shown = [asdict(one) | {"silent_s": round(one.silent_s, 1)} for one in ranks]
+        return {"status": status, "why": why, "ranks": shown, "restarts": self.num_restarts}
 
     @property
     def num_waiting(self) -> int:
