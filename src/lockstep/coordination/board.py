@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LANES = 2
-"""Exchanges that may be under way at the same time: agreements, and comparisons of collectives."""
-EXCHANGE_BYTES = 512
-"""Room for one rank's words in one exchange: 64 words of 8 bytes, each half payload, half sequence number."""
+LANES = 2  # exchanges that may be under way at the same time: agreements, and comparisons of collectives
+EXCHANGE_BYTES = 512  # one rank's words in one exchange: 64 of 8 bytes, half payload, half sequence number
 LAST_WORDS_BYTES = 2048
 
 _PUBLISH_S = 0.5

@@ -18,8 +18,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"
-"""Environment variable: where recorder files go; the system's temporary folder by default."""
+FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"  # where recorder files go; the system's temporary folder by default
 FORMAT = "lockstep-flight-recorder-1"
 _LAYER_BITS, _STEP_BITS = 16, 40
 
@@ -38,8 +37,7 @@ class Phase(IntEnum):
     MERGE = 9
 
 
-IN_LAYER = (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)
-"""The phases of each MoE layer."""
+IN_LAYER = (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)  # the phases of each MoE layer
 _SAID_AS = {
     Phase.AGREEMENT: "at the agreement of step {step}",
     Phase.MODEL: "in the model's other layers in step {step}",

@@ -7,14 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lockstep.coordination.board import LAST_WORDS_BYTES, Board, StoreBoard
-from lockstep.coordination.flight_recorder import (
-    IN_LAYER,
-    FlightRecorder,
-    Phase,
-    place_order,
-    place_text,
-    unpack_place,
-)
+from lockstep.coordination.flight_recorder import IN_LAYER, FlightRecorder, Phase, place_order, place_text, unpack_place
 from lockstep.coordination.step import odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
 from lockstep.coordination.wire import MESSAGE_BYTES, decode_message, encode_message

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEADLINE_S = 30.0
-"""Longest wait for any rank, in seconds, where nothing else is said."""
-SPIN_NS = 20_000
-"""For how long a wait looks without pause."""
+DEADLINE_S = 30.0  # longest wait for any rank, in seconds, where nothing else is said
+SPIN_NS = 20_000  # for how long a wait looks without pause
 _CHECK_S = 0.1
 _YIELD_NS = 400_000
 _SLEEP_SHARE = 0.02

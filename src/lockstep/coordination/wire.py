@@ -15,8 +15,7 @@ from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountErr
 PROTOCOL_VERSION = 1
 HEAD_WORDS = 8
 MAX_FIELDS = 24
-WORDS = HEAD_WORDS + 1 + 2 * MAX_FIELDS
-"""Longest record on the wire, in words: a head, two per field, or one if all values are small, and a checksum."""
+WORDS = HEAD_WORDS + 1 + 2 * MAX_FIELDS  # longest record: a head, two per field (one if all are small), a checksum
 WORD_BYTES = 8
 HEAD_BYTES = WORD_BYTES * HEAD_WORDS
 
@@ -175,8 +174,7 @@ def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None)
     return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
 
 
-MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)
-"""Bytes of a message that travel in one exchange."""
+MESSAGE_BYTES = 4 * (WORDS - HEAD_WORDS - 1)  # bytes of a message that travel in one exchange
 _message = struct.Struct("<" + WORDS * "I4x")
 _message_body = struct.Struct(f"<{MESSAGE_BYTES // 4}I")
 _MESSAGE_HEAD = (WORDS,) * HEAD_WORDS

@@ -11,8 +11,7 @@ from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.errors import ConfigurationError
 
-NO_EXPERT = -1
-"""In `topk_ids`: this row goes to no expert, and loads no rank."""
+NO_EXPERT = -1  # in `topk_ids`: this row goes to no expert, and loads no rank
 
 CPU = torch.device("cpu")
 

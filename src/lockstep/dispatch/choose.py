@@ -19,8 +19,7 @@ from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 
-MAPPED_ROWS = 4096
-"""Rows of each rank for which `nvlink` has buffers where no limit is given."""
+MAPPED_ROWS = 4096  # rows of each rank for which `nvlink` has buffers where no limit is given
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import torch
 from lockstep.dispatch.alltoall import expected_ranks_per_row
 from lockstep.errors import ConfigurationError
 
-PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"
-"""Names a file of constants that is read in place of the stored one."""
+PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"  # names a file of constants that is read in place of the stored one
 
 _FIRST_MB = 2.0  # see `BackendConstants`; of 0.5, 1, 2 and 4 the one with the smallest errors over all backends
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import triton
 
-FP8_GROUP = 128
-"""Values that share one scale in fp8 rows."""
+FP8_GROUP = 128  # values that share one scale in fp8 rows
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,11 @@ from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_
 # A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
 logger = logging.getLogger("vllm.plugins.lockstep")
 
-KNOWN_VERSIONS = ("0.32", "0.33")
-"""vLLM's versions, as major.minor, whose class has been compared with ours. In another one nothing is replaced."""
+KNOWN_VERSIONS = ("0.32", "0.33")  # whose class has been compared with ours; in another one nothing is replaced
 
 NO_PCP = 1  # one prefill-context-parallel rank per DP rank: none of that kind
 
-SWITCH = "LOCKSTEP_VLLM"
-"""The plugin does nothing unless this environment variable says so: installing a package must not change another."""
+SWITCH = "LOCKSTEP_VLLM"  # nothing happens unless it is set: installing a package must not change another
 
 MODES = {"": "", "0": "", "1": "metadata", "metadata": "metadata", "exchange": "exchange"}
 """What each value of the variable asks for; an empty string is nothing."""
@@ -99,8 +97,7 @@ class DPMetadata(HoldsCounts):
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp
 
 
-TOLD: set[str] = set()
-"""Lines that this process has logged, of those that it logs once."""
+TOLD: set[str] = set()  # lines that this process has logged, of those that it logs once
 
 
 def tell(text: str, level: int) -> None:

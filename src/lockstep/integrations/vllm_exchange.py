@@ -24,8 +24,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.integrations.vllm_step import START_DEADLINE_S, Exchange, Step, Watch, say
 from lockstep.moe.experts import LocalExperts, silu_and_multiply
 
-KNOWN_VERSIONS = ("0.26", "0.33")
-"""vLLM's versions, as major.minor, whose sources this was written against. 0.26 is the one that was run."""
+KNOWN_VERSIONS = ("0.26", "0.33")  # whose sources this was written against; 0.26 is the one that was run
 
 METHOD_MODULE = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 METHOD = "UnquantizedFusedMoEMethod"
@@ -48,14 +47,11 @@ RUNNERS = (
 """Module and class of what runs a worker's steps and of what hands out their tokens. Which are in use depends on the
 model; only what the worker has imported is looked at."""
 
-DEADLINE = "LOCKSTEP_VLLM_DEADLINE_S"
-"""Longest wait for a rank in a step that serves requests, seconds; 30 if it is not set."""
+DEADLINE = "LOCKSTEP_VLLM_DEADLINE_S"  # longest wait for a rank in a step that serves requests; 30 if not set
 
-PROMPT_ROWS = 4096
-"""Most rows of a rank in one dispatch of a step that no CUDA graph holds; more go in chunks."""
+PROMPT_ROWS = 4096  # most rows of a rank in one dispatch of a step that no CUDA graph holds; more go in chunks
 
-STEP = Step()
-"""Of this process: a worker runs one step at a time."""
+STEP = Step()  # of this process: a worker runs one step at a time
 
 
 class LayerWeights:

@@ -17,8 +17,7 @@ from lockstep.errors import LockstepError, TokenCountError
 from lockstep.integrations.vllm import tell
 from lockstep.moe.experts import LocalExperts
 
-START_DEADLINE_S = 600.0
-"""Longest wait before the first request: ranks compile and tune kernels at their own pace."""
+START_DEADLINE_S = 600.0  # longest wait before the first request: ranks compile and tune kernels at their own pace
 
 _STARTS, _SERVES = 1, 2  # a worker's place on the board, see `Watch`; 0 before its first beat
 

@@ -47,8 +47,7 @@ _REFUSED_TOGETHER = {
     "put the weights into a Transformers model and call lockstep.parallelize(model)": ("state_dict",),
     "copy the files of that variant into a folder of their own, under their plain names": ("variant",),
 }  # fmt: skip
-REFUSED = {name: instead for instead, names in _REFUSED_TOGETHER.items() for name in names}
-"""Name: what to do instead."""
+REFUSED = {name: instead for instead, names in _REFUSED_TOGETHER.items() for name in names}  # name: what to do instead
 
 # Defaults in Transformers other than None and False, which ask for nothing either.
 _DEFAULTS: dict[str, Any] = {

@@ -13,8 +13,7 @@ from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 8
-"""Graphs of forward passes that are kept at a time; the oldest goes first."""
+MOST_GRAPHS = 8  # graphs of forward passes that are kept at a time; the oldest goes first
 _SEEN = object()
 
 

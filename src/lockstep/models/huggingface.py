@@ -10,13 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from lockstep.coordination.groups import (
-    find_group,
-    group_of,
-    own_device,
-    parallel_config,
-    tensor_parallel_group,
-)
+from lockstep.coordination.groups import find_group, group_of, own_device, parallel_config, tensor_parallel_group
 from lockstep.coordination.session import Session
 from lockstep.coordination.waits import DEADLINE_S
 from lockstep.errors import ConfigurationError

@@ -13,8 +13,7 @@ from lockstep.models.adapters import ExpertsAdapters
 from lockstep.models.experts_modules import find_experts, plain_name
 from lockstep.moe.experts import LocalExperts
 
-EXPERTS_IMPLEMENTATION = "lockstep"
-"""Our name among Transformers' experts implementations. Being none of its own, `generate` never switches it."""
+EXPERTS_IMPLEMENTATION = "lockstep"  # among Transformers' experts implementations; `generate` never switches it
 
 _VALUES_PER_EXPERT = 4
 _OVERWRITTEN = (

@@ -19,8 +19,7 @@ from lockstep.errors import ConfigurationError
 
 _WRAPPERS_WITH_COLLECTIVES = ("DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel")
 
-ASYNC_LOAD_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
-"""Environment variable that makes Transformers read each weight when it is due, not ahead of time."""
+ASYNC_LOAD_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable: reads each weight when it is due, not ahead
 
 
 def sharding_class(

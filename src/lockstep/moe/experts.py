@@ -10,8 +10,7 @@ import torch
 
 from lockstep.errors import ConfigurationError
 
-FEW_ROWS = 32
-"""Up to this many rows per expert, kernels that stream its weights once beat `grouped_mm` (docs/benchmarks/gpu.md)."""
+FEW_ROWS = 32  # rows per expert up to which streaming its weights beats `grouped_mm` (docs/benchmarks/gpu.md)
 # The dtypes that `torch.nn.functional.grouped_mm` takes on a CPU and on a GPU alike (torch 2.13: float64 is refused).
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from lockstep.errors import ConfigurationError
 from lockstep.json_reading import json_object
 
-LOAD_FILE = "expert_load.json"
-"""Name of the file, in a run's folder, that says how many rows came to each expert."""
+LOAD_FILE = "expert_load.json"  # name of the file, in a run's folder, that says how many rows came to each expert
 
-EMPTY = -1
-"""In `Placement.physical_to_logical`: a slot without an expert."""
+EMPTY = -1  # in `Placement.physical_to_logical`: a slot without an expert
 
 # A replica is memory, and weights to be read: none is added to balance the ranks better than this.
 _BALANCED = 1.01
