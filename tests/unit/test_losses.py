@@ -22,20 +22,21 @@ def killed():
 
 @pytest.fixture
 def losses(killed):
-    return Losses(3, 60.0, killed.append, dist.HashStore())
+    return Losses(3, True, 60.0, killed.append, dist.HashStore())
 
 
 def test_the_others_go_on_once_all_of_them_have_stopped(losses, killed, caplog):
-    assert losses.take(1, DIED) and losses.begin_epoch() is None
-    assert losses.take(0, stopped()) and losses.begin_epoch() is None
-    assert losses.take(2, stopped())
+    for rank, message in ((1, DIED), (0, stopped())):
+        losses.take(rank, message)
+        assert losses.begin_epoch() is None
+    losses.take(2, stopped())
     assert losses.begin_epoch() == (0, 2)
     assert "rank 1 failed: its process was ended by signal 9 (SIGKILL); going on with ranks 0, 2" in caplog.text
     assert killed == [1]
 
 
 def test_who_does_not_say_that_it_has_stopped_is_killed_and_its_death_awaited(killed):
-    losses = Losses(3, 0.0, killed.append, dist.HashStore())
+    losses = Losses(3, True, 0.0, killed.append, dist.HashStore())
     losses.take(1, DIED)
     losses.take(0, stopped())
     assert losses.begin_epoch() is None and killed == [1, 2]
@@ -44,8 +45,25 @@ def test_who_does_not_say_that_it_has_stopped_is_killed_and_its_death_awaited(ki
 
 
 def test_an_error_of_a_rank_is_no_loss(losses):
-    assert not losses.take(1, failure_of(1, ValueError("of the model")))
-    assert not losses.membership.is_ending
+    losses.take(0, stopped())
+    losses.take(1, failure_of(1, ValueError("of the model")))
+    with pytest.raises(PeerFailedError, match="rank 1 failed: ValueError: of the model"):
+        losses.begin_epoch()
+
+
+def test_where_no_loss_is_survived_the_cause_is_awaited_and_comes_before_its_echoes(killed):
+    losses = Losses(2, False, 60.0, killed.append, None)
+    losses.take(0, stopped())
+    assert losses.begin_epoch() is None
+    losses.take(1, DIED)
+    with pytest.raises(PeerFailedError, match=r"rank 1 failed: .*SIGKILL"):
+        losses.begin_epoch()
+    losses = Losses(2, False, 60.0, killed.append, None)
+    for rank in range(2):
+        losses.take(rank, stopped())
+        losses.take(rank, {"failed": "died", "why": "its process ended with exit code 0"})  # after what it said
+    with pytest.raises(RankAbsentError, match="rank 1 absent"):
+        losses.begin_epoch()
 
 
 class AcceleratorError(RuntimeError):
@@ -53,7 +71,7 @@ class AcceleratorError(RuntimeError):
 
 
 def test_a_rank_whose_device_is_broken_is_lost_and_killed(losses, killed):
-    assert losses.take(1, failure_of(1, AcceleratorError("CUDA error: device-side assert triggered")))
+    losses.take(1, failure_of(1, AcceleratorError("CUDA error: device-side assert triggered")))
     assert killed == [1] and losses.membership.is_ending
 
 

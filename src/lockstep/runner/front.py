@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
-from lockstep.runner.failures import error_of, first_cause, is_echo
 from lockstep.runner.launcher import MARGIN_S
 from lockstep.runner.losses import Losses
 from lockstep.runner.own_rank import OwnRank
@@ -23,8 +22,6 @@ from lockstep.runner.rank_loop import add_message
 from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.router import Entry, Router
-
-_ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,9 @@ class Front:
         self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
         self._told = False
-        self._losses = Losses(ranks.num_processes, options.deadline_s + MARGIN_S, ranks.kill_one, ranks.store)
-        self._too_late: list[Listener] = []
+        # A loss is survived once all have started.
+        self._losses = Losses(ranks.num_processes, False, options.deadline_s + MARGIN_S, ranks.kill_one, ranks.store)
+        self._about: dict[int, dict[str, Any]] = {}  # what each process said of itself when it was ready
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()
         self._router: Router
@@ -178,9 +176,10 @@ class Front:
     def _run(self) -> None:
         try:
             self.ranks.start(self._hear)
-            about = self._await_ready()
-            self._router = self._make_router(about)
-            self._ready.set_result(about)
+            self._await_ready()
+            self._router = self._make_router(self._about[0])
+            self._losses.can_survive = self.ranks.can_survive
+            self._ready.set_result(self._about[0])
             while self._take_event():
                 pass
             self._lose(self._closed)
@@ -203,7 +202,8 @@ class Front:
         try:
             kind, who, what = self._events.get(timeout=2 * LOOK_S)
         except queue.Empty:
-            self.ranks.check(self._losses.membership.is_ending)
+            if self._ready.done():
+                self.ranks.check(self._losses.membership.is_ending)
             self._begin_epoch_if_due()
             return True
         if kind == "rank":
@@ -218,9 +218,12 @@ class Front:
 
     def _take_message(self, rank: int, message: dict[str, Any]) -> None:
         if "failed" in message:
-            self._take_failure(rank, message)
+            self._losses.take(rank, message)
+            self._begin_epoch_if_due()
             return
-        if message["epoch"] != self._router.epoch:
+        if "ready" in message:
+            self._about.setdefault(rank, message["ready"])
+        if not self._ready.done() or message["epoch"] != self._router.epoch:
             return
         if "refused" in message:  # what `RankEngine.add` checks was checked before, so that this is a fault of ours
             raise LockstepError(f"rank {rank} refused a request: {message['why']}")
@@ -256,10 +259,14 @@ class Front:
                     self._send(entry.rank, {"abort": [request_id]})
             listener.on_token(entry, delta)
 
-    def _take_failure(self, rank: int, message: dict[str, Any]) -> None:
-        if not self.ranks.can_survive or not self._losses.take(rank, message):
-            raise self._cause(rank, message)
-        self._begin_epoch_if_due()
+    def _await_ready(self) -> None:
+        ends, everyone = time.monotonic() + self._start_timeout_s, set(range(self.ranks.num_processes))
+        while late := sorted(everyone - self._about.keys()):
+            if time.monotonic() > ends:
+                text = f"rank {', '.join(map(str, late))} was not ready within {self._start_timeout_s:g} s"
+                raise RankAbsentError(text, tuple(late))
+            if not self._take_event():  # the caller was interrupted
+                raise self._closed
 
     def _begin_epoch_if_due(self) -> None:
         """Give every unfinished request to the ranks that are left, where those may go on now."""
@@ -300,13 +307,13 @@ class Front:
     def _lose(self, error: Exception) -> None:
         """Take nothing in from now on, and tell whoever waits."""
         self.error = error
-        for listener in {id(one): one for one in (*self._listeners.values(), *self._too_late)}.values():
+        for listener in {id(one): one for one in self._listeners.values()}.values():
             listener.on_error(error)
             self._told = self._told or error is not self._closed
         if error is self._closed:
             for call in list(self._calls):
                 self._abandon(call)
-        self._listeners, self._too_late, self._calls = {}, [], {}
+        self._listeners, self._calls = {}, {}
         self.stats.unfinished_requests = 0
 
     def _refuse_the_rest(self) -> None:
@@ -319,38 +326,6 @@ class Front:
             if kind == "submit":
                 assert self.error is not None
                 listener.on_error(self.error)
-
-    def _cause(self, rank: int, message: dict[str, Any]) -> Exception:
-        """The cause, not its echoes: a rank that may report another's failure is asked last."""
-        failures, until = [(rank, message)], time.monotonic() + _ECHOES_S
-        while all(is_echo(told) for _, told in failures) and len(failures) < self.ranks.num_processes:
-            try:
-                kind, other, told = self._events.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if kind == "rank" and "failed" in told and other not in dict(failures):
-                failures.append((other, told))
-            elif kind == "submit":
-                self._too_late.append(other)
-        return error_of(*first_cause(failures))
-
-    def _await_ready(self) -> dict[str, Any]:
-        ends = time.monotonic() + self._start_timeout_s
-        ready: dict[int, dict[str, Any]] = {}
-        while len(ready) < self.ranks.num_processes:
-            try:
-                kind, rank, message = self._events.get(timeout=max(0.0, ends - time.monotonic()))
-            except queue.Empty:
-                late = sorted({*range(self.ranks.num_processes)} - ready.keys())
-                text = f"rank {', '.join(map(str, late))} was not ready within {self._start_timeout_s:g} s"
-                raise RankAbsentError(text, tuple(late)) from None
-            if kind == "close":  # the caller was interrupted
-                raise self._closed
-            if kind == "rank" and "failed" in message:
-                raise self._cause(rank, message)
-            if kind == "rank" and "ready" in message:
-                ready[rank] = message["ready"]
-        return ready[0]
 
 
 class Outputs(Iterator[RequestOutput]):

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
-from lockstep.runner.failures import error_of, failure_of, first_cause
+from lockstep.runner.failures import error_of, failure_of, first_cause, is_echo
 from lockstep.runner.losses import Losses
 from lockstep.runner.options import ModelOptions
 from lockstep.runner.processes import LOOK_S, Ranks
@@ -103,7 +103,7 @@ def _launch_once(
         environment=environment,
     ) as ranks:  # fmt: skip
         if survivors is not None and survivors.can_survive:
-            losses = Losses(num_ranks, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
+            losses = Losses(num_ranks, True, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
         return _result(ranks, said, limit_s, deadline_s, losses)
 
 
@@ -151,7 +151,8 @@ def _result(
             elif stopped and not failures:
                 raise _absent(ranks, stopped, f"stood still for more than {deadline_s:g} s") from None
             continue
-        if losses is not None and "failed" in message and losses.take(rank, message):
+        if losses is not None and "failed" in message and (message["failed"] == "died" or is_echo(message)):
+            losses.take(rank, message)
             if (members := _begin_epoch(losses)) is not None:
                 waiting, until = set(members), ends
             continue

@@ -13,37 +13,44 @@ from lockstep.runner.failures import error_of, first_cause, is_echo
 logger = logging.getLogger(__name__)
 
 
+_ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
+
+
 class Losses:
-    """Lets ranks go on without those that are lost.
+    """Lets ranks go on without those that are lost; where that is not possible, says whose fault it was.
 
     Args:
         num_ranks: that were started.
+        can_survive: whether ranks can go on without others.
         patience_s: how long a rank may take to say that it has stopped, once one has.
         kill: ends a rank.
         store: in which ranks find who the members of an epoch are.
     """
 
-    def __init__(self, num_ranks: int, patience_s: float, kill: Callable[[int], None], store: Any) -> None:
+    def __init__(
+        self, num_ranks: int, can_survive: bool, patience_s: float, kill: Callable[[int], None], store: Any
+    ) -> None:
         self.membership = Membership(num_ranks)
+        self.can_survive = can_survive
         self._patience_s, self._kill, self._store = patience_s, kill, store
         self._failures: list[tuple[int, dict[str, Any]]] = []
-        self._until = 0.0
+        self._fatal, self._until = False, 0.0
 
-    def take(self, rank: int, message: dict[str, Any]) -> bool:
-        """Take a rank's failure in; return whether the others may survive it, as its death or what follows from one."""
-        if rank not in self.membership.members:  # it was given up
-            return True
-        if message["failed"] != "died" and not is_echo(message):
-            return False
-        if not self.membership.is_ending:
-            self._until = time.monotonic() + self._patience_s
-        if message["failed"] == "died":
-            self._kill(rank)  # which may live, with a device that is of no use
-            self.membership.died(rank)
-        else:
-            self.membership.stopped(rank, message["epoch"])
+    def take(self, rank: int, message: dict[str, Any]) -> None:
+        """Take a rank's failure in: others survive its death, and what follows from one, but no error of its own."""
+        membership, died = self.membership, message["failed"] == "died"
+        fatal = not self.can_survive or not (died or is_echo(message))
+        if rank not in membership.members or (fatal and rank in dict(self._failures)):
+            return  # it was given up, or has said why
+        if not self._failures:
+            self._until = time.monotonic() + (_ECHOES_S if fatal else self._patience_s)
+        self._fatal = self._fatal or fatal
         self._failures.append((rank, message))
-        return True
+        if died:
+            self._kill(rank)  # which may live, with a device that is of no use
+            membership.died(rank)
+        elif is_echo(message):
+            membership.stopped(rank, message.get("epoch", 0))
 
     def begin_epoch(self) -> tuple[int, ...] | None:
         """Begin the next epoch if every member of this one is dead or waits for it; kill whoever takes too long.
@@ -52,13 +59,20 @@ class Losses:
             Its members; None where none has begun. Nobody who is left, or nobody who was lost, is an error: the cause.
         """
         membership = self.membership
-        if membership.is_ending and time.monotonic() > self._until:
+        if not self._failures:
+            return None
+        error = error_of(*first_cause(self._failures))
+        too_late, has_cause = time.monotonic() > self._until, not all(is_echo(said) for _, said in self._failures)
+        if self._fatal and (has_cause or too_late or not membership.awaited):
+            raise error
+        if self._fatal:
+            return None
+        if too_late:
             for rank in membership.awaited:
                 self._kill(rank)
         members = membership.next_members()
         if members is None:
             return None
-        error = error_of(*first_cause(self._failures))
         if members in ((), membership.members):
             raise error
         logger.warning("%s; going on with rank%s %s", error, "s" * (len(members) > 1), ", ".join(map(str, members)))
