@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
-from lockstep.runner.failures import error_of, failure_of, first_cause, is_echo
+from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
+from lockstep.runner.failures import failure_of
 from lockstep.runner.losses import Losses
 from lockstep.runner.options import ModelOptions
 from lockstep.runner.processes import LOOK_S, Ranks
@@ -24,8 +24,6 @@ PRELOAD = (
     "lockstep.engine.rank_engine",
     "lockstep.runner.run",
 )
-# How long the other ranks may go on once one has failed: they need it to notice, and to say so.
-_AFTER_FAILURE_S = 3.0
 # Ranks are forked from a server that has everything imported, but many of them on few cores take their time.
 _START_S = 5.0
 MARGIN_S = 1.5
@@ -93,7 +91,7 @@ def _launch_once(
     limit_s: float | None, preload: Sequence[str],
 ) -> Any:  # fmt: skip
     said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-    store, (deadline_s, _, _, survivors), losses = loopback_store(), work, None
+    store, (deadline_s, _, _, survivors) = loopback_store(), work
 
     def environment(rank: int) -> dict[str, str]:
         return rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)}
@@ -102,8 +100,8 @@ def _launch_once(
         num_ranks, _rank_main, (num_ranks, store.port, *work), lambda *message: said.put(message), preload=preload,
         environment=environment,
     ) as ranks:  # fmt: skip
-        if survivors is not None and survivors.can_survive:
-            losses = Losses(num_ranks, True, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
+        survives = survivors is not None and survivors.can_survive
+        losses = Losses(num_ranks, survives, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
         return _result(ranks, said, limit_s, deadline_s, losses)
 
 
@@ -127,14 +125,13 @@ def loopback_store() -> Any:
 
 def _result(
     ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float,
-    losses: Losses | None,
+    losses: Losses,
 ) -> Any:  # fmt: skip
-    """Return what rank 0 returned, or raise what is worth most of what the ranks said.
+    """Return what the first rank returned, or raise what is worth most of what the ranks said.
 
     Waits for a rank that was stopped, and for the last ones, at most as long as for any rank.
     """
     waiting = {process.rank for process in ranks.processes}
-    failures: list[tuple[int, dict[str, Any]]] = []
     result: Any = None
     ends = math.inf if limit_s is None else time.monotonic() + limit_s
     until, why = ends, f"did not end within {limit_s or 0:g} s"
@@ -142,34 +139,23 @@ def _result(
         try:
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
-            is_ending = losses is not None and losses.membership.is_ending
-            stopped = ranks.stopped(deadline_s / 2 if is_ending else deadline_s + MARGIN_S)
-            if losses is not None:
-                for rank in stopped:
-                    ranks.processes[rank].kill()
-                waiting = set(_begin_epoch(losses) or waiting)
-            elif stopped and not failures:
+            stopped = ranks.stopped(deadline_s / 2 if losses.membership.is_ending else deadline_s + MARGIN_S)
+            if stopped and not losses.can_survive and not losses.membership.is_ending:
                 raise _absent(ranks, stopped, f"stood still for more than {deadline_s:g} s") from None
-            continue
-        if losses is not None and "failed" in message and (message["failed"] == "died" or is_echo(message)):
-            losses.take(rank, message)
-            if (members := _begin_epoch(losses)) is not None:
-                waiting, until = set(members), ends
-            continue
-        if rank not in waiting:  # it has ended, as it said
-            continue
-        waiting.discard(rank)
-        if "failed" in message:
-            failures.append((rank, message))
-            after_s, text = _AFTER_FAILURE_S, "did not end within {:g} s after another rank had failed"
+            for rank in stopped if losses.can_survive else ():
+                ranks.processes[rank].kill()
         else:
-            first = losses.membership.members[0] if losses is not None else 0
-            result = message["done"] if rank == first else result
-            after_s, text = deadline_s + MARGIN_S, "did not end within {:g} s after other ranks had"
-        if time.monotonic() + after_s < until:
-            until, why = time.monotonic() + after_s, text.format(after_s)
-    if failures:
-        raise _worst(failures, [rank for rank in waiting if ranks.processes[rank].state() == "stopped"])
+            if "failed" in message and (rank in waiting or losses.can_survive):
+                losses.take(rank, message)
+            elif rank in waiting:  # otherwise it has ended, as it said
+                waiting.discard(rank)
+                result = message["done"] if rank == losses.membership.members[0] else result
+                after_s = deadline_s + MARGIN_S
+                if time.monotonic() + after_s < until:
+                    until = time.monotonic() + after_s
+                    why = f"did not end within {after_s:g} s after other ranks had"
+        if (members := _begin_epoch(ranks, losses)) is not None:
+            waiting, until = set(members), ends
     if waiting and until == ends:
         raise LockstepError(f"rank {', '.join(map(str, sorted(waiting)))} {why}")
     if waiting:
@@ -177,24 +163,22 @@ def _result(
     return result
 
 
-def _begin_epoch(losses: Losses) -> tuple[int, ...] | None:
+def _begin_epoch(ranks: Ranks, losses: Losses) -> tuple[int, ...] | None:
     try:
         return losses.begin_epoch()
-    except LockstepError as error:
-        raise _Lost(error) from None
+    except RankAbsentError as error:  # and none that says more
+        stopped = [process.rank for process in ranks.processes if process.state() == "stopped"]
+        raise _Lost(RankAbsentError(str(error), tuple(stopped))) from None
+    except PeerFailedError as error:
+        if losses.cause_died:
+            raise _Lost(error) from None
+        raise
 
 
 def _absent(ranks: Ranks, absent: Sequence[int], why: str) -> _Lost:
     states = "; ".join(f"the process of rank {rank} is {ranks.processes[rank].state()}" for rank in absent)
     numbers = ", ".join(map(str, absent))
     return _Lost(RankAbsentError(f"rank{'s' * (len(absent) > 1)} {numbers} {why}; {states}", tuple(absent)))
-
-
-def _worst(failures: list[tuple[int, dict[str, Any]]], stopped: list[int]) -> Exception:
-    rank, message = first_cause(failures)
-    if message["failed"] == "RankAbsentError":  # and none that says more
-        return _Lost(RankAbsentError(message["why"], tuple(stopped)))
-    return _Lost(error_of(rank, message)) if message["failed"] == "died" else error_of(rank, message)
 
 
 def _rank_main(

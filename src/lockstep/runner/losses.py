@@ -36,6 +36,11 @@ class Losses:
         self._failures: list[tuple[int, dict[str, Any]]] = []
         self._fatal, self._until = False, 0.0
 
+    @property
+    def cause_died(self) -> bool:
+        """Whether the failure that the others follow from is a rank's death."""
+        return bool(self._failures) and first_cause(self._failures)[1]["failed"] == "died"
+
     def take(self, rank: int, message: dict[str, Any]) -> None:
         """Take a rank's failure in: others survive its death, and what follows from one, but no error of its own."""
         membership, died = self.membership, message["failed"] == "died"
