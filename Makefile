@@ -14,12 +14,12 @@ IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 .PHONY: run serve test test-lowest test-plugins lint docs dist bench clean elixir soak
 
 run: $(STAMP)
-	$(BIN)/lockstep run --model tiny --workload synthetic --data-parallel-size 4 --requests 24 --verify --out runs/latest --overwrite
+	$(BIN)/lockstep run --model examples/small_moe --workload examples/small_moe/prompts.jsonl --dtype float32 --data-parallel-size 4 --verify --out runs/latest --overwrite
 
 # OpenAI's completions and chats on http://127.0.0.1:8000/v1, until Ctrl-C.
 PORT ?= 8000
 serve: $(STAMP)
-	$(BIN)/lockstep serve --model tiny --data-parallel-size 2 --port $(PORT)
+	$(BIN)/lockstep serve --model examples/small_moe --dtype float32 --data-parallel-size 2 --port $(PORT)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest $(IN_PARALLEL)
