@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lockstep.coordination.groups import find_group, group_of, own_device, parallel_config, tensor_parallel_group
@@ -19,7 +20,7 @@ from lockstep.models import transformers_internals as internals
 from lockstep.models.adapters import shard_adapters
 from lockstep.models.arguments import read_arguments
 from lockstep.models.compiled import CompiledCall, moe, when_compiled
-from lockstep.models.experts_modules import find_experts, plain_name, shard_experts, slots_of
+from lockstep.models.experts_modules import find_experts, localise, plain_name, shard_experts, slots_of
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
@@ -194,6 +195,7 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
         RankMismatchError: ranks that were set up differently, naming the setting and each rank's value.
         ConfigurationError: a model that is not spread over the ranks, or one that is joined already.
     """
+    _take_over(model)
     parallel = parallel_of(model)
     if parallel is None:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -214,6 +216,35 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
             yield model
     finally:
         parallel.session = None
+
+
+def _take_over(model: Any) -> None:
+    """Make a spread model of one that Transformers has divided by `DistributedConfig(ep_implementation="lockstep")`."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    if not any("_lockstep_divided_over" in vars(module) for module in modules):
+        return
+    inner: Any = internals.transformers_model_in(model)
+    found = find_experts(inner)
+    for _, module in found:
+        module.forward = lambda rows, *_: rows
+    with torch.no_grad():  # FSDP finds its outermost module in a call of it, which `ModelParallel` goes around
+        inner(input_ids=torch.zeros(1, 1, dtype=torch.long, device=inner.device), use_cache=False)
+    for module in modules:
+        if isinstance(module, FSDPModule):  # whole dense weights from here on: no rank waits for another in a layer
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+    group = found[0][1].__dict__["_lockstep_divided_over"]
+    config = parallel_config(group, 1)
+    for layer, (_, module) in enumerate(found):
+        del module._lockstep_divided_over, module.forward
+        localise(module, slots_of(found, layer, config.rank, config.world_size, None))
+    if split := next((name for name, weight in inner.named_parameters() if isinstance(weight, DTensor)), None):
+        raise ConfigurationError(
+            f"{split} of {type(inner).__name__} is split over ranks that share their requests: leave tp_size out of "
+            "DistributedConfig, or use lockstep.from_pretrained(tensor_parallel_size=...)"
+        )
+    inner.eval()
+    attach(ModelParallel(inner, config, group, ParallelOptions()))
 
 
 def attach(parallel: ModelParallel) -> None:
@@ -299,8 +330,8 @@ def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
     """`generate` without Transformers' own way to keep ranks together, which waits for calls that may never come."""
 
     @functools.wraps(generate)
-    def call(*args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
-        return generate(*args, synced_gpus=None if synced_gpus is None else False, **kwargs)
+    def call(*args: Any, synced_gpus: Any = None, **kwargs: Any) -> Any:
+        return generate(*args, synced_gpus=False, **kwargs)
 
     return call
 

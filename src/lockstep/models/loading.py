@@ -181,6 +181,12 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     for name in map(str, config.architectures or ()):
         if name.endswith(("ForCausalLM", "ForConditionalGeneration")) and hasattr(transformers, name):
             return getattr(transformers, name)
+    others = [name for name in map(str, config.architectures or ()) if "For" in name and hasattr(transformers, name)]
+    if others:
+        raise ConfigurationError(
+            f"{folder} holds a {others[0]}, and from_pretrained loads models that generate text: load it by "
+            "Transformers' own from_pretrained and call lockstep.parallelize(model)"
+        )
     if found := internals.text_class_of(config):
         return found
     kind = config.model_type
