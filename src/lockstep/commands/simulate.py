@@ -127,12 +127,12 @@ def _write(
     (out / "settings.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     names, chosen = _names(document["settings"]), document["best"] or 0
     shown = [{key: value for key, value in item.items() if key != "per_rank"} for item in document["settings"]]
-    rows = [_flat(item) for item in shown]
+    table = pyarrow.Table.from_pylist(shown).flatten()  # nested figures as `ttft_s.p99` and so on
     with (out / "settings.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, table.column_names)
         writer.writeheader()
-        writer.writerows(rows)
-    _write_parquet(pyarrow.Table.from_pylist(rows), out / "settings.parquet")
+        writer.writerows(table.to_pylist())
+    _write_parquet(table, out / "settings.parquet")
     # The best setting once more, this time with every step written down.
     with StepColumns(out / "steps.parquet") as log:
         result = simulate(trace.requests, configs[chosen], log, on_progress)
@@ -157,14 +157,6 @@ def _write_parquet(table: Any, path: Path) -> None:
 
     with path.open("wb") as file:  # PyArrow takes some names for addresses, and no name that is not UTF-8
         pyarrow.parquet.write_table(table, file)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested figures as one row: `ttft_s.p99` and so on."""
-    row: dict[str, Any] = {}
-    for name, value in values.items():
-        row.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
-    return row
 
 
 def _request_columns(trace: Trace, result: SimulationResult) -> dict[str, Any]:

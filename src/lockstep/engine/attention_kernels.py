@@ -1,13 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Attention over paged keys and values in Triton: a step's decode rows in one launch, and prompts.
 
-Decoding reads every key and value once and computes little, so the keys must be spread evenly over the
-multiprocessors, however uneven the requests are. The tiles of all rows form one line, of which each program of a fixed
-grid takes an equal share (stream-K, https://arxiv.org/abs/2301.03598). Where a share's border cuts a row, the program
-that arrives last merges the pieces. Lengths and pages are read from device memory, so one CUDA graph serves any step of
-its size.
-
-Both kernels follow FlashAttention's running softmax (https://arxiv.org/abs/2205.14135), in base 2.
+The tiles of all decode rows form one line, of which each program of a fixed grid takes an equal share, however uneven
+the requests are (stream-K, https://arxiv.org/abs/2301.03598). Where a share's border cuts a row, the program that
+arrives last merges the pieces. Both kernels follow FlashAttention's running softmax (https://arxiv.org/abs/2205.14135).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_sizes, sp_size_list, sp_sizes
@@ -18,13 +18,6 @@ it. Contexts are not referred to: somebody else has to hold one, and one that no
 cannot come to mean another context, since a context takes its own away before it is freed. An empty list stands for
 sizes that were set without a context.
 """
-
-
-class HoldsLocalSizes(Protocol):
-    """What contexts set sizes on: `DPMetadata`, and the same class with vLLM's surface."""
-
-    local_sizes: list[int] | None
-    _nested: Nested
 
 
 class StepSizes:
@@ -82,7 +75,7 @@ class SizesContext:
     # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
     # would take a third of the time. For the same reason the usual case, one context at a time, is told by a flag.
     __slots__ = ("alone", "metadata", "sizes")
-    metadata: HoldsLocalSizes
+    metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface
     sizes: list[int]
     alone: bool  # whether it is entered, and was so while no other was; see `Nested`
 
@@ -124,7 +117,7 @@ def is_entered(context: SizesContext) -> bool:
     return context.alone or any(key == id(context) for key, _ in context.metadata._nested or ())
 
 
-def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
+def enter_nested(metadata: Any, context: SizesContext) -> None:
     """Note that a context is entered where sizes are set already."""
     if metadata._nested is None:
         metadata._nested = [(None, metadata.local_sizes)]
@@ -135,9 +128,9 @@ def enter_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
         context.alone = True
 
 
-def leave_nested(metadata: HoldsLocalSizes, context: SizesContext) -> None:
+def leave_nested(metadata: Any, context: SizesContext) -> None:
     """Leave a context among several (the last time it was entered), or one left before; show the innermost sizes."""
-    nested = metadata._nested or []
+    nested: list[tuple[int | None, list[int] | None]] = metadata._nested or []
     keys = [key for key, _ in nested]
     if id(context) in keys:
         del nested[len(keys) - 1 - keys[::-1].index(id(context))]

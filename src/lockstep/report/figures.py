@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-CAUSE_WORDS = {
-    "other_prompts": "waiting while another rank runs a prompt",
-    "uneven_generation": "waiting for a rank with more requests that generate",
-    "no_requests": "no request to work on",
-    "padding": "computing dummy and padding rows",
-    "agreement": "agreeing on the step",
+_CAUSES = {
+    "other_prompts": ("waiting while another rank runs a prompt", "ranks waited while another ran a prompt"),
+    "uneven_generation": (
+        "waiting for a rank with more requests that generate",
+        "ranks waited for one with more requests that generate",
+    ),
+    "no_requests": ("no request to work on", "ranks had no request to work on"),
+    "padding": ("computing dummy and padding rows", "ranks computed dummy and padding rows"),
+    "agreement": ("agreeing on the step", "all ranks had to agree on each step"),
 }
-"""Each of `StepTable.lost_by_cause`'s causes as a heading."""
-
-CAUSE_REASONS = {
-    "other_prompts": "ranks waited while another ran a prompt",
-    "uneven_generation": "ranks waited for one with more requests that generate",
-    "no_requests": "ranks had no request to work on",
-    "padding": "ranks computed dummy and padding rows",
-    "agreement": "all ranks had to agree on each step",
-}
-"""The same as the end of a sentence."""
+CAUSE_WORDS = {cause: heading for cause, (heading, _) in _CAUSES.items()}
+"""Each of `StepTable.lost_by_cause`'s causes as a heading; `_CAUSES` also has it as the end of a sentence."""
 
 CLOCK_WORDS = {
     "steps": "Arrivals follow virtual time (--clock steps); seconds to the first token count from the step of arrival.",
@@ -83,7 +78,7 @@ def headline(num_ranks: int, num_steps: int, num_requests: int, loss: Mapping[st
         what += "Hardly any of the ranks' time was lost to uneven work"
     else:
         what += (
-            f"{share(uneven)} of the ranks' time was lost to uneven work, most of it because {CAUSE_REASONS[worst]} "
+            f"{share(uneven)} of the ranks' time was lost to uneven work, most of it because {_CAUSES[worst][1]} "
             f"({share(lost[worst])})"
         )
     return what + (f"; in another {share(idle)} ranks had no request to work on." if idle >= 0.005 else ".")

@@ -8,7 +8,7 @@ import numpy as np
 
 from lockstep.errors import ConfigurationError
 from lockstep.simulation.config import Stop
-from lockstep.workload.policies import LoadBalancer
+from lockstep.workload.policies import LoadBalancer, SchedulerState
 from lockstep.workload.request import Request
 
 NONE: set[int] = set()
@@ -91,24 +91,21 @@ class StopSteps:
         return [kept.get(index, request.max_new_tokens) for index, request in enumerate(self._requests)]
 
 
-class LoadBalancerTwin:
+class LoadBalancerTwin(LoadBalancer):
     """`LoadBalancer` over arrays: the load of each rank is kept up to date instead of read from its state."""
 
     def __init__(self, policy: str, num_ranks: int) -> None:
-        self._policy = policy
-        self._round_robin = LoadBalancer("round-robin", num_ranks) if policy == "round-robin" else None
+        super().__init__(policy, num_ranks)
         self._load = np.zeros(num_ranks, np.int64)
 
-    def assign(self, requests: Sequence[Request]) -> list[int]:
-        """Return the rank of each request, as `LoadBalancer.assign` does."""
-        if self._round_robin is not None:
-            return self._round_robin.assign(requests, ())
+    def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState] = ()) -> list[int]:
+        """Return the rank of each request; no state is looked at."""
+        if self._policy == "round-robin":
+            return super().assign(requests, states)
         ranks = []
         for request in requests:
-            rank = int(self._load.argmin())  # the lowest of equal ranks, as there
-            ranks.append(rank)
-            by_tokens = self._policy == "least-tokens"
-            self._load[rank] += request.num_computed_tokens if by_tokens else request.num_kv_tokens
+            ranks.append(int(self._load.argmin()))  # the lowest of equal ranks, as there
+            self._load[ranks[-1]] += self._load_of(request)
         return ranks
 
     def computed(self, decode: np.ndarray, prompts: Sequence[tuple[int, int, int]]) -> None:

@@ -122,6 +122,10 @@ COST_CONSTANTS = {
 model on 2 shared cores, as `lockstep bench calibrate` fits it; the third, two numbers for comparison."""
 
 _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+_FITTED = (
+    *("step_us", "chunk_us", "expert_row_us", "weights_us"),  # what all ranks share
+    *("token_us", "request_us", "decode_context_us", "prefill_context_us"),  # the longest rank's own
+)
 
 
 def fit(
@@ -143,20 +147,10 @@ def fit(
         # A step of one chunk is the usual one; its cost is in the first constant.
         shared = np.column_stack([ones, np.maximum(num_chunks - 1, 0), total_rows / tokens.shape[1], read])
         error, solution = _fit_longest(shared, own, duration_us)
-        step, chunk, expert_row, weights, token, request, decode, prefill = (float(value) for value in solution)
-        constants = CostConstants(
-            step_us=max(step - chunk, 1e-3),
-            token_us=token,
-            chunk_us=chunk,
-            decode_context_us=decode,
-            prefill_context_us=prefill,
-            expert_row_us=expert_row,
-            request_us=request,
-            weights_us=weights,
-            expert_share=share if weights else 0.0,
-            source=source,
-        )
-        found.append((error, constants))
+        values: dict[str, Any] = dict(zip(_FITTED, solution.tolist(), strict=True))
+        values["step_us"] = max(values["step_us"] - values["chunk_us"], 1e-3)
+        values["expert_share"] = share if values["weights_us"] else 0.0
+        found.append((error, CostConstants(**values, source=source)))
     return min(found, key=lambda item: item[0])[1]
 
 

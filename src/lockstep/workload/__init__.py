@@ -1,32 +1,20 @@
 """Workloads: where requests come from, and how they become steps."""
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.arrivals import Arrivals
-from lockstep.workload.kv_pages import PAGE_SIZE
-from lockstep.workload.policies import SchedulerState
-from lockstep.workload.rank_scheduler import RankScheduler
-from lockstep.workload.request import Request, random_prompt_ids
-from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
-from lockstep.workload.synthetic import SyntheticParameters, synthetic_requests
-from lockstep.workload.traces import Trace, WorkloadOptions, load_trace
-
-__all__ = [
-    "PAGE_SIZE",
-    "Arrivals",
-    "RankScheduler",
-    "Request",
-    "Schedule",
-    "SchedulerConfig",
-    "SchedulerState",
-    "StepEntry",
-    "SyntheticParameters",
-    "Trace",
-    "WorkloadOptions",
-    "load_trace",
-    "load_workload",
-    "random_prompt_ids",
-    "synthetic_requests",
-]
+from lockstep.workload.arrivals import Arrivals as Arrivals
+from lockstep.workload.kv_pages import PAGE_SIZE as PAGE_SIZE
+from lockstep.workload.policies import SchedulerState as SchedulerState
+from lockstep.workload.rank_scheduler import RankScheduler as RankScheduler
+from lockstep.workload.request import Request as Request
+from lockstep.workload.request import random_prompt_ids as random_prompt_ids
+from lockstep.workload.schedule import Schedule as Schedule
+from lockstep.workload.schedule import SchedulerConfig as SchedulerConfig
+from lockstep.workload.schedule import StepEntry as StepEntry
+from lockstep.workload.synthetic import SyntheticParameters as SyntheticParameters
+from lockstep.workload.synthetic import synthetic_requests as synthetic_requests
+from lockstep.workload.traces import Trace as Trace
+from lockstep.workload.traces import WorkloadOptions as WorkloadOptions
+from lockstep.workload.traces import load_trace as load_trace
 
 
 def load_workload(

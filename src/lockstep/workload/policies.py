@@ -65,6 +65,8 @@ class LoadBalancer:
         for request in requests:
             load, rank = loads[0]
             ranks.append(rank)
-            added = request.num_computed_tokens if by_tokens else request.num_kv_tokens
-            heapq.heapreplace(loads, (load + added, rank))
+            heapq.heapreplace(loads, (load + self._load_of(request), rank))
         return ranks
+
+    def _load_of(self, request: Request) -> int:
+        return request.num_computed_tokens if self._policy == "least-tokens" else request.num_kv_tokens

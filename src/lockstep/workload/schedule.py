@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import check_int
 from lockstep.workload.kv_pages import PAGE_SIZE, PageKey, num_pages
 from lockstep.workload.policies import LOAD_BALANCING
 from lockstep.workload.request import Request
@@ -32,8 +33,7 @@ class SchedulerConfig:
         if self.load_balancing not in LOAD_BALANCING:
             raise ConfigurationError(f"load_balancing must be one of {LOAD_BALANCING}, got {self.load_balancing!r}")
         for name, least in (("max_num_batched_tokens", 1), ("max_num_seqs", 1), ("max_prefill_delay_steps", 0)):
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name} must be >= {least}, got {getattr(self, name)}")
+            check_int(name, getattr(self, name), least)
         if self.kv_capacity_tokens is not None and self.kv_capacity_tokens < PAGE_SIZE:
             raise ConfigurationError(
                 f"kv_capacity_tokens must be >= {PAGE_SIZE}, one page of the KV cache, got {self.kv_capacity_tokens}"

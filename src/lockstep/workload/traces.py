@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import shown
+from lockstep.metadata.sizes import check_int, shown
 from lockstep.workload.request import Request
 from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, table_rows
 
@@ -55,9 +55,8 @@ class WorkloadOptions:
         if not (self.length_scale > 0 and math.isfinite(self.length_scale)):
             raise ConfigurationError(f"length_scale must be a number > 0, got {self.length_scale}")
         for name in ("max_prompt_tokens", "max_new_tokens", "num_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} must be >= 1, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, 1)
         if not 0 <= self.max_malformed_share <= 1:
             raise ConfigurationError(f"max_malformed_share must be in 0..1, got {self.max_malformed_share}")
 
