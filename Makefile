@@ -34,7 +34,7 @@ test-lowest: $(LOWEST)/.installed
 
 # What needs packages of others, in an environment of its own; `make test` skips these tests.
 PLUGINS := .venv-plugins
-WITH_PLUGINS := $(addprefix tests/ranks/test_,$(addsuffix .py,compile lm_eval peft transformers wrappers))
+WITH_PLUGINS := $(addprefix tests/ranks/test_,$(addsuffix .py,compile lm_eval peft ray transformers wrappers))
 test-plugins: $(PLUGINS)/.installed
 	$(PLUGINS)/bin/python -m pytest $(IN_PARALLEL) $(WITH_PLUGINS)
 
