@@ -185,12 +185,12 @@ def odd_ones_out(values: Sequence[Any], names: Sequence[int]) -> str:
     return f"; rank{'s' if odd[1:] else ''} {', '.join(odd)} differ{'' if odd[1:] else 's'} from the others"
 
 
-def by_rank(values: Sequence[int], names: Sequence[int]) -> str:
+def by_rank(values: Sequence[int | str], names: Sequence[int]) -> str:
     """Return `rank 0: 4, rank 1: 5`, ranks with the same value together where there are many."""
     if len(values) <= 8:
         listed = ", ".join(f"rank {name}: {value}" for name, value in zip(names, values, strict=True))
         return listed + odd_ones_out(values, names)
-    groups: dict[int, list[int]] = {}
+    groups: dict[int | str, list[int]] = {}
     for name, value in zip(names, values, strict=True):
         groups.setdefault(value, []).append(name)
     return "; ".join(

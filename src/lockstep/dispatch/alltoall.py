@@ -69,11 +69,6 @@ def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int)
 
 
 def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> float:
-    """Return on how many ranks a row's experts live, on average over routers that choose evenly.
-
-    Example:
-        >>> round(expected_ranks_per_row(256, 8, 4), 2)
-        3.61
-    """
+    """Return on how many ranks a row's experts live, on average over routers that choose evenly."""
     elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
     return num_ranks * (1 - elsewhere)

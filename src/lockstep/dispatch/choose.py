@@ -145,13 +145,7 @@ def choose(
     exchange: Exchange, constants: DispatchConstants, available: tuple[tuple[str, int | None], ...],
     max_chunk_size: int | None = None,
 ) -> Choice:  # fmt: skip
-    """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike.
-
-    Example:
-        >>> two = (("allgather", None), ("alltoall", None))
-        >>> choose(Exchange((900, 0), 8, 1, 1024, 1024), SHIPPED["cpu"], two).backend
-        'alltoall'
-    """
+    """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike."""
     best: Choice | None = None
     for name in BACKENDS:
         capacity = dict(available).get(name, 0)

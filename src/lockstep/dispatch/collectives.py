@@ -19,10 +19,7 @@ _recorders: list[list[tuple[str, tuple[int, ...]]]] = []
 
 @contextmanager
 def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    """Collect `(operation, sizes)` of every collective of this process inside the block, in the order of issue.
-
-    Ranks whose lists differ would have hung or mixed up data sooner or later; tests compare them.
-    """
+    """Collect `(operation, sizes)` of this process's collectives in the order of issue: ranks must be alike."""
     log: list[tuple[str, tuple[int, ...]]] = []
     _recorders.append(log)
     try:

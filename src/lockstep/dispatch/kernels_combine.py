@@ -267,11 +267,8 @@ def combine_kernel(
 ):  # fmt: skip
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
-    Where no rank has more than `WORD_TOKENS` tokens the rows travel as words. Otherwise a block pushes up to `ROUND`
-    tiles to each peer, sums the tiles of the round before, and only then raises its flag: the link carries one round
-    while memory is read for another, and the flag's fence finds the round's rows there already. All ranks know the
-    longest rank and so the number of rounds: every flag that is awaited is raised. Block 0 always has a round, and thus
-    is the barrier that the next dispatch counts on. A skewed rank's rows come back along their chains.
+    All ranks know the longest rank and so the number of rounds: every flag that is awaited is raised. Block 0 always
+    has a round, and thus is the barrier that the next dispatch counts on.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)

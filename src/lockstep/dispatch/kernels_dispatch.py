@@ -254,12 +254,8 @@ def dispatch_kernel(
     """Tokens to their experts' ranks; when it ends, all rows have come and the experts' order is ready.
 
     The first `ORDER_BLOCKS` blocks exchange the routing and make the order; the others push rows meanwhile. All blocks
-    must be resident at once. Up to `WORD_TOKENS` tokens of a rank go as words, which its peers know from its count.
-
-    Where one rank has `SKEW_TOKENS` or more, and twice as many as any other, its link would be the limit: it then sends
-    each row once, to the first rank of the row's chain, and the ranks pass it on. Blocks of equal number walk through
-    the turns together: in turn k the source pushes its round k, and the ranks that stand at place s of a chain pass on
-    round k - s.
+    must be resident at once. Blocks of equal number walk through the turns of a skewed rank's chains together: in turn
+    k the source pushes its round k, and the ranks at place s of a chain pass on round k - s.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)

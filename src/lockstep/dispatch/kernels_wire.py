@@ -1,26 +1,17 @@
 # mypy: disable-error-code="no-untyped-def"
 """What the kernels of dispatch and combine share: words, flags and waits over peer-mapped memory of one host.
 
-Two launches make a round: `dispatch_kernel` and `combine_kernel`. Each is one-sided: a rank stores into its peers'
-buffers and raises flags there; nobody asks the host anything. Three rules keep the buffers free of races without a
-barrier of their own:
+docs/explanation/kernels.md says how rows travel. Three rules keep the buffers free of races without a barrier:
 
 1.  Every rank always runs both kernels, with zero tokens too, so a finished dispatch means that every peer has left its
     previous combine, and a finished combine means that every peer's experts have read their rows.
 2.  Whatever a *later* launch of a peer may overwrite is not read after the flag to that peer was raised; what later
     blocks still need (the token counts) is copied to memory that only this rank writes.
-3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine reads `cells[1]` and writes
-    `cells[0]`: no block can see a value of its own launch, and a replayed graph counts on. `cells[2]` counts the blocks
-    of a dispatch that have met; combine zeroes it.
+3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine the other way round: no block
+    sees a value of its own launch. `cells[2]` counts the blocks of a dispatch that have met; combine zeroes it.
 
-Words that carry their own proof of arrival need neither fence nor flag: `(epoch << 32) | payload` for the routing of
-one (token, k) pair, `(epoch << 20) | num_tokens` for a count. Rows of few tokens go as such words too, two bfloat16 or
-four fp8 values in each: twice the bytes, but one trip over the link where rows and a flag behind a fence take three.
-Rows of many tokens are covered by a flag per sending block, which the block of the same number waits for on the
-receiver.
-
-A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank, so the
-sender and the receiver of a row agree on its block without a word.
+A word is `(epoch << 32) | payload` for a (token, k) pair or values of a row, `(epoch << 20) | num_tokens` for a count.
+A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank.
 """
 
 from __future__ import annotations

@@ -27,13 +27,7 @@ class LockstepLM(HFLM):
     """The harness' Hugging Face model, spread over the ranks; documents are divided among them.
 
     Every rank sees all requests, runs those of its own documents inside `join`, and gets everybody's answers: metrics
-    are computed from the same answers as in one process, and no request is repeated to make ranks even.
-
-    Args:
-        pretrained: a checkpoint's folder, or a Hub id.
-        peft: a LoRA adapter to load on it, if any.
-        **kwargs: of the harness' `HFLM` (tokenizer, lengths, batch size, chat template), and of
-            `lockstep.from_pretrained`, which refuses by name what cannot be done.
+    are those of one process, and no request is repeated. `kwargs` are of `HFLM` and of `lockstep.from_pretrained`.
     """
 
     def __init__(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:

@@ -110,12 +110,8 @@ def tell(text: str, level: int) -> None:
 def register(environment: Mapping[str, str] = os.environ) -> None:
     """Do what the environment asks for, see `MODES`; vLLM calls this as a plugin in each of its processes.
 
-    `metadata` puts our `DPMetadata` into the place of vLLM's, `exchange` sends routed experts through our exchange. One
-    line is logged, at the level INFO if it takes effect. Where vLLM is of a version that is not known, or differs from
-    what is known of it, a warning is logged instead and nothing changes. Running it again changes nothing.
-
-    Raises:
-        ConfigurationError: if the variable has another value.
+    One line is logged: INFO if it takes effect, else a warning why not, as for a version of vLLM that is not known, and
+    nothing changes. Running it again changes nothing; another value of the variable is a `ConfigurationError`.
     """
     switch = environment.get(SWITCH, "")
     if switch not in MODES:

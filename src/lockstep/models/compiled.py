@@ -18,17 +18,7 @@ _due: ContextVar[CompiledCall | None] = ContextVar("lockstep_compiled_call", def
 
 @torch.library.custom_op("lockstep::moe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def moe(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: int) -> torch.Tensor:
-    """Run rows through an MoE layer of the step that this thread runs, see `Step.run_layer`.
-
-    Args:
-        hidden_states: all rows of this data-parallel rank in the step, `[..., hidden]`.
-        topk_ids: global experts of each row, `[..., top_k]`.
-        topk_weights: their weights, `[..., top_k]`.
-        layer: number of the layer, from 0.
-
-    Returns:
-        The weighted sums, in the shape and dtype of `hidden_states`.
-    """
+    """Run rows through an MoE layer of the step that this thread runs, as `Step.run_layer`, which says the shapes."""
     step, call = current_step(), _due.get()
     if step is None and call is not None:
         step = call.begin()
@@ -43,13 +33,10 @@ def _(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.T
 
 
 class CompiledCall:
-    """One call of a model that `torch.compile` traces: its step begins with the first MoE layer.
+    """One call of a model that `torch.compile` traces: `step`, a context, is entered at the first MoE layer.
 
     Until then the model may be compiled, for minutes, while this rank takes part in the others' steps with zero rows.
-
-    Args:
-        step: agrees on a step and enters it.
-        check: raises where a step that has ended did not run all layers.
+    `check` raises where a step that has ended did not run all layers.
     """
 
     def __init__(self, step: AbstractContextManager[Step], check: Callable[[Step | None], None]) -> None:
@@ -75,13 +62,7 @@ class CompiledCall:
 def when_compiled(
     forward: Callable[..., Any], original: Callable[..., Any], call: Callable[..., CompiledCall | None]
 ) -> Callable[..., Any]:
-    """Return `forward` that lets an active compiler see nothing but the model's own.
-
-    Args:
-        forward: what is called where no compiler is active.
-        original: the model's own.
-        call: gets the arguments; None where `original` runs in a step that somebody else has agreed on.
-    """
+    """Return `forward`, of which a compiler sees only the `original`, around which `call` begins a step or none."""
     begin = torch.compiler.disable(call)
     end = torch.compiler.disable(CompiledCall.end)
 

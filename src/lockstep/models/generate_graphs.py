@@ -74,11 +74,7 @@ class StepGraphs:
         return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
 
     def _capture(self, step: Step, issue: Callable[[Step], Any]) -> torch.cuda.CUDAGraph:
-        """Record what `issue` launches, in a step of its own that is captured, without running it.
-
-        Not through `torch.cuda.graph`, which waits for the whole device: the script may stand in a barrier on it that
-        other ranks come to only after this step.
-        """
+        """Record what `issue` launches, without running it, in a step of its own that is captured."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._layers.begin_capture(step.route.sizes) as captured:

@@ -265,10 +265,7 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
 
 
 def _on_all_ranks(start: Start | None, what: str, deadline_s: float, action: Callable[[], Any]) -> Any:
-    """Run `action` and return what it returns, once it has succeeded on every rank.
-
-    A `ConfigurationError` of any rank is raised on all; anything else on its rank, `PeerFailedError` on the others.
-    """
+    """Run `action` on every rank; a `ConfigurationError` of one is raised on all, of others `PeerFailedError`."""
     if start is None:
         return action()
     key = f"loading/{start.next_number('loading')}"

@@ -15,7 +15,7 @@ from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.groups import Groups, Start, abort, open_groups
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.session import Session
-from lockstep.coordination.step import StepDecision
+from lockstep.coordination.step import StepDecision, by_rank
 from lockstep.coordination.termination import speak_before_termination
 from lockstep.coordination.waits import watch_group
 from lockstep.coordination.watched_group import WatchedGroup
@@ -141,8 +141,7 @@ class ModelParallel:
         for name in settings:
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
-                pairs = zip(self._start.processes, values, strict=True)
-                listed = ", ".join(f"rank {rank}: {value}" for rank, value in pairs)
+                listed = by_rank(list(map(str, values)), self._start.processes)
                 raise RankMismatchError(f"ranks disagree about {name}: {listed}")
         if all(answer["usable"] for answer in answers) and len({answer["epoch"] for answer in answers}) == 1:
             return
@@ -168,11 +167,7 @@ class ModelParallel:
     def begin(
         self, decision: StepDecision, *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
-        """Begin a step that was agreed on, see `MoELayers.begin`; the model runs inside `with` it.
-
-        Nothing waits for the device. Whatever happens in the block, this rank takes part in what the step had planned,
-        so that the others can go on.
-        """
+        """Begin an agreed step, see `MoELayers.begin`; the model runs inside `with` it. No wait for the device."""
         return self.layers.begin(decision.num_tokens_across_dp, num_rows=num_rows, capacity=capacity)
 
     @contextlib.contextmanager
@@ -213,10 +208,7 @@ class ModelParallel:
             )
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Give every rank what each rank has, any number of bytes, `[ranks]`, outside of steps. Collective.
-
-        Where a rank did not come in time, the groups are not used again.
-        """
+        """Give every rank what each rank has, `[ranks]`, outside of steps. Collective; an error closes the groups."""
         try:
             self.peers.mark(Phase.MERGE)
             return gather_bytes(data, self._groups[0], self.options.deadline_s)

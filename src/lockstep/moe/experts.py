@@ -49,12 +49,7 @@ class LocalExperts:
 
     @classmethod
     def from_tensors(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> LocalExperts:
-        """Make gated SiLU experts that share the memory of plain tensors.
-
-        Args:
-            gate_up_proj: gate rows first, then up rows, `[num_local_experts, 2 * intermediate, hidden]`.
-            down_proj: `[num_local_experts, hidden, intermediate]`.
-        """
+        """Make gated SiLU experts of `[experts, 2 * intermediate, hidden]`, gate first, and the down product's."""
         return cls(SimpleNamespace(gate_up_proj=gate_up_proj, down_proj=down_proj, _apply_gate=silu_and_multiply))
 
     @property

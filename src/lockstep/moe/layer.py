@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.waits import DEADLINE_S
-from lockstep.dispatch.base import NO_EXPERT, Dispatcher, DispatchHandle, ExpertsShape, Route
+from lockstep.dispatch.base import NO_EXPERT, Dispatcher, ExpertsShape, Route
 from lockstep.dispatch.collectives import all_gatherv
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.config import ParallelConfig
@@ -140,7 +140,14 @@ class MoELayer:
             self._load += handle.tokens_per_expert
         mark(Phase.EXPERTS, *place)
         try:
-            expert_output = self._run_experts(handle)
+            if handle.num_pairs is not None:
+                expert_output = self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
+            else:
+                assert isinstance(self.experts, LocalExperts)
+                expert_output = self.experts.on_device(
+                    handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets,
+                    self._rows_per_expert(sum(route.sizes)),
+                )  # fmt: skip
         except Exception as error:
             # The others are already on their way into `combine`. Meet them there, with what nobody takes for a result,
             # then say what happened.
@@ -148,15 +155,6 @@ class MoELayer:
             expert_output = hidden_states.new_full((handle.gather_index.shape[0], self.shape.hidden_size), float("nan"))
         mark(Phase.COMBINE, *place)
         return self.dispatcher.combine(expert_output, handle)
-
-    def _run_experts(self, handle: DispatchHandle) -> torch.Tensor:
-        if handle.num_pairs is not None:
-            return self.experts(handle.hidden_states, handle.gather_index, handle.tokens_per_expert)
-        assert isinstance(self.experts, LocalExperts)
-        return self.experts.on_device(
-            handle.hidden_states, handle.scales, handle.gather_index, handle.expert_offsets,
-            self._rows_per_expert(sum(handle.route.sizes)),
-        )  # fmt: skip
 
     def _rows_per_expert(self, num_rows: int) -> float:
         """Return how many rows an expert gets on average where all ranks together bring so many."""

@@ -213,10 +213,7 @@ class Step:
             raise self.failure
 
     def wait(self) -> None:
-        """Wait until the device has done this rank's step: nobody takes for a result what a missing rank has spoiled.
-
-        Raises `RankAbsentError` or `PeerFailedError` where a rank did not come, or failed in the middle.
-        """
+        """Wait until the device has done this rank's step, or raise `RankAbsentError` or `PeerFailedError`."""
         if self._event is not None:
             self.layers.wait(self._event, self.number)
 
