@@ -56,6 +56,7 @@ def test_the_wheel_has_what_it_needs_and_nothing_else(site):
         "report/page.html",
         "report/page.js",
         "report/page.css",
+        "report/steps.html",
         "simulation/cpu.json",
     ):
         assert f"lockstep/{needed}" in names

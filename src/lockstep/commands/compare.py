@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.steplog.files import read_parquet_columns, read_step_log
+from lockstep.steplog.files import NEEDED_FIELDS, read_parquet_columns, read_step_log
+from lockstep.steplog.record import FIELDS
 from lockstep.steplog.table import StepTable, loss_figures
 from lockstep.workload.synthetic import percentile
 
@@ -34,7 +35,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> StepTable:
     if (folder / "steps.parquet").is_file():
-        return StepTable.from_parquet(folder / "steps.parquet")
+        return StepTable.from_columns(read_parquet_columns(folder / "steps.parquet", NEEDED_FIELDS, FIELDS))
     if (folder / "steps.jsonl").is_file():
         return StepTable.from_records(read_step_log(folder / "steps.jsonl"))
     raise ConfigurationError(f"{folder} is not the folder of a run: it has neither steps.jsonl nor steps.parquet")

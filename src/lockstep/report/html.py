@@ -166,7 +166,7 @@ def _body(
             '<div id="settings"></div>' + _table(list(settings[0]["columns"]), rows),
         )
     if table.num_steps:
-        yield from _step_sections(table, data, sum(loss["lost"].values()))
+        yield _step_sections(table, data, sum(loss["lost"].values()))
     if expert_load is not None:
         yield _section("Rows per expert", *heat_map(expert_load))
     if data["latencies"]:
@@ -191,38 +191,18 @@ def _section(title: str, text: str, body: str) -> str:
     return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
 
 
-def _step_sections(table: StepTable, data: Mapping[str, Any], lost: float) -> Iterable[str]:
-    how = "The coloured height is the share of the step in which the rank worked."
+def _step_sections(table: StepTable, data: Mapping[str, Any], lost: float) -> str:
+    height = "The coloured height is the share of the step in which the rank worked."
     if np.isnan(table.busy_s).all():
-        how = "The coloured height compares the rank's rows with those of the longest rank in the same step."
+        height = "The coloured height compares the rank's rows with those of the longest rank in the same step."
     legend = "".join(
         f'<span><span class="swatch" style="background:var(--{shade})"></span>{words}</span>'
         for shade, words in _SHADES.items()
         if data.get(f"has_{shade}", True)
     )
-    yield _section(
-        "Who worked when",
-        f"One lane per rank. All ranks leave a step together, when the last one is done. {how} "
-        '<span id="grain"></span>',
-        f'<div class="legend">{legend}</div><div id="timeline"></div>'
-        '<div class="readout screen" id="readout">Point at a place in the chart to read it.</div>',
-    )
-    yield _section(
-        "Rows per rank",
-        "How many tokens each rank took into a step: where the lines part, ranks wait for each other.",
-        '<div id="rows"></div>',
-    )
-    ranks = _section("Each rank's time", "What share of the whole run each rank spent how.", '<div id="ranks"></div>')
-    told = f"Of all ranks' time together, {share(1 - lost)} was work on requests. The rest went to:"
-    yield f'<div class="columns">{ranks}{_section("Where the time was lost", told, "<div id=loss></div>")}</div>'
-    if data["has_filler"]:
-        yield _section(
-            "Rows of requests, dummy and padding rows",
-            "Dummy rows are sent only so that a rank takes part; padding rows only make shapes equal.",
-            '<div id="kinds"></div>',
-        )
-    else:
-        yield "<p>No rank computed a dummy or padding row: all rows were of requests.</p>"
+    hidden = {"filler": " hidden" * data["has_filler"], "no_filler": " hidden" * (not data["has_filler"])}
+    template = Path(__file__).with_name("steps.html").read_text(encoding="utf-8")
+    return template.format(height=height, legend=legend, work=share(1 - lost), **hidden)
 
 
 def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:

@@ -16,7 +16,8 @@ from lockstep.steplog.record import FIELDS, OPTIONAL_FIELDS, StepLogRecord
 if TYPE_CHECKING:
     import numpy as np
 
-_NEEDED = ("step", "rank", "real_rows")
+NEEDED_FIELDS = ("step", "rank", "real_rows")
+"""Fields without which there is no record."""
 
 
 class StepLogWriter(AbstractContextManager["StepLogWriter"]):
@@ -125,7 +126,7 @@ def read_parquet_columns(
         first = str(error).strip().split("\n", 1)[0][:200]
         raise ConfigurationError(f"{path} is no Parquet file that can be read: {first}") from None
     for name, values in columns.items():
-        if name in _NEEDED and values.dtype.kind == "f":
+        if name in NEEDED_FIELDS and values.dtype.kind == "f":
             raise ConfigurationError(f"{path}: column {name} has fractions or gaps, and must hold integers")
         if len(values) and values.dtype.kind in "iu" and values.min() < 0:
             raise ConfigurationError(f"{path}: column {name} has {values.min()}, and must be >= 0")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.steplog.files import read_parquet_columns
 from lockstep.steplog.record import FIELDS, StepLogRecord
 
 _MOST_HOLES = 10_000_000
@@ -49,11 +47,6 @@ class StepTable:
     def from_records(cls, records: Sequence[StepLogRecord]) -> StepTable:
         """Make a table of a step log's records; a rank without a record in a step had no rows in it."""
         return cls.from_columns({name: np.array([getattr(record, name) for record in records]) for name in FIELDS})
-
-    @classmethod
-    def from_parquet(cls, path: str | Path) -> StepTable:
-        """Read what `StepColumns` has written."""
-        return cls.from_columns(read_parquet_columns(path, ("step", "rank", "real_rows"), FIELDS))
 
     @classmethod
     def from_columns(cls, columns: dict[str, np.ndarray]) -> StepTable:
