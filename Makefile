@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Files of tests go to as many workers as tests/conftest.py says; in their order, in which the long ones come first.
 IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: run serve test test-lowest test-plugins lint docs dist bench clean elixir soak
+.PHONY: run serve test test-lowest test-newest test-plugins lint docs dist bench clean elixir soak
 
 run: $(STAMP)
 	$(BIN)/lockstep run --model examples/small_moe --workload examples/small_moe/prompts.jsonl --dtype float32 --data-parallel-size 4 --verify --out runs/latest --overwrite
@@ -31,6 +31,13 @@ CORE := $(addprefix tests/unit/test_,$(addsuffix .py,checkpoint_reading chunks d
 	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row tensor_parallel wrappers))
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE)
+
+# The newest versions of everything. NEWEST_TORCH='torch==2.13.0' keeps to a torch that is there.
+NEWEST := .venv-newest
+NEWEST_TORCH ?= torch
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pip list | grep -i -E '^(torch|transformers|typer|rich|pyarrow|plotly|numpy) '
+	$(NEWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE) tests/ranks/test_transformers.py
 
 # What needs packages of others, in an environment of its own; `make test` skips these tests.
 PLUGINS := .venv-plugins
@@ -65,7 +72,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(PLUGINS) $(DOCS) build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(PLUGINS) $(DOCS) build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +85,13 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet '$(NEWEST_TORCH)'
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]' '$(NEWEST_TORCH)'
 	touch $@
 
 $(PLUGINS)/.installed: pyproject.toml constraints.txt constraints-torch.txt

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 
 _EXTRAS = {
     "cli": ("typer", "rich"),
@@ -34,3 +35,30 @@ def lacking(*packages: str) -> str:
 
 def _is_there(name: str) -> bool:
     return sys.modules[name] is not None if name in sys.modules else importlib.util.find_spec(name) is not None
+
+
+NEWEST_TRIED = {"torch": "2.13", "transformers": "5.24"}
+"""Releases that the tests have passed with; the lowest are in pyproject.toml."""
+
+
+def untried(versions: Mapping[str, str]) -> str:
+    """Return a warning that names each package newer than any that was tried, beside that one; empty where none is.
+
+    Args:
+        versions: of packages, by name, such as `2.13.0+cpu`.
+
+    Example:
+        >>> untried({"torch": "2.13.0+cpu", "transformers": "6.0.0.dev0"})
+        'transformers 6.0.0.dev0 is newer than 5.24, the newest that Lockstep was tried with'
+    """
+    newer = [
+        f"{name} {version} is newer than {NEWEST_TRIED[name]}"
+        for name, version in versions.items()
+        if _release(version) > _release(NEWEST_TRIED[name])
+    ]
+    return f"{' and '.join(newer)}, the newest that Lockstep was tried with" if newer else ""
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from transformers.distributed import expert_parallel
 
 import lockstep
+from lockstep import extras
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
@@ -123,3 +125,18 @@ def test_a_model_that_does_not_generate_is_refused_and_can_be_spread_from_memory
             "holds a Qwen3MoeForSequenceClassification, and from_pretrained loads models that generate text" in message
         )
         assert equal == [True] * (1 + rank)
+
+
+def warned(path):
+    extras.NEWEST_TRIED["transformers"] = "5.0"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lockstep.from_pretrained(path)
+    return [str(warning.message) for warning in caught if "tried" in str(warning.message)]
+
+
+@pytest.mark.ranks(2)
+def test_a_version_that_was_not_tried_gives_one_warning_on_one_rank(tiny):
+    first, second = run_ranks(2, warned, tiny)
+    wanted = f"transformers {transformers.__version__} is newer than 5.0, the newest that Lockstep was tried with"
+    assert (first, second) == ([wanted], [])

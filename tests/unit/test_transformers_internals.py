@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import MixtralForCausalLM, Qwen3MoeForCausalLM
 
+from lockstep.extras import untried
 from lockstep.models import transformers_internals as internals
 from lockstep.models.tiny import make_tiny
 
@@ -162,3 +163,13 @@ def test_the_model_inside_of_a_wrapper(model):
     assert internals.transformers_model_in(model) is model
     plain = torch.nn.Linear(1, 1)
     assert internals.transformers_model_in(plain) is plain
+
+
+def test_a_version_that_was_not_tried_is_named_beside_the_newest_that_was():
+    assert untried({"torch": "2.13.1+cpu", "transformers": "5.24.0"}) == ""
+    assert untried({"torch": "3.0.0a0+git", "transformers": "5.25.0.dev0"}) == (
+        "torch 3.0.0a0+git is newer than 2.13 and transformers 5.25.0.dev0 is newer than 5.24, "
+        "the newest that Lockstep was tried with"
+    )
+    assert untried({"torch": "2.2"}) == ""
+    assert untried(internals.versions()) == ""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -15,6 +16,7 @@ from lockstep.coordination.groups import find_group, group_of, own_device, paral
 from lockstep.coordination.session import Session
 from lockstep.coordination.waits import DEADLINE_S
 from lockstep.errors import ConfigurationError
+from lockstep.extras import untried
 from lockstep.models import norms
 from lockstep.models import transformers_internals as internals
 from lockstep.models.adapters import shard_adapters
@@ -250,6 +252,8 @@ def _take_over(model: Any) -> None:
 def attach(parallel: ModelParallel) -> None:
     """Route the model's experts and its forward pass through Lockstep."""
     model = parallel.model
+    if parallel.config.rank == 0 and (warning := untried(internals.versions())):
+        warnings.warn(warning, stacklevel=3)
     internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
     for index, (_, module) in enumerate(find_experts(model)):
         internals.route_experts(module, EXPERTS_IMPLEMENTATION)

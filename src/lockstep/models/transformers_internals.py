@@ -114,6 +114,13 @@ def _reading_experts(operation: Any) -> Any:
     return Reading
 
 
+def versions() -> dict[str, str]:
+    """Return the installed versions of what these names belong to."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def no_distribution() -> Any:
     """Return a `DistributedConfig` that asks for nothing; without one the loader does not distribute at all."""
     from transformers.distributed import DistributedConfig
