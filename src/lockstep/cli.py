@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Mixture-of-Experts models over ranks with uneven work: run, plan, simulate, see.",
+    help="Run, serve, plan and simulate Mixture-of-Experts models over ranks with uneven work.",
 )
 
 
@@ -79,10 +79,10 @@ def run(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     prefix_caching: opt.PrefixCaching = True,
     max_prefill_delay_steps: opt.MaxPrefillDelaySteps = 0,
-    seconds_per_step: Annotated[float, opt.scale("Seconds of the workload's time that pass per step.")] = 0.05,
+    seconds_per_step: Annotated[float, opt.scale("Workload time that passes per step, in seconds.")] = 0.05,
     clock: Annotated[
         opt.Clock,
-        opt.option("When requests arrive: by the number of the step, which repeats exactly, or in real time."),
+        opt.option("When requests arrive: by step number (repeats exactly), or in real time."),
     ] = "steps",
     seed: Annotated[int, opt.seed_of("Seed of made-up weights, prompts and workloads.")] = 0,
     dtype: opt.WeightsDType = "auto",
@@ -92,19 +92,19 @@ def run(
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
     expert_load: Annotated[
-        bool, opt.option("Count the rows that come to each expert: expert_load.json, and a heat map.", "--expert-load")
+        bool, opt.option("Count rows per expert: expert_load.json, and a heat map in the report.", "--expert-load")
     ] = False,
     max_restarts: Annotated[
-        int, opt.steps("How often ranks that died or hang are started again; finished requests are kept.")
+        int, opt.steps("Maximum restarts of ranks that died or hang; finished requests are kept.")
     ] = 3,
     verify: Annotated[bool, opt.option("Compare with one process that holds all experts.")] = True,
     metrics_port: Annotated[
         int | None,
         opt.option(
-            "Serve Prometheus text on this port of the loopback address.", parser=opt.whole(0, 65535), metavar="PORT"
+            "Serve Prometheus metrics on this port of the loopback address.", parser=opt.whole(0, 65535), metavar="PORT"
         ),
     ] = None,
-    out: Annotated[Path | None, opt.option("Folder to write; runs/<date>-<time> by default.")] = None,
+    out: Annotated[Path | None, opt.option("Output folder; by default runs/<date>-<time>.")] = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -165,9 +165,7 @@ def simulate(
             "Parameters of a synthetic workload: rate=5.5,burstiness=1,...", parser=_synthetic, metavar="NAME=N,..."
         ),
     ] = None,
-    data_parallel_size: Annotated[
-        Any, opt.numbers("Ranks; several values with commas, as below.", high=opt.MOST_RANKS)
-    ] = "8",
+    data_parallel_size: Annotated[Any, opt.numbers("Number of ranks.", high=opt.MOST_RANKS)] = "8",
     load_balancing: Annotated[Any, opt.choices("Which rank gets a request.", opt.LOAD_BALANCING)] = "round-robin",
     max_prefill_delay_steps: Annotated[
         Any, opt.numbers("Maximum steps that a prompt waits for prompts of other ranks.", low=0)
@@ -184,7 +182,7 @@ def simulate(
     kv_capacity_tokens: opt.KvCapacityTokens = None,
     prefix_caching: opt.PrefixCaching = True,
     buffer_capacity_rows: Annotated[
-        int | None, opt.count("Rows of all ranks that a rank's exchange buffers hold; larger chunks are cut smaller.")
+        int | None, opt.count("Rows of all ranks that a rank's exchange buffers hold; larger chunks are split.")
     ] = None,
     requests: opt.Requests = None,
     rate_scale: opt.RateScale = 1.0,
@@ -194,10 +192,10 @@ def simulate(
     max_malformed_share: opt.MaxMalformedShare = 0.01,
     cost: Annotated[str, opt.option("A shipped set of cost constants, or a JSON file.")] = "h200",
     ttft_p99: Annotated[
-        float | None, opt.limit("Limit for the best setting: 99 % of first tokens within, such as 2s or 500ms.")
+        float | None, opt.limit("Limit for the 99th percentile of the time to the first token, such as 2s.")
     ] = None,
-    tpot_p99: Annotated[float | None, opt.limit("The same limit for the time per further token.")] = None,
-    queue_p99: Annotated[float | None, opt.limit("The same limit for the wait in the queue.")] = None,
+    tpot_p99: Annotated[float | None, opt.limit("The same for the time per further token.")] = None,
+    queue_p99: Annotated[float | None, opt.limit("The same for the time in the queue.")] = None,
     seed: Annotated[int, opt.seed_of("Seed of a synthetic workload.")] = 0,
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
@@ -205,24 +203,24 @@ def simulate(
     validate: Annotated[
         list[Path] | None,
         opt.option(
-            "Folder of a recorded run: compare its step times with the cost formula instead. Given several times "
-            "for repeats of one run, the median time of each step counts."
+            "Folder of a recorded run: compare its step times with the cost formula instead. Repeat the option for "
+            "repeats of one run; the median of each step counts."
         ),
     ] = None,
     replay: Annotated[
         Path | None,
         opt.option(
-            "Folder of a recorded run: plan its requests again, with the ends that it logged, and compare every "
-            "step with what was executed. Exit status 1 where they differ."
+            "Folder of a recorded run: plan its requests again, with the logged ends, and compare every step with "
+            "what was executed. Exit status 1 if they differ."
         ),
     ] = None,
     out: Annotated[Path | None, opt.option("Folder for report, tables, steps and trace.")] = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Say what uneven ranks cost on a workload, and which setting gets it back, without running a model.
+    """Simulate what uneven ranks cost on a workload, and which setting recovers it. No model is run.
 
-    Options that take several values with commas are combined, every value with every other.
+    Options with several values, separated by commas, are combined, every value with every other.
     """
     require("numpy", *(["pyarrow"] if out else []))
     from lockstep.commands.simulate import execute, execute_replay, execute_validation, placement_gains
@@ -257,7 +255,7 @@ def simulate(
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder of a run or a simulation.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another run or simulation.")],
     as_json: opt.AsJson = False,
 ) -> None:
     """Put two runs side by side: figures, where the time went, and whether they did the same."""
@@ -326,21 +324,21 @@ def _bench_options() -> None:
 def calibrate(
     run_folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Recorded runs; without any, some are made. Of repeats, each step's median time counts."),
+        typer.Argument(help="Folders of recorded runs; by default, runs are made. Of repeats, medians count."),
     ] = None,
-    model: Annotated[str, opt.option("What to run then: a checkpoint, or `tiny`.")] = "tiny",
+    model: Annotated[str, opt.option("Model of those runs: a checkpoint, or `tiny`.")] = "tiny",
     data_parallel_size: Annotated[int, opt.count("Ranks of those runs.")] = 2,
     requests: Annotated[int, opt.count("Requests of those runs.")] = 120,
-    repeats: Annotated[int, opt.count("How many times the same is run.")] = 3,
+    repeats: Annotated[int, opt.count("Repeats of each run.")] = 3,
     out: Annotated[
-        Path | None, opt.option("File for the constants: cost.json; or, of --dispatch, this machine's place.")
+        Path | None, opt.option("File for the constants; by default cost.json, or this machine's file.")
     ] = None,
     dispatch: Annotated[
-        bool, opt.option("Instead, measure the backends and store by what `auto` is to choose.", "--dispatch")
+        bool, opt.option("Measure the backends instead, for `auto` to choose by.", "--dispatch")
     ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Fit the simulator's cost constants, or those by which a backend is chosen, to this machine."""
+    """Fit the simulator's cost constants to this machine, or with --dispatch those by which `auto` chooses."""
     if dispatch:
         if run_folders:
             raise typer.BadParameter("recorded runs do not say what a backend takes: --dispatch measures by itself")
@@ -364,14 +362,14 @@ def postmortem(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Flight recorders of the ranks of one run, or a folder that holds them. Without any: the folder into "
-            "which ranks write, $LOCKSTEP_RECORDER_DIR or the system's temporary folder; its last failure counts."
+            help="Recorder files of one run's ranks, or a folder of them. By default, the last failure in "
+            "$LOCKSTEP_RECORDER_DIR or the system's temporary folder."
         ),
     ] = None,
-    stacks: Annotated[bool, opt.option("Also print where each thread of each rank stood.")] = False,
+    stacks: Annotated[bool, opt.option("Also print the stack of each thread.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Merge the ranks' flight recorders and show where they parted."""
+    """Merge the ranks' flight recorders and show the first step in which they differ."""
     from lockstep.commands.postmortem import postmortem_document, print_postmortem, read_recorders
 
     recorders, num_left_out = read_recorders(files or [])

@@ -10,7 +10,7 @@ from lockstep.extras import require
 def serve(
     model: opt.Model = "tiny",
     served_model_name: Annotated[
-        str | None, opt.option("Name that requests give; by default what --model says.")
+        str | None, opt.option("Model name in requests; by default the value of --model.")
     ] = None,
     data_parallel_size: opt.DataParallelSize = 2,
     tensor_parallel_size: opt.TensorParallelSize = 1,
@@ -30,29 +30,29 @@ def serve(
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
     survive: opt.Survive = 0,
-    start_timeout: Annotated[float, opt.scale("Longest wait for the ranks to be ready, in seconds.")] = 600.0,
-    max_restarts: Annotated[
-        int, opt.steps("How often ranks that died are started again without a request being finished in between.")
-    ] = 3,
-    host: Annotated[str, opt.option("Address to listen on; by default reached from this host only.")] = "127.0.0.1",
+    start_timeout: Annotated[float, opt.scale("Longest wait until the ranks are ready, in seconds.")] = 600.0,
+    max_restarts: Annotated[int, opt.steps("Maximum restarts in a row without a finished request in between.")] = 3,
+    host: Annotated[str, opt.option("Address to listen on; by default only this host can connect.")] = "127.0.0.1",
     port: Annotated[
         int, opt.option("Port to listen on; 0 for any.", parser=opt.whole(0, 65535), metavar="PORT")
     ] = 8000,
     api_key: Annotated[
-        str | None, opt.option("Key that /v1 needs. Others can see it here: better in $LOCKSTEP_API_KEY or a file.")
+        str | None, opt.option("Key required for /v1. Other users see it here; prefer $LOCKSTEP_API_KEY or a file.")
     ] = None,
-    api_key_file: Annotated[Path | None, opt.option("File whose first line is that key.")] = None,
-    chat_template: Annotated[Path | None, opt.option("Jinja file in place of the tokenizer's chat template.")] = None,
-    max_queue: Annotated[int, opt.count("Maximum sequences that wait for a first token; further ones get 429.")] = 1024,
-    max_connections: Annotated[int, opt.count("Maximum connections at a time.")] = 4096,
+    api_key_file: Annotated[Path | None, opt.option("File with that key in its first line.")] = None,
+    chat_template: Annotated[
+        Path | None, opt.option("Jinja file to use instead of the tokenizer's chat template.")
+    ] = None,
+    max_queue: Annotated[int, opt.count("Maximum sequences waiting for a first token; more get status 429.")] = 1024,
+    max_connections: Annotated[int, opt.count("Maximum open connections.")] = 4096,
     max_body_bytes: Annotated[int, opt.count("Maximum size of a request's body.")] = 8 * 2**20,
     read_timeout: Annotated[
         float, opt.scale("Longest wait for a request's head, in seconds; three times as long for its body.")
     ] = 10.0,
     drain: Annotated[
-        float, opt.scale("Seconds that running requests have after SIGTERM or Ctrl-C.", "--drain-s")
+        float, opt.scale("Time for running requests to end after SIGTERM or Ctrl-C, in seconds.", "--drain-s")
     ] = 30.0,
-    log_requests: Annotated[opt.LogRequests, opt.option("What the log tells of each request.")] = "off",
+    log_requests: Annotated[opt.LogRequests, opt.option("What to log of each request.")] = "off",
 ) -> None:
     """Serve a model over ranks of this host, with OpenAI's completions and chats over HTTP."""
     require(

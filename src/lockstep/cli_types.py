@@ -141,7 +141,7 @@ MaxPromptTokens = Annotated[int | None, count("Cut longer prompts to N tokens.")
 MaxNewTokens = Annotated[int | None, count("Cut longer outputs to N tokens.")]
 MaxMalformedShare = Annotated[
     float,
-    share("Refuse a file with a larger share of malformed lines; a single one is always left out.", parser=real(0, 1)),
+    share("Maximum share of malformed lines; a single malformed line is always skipped.", parser=real(0, 1)),
 ]
 MaxNumSeqs = Annotated[int, count("Maximum requests in progress per rank.")]
 KvCapacityTokens = Annotated[
@@ -149,7 +149,7 @@ KvCapacityTokens = Annotated[
 ]
 PrefixCaching = Annotated[
     bool,
-    option("Compute whole pages of equal beginnings of prompts only once.", "--prefix-caching/--no-prefix-caching"),
+    option("Share KV cache pages of prompts that begin alike.", "--prefix-caching/--no-prefix-caching"),
 ]
 Model = Annotated[str, option("Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")]
 DataParallelSize = Annotated[int, count("Ranks with requests of their own.")]
@@ -174,12 +174,10 @@ Device = Annotated[
 ]
 ExpertPlacement = Annotated[
     str | None,
-    option("Place experts by the load that a run with --expert-load recorded: its folder or file.", metavar="FILE"),
+    option("Place experts by the load of a run with --expert-load: its folder or file.", metavar="FILE"),
 ]
 NumRedundantExperts = Annotated[int, steps("Spare slots in each layer, over all ranks, for replicas of hot experts.")]
-Survive = Annotated[
-    int, steps("Lost ranks for whose experts there are slots from the start; for more, the cache shrinks.")
-]
+Survive = Annotated[int, steps("Reserve expert slots for N lost ranks; losing more shrinks the KV cache.")]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.")]
 Balancing = Annotated[LoadBalancing, option("Which rank gets a request.")]
 Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]

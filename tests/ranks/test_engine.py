@@ -304,9 +304,9 @@ def test_bad_options_are_named_before_any_rank_starts(tiny, tmp_path):
         ({"deadline_s": "soon"}, "deadline_s must be a number > 0, got 'soon'"),
         ({"kv_capacity_tokens": 3}, "kv_capacity_tokens must be >= 64"),
         ({"survive": -1}, "survive must be >= 0, got -1"),
-        ({"survive": 1}, "survive is 1 with data_parallel_size 1, .* fewer than all ranks may be lost"),
+        ({"survive": 1}, "survive is 1 with data_parallel_size 1, .* one rank must remain"),
         ({"data_parallel_size": 3, "survive": 3}, "survive is 3 with data_parallel_size 3"),
-        ({"data_parallel_size": 2, "tensor_parallel_size": 2, "survive": 1}, "none of those that share requests"),
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2, "survive": 1}, "share requests cannot be lost"),
     ):
         with pytest.raises(ConfigurationError, match=said):
             Engine(tiny, **options)

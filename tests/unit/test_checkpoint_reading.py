@@ -119,7 +119,7 @@ def test_a_stale_copy_in_another_file(shards, name, stale_first):
     right = index["weight_map"][name]
     other = next(file for file in (files if stale_first else reversed(files)) if file != right)
     rewrite(path / other, lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
-    refused(path, rf"tensor '{name}' lies in .* and in .*unlike values; the index names {right}: delete")
+    refused(path, rf"tensor '{name}' is in .* and in .*different values; the index names {right}: delete")
 
 
 def test_an_equal_copy_in_another_file_is_the_right_value(shards):
@@ -259,7 +259,7 @@ def test_one_weight_under_two_names(tiny, copy, stale):
     short = QUERY.removeprefix("model.")
     rewrite(copy / "model.safetensors", lambda tensors: tensors.update({short: tensors[QUERY] * (0 if stale else 1)}))
     if stale:
-        refused(copy, f"tensors '{QUERY}' and '{short}' are one weight of the model, with unlike values")
+        refused(copy, f"tensors '{QUERY}' and '{short}' are the same weight with different values")
     else:
         assert torch.equal(load_pretrained(copy).state_dict()[QUERY], load_pretrained(tiny).state_dict()[QUERY])
 

@@ -265,8 +265,8 @@ def _by_collectives(kind: Callable[..., Dispatcher]) -> DispatcherFactory:
 def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
     if not options.experts_on_device:
         raise ConfigurationError(
-            "dispatcher 'nvlink' leaves the rows' counts on the GPU; these experts do not run so, which needs gated "
-            "SiLU experts in bfloat16 without biases: use another dispatcher"
+            "dispatcher 'nvlink' leaves row counts on the GPU, which takes gated SiLU experts in bfloat16 without "
+            "biases; these experts are different: use another dispatcher"
         )
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 

@@ -103,7 +103,7 @@ def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
         short = name.removeprefix(prefix)
         if short != name and short in tensors and tensors[short].digest() != tensors[name].digest():
             raise ConfigurationError(
-                f"tensors {name!r} and {short!r} are one weight of the model, with unlike values: delete the one that "
+                f"tensors {name!r} and {short!r} are the same weight with different values: delete the one that "
                 "is out of date"
             )
 
@@ -232,7 +232,7 @@ def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, Store
             if other is not tensor and other.digest() != tensor.digest():
                 named = f"; the index names {weight_map[name]}" if name in weight_map else ""
                 raise ConfigurationError(
-                    f"tensor {name!r} lies in {other.file.name} and in {file.name} with unlike values{named}: "
+                    f"tensor {name!r} is in {other.file.name} and in {file.name} with different values{named}: "
                     f"delete the one that is out of date"
                 )
     return tensors

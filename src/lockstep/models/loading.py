@@ -148,7 +148,7 @@ def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) 
         except Exception as error:
             raise ConfigurationError(
                 f"no checkpoint {str(path)!r}: there is no such folder, and as a Hub id (revision "
-                f"{hub.get('revision', 'main')}) it could not be had: {type(error).__name__}: "
+                f"{hub.get('revision', 'main')}) it could not be loaded: {type(error).__name__}: "
                 f"{str(error).splitlines()[0]}"
             ) from error
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:

@@ -53,8 +53,8 @@ class Placement:
                 own = self.experts_of(layer, rank)
                 if wrong := [e for e in own if own.count(e) > 1 or not 0 <= e < self.num_experts]:
                     raise ConfigurationError(
-                        f"rank {rank} holds expert {wrong[0]} of layer {layer}, which is to be in "
-                        f"0..{self.num_experts - 1} and there once, {own.count(wrong[0])} times"
+                        f"rank {rank} holds expert {wrong[0]} of layer {layer} {own.count(wrong[0])} times; experts "
+                        f"must be in 0..{self.num_experts - 1}, each once per rank"
                     )
 
     @classmethod

@@ -16,7 +16,7 @@ def widened(placement: Placement, num_lost: int) -> Placement:
         ((0, 1, -1, 2, 3, -1, 4, 5, -1),)
     """
     if not 0 <= num_lost < placement.num_ranks:
-        raise ConfigurationError(f"survive must be in 0..{placement.num_ranks - 1}, one rank is left, got {num_lost}")
+        raise ConfigurationError(f"survive must be in 0..{placement.num_ranks - 1}, one rank stays, got {num_lost}")
     fewest = check_slots(placement.num_experts, placement.num_ranks - num_lost)
     every_rank = range(placement.num_ranks)
     held = [[placement.experts_of(layer, rank) for rank in every_rank] for layer in range(placement.num_layers)]

@@ -57,7 +57,7 @@ class ModelOptions:
         """Raise `ConfigurationError` where so many ranks cannot be lost."""
         if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
             sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
-            rule = "fewer than all ranks may be lost, and none of those that share requests"
+            rule = "one rank must remain, and ranks that share requests cannot be lost"
             raise ConfigurationError(f"survive is {self.survive} with {sizes}: {rule}")
 
     @property

@@ -97,7 +97,7 @@ def synthetic_requests(
 def resembling(requests: Sequence[Request]) -> SyntheticParameters:
     """Return the synthetic parameters that resemble requests in order of arrival, at least one."""
     if not requests:
-        raise ConfigurationError("a workload without requests resembles nothing: at least 1 is needed, got 0")
+        raise ConfigurationError("a workload needs at least 1 request, got 0")
     gaps = [later.arrival_s - earlier.arrival_s for earlier, later in itertools.pairwise(requests)]
     mean_gap = statistics.fmean(gaps) if gaps else 0.0
     prompts = [request.num_prompt_tokens for request in requests]
