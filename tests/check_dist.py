@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IN_SDIST = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "mkdocs.yml", "docs/index.md")
-NEVER = (".venv", "__pycache__", ".jsonl", "runs/", "site/")
+NEVER = (".venv", "__pycache__", "benchmarks/results", "runs/", "site/")
 
 
 def contents_of_wheel(path):
