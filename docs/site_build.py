@@ -1,4 +1,4 @@
-"""What `make docs` does beside MkDocs: examples of docstrings as code, and links that leave the pages as plain names."""
+"""What `make docs` adds to MkDocs: examples of docstrings as code, links that leave the pages as plain names."""
 
 import posixpath
 import re
