@@ -51,8 +51,10 @@ class Server:
         self.lines = []
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
-        assert self._ready.wait(240) and self.process.poll() is None, "".join(self.lines)
-        self.url = re.search(r"ready: (http://\S+)/v1", "".join(self.lines))[1]
+        assert self._ready.wait(240)
+        found = re.search(r"ready: (http://\S+)/v1", "".join(self.lines))
+        assert found, "".join(self.lines)
+        self.url = found[1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=SLOW)
 
@@ -302,7 +304,10 @@ BAD = [
     (400, {"prompt": [[]]}, "prompt"),
     (400, {"prompt": [-1]}, "prompt"),
     (400, {"prompt": [10**30]}, "prompt"),
-    (400, {"prompt": ["a"] * 129}, "prompt"),
+    (422, {"prompt": ["a"] * 129}, "prompt"),
+    (400, b'{"prompt":[' + b"[]," * 2_000_000 + b"[1]]}", None),
+    (422, {"prompt": "a", "stop": [1] * 1_000_000}, "stop"),
+    (400, {"prompt": ["a"] * 3, "n": 60}, "n"),
     (404, {"prompt": "a", "model": "another"}, "model"),
     (422, {"prompt": "a", "max_tokens": "3"}, "max_tokens"),
     (400, {"prompt": "a", "max_tokens": 0}, "max_tokens"),

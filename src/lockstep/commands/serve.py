@@ -40,7 +40,7 @@ class ServeCommand:
     chat_template: Path | None = None
 
 
-def execute(command: ServeCommand) -> NoReturn:
+def execute(command: ServeCommand) -> None:
     """Serve until a signal comes, and end the process: 0 after a first signal, `128 + signal` after a second.
 
     Raises:
@@ -71,24 +71,25 @@ def execute(command: ServeCommand) -> NoReturn:
         def end_now(status: int) -> NoReturn:
             """End the process; ranks that are left, and a start that goes on in a thread, end with it."""
             stack.close()
+            console.show_cursor()
             sys.stderr.flush()
             os._exit(status)
 
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        console.print(f"starting {options.world_size} ranks on this host", style="dim")
+        ranks = f"{options.world_size} rank{'s' * (options.world_size > 1)}"
+        console.print(f"starting {ranks} on this host", style="dim")
 
         async def serve_until_told() -> NoReturn:
             await serve(start_engine, command.service, listener, lambda service: _show(service, console, url), end_now)
             end_now(0)
 
         asyncio.run(serve_until_told())
-        raise AssertionError("unreachable")
 
 
 async def _show(service: Service, console: Terminal, url: str) -> None:
     """Say when the service can be used, and a line every second: on a terminal always the same, elsewhere on news."""
-    while service.state == "starting":
+    while service.state != "ready":
         await asyncio.sleep(0.05)
     console.print(f"ready: {url}/v1 (health: {url}/health, figures: {url}/metrics)", soft_wrap=True)
     with Live(console=console, transient=True, auto_refresh=False) as live:

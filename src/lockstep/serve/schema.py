@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from annotated_types import MaxLen
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
@@ -17,6 +18,7 @@ from lockstep.workload.kv_pages import PAGE_SIZE
 
 MAX_SEQUENCES = 128
 """Most sequences that one HTTP request may ask for: prompts times `n`."""
+_MAX_BRACKETS = 250_000  # a list that is empty costs hundreds of bytes, and much time
 _WHAT = {
     "tool calls": ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"),
     "structured output": ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
@@ -30,6 +32,16 @@ _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("stop", "stop_token_ids", "ignore_eos", "min_tokens"),
 )
+
+
+class _FailFast(FailFast):
+    __hash__ = object.__hash__  # of which unions of types have need
+
+
+Entry = TypeVar("Entry")
+# An error per entry would cost a body of a few megabytes gigabytes of memory.
+List = Annotated[list[Entry], _FailFast()]
+Prompts = Annotated[list[Entry], _FailFast(), MaxLen(MAX_SEQUENCES)]
 
 
 class Fields(BaseModel):
@@ -55,7 +67,7 @@ class GenerationRequest(Fields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -63,7 +75,7 @@ class GenerationRequest(Fields):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: List[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
 
@@ -71,7 +83,7 @@ class GenerationRequest(Fields):
 class CompletionRequest(GenerationRequest):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Prompts[str] | List[int] | Prompts[List[int]]
     logprobs: int | None = None
     best_of: int | None = None
 
@@ -87,14 +99,14 @@ class Message(Fields):
     """One message of a conversation."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | List[Part] | None = None
     name: str | None = None
 
 
 class ChatRequest(GenerationRequest):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message]
+    messages: List[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -105,6 +117,8 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 def parse(kind: type[Request], body: bytes) -> Request:
     """Read a body; 400 for what is no JSON or not served, 422 for a field that is missing or of a wrong type."""
+    if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
+        raise ApiError(400, f"the body has more than {_MAX_BRACKETS} brackets, which would take long to read")
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:

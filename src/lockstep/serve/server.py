@@ -88,6 +88,7 @@ async def serve(
     await server.serve(sockets=[listener])
     for task in others:
         task.cancel()
+    await asyncio.wait(others)
     if running.done():
         running.result()
 
