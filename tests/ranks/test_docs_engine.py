@@ -51,7 +51,9 @@ def test_scripts_of_the_page_run_on_uneven_ranks(tmp_path):
 
 
 def test_the_page_names_every_option_with_its_default():
-    words = {None: ("the model's context", "no limit", "what the memory allows", "a GPU if there is one")}
+    words = {
+        None: ("the model's context", "no limit", "what the memory allows", "a GPU if there is one", "equal shares")
+    }
     rows = re.findall(
         r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", PAGE.read_text().split("## Options", 1)[1], re.MULTILINE
     )

@@ -50,7 +50,7 @@ def test_description_of_a_workload_worked_by_hand():
 def test_a_single_request_and_simultaneous_requests_can_be_described():
     assert describe([Request(0, 0.0, 5, 5)])["num_requests"] == 1
     assert synthetic_requests(resembling([Request(0, 0.0, 5, 5), Request(1, 0.0, 5, 5)]))
-    with pytest.raises(ConfigurationError, match="at least 1 is needed, got 0"):
+    with pytest.raises(ConfigurationError, match="needs at least 1 request, got 0"):
         describe([])
 
 
