@@ -176,7 +176,9 @@ def simulate(
     ] = "none",
     row_shapes: Annotated[
         Any,
-        opt.choices("ragged; dummy: one row where a rank has none; equal: all padded to the longest.", opt.ROW_SHAPES),
+        opt.choices(
+            "Rows sent: ragged; dummy: one for a rank without rows; equal: padded to the longest.", opt.ROW_SHAPES
+        ),
     ] = "ragged",
     max_num_seqs: opt.MaxNumSeqs = 256,
     kv_capacity_tokens: opt.KvCapacityTokens = None,
@@ -218,7 +220,7 @@ def simulate(
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Simulate what uneven ranks cost on a workload, and which setting recovers it. No model is run.
+    """Estimate what uneven ranks cost on a workload, and find the best setting, without running a model.
 
     Options with several values, separated by commas, are combined, every value with every other.
     """
