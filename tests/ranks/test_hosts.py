@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from lockstep import cli
 from lockstep.models.tiny import make_tiny
@@ -200,3 +201,46 @@ def test_a_slow_cable_that_loses_packets(hosts, job):
     finally:
         subprocess.run(["ip", "netns", "exec", hosts[0], "tc", "qdisc", "del", "dev", "v0", "root"], check=False)
     assert_done(job, "slow", codes)
+
+
+ENGINE = """
+import os, sys, lockstep
+with lockstep.Engine(sys.argv[1]) as engine:
+    prompts = [[1, 2, 3 + number] for number in range(2 * int(os.environ["RANK"]))]
+    for output in engine.generate(prompts, lockstep.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)):
+        print("rank", output.rank, "tokens", *output.token_ids)
+"""
+
+
+def test_the_engine_under_torchrun_on_two_hosts(hosts, job):
+    """One rank on each; the one on the first host has no prompt, and the agent there keeps the rendezvous."""
+    from transformers import AutoModelForCausalLM
+
+    script = job / "engine.py"
+    script.write_text(ENGINE)
+    agents = []
+    for index, host in enumerate(hosts):
+        torchrun = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1,
+            "--rdzv-backend", "c10d", "--rdzv-conf", f"is_host={1 - index}",
+            "--rdzv-id", "hosts", "--rdzv-endpoint", f"{ADDRESSES[0]}:29599", "--local-addr", ADDRESSES[index],
+            script, job / "tiny",
+        ]  # fmt: skip
+        own_memory = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+        command = ["ip", "netns", "exec", host, "unshare", "--mount", "sh", "-c", own_memory, "sh", *map(str, torchrun)]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"v{index}", "OMP_NUM_THREADS": "1"}
+        agents.append(subprocess.Popen(command, env=environment, text=True, stdout=-1, stderr=-1))
+    try:
+        said = [agent.communicate(timeout=150) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    whole = AutoModelForCausalLM.from_pretrained(job / "tiny")
+    expected = []
+    for number in range(2):
+        ids = torch.tensor([[1, 2, 3 + number]])
+        tokens = whole.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, 3:]
+        expected.append(" ".join(["rank 1 tokens", *map(str, tokens.tolist())]))
+    assert said[0][0] == ""
+    assert said[1][0].splitlines() == expected
