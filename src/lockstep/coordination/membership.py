@@ -81,11 +81,7 @@ def publish(store: dist.Store, epoch: int, members: Sequence[int]) -> tuple[int,
 
 
 def await_members(store: dist.Store, rank: int, epoch: int, timeout_s: float) -> tuple[int, ...]:
-    """Return the members of an epoch once they are decided.
-
-    Raises:
-        RankAbsentError: this rank is none of them, or the store does not answer: it must end.
-    """
+    """Return the members of an epoch once decided, or `RankAbsentError` where this rank is none, and must end."""
     key = f"members/{epoch}"
     try:
         store.wait([key], datetime.timedelta(seconds=timeout_s))

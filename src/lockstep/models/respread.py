@@ -19,16 +19,7 @@ from lockstep.moe.survivors import to_read
 
 
 class Respreader:
-    """Gives this rank's model other experts, as often as ranks are lost. Without tensor parallelism.
-
-    Args:
-        model: from `from_pretrained`, on this rank.
-        path: of its checkpoint.
-        **how_loaded: what `load_pretrained` was given besides.
-
-    Attributes:
-        placement: by which the model was loaded.
-    """
+    """Gives this rank's model other experts, as often as ranks are lost; `how_loaded` is for `load_pretrained`."""
 
     def __init__(self, model: Any, path: str, **how_loaded: Any) -> None:
         parallel = parallel_of(model)

@@ -62,13 +62,16 @@ class Placement:
         cls, num_layers: int, num_experts: int, num_ranks: int, num_slots_per_rank: int | None = None
     ) -> Placement:
         """Contiguous shares; the last ranks hold fewer where the ranks do not divide the experts."""
-        num_slots_per_rank = check_slots(num_experts, num_ranks, num_slots_per_rank)
         share = -(-num_experts // num_ranks)
-        slots: list[int] = []
-        for rank in range(num_ranks):
-            own = range(num_experts)[rank * share : (rank + 1) * share]
-            slots += [*own, *[EMPTY] * (num_slots_per_rank - len(own))]
-        return cls(num_experts, num_ranks, (tuple(slots),) * num_layers)
+        held = [range(num_experts)[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
+        return cls.of_ranks(num_experts, [held] * num_layers, check_slots(num_experts, num_ranks, num_slots_per_rank))
+
+    @classmethod
+    def of_ranks(cls, num_experts: int, held: Sequence[Sequence[Sequence[int]]], fewest: int) -> Placement:
+        """What each rank holds, `[layers][ranks]`, filled up with empty slots to equally many, at least `fewest`."""
+        size = max(fewest, *(len(own) for ranks in held for own in ranks))
+        slots = [tuple(slot for own in ranks for slot in (*own, *[EMPTY] * (size - len(own)))) for ranks in held]
+        return cls(num_experts, len(held[0]), tuple(slots))
 
     @property
     def num_layers(self) -> int:
@@ -159,16 +162,14 @@ def place(load: Sequence[Sequence[float]], num_ranks: int, num_slots_per_rank: i
     if wrong := [value for one in load for value in one if not 0 <= value < float("inf")]:
         raise ConfigurationError(f"load must be >= 0, got {wrong[0]}")
     even = Placement.even(len(load), len(load[0]), num_ranks, num_slots_per_rank)
-    layers = []
+    held: list[list[Sequence[int]]] = []
     for layer, one in enumerate(load):
         ranks = _place_layer(one, num_ranks, num_slots_per_rank)
         if _busiest(ranks) < max(even.rank_loads(layer, one)):
-            layers.append(
-                tuple(slot for own in ranks for slot in (*sorted(own), *[EMPTY] * (num_slots_per_rank - len(own))))
-            )
+            held.append([sorted(own) for own in ranks])
         else:
-            layers.append(even.physical_to_logical[layer])
-    return Placement(len(load[0]), num_ranks, tuple(layers))
+            held.append([even.experts_of(layer, rank) for rank in range(num_ranks)])
+    return Placement.of_ranks(len(load[0]), held, num_slots_per_rank)
 
 
 def check_slots(num_experts: int, num_ranks: int, num_slots_per_rank: int | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lockstep.errors import ConfigurationError
-from lockstep.moe.placement import EMPTY, Placement, check_slots
+from lockstep.moe.placement import Placement, check_slots
 
 
 def widened(placement: Placement, num_lost: int) -> Placement:
@@ -20,17 +20,11 @@ def widened(placement: Placement, num_lost: int) -> Placement:
     fewest = check_slots(placement.num_experts, placement.num_ranks - num_lost)
     every_rank = range(placement.num_ranks)
     held = [[placement.experts_of(layer, rank) for rank in every_rank] for layer in range(placement.num_layers)]
-    return _with_slots(placement.num_experts, held, max(fewest, placement.num_slots_per_rank))
+    return Placement.of_ranks(placement.num_experts, held, max(fewest, placement.num_slots_per_rank))
 
 
 def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
-    """Return the placement of the ranks that are left, which keep their experts and get those that nobody has now.
-
-    Each of these goes to the rank that has fewest. Slots are added where there are not enough empty ones.
-
-    Args:
-        placement: of all ranks before.
-        left: their places in it, in the order in which they are numbered now.
+    """Return the placement of ranks at places `left`: each expert that nobody has now goes to who has fewest.
 
     Example:
         >>> without_lost(Placement.even(num_layers=1, num_experts=6, num_ranks=3), [0, 2]).physical_to_logical
@@ -42,7 +36,7 @@ def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
         for expert in sorted(set(range(placement.num_experts)).difference(*ranks)):
             min(ranks, key=len).append(expert)
         held.append(ranks)
-    return _with_slots(placement.num_experts, held, placement.num_slots_per_rank)
+    return Placement.of_ranks(placement.num_experts, held, placement.num_slots_per_rank)
 
 
 def to_read(layers: Sequence[Collection[int]], num_experts: int) -> Placement:
@@ -52,11 +46,4 @@ def to_read(layers: Sequence[Collection[int]], num_experts: int) -> Placement:
     for wanted in layers:
         others = [expert for expert in range(num_experts) if expert not in wanted]
         held.append([sorted(wanted), *(others[at : at + most] for at in range(0, num_experts, most))])
-    return _with_slots(num_experts, held, most)
-
-
-def _with_slots(num_experts: int, held: Sequence[Sequence[Sequence[int]]], fewest: int) -> Placement:
-    """Fill up with empty slots, so that all ranks have equally many: at least `fewest`."""
-    size = max(fewest, *(len(own) for ranks in held for own in ranks))
-    slots = [tuple(slot for own in ranks for slot in (*own, *[EMPTY] * (size - len(own)))) for ranks in held]
-    return Placement(num_experts, len(held[0]), tuple(slots))
+    return Placement.of_ranks(num_experts, held, most)
