@@ -116,6 +116,22 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
     assert min(outages) < MOST_OUTAGE_S
 
 
+@pytest.mark.ranks(3)
+def test_a_rank_is_lost_while_the_others_begin_the_next_epoch(tiny, alone):
+    """Whoever opens groups with it notices that later than a deadline of two seconds."""
+    prompts = [[n + 1, 7] for n in range(5)]
+    with Engine(tiny, data_parallel_size=3, deadline_s=2) as engine:
+        heard = Heard(len(prompts))
+        engine.submit(heard, engine.read_requests(prompts, LONG))
+        heard.wait_for_more(30)
+        os.kill(engine.ranks()[1].pid, signal.SIGKILL)
+        wait_for(lambda: engine.stats.epoch == 1)
+        os.kill(engine.ranks()[0].pid, signal.SIGKILL)
+        for _ in prompts:
+            assert heard.left.acquire(timeout=60) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+
+
 @pytest.mark.ranks(2)
 def test_experts_are_not_read_from_another_checkpoint(tmp_path):
     path = make_tiny(tmp_path / "tiny", num_layers=1, num_experts=4)

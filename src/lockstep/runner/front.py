@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
-from lockstep.runner.launcher import MARGIN_S
-from lockstep.runner.losses import Losses
+from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.processes import LOOK_S
 from lockstep.runner.rank_loop import add_message
@@ -111,7 +110,9 @@ class Front:
         self._closed = ConfigurationError("this engine is closed")
         self._told = False
         # A loss is survived once all have started.
-        self._losses = Losses(ranks.num_processes, False, options.deadline_s + MARGIN_S, ranks.kill_one, ranks.store)
+        self._losses = Losses(
+            ranks.num_processes, False, patience_with(options.deadline_s), ranks.kill_one, ranks.store
+        )
         self._about: dict[int, dict[str, Any]] = {}  # what each process said of itself when it was ready
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()

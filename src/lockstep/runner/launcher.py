@@ -11,7 +11,7 @@ from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
 from lockstep.runner.failures import failure_of
-from lockstep.runner.losses import Losses
+from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.options import ModelOptions
 from lockstep.runner.processes import LOOK_S, Ranks
 
@@ -101,7 +101,9 @@ def _launch_once(
         environment=environment,
     ) as ranks:  # fmt: skip
         survives = survivors is not None and survivors.can_survive
-        losses = Losses(num_ranks, survives, deadline_s + MARGIN_S, lambda rank: ranks.processes[rank].kill(), store)
+        losses = Losses(
+            num_ranks, survives, patience_with(deadline_s), lambda rank: ranks.processes[rank].kill(), store
+        )
         return _result(ranks, said, limit_s, deadline_s, losses)
 
 

@@ -16,6 +16,14 @@ logger = logging.getLogger(__name__)
 _ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
 
+def patience_with(deadline_s: float) -> float:
+    """Return how long a rank may take to say that it has stopped, where it waits so long for any other in a step.
+
+    One that opens groups with a rank that has died notices it after five seconds, and computes before it does.
+    """
+    return max(deadline_s + 1.5, 12.0)
+
+
 class Losses:
     """Lets ranks go on without those that are lost; where that is not possible, says whose fault it was.
 
