@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     wanted = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR)
+    logging.basicConfig(level=logging.WARNING)
     soak, began = Soak(wanted.seed), time.monotonic()
     try:
         while soak.counts["cases"] < wanted.cases and time.monotonic() - began < 60 * wanted.minutes:

@@ -45,6 +45,7 @@ def test_who_does_not_say_that_it_has_stopped_is_killed_and_its_death_awaited(ki
 
 
 def test_an_error_of_a_rank_is_no_loss(losses):
+    losses.take(2, DIED)
     losses.take(0, stopped())
     losses.take(1, failure_of(1, ValueError("of the model")))
     with pytest.raises(PeerFailedError, match="rank 1 failed: ValueError: of the model"):

@@ -42,12 +42,14 @@ class Losses:
         self.can_survive = can_survive
         self._patience_s, self._kill, self._store = patience_s, kill, store
         self._failures: list[tuple[int, dict[str, Any]]] = []
-        self._fatal, self._until = False, 0.0
+        self._fatal: list[tuple[int, dict[str, Any]]] = []  # that nobody survives
+        self._until = 0.0
 
     @property
     def cause_died(self) -> bool:
         """Whether the failure that the others follow from is a rank's death."""
-        return bool(self._failures) and first_cause(self._failures)[1]["failed"] == "died"
+        failures = self._fatal or self._failures
+        return bool(failures) and first_cause(failures)[1]["failed"] == "died"
 
     def take(self, rank: int, message: dict[str, Any]) -> None:
         """Take a rank's failure in: others survive its death, and what follows from one, but no error of its own."""
@@ -57,8 +59,9 @@ class Losses:
             return  # it was given up, or has said why
         if not self._failures:
             self._until = time.monotonic() + (_ECHOES_S if fatal else self._patience_s)
-        self._fatal = self._fatal or fatal
         self._failures.append((rank, message))
+        if fatal:
+            self._fatal.append((rank, message))
         if died:
             self._kill(rank)  # which may live, with a device that is of no use
             membership.died(rank)
@@ -74,11 +77,11 @@ class Losses:
         membership = self.membership
         if not self._failures:
             return None
-        error = error_of(*first_cause(self._failures))
-        too_late, has_cause = time.monotonic() > self._until, not all(is_echo(said) for _, said in self._failures)
-        if self._fatal and (has_cause or too_late or not membership.awaited):
-            raise error
+        error = error_of(*first_cause(self._fatal or self._failures))
+        too_late = time.monotonic() > self._until
         if self._fatal:
+            if not all(is_echo(said) for _, said in self._fatal) or too_late or not membership.awaited:
+                raise error
             return None
         if too_late:
             for rank in membership.awaited:
