@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-UNEVEN = {2: [(4096, 512), (256, 1), (512, 0)], 4: [(4096, 512, 64, 64), (256, 1, 17, 130), (512, 0, 3, 0)]}
+from uneven import token_counts
+
 EVEN = (1, 8, 32, 128, 512, 1024, 4096)
 SHAPES = ((7168, 256), (2048, 128))
 TOP_K = 8
-# Goals, us, dispatch in fp8 and combine in bf16, CUDA graph: even rows in the order of EVEN, then UNEVEN.
+# Goals, us, dispatch in fp8 and combine in bf16, CUDA graph: even rows in the order of EVEN, then of `token_counts`.
 GOALS = {
     (2, 7168): (9, 10, 13, 24, 52, 90, 290, 290, 33, 48),
     (2, 2048): (8, 8, 9, 13, 24, 35, 105, 105, 17, 22),
@@ -196,7 +197,7 @@ def table(records, world) -> str:
     """Return the records as a table, best of eager and graph in each cell."""
     names = ["nvlink", "nvlink_pairs", "ag_rs", "agv_rsv", "a2av"]
     lines = [
-        f"{'hidden':>6} {'counts':>16} {'routing':>8} {'dtype':>5} {'goal':>5} " + " ".join(f"{n:>12}" for n in names)
+        f"{'hidden':>6} {'counts':>22} {'routing':>8} {'dtype':>5} {'goal':>5} " + " ".join(f"{n:>12}" for n in names)
     ]
     best: dict[tuple, dict[str, float]] = {}
     for r in records:
@@ -204,17 +205,30 @@ def table(records, world) -> str:
         cell = best.setdefault(key, {})
         cell[r["backend"]] = min(cell.get(r["backend"], 1e9), r["us"])
     for (hidden, counts, routing, dtype), cell in best.items():
-        rows = [(t,) * world for t in EVEN] + UNEVEN.get(world, [])
+        rows = [(t,) * world for t in EVEN] + token_counts(world)
         goal = GOALS.get((world, hidden), ())
         wanted = goal[rows.index(counts)] if counts in rows and goal and dtype == "fp8" and routing == "uniform" else ""
         text = ",".join(map(str, counts)) if len(set(counts)) > 1 else str(counts[0])
         nccl = min((cell[n] for n in names[2:] if n in cell), default=0.0)
         lost = " <-- slower than NCCL" if nccl and cell["nvlink"] > nccl else ""
         lines.append(
-            f"{hidden:>6} {text:>16} {routing:>8} {dtype:>5} {wanted:>5} "
+            f"{hidden:>6} {text:>22} {routing:>8} {dtype:>5} {wanted:>5} "
             + " ".join(f"{cell.get(n, float('nan')):>12.1f}" for n in names) + lost
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def cases_of(world: int, options: argparse.Namespace) -> list[tuple[tuple[int, ...], float]]:
+    """Return the tokens per rank and the zipf exponent of the routing (0: uniform) of each case."""
+    if options.counts:
+        return [(tuple(map(int, counts.split(","))), 0.0) for counts in options.counts]
+    even = [((tokens,) * world, 0.0) for tokens in options.tokens or EVEN]
+    if options.tokens:
+        return even
+    uneven = token_counts(world)
+    skewed = [((32,) * world, 1.0), ((1024,) * world, 1.0), (uneven[0], 1.0)]
+    growth = [((tokens,) * world, 0.0) for tokens in (2, 4, 16, 64, 256, 2048, 8192)] if options.growth else []
+    return even + [(counts, 0.0) for counts in uneven] + skewed + growth
 
 
 def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
@@ -241,12 +255,7 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
     for hidden, num_experts in SHAPES:
         if options.hidden and hidden not in options.hidden:
             continue
-        cases = [((t,) * world, 0.0) for t in (options.tokens or EVEN)]
-        if options.counts:
-            cases = [(tuple(map(int, counts.split(","))), 0.0) for counts in options.counts]
-        elif not options.tokens:
-            cases += [(c, 0.0) for c in UNEVEN.get(world, [])] + [((t,) * world, 1.0) for t in (32, 1024)]
-            cases += [((t,) * world, 0.0) for t in (2, 4, 16, 64, 256, 2048, 8192)] if options.growth else []
+        cases = cases_of(world, options)
         capacity = max(max(c) for c, _ in cases)
         for dtype in options.dtypes:
             start = time.time()
@@ -274,7 +283,8 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> No
     dist.destroy_process_group()
 
 
-def main() -> None:
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="dispatch.jsonl")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
@@ -289,8 +299,13 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=1e9)
     parser.add_argument("--launch", type=json.loads, default={}, help="launch sizes to try, as JSON")
     parser.add_argument("--commit", default="unknown")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.date = time.strftime("%Y-%m-%d")
+    return options
+
+
+def main() -> None:
+    options = read_options()
     if options.gpus < 2:
         sys.exit(f"needs 2 GPUs or more, {socket.gethostname()} has {options.gpus}")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench_model import CASES, Run, make_config, make_model, prompts_of
+from bench_model import Run, make_config, make_model, prompts_of
+from uneven import batches
 
 
 def references_of(run, model, cases):
@@ -150,7 +151,7 @@ def worker(rank, arguments, store, started):
     from lockstep.workload import SchedulerConfig
 
     run = Run(arguments, rank, started)
-    cases = CASES[arguments.gpus]
+    cases = batches(arguments.gpus)
     if arguments.cases:
         cases = [cases[index] for index in arguments.cases]
     if arguments.tiny:
@@ -213,9 +214,10 @@ def worker(rank, arguments, store, started):
     os._exit(0)
 
 
-def main():
+def read_options(arguments=None):
+    """Return the options of a command line, the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2, choices=sorted(CASES), help="ranks, with a GPU each")
+    parser.add_argument("--gpus", type=int, default=2, choices=(2, 4, 8), help="ranks, with a GPU each")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=40, help="of each request in a timed round")
     parser.add_argument("--rounds", type=int, default=2)
@@ -227,7 +229,11 @@ def main():
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit-s", type=float, default=255, help="no case begins that would end later; all in all")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main():
+    arguments = read_options()
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with tempfile.TemporaryDirectory() as folder:

@@ -31,17 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Requests of each rank, and the tokens of each of its prompts.
-CASES = {
-    2: [
-        ((1, 1), (64, 64)), ((64, 8), (64, 64)), ((64, 64), (64, 64)), ((256, 256), (64, 64)), ((16, 1), (1024, 1024)),
-        ((64, 0), (64, 64)), ((1, 1), (4096, 512)),
-    ],
-    4: [
-        ((1, 1, 1, 1), (64,) * 4), ((64, 8, 1, 0), (64,) * 4), ((64, 8, 1, 1), (64,) * 4), ((64,) * 4, (64,) * 4),
-        ((256, 64, 8, 1), (64,) * 4), ((16, 1, 1, 0), (1024,) * 4), ((1, 1, 1, 1), (4096, 512, 64, 64)),
-    ],
-}  # fmt: skip
+from uneven import batches
+
 WARM_STEPS = 3  # not counted: the second decode step of a kind is captured, from the third on it is replayed
 CHECKED_STEPS = 6  # decoded twice, eagerly and from a graph, and compared
 
@@ -362,7 +353,7 @@ def worker(rank, arguments, store, started):
         store=dist.FileStore(store, arguments.gpus), rank=rank, world_size=arguments.gpus,
     )  # fmt: skip
     run = Run(arguments, rank, started)
-    cases = CASES[arguments.gpus]
+    cases = batches(arguments.gpus)
     if arguments.tiny:
         cases = [(tuple(min(n, 3) for n in sizes), tuple(min(m, 8) for m in lengths)) for sizes, lengths in cases]
     run.say("ranks have met")
@@ -394,9 +385,10 @@ def worker(rank, arguments, store, started):
     os._exit(0)  # groups of the session and of FSDP are in no state to be waited for
 
 
-def main():
+def read_options(arguments=None):
+    """Return the options of a command line, the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2, choices=sorted(CASES), help="ranks, with a GPU each")
+    parser.add_argument("--gpus", type=int, default=2, choices=(2, 4, 8), help="ranks, with a GPU each")
     parser.add_argument("--layers", type=int, default=48, help="of the second part; 0 leaves it out")
     parser.add_argument("--baseline-layers", type=int, default=8, help="of the first part; 0 leaves it out")
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a block")
@@ -415,7 +407,11 @@ def main():
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit-s", type=float, default=255, help="no case begins that would end later; all in all")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main():
+    arguments = read_options()
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with tempfile.TemporaryDirectory() as folder:

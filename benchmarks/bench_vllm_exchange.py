@@ -39,18 +39,9 @@ import time
 import traceback
 from pathlib import Path
 
+from uneven import batches
+
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {
-    2: [
-        ((1, 1), (64, 64)), ((64, 8), (64, 64)), ((64, 64), (64, 64)), ((256, 256), (64, 64)),
-        ((16, 1), (1024, 1024)), ((64, 0), (64, 64)), ((1, 1), (4096, 512)),
-    ],
-    4: [
-        ((64,) * 4, (64,) * 4), ((64, 8, 1, 0), (64,) * 4), ((1, 1, 1, 1), (64,) * 4), ((256, 64, 8, 1), (64,) * 4),
-        ((16, 1, 1, 0), (1024,) * 4), ((64, 8, 1, 1), (64,) * 4), ((1, 1, 1, 1), (4096, 512, 64, 64)),
-    ],
-}  # fmt: skip
-"""By number of GPUs: requests of each rank, and the length of their prompts."""
 BACKENDS = {"vllm": "", "lockstep": "exchange"}
 VOCABULARY = 151936
 TIMES = ("decode_ms", "decode_forward_ms", "prefill_step_ms")
@@ -256,7 +247,7 @@ def rank_main(rank, backend, options, folder, port, barrier, results):
             for each in outputs
         ]
         results.put((rank, "said", said))
-        for number, (sizes, lengths) in enumerate(CASES[options.gpus]):
+        for number, (sizes, lengths) in enumerate(batches(options.gpus)):
             count, length = sizes[rank], lengths[rank]
             generate(count, length, 4)  # kernels of these shapes are built here
             results.put((rank, number, [generate(count, length, options.steps)[0] for _ in range(options.rounds)]))
@@ -405,9 +396,10 @@ def said_in_logs(folder, backend):
     return sorted(lines)
 
 
-def main():
+def read_options(arguments=None):
+    """Return the options of a command line, the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=4, choices=sorted(CASES))
+    parser.add_argument("--gpus", type=int, default=4, choices=(2, 4, 8))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=62, help="tokens of each request")
     parser.add_argument("--rounds", type=int, default=2)
@@ -423,7 +415,11 @@ def main():
     parser.add_argument("--limit-s", type=float, default=280, help="for each backend")
     parser.add_argument("--keep-logs", type=Path, help="copy the ranks' logs into this folder")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main():
+    options = read_options()
     import importlib.metadata as metadata
 
     folder = tempfile.mkdtemp(prefix="bench_vllm_exchange")
@@ -468,7 +464,7 @@ def main():
             if backend != first and "said" in found and "said" in results[first]:
                 write(compare(results[first]["said"], found["said"], options.tolerance) | used)
                 failed |= not records[-1]["as_expected"]
-            for number, (sizes, lengths) in enumerate(CASES[options.gpus]):
+            for number, (sizes, lengths) in enumerate(batches(options.gpus)):
                 if len(found.get(number, {})) < options.gpus:
                     failed = True
                     continue

@@ -13,9 +13,10 @@ import torch.multiprocessing as mp
 
 from lockstep.testing import run_ranks
 from lockstep.workload import PAGE_SIZE, SchedulerConfig
+from many_ranks import ranks_for
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-NUM_RANKS = 4 if NUM_GPUS >= 4 else 2
+NUM_RANKS = ranks_for(NUM_GPUS)
 # Of the largest logit: what bfloat16 may add up to in three layers; a lead above it seldom changes sides.
 LEAD = 0.06
 # Share of tokens that may change sides all the same: a router whose scores tie sends a row to another expert.
@@ -97,7 +98,7 @@ def _play(folder, device_type):
     facts["about"] = graphs.about()
     # Ranks with other numbers of requests, of other lengths; the last rank has none. Some join later, so that this
     # rank generates while another has a prompt, and counts change.
-    lengths = [[5, 70, 130, 9, 200], [40], [3, 3, 3], []][rank if rank < dist.get_world_size() - 1 else 3]
+    lengths = [] if rank == dist.get_world_size() - 1 else [[5, 70, 130, 9, 200], [40], [3, 3, 3]][rank % 3]
     prompts = _prompts(rank, lengths)
     joins = [2 * index for index in range(len(prompts))]
     found, replayed = _run(graphs, prompts, 12, joins)
@@ -123,7 +124,7 @@ def _play(folder, device_type):
     facts["cached tokens"] = prefix.cached
     # Few pages: requests are preempted and computed again.
     few = engine(kv_capacity_tokens=5 * PAGE_SIZE)
-    prompts = _prompts(rank, [60, 61, 62, 63, 5][: 5 - rank], seed=2)
+    prompts = _prompts(rank, [60, 61, 62, 63, 5][: max(0, 5 - rank)], seed=2)
     found, _ = _run(few, prompts, 10)
     facts["misses with few pages"] = _misses(whole, prompts, found, exact=not cuda)
     facts["preemptions"] = few.scheduler.num_preemptions

@@ -19,10 +19,11 @@ import torch.multiprocessing as mp
 from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.models.experts_modules import find_experts
 from lockstep.testing import run_ranks
+from many_ranks import ranks_for, repeated
 from mapped import stand_in
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-NUM_RANKS = 4 if NUM_GPUS >= 4 else 2
+NUM_RANKS = ranks_for(NUM_GPUS)
 STEPS, PROMPT = 12, 9
 # Of logits, whose standard deviation is about 1 here; bfloat16 keeps 8 bits.
 TOLERANCE = 0.06
@@ -250,18 +251,20 @@ def _play(folder, device_type, dispatcher):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     script = _Script(folder, device, dispatcher)
-    script.check("uneven batches", (3, 1, 2, 1)[:ranks])
-    script.check("an idle rank that does nothing at all", (0, 2, 0, 1)[:ranks])
-    script.check("a rank that prefills meanwhile", (2, 0, 1, 1)[:ranks], meanwhile=script.prefill)
+    script.check("uneven batches", repeated((3, 1, 2, 1), ranks))
+    script.check("an idle rank that does nothing at all", repeated((0, 2, 0, 1), ranks))
+    script.check("a rank that prefills meanwhile", repeated((2, 0, 1, 1), ranks), meanwhile=script.prefill)
     # A rank without requests stands in the script's own barrier, to which others come after they have decoded.
-    script.check("a rank in an NCCL barrier", (2, 0, 1, 0)[:ranks], meanwhile=script.barrier, after=script.barrier)
+    script.check(
+        "a rank in an NCCL barrier", repeated((2, 0, 1, 0), ranks), meanwhile=script.barrier, after=script.barrier
+    )
     replays = script.replays
     if device_type == "cpu":
         stand_in()  # rows in fp8 need the GPU's dispatcher
     for title, name, fp8 in (("rows in fp8", "nvlink", True), ("the backend chosen by itself", "auto", False)):
         script.parallel.close()
         script = _Script(folder, device, name, fp8)
-        script.check(title, (2, 1, 0, 2)[:ranks])
+        script.check(title, repeated((2, 1, 0, 2), ranks))
         replays += script.replays
     return replays
 
