@@ -108,7 +108,7 @@ class Front:
         # this process, since ranks that share requests under torchrun have a front each.
         self._calls: dict[int, list[Entry]] = {}
         self._closed = ConfigurationError("this engine is closed")
-        self._told = False
+        self._told, self._looks_at_s = False, 0.0
         # A loss is survived once all have started.
         self._losses = Losses(
             ranks.num_processes, False, patience_with(options.deadline_s), ranks.kill_one, ranks.store
@@ -200,12 +200,14 @@ class Front:
         self._refuse_the_rest()
 
     def _take_event(self) -> bool:
-        try:
-            kind, who, what = self._events.get(timeout=2 * LOOK_S)
-        except queue.Empty:
+        if time.monotonic() >= self._looks_at_s:  # also where callers do not leave the queue empty
+            self._looks_at_s = time.monotonic() + 2 * LOOK_S
             if self._ready.done():
                 self.ranks.check(self._losses.membership.is_ending)
             self._begin_epoch_if_due()
+        try:
+            kind, who, what = self._events.get(timeout=2 * LOOK_S)
+        except queue.Empty:
             return True
         if kind == "rank":
             self._take_message(who, what)
