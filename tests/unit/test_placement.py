@@ -213,8 +213,11 @@ def test_a_load_of_another_model_is_refused_by_both_names():
         ({"model": "m", "pairs": [[1]]}, "is no expert load: .*rank_pairs"),
         ({"model": "m", "pairs": 3, "rank_pairs": [[1]]}, "is no expert load"),
         ({"model": "m", "pairs": [[1, 2], [1]], "rank_pairs": [[3], [1]]}, "is no expert load: .*as many numbers"),
-        ({"model": "m", "pairs": [[1, -2]], "rank_pairs": [[1]]}, "is no expert load: .*numbers >= 0"),
+        ({"model": "m", "pairs": [[1, -2]], "rank_pairs": [[1]]}, "is no expert load: .*numbers in 0"),
         ({"model": "m", "pairs": [["1"]], "rank_pairs": [[1]]}, "is no expert load"),
+        ({"model": "m", "pairs": [[10**400]], "rank_pairs": [[1]]}, "is no expert load: .*in 0..2"),
+        ({"model": "m", "pairs": [[1, 2], [3, 4]], "rank_pairs": [[1]]}, "is no expert load: .*one per layer"),
+        ({"model": "m", "pairs": [[]], "rank_pairs": [[]]}, "is no expert load"),
         ({"model": "m", "pairs": [], "rank_pairs": []}, "is no expert load"),
     ],
 )

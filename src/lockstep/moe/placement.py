@@ -293,8 +293,9 @@ class ExpertLoad:
             load = cls(str(found["model"]), *(tuple(map(tuple, found[name])) for name in ("pairs", "rank_pairs")))
             numbers = [count for layer in (*load.pairs, *load.rank_pairs) for count in layer]
             whole = {len(set(map(len, layers))) for layers in (load.pairs, load.rank_pairs)} == {1}
-            if not (whole and all(type(count) is int and count >= 0 for count in numbers)):
-                raise ValueError("pairs and rank_pairs must be lists, one per layer, of as many numbers >= 0")
+            whole = whole and len(load.pairs) == len(load.rank_pairs) and bool(load.pairs[0])
+            if not (whole and all(type(count) is int and 0 <= count < 2**63 for count in numbers)):
+                raise ValueError("pairs and rank_pairs must be lists, one per layer, of as many numbers in 0..2**63-1")
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f"{file} is no expert load: {error!r:.200}") from None
         return load

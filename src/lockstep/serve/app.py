@@ -73,7 +73,7 @@ def make_app(service: Service, options: ServeOptions) -> Starlette:
 
     async def generate(request: Request) -> Response:
         _check_key(request, digest)
-        is_chat = request.url.path == "/v1/chat/completions"
+        is_chat = request.scope["path"] == "/v1/chat/completions"
         asked = parse(ChatRequest if is_chat else CompletionRequest, await _read_body(request, options))
         if asked.model not in (None, options.model):
             text = f"there is no model {asked.model[:80]!r} here, only {options.model!r}"
