@@ -17,9 +17,8 @@ from lockstep.engine.attention import attention_name
 from lockstep.engine.decoder import probe_shapes
 from lockstep.engine.device_step import DeviceStep, EngineRequest
 from lockstep.engine.kv_cache import KVCache, page_bytes
-from lockstep.engine.limits import Limits
 from lockstep.engine.sampling import Sampled, Sampler
-from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.models.parallel import ModelParallel, parallel_of

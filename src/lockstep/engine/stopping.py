@@ -179,7 +179,6 @@ class _StopMatcher:
         return found is not None
 
     def rest(self) -> str:
-        """Return the text that waits."""
         waiting = (string[:state] for string, state in zip(self._strings, self._states, strict=True))
         return max(waiting, key=len, default="")
 

@@ -13,12 +13,8 @@ class RunMetrics(AbstractContextManager["RunMetrics"]):
     """Counts what rank 0 knows of all ranks, and serves it until it is closed."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-        except ImportError:
-            raise ConfigurationError(
-                "--metrics-port needs prometheus-client: install lockstep-moe with the extra `metrics`"
-            ) from None
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"metrics_port must be in 0..65535, got {port}")
         # A registry of its own: the library's global one would add figures of this process that nobody asked for.

@@ -14,8 +14,7 @@ from typing import Any
 
 from lockstep.coordination.environment import environment_number
 from lockstep.coordination.processes import ProcessState
-from lockstep.engine.limits import Limits
-from lockstep.engine.sampling_params import SamplingParams
+from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs

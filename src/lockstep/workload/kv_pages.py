@@ -38,10 +38,6 @@ class KVPages:
         assert count <= self.num_free
         self.num_free -= count
 
-    def free(self, count: int) -> None:
-        """Give pages back."""
-        self.num_free += count
-
     def join(self, num_tokens: int, step: int) -> None:
         """Count a request as decoding from the next step on; it has `num_tokens` tokens in the cache after `step`."""
         self._takers[(step + 1 - num_tokens) % PAGE_SIZE] += 1

@@ -134,7 +134,7 @@ class RankScheduler:
         hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
         forgotten = self.prefixes.take_forgotten()
         for keys in filled:
-            self._pages.free(self.prefixes.fill(keys))
+            self._pages.num_free += self.prefixes.fill(keys)
         finished = tuple(self._ends.pop(step, ()))
         for request_id in finished:
             self._leave(self._decoding.pop(request_id))
@@ -268,7 +268,7 @@ class RankScheduler:
     def _release(self, sequence: _Sequence, num_cached: int) -> None:
         """Give the pages of a request with `num_cached` tokens in the cache back, as far as nobody else holds them."""
         keys = sequence.page_keys[: num_cached // PAGE_SIZE]
-        self._pages.free(num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys))
+        self._pages.num_free += num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys)
 
     def _preempt(self) -> int:
         """Send the request admitted last back to the front of the queue; return its id."""
