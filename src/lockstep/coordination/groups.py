@@ -71,7 +71,8 @@ def abandon_groups() -> None:
     """Forget all groups, whose other ranks may be gone; the next ones meet in a store of which no key was used."""
     # Not freed before the process ends: that would wait for collectives that nobody answers any more.
     _abandoned.extend(dist.distributed_c10d._world.pg_map)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # not where a rank was lost before they had met
+        dist.destroy_process_group()
     _numbers.clear()
 
 
