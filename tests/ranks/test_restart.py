@@ -132,15 +132,16 @@ def test_the_others_go_on_where_a_rank_is_killed(setting, caplog, rank, torn):
 
 
 @pytest.mark.ranks(3)
-def test_one_rank_is_left_after_two_losses(setting, caplog):
+def test_one_rank_is_left_after_two_losses(setting, caplog, capfd):
     folder, expected = setting
     out = folder / "twice"
-    command = start(folder, out.name, "--survive", 1)
+    command = start(folder, out.name, "--survive", 1, "--expert-load")
     kill_in_the_middle(lambda: not command.is_alive(), out, 0)
     done = kill_in_the_middle(lambda: not command.is_alive(), out, 2, when=6)
     assert command.wait(120) == 0
     check(out, expected, done, RANKS)
     assert "going on with ranks 1, 2" in caplog.text and "going on with rank 1" in caplog.text
+    assert "expert_load.json counts rows from step" in capfd.readouterr().err
 
 
 @pytest.mark.ranks(3)

@@ -199,6 +199,7 @@ def test_under_torchrun_it_is_one_of_the_ranks(tmp_path):
         (["--seed", "99999999999999999999"], "--seed must be in 0..4294967295"),
         (["--workload", "."], "no workload at ."),
         (["--data-parallel-size", "100000"], "100000 ranks on this host, but at most"),
+        (["--expert-load", "--data-parallel-size", "1"], "--expert-load needs ranks that share the experts"),
         (["--load-balancing", "luck"], "--load-balancing: 'luck' is not one of 'round-robin'"),
         (["--metrics-port", "99999"], "--metrics-port must be in 0..65535, got 99999"),
         (["--out", "."], "the output folder . exists"),

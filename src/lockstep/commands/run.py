@@ -138,6 +138,8 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
 def _check(options: RunOptions, console: Console) -> None:
     """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
     options.check_survive()
+    if options.expert_load and options.world_size == 1:
+        raise ConfigurationError("expert_load needs ranks that share the experts, and data_parallel_size is 1")
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
     most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)

@@ -334,6 +334,9 @@ class _Run:
         if self.place != 0:
             return {}
         if load is not None:
+            if self.first_step:
+                text = "%s counts rows from step %d on: what had come to experts before went with the ranks"
+                logger.warning(text, LOAD_FILE, self.first_step)
             load.write(Path(self.options.out, LOAD_FILE))
         outputs.sort(key=lambda output: output["request_id"])
         for name, lines in (("outputs.jsonl", outputs), ("steps.jsonl", steps)):
