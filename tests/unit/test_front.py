@@ -3,22 +3,27 @@
 import threading
 import time
 
+import torch.distributed as dist
+
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.runner.front import Front, NewRequest
 from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.router import Router
+from lockstep.workload.policies import SchedulerState
 
 
 class SilentRanks:
     """Ranks that are ready, and never say anything more."""
 
     num_processes = num_data_ranks = 2
-    can_survive, store = True, None
+    can_survive = True
 
     def __init__(self):
+        self.store = dist.HashStore()
         self.checked = threading.Event()
 
     def start(self, on_message):
+        self.say = on_message
         for rank in range(2):
             on_message(rank, {"ready": {}, "epoch": 0})
 
@@ -47,3 +52,38 @@ def test_stopped_ranks_are_looked_for_also_where_requests_come_all_the_time():
         time.sleep(0.01)
     front.close()
     assert ranks.checked.is_set()
+
+
+def test_figures_after_a_loss_stand_at_the_numbers_that_ranks_had_from_the_start():
+    ranks = SilentRanks()
+    front = Front(ranks, lambda about: Router(2, "least-tokens"), EngineOptions("none", data_parallel_size=2))
+    front.start()
+
+    def step(rank, epoch, rows):
+        counts = {
+            "steps": 1,
+            "rows": rows,
+            "longest_rows": max(rows),
+            "agreement_s": 0.0,
+            "overrun_rows": 0,
+            "preempted": 0,
+        }
+        state = SchedulerState(num_kv_tokens=64)
+        said = {"tokens": [], "taken_in": [], "counts": counts, "state": state, "rows": rows, "epoch": epoch}
+        ranks.say(rank, said)
+
+    def wait_for(condition):
+        until = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < until, front.stats
+            time.sleep(0.01)
+
+    step(0, 0, [5, 7])
+    ranks.say(0, {"failed": "died", "why": "signal 9"})
+    ranks.say(1, {"failed": "PeerFailedError", "why": "rank 0", "epoch": 0})
+    wait_for(lambda: front.stats.epoch == 1)
+    assert front.stats.num_kv_tokens == [0, 0]
+    step(1, 1, [3])
+    wait_for(lambda: front.stats.rows == [5, 10])
+    wait_for(lambda: front.stats.num_tokens_across_dp == [0, 3])
+    front.close()

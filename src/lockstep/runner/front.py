@@ -240,14 +240,12 @@ class Front:
         if before.steps + counts["steps"] >= stats.steps:
             stats.steps = before.steps + counts["steps"]
             stats.longest_rows = before.longest_rows + counts["longest_rows"]
-            known = range(self.ranks.num_processes if self.ranks.can_survive else len(counts["rows"]))
-            stats.rows = list(before.rows) or [0 for _ in known]
-            for one, num_rows in zip(self.members if self.ranks.can_survive else known, counts["rows"], strict=True):
-                stats.rows[one] += num_rows
+            rows = self._by_rank(counts["rows"])
+            stats.rows = [older + new for older, new in zip(before.rows or [0] * len(rows), rows, strict=True)]
         for name in ("agreement_s", "overrun_rows", "preempted"):
             getattr(stats, name)[data_rank] = getattr(before, name)[data_rank] + counts[name]
         stats.num_kv_tokens[data_rank] = state.num_kv_tokens
-        stats.num_tokens_across_dp = list(message["rows"])
+        stats.num_tokens_across_dp = self._by_rank(message["rows"])
         for request_id, position, token, logprob, top, finish in message["tokens"]:
             taken = self._router.take(request_id, position, token, logprob, top, epoch=message["epoch"])
             if taken is None:
@@ -261,6 +259,13 @@ class Front:
                 if finish is None:  # a rank that looks for no stop strings
                     self._send(entry.rank, {"abort": [request_id]})
             listener.on_token(entry, delta)
+
+    def _by_rank(self, rows: Sequence[int]) -> list[int]:
+        """Return the rows of each of the model's data-parallel ranks, given those of members: lost ones have none."""
+        if not self.ranks.can_survive:
+            return list(rows)
+        of_member = dict(zip(self.members, rows, strict=True))
+        return [of_member.get(rank, 0) for rank in range(self.ranks.num_processes)]
 
     def _await_ready(self) -> None:
         ends, everyone = time.monotonic() + self._start_timeout_s, set(range(self.ranks.num_processes))
@@ -277,6 +282,7 @@ class Front:
         if members is None:
             return
         self._router.begin_epoch(members)
+        self.stats.num_kv_tokens = [0 for _ in self.stats.num_kv_tokens]  # a lost rank says no other number any more
         self.stats.epoch, self._before = self._router.epoch, copy.deepcopy(self.stats)
         for entry in self._router.entries.values():
             self._send_request(entry)
