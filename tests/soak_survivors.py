@@ -54,9 +54,9 @@ class Soak:
         self.slowest_s = 0.0
         folder = tempfile.mkdtemp(prefix="soak-survivors-")
         self.models = [str(make_tiny(f"{folder}/{n}", num_layers=2, num_experts=n)) for n in (6, 8, 12)]
-        self.expected = {path: self._alone(path) for path in self.models}
+        self.expected = {path: self.alone(path) for path in self.models}
 
-    def _alone(self, path):
+    def alone(self, path):
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
         known = {}
 

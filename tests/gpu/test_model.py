@@ -189,7 +189,7 @@ class _Script:
             f"{title}: two replays of the same steps have other bits, in steps {(~same).nonzero().flatten().tolist()}"
         )
 
-    def _sent(self, rows):
+    def sent(self, rows):
         return undo_scales(*round_to_fp8(rows)).to(rows.dtype) if self.fp8 else rows
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class _Script:
         experts = [module for _, module in find_experts(self.whole)]
         assert len(calls) == len(experts) * (STEPS + 1), f"{title}: {len(calls)} calls"
         apart = [
-            _off(result.float(), experts[layer](self._sent(rows), *routing).float())
+            _off(result.float(), experts[layer](self.sent(rows), *routing).float())
             for layer, (rows, *routing), result in calls
         ]
         each = torch.cat(apart)
@@ -219,7 +219,7 @@ class _Script:
         """
         routings = iter([routing for _, (_, *routing), _ in calls])
         hooks = [
-            module.register_forward_pre_hook(lambda _, arguments: (self._sent(arguments[0]), *next(routings)))
+            module.register_forward_pre_hook(lambda _, arguments: (self.sent(arguments[0]), *next(routings)))
             for _, module in find_experts(self.whole)
         ]
         yield

@@ -27,12 +27,12 @@ class Graphs:
     """A backend that keeps what it is given."""
 
     def __init__(self, backend, sleep_s=0.0):
-        self.graphs, self._backend, self._sleep_s = [], backend, sleep_s
+        self.graphs, self.backend, self.sleep_s = [], backend, sleep_s
 
     def __call__(self, graph, inputs):
-        time.sleep(self._sleep_s)
+        time.sleep(self.sleep_s)
         self.graphs.append(graph)
-        if self._backend == "eager":
+        if self.backend == "eager":
             return graph.forward
         from torch._inductor.compile_fx import compile_fx
 

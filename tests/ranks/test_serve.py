@@ -49,21 +49,21 @@ class Server:
         environment = os.environ | {"LOCKSTEP_API_KEY": KEY}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []
-        self._ready = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
-        assert self._ready.wait(240)
+        self.is_ready = threading.Event()
+        threading.Thread(target=self.read_lines, daemon=True).start()
+        assert self.is_ready.wait(240)
         found = re.search(r"ready: (http://\S+)/v1", "".join(self.lines))
         assert found, "".join(self.lines)
         self.url = found[1]
         self.port = int(self.url.rpartition(":")[2])
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=SLOW)
 
-    def _read(self):
+    def read_lines(self):
         for line in self.process.stderr:
             self.lines.append(line)
             if "ready: http" in line:
-                self._ready.set()
-        self._ready.set()
+                self.is_ready.set()
+        self.is_ready.set()
 
     def get(self, path):
         try:
