@@ -25,7 +25,7 @@ class Mailbox:
 
     def send(self, message: dict[str, Any]) -> None:
         """Hand a message out; returns at once."""
-        self._send(message | {"epoch": self.epoch})
+        self._send({"epoch": self.epoch} | message)
 
     def receive(self, timeout_s: float) -> list[dict[str, Any]]:
         """Return what has come; if nothing has, wait at most this long for something."""
