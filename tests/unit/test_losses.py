@@ -86,6 +86,17 @@ def test_where_nobody_is_left_the_first_cause_is_raised(losses):
         losses.begin_epoch()
 
 
+def test_ranks_that_end_while_they_load_wait_for_no_epoch_and_are_not_the_cause(losses):
+    losses.take(1, DIED)
+    for rank in (0, 2):
+        losses.take(rank, failure_of(rank, PeerFailedError("rank 1 is gone", 1, "gone")))
+    assert losses.begin_epoch() is None
+    for rank in (0, 2):
+        losses.take(rank, {"failed": "died", "why": "its process ended with exit code 0"})
+    with pytest.raises(PeerFailedError, match=r"rank 1 failed: .*SIGKILL"):
+        losses.begin_epoch()
+
+
 def test_an_epoch_that_ends_without_a_loss_is_an_error(losses):
     for rank in range(3):
         losses.take(rank, stopped())

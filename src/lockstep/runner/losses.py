@@ -65,7 +65,7 @@ class Losses:
         if died:
             self._kill(rank)  # which may live, with a device that is of no use
             membership.died(rank)
-        elif is_echo(message):
+        elif is_echo(message) and (fatal or "epoch" in message):  # one without a model to go on with ends
             membership.stopped(rank, message.get("epoch", 0))
 
     def begin_epoch(self) -> tuple[int, ...] | None:
