@@ -174,13 +174,18 @@ def machine() -> dict:
     }
 
 
-def main() -> int:
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=2000, help="of the variant in shared memory; others a quarter")
     parser.add_argument("--pin", action="store_true", help="give every rank a physical core of its own")
     parser.add_argument("--out", type=Path, help="folder for the results, one JSON line per row")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = read_options()
     rows, about = [], machine()
     print(f"{about['cpu']}, {about['cores']} processors, torch {about['torch']}, Python {about['python']}")
     print(

@@ -1,13 +1,15 @@
 """What the GPU benchmarks and tests measure for 2, 4 and 8 ranks, without a GPU."""
 
 import importlib
+import shlex
 from pathlib import Path
 
 import pytest
 
 from many_ranks import ranks_for, repeated
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -81,3 +83,20 @@ def test_gpu_tests_use_as_many_ranks_as_divide_the_experts():
     assert [ranks_for(num_gpus) for num_gpus in (0, 1, 2, 3, 4, 7, 8, 16)] == [2, 2, 2, 2, 4, 4, 8, 8]
     assert repeated((2, 0, 1), 8) == (2, 0, 1, 2, 0, 1, 2, 0)
     assert repeated((2, 0, 1), 2) == (2, 0)
+
+
+def test_the_commands_for_eight_gpus_are_taken(benchmark_named):
+    section = (ROOT / "docs/benchmarks/gpu.md").read_text().split("## Eight GPUs: not measured yet")[1]
+    lines = [line for line in section.split("```")[1].splitlines() if " benchmarks/" in line]
+    measured = {}
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        options = benchmark_named(Path(script).stem).read_options(arguments)
+        measured.setdefault(Path(script).stem, []).append(options)
+    assert set(measured) == {
+        "bench_dispatch", "bench_engine", "bench_vllm_exchange", "bench_model", "bench_agreement"
+    }  # fmt: skip
+    assert measured["bench_agreement"][0].ranks == [8]
+    assert all(of[0].gpus == 8 for name, of in measured.items() if name != "bench_agreement")
+    (on_four,) = (options for options in measured["bench_engine"] if options.gpus == 4)
+    assert [benchmark_named("uneven").batches(4)[case][0] for case in on_four.cases] == [(64,) * 4]
