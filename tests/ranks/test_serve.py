@@ -651,10 +651,13 @@ def test_what_cannot_be_served_is_said_in_a_sentence(command_line, tiny, tmp_pat
         )
     status, _, error = command_line("serve", "--model", str(tmp_path), "--port", 0)
     assert status == 2 and str(tmp_path) in error and "Traceback" not in error
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for arguments in (
         ["--api-key", ""],
         ["--api-key", "ä"],
         ["--api-key-file", str(tmp_path / "no")],
+        ["--api-key-file", str(tmp_path / "binary")],
+        ["--chat-template", str(tmp_path / "binary")],
         ["--port", "70000"],
     ):
         status, _, error = command_line("serve", "--model", tiny, *arguments)

@@ -53,7 +53,7 @@ def execute(command: ServeCommand) -> None:
     if "RANK" in os.environ:
         raise ConfigurationError("lockstep serve starts its ranks itself: run it without torchrun")
     console = Terminal(stderr=True)
-    template = command.chat_template.read_text() if command.chat_template is not None else None
+    template = _read_text(command.chat_template) if command.chat_template is not None else None
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_socket(command.host, command.port))
         options = command.engine
@@ -132,9 +132,16 @@ def read_api_key(given: str | None, file: Path | None) -> str | None:
         raise ConfigurationError("give either api_key or api_key_file")
     key = given if given is not None else os.environ.get(API_KEY_VARIABLE)
     if file is not None:
-        key = file.read_text().split("\n", 1)[0]
+        key = _read_text(file).split("\n", 1)[0]
     if key is not None and not (key.strip() == key and key.isascii() and key.isprintable() and key):
         raise ConfigurationError(
             "an API key must be of printable ASCII characters, at least one, without spaces around"
         )
     return key
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{file} is no text in UTF-8") from None
