@@ -34,9 +34,9 @@ SKEWED = [  # the same, with one rank that has many more tokens than the others
     (3, 6, 2, 300, 16, True),
     (4, 8, 3, 136, 20, False),
 ]
-EIGHT = {  # the same for a full host: rows by words and behind flags, then along a chain of seven ranks
-    (8, 16, 3, 40, 8, False): [(1, 0, 2, 1, 0, 2, 1, 1), (8, 1, 0, 3, 2, 0, 1, 4)],
-    (8, 8, 2, 40, 8, True): [(5, 3, 0, 5, 4, 1, 2, 3), (0, 2, 1, 0, 4, 8, 1, 0)],
+EIGHT = {  # a full host: rows by words and behind flags, then along chains, long because most ranks hold an expert
+    (8, 16, 12, 40, 8, False): [(1, 0, 2, 1, 0, 2, 1, 1), (8, 1, 0, 3, 2, 0, 1, 4)],
+    (8, 8, 7, 40, 8, True): [(5, 3, 0, 5, 4, 1, 2, 3), (0, 2, 1, 0, 4, 8, 1, 0)],
 }
 
 
