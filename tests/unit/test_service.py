@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 
@@ -51,8 +52,8 @@ def requests(count=1):
     return [NewRequest(index, [1, 2], SamplingParams()) for index in range(count)]
 
 
-def serving(test, max_queue=8, max_restarts=5, starts=None):
-    """Run `test(service, engines)` beside a service whose engines it can kill."""
+def serving(test, max_queue=16, max_restarts=5, starts=None, grace_s=0.0):
+    """Run `test(service, engines)` beside a service whose engines it can kill, and `grace_s` longer."""
     engines = []
 
     def start():
@@ -69,10 +70,17 @@ def serving(test, max_queue=8, max_restarts=5, starts=None):
         if testing.done():
             running.cancel()
             return testing.result()
+        await asyncio.wait([testing], timeout=grace_s)
         testing.cancel()
         return running.result()
 
     return asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def ended(metrics):
+    """Sequences by how they ended, as `/metrics` says it."""
+    found = re.findall(r'vllm:request_success_total\{finished_reason="(\w+)".*\} (\d+)', metrics.text().decode())
+    return {reason: int(count) for reason, count in found}
 
 
 async def until(condition):
@@ -148,6 +156,51 @@ def test_options_that_cannot_work_end_the_service_at_once():
 
     with pytest.raises(ConfigurationError, match="max_model_len"):
         serving(lambda service, engines: asyncio.sleep(30), starts=starts)
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("the checkpoint has changed"), TypeError("a fault of ours")])
+def test_whoever_waits_hears_at_once_that_a_restart_cannot_work(error):
+    lives, heard = [], []
+
+    def starts():
+        lives.append(None)
+        if len(lives) == 2:
+            raise error
+
+    async def test(service, engines):
+        await until(lambda: service.state == "ready")
+        waiting = service.submit(requests(2))
+        engines[0].die()
+        with pytest.raises(ApiError) as told:
+            [_ async for _ in waiting.steps()]
+        heard.append((told.value.status, told.value.code, ended(service.metrics)))
+        await asyncio.sleep(30)
+
+    with pytest.raises(type(error), match=str(error)):
+        serving(test, starts=starts, grace_s=0.5)
+    assert heard == [(503, "service_failed", {"error": 2})]
+
+
+def test_every_sequence_is_counted_once_by_how_it_ended():
+    async def test(service, engines):
+        await until(lambda: service.state == "ready")
+        left, lost, drained = (service.submit(requests(count)) for count in (3, 4, 5))
+        for generation in (left, lost):
+            service._post(generation, piece(finish="stop"))
+        await until(lambda: left.num_open == 2 and lost.num_open == 3)
+        service.leave(left)
+        service._post(lost, LOST)
+        await until(lambda: not lost.num_open)
+        assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 3}
+        service._fail_all()
+        service._post(drained, piece(finish="length"))  # that was on its way, as the loss is
+        service._post(drained, LOST)
+        await asyncio.sleep(0.05)
+        for generation in (lost, drained):
+            service.leave(generation)
+        assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 8}
+
+    serving(test)
 
 
 def test_the_queue_counts_sequences_without_a_token():

@@ -48,10 +48,11 @@ class ServiceMetrics(Collector):
         else:
             self._next.observe(now_s - generation.last_token_s)
 
-    def finished(self, generation: Generation, reason: str) -> None:
-        """Count the end of a sequence, or of a request that was lost or left."""
-        self._ended.labels(self._model, reason).inc()
-        self._whole.observe(generation.last_token_s - generation.began_s)
+    def finished(self, generation: Generation, reason: str, num_sequences: int) -> None:
+        """Count sequences of a request that have ended."""
+        self._ended.labels(self._model, reason).inc(num_sequences)
+        for _ in range(num_sequences):
+            self._whole.observe(generation.last_token_s - generation.began_s)
 
     def refused(self, status: int) -> None:
         """Count an answer with an error."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lockstep.engine.stopping import TextDelta
 from lockstep.errors import ConfigurationError, LockstepError
@@ -111,9 +111,9 @@ class Service:
         while self.state != "draining":
             try:
                 self.engine = engine = await asyncio.to_thread(self._start_engine)
-            except ConfigurationError:
-                raise
-            except (LockstepError, OSError) as error:
+            except Exception as error:
+                if isinstance(error, ConfigurationError) or not isinstance(error, LockstepError | OSError):
+                    self._give_up(error)  # the next start would raise it too
                 self._lost(error)
                 continue
             self.texts = TokenTexts(engine.tokenizer)
@@ -130,12 +130,15 @@ class Service:
     def _lost(self, error: Exception) -> None:
         self._why, self._failures = str(error), self._failures + 1
         if self._failures > self._max_restarts:
-            self.state = "failed"
-            self._fail_all()
-            raise error
+            self._give_up(error)
         self.num_restarts += 1
         self.state = "restarting" if self.state != "draining" else self.state
         logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._max_restarts, error)
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        self.state, self._why = "failed", str(error)
+        self._fail_all()
+        raise error
 
     def health(self) -> dict[str, Any]:
         """Return how all is, as of now: `ready`; `degraded`, without ranks that are lost; `down`, with no answers."""
@@ -186,7 +189,7 @@ class Service:
         self._running.pop(generation)
         if self.engine is not None and generation.num_open:
             self.engine.abandon(generation)
-            self.metrics.finished(generation, "abort")
+            self.metrics.finished(generation, "abort", generation.num_open)
         elif self.engine is not None:
             self.engine.forget(generation)
 
@@ -212,7 +215,7 @@ class Service:
         now_s = time.monotonic()
         while self._events:
             generation, news = self._events.popleft()
-            if generation not in self._running:
+            if generation not in self._running or not generation.num_open:
                 continue
             if isinstance(news, Exception):
                 self._take_loss(generation, news)
@@ -224,14 +227,13 @@ class Service:
             generation.take(news)
             if news.finish_reason is not None:
                 self._failures = 0
-                self.metrics.finished(generation, news.finish_reason)
+                self.metrics.finished(generation, news.finish_reason, 1)
 
     def _take_loss(self, generation: Generation, error: Exception) -> None:
         generation.num_lives += 1
         if generation.begun or generation.num_lives >= _MAX_LIVES or self.state in ("draining", "failed"):
             text = f"the request was lost with the ranks that ran it ({error}); it may be sent again"
-            generation.fail(ApiError(503, text, code="rank_failed", Retry_After="1"))
-            self.metrics.finished(generation, "error")
+            self._fail(generation, ApiError(503, text, code="rank_failed", Retry_After="1"))
 
     def _usable(self) -> Engine:
         if self.engine is None or self.state in ("draining", "failed"):
@@ -241,7 +243,11 @@ class Service:
     def _fail_all(self) -> None:
         for generation in self._running:
             if generation.num_open:
-                generation.fail(self._unavailable())
+                self._fail(generation, self._unavailable())
+
+    def _fail(self, generation: Generation, error: ApiError) -> None:
+        self.metrics.finished(generation, "error", generation.num_open)
+        generation.fail(error)
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")
