@@ -662,5 +662,14 @@ def test_what_cannot_be_served_is_said_in_a_sentence(command_line, tiny, tmp_pat
     ):
         status, _, error = command_line("serve", "--model", tiny, *arguments)
         assert status == 2 and error.count("\n") == 1, error
+    template = tmp_path / "template.jinja"
+    for text, told in (("{% if %}", "line 1: Expected an expression"), ("a\n{{ 1 | of_nobody }}", "line 2: No filter")):
+        template.write_text(text)
+        status, _, error = command_line("serve", "--model", tiny, "--chat-template", template, "--port", 0)
+        assert status == 2 and f"error: --chat-template is no Jinja: {told}" in error, error
+    template.write_text("{{ messages[0].content }}")
+    mute = shutil.copytree(tiny, tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    status, _, error = command_line("serve", "--model", mute, "--chat-template", template, "--port", 0)
+    assert status == 2 and f"--chat-template needs a tokenizer, and the checkpoint {mute} has none" in error, error
     monkeypatch.setenv("RANK", "0")
     assert command_line("serve", "--model", tiny)[0] == 2

@@ -18,11 +18,14 @@ from rich.text import Text
 
 from lockstep.errors import ConfigurationError
 from lockstep.report.terminal import Terminal, plain
+from lockstep.runner.checkpoint_checks import check_checkpoint
 from lockstep.runner.engine import Engine
-from lockstep.runner.ranks import EngineOptions, describe
+from lockstep.runner.ranks import EngineOptions, describe, find_tokenizer
 from lockstep.serve.app import ServeOptions
 from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "LOCKSTEP_API_KEY"
 _TINY_EXPERTS = 12
@@ -59,11 +62,13 @@ def execute(command: ServeCommand) -> None:
         options = command.engine
         if options.model == "tiny":
             options = replace(options, model=_make_tiny(stack))
+        if template is not None:
+            _check_chat_template(options.model, template)
 
         def start_engine() -> Engine:
             given = asdict(options)
             engine = Engine(given.pop("model"), **given)
-            if template is not None and engine.tokenizer is not None:
+            if template is not None:
                 engine.tokenizer.chat_template = template
             console.print(describe(engine.about, options.world_size), style="dim", soft_wrap=True)
             return engine
@@ -85,6 +90,23 @@ def execute(command: ServeCommand) -> None:
             end_now(0)
 
         asyncio.run(serve_until_told())
+
+
+def _check_chat_template(model: str, template: str) -> None:
+    """Raise `ConfigurationError` where no chat could be answered, as Transformers compiles the template."""
+    from jinja2 import TemplateSyntaxError
+
+    check_checkpoint(model)
+    tokenizer = find_tokenizer(model)
+    if tokenizer is None:
+        raise ConfigurationError(f"chat_template needs a tokenizer, and the checkpoint {model} has none to read")
+    chat = [{"role": "user", "content": "a"}]
+    try:
+        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(f"chat_template is no Jinja: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # a template may want other messages than these
+        logger.warning("the chat template refuses a chat of one user message: %s", error)
 
 
 async def _show(service: Service, console: Terminal, url: str) -> None:
