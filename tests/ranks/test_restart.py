@@ -135,13 +135,18 @@ def test_the_others_go_on_where_a_rank_is_killed(setting, caplog, rank, torn):
 def test_one_rank_is_left_after_two_losses(setting, caplog, capfd):
     folder, expected = setting
     out = folder / "twice"
-    command = start(folder, out.name, "--survive", 1, "--expert-load")
+    command = start(folder, out.name, "--survive", 1, "--expert-load", "--metrics-port", 0)
     kill_in_the_middle(lambda: not command.is_alive(), out, 0)
     done = kill_in_the_middle(lambda: not command.is_alive(), out, 2, when=6)
     assert command.wait(120) == 0
     check(out, expected, done, RANKS)
     assert "going on with ranks 1, 2" in caplog.text and "going on with rank 1" in caplog.text
-    assert "expert_load.json counts rows from step" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "expert_load.json counts rows from step" in said
+    # The first rank that is left goes on to show the progress.
+    assert re.findall(r"^metrics: http|^\d ranks? on cpu", said, re.MULTILINE) == [
+        "metrics: http", "3 ranks on cpu", "metrics: http", "2 ranks on cpu", "1 rank on cpu"
+    ]  # fmt: skip
 
 
 @pytest.mark.ranks(3)

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from lockstep import ConfigurationError, Engine
 from lockstep.models.tiny import byte_tokenizer, make_tiny
+from lockstep.runner.ranks import EngineOptions
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,17 @@ def test_the_duration_in_real_time_is_said_before_ranks_start(tmp_path, monkeypa
 def test_a_request_beyond_the_context_is_said_before_ranks_start(checkpoint, refused):
     said = refused(checkpoint, {"timestamp": 0, "input_length": 40_000, "output_length": 1})
     assert "request 0 has 40000 prompt tokens and 1 new ones, more than the model's context of 32768" in said
+
+
+def test_slots_for_lost_ranks_are_refused_where_they_would_never_be_used(tmp_path, monkeypatch, command_line):
+    monkeypatch.chdir(tmp_path)
+    run = ("run", "--survive", 1, "--data-parallel-size", 2)
+    code, _, said = command_line(*run, "--tensor-parallel-size", 2)
+    assert code == 2 and "survive is 1 with --data-parallel-size 2, --tensor-parallel-size 2" in said
+    code, _, said = command_line(*run, env={"RANK": "0", "WORLD_SIZE": "2"})
+    rule = "survive must be 0 under torchrun, got 1: after a loss all ranks start again there"
+    assert (code, said) == (2, f"lockstep: error: --{rule}\n")
+    with pytest.raises(ConfigurationError, match=rule):
+        Engine("tiny", survive=1)
+    with pytest.raises(ConfigurationError, match="survive is 1 with data_parallel_size 2, tensor_parallel_size 2"):
+        EngineOptions("tiny", data_parallel_size=2, tensor_parallel_size=2, survive=1)

@@ -1,5 +1,6 @@
 """What `lockstep run` does around a run: checks beforehand, progress, verification, table and report."""
 
+import functools
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from lockstep.commands.folder import output_folder
 from lockstep.coordination.environment import environment_number
 from lockstep.errors import ConfigurationError
 from lockstep.moe.placement import LOAD_FILE, ExpertLoad
+from lockstep.report.metrics import RunMetrics
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import expected_duration
-from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions
+from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions, refuse_survive_under_torchrun
 from lockstep.steplog.files import read_step_log
 from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
@@ -104,40 +106,46 @@ def _log_as(rank: int) -> None:
 
 
 def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[str, Any]:
-    """Run one rank, in its process; rank 0 shows the progress of all on stderr."""
+    """Run one rank, in its process; the first one that is left shows the progress of all on stderr."""
     rank = int(os.environ.get("RANK", "0"))
     _log_as(rank)
     _quiet_transformers()
-    from lockstep.report.metrics import RunMetrics
     from lockstep.runner import run as runner
     from lockstep.runner.ranks import describe
 
-    if rank != 0:
-        return runner.run_rank(options, member=member)
     console = Terminal(stderr=True)
     with ExitStack() as stack:
-        metrics = None
-        if options.metrics_port is not None:
-            metrics = stack.enter_context(RunMetrics(options.metrics_port))
-            console.print(f"metrics: http://127.0.0.1:{metrics.port}/metrics", style="dim")
-        show = stack.enter_context(progress(console, "running", None))
-        show(0, now="loading the model")
+
+        @functools.cache  # a rank may become the first one in the middle of a run
+        def display() -> tuple[Callable[..., None], RunMetrics | None]:
+            metrics = None
+            if options.metrics_port is not None:
+                metrics = stack.enter_context(RunMetrics(options.metrics_port))
+                console.print(f"metrics: http://127.0.0.1:{metrics.port}/metrics", style="dim")
+            return stack.enter_context(progress(console, "running", None)), metrics
 
         def observe(seen: "RunProgress") -> None:
+            show, metrics = display()
             if metrics is not None:
                 metrics.observe(seen.num_tokens_across_dp, seen.agreement_s)
             rows = " ".join(f"{count:>4}" for count in seen.num_tokens_across_dp[:16])
             show(seen.rows_done, seen.rows_total, f"step {seen.step}, rows {rows}")
 
         def say(about: dict[str, Any]) -> None:
-            console.print(describe(about, options.world_size), style="dim", soft_wrap=True)
+            display()
+            num_ranks = options.world_size if member is None else len(member.members)
+            console.print(describe(about, num_ranks), style="dim", soft_wrap=True)
 
+        if rank == 0:
+            display()[0](0, now="loading the model")
         return runner.run_rank(options, observe, say, member)
 
 
 def _check(options: RunOptions, console: Console) -> None:
     """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
     options.check_survive()
+    if "RANK" in os.environ:
+        refuse_survive_under_torchrun(options.survive)
     if options.expert_load and options.world_size == 1:
         raise ConfigurationError("expert_load needs ranks that share the experts, and data_parallel_size is 1")
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
@@ -158,8 +166,6 @@ def _check(options: RunOptions, console: Console) -> None:
         if options.clock == "wall":
             console.print(expected_duration(trace.requests), style="dim", soft_wrap=True)
         if options.metrics_port is not None:
-            from lockstep.report.metrics import RunMetrics
-
             RunMetrics(options.metrics_port).close()
         if trace.left_out:
             console.print(trace.left_out, style="yellow", soft_wrap=True)

@@ -10,7 +10,7 @@ from lockstep.errors import ConfigurationError
 
 
 class RunMetrics(AbstractContextManager["RunMetrics"]):
-    """Counts what rank 0 knows of all ranks, and serves it until it is closed."""
+    """Counts what one rank knows of all ranks, and serves it until it is closed."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -23,7 +23,7 @@ class RunMetrics(AbstractContextManager["RunMetrics"]):
         self._real = Counter("lockstep_real_rows", "Rows of requests.", ["rank"], registry=registry)
         self._wait = Histogram(
             "lockstep_agreement_wait_seconds",
-            "Rank 0's wait for all ranks to agree on a step.",
+            "One rank's wait for all ranks to agree on a step.",
             buckets=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
             registry=registry,
         )

@@ -66,6 +66,13 @@ class ModelOptions:
         return self.data_parallel_size * self.tensor_parallel_size
 
 
+def refuse_survive_under_torchrun(survive: object) -> None:
+    """Raise `ConfigurationError` for slots for lost ranks where all ranks start again after a loss."""
+    if survive:
+        rule = "after a loss all ranks start again there"
+        raise ConfigurationError(f"survive must be 0 under torchrun, got {survive!r:.80}: {rule}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(ModelOptions):
     """What a run is; the same on every rank. Its own, beside those of `ModelOptions`.
@@ -80,7 +87,7 @@ class RunOptions(ModelOptions):
         scheduler: how requests become steps.
         keep_logprobs: write the logprob of each chosen token where the dtype rounds, for a comparison.
         expert_load: count what comes to each expert, and write it down.
-        metrics_port: rank 0 serves Prometheus text on this port of the loopback address; None for not.
+        metrics_port: the first rank that is left serves Prometheus text on this loopback port; None for not.
     """
 
     workload: str

@@ -110,13 +110,15 @@ def run_rank(
     """Run one rank to the end of the workload; every rank of the group calls it.
 
     Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
-    `options.out` as it goes. At the end rank 0 writes all ranks' lines to `outputs.jsonl` and `steps.jsonl`.
+    `options.out` as it goes. At the end the first rank that is left writes all ranks'
+    lines to `outputs.jsonl` and `steps.jsonl`.
 
     When ranks have been lost, of which `member` knows, or when all have been started again, by `launch` or by torchrun,
     requests that had finished are not run again. What a lost rank has written down, the first that is left hands in.
 
-    On rank 0, `on_progress` is called after every step, `on_ready` before the first one with what `RankEngine.about`
-    says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned; nothing elsewhere.
+    On the first rank that is left, `on_progress` is called after every step, `on_ready` before the first one with what
+    `RankEngine.about` says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned;
+    nothing elsewhere.
     """
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
@@ -127,7 +129,7 @@ def run_rank(
         if parallel is not None:
             parallel.open()
         run = _Run(options, model, tokenizer, requests, member)
-        if on_ready is not None and run.rank == 0:
+        if on_ready is not None and run.place == 0:
             on_ready(run.engine.about())
         with run:
             started = time.perf_counter()
@@ -261,7 +263,7 @@ class _Run:
                 if output.finish_reason is not None:
                     self._finish(output.request_id, step, report.done_s)
             self._log(report, step)
-            if on_progress is not None and self.rank == 0:
+            if on_progress is not None and self.place == 0:
                 counts, waited = report.num_tokens_across_dp, report.agreed_s - report.began_s
                 rows_left = sum(state.num_outstanding_tokens for state in self.engine.states)
                 rows_done = self.rows_total - self.arrivals.num_tokens_left - rows_left
