@@ -16,6 +16,8 @@ from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, Ran
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+_DYING_S = 0.3  # from a broken connection until the end of its process is seen, at the longest
+
 
 class Peers:
     """The other ranks of an epoch: where each is and whether it lives; and the last words of a rank that gives up.
@@ -135,6 +137,11 @@ class Peers:
         """Raise what a wait ends with that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
         if isinstance(error, LockstepError):  # another rank has ended it
             raise error
+        if isinstance(error, ConnectionError) and self._board is not None:
+            # The kernel closes a dying process's connections a little before it says that the process is gone.
+            known = time.monotonic() + _DYING_S
+            while not self._in_state("gone") and not self._board.given_up and time.monotonic() < known:
+                time.sleep(0.002)
         ranks = error.ranks_missing if isinstance(error, RanksMissing) else ()
         after = f"after {time.perf_counter() - started:.2f} s, deadline {deadline_s:g} s"
         raise self.absent(f"{what} did not end {after}: {error}", ranks, among) from error
