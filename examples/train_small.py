@@ -115,6 +115,8 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.to(torch.float16).save_pretrained(arguments.output)
+    # It has learned one text, not to talk: a chat goes on where the last message ends.
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(arguments.output)
     prompt = tokenizer("The import statement", return_tensors="pt").to(arguments.device)
     print(tokenizer.decode(model.float().generate(**prompt, max_new_tokens=200)[0]))

@@ -9,15 +9,17 @@ import logging
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
-
-import torch
-from transformers import AutoModelForCausalLM
+from pathlib import Path
 
 from lockstep import Engine, LockstepError, SamplingParams
 from lockstep.models.tiny import make_tiny
+
+sys.path.insert(0, str(Path(__file__).parent / "ranks"))
+from one_process import one_process
 
 DEADLINE_S = 3.0
 MOST_TOKENS = 80
@@ -54,24 +56,7 @@ class Soak:
         self.slowest_s = 0.0
         folder = tempfile.mkdtemp(prefix="soak-survivors-")
         self.models = [str(make_tiny(f"{folder}/{n}", num_layers=2, num_experts=n)) for n in (6, 8, 12)]
-        self.expected = {path: self.alone(path) for path in self.models}
-
-    def alone(self, path):
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
-        known = {}
-
-        @torch.no_grad()
-        def generate(prompt):
-            if prompt not in known:
-                ids = torch.tensor([prompt])
-                output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST_TOKENS, do_sample=False,
-                    min_new_tokens=MOST_TOKENS, pad_token_id=0, eos_token_id=None,
-                )  # fmt: skip
-                known[prompt] = output[0, len(prompt) :].tolist()
-            return known[prompt]
-
-        return generate
+        self.expected = {path: one_process(path) for path in self.models}
 
     def run_case(self):
         """Start an engine, lose ranks of it, and compare what comes out."""
@@ -107,7 +92,7 @@ class Soak:
                 logging.error("case %d lost %s: %s", counts["cases"], heard.unfinished, heard.error)
         counts["twice"] += heard.twice
         for prompt, length, tokens in zip(prompts, lengths, heard.tokens, strict=True):
-            wanted = self.expected[path](prompt)[:length]
+            wanted = list(self.expected[path](prompt, MOST_TOKENS)[:length])
             counts["tokens"] += len(tokens)
             if tokens != wanted[: len(tokens)]:
                 counts["wrong"] += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from one_process import one_process
 
 pytest.importorskip("transformers")
 
@@ -34,21 +35,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """What one process generates for a prompt, by Transformers alone."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
-
-    def generate(prompt, count):
-        ids = torch.tensor([byte_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
-        with torch.no_grad():
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-                pad_token_id=0, eos_token_id=None,
-            )  # fmt: skip
-        return tuple(output[0, ids.shape[1] :].tolist())
-
-    return generate
+    return one_process(tiny)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
+from one_process import one_process
 from said import say, sleep_until_said
 
 pytest.importorskip("transformers")
@@ -25,20 +25,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """What one process generates for a prompt, by Transformers alone."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
-
-    def generate(prompt):
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, min_new_tokens=10, do_sample=False,
-            pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        return tuple(output[0, len(prompt) :].tolist())
-
-    return generate
+    generate = one_process(tiny)
+    return lambda prompt: generate(prompt, 10)
 
 
 def prompts_of(rank, call):

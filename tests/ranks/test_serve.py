@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hypothesis import given as hypothesis_given
+from one_process import one_process
 
 pytest.importorskip("transformers")
 pytest.importorskip("starlette")
@@ -133,23 +134,9 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """The text that one process generates for a prompt, by Transformers alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
-    tokenizer = byte_tokenizer()
-
-    def generate(prompt, count):
-        ids = torch.tensor([tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
-        with torch.no_grad():
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-                pad_token_id=0, eos_token_id=None,
-            )  # fmt: skip
-        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-
-    return generate
+    """The text that one process generates for a prompt."""
+    generate, tokenizer = one_process(tiny), byte_tokenizer()
+    return lambda prompt, count: tokenizer.decode(generate(prompt, count), skip_special_tokens=True)
 
 
 GREEDY = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}

@@ -18,6 +18,8 @@ def test_uneven_ranks_write_english():
     with lockstep.Engine(FOLDER, data_parallel_size=2, dtype="float32") as engine:
         params = lockstep.SamplingParams(max_tokens=80)
         texts = {output.index: output.text for output in engine.generate([row["prompt"] for row in rows], params)}
+    chat = [{"role": "user", "content": rows[0]["prompt"]}]  # what README sends to `make serve`
+    assert AutoTokenizer.from_pretrained(FOLDER).apply_chat_template(chat, tokenize=False) == rows[0]["prompt"]
     known = set(re.findall(r"\w+", "\n".join(topics.topics.values())))
     for number, row in enumerate(rows):
         words = re.findall(r"\w+", row["prompt"] + texts[number])[:-1]  # the last one is cut off

@@ -6,16 +6,15 @@ import threading
 import time
 
 import pytest
+from one_process import one_process
 
 pytest.importorskip("transformers")
 
-import torch
 
 from lockstep import ConfigurationError, Engine, PeerFailedError, SamplingParams
 from lockstep.models.tiny import make_tiny
 
 LONG = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
-MOST_OUTAGE_S = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +24,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """What one process generates, by Transformers alone."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
-
-    def generate(prompt, count):
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        return tuple(output[0, len(prompt) :].tolist())
-
-    return generate
+    return one_process(tiny)
 
 
 class Heard:
@@ -113,7 +99,7 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
         with pytest.raises(PeerFailedError, match=rf"rank {left} failed: .*SIGKILL"):
             list(engine.generate(prompts[:1], LONG))
     print("outages, s:", [round(outage, 2) for outage in outages])
-    assert min(outages) < MOST_OUTAGE_S
+    assert max(outages) < 10, "the deadline ended the wait, not the death"
 
 
 @pytest.mark.ranks(3)

@@ -1,14 +1,18 @@
 """The project itself: a wheel that works outside the clone, lazy imports, no torch where none is due."""
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,8 +132,6 @@ def test_every_file_has_its_line_in_the_structure_page():
 
 
 def test_the_lowest_versions_are_those_that_are_declared():
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = [
@@ -143,6 +145,30 @@ def test_the_lowest_versions_are_those_that_are_declared():
     # The first release that the bound admits may have been withdrawn: the next of its patches, then.
     unlike = {name for name, bound in bounds.items() if not f"{pinned[name]}.".startswith(f"{bound}.")}
     assert not unlike
+
+
+def test_a_user_path_imports_nothing_that_only_developers_install(tmp_path):
+    """`pip install '.[all]'` is enough to load a model and generate: whatever that imports is declared."""
+    code = """
+import json, sys, lockstep
+from lockstep.models.tiny import make_tiny
+from transformers import AutoTokenizer
+path = make_tiny(sys.argv[1], num_layers=1)
+with lockstep.join(lockstep.from_pretrained(path)) as model:
+    model.generate(**AutoTokenizer.from_pretrained(path)("a", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    result = _python("-c", code, tmp_path / "tiny", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    imported = set(json.loads(result.stdout.splitlines()[-1]))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [Requirement(line).name for name in ("models", "cli", "report", "serve") for line in extras[name]]
+    theirs = [Requirement(line) for name in declared for line in metadata.requires(name) or ()]
+    always = {one.name for one in theirs if one.marker is None or one.marker.evaluate({"extra": ""})}
+    developers = {Requirement(line).name for line in extras["dev"]} - {*declared, *always}
+    owners = metadata.packages_distributions()
+    assert not {name for name in imported if developers & set(owners.get(name, ()))}
 
 
 def test_no_two_test_files_have_one_name():
