@@ -2,22 +2,22 @@
 
 import os
 import sys
-import tempfile
+from pathlib import Path
 
 import transformers
 
 import lockstep
-from lockstep.models.tiny import make_tiny
+
+STARTS = ("The import statement", "A class definition", "Names refer to", "The built-in function")
 
 rank = int(os.environ.get("RANK", "0"))
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-path = sys.argv[1] if len(sys.argv) > 1 else make_tiny(tempfile.mkdtemp())
+path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "small_moe"
 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-model = lockstep.from_pretrained(path)
+model = lockstep.from_pretrained(path, dtype="auto" if len(sys.argv) > 1 else "float32")
 
-prompts = [f"Prompt {number} of rank {rank}: " for number in range(1 + 3 * rank)]
 with lockstep.join(model):
-    for prompt in prompts:
-        output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    for start in STARTS[: 1 + 3 * rank]:
+        output = model.generate(**tokenizer(start, return_tensors="pt"), max_new_tokens=40, do_sample=False)
         print(f"rank {rank}: {tokenizer.decode(output[0])!r}", flush=True)

@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data import topics
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,3 +39,14 @@ def test_experts_are_preferred():
     for layer, router in enumerate(routers):
         load = torch.bincount(router.topk(2).indices.flatten(), minlength=16)
         assert load.max() > 1.5 * load.float().mean(), f"layer {layer}: {load.tolist()}"
+
+
+@pytest.mark.ranks(2)
+def test_the_example_for_a_model_of_transformers_runs_on_uneven_ranks():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    ended = subprocess.run(
+        [*command, FOLDER.parent / "uneven_generate.py"], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("rank 0: 'The import statement") == 1
+    assert ended.stdout.count("rank 1: ") == 4
