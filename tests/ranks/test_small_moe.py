@@ -43,7 +43,7 @@ def test_experts_are_preferred():
 
 @pytest.mark.ranks(2)
 def test_the_example_for_a_model_of_transformers_runs_on_uneven_ranks():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*command, FOLDER.parent / "uneven_generate.py"], capture_output=True, text=True, timeout=120
     )
