@@ -36,8 +36,10 @@ openai = pytest.importorskip("openai")
 
 KEY = "a-key"
 RANKS = 3
-MAX_QUEUE = 300
+MAX_NUM_SEQS = 16
+MAX_QUEUE = 128
 MAX_CONNECTIONS = 200
+ENDLESS = 30_000  # tokens: minutes of work, and within the model's context
 SLOW = 60.0
 
 
@@ -114,14 +116,8 @@ def tiny(tmp_path_factory):
 def server(tiny):
     made = Server(
         tiny,
-        "--max-queue",
-        str(MAX_QUEUE),
-        "--read-timeout",
-        "2",
-        "--max-connections",
-        str(MAX_CONNECTIONS),
-        "--log-requests",
-        "sizes",
+        *("--max-num-seqs", str(MAX_NUM_SEQS), "--max-queue", str(MAX_QUEUE)),
+        *("--read-timeout", "2", "--max-connections", str(MAX_CONNECTIONS), "--log-requests", "sizes"),
     )
     yield made
     made.process.kill()
@@ -176,7 +172,8 @@ def test_a_chat_goes_through_the_chat_template(client, alone):
     assert (answer.choices[0].message.role, answer.object) == ("assistant", "chat.completion")
     events = list(client.chat.completions.create(messages=messages, max_tokens=16, stream=True, **GREEDY))
     assert "".join(event.choices[0].delta.content for event in events) == expected
-    assert [event.choices[0].delta.role for event in events][:2] == ["assistant", None]
+    first, *others = (event.choices[0].delta.role for event in events)
+    assert first == "assistant" and set(others) <= {None}  # the tokens of several steps may be one event
 
 
 @pytest.mark.ranks(RANKS)
@@ -413,10 +410,16 @@ def test_too_many_connections_are_refused_and_idle_ones_end(server):
             connection.settimeout(30)
             return connection
 
-        idle = [connect() for _ in range(MAX_CONNECTIONS)]
-        refused = connect().recv(4096)
-        assert b" 503 " in refused and b"too_many_connections" in refused
-        assert b" 408 " in idle[0].recv(4096)
+        assert b" 408 " in connect().recv(4096)
+        answer = b" 200 "
+        for _ in range(MAX_CONNECTIONS + 1):  # answered ones stay open for longer than the test takes
+            assert b" 200 " in answer
+            connection = connect()
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = connection.recv(4096)
+            if b"too_many_connections" in answer:
+                break
+        assert b" 503 " in answer and b"too_many_connections" in answer
     wait_for(lambda: server.get("/health")[0] == 200)
 
 
@@ -432,26 +435,36 @@ def test_what_is_no_http_is_refused(server, nonsense):
 
 @pytest.mark.ranks(RANKS)
 def test_a_full_queue_is_429_and_says_when_to_come_again(server):
-    long = {"prompt": [[1] * 2000] * 100, "max_tokens": 2, "n": 1}
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: server.post(long), range(5)))
-    refused = [(document, headers) for status, document, headers in answers if status == 429]
-    assert refused and {status for status, _, _ in answers} == {200, 429}
-    assert all(document["error"]["code"] == "queue_full" for document, _ in refused)
-    assert all(1 <= int(headers["Retry-After"]) <= 60 for _, headers in refused)
+    """Endless sequences run in every slot that a rank has, and as many as may wait for a slot do."""
+    with contextlib.ExitStack() as stack:
+        for count, state in ((RANKS * MAX_NUM_SEQS, "running"), (MAX_QUEUE, "waiting")):
+            stack.enter_context(endless(server, n=count))
+            wait_for(lambda count=count, state=state: server.figure(f"vllm:num_requests_{state}") == count)
+        status, document, headers = server.post({"prompt": "a"})
+        assert (status, document["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(headers["Retry-After"]) <= 60
+    wait_for(lambda: server.figure("vllm:num_requests_running") == server.figure("vllm:num_requests_waiting") == 0)
+    assert server.post({"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def endless(server, **fields):
+    """A connection with a request that ends when it is closed."""
+    body = {"prompt": "abc", "max_tokens": ENDLESS, "ignore_eos": True, **fields}
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    data = json.dumps(body).encode()
+    connection.sendall(head(f"Content-Length: {len(data)}") + data)
+    return connection
 
 
 @pytest.mark.ranks(RANKS)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_rows(server, stream):
     overrun, tokens = server.figure("lockstep_overrun_rows_total"), server.figure("vllm:generation_tokens_total")
-    body = json.dumps({"prompt": "abc", "max_tokens": 3000, "ignore_eos": True, "stream": stream}).encode()
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head(f"Content-Length: {len(body)}") + body)
+    with endless(server, stream=stream):
         wait_for(lambda: server.figure("vllm:generation_tokens_total") > tokens + 3)
     wait_for(lambda: server.figure("vllm:num_requests_running") == 0)
     wait_for(lambda: server.figure("lockstep_step_rows") == 0)
-    assert server.figure("vllm:generation_tokens_total") - tokens < 3000
+    assert server.figure("vllm:generation_tokens_total") - tokens < ENDLESS
     assert server.figure("lockstep_overrun_rows_total") - overrun <= 3
 
 
@@ -574,10 +587,11 @@ def test_a_dead_rank_costs_no_request_and_dead_ranks_keep_what_waits(server, cli
     victims[1].kill()
     events += list(stream)
     assert "".join(event.choices[0].text for event in events) == alone("abc", 300)
+    wait_for(lambda: server.get("/health")[0] == 200)  # where the stream ended before the loss was noticed
     health = json.loads(server.get("/health")[1])
     assert (health["status"], health["restarts"], health["ranks"][1]["state"]) == ("degraded", 0, "gone")
-    assert health["why"] == "rank 1 is lost, the others go on" and server.get("/health")[0] == 200
-    stream = client.completions.create(prompt="abc", max_tokens=4000, stream=True, **GREEDY)
+    assert health["why"] == "rank 1 is lost, the others go on"
+    stream = client.completions.create(prompt="abc", max_tokens=ENDLESS, stream=True, **GREEDY)
     next(stream)
     for rank in (0, 2):
         victims[rank].kill()
@@ -608,7 +622,8 @@ def test_a_stopped_rank_is_told_of_before_its_deadline(server):
 
 @pytest.mark.ranks(RANKS)
 def test_sigterm_ends_what_runs_and_takes_nothing_new(server, client, alone):
-    """The last test that uses the server."""
+    """The last test that uses the server: an endless request keeps it draining until all has been looked at."""
+    holding = endless(server)
     stream = client.completions.create(prompt="abc", max_tokens=300, stream=True, **GREEDY)
     events = [next(stream)]
     server.process.send_signal(signal.SIGTERM)
@@ -617,6 +632,7 @@ def test_sigterm_ends_what_runs_and_takes_nothing_new(server, client, alone):
         client.completions.create(prompt="abc", max_tokens=3, **GREEDY)
     events += list(stream)
     assert "".join(event.choices[0].text for event in events) == alone("abc", 300)
+    holding.close()
     assert server.process.wait(SLOW) == 0
     assert "Traceback" not in "".join(server.lines)
 
@@ -624,13 +640,13 @@ def test_sigterm_ends_what_runs_and_takes_nothing_new(server, client, alone):
 @pytest.mark.ranks(1)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(tiny, number, status):
-    server = Server(tiny, "--drain-s", "100", ranks=1)
+    server = Server(tiny, "--drain-s", "1000", ranks=1)
     ranks = server.ranks()
-    stream = server.client.completions.create(prompt="abc", max_tokens=20000, stream=True, **GREEDY)
+    stream = server.client.completions.create(prompt="abc", max_tokens=ENDLESS, stream=True, **GREEDY)
     next(stream)
     server.process.send_signal(number)
     wait_for(lambda: server.get("/health")[0] == 503)
-    assert server.end(number, seconds=5) == status
+    assert server.end(number) == status
     wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
 
 
