@@ -332,30 +332,13 @@ def calibrate(
     data_parallel_size: Annotated[int, opt.count("Ranks of those runs.")] = 2,
     requests: Annotated[int, opt.count("Requests of those runs.")] = 120,
     repeats: Annotated[int, opt.count("Repeats of each run.")] = 3,
-    out: Annotated[
-        Path | None, opt.option("File for the constants; by default cost.json, or this machine's file.")
-    ] = None,
-    dispatch: Annotated[
-        bool, opt.option("Measure the backends instead, for `auto` to choose by.", "--dispatch")
-    ] = False,
+    out: Annotated[Path, opt.option("File for the constants.")] = Path("cost.json"),
     as_json: opt.AsJson = False,
 ) -> None:
-    """Fit the simulator's cost constants to this machine, or with --dispatch those by which `auto` chooses."""
-    if dispatch:
-        if run_folders:
-            raise typer.BadParameter("recorded runs do not say what a backend takes: --dispatch measures by itself")
-        if data_parallel_size < 2:
-            raise typer.BadParameter(
-                f"--dispatch measures between ranks: --data-parallel-size must be >= 2, got {data_parallel_size}"
-            )
-        require("numpy")
-        from lockstep.commands.calibrate_dispatch import execute_dispatch_calibration
-
-        raise typer.Exit(execute_dispatch_calibration(data_parallel_size, out, as_json))
+    """Fit the simulator's cost constants to this machine."""
     require("numpy", *([] if run_folders else ["transformers", "safetensors"]))
     from lockstep.commands.calibrate import execute_calibration
 
-    out = out or Path("cost.json")
     raise typer.Exit(execute_calibration(run_folders or [], model, data_parallel_size, requests, repeats, out, as_json))
 
 

@@ -1,5 +1,6 @@
 """The choice of a backend against every stored measurement, and by hand; constants stored and read back."""
 
+import importlib
 import json
 import math
 from dataclasses import asdict, replace
@@ -20,7 +21,6 @@ from lockstep.dispatch.constants import (
     Exchange,
     constants_for,
     features,
-    fit,
     stored_path,
 )
 from lockstep.errors import ConfigurationError
@@ -54,8 +54,15 @@ def measured(commit):
     return cases
 
 
-def fitted(name, cases):
-    return fit(name, [(exchange, times[name]) for (exchange, _), times in cases.items()])
+@pytest.fixture
+def fit(monkeypatch):
+    """The fit of `benchmarks/calibrate_dispatch.py`."""
+    monkeypatch.syspath_prepend(RESULTS.parent)
+    return importlib.import_module("calibrate_dispatch").fit
+
+
+def times_of(name, cases):
+    return [(exchange, times[name]) for (exchange, _), times in cases.items()]
 
 
 def losses(cases, constants):
@@ -74,20 +81,20 @@ def with_counts_known(constants):
 
 
 @pytest.mark.parametrize("commit", [FIRST, PRESENT])
-def test_the_choice_is_at_most_5_percent_slower_than_the_best(commit):
+def test_the_choice_is_at_most_5_percent_slower_than_the_best(commit, fit):
     cases = measured(commit)
     assert len(cases) == 48  # 10 counts evenly routed and 2 skewed, 2 hidden sizes, 2 dtypes
-    constants = DispatchConstants({name: fitted(name, cases) for name in STORED_NAMES.values()})
+    constants = DispatchConstants({name: fit(name, times_of(name, cases)) for name in STORED_NAMES.values()})
     found = losses(cases, constants)
     assert max(found.values()) <= 0.05, {case: loss for case, loss in found.items() if loss > 0.05}
     chosen = {choose(exchange, constants, ALL).backend for exchange, _ in cases}
     assert chosen == ({"nvlink", "alltoall"} if commit == FIRST else {"nvlink"})
 
 
-def test_shipped_constants_are_the_fit_of_the_present_run_and_choose_as_well():
+def test_shipped_constants_are_the_fit_of_the_present_run_and_choose_as_well(fit):
     cases = measured(PRESENT)
     for name in STORED_NAMES.values():
-        again, shipped = asdict(fitted(name, cases)), asdict(SHIPPED["cuda"].backends[name])
+        again, shipped = asdict(fit(name, times_of(name, cases))), asdict(SHIPPED["cuda"].backends[name])
         del again["count_exchange_us"], shipped["count_exchange_us"]
         assert again == pytest.approx(shipped, rel=1e-3), name
     for constants in (SHIPPED["cuda"], with_counts_known(SHIPPED["cuda"])):
@@ -142,7 +149,7 @@ def test_chunks_are_counted_and_as_large_as_backend_and_caller_allow(sizes, limi
     assert choice.predicted_us == pytest.approx(expected[2])
 
 
-def test_a_fit_finds_constants_that_made_the_times():
+def test_a_fit_finds_constants_that_made_the_times(fit):
     truth = BackendConstants(20.0, 0.0, 0.01, 3.0, 5.0, 0.0, 0.7)
     exchanges = [
         Exchange((tokens, tokens // 3), 64, 4, hidden * size, hidden * 2)
@@ -161,15 +168,14 @@ def test_constants_are_stored_per_machine_and_overridable(tmp_path, monkeypatch)
     assert path.parent == tmp_path / "lockstep"
     assert path.name.startswith("dispatch-cpu-")
     assert constants_for("cpu") is SHIPPED["cpu"]
-    LINE.save(path)
+    path.parent.mkdir()
+    path.write_text(json.dumps(asdict(LINE)))
     assert constants_for("cpu").backends == LINE.backends
     assert constants_for("cuda" if torch.cuda.is_available() else "cpu").backends
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "mine.json"))
-    with pytest.raises(
-        ConfigurationError, match=r"mine\.json: not a set of dispatch constants.*lockstep bench calibrate"
-    ):
+    with pytest.raises(ConfigurationError, match=r"mine\.json: not a set of dispatch constants.*calibrate_dispatch"):
         constants_for("cpu")
-    SHIPPED["cuda"].save(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text(json.dumps(asdict(SHIPPED["cuda"])))
     assert constants_for("cpu").backends == SHIPPED["cuda"].backends
 
 

@@ -65,7 +65,6 @@ def test_without_the_extra_cli_the_command_says_what_to_type(package, arguments)
         (["compare", ".", "."], ["numpy"], "report"),
         (["bench", "calibrate"], ["numpy"], "report"),
         (["bench", "calibrate"], ["transformers"], "models"),
-        (["bench", "calibrate", "--dispatch"], ["numpy"], "report"),
     ],
 )
 def test_what_a_command_lacks_is_named_before_it_does_anything(
@@ -146,8 +145,6 @@ def test_options_are_checked_before_torch_is_imported(tmp_path):
         ("simulate --max-chunk-size 9999999999999999999", "--max-chunk-size must be <= 2147483647, got 9999999999"),
         ("simulate --buffer-capacity-rows 9999999999", "--buffer-capacity-rows must be <= 2147483647, got 9999999999"),
         ("simulate --synthetic rate=1,rate=2", "--synthetic: synthetic parameters are name=number, each once"),
-        ("bench calibrate --dispatch --data-parallel-size 99999", "--data-parallel-size must be <= "),
-        ("bench calibrate --dispatch --data-parallel-size 1", "--data-parallel-size must be >= 2, got 1"),
         ("run --max-num-seqs 0", "--max-num-seqs must be >= 1, got 0"),
         ("run --seconds-per-step 0", "--seconds-per-step must be a number > 0, got 0"),
         ("run --rate-scale nan", "--rate-scale must be a number in 1e-09..1e+09, got 'nan'"),

@@ -48,7 +48,7 @@ def execute_calibration(
     as_json: bool, make_run: Callable[[Path, str, int, int], None] = make_run,
 ) -> int:  # fmt: skip
     """Fit cost constants to recorded runs, or to `repeats` runs made for it; write them and show how well they fit."""
-    check_replaceable(out, lambda: CostConstants.load(str(out)))  # said before the runs, not after them
+    _check_replaceable(out)  # before the runs, not after them
     source = "fitted to " + ", ".join(map(str, run_folders))
     runs = [read_columns(folder) for folder in run_folders]
     if not runs:
@@ -73,8 +73,8 @@ def execute_calibration(
     return 0
 
 
-def check_replaceable(out: Path, load: Callable[[], object]) -> None:
-    """Raise `ConfigurationError` where `out` cannot be written, or holds something that `load` cannot read."""
+def _check_replaceable(out: Path) -> None:
+    """Raise `ConfigurationError` where `out` cannot be written, or exists and holds anything but cost constants."""
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigurationError(f"the folder of {out} does not exist")
@@ -82,8 +82,8 @@ def check_replaceable(out: Path, load: Callable[[], object]) -> None:
         raise ConfigurationError(f"the folder of {out} cannot be written")
     if out.exists() or out.is_symlink():
         try:
-            load()
+            CostConstants.load(str(out))
         except ConfigurationError:
             raise ConfigurationError(
-                f"{out} is not overwritten: it is no file of constants; choose another with --out"
+                f"{out} is not overwritten: it holds no cost constants; choose another file with --out"
             ) from None

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -73,11 +73,6 @@ class DispatchConstants:
         numbers = json.dumps(asdict(self)["backends"], sort_keys=True)
         return f"{self.source} ({zlib.crc32(numbers.encode()):08x})"
 
-    def save(self, path: str | Path) -> None:
-        """Write the constants as JSON, as `load` reads them; the folder is made where it is not there."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, path: str | Path) -> DispatchConstants:
         """Read constants from a JSON file; `ConfigurationError` if it is not there or holds something else."""
@@ -87,7 +82,7 @@ class DispatchConstants:
             source = str(text["source"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigurationError(
-                f"{path}: not a set of dispatch constants ({error}); `lockstep bench calibrate` writes one"
+                f"{path}: not a set of dispatch constants ({error}); benchmarks/calibrate_dispatch.py writes one"
             ) from None
         if not backends or not set(backends) <= set(BACKENDS):
             raise ConfigurationError(f"{path}: backends must be of {', '.join(BACKENDS)}, got {sorted(backends)}")
@@ -105,26 +100,6 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
     dispatch, combine = exchange.dispatch_row_bytes / 1e6, exchange.combine_row_bytes / 1e6
     first = min(busiest * (dispatch + combine), _FIRST_MB)
     return 1.0, float(total), busiest * dispatch, busiest * combine, share * total * (dispatch + combine), first
-
-
-def fit(name: str, measured: Sequence[tuple[Exchange, float]]) -> BackendConstants:
-    """Fit one backend's constants, all >= 0, to 6 times or more, > 0 us; errors count relatively."""
-    if len(measured) < 6 or not all(time > 0 for _, time in measured):
-        raise ConfigurationError(f"{name}: a fit needs 6 times or more, all > 0 us, got {[us for _, us in measured]}")
-    table = torch.tensor([features(name, exchange) for exchange, _ in measured], dtype=torch.float64)
-    times = torch.tensor([time for _, time in measured], dtype=torch.float64)
-    used = [index for index in range(table.shape[1]) if bool(table[:, index].any())]
-    while True:  # leave out the most negative one until none is left
-        scaled = table[:, used] / times[:, None]
-        unit = scaled.abs().amax(dim=0)
-        found = torch.linalg.lstsq(scaled / unit, torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd")
-        solution = found.solution[:, 0]
-        if bool((solution >= 0).all()):
-            break
-        used.pop(int(solution.argmin()))
-    values = dict(zip(used, (solution / unit).tolist(), strict=True))
-    latency, row, dispatch, combine, total, first = (values.get(index, 0.0) for index in range(6))
-    return BackendConstants(latency, 0.0, row, dispatch, combine, total, first)
 
 
 def machine_name(device_type: str) -> str:
@@ -164,7 +139,7 @@ SHIPPED = {
         },
         "shipped, for gloo on one host",
     ),
-    # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted by `fit` to
+    # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted to
     # benchmarks/results/dispatch_h200x2_2026-11-23_8024bae.jsonl (tests/unit/test_choose.py does it again): `allgather`
     # to agv_rsv, `alltoall` to a2av. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its
     # copy to the host, which is what the exchange of counts comes to, took 104 us on such a host.

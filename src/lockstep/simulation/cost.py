@@ -165,7 +165,7 @@ def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -
     keep = np.ones(len(own), dtype=bool)
     for _ in range(20):
         features = np.column_stack([shared, own[steps, longest]])
-        solution = _nonnegative_least_squares(features[keep], duration_us[keep])
+        solution = nonnegative_least_squares(features[keep], duration_us[keep])
         keep = duration_us <= 5 * (features @ solution)
         following = (own @ solution[shared.shape[1] :]).argmax(axis=1)
         if np.array_equal(following, longest):
@@ -177,7 +177,7 @@ def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -
     return error, solution
 
 
-def _nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:
+def nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Solve for coefficients >= 0, leaving out the most negative one until none is left. Errors count relatively."""
     weights = 1 / np.maximum(target, 1e-9)
     used = [index for index in range(features.shape[1]) if features[:, index].any()]
