@@ -5,7 +5,10 @@ from lockstep.coordination.session import Session as Session
 from lockstep.coordination.step import StepDecision as StepDecision
 from lockstep.coordination.step import StepRecord as StepRecord
 from lockstep.coordination.step import decide as decide
+from lockstep.dispatch.base import Abilities as Abilities
+from lockstep.dispatch.base import CollectiveDispatcher as CollectiveDispatcher
 from lockstep.dispatch.base import Dispatcher as Dispatcher
+from lockstep.dispatch.base import DispatchHandle as DispatchHandle
 from lockstep.dispatch.base import ExpertsShape as ExpertsShape
 from lockstep.dispatch.base import Route as Route
 from lockstep.dispatch.choose import DispatcherOptions as DispatcherOptions

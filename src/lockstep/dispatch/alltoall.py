@@ -24,9 +24,10 @@ class AllToAllDispatcher(CollectiveDispatcher):
 
     name = "alltoall"
 
-    def _send(
+    def send_rows(
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Sent]:
+        """See `CollectiveDispatcher.send_rows`."""
         needed, ones = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks), [1] * self._num_ranks
         counts = needed.sum(dim=0)
         recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
@@ -44,15 +45,16 @@ class AllToAllDispatcher(CollectiveDispatcher):
         ids, weights = view_as(received[:, hidden:], torch.int32).chunk(2, dim=1)
         return received[:, :hidden], ids, view_as(weights, torch.float32), sent
 
-    def _send_back(self, partial: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def send_sums(self, sums: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See `CollectiveDispatcher.send_sums`."""
         sent: _Sent = handle.own
-        parts = self._exchange(handle.route, partial, sent.recv_sizes, sent.send_sizes, host_waits=False)
+        parts = self._exchange(handle.route, sums, sent.recv_sizes, sent.send_sizes, host_waits=False)
         total = parts.new_zeros((handle.num_rows, parts.shape[1]), dtype=torch.float32)
         both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
         for rows, part in zip(*both, strict=True):
             # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
             total.index_add_(0, rows, part.float())
-        return total.to(partial.dtype)
+        return total.to(sums.dtype)
 
     def _exchange(
         self, route: Route, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], *, host_waits: bool = True

@@ -167,7 +167,15 @@ class Dispatcher(Protocol):
 
 
 class CollectiveDispatcher(Dispatcher):
-    """What the backends share that exchange rows by collectives, eagerly, with counts known to the host."""
+    """Base of dispatchers that run eagerly, with row counts known to the host: derive from it and move the rows.
+
+    A subclass sets `name` and writes `send_rows` and `send_sums`; ordering pairs by expert and weighting them are here.
+
+    Args:
+        process_group: the expert-parallel ranks.
+        num_experts: of all ranks; the ranks must divide it.
+        deadline_s: longest wait for any rank, in seconds; for the subclass to heed.
+    """
 
     def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
         self._group, self._deadline_s = process_group, deadline_s
@@ -189,7 +197,7 @@ class CollectiveDispatcher(Dispatcher):
     ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`. All ranks have agreed on the number of tokens, so the device is not asked."""
         own = slice(route.sizes[self._rank] if num_tokens is not None else None)
-        rows, ids, weights, sent = self._send(route, hidden_states[own], topk_ids[own], topk_weights[own])
+        rows, ids, weights, sent = self.send_rows(route, hidden_states[own], topk_ids[own], topk_weights[own])
         # The pairs of this rank's experts, in the order of expert and row.
         local = ids.reshape(-1) - self._rank * self.num_local_experts
         position = ((local >= 0) & (local < self.num_local_experts)).nonzero().squeeze(1)
@@ -206,17 +214,30 @@ class CollectiveDispatcher(Dispatcher):
         """See `Dispatcher.combine`."""
         rows = handle.hidden_states
         partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0]).to(rows.dtype)
-        sums = self._send_back(partial, handle)
+        sums = self.send_sums(partial, handle)
         return torch.nn.functional.pad(sums, (0, 0, 0, handle.num_rows - sums.shape[0]))
 
-    def _send(
+    def send_rows(
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """Send this rank's rows; return those that came, their ids and weights, and what `_send_back` needs to know."""
+        """Send each row to the ranks of its experts. Collective; the arguments are those of `dispatch`, tokens only.
+
+        Returns:
+            The rows that arrived, `[received, hidden]`; their global expert ids and routing weights,
+            `[received, top_k]`, where ids of other ranks' experts are ignored; and `DispatchHandle.own`.
+        """
         raise NotImplementedError
 
-    def _send_back(self, partial: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Send the sums of the rows that came to where they came from; return those of this rank's, over all ranks."""
+    def send_sums(self, sums: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Send each received row's weighted sum over this rank's experts back to its source. Collective.
+
+        Args:
+            sums: `[received, hidden]`, in the dtype and the order of the rows that `send_rows` returned.
+            handle: of the same dispatch.
+
+        Returns:
+            This rank's rows, each summed over all ranks in rank order in float32, `[rows, hidden]`.
+        """
         raise NotImplementedError
 
 
