@@ -3,6 +3,7 @@
 A start takes seconds, so that two engines serve most tests, and the last test of each ends it by force.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from lockstep.workload import PAGE_SIZE
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=30_000, temperature=0, ignore_eos=True)
 PAGES = 4
 
 
@@ -68,6 +70,16 @@ def workers(engine):
 
 def is_running(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@contextlib.contextmanager
+def stopped(engine):
+    """The ranks stand still, and find all that is sent meanwhile in one step."""
+    for pid in workers(engine):
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    for pid in workers(engine):
+        os.kill(pid, signal.SIGCONT)
 
 
 def wait_for(condition, seconds=20.0):
@@ -125,15 +137,15 @@ def test_a_listener_hears_every_token_and_ranks_say_how_they_are(engine, alone):
 
 
 @pytest.mark.ranks(2)
-def test_what_a_listener_has_abandoned_leaves_its_rank(engine):
-    heard, overrun = Heard(), sum(engine.stats.overrun_rows)
-    engine.submit(heard, engine.read_requests(prompts_of((4,)), LONG))
+def test_what_a_listener_has_abandoned_leaves_its_rank(shared):
+    heard, overrun = Heard(), sum(shared.stats.overrun_rows)
+    shared.submit(heard, shared.read_requests(prompts_of((4,)), ENDLESS))
     wait_for(lambda: heard.tokens)
-    engine.abandon(heard)
-    wait_for(lambda: engine.stats.unfinished_requests == 0)
-    wait_for(lambda: max(engine.stats.num_kv_tokens) == 0)
-    assert len(heard.tokens[0]) < 200
-    assert sum(engine.stats.overrun_rows) - overrun <= 3
+    shared.abandon(heard)
+    wait_for(lambda: shared.stats.unfinished_requests == 0)
+    wait_for(lambda: max(shared.stats.num_kv_tokens) == 0)
+    assert len(heard.tokens[0]) < ENDLESS.max_tokens
+    assert sum(shared.stats.overrun_rows) - overrun <= 3
 
 
 @pytest.mark.ranks(2)
@@ -194,17 +206,17 @@ def test_stop_strings_cut_the_text_exactly_and_cost_one_row(engine, alone):
 
 @pytest.mark.ranks(2)
 def test_what_nobody_waits_for_frees_its_pages(engine, alone):
-    prompts = [[1] * 50, [2] * 50, [3]]  # one of the long ones on each rank; both need all pages there
-    outputs = engine.generate(prompts, [LONG, LONG, GREEDY])
-    assert next(outputs).index == 2
+    prompts = [[3], [1] * 50, [2] * 50]  # one of the long ones on each rank; both need all pages there
+    outputs = engine.generate(prompts, [GREEDY, LONG, LONG])
+    assert next(outputs).index == 0
     outputs.close()
     assert list(outputs) == []
-    for output in engine.generate(prompts, [GREEDY, LONG, GREEDY]):  # let go of in the middle
+    for output in engine.generate(prompts, [GREEDY, GREEDY, LONG]):  # let go of in the middle
         assert output.token_ids == alone(prompts[output.index], 12)
         break
     del output
     wait_for(lambda: engine.stats.unfinished_requests == 0)
-    assert tokens_of(engine.generate(prompts[:2], LONG)) == [alone(prompt, 200) for prompt in prompts[:2]]
+    assert tokens_of(engine.generate(prompts[1:], LONG)) == [alone(prompt, 200) for prompt in prompts[1:]]
 
 
 @pytest.mark.ranks(2)
@@ -230,7 +242,10 @@ def test_several_calls_at_once(engine, alone):
 def test_preempted_requests_give_the_same_tokens(engine, alone):
     prompts = prompts_of([60] * 8)  # four on each rank, with four pages: every one grows into a second page
     before = sum(engine.stats.preempted)
-    assert tokens_of(engine.generate(prompts, GREEDY)) == [alone(prompt, 12) for prompt in prompts]
+    with stopped(engine):  # so that none ends before the last has come
+        outputs = engine.generate(prompts, GREEDY)
+        wait_for(lambda: engine.stats.unfinished_requests == len(prompts))
+    assert tokens_of(outputs) == [alone(prompt, 12) for prompt in prompts]
     assert sum(engine.stats.preempted) > before
 
 
@@ -344,16 +359,16 @@ def test_an_idle_engine_hardly_runs_and_answers_at_once(engine):
 @pytest.mark.ranks(2)
 def test_the_last_rank_that_is_killed_is_named_and_nothing_is_left(engine):
     pids = workers(engine)
-    outputs = engine.generate([[1] * 20, [2] * 20], LONG)
+    outputs = engine.generate([[1] * 20] * 200, LONG)  # one at a time on each rank: minutes
     wait_for(lambda: any(engine.stats.num_tokens_across_dp))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     with pytest.raises(PeerFailedError, match=r"rank [01] failed: .*SIGKILL") as caught:
         list(outputs)
-    assert time.monotonic() - killed < 5  # a second on a machine that does nothing else
+    assert time.monotonic() - killed < 20, "the deadline ended the wait, not the death"
     assert caught.value.rank in (0, 1)
-    wait_for(lambda: not any(is_running(pid) for pid in pids), 5)
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
     with pytest.raises(PeerFailedError, match=r"rank [01] failed"):  # it stays closed, and says why
         engine.generate(["a"])
     engine.close()
@@ -379,11 +394,9 @@ def test_ranks_that_share_requests(shared, alone):
 def test_a_stopped_rank_is_named_after_the_deadline(shared):
     pids = workers(shared)
     os.kill(pids[1], signal.SIGSTOP)
-    stopped = time.monotonic()
     with pytest.raises(RankAbsentError, match="rank 1"):
         list(shared.generate([[1, 2, 3]], LONG))
-    assert time.monotonic() - stopped < 2 + 6
-    wait_for(lambda: not any(is_running(pid) for pid in pids), 5)
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
 @pytest.mark.ranks(1)
@@ -426,7 +439,7 @@ def test_ctrl_c_ends_a_script_and_all_its_ranks(tmp_path, tiny):
     _, said = process.communicate(timeout=20)
     assert process.returncode in (-signal.SIGINT, 130)
     assert said.count("KeyboardInterrupt") == 1 and said.count("Traceback") == 1  # the script's own, none of a rank
-    wait_for(lambda: not any(is_running(pid) for pid in pids), 5)
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
 @pytest.mark.ranks(2)
@@ -435,4 +448,4 @@ def test_no_rank_survives_its_script_not_even_a_stopped_one(tmp_path, tiny):
     os.kill(pids[1], signal.SIGSTOP)
     process.kill()
     process.communicate(timeout=20)
-    wait_for(lambda: not any(is_running(pid) for pid in pids), 5)
+    wait_for(lambda: not any(is_running(pid) for pid in pids))

@@ -15,6 +15,7 @@ from lockstep import ConfigurationError, Engine, PeerFailedError, SamplingParams
 from lockstep.models.tiny import make_tiny
 
 LONG = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=30_000, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,20 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.002)
 
 
-def lose(engine, heard, rank, number=signal.SIGKILL):
-    """End a rank in mid-run; return the seconds until the first token of the next epoch."""
-    epoch = engine.stats.epoch
+def lose(engine, rank, number=signal.SIGKILL):
+    """End a rank, and return the seconds until the first token of the next epoch.
+
+    An endless request runs meanwhile, so that the loss is in mid-run on a machine of any speed.
+    """
+    epoch, endless = engine.stats.epoch, Heard(1)
+    engine.submit(endless, engine.read_requests([[7]], ENDLESS))
+    endless.wait_for_more(1)
     os.kill(engine.ranks()[rank].pid, number)
     lost = time.monotonic()
-    wait_for(lambda: engine.stats.epoch == epoch + 1 or heard.error)
-    heard.wait_for_more(1)
-    assert heard.error is None
+    wait_for(lambda: engine.stats.epoch == epoch + 1 or endless.error)
+    endless.wait_for_more(1)
+    engine.abandon(endless)
+    assert endless.error is None
     return time.monotonic() - lost
 
 
@@ -76,14 +83,11 @@ def lose(engine, heard, rank, number=signal.SIGKILL):
 def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, victims, survive):
     """Eight experts over 3, 2 and 1 ranks, none of which divides them but the last two."""
     prompts = [[n + 1, 2, 3] * (1 + n % 4) for n in range(9)]
-    with Engine(tiny, data_parallel_size=3, deadline_s=10, survive=survive) as engine:
+    with Engine(tiny, data_parallel_size=3, deadline_s=60, survive=survive) as engine:
         heard = Heard(len(prompts))
         engine.submit(heard, engine.read_requests(prompts, LONG))
-        wait_for(lambda: len(heard.times) > 60)
-        outages = []
-        for victim in victims:
-            outages.append(lose(engine, heard, victim))
-            heard.wait_for_more(30)
+        heard.wait_for_more(60)
+        outages = [lose(engine, victim) for victim in victims]
         for _ in prompts:
             assert heard.left.acquire(timeout=60) and heard.error is None
         assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
@@ -94,12 +98,13 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
             alone(prompt, 120) for prompt in prompts[:2]
         ]
         assert {output.rank for output in again} == {left}
-        assert engine.stats.unfinished_requests == 0 and engine.stats.epoch == 2
+        wait_for(lambda: engine.stats.unfinished_requests == 0)
+        assert engine.stats.epoch == 2
         os.kill(engine.ranks()[left].pid, signal.SIGKILL)
         with pytest.raises(PeerFailedError, match=rf"rank {left} failed: .*SIGKILL"):
             list(engine.generate(prompts[:1], LONG))
     print("outages, s:", [round(outage, 2) for outage in outages])
-    assert max(outages) < 10, "the deadline ended the wait, not the death"
+    assert max(outages) < 60, "the deadline ended the wait, not the death"
 
 
 @pytest.mark.ranks(3)
@@ -122,7 +127,7 @@ def test_a_rank_is_lost_while_the_others_begin_the_next_epoch(tiny, alone):
 def test_experts_are_not_read_from_another_checkpoint(tmp_path):
     path = make_tiny(tmp_path / "tiny", num_layers=1, num_experts=4)
     with Engine(str(path), data_parallel_size=2, deadline_s=10) as engine:
-        outputs = engine.generate([[1, 2], [3]], LONG)
+        outputs = engine.generate([[1, 2], [3]], ENDLESS)
         os.utime(path / "model.safetensors")  # somebody has written it anew
         os.kill(engine.ranks()[1].pid, signal.SIGKILL)
         with pytest.raises(ConfigurationError, match="tiny is not the checkpoint any more that the ranks have loaded"):
@@ -135,8 +140,8 @@ def test_a_stopped_rank_is_given_up_after_the_deadline_and_killed(tiny, alone):
     with Engine(tiny, data_parallel_size=3, deadline_s=2) as engine:
         heard = Heard(len(prompts))
         engine.submit(heard, engine.read_requests(prompts, LONG))
-        wait_for(lambda: len(heard.times) > 30)
-        assert lose(engine, heard, 2, signal.SIGSTOP) < 2 + 4
+        heard.wait_for_more(30)
+        assert lose(engine, 2, signal.SIGSTOP) >= 2
         for _ in prompts:
             assert heard.left.acquire(timeout=60) and heard.error is None
         assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
