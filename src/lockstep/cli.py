@@ -192,7 +192,7 @@ def simulate(
     max_prompt_tokens: opt.MaxPromptTokens = None,
     max_new_tokens: opt.MaxNewTokens = None,
     max_malformed_share: opt.MaxMalformedShare = 0.01,
-    cost: Annotated[str, opt.option("A shipped set of cost constants, or a JSON file.")] = "h200",
+    cost: Annotated[str, opt.option("A shipped set of cost constants, or a JSON file.")] = "h100",
     ttft_p99: Annotated[
         float | None, opt.limit("Limit for the 99th percentile of the time to the first token, such as 2s.")
     ] = None,

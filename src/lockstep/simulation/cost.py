@@ -23,7 +23,7 @@ class CostConstants:
         + max over ranks of (token_us * t + request_us * d
                              + decode_context_us * decode context + prefill_context_us * prefill context)
         + row_us * max(t)
-        + weights_us * (1 - (1 - expert_share) ** sum(t)) + expert_row_us * mean(t)
+        + weights_us / ranks * (1 - (1 - expert_share) ** sum(t)) + expert_row_us * mean(t)
 
     Attention waits for the rank with the most work, and so does the exchange of rows, whose longest rank has the
     fullest link. The experts are spread over all ranks, whose rows they share: there the mean counts. Only the weights
@@ -39,7 +39,7 @@ class CostConstants:
     row_us: float = 0.0  # one row of the longest rank to its experts and back
     expert_row_us: float = 0.0  # one row per rank through the experts
     request_us: float = 0.0  # one request that generates, beyond its row: its part of the attention, its sampling
-    weights_us: float = 0.0  # all experts of a rank once: reading their weights, starting their products
+    weights_us: float = 0.0  # all experts once, on one rank: reading their weights, starting their products
     expert_share: float = 0.0  # experts that one row chooses over all experts, 0..1
     source: str = ""  # where the numbers come from
 
@@ -72,7 +72,7 @@ class CostConstants:
         rows_us = self.expert_row_us / num_ranks * num_rows
         if not self.weights_us:
             return rows_us
-        return rows_us + self.weights_us * (1 - (1 - self.expert_share) ** num_rows)
+        return rows_us + self.weights_us / num_ranks * (1 - (1 - self.expert_share) ** num_rows)
 
     def step_times_us(
         self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
@@ -116,10 +116,10 @@ class CostConstants:
 
 COST_CONSTANTS = {
     name: CostConstants(**json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8")))
-    for name in ("h200", "cpu", "linear")
+    for name in ("h100", "cpu", "linear")
 }
-"""Shipped sets by name. `benchmarks/fit_h200.py` writes the first from stored results; the second is the small made-up
-model on 2 shared cores, as `lockstep bench calibrate` fits it; the third, two numbers for comparison."""
+"""Shipped sets by name. `benchmarks/fit_engine.py` writes the first from stored results; the second is
+`lockstep bench calibrate` with a small model on 2 shared cores; the third is two numbers for comparison."""
 
 _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 _FITTED = (
@@ -143,7 +143,7 @@ def fit(
     total_rows = tokens.sum(axis=1)
     found: list[tuple[float, CostConstants]] = []
     for share in _EXPERT_SHARES:
-        ones, read = np.ones(len(total_rows)), 1 - (1 - share) ** total_rows
+        ones, read = np.ones(len(total_rows)), (1 - (1 - share) ** total_rows) / tokens.shape[1]
         # A step of one chunk is the usual one; its cost is in the first constant.
         shared = np.column_stack([ones, np.maximum(num_chunks - 1, 0), total_rows / tokens.shape[1], read])
         error, solution = _fit_longest(shared, own, duration_us)
@@ -178,7 +178,7 @@ def _fit_longest(shared: np.ndarray, own: np.ndarray, duration_us: np.ndarray) -
 
 
 def nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Solve for coefficients >= 0, leaving out the most negative one until none is left. Errors count relatively."""
+    """Solve for coefficients >= 0 by relative errors, dropping the most negative one until none is left."""
     weights = 1 / np.maximum(target, 1e-9)
     used = [index for index in range(features.shape[1]) if features[:, index].any()]
     while True:
