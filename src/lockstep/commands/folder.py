@@ -25,7 +25,7 @@ _FILES = (
     # of a run
     *("outputs.jsonl", "outputs.jsonl.part", "steps.jsonl", "steps.jsonl.part", "summary.json"),
     "expert_load.json",
-    *("parts/outputs-rank[0-9]*.jsonl", "parts/steps-rank[0-9]*.jsonl"),
+    *("parts/outputs-rank[0-9]*.jsonl", "parts/tokens-rank[0-9]*.jsonl", "parts/steps-rank[0-9]*.jsonl"),
     *(f"tiny-[0-9]*/{name}" for name in _TINY),
     # of a simulation
     *("settings.json", "settings.csv", "settings.parquet", "steps.parquet", "requests.parquet"),

@@ -20,8 +20,8 @@ class RunClock:
 
     Ranks start at slightly different times, so their clocks differ. Every agreement carries each rank's
     `elapsed_ms`; the maximum counts, and ranks behind it catch up. So a request has never arrived on one rank before
-    another rank could know, and no latency is negative. A clock begins at 0, or at the end of the last step before a
-    restart; where what it reads goes backwards, it stands still.
+    another rank could know, and no latency is negative. A clock begins at 0, or at the age of
+    the run where ranks go on after a loss; where what it reads goes backwards, it stands still.
 
     Example:
         >>> times = iter([100.0, 101.5, 101.0, 101.25])

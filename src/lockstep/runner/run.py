@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,9 @@ from lockstep.moe.placement import LOAD_FILE
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.member import Member
-from lockstep.runner.options import PARTS, RunOptions
+from lockstep.runner.options import RunOptions
+from lockstep.runner.parts import Notes, Parts, whole_steps
 from lockstep.runner.ranks import load_model, load_tokenizer
-from lockstep.steplog.files import StepLogWriter
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 from lockstep.workload.prefix_pages import token_page_keys
@@ -85,17 +85,6 @@ def check_requests(
             )
 
 
-def mend_lines(path: Path) -> bytes:
-    """Cut off what a killed process left of a line at a file's end, and return the whole lines, if there are any."""
-    if not path.exists():
-        return b""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return whole
-
-
 def _block_id(key: bytes) -> int:
     """Shorten a page's key to 52 bits, which every reader of JSON takes as a whole number."""
     return int.from_bytes(key[:7], "little") >> 4
@@ -109,14 +98,13 @@ def run_rank(
 ) -> dict[str, Any]:
     """Run one rank to the end of the workload; every rank of the group calls it.
 
-    Each rank appends to `parts/outputs-rank<r>.jsonl` (a line per finished request) and `parts/steps-rank<r>.jsonl` in
-    `options.out` as it goes. At the end the first rank that is left writes all ranks'
-    lines to `outputs.jsonl` and `steps.jsonl`.
+    Each rank writes to its files in `parts` as it goes (see `Parts`). At the end the first member merges them into
+    `outputs.jsonl` and `steps.jsonl`.
 
-    When ranks have been lost, of which `member` knows, or when all have been started again, by `launch` or by torchrun,
-    requests that had finished are not run again. What a lost rank has written down, the first that is left hands in.
+    When `member` begins another epoch, or when `launch` or torchrun has started all ranks again, finished requests are
+    kept, and the others go on from their prompt and tokens so far. The first member reads the files of lost ranks.
 
-    On the first rank that is left, `on_progress` is called after every step, `on_ready` before the first one with what
+    On the first member, `on_progress` is called after every step, `on_ready` before the first one with what
     `RankEngine.about` says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned;
     nothing elsewhere.
     """
@@ -146,21 +134,6 @@ def run_rank(
     return work(load()) if member is None else member.work(load, work)
 
 
-@dataclass
-class _Notes:
-    """What is known of a request that has not ended."""
-
-    assigned_step: int
-    arrived_at: float
-    first_step: int | None = None
-    first_token_step: int | None = None
-    first_token_at: float = 0.0
-    num_cached_tokens: int = 0
-    block_ids: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-
-
 class _Run:
     """The state of one rank's loop; `rank` is its number from the start, `place` that among the ranks that are left."""
 
@@ -171,8 +144,6 @@ class _Run:
         self.parallel = parallel = parallel_of(model)
         self.place = parallel.config.rank if parallel is not None else 0
         self.rank = self.place if member is None else member.rank
-        lost = set() if member is None else set(range(options.world_size)).difference(member.members)
-        self.hands_in = {self.rank, *(lost if self.place == 0 else ())}
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
         self.engine = RankEngine(
@@ -183,47 +154,62 @@ class _Run:
         )
         self.keep_logprobs = options.keep_logprobs and model.dtype != torch.float32
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.open_requests: dict[int, _Notes] = {}
-        self.run_began, self.last_done_s = 0.0, 0.0
-        parts = Path(options.out, PARTS)
-        parts.mkdir(parents=True, exist_ok=True)
-        self.parts, start, self.first_step, self.started_s = parts, 0, 0, 0.0
-        if int(os.environ.get(RESTARTS_VARIABLE, "0")) or lost:
-            finished = {output["request_id"] for output in self._outputs_of_all()}
+        self.open_requests: dict[int, Notes] = {}
+        lost = set() if member is None else set(range(options.world_size)).difference(member.members)
+        self.parts = Parts(options.out, self.rank, {self.rank, *(lost if self.place == 0 else ())}, self._gather)
+        start, self.first_step, self.started_s, self.last_done_s = 0, 0, 0.0, 0.0
+        self.begun: dict[int, Notes] = {}
+        if int(os.environ.get(RESTARTS_VARIABLE, "0")) or (member is not None and member.epoch):
+            finished, self.begun, self.started_s = self.parts.unfinished()
             requests = [request for request in requests if request.request_id not in finished]
-            logs = self._logs_of_all()
+            logs = self.parts.step_logs()
             start = 1 + max(logs, default=0)
-            earlier = _whole_steps(logs, options.world_size)
+            earlier = whole_steps(logs, options.world_size)
             self.first_step = max((record["step"] for record in earlier), default=-1) + 1
-            self.started_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
+            ended_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
+            self.started_s = max(self.started_s, ended_s)  # whatever has been done to the system's clock
             if self.place == 0:
                 logger.warning("restart %d: %d requests finished, %d left", start, len(finished), len(requests))
         self.requests = {request.request_id: request for request in requests}
-        self.rows_total = sum(request.num_computed_tokens for request in requests)
+        left = self._left_of(requests)
+        self.rows_total = sum(request.num_computed_tokens for request in left)
         num_ranks = parallel.config.data_parallel_size if parallel is not None else 1
-        self.arrivals = Arrivals(requests, self.engine.config, num_ranks, self.dp_rank)
-        outputs = parts / f"outputs-rank{self.rank}.jsonl"
-        self._outputs = outputs.open("a" if start else "x", encoding="utf-8", buffering=1)
-        # A log for each start, since what the ranks logged last may differ by a step.
-        self._steps = StepLogWriter(parts / f"steps-rank{self.rank}{f'-restart{start}' if start else ''}.jsonl")
+        self.arrivals = Arrivals(left, self.engine.config, num_ranks, self.dp_rank)
+        self.run_began = time.perf_counter()
+        self.parts.open(start, self.started_s)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._outputs.close()
-        self._steps.close()
+        self.parts.close()
+
+    def _left_of(self, requests: list[Request]) -> list[Request]:
+        """Return what is left of each request. Those that had arrived come at once, and go on behind their tokens."""
+        last_s = max((self.requests[request_id].arrival_s for request_id in self.begun), default=0.0)
+        shift_s = last_s if self.options.clock == "steps" else 0.0  # virtual time begins anew
+        left = []
+        for request in requests:
+            done = len(self.begun[request.request_id].tokens) if request.request_id in self.begun else 0
+            request = replace(request, arrival_s=max(0.0, request.arrival_s - shift_s))
+            lengths = request.num_prompt_tokens + done, request.max_new_tokens - done
+            left.append(replace(request, num_prompt_tokens=lengths[0], max_new_tokens=lengths[1]))
+        return left
+
+    def _run_s(self, moment: float) -> float:
+        """Return the age of the run at a reading of `time.perf_counter`."""
+        return self.started_s + moment - self.run_began
 
     def loop(self, on_progress: Callable[[Progress], None] | None) -> None:
         """Run all requests. By the wall clock they arrive when their time has come, and idle ranks wait for it."""
         engine, arrivals, now_s, elapsed_ms = self.engine, self.arrivals, None, 0
-        self.run_began = time.perf_counter()
         clock = RunClock(self.started_s) if self.options.clock == "wall" else None
         while arrivals.left or engine.any_unfinished:
             if clock is not None:
                 now_s = engine.elapsed_ms / 1000
             for request in arrivals.before_step(engine.states, now_s):
-                self._add(request, time.perf_counter() if clock is None else clock.moment(request.arrival_s))
+                arrived = time.perf_counter() if clock is None else clock.moment(request.arrival_s)
+                self._add(request.request_id, self._run_s(arrived))
             if clock is not None:
                 idle = not engine.any_unfinished and not engine.has_unfinished
                 if arrivals.next_arrival_s is not None and idle:
@@ -234,15 +220,19 @@ class _Run:
                 clock.catch_up(engine.elapsed_ms)
         self._take(engine.drain(), on_progress)
 
-    def _add(self, request: Request, arrived_at: float) -> None:
-        ids = prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
+    def _add(self, request_id: int, arrived_s: float) -> None:
+        request, notes = self.requests[request_id], self.begun.pop(request_id, None)
+        if notes is None:
+            notes = Notes(self.first_step + self.engine.step_number, arrived_s)
+            if self.writes_outputs:
+                self.parts.write_notes(request_id, notes)
+        self.open_requests[request_id] = notes
         logprobs = 0 if self.keep_logprobs else None
         params = SamplingParams(max_tokens=request.max_new_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs)
-        self.engine.add(request.request_id, ids, params)
-        notes = _Notes(self.first_step + self.engine.step_number, arrived_at)
-        if self.engine.config.enable_prefix_caching:
-            notes.block_ids = [_block_id(key) for key in token_page_keys(ids)]
-        self.open_requests[request.request_id] = notes
+        self.engine.add(request_id, self._prompt_ids(request), params, generated=notes.tokens)
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        return prompt_ids(request, self.tokenizer, self.vocab_size, self.options.seed)
 
     def _take(self, outputs: list[TokenOutput], on_progress: Callable[[Progress], None] | None) -> None:
         """Note what the step whose tokens have come was and gave, and write down requests that it finished."""
@@ -257,11 +247,15 @@ class _Run:
             for output in outputs:
                 notes = self.open_requests[output.request_id]
                 if notes.first_token_step is None:
-                    notes.first_token_step, notes.first_token_at = step, report.done_s
+                    notes.first_token_step, notes.first_token_s = step, self._run_s(report.done_s)
+                    if self.writes_outputs:
+                        self.parts.write_notes(output.request_id, notes)
                 notes.tokens.append(output.token_id)
                 notes.logprobs.append(output.logprob)
                 if output.finish_reason is not None:
-                    self._finish(output.request_id, step, report.done_s)
+                    self._finish(output.request_id, step, self._run_s(report.done_s))
+            if self.writes_outputs:  # after what has finished: what is whole need not go on
+                self.parts.write_tokens([(o.request_id, o.position, o.token_id, o.logprob) for o in outputs])
             self._log(report, step)
             if on_progress is not None and self.place == 0:
                 counts, waited = report.num_tokens_across_dp, report.agreed_s - report.began_s
@@ -269,12 +263,14 @@ class _Run:
                 rows_done = self.rows_total - self.arrivals.num_tokens_left - rows_left
                 on_progress(Progress(step + 1, rows_done, self.rows_total, counts, waited))
 
-    def _finish(self, request_id: int, step: int, now: float) -> None:
+    def _finish(self, request_id: int, step: int, now_s: float) -> None:
         notes, request = self.open_requests.pop(request_id), self.requests[request_id]
         if not self.writes_outputs:
             return
         assert notes.first_step is not None and notes.first_token_step is not None
-        tokens = notes.tokens
+        tokens, block_ids = notes.tokens, list[int]()
+        if self.engine.config.enable_prefix_caching:
+            block_ids = [_block_id(key) for key in token_page_keys(self._prompt_ids(request))]
         line = {
             "request_id": request_id,
             "rank": self.rank,
@@ -283,19 +279,19 @@ class _Run:
             "max_new_tokens": request.max_new_tokens,
             "num_new_tokens": len(tokens),
             "num_cached_tokens": notes.num_cached_tokens,
-            "block_ids": notes.block_ids,  # of pages of 64 tokens: equal ones begin equal prompts
+            "block_ids": block_ids,  # of pages of 64 tokens: equal ones begin equal prompts
             "stopped_step": None,  # nothing ends a request before its last token
             "tokens": tokens,
             "text": self.tokenizer.decode(tokens),
             "steps": [notes.first_step, step],
             "queue_steps": notes.first_step - notes.assigned_step,
             "ttft_steps": notes.first_token_step - notes.assigned_step + 1,
-            "ttft_s": round(notes.first_token_at - notes.arrived_at, 6),
-            "tpot_s": round((now - notes.first_token_at) / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
+            "ttft_s": round(notes.first_token_s - notes.arrived_s, 6),
+            "tpot_s": round((now_s - notes.first_token_s) / (len(tokens) - 1), 6) if len(tokens) > 1 else None,
         }
         if self.keep_logprobs:
             line["logprobs"] = [round(logprob, 6) for logprob in notes.logprobs if logprob is not None]
-        self._outputs.write(json.dumps(line) + "\n")
+        self.parts.write_output(line)
 
     def _log(self, report: StepReport, step: int) -> None:
         """Write this rank's record."""
@@ -307,7 +303,7 @@ class _Run:
         began = max(report.began_s, self.last_done_s)
         agreed = max(report.agreed_s, began)
         self.last_done_s = report.done_s
-        self._steps.write(
+        self.parts.steps.write(
             StepLogRecord(
                 step=step,
                 rank=self.rank,
@@ -322,7 +318,7 @@ class _Run:
                 overrun_rows=report.overrun_rows,
                 cached_tokens=schedule.num_cached_tokens,
                 num_chunks=len(chunks),
-                start_s=round(self.started_s + began - self.run_began, 6),
+                start_s=round(self._run_s(began), 6),
                 duration_s=round(report.done_s - began, 6),
                 agreement_s=round(agreed - began, 6),
                 busy_s=round(max(0.0, report.done_s - agreed - report.waited_s), 6),
@@ -331,7 +327,7 @@ class _Run:
 
     def merge(self, wall_s: float) -> dict[str, Any]:
         """Bring all ranks' lines to the first rank, which writes them in order."""
-        outputs, steps = self._outputs_of_all(), _whole_steps(self._logs_of_all(), self.options.world_size)
+        outputs, steps = self.parts.outputs(), whole_steps(self.parts.step_logs(), self.options.world_size)
         load = self.parallel.expert_load() if self.parallel is not None and self.options.expert_load else None
         if self.place != 0:
             return {}
@@ -353,41 +349,8 @@ class _Run:
             "engine": self.engine.about(),
         }
 
-    def _outputs_of_all(self) -> list[dict[str, Any]]:
-        paths = [self.parts / f"outputs-rank{rank}.jsonl" for rank in sorted(self.hands_in)]
-        return self._gather([json.loads(line) for path in paths for line in mend_lines(path).splitlines()])
-
-    def _logs_of_all(self) -> dict[int, dict[int, list[dict[str, Any]]]]:
-        """The records of all ranks, by start and by rank."""
-        own = []
-        for path in self.parts.glob("steps-rank*.jsonl"):
-            rank, _, start = path.stem.removeprefix("steps-rank").partition("-restart")
-            if int(rank) in self.hands_in:
-                own.append([int(start or 0), int(rank), [json.loads(line) for line in mend_lines(path).splitlines()]])
-        logs: dict[int, dict[int, list[dict[str, Any]]]] = {}
-        for start, number, records in self._gather(own):
-            logs.setdefault(start, {})[number] = records
-        return logs
-
     def _gather(self, own: list[Any]) -> list[Any]:
         """Every rank's entries; through the ranks' group, since several hosts need not share a disk."""
         if self.parallel is None:
             return own
         return [entry for data in self.parallel.gather_bytes(json.dumps(own).encode()) for entry in json.loads(data)]
-
-
-def _whole_steps(logs: dict[int, dict[int, list[dict[str, Any]]]], num_ranks: int) -> list[dict[str, Any]]:
-    """Return the records of steps that all ranks of a start have ended, in order; ranks that were lost have no rows."""
-    whole = []
-    for by_rank in logs.values():
-        ended = set.intersection(*({record["step"] for record in records} for records in by_rank.values()))
-        whole += [record for records in by_rank.values() for record in records if record["step"] in ended]
-        some = next(iter(by_rank.values()))
-        for rank in set(range(num_ranks)).difference(by_rank):
-            whole += [_without_rows(record, rank) for record in some if record["step"] in ended]
-    return sorted(whole, key=lambda record: (record["step"], record["rank"]))
-
-
-def _without_rows(record: dict[str, Any], rank: int) -> dict[str, Any]:
-    kept = ("step", "num_chunks", "start_s", "duration_s")
-    return {name: value if name in kept else type(value)() for name, value in record.items()} | {"rank": rank}
