@@ -11,15 +11,8 @@ import typer
 from lockstep.commands.folder import BAD_PATH
 from lockstep.errors import ConfigurationError, LockstepError
 
-# How the library names what an option sets, where the two differ by more than dashes.
-_LIBRARY_NAMES = {
-    "num_ranks": "--data-parallel-size",
-    "num_requests": "--requests",
-    "sequence_parallel_size": "--sp",
-    "max_chunk_size_per_rank": "--max-chunk-size",
-    "num_tokens_across_dp": "--tokens",
-    "deadline_s": "--deadline",
-}
+# Options whose name in the library is not their parameter's.
+_LIBRARY_NAMES = {"num_ranks": "--data-parallel-size", "num_tokens_across_dp": "--tokens"}
 _MOST_CHARACTERS = 4000
 _INTERRUPTED = 130
 

@@ -1,21 +1,23 @@
-"""What an option of the command line may hold, checked while the line is read: before anything large is imported.
+"""Types of command-line options: parsers that check a value before anything large is imported, and shared options.
 
-A parser raises `typer.BadParameter`, and Typer adds the name of the option that was typed.
+A parser raises `typer.BadParameter`; Typer adds the name of the option.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
 _MOST = 2**31 - 1
+_Made = TypeVar("_Made")
 
 
 def whole(low: int, high: int = _MOST) -> Callable[[Any], int]:
-    """Make a parser of an integer in `low..high`; by default, up to the largest that arrays of 32 bits take."""
+    """Make a parser for an integer in `low..high`, by default up to the largest 32-bit integer."""
 
     def parse(text: Any) -> int:
         try:
@@ -32,7 +34,7 @@ def whole(low: int, high: int = _MOST) -> Callable[[Any], int]:
 
 
 def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], float]:
-    """Make a parser of a finite number in `low..high`; with `above`, of one above `low`."""
+    """Make a parser for a finite number in `low..high`; `above` excludes `low` itself."""
 
     def parse(text: Any) -> float:
         try:
@@ -48,7 +50,7 @@ def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable
 
 
 def several(parse_one: Callable[[str], Any], none: str = "") -> Callable[[Any], list[Any]]:
-    """Make a parser of values with commas between them, each once; the word `none` among them is None."""
+    """Make a parser for comma-separated values without duplicates; the word `none` stands for None."""
 
     def parse(text: Any) -> list[Any]:
         if isinstance(text, list):  # already parsed: a default
@@ -60,7 +62,7 @@ def several(parse_one: Callable[[str], Any], none: str = "") -> Callable[[Any], 
 
 
 def one_of(*names: str) -> Callable[[Any], str]:
-    """Make a parser of one of some names."""
+    """Make a parser for one of several names."""
 
     def parse(text: Any) -> str:
         if text not in names:
@@ -97,7 +99,7 @@ def _short(text: Any) -> str:
     return shown if re.fullmatch(r"[-+.\w]*\d[-+.\w]*", shown, re.ASCII) else repr(shown)
 
 
-# The names that the library knows, written out: a help page does not wait for torch. A test holds the two together.
+# The library's names, repeated here so that help pages need not import torch. A test compares the two.
 Dispatcher = Literal["allgather", "alltoall", "auto", "nvlink"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadBalancing = Literal["round-robin", "least-tokens", "least-kv-cache"]
@@ -109,11 +111,11 @@ MOST_RANKS = 100_000
 
 
 def option(help: str, *names: str, parser: Callable[[Any], Any] | None = None, metavar: str | None = None) -> Any:
-    """Declare an option; its name is the parameter's where none is given."""
+    """Declare an option, named after its parameter unless `names` are given."""
     return typer.Option(*names, help=help, parser=parser, metavar=metavar)
 
 
-# Options of one kind, declared by their help alone: `count("Requests of those runs.")`.
+# Kinds of options, each declared by its help text: `count("Requests per run.")`.
 count = partial(option, parser=whole(1), metavar="N")
 steps = partial(option, parser=whole(0), metavar="N")
 seed_of = partial(option, parser=whole(0, 2**32 - 1), metavar="N")
@@ -123,18 +125,18 @@ share = partial(option, metavar="0..1")
 
 
 def numbers(help: str, low: int = 1, high: int = _MOST, none: str = "") -> Any:
-    """Declare an option that takes several integers with commas, or the word `none`."""
+    """Declare an option of comma-separated integers, `none` among them where it is given."""
     return option(help, parser=several(whole(low, high), none), metavar=f"N|{none},..." if none else "N,...")
 
 
 def choices(help: str, names: Sequence[str]) -> Any:
-    """Declare an option that takes several of some names with commas."""
+    """Declare an option of comma-separated names."""
     return option(help, parser=several(one_of(*names)), metavar="|".join(names))
 
 
-# Options that several commands have.
+# Options that several commands share. Parameters carry the library's names, so that `fill` finds them.
 Workload = Annotated[str, option("Request trace (Azure CSV, Mooncake or prompts JSONL; gzip too), or `synthetic`.")]
-Requests = Annotated[int | None, count("Use only the first N requests.")]
+NumRequests = Annotated[int | None, count("Use only the first N requests.", "--requests")]
 RateScale = Annotated[float, option("Multiply the arrival rate by this factor.", parser=real(1e-9, 1e9), metavar="X")]
 LengthScale = Annotated[float, scale("Multiply the lengths by this factor.")]
 MaxPromptTokens = Annotated[int | None, count("Cut longer prompts to N tokens.")]
@@ -149,36 +151,43 @@ KvCapacityTokens = Annotated[
 ]
 PrefixCaching = Annotated[
     bool,
-    option("Share KV cache pages of prompts that begin alike.", "--prefix-caching/--no-prefix-caching"),
+    option("Share KV cache pages between prompts that begin alike.", "--prefix-caching/--no-prefix-caching"),
 ]
-Model = Annotated[str, option("Checkpoint folder or Hub id, or `tiny`: a small model made on the spot.")]
-DataParallelSize = Annotated[int, count("Ranks with requests of their own.")]
-TensorParallelSize = Annotated[int, count("Ranks that share one data-parallel rank's requests.")]
+Model = Annotated[str, option("Checkpoint folder or Hub id, or `tiny`: a small model with random weights.")]
+DataParallelSize = Annotated[int, count("Data-parallel ranks; each runs its own requests.")]
+TensorParallelSize = Annotated[int, count("Tensor-parallel ranks per data-parallel rank.")]
 MaxChunkSize = Annotated[int | None, count("Maximum rows per rank and MoE chunk.")]
-DispatcherName = Annotated[Dispatcher, option("How tokens reach their experts.")]
+DispatcherName = Annotated[Dispatcher, option("Backend that brings tokens to their experts; `auto`: the fastest.")]
 MaxNumBatchedTokens = Annotated[int, count("Maximum tokens per rank and step.")]
-MaxModelLen = Annotated[int | None, count("Maximum tokens per request; by default the model's context.")]
+MaxModelLen = Annotated[int | None, count("Maximum tokens per request; by default the model's context length.")]
 GpuMemoryUtilization = Annotated[
     float,
     option(
-        "Share of a GPU's memory for weights, KV cache and the rest together.",
+        "Share of each GPU's memory to use, for weights, KV cache and everything else.",
         parser=real(0, 1, above=True),
         metavar="0..1",
     ),
 ]
 MaxPrefillDelaySteps = Annotated[int, steps("Maximum steps that a prompt waits for prompts of other ranks.")]
-WeightsDType = Annotated[DType, option("Type of the weights; `auto`: the checkpoint's.")]
+WeightsDType = Annotated[DType, option("Data type of the weights; `auto`: the checkpoint's.")]
 Device = Annotated[
     str | None,
-    option("Where the model runs; by default on a GPU if there is one.", parser=device, metavar="cpu|cuda|cuda:N"),
+    option("Device to run on; by default a GPU if there is one.", parser=device, metavar="cpu|cuda|cuda:N"),
 ]
 ExpertPlacement = Annotated[
     str | None,
-    option("Place experts by the load of a run with --expert-load: its folder or file.", metavar="FILE"),
+    option("Place experts by the load that a run with --expert-load recorded: its folder or file.", metavar="FILE"),
 ]
-NumRedundantExperts = Annotated[int, steps("Spare slots in each layer, over all ranks, for replicas of hot experts.")]
+NumRedundantExperts = Annotated[int, steps("Spare slots per layer, over all ranks, for replicas of hot experts.")]
 Survive = Annotated[int, steps("Reserve expert slots for N lost ranks; losing more shrinks the KV cache.")]
-Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.")]
-Balancing = Annotated[LoadBalancing, option("Which rank gets a request.")]
-Overwrite = Annotated[bool, option("Replace an earlier result in that folder.", "--overwrite")]
+Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
+Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]
+port = partial(option, parser=whole(0, 65535), metavar="PORT")
+Overwrite = Annotated[bool, option("Replace an earlier result in the output folder.", "--overwrite")]
 AsJson = Annotated[bool, option("Print one JSON document instead of the table.", "--json")]
+
+
+def fill(kind: Callable[..., _Made], given: Mapping[str, Any], **others: Any) -> _Made:
+    """Make a dataclass of the parameters in `given` that are named like its fields, and of `others`."""
+    named = {name: given[name] for name in inspect.signature(kind).parameters if name in given}
+    return kind(**(named | others))
