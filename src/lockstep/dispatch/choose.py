@@ -265,8 +265,8 @@ def _by_collectives(kind: Callable[..., Dispatcher]) -> DispatcherFactory:
 def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions) -> Dispatcher:
     if not options.experts_on_device:
         raise ConfigurationError(
-            "dispatcher 'nvlink' leaves row counts on the GPU, which takes gated SiLU experts in bfloat16 without "
-            "biases; these experts are different: use another dispatcher"
+            "dispatcher 'nvlink' leaves row counts on the GPU, which takes experts that are gated by SiLU or as in "
+            "gpt-oss, in bfloat16 or fp8; these experts are different: use another dispatcher"
         )
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.moe.fp8 import BLOCK, SCALES, dequantise, is_fp8
+
+if TYPE_CHECKING:
+    from lockstep.moe.experts_kernels import Extras
 
 FEW_ROWS = 32  # rows per expert up to which streaming its weights beats `grouped_mm` (docs/benchmarks/gpu.md)
 # The dtypes that `torch.nn.functional.grouped_mm` takes on a CPU and on a GPU alike (torch 2.13: float64 is refused).
@@ -77,10 +82,17 @@ class LocalExperts:
             return hidden_states.new_zeros((0, hidden_states.shape[1]))
         counts = torch.as_tensor(tokens_per_expert, device=hidden_states.device)
         offsets = counts.cumsum(0, dtype=torch.int32)
+        if hidden_states.is_cuda and hidden_states.dtype is torch.bfloat16 and is_fp8(module) and self.run_on_device:
+            starts = torch.nn.functional.pad(offsets, (1, 0))
+            return self.on_device(hidden_states, None, gather_index.to(torch.int32), starts, num_pairs / has)
         is_transposed = getattr(module, "is_transposed", False)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            output = _grouped_linear(rows, getattr(module, name), offsets, is_transposed)
+            weight = getattr(module, name)
+            if is_fp8(module):
+                output = _fp8_linear(rows.to(hidden_states.dtype), weight, getattr(module, f"{name}{SCALES}"), offsets)
+            else:
+                output = _grouped_linear(rows, weight, offsets, is_transposed)
             for lora_a, lora_b, scaling in self.adapters.get(name, ()):
                 inner = _grouped_linear(rows, lora_a, offsets, is_transposed=False)
                 output = output + scaling * _grouped_linear(inner, lora_b, offsets, is_transposed=False)
@@ -99,21 +111,66 @@ class LocalExperts:
             rows = module.post_expert_norm(rows)
         return rows.to(hidden_states.dtype)
 
+    def alone(self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Run a layer whose experts are all here: weighted sums of `[num_rows, hidden]`. No count leaves the device."""
+        num_rows, top_k = topk_ids.shape
+        ids, pairs = topk_ids.flatten().sort(stable=True)
+        offsets = torch.searchsorted(ids, torch.arange(self.num_local_experts + 1, device=ids.device))
+        outputs = self(rows, pairs // top_k, offsets.diff()).float() * topk_weights.flatten()[pairs, None]
+        by_choice = torch.empty_like(outputs).index_copy_(0, pairs, outputs)
+        return by_choice.view(num_rows, top_k, -1).sum(1).to(rows.dtype)
+
+    @functools.cached_property
+    def _clamp(self) -> tuple[float, float] | None:
+        """`Extras.clamp` of the module's gate, found by trying it on numbers; None for one that our kernels lack."""
+        module = self.module
+        gate = torch.tensor([0.0, 0.3, -0.7, 1.0, -2.0, 3.0, -5.0, 8.0, -13.0, 40.0, -900.0, 1000.0])
+        up = gate.roll(5)
+        interleaved = not getattr(module, "is_concatenated", True)
+        found = module._apply_gate(torch.stack([gate, up], 1).flatten() if interleaved else torch.cat([gate, up]))
+        alpha = float(getattr(module, "alpha", None) or getattr(module, "swiglu_alpha", None) or 0)
+        limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or 0)
+        bounded = gate.clamp(max=limit)
+        clamped = (up.clamp(-limit, limit) + 1) * bounded * torch.sigmoid(alpha * bounded)
+        for clamp, expected in (((0.0, 0.0), silu_and_multiply(torch.cat([gate, up]))), ((alpha, limit), clamped)):
+            if torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-4):
+                return clamp
+        return None
+
     @property
     def run_on_device(self) -> bool:
-        """Whether `on_device` can run these experts: gated SiLU experts in bfloat16 without biases or adapters."""
+        """Whether `on_device` can run these experts: gated as our kernels gate, bfloat16 or fp8, without adapters."""
         module = self.module
-        activation = getattr(module, "act_fn", None)
-        return bool(
-            not self.adapters
-            and getattr(module, "has_gate", True)
-            and not getattr(module, "has_bias", False)
-            and not getattr(module, "is_transposed", False)
-            and not getattr(module, "has_post_expert_norm", False)
-            and getattr(module, "is_concatenated", True)
-            and (activation is None or "silu" in type(activation).__name__.lower())
-            and module.down_proj.dtype == torch.bfloat16
+        if self.adapters or not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
+            return False
+        sizes = module.down_proj.shape[1:]
+        weights_fit = module.down_proj.dtype is torch.bfloat16
+        if is_fp8(module):
+            scales = module.down_proj_scale_inv.shape[1:]
+            weights_fit = all(size == BLOCK * number for size, number in zip(sizes, scales, strict=True))
+        return weights_fit and self._clamp is not None
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor, Extras]:
+        """The weights as `[experts, out, in]`, and what our kernels need to know besides."""
+        from lockstep.moe.experts_kernels import NO_EXTRAS, Extras
+
+        module = self.module
+        gate_up, down = module.gate_up_proj, module.down_proj
+        has_bias, scaled = getattr(module, "has_bias", False), is_fp8(module)
+        interleaved, clamp = not getattr(module, "is_concatenated", True), self._clamp or (0.0, 0.0)
+        if getattr(module, "is_transposed", False):
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        if not (has_bias or scaled or interleaved or any(clamp)):
+            return gate_up, down, NO_EXTRAS
+        extras = Extras(
+            gate_up_scales=module.gate_up_proj_scale_inv if scaled else None,
+            down_scales=module.down_proj_scale_inv if scaled else None,
+            gate_up_bias=module.gate_up_proj_bias if has_bias else None,
+            down_bias=module.down_proj_bias if has_bias else None,
+            interleaved=interleaved,
+            clamp=clamp,
         )
+        return gate_up, down, extras
 
     def on_device(
         self,
@@ -129,13 +186,13 @@ class LocalExperts:
         if self._check_weights is not None:
             self._check_weights()
         run = few_rows_experts if rows_per_expert <= FEW_ROWS else many_rows_experts
-        weights = (self.module.gate_up_proj, self.module.down_proj)
-        return run(hidden_states, scales, gather_index, expert_offsets, *weights)
+        return run(hidden_states, scales, gather_index, expert_offsets, *self._weights())
 
     def warm_up(self, capacity: int, fp8: bool) -> None:
         """Load the kernels of `on_device` for gather indices of `capacity`, before a step that peers wait in."""
         weight = self.module.down_proj
-        num_local_experts, hidden, _ = weight.shape
+        num_local_experts, *sizes = weight.shape
+        hidden = sizes[1 if getattr(self.module, "is_transposed", False) else 0]
         stride = -(-hidden // 16) * 16
         rows = torch.zeros(1, stride * (1 if fp8 else 2), dtype=torch.uint8, device=weight.device)
         rows = rows.view(torch.float8_e4m3fn if fp8 else torch.bfloat16)[:, :hidden]
@@ -159,6 +216,17 @@ def _grouped_linear(
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         output[start:end] = rows[start:end] @ per_expert[expert]
+        start = end
+    return output
+
+
+def _fp8_linear(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """As `_grouped_linear` with weights in fp8: of one expert after another, those that have rows, in `rows`' dtype."""
+    output = rows.new_empty((rows.shape[0], weight.shape[1]))
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            output[start:end] = rows[start:end] @ dequantise(weight[expert], scales[expert], rows.dtype).T
         start = end
     return output
 
