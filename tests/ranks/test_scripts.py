@@ -1,12 +1,15 @@
 """Scripts that people have, with a different share of the work on each of 2 ranks: the examples of two pages."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import lockstep
 from lockstep.models.tiny import make_tiny
 from lockstep.testing import run_ranks
 
@@ -21,12 +24,17 @@ def example(name):
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
 
 
-def run_engine(batches_of):
-    """Run the page's script with this rank's batches; its outputs."""
-    blocks = re.findall(r"^```python\n(.*?)^```", ENGINE_PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
-    names = {"batches": batches_of[dist.get_rank()]}
-    exec(compile("\n".join(blocks), ENGINE_PAGE.name, "exec"), names)
-    return [rows.tolist() for rows in names["outputs"]]
+def engine_script():
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", ENGINE_PAGE.read_text(), flags=re.DOTALL | re.MULTILINE))
+
+
+def run_engine(queues_of):
+    """Run this rank's batches by the page's functions; the outputs."""
+    group, names = dist.group.WORLD, {"__name__": "page"}
+    exec(compile(engine_script(), ENGINE_PAGE.name, "exec"), names)
+    coordinator = lockstep.Coordinator(group, deadline_s=10)
+    outputs = names["serve"](queues_of[group.rank()], coordinator, names["make_layers"](group, coordinator))
+    return [rows.tolist() for rows in outputs]
 
 
 def run_example(name, path):
@@ -86,5 +94,14 @@ def test_an_engine_of_your_own_gives_on_two_ranks_what_it_gives_on_one():
         (alone,) = run_ranks(1, run_engine, [mine])
         for expected, rows in zip(alone, found, strict=True):
             torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    text = ENGINE_PAGE.read_text()
-    assert not re.findall(r"lockstep\.\w+\.\w+ import|from lockstep\.", text)
+    assert not re.findall(r"lockstep\.\w+\.\w+ import|from lockstep\.", engine_script())
+
+
+@pytest.mark.ranks(2)
+def test_an_engine_of_your_own_runs_as_pasted(tmp_path):
+    (tmp_path / "engine.py").write_text(engine_script())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "engine.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    (shown,) = re.findall(r"^```\n(rank 0: .*?)^```", ENGINE_PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert all(ended.stdout.count(line) == 1 for line in shown.splitlines())
