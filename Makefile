@@ -72,7 +72,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --cases 2000 --minutes 30 --seed $(SEED) --protocol
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(PLUGINS) $(DOCS) build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(PLUGINS) $(ELIXIR) $(DOCS) build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -107,11 +107,15 @@ $(DOCS)/.installed: constraints-docs.txt
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
-# Runs examples/elixir against this environment. Needs mix (Elixir 1.18), uv and the package SnakeBridge; says so where it
-# lacks them. SNAKEPIT_PYTHON is read when the project is compiled, SNAKEBRIDGE_VENV when it runs.
-elixir: $(STAMP)
-	@command -v mix >/dev/null || { echo "make elixir: not run: no mix on this machine (install Elixir 1.18 or newer)"; exit 0; }; \
-	command -v uv >/dev/null || { echo "make elixir: not run: no uv on this machine, which SnakeBridge compiles with"; exit 0; }; \
-	cd examples/elixir && { mix local.hex --force --if-missing && mix local.rebar --force --if-missing && mix deps.get; } >/dev/null 2>&1 \
-	|| { echo "make elixir: not run: mix could not fetch hex or SnakeBridge"; exit 0; }; \
-	SNAKEPIT_PYTHON=$(abspath $(BIN))/python SNAKEBRIDGE_VENV=$(abspath $(VENV)) mix run -e LockstepExample.run
+# Runs examples/elixir in an environment of its own, which gets the packages of Snakepit's worker. Needs Elixir 1.18 and
+# uv. ELIXIR_SOURCES='/src/snakebridge /src/snakepit' takes these two, or more of their dependencies, from folders.
+ELIXIR := .venv-elixir
+elixir: $(ELIXIR)/.installed
+	VENV=$(ELIXIR) examples/elixir/run.sh $(ELIXIR_SOURCES)
+
+$(ELIXIR)/.installed: pyproject.toml constraints-torch.txt
+	$(PYTHON) -m venv $(ELIXIR)
+	$(ELIXIR)/bin/python -m pip install --quiet --upgrade pip
+	$(ELIXIR)/bin/python -m pip install --quiet --constraint constraints-torch.txt torch
+	$(ELIXIR)/bin/python -m pip install --quiet --constraint constraints-torch.txt --editable .
+	touch $@

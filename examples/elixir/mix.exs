@@ -15,7 +15,14 @@ defmodule LockstepExample.MixProject do
 
   def application, do: [extra_applications: [:logger]]
 
-  defp deps, do: [{:snakebridge, "~> 0.16.0"}]
+  # From Hex, or from the folders in ELIXIR_SOURCES (with spaces between them), each named as its package: these two
+  # alone, or with them any of their dependencies.
+  defp deps do
+    case System.get_env("ELIXIR_SOURCES", "") |> String.split() do
+      [] -> [{:snakebridge, "~> 0.16.0"}]
+      folders -> for folder <- folders, do: {String.to_atom(Path.basename(folder)), path: folder, override: true}
+    end
+  end
 
   # `:stdlib` means: installed already, here in the environment that SNAKEPIT_PYTHON (while compiling) and SNAKEBRIDGE_VENV
   # (at run time) name. From a package index it is

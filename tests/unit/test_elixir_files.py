@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ["examples/elixir/mix.exs", "examples/elixir/config/runtime.exs", "examples/elixir/lib/lockstep_example.ex"]
+LIBRARY = [f"examples/elixir/lib/{name}.ex" for name in ("lockstep_example", "documented_values")]
+FILES = ["examples/elixir/mix.exs", "examples/elixir/config/runtime.exs", *LIBRARY]
 PARSE = "for file <- System.argv(), do: Code.string_to_quoted!(File.read!(file), file: file)"
 
 
@@ -25,7 +26,7 @@ def test_the_mix_project_parses():
 def test_the_examples_of_the_page_parse(tmp_path):
     page = (ROOT / "docs" / "how-to" / "elixir.md").read_text()
     blocks = re.findall(r"^```elixir\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for number, block in enumerate(blocks):
         (tmp_path / f"{number}.exs").write_text(block)
     parse(*tmp_path.glob("*.exs"))
@@ -45,6 +46,26 @@ def test_no_file_names_several_modules_in_one_alias():
         assert not re.search(r"alias [\w.]+\.\{", code), path
 
 
-def test_the_make_target_sets_what_compiling_and_running_need():
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"SNAKEPIT_PYTHON=\S.*python SNAKEBRIDGE_VENV=\S.* mix run", makefile)
+def run_script(tmp_path, *commands):
+    """Run run.sh with a PATH of the tools that it needs before mix, and `commands`."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "realpath", "xargs", *commands):
+        (tools / name).symlink_to(shutil.which(name) or "/bin/true")
+    environment = {"PATH": str(tools), "VENV": str(tmp_path)}
+    script = ROOT / "examples" / "elixir" / "run.sh"
+    return subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_script_says_what_it_lacks_and_fails(tmp_path):
+    (tmp_path / "no_mix").mkdir()
+    done = run_script(tmp_path / "no_mix")
+    assert done.returncode == 1 and "not run: no mix on this machine" in done.stderr
+    (tmp_path / "no_uv").mkdir()
+    done = run_script(tmp_path / "no_uv", "mix")
+    assert done.returncode == 1 and "not run: no uv on this machine" in done.stderr
+
+
+def test_the_script_sets_what_compiling_and_running_need():
+    script = (ROOT / "examples" / "elixir" / "run.sh").read_text()
+    assert re.search(r"^export .*SNAKEPIT_PYTHON=\S+/bin/python SNAKEBRIDGE_VENV=\S+$", script, flags=re.MULTILINE)

@@ -2,7 +2,7 @@ defmodule LockstepExample do
   @moduledoc """
   Four data-parallel ranks go through one step in chunks of at most 64 rows.
 
-  Run with `mix run -e LockstepExample.run` here, or with `make elixir` at the top of the repository.
+  Run it with `./run.sh` here, or with `make elixir` at the top of the repository.
   """
 
   require SnakeBridge
@@ -17,7 +17,8 @@ defmodule LockstepExample do
   def run do
     SnakeBridge.run_as_script(fn ->
       first_steps()
-      IO.inspect(chunk_loop(2), label: "chunks, as rank 2 sees them")
+      # As lists: [64, 64, 64, 64] is also the charlist ~c"@@@@".
+      IO.inspect(chunk_loop(2), label: "chunks, as rank 2 sees them", charlists: :as_lists)
       failing_block()
       refused_calls()
     end)
@@ -91,8 +92,9 @@ defmodule LockstepExample do
           {"no context", DPMetadata.get_chunk_sizes_across_dp_rank(metadata)},
           {"a wrong maximum", DPMetadata.new(1, @counts, [])}
         ] do
-      {:error, reason} = result
-      IO.puts("#{what}: #{inspect(reason)}")
+      # The pool's error holds Python's, with its type, message and traceback.
+      {:error, %Snakepit.Error{details: %{reason: reason}}} = result
+      IO.puts("#{what}: #{reason.python_type}: #{reason.message}")
     end
   end
 end

@@ -5,7 +5,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,11 @@ from lockstep.moe.step import Step
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
+    from transformers import GenerationMixin, PreTrainedModel
+
+    class GeneratingModel(PreTrainedModel, GenerationMixin):
+        """What `from_pretrained` returns, for type checkers: `PreTrainedModel` alone has no `generate`."""
+
 
 ModelT = TypeVar("ModelT")
 
@@ -45,6 +49,19 @@ _CAPTURED = (
 )
 
 
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+) -> "tuple[GeneratingModel, dict[str, Any]]": ...
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], *, tensor_parallel_size: int = 1, max_chunk_size_per_rank: int | None = None,
+    dispatcher: str = "auto", fp8_dispatch: bool = False, process_group: dist.ProcessGroup | None = None,
+    device_mesh: "DeviceMesh | None" = None, deadline_s: float = DEADLINE_S, debug: bool = False,
+    fuse_norms: bool = False, placement: Placement | None = None, count_expert_load: bool = False,
+    dtype: torch.dtype | str = "auto", device: torch.device | str | None = None,
+    output_loading_info: Literal[False] = False, **kwargs: Any,
+) -> "GeneratingModel": ...  # fmt: skip
 def from_pretrained(  # noqa: D417
     path: str | os.PathLike[str],
     *,
@@ -62,7 +79,7 @@ def from_pretrained(  # noqa: D417
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
-) -> "PreTrainedModel":
+) -> Any:
     """Load a Hugging Face MoE checkpoint, each rank reading only its own experts, ready for `join`.
 
     Under `torchrun` the ranks find each other by themselves; a single process gets the plain model.
@@ -109,7 +126,7 @@ def from_pretrained(  # noqa: D417
         norms.fuse_norms(model)
     if group is not None:
         attach(ModelParallel(model, config, group, options, attention))
-    return cast("PreTrainedModel", loaded)  # or a tuple, as by Transformers' own `from_pretrained`
+    return loaded
 
 
 def parallelize(  # noqa: D417
