@@ -19,8 +19,6 @@ _OF_THE_HARNESS = (
 )  # fmt: skip
 """Arguments of `--model_args` that reach the harness' own model class; all others reach `lockstep.from_pretrained`."""
 
-_DEFAULT_DEVICE = "cuda:0"  # what the harness passes where --device is left out
-
 
 @register_model("lockstep")
 class LockstepLM(HFLM):
@@ -32,8 +30,8 @@ class LockstepLM(HFLM):
 
     def __init__(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
         of_harness = {name: kwargs.pop(name) for name in _OF_THE_HARNESS if name in kwargs}
-        if kwargs.get("device") == _DEFAULT_DEVICE:
-            del kwargs["device"]  # each rank has its own
+        if kwargs.get("device") == "cuda:0":  # the harness' default, but each rank has its own
+            del kwargs["device"]
         model: Any = lockstep.from_pretrained(pretrained, **kwargs)
         if peft is not None:
             from peft import PeftModel

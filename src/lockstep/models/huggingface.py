@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -31,7 +32,6 @@ from lockstep.moe.placement import Placement
 from lockstep.moe.step import Step
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import GenerationMixin, PreTrainedModel
 
     class GeneratingModel(PreTrainedModel, GenerationMixin):
@@ -57,7 +57,7 @@ def from_pretrained(
 def from_pretrained(
     path: str | os.PathLike[str], *, tensor_parallel_size: int = 1, max_chunk_size_per_rank: int | None = None,
     dispatcher: str = "auto", fp8_dispatch: bool = False, process_group: dist.ProcessGroup | None = None,
-    device_mesh: "DeviceMesh | None" = None, deadline_s: float = DEADLINE_S, debug: bool = False,
+    device_mesh: DeviceMesh | None = None, deadline_s: float = DEADLINE_S, debug: bool = False,
     fuse_norms: bool = False, placement: Placement | None = None, count_expert_load: bool = False,
     dtype: torch.dtype | str = "auto", device: torch.device | str | None = None,
     output_loading_info: Literal[False] = False, **kwargs: Any,
@@ -70,7 +70,7 @@ def from_pretrained(  # noqa: D417
     dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
-    device_mesh: "DeviceMesh | None" = None,
+    device_mesh: DeviceMesh | None = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
     fuse_norms: bool = False,
@@ -113,8 +113,6 @@ def from_pretrained(  # noqa: D417
     device = own_device(placed)
     attention, tp_mesh = None, None
     if tensor_parallel_size > 1:
-        from torch.distributed.device_mesh import DeviceMesh
-
         attention = tensor_parallel_group(config, group, device, deadline_s)
         tp_mesh = DeviceMesh.from_group(attention, device.type, mesh_dim_names=("tp",))
     loaded = load_pretrained(
@@ -136,7 +134,7 @@ def parallelize(  # noqa: D417
     dispatcher: str = "auto",
     fp8_dispatch: bool = False,
     process_group: dist.ProcessGroup | None = None,
-    device_mesh: "DeviceMesh | None" = None,
+    device_mesh: DeviceMesh | None = None,
     deadline_s: float = DEADLINE_S,
     debug: bool = False,
     fuse_norms: bool = False,
@@ -298,26 +296,26 @@ def attach(parallel: ModelParallel) -> None:
         finally:
             session.end_step()
 
-    def session_of_call() -> Session | None:
-        if parallel.session is None and parallel.current_step() is None:
+    def step_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Step] | None:
+        if parallel.session is not None:
+            return step_of(parallel.session, _count_tokens(args, kwargs))
+        if parallel.current_step() is None:
             raise RuntimeError(OUTSIDE.format(type(model).__name__))
-        return parallel.session  # without one, an engine that forms its own steps has agreed already
+        return None  # an engine that forms its own steps has agreed already
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        session = session_of_call()
-        if session is None:
+        due = step_of_call(args, kwargs)
+        if due is None:
             return original(*args, **kwargs)
-        with step_of(session, _count_tokens(args, kwargs)) as step:
+        with due as step:
             return parallel.run_forward(step, args, kwargs)
 
     def compiled_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall | None:
         if parallel.config.tensor_parallel_size > 1:
             raise ConfigurationError("torch.compile needs tensor_parallel_size 1: its ranks meet in every layer")
-        session = session_of_call()
-        if session is None:
-            return None
-        return CompiledCall(step_of(session, _count_tokens(args, kwargs)), parallel.check_all_layers_ran)
+        due = step_of_call(args, kwargs)
+        return CompiledCall(due, parallel.check_all_layers_ran) if due is not None else None
 
     if parallel.device.type == "cuda" and getattr(model, "generation_config", None) is not None:
         # Decode steps are graphs of ours, which agree before each replay.
@@ -338,7 +336,7 @@ def attach(parallel: ModelParallel) -> None:
 
 
 class _RefusedByDDP:
-    """What DistributedDataParallel asks for first of all: names of parameters that it is to leave alone."""
+    """The names of parameters to ignore, which DistributedDataParallel reads first: reading them is refused."""
 
     def __iter__(self) -> Iterator[str]:
         raise ConfigurationError(
@@ -348,7 +346,7 @@ class _RefusedByDDP:
 
 
 def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate` without Transformers' own way to keep ranks together, which waits for calls that may never come."""
+    """Turn off Transformers' own synchronization in `generate`: it waits for calls that other ranks may never make."""
 
     @functools.wraps(generate)
     def call(*args: Any, synced_gpus: Any = None, **kwargs: Any) -> Any:
@@ -364,7 +362,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> None:
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """One of Transformers' experts implementations: the layer's place in the step that this thread runs."""
+    """Lockstep's experts implementation for Transformers: runs the layer in this thread's step."""
     if torch.compiler.is_compiling():
         return moe(hidden_states, top_k_index, top_k_weights, module._lockstep_layer)
     place = getattr(module, "_lockstep_place", None)
@@ -381,7 +379,7 @@ def _experts_forward(
 
 
 class _OwnPart(torch.Tensor):
-    """In a state dict for weights of experts: says how large this rank's part is, and refuses to be read or saved."""
+    """Stands for experts' weights in a state dict: tells the shape of this rank's part, refuses to be read or saved."""
 
     _TELLS = tuple(
         getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")

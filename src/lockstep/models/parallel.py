@@ -1,4 +1,4 @@
-"""What a model that is spread over the ranks carries with it: its layers, the groups of its ranks, its steps."""
+"""The parallel state of a model that is spread over the ranks: its layers, the groups of its ranks, its steps."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ OUTSIDE = (
 
 
 class ModelParallel:
-    """What a model that is spread over the ranks carries with it.
+    """The layers, groups and steps of a model that is spread over the ranks.
 
     Engines that form their own steps use it without a session: `open()`, then for every step an agreement on
     `coordinator` and either `model(...)` inside `with parallel.step(decision):` or `parallel.run_idle_step(decision)`.
@@ -164,18 +164,14 @@ class ModelParallel:
             watch_group(group, None)
         self._groups, self._epoch = [], -1
 
-    def begin(
-        self, decision: StepDecision, *, num_rows: torch.Tensor | None = None, capacity: int | None = None
-    ) -> Step:
+    def begin(self, decision: StepDecision) -> Step:
         """Begin an agreed step, see `MoELayers.begin`; the model runs inside `with` it. No wait for the device."""
-        return self.layers.begin(decision.num_tokens_across_dp, num_rows=num_rows, capacity=capacity)
+        return self.layers.begin(decision.num_tokens_across_dp)
 
     @contextlib.contextmanager
-    def step(
-        self, decision: StepDecision, *, num_rows: torch.Tensor | None = None, capacity: int | None = None
-    ) -> Iterator[Step]:
-        """Run one forward pass of the model inside, and wait until the device has done it. As `begin` otherwise."""
-        with self.begin(decision, num_rows=num_rows, capacity=capacity) as step:
+    def step(self, decision: StepDecision) -> Iterator[Step]:
+        """Run one forward pass of the model inside, and wait until the device has done it."""
+        with self.begin(decision) as step:
             yield step
         step.wait()
 
@@ -325,31 +321,26 @@ class ModelParallel:
         return layers
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same on all ranks; small, so that it can be compared by name."""
-        first, options = self._shapes[0], self.options
-        return {
+        """What must be the same on all ranks, small and by name; each rank may have a deadline of its own."""
+        first, options = self._shapes[0], dict(vars(self.options))
+        placement, _ = options.pop("placement"), options.pop("deadline_s")
+        return options | {
             "model": type(self.model).__name__,
             "tensor_parallel_size": self.config.tensor_parallel_size,
-            "max_chunk_size_per_rank": options.max_chunk_size_per_rank,
-            "dispatcher": options.dispatcher,
-            "fp8 dispatch": options.fp8_dispatch,
             "dispatch constants": self._constants.summary if self._constants is not None else "",
+            "placement (checksum)": placement.checksum if placement is not None else 0,
             "MoE layers": len(self.weights.experts),
-            "placement (checksum)": options.placement.checksum if options.placement is not None else 0,
-            "expert load": options.count_expert_load,
             "local experts": [experts.num_local_experts for experts in self.weights.experts],
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,
             "dtype": str(first.dtype),
             "LoRA on experts": self.weights.adapters_summary(),
             "weights (checksum)": self._checksum,
-            "debug": options.debug,
-            "fuse_norms": options.fuse_norms,
         }
 
 
 def parallel_of(model: Any) -> ModelParallel | None:
-    """Return what a model that is spread over the ranks, or a module that holds it, carries with it; or None."""
+    """Return the `ModelParallel` of a model that is spread over the ranks, or of a module that holds it; or None."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
     return next(
         (found for module in modules if (found := getattr(module, "__dict__", {}).get("_lockstep_parallel"))), None

@@ -163,19 +163,15 @@ def mark_loaded(parameter: torch.nn.Parameter) -> None:
 
 def may_be_missing(model: Any, key: str) -> bool:
     """Say whether a weight that the files lack is no fault: it is tied to another, or the architecture says so."""
-    if key in getattr(model, "all_tied_weights_keys", {}):
-        return True
-    return any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_missing or ())
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return key in getattr(model, "all_tied_weights_keys", {}) or any(re.search(pattern, key) for pattern in patterns)
 
 
 def text_class_of(config: Any) -> Any:
     """Return the class that generates text with a config; None where Transformers has none."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        return None
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def class_from_folder(reference: str, folder: str) -> Any:
