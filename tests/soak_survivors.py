@@ -1,9 +1,10 @@
-"""Engines that lose ranks at random moments: outputs are those of one process, every token comes once, nothing hangs.
+"""Engines lose ranks at random moments, and some get them back: outputs equal one process, each token comes once.
 
 `python tests/soak_survivors.py --cases 100 --minutes 10 --seed 1`; the last line is a JSON document with the counts.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -52,7 +53,9 @@ class Soak:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.counts = dict.fromkeys(("cases", "losses", "all lost", "tokens", "hangs", "wrong", "lost", "twice"), 0)
+        self.counts = dict.fromkeys(
+            ("cases", "losses", "epochs", "all lost", "tokens", "hangs", "wrong", "lost", "twice"), 0
+        )
         self.slowest_s = 0.0
         folder = tempfile.mkdtemp(prefix="soak-survivors-")
         self.models = [str(make_tiny(f"{folder}/{n}", num_layers=2, num_experts=n)) for n in (6, 8, 12)]
@@ -67,6 +70,9 @@ class Soak:
         params = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
         victims = rng.sample(range(num_ranks), rng.randint(1, num_ranks))
         options = {"survive": rng.randrange(num_ranks), "kv_capacity_tokens": rng.choice((None, 256))}
+        if rng.random() < 0.5:
+            options["restart_ranks"] = rng.randint(1, 2)
+            victims += rng.choices(victims, k=rng.randint(0, 2))  # perhaps while it comes back
         heard, later, began = Outputs(len(prompts)), Outputs(len(prompts)), time.monotonic()
         counts["cases"] += 1
         with Engine(path, data_parallel_size=num_ranks, deadline_s=DEADLINE_S, **options) as engine:
@@ -74,8 +80,9 @@ class Soak:
             engine.submit(heard, requests)
             for victim in victims:
                 time.sleep(rng.choice((0.0, rng.uniform(0, 0.3), rng.uniform(0, 1.0))))
-                os.kill(engine.ranks()[victim].pid, rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
-                counts["losses"] += 1
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(engine.ranks()[victim].pid, rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
+                    counts["losses"] += 1
                 if victim == victims[0]:  # while the others go on without it
                     engine.submit(later, requests)
                     if rng.random() < 0.5:
@@ -85,7 +92,8 @@ class Soak:
                 if not heard.changed.wait(HANG_S):
                     counts["hangs"] += 1
                     raise AssertionError(f"case {counts['cases']} hangs: {engine.ranks()}, {engine.stats}")
-            if len(victims) == num_ranks and heard.error is not None:
+            counts["epochs"] += engine.stats.epoch
+            if len(set(victims)) == num_ranks and heard.error is not None:
                 counts["all lost"] += 1
             elif heard.unfinished:
                 counts["lost"] += len(heard.unfinished)

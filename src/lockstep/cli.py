@@ -85,6 +85,7 @@ def run(
     device: opt.Device = None,
     deadline_s: opt.Deadline = 30.0,
     survive: opt.Survive = 0,
+    restart_ranks: opt.RestartRanks = 0,
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
     expert_load: Annotated[
@@ -142,6 +143,7 @@ def serve(
     placement: opt.ExpertPlacement = None,
     num_redundant_experts: opt.NumRedundantExperts = 0,
     survive: opt.Survive = 0,
+    restart_ranks: opt.RestartRanks = 0,
     start_timeout_s: Annotated[
         float, opt.scale("Longest wait until the ranks are ready, in seconds.", "--start-timeout")
     ] = 600.0,

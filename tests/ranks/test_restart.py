@@ -29,7 +29,7 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("restart")
     make_tiny(folder / "tiny", num_layers=2, num_experts=12)
     lines = [
-        {"prompt": "One of us is killed. " * (1 + n % 4), "max_new_tokens": 4 + 3 * n, "arrival_s": 0.05 * n}
+        {"prompt": "One of us is killed. " * (1 + n % 4), "max_new_tokens": 20 + 12 * n, "arrival_s": 0.1 * n}
         for n in range(REQUESTS)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -38,7 +38,7 @@ def setting(tmp_path_factory):
 
 
 def arguments(folder, out, num_ranks):
-    """By the wall clock: requests come for 2.6 s on a machine of any speed, so that ranks are killed before the end."""
+    """By the wall clock: requests come for 1.3 s on a machine of any speed, so that ranks are killed before the end."""
     return [
         "run", "--model", folder / "tiny", "--workload", folder / "prompts.jsonl", "--data-parallel-size", num_ranks,
         "--out", folder / out, "--json", "--clock", "wall",
@@ -163,6 +163,30 @@ def test_one_rank_is_left_after_two_losses(setting, caplog, capfd):
     assert re.findall(r"^metrics: http|^\d ranks? on cpu", said, re.MULTILINE) == [
         "metrics: http", "3 ranks on cpu", "metrics: http", "2 ranks on cpu", "1 rank on cpu"
     ]  # fmt: skip
+
+
+@pytest.mark.ranks(3)
+def test_a_lost_rank_comes_back_and_runs_requests_again(tmp_path, caplog):
+    """The first rank is lost, comes back behind the others, and another one is lost."""
+    make_tiny(tmp_path / "tiny", num_layers=2, num_experts=12)
+    lines = [{"prompt": "Back again.", "max_new_tokens": 60, "arrival_s": 0.04 * n} for n in range(400)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "back"
+    command = Command(*arguments(tmp_path, out.name, RANKS), "--restart-ranks", 1, "--metrics-port", 0)
+    has_ended = lambda: not command.is_alive()  # noqa: E731
+    kill_in_the_middle(has_ended, out, 0)
+    until = time.monotonic() + 100
+    while "rank 0 is back; going on with ranks 0, 1, 2" not in caplog.text:
+        assert not has_ended() and time.monotonic() < until, caplog.text
+        time.sleep(0.01)
+    kill_in_the_middle(has_ended, out, 1)
+    assert command.wait(300) == 0
+    starts_of(out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["requests"], summary["verified"], summary["mismatches"]) == (len(lines), True, 0)
+    rows = [sum(record.real_rows for record in read_step_log(path)) for path in sorted(out.glob("parts/steps-rank0*"))]
+    assert len(rows) > 1 and rows[1] > 0, "the rank that was back had no rows"
+    assert len((out / "outputs.jsonl").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.ranks(3)

@@ -146,3 +146,56 @@ def test_a_stopped_rank_is_given_up_after_the_deadline_and_killed(tiny, alone):
             assert heard.left.acquire(timeout=60) and heard.error is None
         assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
         assert engine.ranks()[2].state == "gone"
+
+
+@pytest.mark.ranks(3)
+def test_lost_ranks_come_back_while_the_others_work(tiny, alone, caplog):
+    """Rank 1 is killed and comes back; then rank 0 is, which rank 1 survives. A third loss is for good."""
+    prompts, heard = [[n + 1, 2, 3] * (1 + n % 4) for n in range(9)], []
+    with Engine(tiny, data_parallel_size=3, deadline_s=20, survive=1, restart_ranks=1) as engine:
+
+        def submit():
+            heard.append(Heard(len(prompts)))
+            engine.submit(heard[-1], engine.read_requests(prompts, LONG))
+
+        submit()
+        for epoch, victim in ((2, 1), (4, 0)):
+            lose(engine, victim)
+            assert [rank.lost for rank in engine.ranks()] == [rank == victim for rank in range(3)]
+            while engine.stats.epoch < epoch:  # requests come all the time
+                submit()
+                wait_for(lambda: sum(map(len, heard[-1].tokens)) > 500, 60)
+            submit()
+            assert [(rank.state, rank.lost) for rank in engine.ranks()] == [("alive", False)] * 3
+        for call in heard:
+            for _ in prompts:
+                assert call.left.acquire(timeout=60) and call.error is None
+            assert [tuple(tokens) for tokens in call.tokens] == [alone(prompt, 120) for prompt in prompts]
+        assert {output.rank for output in engine.generate(prompts, LONG)} == {0, 1, 2}
+        lose(engine, 1)
+        assert len(list(engine.generate(prompts[:3], LONG))) == 3
+        assert engine.stats.epoch == 5 and engine.ranks()[1].state == "gone"
+    assert "rank 1 is back; going on with ranks 0, 1, 2" in caplog.text
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_fails_while_it_comes_back_does_not_hurt_the_others(tmp_path, caplog):
+    """The first process is killed while it starts, the second finds another checkpoint; there is no third."""
+    path = make_tiny(tmp_path / "tiny", num_layers=1, num_experts=4)
+    with Engine(str(path), data_parallel_size=2, deadline_s=20, restart_ranks=2) as engine:
+        lost, heard = engine.ranks()[1].pid, Heard(1)
+        engine.submit(heard, engine.read_requests([[7]], ENDLESS))
+        os.kill(lost, signal.SIGKILL)
+        wait_for(lambda: engine.ranks()[1].pid != lost)
+        second = engine.ranks()[1].pid
+        os.kill(second, signal.SIGSTOP)
+        heard.wait_for_more(10)
+        os.utime(path / "model.safetensors")  # somebody has written it anew
+        os.kill(second, signal.SIGKILL)
+        wait_for(lambda: "rank 1 could not come back" in caplog.text)
+        assert "tiny is not the checkpoint any more that the ranks have loaded" in caplog.text
+        wait_for(lambda: engine.ranks()[1].state == "gone")
+        heard.wait_for_more(10)
+        assert heard.error is None and engine.stats.epoch == 1
+        assert engine.ranks()[1].pid not in (lost, second)
+        engine.abandon(heard)

@@ -33,7 +33,7 @@ class SilentRanks:
     def send(self, *_):
         pass
 
-    stop = kill = kill_one = send
+    stop = kill = kill_one = start_again = send
 
 
 class Nobody:

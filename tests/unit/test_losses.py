@@ -1,14 +1,17 @@
 """Which failures of ranks others survive, as whoever started them decides it. No processes here."""
 
+import time
+
 import pytest
 import torch.distributed as dist
 
-from lockstep.coordination.membership import await_members, publish
+from lockstep.coordination.meeting import Whereabouts
+from lockstep.coordination.membership import asked_to_stop, await_members, publish
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError
 from lockstep.runner.failures import failure_of
-from lockstep.runner.losses import Losses
+from lockstep.runner.losses import WHEREABOUTS, Losses
 
-DIED = {"failed": "died", "why": "its process was ended by signal 9 (SIGKILL)"}
+DIED = {"failed": "died", "why": "its process was ended by signal 9 (SIGKILL)", "exit_code": -9}
 
 
 def stopped(epoch=0):
@@ -21,8 +24,14 @@ def killed():
 
 
 @pytest.fixture
-def losses(killed):
-    return Losses(3, True, 60.0, killed.append, dist.HashStore())
+def started():
+    return []
+
+
+@pytest.fixture
+def losses(killed, started):
+    again = lambda rank, first_epoch: started.append((rank, first_epoch))  # noqa: E731
+    return Losses(3, True, 60.0, killed.append, dist.HashStore(), again, restart_ranks=2)
 
 
 def test_the_others_go_on_once_all_of_them_have_stopped(losses, killed, caplog):
@@ -104,12 +113,86 @@ def test_an_epoch_that_ends_without_a_loss_is_an_error(losses):
         losses.begin_epoch()
 
 
+@pytest.fixture
+def without_rank_1(losses):
+    """Rank 1 is lost, and its process was started again."""
+    for rank, message in ((1, DIED), (0, stopped()), (2, stopped())):
+        losses.take(rank, message)
+    assert losses.begin_epoch() == (0, 2)
+    assert losses.begin_epoch() is None
+    return losses
+
+
+def test_a_lost_rank_is_started_again_and_enters_behind_the_others_once_they_have_stopped(
+    without_rank_1, started, killed, caplog
+):
+    losses = without_rank_1
+    assert started == [(1, 2)]
+    losses.take(1, {"back": True})
+    assert asked_to_stop(losses.store, 1) and not asked_to_stop(losses.store, 0)
+    for rank in (0, 2):
+        assert losses.begin_epoch() is None
+        losses.take(rank, {"stopped": 1})
+    assert losses.begin_epoch() == (0, 2, 1)
+    assert "rank 1 is back; going on with ranks 0, 1, 2" in caplog.text
+    assert killed == [1]  # at its loss
+
+
+def test_a_rank_is_started_again_a_few_times_and_ends_nobody_where_it_fails(without_rank_1, started, caplog):
+    losses = without_rank_1
+    for failure in (failure_of(1, LockstepError("another checkpoint")), None):
+        if failure is not None:
+            losses.take(1, failure)
+        losses.take(1, DIED)
+        assert losses.begin_epoch() is None
+    assert started == [(1, 2), (1, 2)]
+    assert "rank 1 could not come back: another checkpoint" in caplog.text
+
+
+def test_a_rank_that_ends_before_it_enters_leaves_the_others_as_they_were(without_rank_1, caplog):
+    losses = without_rank_1
+    losses.take(1, {"back": True})
+    losses.take(0, {"stopped": 1})
+    losses.take(1, DIED)
+    losses.take(2, {"stopped": 1})
+    assert losses.begin_epoch() == (0, 2)
+    assert "a rank that was back has ended; going on with ranks 0, 2" in caplog.text
+
+
+def test_an_error_of_a_rank_that_has_just_come_back_is_its_loss(without_rank_1, killed):
+    losses = without_rank_1
+    losses.take(1, {"back": True})
+    for rank in (0, 2):
+        losses.take(rank, {"stopped": 1})
+    assert losses.begin_epoch() == (0, 2, 1)
+    losses.take(1, failure_of(1, ValueError("of its device")))
+    for rank in (0, 2):
+        losses.take(rank, stopped(2))
+    assert losses.begin_epoch() == (0, 2)
+    assert killed == [1, 1]
+
+
+def test_a_rank_that_reads_experts_is_waited_for_as_long_as_it_comes_on(killed):
+    losses = Losses(3, True, 0.2, killed.append, dist.HashStore())
+    reader = Whereabouts(dist.PrefixStore(WHEREABOUTS, losses.store), 2)
+    reader.enter("reading experts")
+    losses.take(1, DIED)
+    losses.take(0, stopped())
+    for beat in range(1, 8):
+        reader.enter("reading experts", beat)
+        assert losses.begin_epoch() is None
+        time.sleep(0.11)
+    assert killed == [1]
+    until = time.monotonic() + 10
+    while killed != [1, 2]:
+        assert losses.begin_epoch() is None and time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_the_store_decides_once():
     store = dist.HashStore()
     assert publish(store, 1, (0, 2)) == (0, 2)
     assert publish(store, 1, (0, 1)) == (0, 2)
     assert await_members(store, 2, 1, 1.0) == (0, 2)
-    with pytest.raises(RankAbsentError, match="rank 1 is no member of epoch 1: it was given up"):
-        await_members(store, 1, 1, 1.0)
     with pytest.raises(LockstepError, match=r"rank 0: nobody has said within 0\.05 s who goes on in epoch 2"):
         await_members(store, 0, 2, 0.05)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
 from lockstep.moe.placement import EMPTY, Placement, place
-from lockstep.moe.survivors import to_read, widened, without_lost
+from lockstep.moe.survivors import placement_of_epoch, to_read, widened, without_lost
 
 
 @st.composite
@@ -53,6 +53,21 @@ def test_slots_that_were_kept_are_used_before_any_is_added():
     wide = widened(even, 2)
     assert (wide.num_slots_per_rank, without_lost(wide, [0, 1, 3]).num_slots_per_rank) == (6, 6)
     assert without_lost(without_lost(wide, [0, 1, 3]), [1, 2]).num_slots_per_rank == 6
+
+
+@given(placements(), st.data())
+def test_ranks_that_are_back_have_their_first_experts_again(first, data):
+    """Whatever is lost and comes back: the last epoch depends on what follows the last return, and nothing else."""
+    everyone = tuple(range(first.num_ranks))
+    subsets = st.permutations(everyone).flatmap(lambda order: st.integers(1, len(order)).map(lambda n: order[:n]))
+    epochs = [tuple(members) for members in data.draw(st.lists(subsets, max_size=5))]
+    placement = placement_of_epoch(first, epochs)
+    assert placement.num_ranks == len(epochs[-1] if epochs else everyone)
+    assert placement_of_epoch(first, [*epochs, (0,), everyone]) == first
+    for layer in range(first.num_layers):
+        for place_now, rank in enumerate(epochs[-1] if epochs else everyone):
+            own = first.experts_of(layer, rank)
+            assert placement.experts_of(layer, place_now)[: len(own)] == own
 
 
 @given(st.lists(st.sets(st.integers(0, 6)), min_size=1, max_size=3))

@@ -23,7 +23,7 @@ from lockstep.moe.placement import LOAD_FILE, ExpertLoad
 from lockstep.report.metrics import RunMetrics
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import expected_duration
-from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions, refuse_survive_under_torchrun
+from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions, refuse_survivors_under_torchrun
 from lockstep.steplog.files import read_step_log
 from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
@@ -136,7 +136,7 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
             num_ranks = options.world_size if member is None else len(member.members)
             console.print(describe(about, num_ranks), style="dim", soft_wrap=True)
 
-        if rank == 0:
+        if rank == 0 and (member is None or not member.returns):
             display()[0](0, now="loading the model")
         return runner.run_rank(options, observe, say, member)
 
@@ -145,7 +145,7 @@ def _check(options: RunOptions, console: Console) -> None:
     """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
     options.check_survive()
     if "RANK" in os.environ:
-        refuse_survive_under_torchrun(options.survive)
+        refuse_survivors_under_torchrun(survive=options.survive, restart_ranks=options.restart_ranks)
     if options.expert_load and options.world_size == 1:
         raise ConfigurationError("expert_load needs ranks that share the experts, and data_parallel_size is 1")
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):

@@ -155,7 +155,7 @@ class MeetingPlace:
         self._whereabouts.enter(f"waiting in {self.name}")
         number = 0 if once else self._current()
         store.set(f"{number}/{self.rank}", json.dumps(facts))
-        patience = _Patience(self._whereabouts, deadline_s)
+        patience = Patience(self._whereabouts, deadline_s)
         while True:
             missing = [rank for rank in ranks if not store.check([f"{number}/{rank}"])]
             given_up = patience.exhausted([self._processes[rank] for rank in missing])
@@ -212,7 +212,7 @@ class MeetingPlace:
         return stands.decode()
 
 
-class _Patience:
+class Patience:
     """For how long to wait for which rank: a deadline from its last sign of progress, or until it is gone."""
 
     def __init__(self, whereabouts: Whereabouts, deadline_s: float) -> None:

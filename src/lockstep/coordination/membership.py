@@ -1,8 +1,9 @@
 """Which ranks work together, from epoch to epoch: decided by whoever started them, in a store that outlives each rank.
 
-An epoch has fixed members. It ends where one of them is lost: the others notice, stop, say so, and wait. When every
-member has either said so or is dead, the next epoch begins with those that are left. A rank that neither says so nor
-dies is killed, so that no two epochs are ever at work. Pure but for `publish` and `await_members`.
+An epoch has fixed members. It ends when one of them is lost: the others notice, stop, say so, and wait. It also ends
+when a lost rank is back: the members are asked to stop between two steps. When every member has either said so or is
+dead, the next epoch begins with those that are left and those that are back. A rank that neither says so nor dies is
+killed, so that two epochs are never at work at once. Pure except for the functions that take a store.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
+class EpochEnded(Exception):
+    """All members have stopped between two steps, since a rank is back."""
+
+
 class Membership:
-    """The view of whoever starts the ranks: the members of the present epoch, and who of them could begin the next.
+    """The view of whoever starts the ranks: the members of the present epoch, and those of the next.
 
     Attributes:
-        epoch: number of the present one, from 0; epochs only grow.
-        members: of the present epoch, ascending.
+        epoch: number of the present epoch, from 0; epochs only grow.
+        members: of the present epoch; those that came back stand behind those that stayed.
         dead: members that have died.
         waiting: members that have stopped working, and wait for the next epoch.
+        back: lost ranks that wait to enter the next epoch.
+        asked: whether the members were asked to stop, for a rank that is back.
 
     Example:
         >>> membership = Membership(3)
@@ -41,11 +48,13 @@ class Membership:
         self.members: tuple[int, ...] = tuple(range(num_ranks))
         self.dead: set[int] = set()
         self.waiting: set[int] = set()
+        self.back: set[int] = set()
+        self.asked = False
 
     @property
     def is_ending(self) -> bool:
-        """Whether a member of the present epoch has died or stopped working in it."""
-        return bool(self.dead or self.waiting)
+        """Whether a member of the present epoch has died, has stopped working in it, or was asked to."""
+        return bool(self.dead or self.waiting or self.asked)
 
     @property
     def awaited(self) -> tuple[int, ...]:
@@ -53,9 +62,16 @@ class Membership:
         return tuple(rank for rank in self.members if rank not in self.dead | self.waiting)
 
     def died(self, rank: int) -> None:
-        """A rank's process has ended; of one that was lost before, that is no news."""
+        """A rank's process has ended: a member's, or that of a rank that was about to come back."""
+        self.back.discard(rank)
         if rank in self.members:
             self.dead.add(rank)
+
+    def returned(self, rank: int) -> None:
+        """A lost rank is back; it enters with the next epoch."""
+        if rank not in self.members:
+            self.back.add(rank)
+            self.asked = True
 
     def stopped(self, rank: int, epoch: int) -> None:
         """A rank has stopped working in an epoch, because of another one, and waits for the next."""
@@ -63,16 +79,16 @@ class Membership:
             self.waiting.add(rank)
 
     def next_members(self) -> tuple[int, ...] | None:
-        """Return who is left for the next epoch; None where none may begin yet."""
+        """Return the members of the next epoch; None if it cannot begin yet."""
         if not self.is_ending or self.awaited:
             return None
-        return tuple(rank for rank in self.members if rank not in self.dead)
+        return (*(rank for rank in self.members if rank not in self.dead), *sorted(self.back))
 
     def begin(self, members: tuple[int, ...]) -> None:
         """The next epoch begins."""
         assert members == self.next_members()
         self.epoch, self.members = self.epoch + 1, members
-        self.dead, self.waiting = set(), set()
+        self.dead, self.waiting, self.back, self.asked = set(), set(), set(), False
 
 
 def publish(store: dist.Store, epoch: int, members: Sequence[int]) -> tuple[int, ...]:
@@ -81,14 +97,21 @@ def publish(store: dist.Store, epoch: int, members: Sequence[int]) -> tuple[int,
 
 
 def await_members(store: dist.Store, rank: int, epoch: int, timeout_s: float) -> tuple[int, ...]:
-    """Return the members of an epoch once decided, or `RankAbsentError` where this rank is none, and must end."""
+    """Return the members of an epoch, once they are decided."""
     key = f"members/{epoch}"
     try:
         store.wait([key], datetime.timedelta(seconds=timeout_s))
-        members = tuple(json.loads(store.get(key)))
+        return tuple(json.loads(store.get(key)))
     except RuntimeError as error:  # torch's own, of which DistStoreError is one
         text = f"rank {rank}: nobody has said within {timeout_s:g} s who goes on in epoch {epoch}: {first_line(error)}"
         raise RankAbsentError(text, (rank,)) from None
-    if rank not in members:
-        raise RankAbsentError(f"rank {rank} is no member of epoch {epoch}: it was given up", (rank,))
-    return members
+
+
+def ask_to_stop(store: dist.Store, epoch: int) -> None:
+    """Ask the members of an epoch to stop between two steps."""
+    store.set(f"asked/{epoch}", "")
+
+
+def asked_to_stop(store: dist.Store, epoch: int) -> bool:
+    """Return whether the members of an epoch were asked to stop."""
+    return store.check([f"asked/{epoch}"])

@@ -42,6 +42,7 @@ class EngineRecord(StepRecord):
     num_messages: int = decided("gather", 0)
     messages_check: int = decided("gather", 0)
     elapsed_ms: int = decided("max", 0)
+    ends_epoch: bool = decided("any", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class RankEngine:
         all_stopped: whether no rank had or expected work at the last agreement.
         messages_alike: whether ranks with the same requests got the same messages, as far as all of them have them.
         elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
+        epoch_ends: whether any rank has handed `ends_epoch` to the last step: no rank may call `step` any more.
         step_number: of the next step.
         page_keys_of: keys of the whole pages of a prompt's tokens, by which prefix pages are shared.
         reports: of the steps whose tokens have come since the caller last emptied it.
@@ -162,6 +164,7 @@ class RankEngine:
         self.all_stopped = False
         self.messages_alike = True
         self.elapsed_ms = 0
+        self.epoch_ends = False
         self._num_messages: Sequence[int] = [0] * ranks.world_size
         self.step_number = 0
         self.page_keys_of: Callable[[Sequence[int]], Sequence[PageKey]] = token_page_keys
@@ -271,8 +274,9 @@ class RankEngine:
 
     @torch.no_grad()
     def step(
-        self, *, unfinished: bool | None = None, num_messages: int = 0, messages_check: int = 0, elapsed_ms: int = 0
-    ) -> list[TokenOutput]:
+        self, *, unfinished: bool | None = None, num_messages: int = 0, messages_check: int = 0, elapsed_ms: int = 0,
+        ends_epoch: bool = False,
+    ) -> list[TokenOutput]:  # fmt: skip
         """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
 
         Args:
@@ -281,6 +285,7 @@ class RankEngine:
             messages_check: hash of those that all ranks with the same requests had at the agreement before, 31 bits;
                 afterwards `messages_alike` says whether theirs are the same.
             elapsed_ms: time since the run's start on this rank; afterwards the attribute has all ranks' maximum.
+            ends_epoch: this is to be the last step, on all ranks, since other members will work.
 
         Raises:
             LockstepError: see `Coordinator.agree` and `ModelParallel.step`.
@@ -291,7 +296,8 @@ class RankEngine:
         schedule = self.scheduler.next_step(self.step_number, run_prefills)
         self.step_number += 1
         unfinished = self.has_unfinished if unfinished is None else unfinished
-        told = {"num_messages": num_messages, "messages_check": messages_check, "elapsed_ms": elapsed_ms}
+        told: dict[str, Any] = {"num_messages": num_messages, "messages_check": messages_check}
+        told |= {"elapsed_ms": elapsed_ms, "ends_epoch": ends_epoch}
         decision = self._agree(schedule, unfinished, told)
         report = StepReport(schedule, self.num_tokens_across_dp, began, time.perf_counter())
         before, self._flight = self._flight, None
@@ -317,6 +323,7 @@ class RankEngine:
         if self.parallel is None:
             self.states, self.num_tokens_across_dp = [self.state], (schedule.num_tokens,)
             self.all_stopped, self.elapsed_ms = not unfinished, max(self.elapsed_ms, told["elapsed_ms"])
+            self.epoch_ends = told["ends_epoch"]
             return None
         record = EngineRecord(num_tokens=schedule.num_tokens, unfinished=unfinished, **told, **self.state._asdict())
         decision = self.parallel.coordinator.agree(record)
@@ -326,6 +333,7 @@ class RankEngine:
         self._num_messages = decision.values["num_messages"]
         self.messages_alike = len(set(decision.values["messages_check"][self._alike])) == 1
         self.elapsed_ms = max(self.elapsed_ms, decision.values["elapsed_ms"])
+        self.epoch_ends = bool(decision.values["ends_epoch"])
         self.num_tokens_across_dp = decision.num_tokens_across_dp
         return decision
 

@@ -1,63 +1,81 @@
-"""A model that is spread over ranks, spread anew over those that are left: missing experts are read, nothing else."""
+"""A model that is spread over ranks, spread anew over the members of another epoch: only missing experts are read."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from lockstep.coordination.groups import parallel_config
+from lockstep.coordination.groups import Start, own_device, parallel_config
 from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import change_slots, find_experts, slots_held
 from lockstep.models.huggingface import attach
 from lockstep.models.loading import load_pretrained
+from lockstep.models.options import ParallelOptions
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.placement import EMPTY, Placement
 from lockstep.moe.survivors import to_read
 
 
 class Respreader:
-    """Gives this rank's model other experts, as often as ranks are lost; `how_loaded` is for `load_pretrained`."""
+    """Gives this rank's model other experts, as often as ranks are lost or come back.
 
-    def __init__(self, model: Any, path: str, **how_loaded: Any) -> None:
-        parallel = parallel_of(model)
-        assert parallel is not None
-        self._model, self._path, self._how_loaded = model, path, how_loaded
-        self._files = _files_of(path)
+    Args:
+        path: of the checkpoint.
+        options: of the model over its ranks.
+        store: in which all ranks, also those that come back, find which files the first one has loaded.
+        how_loaded: for `load_pretrained`.
+    """
+
+    def __init__(self, path: str, options: ParallelOptions, store: dist.Store, **how_loaded: Any) -> None:
+        self._path, self._options, self._how_loaded = path, options, how_loaded
+        self._files: bytes = store.compare_set("checkpoint", "", _files_of(path))
+
+    def load_alone(self, rank: int, num_ranks: int, device: Any) -> Any:
+        """Load what a rank of all ranks holds at first, without the others; None for this rank's device."""
+        placement = self._options.placement
+        return self._load(ep_rank=rank, ep_size=num_ranks, placement=placement, device=own_device(device))
+
+    def first_placement(self, model: Any, num_ranks: int) -> Placement:
+        """Return what all ranks hold at first."""
         layers = find_experts(model)
-        num_experts, num_ranks = slots_held(layers[0][1])[1], parallel.config.world_size
-        self.placement = parallel.options.placement or Placement.even(len(layers), num_experts, num_ranks)
+        return self._options.placement or Placement.even(len(layers), slots_held(layers[0][1])[1], num_ranks)
 
-    def spread(self, placement: Placement) -> None:
-        """Hold what a placement over all ranks says, and work among them. Groups of earlier ranks must be closed."""
-        parallel, modules, process_group = parallel_of(self._model), find_experts(self._model), dist.group.WORLD
-        assert parallel is not None and process_group is not None
+    def spread(self, model: Any, placement: Placement) -> None:
+        """Hold what a placement over all members says, and work among them. Groups of earlier ones must be closed."""
+        parallel, modules, process_group = parallel_of(model), find_experts(model), dist.group.WORLD
+        assert process_group is not None
         config = parallel_config(process_group, 1)
         wanted = [placement.slots_of(layer, config.rank) for layer in range(len(modules))]
         missing = [
             set(slots).difference(slots_held(module)[0], {EMPTY})
             for slots, (_, module) in zip(wanted, modules, strict=True)
         ]
-        fresh = self._read(to_read(missing, placement.num_experts)) if any(missing) else {}
+        fresh = {}
+        if any(missing):
+            with Start(process_group).whereabouts.working(f"reading experts of {self._path}"):
+                fresh = self._read(to_read(missing, placement.num_experts))
         for slots, (name, module) in zip(wanted, modules, strict=True):
             change_slots(module, slots, fresh.get(name))
-        self._model.forward = parallel.forward
-        del self._model.__dict__["_lockstep_parallel"]
-        attach(ModelParallel(self._model, config, process_group, replace(parallel.options, placement=placement)))
+        if parallel is not None:  # None where this rank has just loaded the model alone
+            model.forward = parallel.forward
+            del model.__dict__["_lockstep_parallel"]
+        attach(ModelParallel(model, config, process_group, replace(self._options, placement=placement)))
 
     def _read(self, placement: Placement) -> dict[str, Any]:
         """Experts modules with the experts of a placement's first rank; of dense weights, views are made at most."""
-        if _files_of(self._path) != self._files:
+        return dict(find_experts(self._load(ep_rank=0, ep_size=placement.num_ranks, placement=placement)))
+
+    def _load(self, **part: Any) -> Any:
+        if _files_of(self._path).encode() != self._files:
             raise ConfigurationError(f"{self._path} is not the checkpoint any more that the ranks have loaded")
-        model = load_pretrained(
-            self._path, ep_rank=0, ep_size=placement.num_ranks, placement=placement, **self._how_loaded
-        )
-        return dict(find_experts(model))
+        return load_pretrained(self._path, **part, **self._how_loaded)
 
 
-def _files_of(path: str) -> list[tuple[str, int, int]]:
+def _files_of(path: str) -> str:
     """Name, size and time of a folder's weights; a Hub id's never change in the cache."""
     found = sorted(Path(path).glob("*.safetensors"))
-    return [(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in found]
+    return json.dumps([(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in found])

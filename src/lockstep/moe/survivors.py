@@ -1,4 +1,4 @@
-"""What the ranks that are left hold, once others are lost: what they had, and the experts that nobody has any more."""
+"""Which experts the members of each epoch hold, as ranks are lost and come back."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
             min(ranks, key=len).append(expert)
         held.append(ranks)
     return Placement.of_ranks(placement.num_experts, held, placement.num_slots_per_rank)
+
+
+def placement_of_epoch(first: Placement, epochs: Sequence[Sequence[int]]) -> Placement:
+    """Return the placement of the last of these epochs, given the members of each, and the placement before them.
+
+    Members keep what they hold where ranks are only lost. When a rank comes back, each member has its first experts
+    again, and those of the ranks that are still lost are dealt anew.
+
+    Example:
+        >>> first = Placement.even(num_layers=1, num_experts=6, num_ranks=3)
+        >>> placement_of_epoch(first, [(0, 2), (2,), (2, 0)]).physical_to_logical
+        ((4, 5, 2, 0, 1, 3),)
+    """
+    everyone = tuple(range(first.num_ranks))
+    placement, before = first, everyone
+    for members in epochs:
+        if not set(members) <= set(before):
+            placement, before = first, everyone
+        placement, before = without_lost(placement, [before.index(rank) for rank in members]), tuple(members)
+    return placement
 
 
 def to_read(layers: Sequence[Collection[int]], num_experts: int) -> Placement:

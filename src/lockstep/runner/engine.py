@@ -18,7 +18,7 @@ from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
-from lockstep.runner.options import refuse_survive_under_torchrun
+from lockstep.runner.options import refuse_survivors_under_torchrun
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
@@ -265,7 +265,7 @@ def _read_options(model: Any, data_parallel_size: int | None, options: dict[str,
             raise ConfigurationError(f"Engine has no option {name!r}{hint}")
     started, dp_size = started_ranks(), 1 if data_parallel_size is None else data_parallel_size
     if started is not None:
-        refuse_survive_under_torchrun(options.get("survive"))
+        refuse_survivors_under_torchrun(survive=options.get("survive"), restart_ranks=options.get("restart_ranks"))
     read = EngineOptions(os.fspath(model), data_parallel_size=dp_size, **options)
     if started is None:
         return read

@@ -57,7 +57,7 @@ class EngineStats:
         longest_rows: of the rank with the most in each step, all steps together.
         agreement_s: of each data-parallel rank: seconds from planning a step until all ranks had agreed on it.
         num_kv_tokens: of each data-parallel rank: see `SchedulerState`.
-        epoch: how often ranks were lost, and the others went on.
+        epoch: how often ranks were lost or came back.
     """
 
     steps: int = 0
@@ -111,8 +111,9 @@ class Front:
         self._told, self._looks_at_s = False, 0.0
         # A loss is survived once all have started.
         self._losses = Losses(
-            ranks.num_processes, False, patience_with(options.deadline_s), ranks.kill_one, ranks.store
-        )
+            ranks.num_processes, False, patience_with(options.deadline_s), ranks.kill_one, ranks.store,
+            ranks.start_again, options.restart_ranks,
+        )  # fmt: skip
         self._about: dict[int, dict[str, Any]] = {}  # what each process said of itself when it was ready
         self._ready: Future[dict[str, Any]] = Future()
         self._ended = threading.Event()
@@ -187,6 +188,8 @@ class Front:
             if self._losses.membership.is_ending:
                 self.ranks.kill()
             else:
+                for rank in set(range(self.ranks.num_processes)).difference(self.members):
+                    self.ranks.kill_one(rank)  # it may be loading
                 self.ranks.stop()
         except BaseException as error:
             if not isinstance(error, LockstepError | OSError):
@@ -220,7 +223,7 @@ class Front:
         return kind != "close"
 
     def _take_message(self, rank: int, message: dict[str, Any]) -> None:
-        if "failed" in message:
+        if not {"failed", "stopped", "back"}.isdisjoint(message):
             self._losses.take(rank, message)
             self._begin_epoch_if_due()
             return

@@ -102,8 +102,9 @@ def _launch_once(
     ) as ranks:  # fmt: skip
         survives = survivors is not None and survivors.can_survive
         losses = Losses(
-            num_ranks, survives, patience_with(deadline_s), lambda rank: ranks.processes[rank].kill(), store
-        )
+            num_ranks, survives, patience_with(deadline_s), lambda rank: ranks.processes[rank].kill(), store,
+            ranks.start_again, survivors.restart_ranks if survivors is not None else 0,
+        )  # fmt: skip
         return _result(ranks, said, limit_s, deadline_s, losses)
 
 
@@ -147,9 +148,10 @@ def _result(
             for rank in stopped if losses.can_survive else ():
                 ranks.processes[rank].kill()
         else:
-            if "failed" in message and (rank in waiting or losses.can_survive):
-                losses.take(rank, message)
-            elif rank in waiting:  # otherwise it has ended, as it said
+            if "done" not in message:
+                if rank in waiting or losses.can_survive:  # otherwise it has ended, as it said
+                    losses.take(rank, message)
+            else:
                 waiting.discard(rank)
                 result = message["done"] if rank == losses.membership.members[0] else result
                 after_s = deadline_s + MARGIN_S
@@ -185,7 +187,7 @@ def _absent(ranks: Ranks, absent: Sequence[int], why: str) -> _Lost:
 
 def _rank_main(
     connection: Connection, rank: int, num_ranks: int, port: int, deadline_s: float, function: Callable[..., Any],
-    args: tuple[Any, ...], survivors: ModelOptions | None,
+    args: tuple[Any, ...], survivors: ModelOptions | None, first_epoch: int = 0,
 ) -> None:  # fmt: skip
     from lockstep.runner.member import Member
     from lockstep.runner.ranks import join_group, open_store
@@ -194,7 +196,7 @@ def _rank_main(
     try:
         limit_s = max(deadline_s, _START_S)
         if survivors is not None:
-            member = Member(rank, survivors, port, limit_s, connection.send)
+            member = Member(rank, survivors, port, limit_s, connection.send, first_epoch)
             message = {"done": function(*args, member=member)}
         else:
             if num_ranks > 1:

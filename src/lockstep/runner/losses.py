@@ -1,4 +1,4 @@
-"""The launcher's side of membership: which failures others survive, how long to wait, and who goes on."""
+"""The launcher's side of membership: which failures others survive, how long to wait, who goes on, who comes back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lockstep.coordination.membership import Membership, publish
+import torch.distributed as dist
+
+from lockstep.coordination.meeting import Patience, Whereabouts
+from lockstep.coordination.membership import Membership, ask_to_stop, publish
+from lockstep.errors import LockstepError
 from lockstep.runner.failures import error_of, first_cause, is_echo
 
 logger = logging.getLogger(__name__)
 
-
+WHEREABOUTS = "members/whereabouts"
+"""Where, in the launcher's store, ranks show progress while they read experts."""
 _ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
 
 
@@ -25,25 +30,35 @@ def patience_with(deadline_s: float) -> float:
 
 
 class Losses:
-    """Lets ranks go on without those that are lost; where that is not possible, says whose fault it was.
+    """Lets ranks go on without those that are lost, and with those that are back.
+
+    Where nobody can go on, it says whose fault it was.
 
     Args:
         num_ranks: that were started.
         can_survive: whether ranks can go on without others.
-        patience_s: how long a rank may take to say that it has stopped, once one has.
-        kill: ends a rank.
+        patience_s: how long a rank may take to say that it has stopped, once one has; while it reads experts, from its
+            last progress on.
+        kill: ends a rank's process.
         store: in which ranks find who the members of an epoch are.
+        start_again: starts the process of a rank again, given the rank and the first epoch that it may enter.
+        restart_ranks: how often each rank's process is started again.
     """
 
     def __init__(
-        self, num_ranks: int, can_survive: bool, patience_s: float, kill: Callable[[int], None], store: Any
-    ) -> None:
+        self, num_ranks: int, can_survive: bool, patience_s: float, kill: Callable[[int], None], store: Any,
+        start_again: Callable[[int, int], None] | None = None, restart_ranks: int = 0,
+    ) -> None:  # fmt: skip
         self.membership = Membership(num_ranks)
         self.can_survive = can_survive
-        self._patience_s, self._kill, self._store = patience_s, kill, store
+        self.store, self._patience_s, self._kill, self._start_again = store, patience_s, kill, start_again
         self._failures: list[tuple[int, dict[str, Any]]] = []
         self._fatal: list[tuple[int, dict[str, Any]]] = []  # that nobody survives
-        self._until = 0.0
+        self._echoes_until_s = 0.0
+        self._patience: Patience | None = None  # since the epoch is ending
+        self._restarts = dict.fromkeys(range(num_ranks), restart_ranks)
+        self._ended: set[int] = set()  # ranks without a process
+        self._back: set[int] = set()  # members that were lost before this epoch
 
     @property
     def cause_died(self) -> bool:
@@ -52,13 +67,34 @@ class Losses:
         return bool(failures) and first_cause(failures)[1]["failed"] == "died"
 
     def take(self, rank: int, message: dict[str, Any]) -> None:
-        """Take a rank's failure in: others survive its death, and what follows from one, but no error of its own."""
-        membership, died = self.membership, message["failed"] == "died"
+        """Take in that a rank is `back`, has `stopped` since it was asked to, or has `failed`."""
+        membership = self.membership
+        if "exit_code" in message:
+            self._ended.add(rank)
+        if "back" in message:
+            membership.returned(rank)
+            ask_to_stop(self.store, membership.epoch)
+        elif "stopped" in message:
+            membership.stopped(rank, message["stopped"])
+        elif rank in membership.members:
+            self._take_failure(rank, message)
+        else:
+            membership.died(rank)
+            if message["failed"] != "died":
+                logger.warning("rank %d could not come back: %s", rank, message["why"])
+        if membership.is_ending and self._patience is None and self.store is not None:
+            whereabouts = Whereabouts(dist.PrefixStore(WHEREABOUTS, self.store), -1)
+            self._patience = Patience(whereabouts, self._patience_s)
+
+    def _take_failure(self, rank: int, message: dict[str, Any]) -> None:
+        """Others survive a rank's death, what follows from one, and any failure of a rank that has just come back."""
+        membership = self.membership
+        died = message["failed"] == "died" or (rank in self._back and not is_echo(message))
         fatal = not self.can_survive or not (died or is_echo(message))
-        if rank not in membership.members or (fatal and rank in dict(self._failures)):
-            return  # it was given up, or has said why
+        if fatal and rank in dict(self._failures):
+            return  # it has said why
         if not self._failures:
-            self._until = time.monotonic() + (_ECHOES_S if fatal else self._patience_s)
+            self._echoes_until_s = time.monotonic() + _ECHOES_S
         self._failures.append((rank, message))
         if fatal:
             self._fatal.append((rank, message))
@@ -75,24 +111,38 @@ class Losses:
             Its members; None where none has begun. Nobody who is left, or nobody who was lost, is an error: the cause.
         """
         membership = self.membership
-        if not self._failures:
-            return None
-        error = error_of(*first_cause(self._fatal or self._failures))
-        too_late = time.monotonic() > self._until
+        self._start_lost_again()
         if self._fatal:
-            if not all(is_echo(said) for _, said in self._fatal) or too_late or not membership.awaited:
-                raise error
+            waits = all(is_echo(said) for _, said in self._fatal) and membership.awaited
+            if not waits or time.monotonic() > self._echoes_until_s:
+                raise error_of(*first_cause(self._fatal))
             return None
-        if too_late:
-            for rank in membership.awaited:
+        if self._patience is not None:
+            for rank in self._patience.exhausted(membership.awaited):
                 self._kill(rank)
         members = membership.next_members()
         if members is None:
             return None
-        if members in ((), membership.members):
-            raise error
-        logger.warning("%s; going on with rank%s %s", error, "s" * (len(members) > 1), ", ".join(map(str, members)))
+        before, back = membership.members, sorted(membership.back)
+        why = [str(error_of(*first_cause(self._failures)))] if self._failures else []
+        if not members or (members == before and not membership.asked):
+            raise error_of(*first_cause(self._failures))
+        why += [f"rank {rank} is back" for rank in back]
+        said = "; ".join(why) or "a rank that was back has ended"
+        numbers = ", ".join(map(str, sorted(members)))
+        logger.warning("%s; going on with rank%s %s", said, "s" * (len(members) > 1), numbers)
         membership.begin(members)
-        self._failures = []
-        publish(self._store, membership.epoch, members)
+        self._failures, self._patience, self._back = [], None, set(back)
+        publish(self.store, membership.epoch, members)
         return members
+
+    def _start_lost_again(self) -> None:
+        for rank in sorted(self._ended.difference(self.membership.members)):
+            self._ended.remove(rank)
+            if self._restarts[rank] and self._start_again is not None:
+                self._restarts[rank] -= 1
+                logger.warning("rank %d: its process starts again; %d more times", rank, self._restarts[rank])
+                try:
+                    self._start_again(rank, self.membership.epoch + 1)
+                except (LockstepError, OSError) as error:  # the others go on without it
+                    logger.warning("rank %d could not come back: %s", rank, error)

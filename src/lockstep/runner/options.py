@@ -32,6 +32,7 @@ class ModelOptions:
             contiguous shares.
         num_redundant_experts: spare slots in each layer, over all ranks, for replicas of hot experts.
         survive: lost ranks for whose experts there are slots from the start; for more, the cache shrinks.
+        restart_ranks: how often the process of each lost rank is started again, to come back while the others work.
     """
 
     model: str
@@ -47,6 +48,7 @@ class ModelOptions:
     placement: str | None = None
     num_redundant_experts: int = 0
     survive: int = 0
+    restart_ranks: int = 0
 
     @property
     def can_survive(self) -> bool:
@@ -54,11 +56,14 @@ class ModelOptions:
         return self.data_parallel_size > 1 and self.tensor_parallel_size == 1
 
     def check_survive(self) -> None:
-        """Raise `ConfigurationError` where so many ranks cannot be lost."""
+        """Raise `ConfigurationError` where so many ranks cannot be lost, or cannot come back."""
+        sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
         if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
-            sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
             rule = "one rank must remain, and ranks that share requests cannot be lost"
             raise ConfigurationError(f"survive is {self.survive} with {sizes}: {rule}")
+        if self.restart_ranks and not self.can_survive:
+            rule = "no rank comes back where the others cannot go on without it"
+            raise ConfigurationError(f"restart_ranks is {self.restart_ranks} with {sizes}: {rule}")
 
     @property
     def world_size(self) -> int:
@@ -66,11 +71,12 @@ class ModelOptions:
         return self.data_parallel_size * self.tensor_parallel_size
 
 
-def refuse_survive_under_torchrun(survive: object) -> None:
-    """Raise `ConfigurationError` for slots for lost ranks where all ranks start again after a loss."""
-    if survive:
-        rule = "after a loss all ranks start again there"
-        raise ConfigurationError(f"survive must be 0 under torchrun, got {survive!r:.80}: {rule}")
+def refuse_survivors_under_torchrun(**options: object) -> None:
+    """Raise `ConfigurationError` for options of survivors where all ranks start again after a loss."""
+    for name, value in options.items():
+        if value:
+            rule = "after a loss all ranks start again there"
+            raise ConfigurationError(f"{name} must be 0 under torchrun, got {value!r:.80}: {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,9 @@ class OwnRank:
     def kill_one(self, rank: int) -> None:  # noqa: D102
         raise NotImplementedError("under torchrun all ranks start again")
 
+    def start_again(self, rank: int, first_epoch: int) -> None:  # noqa: D102
+        raise NotImplementedError("under torchrun all ranks start again")
+
     def states(self) -> list[tuple[int, ProcessState]]:  # noqa: D102
         return [(os.getpid(), "alive")]
 

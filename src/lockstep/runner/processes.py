@@ -44,7 +44,7 @@ class Ranks:
     """Processes that were started together; leaving the `with` block ends them.
 
     Each runs `main(connection, rank, *args)`. What it sends comes to `on_message(rank, message)`, from a thread per
-    rank; the last one is `{"failed": "died", "why": how its process ended}`.
+    rank; the last one is `{"failed": "died", "why": how its process ended, "exit_code": code}`.
 
     Args:
         num_ranks: how many.
@@ -65,7 +65,10 @@ class Ranks:
         patience_s: float = 30.0,
     ) -> None:  # fmt: skip
         self.processes: list[RankProcess] = []
-        self._num_ranks, self._start = num_ranks, (main, args, on_message, preload, environment, patience_s)
+        self._num_ranks = num_ranks
+        self._start: Callable[..., RankProcess] = lambda rank, *more: RankProcess(
+            rank, main, (*args, *more), on_message, preload, environment, patience_s
+        )
         self._lock = threading.Lock()  # between `start` and `kill`
         self._ended = False
         self._looked = time.monotonic()
@@ -75,7 +78,7 @@ class Ranks:
             for rank in range(self._num_ranks):
                 with self._lock:
                     if not self._ended:
-                        self.processes.append(RankProcess(rank, *self._start))
+                        self.processes.append(self._start(rank))
         except BaseException:
             self.kill()
             raise
@@ -92,6 +95,12 @@ class Ranks:
                 process.kill()
             for process in self.processes:
                 process.exit_code(_AFTER_KILL_S)
+
+    def start_again(self, rank: int, *more_args: Any) -> None:
+        """Start the process of a rank again, with more arguments, once the last one has ended."""
+        with self._lock:
+            if not self._ended:
+                self.processes[rank] = self._start(rank, *more_args)
 
     def stopped(self, longer_than_s: float) -> list[int]:
         """Return which have been stopped for so long. Time in which this process was stopped too does not count."""
@@ -161,7 +170,7 @@ class RankProcess:
                 on_message(self.rank, self._connection.recv())
         code = self.exit_code()
         self._connection.close()
-        on_message(self.rank, {"failed": "died", "why": how_it_ended(code)})
+        on_message(self.rank, {"failed": "died", "why": how_it_ended(code), "exit_code": code})
 
 
 def how_it_ended(code: int | None) -> str:

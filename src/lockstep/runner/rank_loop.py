@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from lockstep.coordination.membership import EpochEnded
 from lockstep.engine.rank_engine import RankEngine, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import StopChecker
@@ -40,8 +41,11 @@ def run_rank(
     *,
     detokenizer: Detokenizer | None = None,
     after_step: Callable[[], None] | None = None,
+    ends_epoch: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve requests until every rank has been told to stop and has none left. Every rank calls it.
+
+    Where `ends_epoch` says so on any rank, all ranks raise `EpochEnded` after the same step, with all tokens sent.
 
     Ranks that share a data-parallel rank's requests get the same messages, but not at the same time: each says at every
     agreement how many have come, and acts on those that all of them have, once an agreement has shown that they are
@@ -53,7 +57,7 @@ def run_rank(
     `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...], "counts": {...}}`, and
     `{"refused": id, "why": text}`.
     """
-    _RankLoop(engine, mailbox, detokenizer).run(after_step)
+    _RankLoop(engine, mailbox, detokenizer).run(after_step, ends_epoch)
 
 
 class _RankLoop:
@@ -72,7 +76,7 @@ class _RankLoop:
         self.counts |= {"rows": [0] * len(engine.num_tokens_across_dp), "longest_rows": 0}
         self.said_at_s = 0.0
 
-    def run(self, after_step: Callable[[], None] | None) -> None:
+    def run(self, after_step: Callable[[], None] | None, ends_epoch: Callable[[], bool]) -> None:
         engine, pause_s = self.engine, _PAUSE_S[0]
         longest_s = _WATCHED_PAUSE_S if engine.can_watch else _PAUSE_S[1]
         while True:
@@ -92,7 +96,9 @@ class _RankLoop:
             unfinished = not self.stopping or engine.has_unfinished
             ready = engine.num_messages_everywhere(self.num_received)
             said = {"num_messages": self.num_received, "messages_check": self._check_of(ready)}
-            outputs = engine.step(unfinished=unfinished, **said)
+            outputs = engine.step(unfinished=unfinished, ends_epoch=ends_epoch(), **said)
+            if engine.epoch_ends:
+                outputs += engine.drain()
             if not engine.messages_alike:
                 self._differ()
             outputs = self._find_stops(outputs)
@@ -107,6 +113,8 @@ class _RankLoop:
                 after_step()
             if engine.all_stopped:
                 return
+            if engine.epoch_ends:
+                raise EpochEnded
 
     def _pause(self, pause_s: float) -> list[dict[str, Any]]:
         """Wait until a message comes, another rank begins an agreement, or the time is over."""

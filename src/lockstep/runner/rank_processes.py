@@ -75,6 +75,10 @@ class RankProcesses:
             process.exit_code(max(0.0, until - time.monotonic()))
         self.kill()
 
+    def start_again(self, rank: int, first_epoch: int) -> None:
+        """Start the process of a lost rank again; see `Member` for `first_epoch`."""
+        self._ranks.start_again(rank, first_epoch)
+
     def kill_one(self, rank: int) -> None:
         """End a rank that is given up."""
         self._ranks.processes[rank].kill()

@@ -53,7 +53,7 @@ class EngineOptions(ModelOptions):
         for name in ("max_model_len", "max_chunk_size", "kv_capacity_tokens"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name in ("max_prefill_delay_steps", "num_redundant_experts", "survive"):
+        for name in ("max_prefill_delay_steps", "num_redundant_experts", "survive", "restart_ranks"):
             check_int(name, getattr(self, name), 0)
         self.check_survive()
         for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
@@ -117,19 +117,35 @@ def leave_groups(model: Any) -> None:
 def load_model(options: ModelOptions, *, count_expert_load: bool = False) -> Any:
     """Load the model on this rank. Collective."""
     from lockstep.models.huggingface import from_pretrained
-    from lockstep.runner.checkpoint_checks import placement_of
 
     return from_pretrained(
         options.model,
         tensor_parallel_size=options.tensor_parallel_size,
-        max_chunk_size_per_rank=options.max_chunk_size,
-        dispatcher=options.dispatcher,
-        deadline_s=options.deadline_s,
         dtype=torch_dtype(options),
         device=options.device,
-        placement=placement_of(options),
-        count_expert_load=count_expert_load,
+        **_over_ranks(options, count_expert_load),
     )
+
+
+def respreader_of(options: ModelOptions, store: Any, count_expert_load: bool) -> Any:
+    """Return the `Respreader` of the model that `load_model` loads; `store` is that of the launcher."""
+    from lockstep.models.options import ParallelOptions
+    from lockstep.models.respread import Respreader
+
+    over_ranks = ParallelOptions(**_over_ranks(options, count_expert_load))
+    return Respreader(options.model, over_ranks, store, dtype=torch_dtype(options))
+
+
+def _over_ranks(options: ModelOptions, count_expert_load: bool) -> dict[str, Any]:
+    from lockstep.runner.checkpoint_checks import placement_of
+
+    return {
+        "max_chunk_size_per_rank": options.max_chunk_size,
+        "dispatcher": options.dispatcher,
+        "deadline_s": options.deadline_s,
+        "placement": placement_of(options),
+        "count_expert_load": count_expert_load,
+    }
 
 
 def torch_dtype(options: ModelOptions) -> Any:

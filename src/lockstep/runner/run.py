@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from lockstep.coordination.membership import EpochEnded
 from lockstep.engine.rank_engine import RankEngine, StepReport, TokenOutput
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
@@ -128,10 +129,9 @@ def run_rank(
             parallel.close()
         return result
 
-    def load() -> Any:
-        return load_model(options, count_expert_load=options.expert_load)
-
-    return work(load()) if member is None else member.work(load, work)
+    if member is not None:
+        return member.work(work, count_expert_load=options.expert_load)
+    return work(load_model(options, count_expert_load=options.expert_load))
 
 
 class _Run:
@@ -140,7 +140,7 @@ class _Run:
     def __init__(
         self, options: RunOptions, model: Any, tokenizer: Any, requests: list[Request], member: Member | None
     ) -> None:
-        self.options, self.tokenizer = options, tokenizer
+        self.options, self.tokenizer, self.member = options, tokenizer, member
         self.parallel = parallel = parallel_of(model)
         self.place = parallel.config.rank if parallel is not None else 0
         self.rank = self.place if member is None else member.rank
@@ -215,7 +215,11 @@ class _Run:
                 if arrivals.next_arrival_s is not None and idle:
                     clock.wait_for(arrivals.next_arrival_s, self.options.deadline_s / 4)
                 elapsed_ms = clock.elapsed_ms()
-            self._take(engine.step(unfinished=True, elapsed_ms=elapsed_ms), on_progress)
+            ends_epoch = self.member is not None and self.member.was_asked_to_stop()
+            self._take(engine.step(unfinished=True, elapsed_ms=elapsed_ms, ends_epoch=ends_epoch), on_progress)
+            if engine.epoch_ends:
+                self._take(engine.drain(), on_progress)
+                raise EpochEnded
             if clock is not None:
                 clock.catch_up(engine.elapsed_ms)
         self._take(engine.drain(), on_progress)

@@ -14,8 +14,10 @@ from lockstep.runner.member import Member
 _LAST_WORDS_S = 5.0
 
 
-def run_worker(connection: Connection, rank: int, options: ranks.EngineOptions, port: int) -> None:
-    """Run one rank until it is told to stop. Ranks meet in the store at this port."""
+def run_worker(
+    connection: Connection, rank: int, options: ranks.EngineOptions, port: int, first_epoch: int = 0
+) -> None:
+    """Run one rank until it is told to stop. Ranks meet in the store at this port. See `Member` for `first_epoch`."""
     mailbox = ConnectionMailbox(connection)
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
     try:
@@ -25,15 +27,15 @@ def run_worker(connection: Connection, rank: int, options: ranks.EngineOptions, 
 
         transformers_logging.disable_progress_bar()  # those of several ranks would overwrite each other
         detokenizer = ranks.detokenizer_of(ranks.find_tokenizer(options.model))
-        member = Member(rank, options, port, options.start_timeout_s, mailbox.send)
+        member = Member(rank, options, port, options.start_timeout_s, mailbox.send, first_epoch)
 
         def serve(model: Any) -> None:
             mailbox.epoch = member.epoch
             engine = ranks.make_engine(model, options)
             mailbox.send({"ready": engine.about()})
-            run_rank(engine, mailbox, detokenizer=detokenizer)
+            run_rank(engine, mailbox, detokenizer=detokenizer, ends_epoch=member.was_asked_to_stop)
 
-        member.work(lambda: ranks.load_model(options), serve)
+        member.work(serve)
         mailbox.send({"ended": True})
     except BaseException as error:
         mailbox.send(failure_of(rank, error))
