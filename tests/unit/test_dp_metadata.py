@@ -7,6 +7,7 @@ import fractions
 import gc
 import math
 import pickle
+import threading
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -270,6 +271,58 @@ def test_a_context_in_a_reference_cycle_is_left_by_the_garbage_collector():
     assert metadata.local_sizes is None
 
 
+@pytest.mark.parametrize("sp", [1, 2])
+def test_a_context_that_is_kept_after_its_block_is_nobody_elses(sp):
+    metadata = make([5, 7])
+    kept = metadata.sp_local_sizes(sp)
+    with kept:
+        pass
+    other = metadata.sp_local_sizes(sp)
+    assert other is not kept
+    other.__enter__()
+    del other
+    assert metadata.local_sizes is None
+    kept.__enter__()
+    with metadata.sp_local_sizes(sp), metadata.sp_local_sizes(3 - sp):
+        assert metadata.local_sizes != kept.sizes
+    assert metadata.local_sizes is kept.sizes
+    del kept
+    assert metadata.local_sizes is None
+
+
+def test_a_context_outlives_its_metadata():
+    context = make([5, 7]).sp_local_sizes(2)
+    for _ in range(3):
+        with context as sizes:
+            assert sizes == [3, 3, 4, 4]
+        gc.collect()
+    context.__exit__()
+
+
+def test_threads_get_contexts_of_their_own():
+    metadata, entered, most = make([5, 7]), threading.Barrier(8), []
+
+    def take():
+        for _ in range(200):
+            context = metadata.sp_local_sizes(1)
+            entered.wait(10)
+            most.append(id(context))
+            entered.wait(10)
+            context.__enter__()
+            context.__exit__()
+            del context
+            entered.wait(10)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for turn in range(0, len(most), 8):
+        assert len(set(most[turn : turn + 8])) == 8
+    assert metadata.local_sizes is None
+
+
 def test_a_block_keeps_its_context():
     metadata = make([5, 7])
     with metadata.sp_local_sizes(1):
@@ -394,6 +447,18 @@ def write_through_a_view(metadata):
     metadata.num_tokens_across_dp_cpu[:1].fill_(6)
 
 
+def write_behind_the_version(metadata):
+    metadata.num_tokens_across_dp_cpu.data[0] = 6
+
+
+def write_through_numpy(metadata):
+    metadata.num_tokens_across_dp_cpu.numpy()[0] = 6
+
+
+def write_to_the_maximum(metadata):
+    metadata.max_tokens_across_dp_cpu.add_(1)
+
+
 def write_as_an_output(metadata):
     torch.add(torch.tensor([1, 2], dtype=torch.int32), 4, out=metadata.num_tokens_across_dp_cpu)
 
@@ -411,7 +476,10 @@ def set_none(metadata):
     metadata.num_tokens_across_dp_cpu = None
 
 
-WRITES = [write_in_place, write_through_a_view, write_as_an_output, write_in_inference_mode, set_another, set_none]
+WRITES = [
+    write_in_place, write_through_a_view, write_behind_the_version, write_through_numpy, write_to_the_maximum,
+    write_as_an_output, write_in_inference_mode, set_another, set_none,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -447,11 +515,18 @@ def test_another_maximum_is_refused_too(largest):
         metadata.sp_local_sizes(1)
 
 
-def test_a_write_through_numpy_is_noticed_where_sizes_are_made():
-    # torch does not count what NumPy writes into shared memory; sizes that were made before stay those of the counts.
-    metadata = make([5, 7])
-    metadata.num_tokens_across_dp_cpu.numpy()[0] = 6
-    with pytest.raises(TokenCountError, match=r"was changed .* from \[5, 7\] to tensor\(\[6, 7\]"):
+@pytest.mark.parametrize("num_ranks", [3, 40, 300])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint32])
+def test_counts_are_shown_and_guarded_in_every_number_and_dtype(num_ranks, dtype):
+    counts = [(7 * rank) % 101 for rank in range(num_ranks)]
+    metadata = DPMetadata.make(ParallelConfig(num_ranks, 1), 7, torch.tensor(counts, dtype=dtype))
+    assert metadata == make(counts, rank=1)
+    assert metadata.num_tokens_across_dp_cpu.tolist() == counts
+    assert metadata.max_tokens_across_dp_cpu.item() == max(counts)
+    with metadata.sp_local_sizes(1) as sizes:
+        assert sizes == counts
+    metadata.num_tokens_across_dp_cpu.numpy()[-1] += 1
+    with pytest.raises(TokenCountError, match=r"num_tokens_across_dp_cpu was changed"):
         metadata.sp_local_sizes(1)
 
 

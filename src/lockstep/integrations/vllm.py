@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from sys import getrefcount
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,16 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata import dp_metadata
-from lockstep.metadata.contexts import SizesContext
-from lockstep.metadata.dp_metadata import HoldsCounts, TokenCounts, checked_step, read_counts, read_fields, set_counts
+from lockstep.metadata.contexts import NO_CONTEXT, UNSHARED, SizesContext, sizes_context
+from lockstep.metadata.dp_metadata import (
+    HoldsCounts,
+    TokenCounts,
+    find_sizes,
+    read_counts,
+    read_fields,
+    set_counts,
+    step_context,
+)  # fmt: skip
 from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
 
 # A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
@@ -60,14 +69,14 @@ class DPMetadata(HoldsCounts):
         Errors are those of `lockstep.DPMetadata.make`, and `ConfigurationError` for a model without experts, or one DP
         rank without sequence-parallel experts, which needs no sizes.
         """
-        counts, tensor = read_counts(num_tokens_across_dp_cpu)
-        dp_rank = dp_metadata.check_own_count(parallel_config, num_tokens, counts)
+        step = read_counts(num_tokens_across_dp_cpu)
+        dp_rank = dp_metadata.check_own_count(parallel_config, num_tokens, step.counts)
         if parallel_config.is_moe_model is False:
             raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
-        if len(counts) == 1 and not parallel_config.use_sequence_parallel_moe:
+        if len(step.counts) == 1 and not parallel_config.use_sequence_parallel_moe:
             raise ConfigurationError("data_parallel_size must be > 1 unless use_sequence_parallel_moe is set, got 1")
         metadata = object.__new__(DPMetadata)
-        set_counts(metadata, counts, tensor, dp_rank)
+        set_counts(metadata, step, dp_rank)
         return metadata
 
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
@@ -76,22 +85,23 @@ class DPMetadata(HoldsCounts):
         With `use_ep` each of `pcp_size` prefill-context-parallel ranks has a size of its own, the count of its DP rank;
         otherwise the experts see the tokens of all of them as one rank's.
         """
-        key, sizes, counts, version = self._step.last
         if pcp_size is not NO_PCP:
-            sizes = checked_step(self).find(pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
-        elif (
-            sequence_parallel_size is not key
-            or self.num_tokens_across_dp_cpu is not counts
-            or counts._version != version
+            sizes = find_sizes(self, pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
+            return sizes_context(self, sizes)
+        context = self._resting
+        if (
+            context.key is not sequence_parallel_size
+            or context.memory != context.expected
+            or context.shown is not self.num_tokens_across_dp_cpu
+            or getrefcount(context) != UNSHARED
         ):
-            sizes = checked_step(self).find_last(sequence_parallel_size)
-        context = SizesContext()
+            context = step_context(self, sequence_parallel_size)
+        else:
+            self._resting = NO_CONTEXT
         context.metadata = self
-        context.sizes = sizes
-        context.alone = False
         return context
 
-    # The same functions as there: they need `local_sizes`, `_step` and `_nested`, which both classes have.
+    # The same functions as there: they need only what `HoldsCounts` has.
     chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
     get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from sys import getrefcount
 from typing import Any, Literal
 
-from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import abridged, as_plain_int, check_int, chunk_sizes, sp_size_list, sp_sizes
+from lockstep.metadata.sizes import abridged, check_int, chunk_sizes, sp_size_list, sp_sizes
 
 MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
@@ -23,65 +23,45 @@ sizes that were set without a context.
 class StepSizes:
     """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`."""
 
-    __slots__ = ("counts", "dp_rank", "last", "lists", "shown")
+    __slots__ = ("address", "counts", "dp_rank", "expected", "fullest", "largest", "lists", "memory", "shown")
 
-    def __init__(self, counts: tuple[int, ...], dp_rank: int | None = None, shown: Any = None) -> None:
+    def __init__(self, counts: tuple[int, ...], memory: Any, shown: Any, fullest: int) -> None:
         self.counts = counts
-        self.dp_rank = dp_rank
-        self.shown = shown  # the tensor that shows the counts, kept to see whether somebody wrote to it
+        self.fullest = fullest  # a rank with the largest count
+        self.dp_rank: int | None = None
+        self.shown = shown  # the tensor that shows the counts to callers
+        self.largest: Any = None  # the one that shows the largest of them
+        self.address = shown.data_ptr()
+        self.memory = memory  # its memory, a mutable array: where it differs from `expected`, somebody wrote to it
+        self.expected = memory[:]
         self.lists: dict[object, list[int]] = {}  # by what they were asked for with
-        # What every layer asks for: the sequence-parallel size, its sizes, the tensor and its version then, in one
-        # tuple, so that no other thread comes in between.
-        self.last: tuple[object, list[int], Any, int] = (None, [], None, 0)
-
-    def find(self, function: Callable[..., list[int]], *args: int) -> list[int]:
-        """Return `function(counts, *args)`, computed if nobody asked before; errors name this rank."""
-        # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
-        key = (function, *map(as_plain_int, args))
-        sizes = self.lists.get(key)
-        if sizes is None:
-            try:
-                sizes = function(self.counts, *args)
-            except ConfigurationError as error:
-                if self.dp_rank is None:
-                    raise
-                raise ConfigurationError(f"{error} (on DP rank {self.dp_rank} of {len(self.counts)})") from None
-            if len(self.lists) >= MOST_LISTS:
-                self.lists.clear()
-            self.lists[key] = sizes
-        return sizes
-
-    def find_last(self, sequence_parallel_size: int) -> list[int]:
-        """Return the sizes of the whole step, and keep them in `last`."""
-        sizes = self.find(sp_size_list, sequence_parallel_size)
-        # Not by a tensor or array, which can be written to and be the same object with another value.
-        if type(sequence_parallel_size) is int:
-            self.last = (sequence_parallel_size, sizes, self.shown, self.shown._version)
-        return sizes
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Lists are made anew where the copy arrives.
-        return StepSizes, (self.counts, self.dp_rank, self.shown)
 
 
 class SizesContext:
-    """Puts sizes into `local_sizes` of a metadata object while it is entered.
+    """Shows sizes as `local_sizes` of a metadata object while it is entered.
 
     Of the contexts that are entered and not left, the last entered counts: leaving twice, without having entered, in
     another order, or by dropping the context never leaves sizes behind. No generator: callers from another language
     leave with strings where Python has an exception, at which a generator would raise and leave its sizes set.
     """
 
-    # Whoever makes one sets the attributes. Every layer of every step makes one, and a constructor written in Python
-    # would take a third of the time. For the same reason the usual case, one context at a time, is told by a flag.
-    __slots__ = ("alone", "metadata", "sizes")
-    metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface
+    # Every layer of every step enters one. The usual case, one context at a time, is therefore told by a flag, and
+    # whoever makes a context sets its attributes: a constructor written in Python would take a third of the time.
+    __slots__ = ("alone", "metadata", "owner", "sizes")
+    metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface; None while a `StepContext` rests
+    owner: Callable[[], Any]  # weak reference to the metadata, of a `StepContext`
     sizes: list[int]
     alone: bool  # whether it is entered, and was so while no other was; see `Nested`
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
         metadata = self.metadata
+        if metadata is None:
+            metadata = self.metadata = self.owner()
+            if metadata is None:  # gone, and with it everybody who could read its sizes
+                return self.sizes
+            if metadata._resting is self:  # held by its user alone again, so that dropping it leaves
+                metadata._resting = NO_CONTEXT
         if metadata.local_sizes is None:
             self.alone = True
         else:
@@ -102,9 +82,9 @@ class SizesContext:
     def __del__(self) -> None:
         # Almost always nothing is entered by now. One that was dropped without leaving leaves here.
         try:
-            if self.metadata.local_sizes is not None:
+            if self.metadata is not None and self.metadata.local_sizes is not None:
                 while is_entered(self):
-                    self.__exit__()
+                    SizesContext.__exit__(self)  # without going to rest
         except AttributeError:
             return  # it never got its metadata, or has got one that failed while it was made
 
@@ -112,8 +92,56 @@ class SizesContext:
         return f"SizesContext({abridged(self.sizes)}, {'entered' if is_entered(self) else 'not entered'})"
 
 
+class StepContext(SizesContext):
+    """The context of a whole step's sizes: one object, handed out to layer after layer.
+
+    Once left, it rests in the metadata without a reference to it, or the two would keep each other alive. It is handed
+    out again only if nobody else holds it, so callers cannot tell it from a new one.
+    """
+
+    __slots__ = ("expected", "key", "memory", "shown")
+    key: object  # the sequence-parallel size that it was asked for with
+    shown: Any  # these three as in `StepSizes`
+    memory: Any
+    expected: Any
+
+    def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
+        """Give the outer sizes back, or None, and rest. Takes foreign callers' strings too."""
+        metadata = self.metadata
+        if self.alone and metadata._nested is None:
+            self.alone = False
+            metadata.local_sizes = self.metadata = None
+            metadata._resting = self
+        elif metadata is not None:
+            leave_nested(metadata, self)
+        return False
+
+
+NO_CONTEXT = StepContext()  # rests in the metadata while the context is handed out, or not made yet
+NO_CONTEXT.key = object()
+
+
+def references(holder: SizesContext) -> int:
+    """Return the references that a function counts to what one attribute holds and nobody else."""
+    held = holder.sizes
+    return getrefcount(held)
+
+
+NO_CONTEXT.sizes = []
+UNSHARED = references(NO_CONTEXT)  # 3 up to Python 3.13, 2 where a local variable borrows its reference
+
+
+def sizes_context(metadata: Any, sizes: list[int]) -> SizesContext:
+    """Return a context that is used once."""
+    context = SizesContext()
+    context.metadata, context.sizes, context.alone = metadata, sizes, False
+    return context
+
+
 def is_entered(context: SizesContext) -> bool:
     """Return whether a context is entered and not left."""
+    if context.metadata is None:
+        return False
     return context.alone or any(key == id(context) for key, _ in context.metadata._nested or ())
 
 

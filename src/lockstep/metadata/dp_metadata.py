@@ -1,17 +1,31 @@
 # No `from __future__ import annotations` here, nothing imported for type checkers only, and no helper on the class:
 # foreign callers read DPMetadata by introspection, resolve its annotations and publish each function that they find.
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.contexts import Nested, SizesContext, StepSizes, chunked_rows, cumulative_rows
-from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown
+from lockstep.metadata.contexts import (
+    MOST_LISTS,
+    NO_CONTEXT,
+    UNSHARED,
+    Nested,
+    SizesContext,
+    StepContext,
+    StepSizes,
+    chunked_rows,
+    cumulative_rows,
+    sizes_context,
+)
+from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_size_list
 
 if TYPE_CHECKING:
     # What is taken besides tensors. At run time the annotations stay the published ones.
@@ -22,11 +36,12 @@ else:
 
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
-SIGNED_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
-"""What torch does arithmetic with. Counts of the larger unsigned dtypes are kept as int64."""
-MANY = 64
-"""Entries above which torch finds the extremes of a tensor faster than Python does."""
-INTEGER_DTYPES = (*SIGNED_DTYPES, torch.uint16, torch.uint32, torch.uint64)
+OWN_ATTRIBUTES = (COUNTS, MAX, "local_sizes", "_step", "_nested", "_resting")
+TYPECODES = {torch.int32: "i", torch.int64: "q", torch.int16: "h", torch.int8: "b", torch.uint8: "B"}
+"""What torch does arithmetic with, as `array` spells it. Counts of the larger unsigned dtypes are kept as int64."""
+INTEGER_DTYPES = (*TYPECODES, torch.uint16, torch.uint32, torch.uint64)
+FEW, MANY = 16, 128
+"""Entries up to which Python copies counts faster than torch, and above which torch finds their extremes faster."""
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
@@ -44,32 +59,41 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
         raise TokenCountError(f"{name} must be a plain tensor, got a {type(value).__name__}")
 
 
-def read_counts(counts: object) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Return token counts as plain integers, `[dp_size]`, and in a new tensor of a tensor's own dtype, else int32.
+def read_counts(counts: object) -> StepSizes:
+    """Return token counts, checked, and shown by a new tensor of a tensor's own dtype, else int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
     """
-    if torch.is_inference_mode_enabled():  # tensors made in it do not tell whether they were written to
-        with torch.inference_mode(False):
-            return read_counts(counts)
     if not isinstance(counts, torch.Tensor):
-        plain = check_counts(counts, COUNTS)
-        return plain, torch.tensor(plain, dtype=torch.int32)
-    check_tensor(COUNTS, counts, 1)
+        return show(check_counts(counts, COUNTS), torch.int32)
+    if not (type(counts) is torch.Tensor and counts.dtype in TYPECODES and counts.ndim == 1 and counts.is_cpu):
+        check_tensor(COUNTS, counts, 1)
+    dtype = counts.dtype if counts.dtype in TYPECODES else torch.int64
+    num_counts = counts.numel()
     try:
-        copy = counts.clone()
-        plain = tuple(copy.tolist())
-    except Exception:  # a tensor without values: its sentence is that of all else that cannot be read
+        if num_counts <= FEW:
+            step = show(tuple(counts.tolist()), dtype)
+        else:
+            memory = bytearray(num_counts * dtype.itemsize)
+            copy = torch.frombuffer(memory, dtype=dtype).copy_(counts)
+            plain = tuple(copy.tolist())
+            fullest = int(copy.argmax()) if num_counts > MANY else plain.index(max(plain))
+            step = StepSizes(plain, memory, copy, fullest)
+    except Exception:  # none, one beyond its dtype, a tensor without values, or of a layout that cannot be listed
+        check_tensor(COUNTS, counts, 1)
         check_counts(counts, COUNTS)
         raise
-    if len(plain) > MANY:
-        lowest, highest = map(int, copy.long().aminmax())
-    else:
-        lowest, highest = min(plain, default=-1), max(plain, default=-1)
-    if not 0 <= lowest <= highest <= INT32_MAX:
-        check_counts(plain, COUNTS)
-    return plain, copy if copy.dtype in SIGNED_DTYPES else copy.long()
+    lowest = min(step.counts) if num_counts <= MANY else int(step.shown.min())
+    if lowest < 0 or step.counts[step.fullest] > INT32_MAX:
+        check_counts(counts, COUNTS)
+    return step
+
+
+def show(counts: tuple[int, ...], dtype: torch.dtype) -> StepSizes:
+    """Return counts with a tensor that shows them."""
+    memory = array(TYPECODES[dtype], counts)
+    return StepSizes(counts, memory, torch.frombuffer(memory, dtype=dtype), counts.index(max(counts)))
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
@@ -86,31 +110,33 @@ def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[i
         raise ConfigurationError(
             f"parallel_config must have data_parallel_size and data_parallel_rank, got {parallel_config!r}"
         ) from None
-    dp_size = check_int("data_parallel_size", size, 1)
-    dp_rank = check_int("data_parallel_rank", rank)
-    if dp_rank >= dp_size:
-        raise ConfigurationError(f"data_parallel_rank must be below data_parallel_size {dp_size}, got {dp_rank}")
-    if len(counts) != dp_size:
+    if not (type(size) is type(rank) is int and 0 <= rank < size <= INT32_MAX):
+        size, rank = check_int("data_parallel_size", size, 1), check_int("data_parallel_rank", rank)
+        if rank >= size:
+            raise ConfigurationError(f"data_parallel_rank must be below data_parallel_size {size}, got {rank}")
+    if len(counts) != size:
         raise TokenCountError(
-            f"{COUNTS} must have one entry per DP rank, {dp_size}, got {len(counts)} (on DP rank {dp_rank})"
+            f"{COUNTS} must have one entry per DP rank, {size}, got {len(counts)} (on DP rank {rank})"
         )
-    if as_plain_int(num_tokens) != counts[dp_rank]:
-        own = check_int(f"num_tokens of DP rank {dp_rank}", num_tokens, error=TokenCountError)
-        raise TokenCountError(f"{COUNTS} has {counts[dp_rank]} on DP rank {dp_rank}, whose num_tokens is {own}")
-    return dp_rank
+    if as_plain_int(num_tokens) != counts[rank]:
+        own = check_int(f"num_tokens of DP rank {rank}", num_tokens, error=TokenCountError)
+        raise TokenCountError(f"{COUNTS} has {counts[rank]} on DP rank {rank}, whose num_tokens is {own}")
+    return int(rank)
 
 
 class HoldsCounts:
     """What `DPMetadata` and the class for vLLM have in common: fields for reading, values, copies, subclasses.
 
-    The counts are kept as plain integers, and shown as a tensor. Nobody can keep a caller from writing to that tensor,
-    so each function looks whether somebody did, rather than go on with one truth in the field and another in the sizes.
+    The counts are kept as plain integers and shown as a tensor. Nothing can keep a caller from writing to that tensor,
+    so each function compares its memory with a copy, rather than go on with one truth in the field and another in the
+    sizes. The comparison is one call into C, and sees what NumPy writes, which torch's version counter does not.
     """
 
     num_tokens_across_dp_cpu: torch.Tensor
     local_sizes: list[int] | None
     _step: StepSizes
     _nested: Nested
+    _resting: StepContext
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -144,28 +170,25 @@ class HoldsCounts:
         )
 
     def __repr__(self) -> str:
-        counts, sizes = self._step.counts, self.local_sizes
-        parts = [f"{MAX}={max(counts)}"] if has_maximum(self) else []
-        parts += [f"{COUNTS}={abridged(counts)}", f"local_sizes={None if sizes is None else abridged(sizes)}"]
+        step, sizes = self._step, self.local_sizes
+        parts = [f"{MAX}={step.counts[step.fullest]}"] if has_maximum(self) else []
+        parts += [f"{COUNTS}={abridged(step.counts)}", f"local_sizes={None if sizes is None else abridged(sizes)}"]
         parts += [f"{each}={getattr(self, each)!r}" for each in further_fields(self, "repr")]
         return f"{type(self).__qualname__}({', '.join(parts)})"
 
     def __getstate__(self) -> object:
         # Copies start outside every context: sharing what is entered, one would change the sizes of the other. Their
         # tensors are their own.
-        state: Any = object.__getstate__(self)
-        own, slots = state if isinstance(state, tuple) else (state, None)
-        step = checked_step(self)
-        fresh: dict[str, object] = {"local_sizes": None, "_nested": None}
-        shown = read_counts(step.shown)[1]
-        fresh |= {COUNTS: shown, "_step": StepSizes(step.counts, step.dp_rank, shown)}
-        if has_maximum(self):
-            fresh[MAX] = shown.max()
-        if slots is None:
-            return own | fresh
-        # Where `dataclass` has made slots of the fields, they are restored as such.
-        in_slots = {name: value for name, value in fresh.items() if name in slots}
-        return own | {name: value for name, value in fresh.items() if name not in slots}, slots | in_slots
+        step, state = checked_step(self), object.__getstate__(self)
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        further = {name: value for name, value in {**attributes, **slots}.items() if name not in OWN_ATTRIBUTES}
+        return step.shown, step.dp_rank, further
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        counts, dp_rank, further = state
+        set_counts(self, read_counts(counts), dp_rank)
+        for name, value in further.items():
+            setattr(self, name, value)
 
 
 def has_maximum(metadata: HoldsCounts) -> bool:
@@ -177,7 +200,14 @@ def has_maximum(metadata: HoldsCounts) -> bool:
 def checked_step(metadata: HoldsCounts) -> StepSizes:
     """Return the counts and sizes; raise `TokenCountError` if a field that shows them was written to or set."""
     step = metadata._step
-    for name, expected in ((COUNTS, list(step.counts)), (MAX, max(step.counts))):
+    if (
+        step.memory == step.expected
+        and metadata.num_tokens_across_dp_cpu is step.shown
+        and step.shown.data_ptr() == step.address
+        and getattr(metadata, MAX, step.largest) is step.largest
+    ):
+        return step
+    for name, expected in ((COUNTS, list(step.counts)), (MAX, step.counts[step.fullest])):
         found = getattr(metadata, name, expected)  # not by `__dict__`: once made, it slows each attribute down
         if found is not expected and (not isinstance(found, torch.Tensor) or found.tolist() != expected):
             raise TokenCountError(
@@ -189,36 +219,68 @@ def checked_step(metadata: HoldsCounts) -> StepSizes:
 
 def further_fields(metadata: HoldsCounts, kind: Literal["compare", "repr"]) -> list[str]:
     """Return the fields that a subclass has added, without those declared with `compare=False` or `repr=False`."""
-    own = (MAX, COUNTS, "local_sizes")
     declared: Any = metadata
-    return [each.name for each in fields(declared) if each.name not in own and getattr(each, kind)]
+    return [each.name for each in fields(declared) if each.name not in OWN_ATTRIBUTES and getattr(each, kind)]
 
 
 def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, local_sizes: object = None) -> None:
     """Set the attributes from what a constructor was given, checked; `largest` is None for a class without it."""
-    plain, tensor = read_counts(counts)
+    step = read_counts(counts)
     if has_maximum(metadata):
         if isinstance(largest, torch.Tensor):
             check_tensor(MAX, largest, 0)
         given = check_int(MAX, largest, maximum=None, error=TokenCountError)
-        if given != max(plain):
-            most = f"{max(plain)} on DP rank {plain.index(max(plain))}"
+        if given != step.counts[step.fullest]:
+            most = f"{step.counts[step.fullest]} on DP rank {step.fullest}"
             raise TokenCountError(f"{MAX} must be the largest count, {most}, got {shown(given)}")
     sizes = None if local_sizes is None else list(check_counts(local_sizes, "local_sizes"))
-    set_counts(metadata, plain, tensor)
+    set_counts(metadata, step)
     if sizes is not None:
         metadata.local_sizes, metadata._nested = sizes, []
 
 
-def set_counts(
-    metadata: HoldsCounts, counts: tuple[int, ...], tensor: torch.Tensor, dp_rank: int | None = None
-) -> None:
+def set_counts(metadata: HoldsCounts, step: StepSizes, dp_rank: int | None = None) -> None:
     """Set the attributes from what `read_counts` returned; the object may have none yet."""
+    step.dp_rank = dp_rank
     if has_maximum(metadata):
-        metadata.max_tokens_across_dp_cpu = tensor.max()  # type: ignore[attr-defined]
-    metadata.num_tokens_across_dp_cpu = tensor
+        # A view, so that a write to it is noticed as one to the counts.
+        step.largest = step.shown[step.fullest]
+        metadata.max_tokens_across_dp_cpu = step.largest  # type: ignore[attr-defined]
+    metadata.num_tokens_across_dp_cpu = step.shown
     metadata.local_sizes = metadata._nested = None
-    metadata._step = StepSizes(counts, dp_rank, tensor)
+    metadata._step, metadata._resting = step, NO_CONTEXT
+
+
+def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args: int) -> list[int]:
+    """Return `function(counts, *args)`, computed if nobody asked before; errors name this rank."""
+    step = metadata._step
+    # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
+    key = (function, *map(as_plain_int, args))
+    sizes = step.lists.get(key)
+    if sizes is None or step.memory != step.expected or metadata.num_tokens_across_dp_cpu is not step.shown:
+        checked_step(metadata)
+    if sizes is None:
+        try:
+            sizes = function(step.counts, *args)
+        except ConfigurationError as error:
+            if step.dp_rank is None:
+                raise
+            raise ConfigurationError(f"{error} (on DP rank {step.dp_rank} of {len(step.counts)})") from None
+        if len(step.lists) >= MOST_LISTS:
+            step.lists.clear()
+        step.lists[key] = sizes
+    return sizes
+
+
+def step_context(metadata: HoldsCounts, sequence_parallel_size: int) -> StepContext:
+    """Return a new context for the sizes of the whole step."""
+    context, step = StepContext(), metadata._step
+    context.sizes = find_sizes(metadata, sp_size_list, sequence_parallel_size)
+    # Not by a tensor or array, which can be written to and be the same object with another value.
+    context.key = sequence_parallel_size if type(sequence_parallel_size) is int else context.sizes
+    context.shown, context.memory, context.expected = step.shown, step.memory, step.expected
+    context.alone, context.owner = False, ref(metadata)
+    return context
 
 
 @dataclass(init=False, eq=False, repr=False)
@@ -292,11 +354,11 @@ class DPMetadata(HoldsCounts):
             >>> DPMetadata.make(config, 500, [500, 200, 256])
             DPMetadata(max_tokens_across_dp_cpu=500, num_tokens_across_dp_cpu=[500, 200, 256], local_sizes=None)
         """
-        counts, tensor = read_counts(num_tokens_across_dp_cpu)
-        dp_rank = check_own_count(parallel_config, num_tokens, counts)
+        step = read_counts(num_tokens_across_dp_cpu)
+        dp_rank = check_own_count(parallel_config, num_tokens, step.counts)
         # Not through the constructor, which would read the counts a second time.
         metadata = object.__new__(DPMetadata)
-        set_counts(metadata, counts, tensor, dp_rank)
+        set_counts(metadata, step, dp_rank)
         return metadata
 
     def chunked_sizes(self, sequence_parallel_size: int, max_chunk_size_per_rank: int, chunk_idx: int) -> SizesContext:
@@ -322,12 +384,8 @@ class DPMetadata(HoldsCounts):
             ...     print(sizes)
             [244, 1, 1]
         """
-        sizes = checked_step(self).find(chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
-        context = SizesContext()
-        context.metadata = self
-        context.sizes = sizes
-        context.alone = False
-        return context
+        sizes = find_sizes(self, chunked_rows, sequence_parallel_size, max_chunk_size_per_rank, chunk_idx)
+        return sizes_context(self, sizes)
 
     def sp_local_sizes(self, sequence_parallel_size: int) -> SizesContext:
         """Set `local_sizes` to the rows of the whole step, for use in a `with` block.
@@ -348,18 +406,18 @@ class DPMetadata(HoldsCounts):
             ...     print(sizes)
             [0, 0, 3, 3]
         """
-        key, sizes, counts, version = self._step.last
+        context = self._resting
         # By identity, which costs least and never takes True for 1; the same small int is always the same object.
         if (
-            sequence_parallel_size is not key
-            or self.num_tokens_across_dp_cpu is not counts
-            or counts._version != version
+            context.key is not sequence_parallel_size
+            or context.memory != context.expected
+            or context.shown is not self.num_tokens_across_dp_cpu
+            or getrefcount(context) != UNSHARED
         ):
-            sizes = checked_step(self).find_last(sequence_parallel_size)
-        context = SizesContext()
+            context = step_context(self, sequence_parallel_size)
+        else:
+            self._resting = NO_CONTEXT
         context.metadata = self
-        context.sizes = sizes
-        context.alone = False
         return context
 
     def get_chunk_sizes_across_dp_rank(self) -> list[int] | None:
@@ -401,4 +459,4 @@ class DPMetadata(HoldsCounts):
             >>> DPMetadata(7, [5, 7]).cu_tokens_across_sp(2).tolist()
             [3, 6, 10, 14]
         """
-        return torch.tensor(checked_step(self).find(cumulative_rows, sp_size), dtype=torch.int64)
+        return torch.tensor(find_sizes(self, cumulative_rows, sp_size), dtype=torch.int64)
