@@ -220,9 +220,10 @@ class CountingRanks:
     """Ranks that give every request one token per step, at a fixed pace, and compute nothing."""
 
     steps_per_s = 100.0
+    can_survive, store = False, None
 
     def __init__(self, options):
-        self.num_processes = options.world_size
+        self.num_processes = self.num_data_ranks = options.world_size
         self._received = queue.SimpleQueue()
         self._lines = queue.SimpleQueue()
         self.own_cpu_s = 0.0
@@ -276,13 +277,13 @@ class CountingRanks:
                 counts = {"steps": steps, "overrun_rows": 0, "preempted": 0, "agreement_s": 0.0}
                 counts |= {"rows": rows, "longest_rows": max(rows)}
                 message = {"tokens": tokens, "taken_in": taken_in[rank], "counts": counts, "state": SchedulerState()}
-                self._lines.put((rank, pickle.dumps(message | {"rows": rows})))
+                self._lines.put((rank, pickle.dumps(message | {"rows": rows, "epoch": 0})))
             self.own_cpu_s = time.thread_time()
 
     def send(self, data_rank, message):
         self._received.put((data_rank, message))
 
-    def check(self):
+    def check(self, is_ending=False):
         pass
 
     def states(self):
@@ -294,11 +295,13 @@ class CountingRanks:
     def kill(self, error=None):
         pass
 
+    kill_one = kill
+
 
 def face(arguments):
     """CPU time of the launcher per token, with HTTP and without, at a fixed number of tokens per second."""
     import lockstep.runner.engine as runner
-    from lockstep.serve.app import ServeOptions
+    from lockstep.serve.options import ServeOptions
     from lockstep.serve.server import open_socket, serve
 
     streams, made = arguments.streams, []
@@ -314,6 +317,10 @@ def face(arguments):
 
     def spent():
         return time.process_time() - made[-1].own_cpu_s
+
+    def spent_by_api_processes():
+        children = [one for one in psutil.Process().children() if "lockstep.serve.api_process" in one.cmdline()]
+        return sum(sum(one.cpu_times()[:2]) for one in children)
 
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_tiny(Path(folder, "tiny"), num_layers=1, num_experts=RANKS, num_experts_per_token=1))
@@ -339,10 +346,11 @@ def face(arguments):
                 "--count",
                 str(count),
             ]
-            began = spent()
+            began, api_began = spent(), spent_by_api_processes()
             client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
             shown, _ = await client.communicate()
             result["server_us"] = round(1e6 * (spent() - began) / (streams * count), 1)
+            result["api_us"] = round(1e6 * (spent_by_api_processes() - api_began) / (streams * count), 1)
             texts, seconds = json.loads(shown)
             result["server_tokens_per_s"] = round(streams * count / seconds)
             result["right"] = texts == ["".join(chr(97 + place % 26) for place in range(count))]
@@ -355,9 +363,10 @@ def face(arguments):
                 traceback.print_exc()
                 os._exit(1)
 
-        options = ServeOptions("tiny", drain_s=1)
+        options = ServeOptions("tiny", api_processes=arguments.api_processes, drain_s=1)
         asyncio.run(serve(lambda: Engine(model, data_parallel_size=RANKS), options, listener, drive_or_end, os._exit))
-    return result | {"streams": streams, "tokens_per_s_asked": arguments.tokens_per_s}
+    asked = {"streams": streams, "tokens_per_s_asked": arguments.tokens_per_s}
+    return result | asked | {"api_processes": arguments.api_processes}
 
 
 async def read_all(arguments):
@@ -376,6 +385,7 @@ def main():
     parser.add_argument("--kill-minutes", type=float, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--face", action="store_true")
+    parser.add_argument("--api-processes", type=int, default=1)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--tokens-per-s", type=float, default=10_000)
     parser.add_argument("--seconds", type=float, default=10)

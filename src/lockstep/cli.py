@@ -158,6 +158,9 @@ def serve(
     chat_template: Annotated[
         Path | None, opt.option("Jinja file to use instead of the tokenizer's chat template.")
     ] = None,
+    api_processes: Annotated[
+        int, opt.option("HTTP processes; with 1, the launcher itself.", parser=opt.whole(1, 64), metavar="N")
+    ] = 1,
     max_queue: Annotated[int, opt.count("Maximum sequences waiting for a first token; more get status 429.")] = 1024,
     max_connections: Annotated[int, opt.count("Maximum open connections.")] = 4096,
     max_body_bytes: Annotated[int, opt.count("Maximum size of a request's body, in bytes.")] = 8 * 2**20,
@@ -175,7 +178,7 @@ def serve(
     )
     from lockstep.commands.serve import ServeCommand, execute, read_api_key
     from lockstep.runner.ranks import EngineOptions
-    from lockstep.serve.app import ServeOptions
+    from lockstep.serve.options import ServeOptions
 
     engine = opt.fill(EngineOptions, given)
     service = opt.fill(

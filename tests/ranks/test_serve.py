@@ -650,6 +650,89 @@ def test_a_second_signal_ends_at_once(tiny, number, status):
     wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
 
 
+@pytest.fixture(scope="module")
+def shared(tiny):
+    """A server whose HTTP is answered by two processes beside the launcher."""
+    made = Server(tiny, "--api-processes", "2", "--max-num-seqs", "4", "--max-queue", "6", ranks=2)
+    yield made
+    made.process.kill()
+
+
+def api_processes(server):
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "lockstep.serve.api_process" in child.cmdline()]
+
+
+@pytest.mark.ranks(2)
+def test_api_processes_answer_as_one_process_does(shared, alone):
+    """Of thirty connections, none of which is used twice, either process has some."""
+
+    def ask(number):
+        body = {"prompt": [[number], [number, 2]], "max_tokens": 3 + number, "temperature": 0, "ignore_eos": True}
+        status, document, _ = shared.post(body | {"n": 2, "logprobs": 1}, Connection="close")
+        return status, [choice["text"] for choice in document["choices"]], document["usage"]["total_tokens"]
+
+    for number in range(30):
+        count = 3 + number
+        texts = [alone([number], count)] * 2 + [alone([number, 2], count)] * 2
+        assert ask(number) == (200, texts, 3 + 4 * count)
+    assert len(api_processes(shared)) == 2
+    assert shared.figure("vllm:generation_tokens_total") == sum(4 * (3 + number) for number in range(30))
+    events = shared.client.chat.completions.create(**CHAT, max_tokens=9, stream=True, **GREEDY)
+    assert "".join(event.choices[0].delta.content for event in events) == alone("user: a\nassistant:", 9)
+
+
+@pytest.mark.ranks(2)
+def test_limits_and_errors_hold_in_every_api_process(shared):
+    before = shared.figure("lockstep_http_errors_total")
+    for _ in range(6):
+        assert shared.post({"prompt": "a"}, Authorization="Bearer wrong", Connection="close")[0] == 401
+        assert shared.post(b"{", Connection="close")[0] == 400
+        assert shared.post({"prompt": "a", "max_tokens": 10**6}, Connection="close")[0] == 400
+    assert shared.figure("lockstep_http_errors_total") - before == 18
+    with contextlib.ExitStack() as stack:
+        for state, count in (("running", 4), ("running", 8), ("waiting", 3), ("waiting", 6)):  # of both together
+            stack.enter_context(endless(shared, n=4 if state == "running" else 3))
+            wait_for(lambda count=count, state=state: shared.figure(f"vllm:num_requests_{state}") == count)
+        for _ in range(6):
+            status, document, headers = shared.post({"prompt": "a"}, Connection="close")
+            assert (status, document["error"]["code"], int(headers["Retry-After"]) > 0) == (429, "queue_full", True)
+    wait_for(lambda: shared.figure("vllm:num_requests_running") == shared.figure("vllm:num_requests_waiting") == 0)
+
+
+@pytest.mark.ranks(2)
+def test_requests_of_a_killed_api_process_are_freed_and_it_is_started_again(shared, alone):
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(endless(shared))
+        wait_for(lambda: shared.figure("vllm:num_requests_running") == 6)
+        victims = api_processes(shared)
+        for victim in victims:
+            victim.kill()
+        wait_for(lambda: len(api_processes(shared)) == 2 and not set(victims) & set(api_processes(shared)))
+        wait_for(lambda: shared.figure("vllm:num_requests_running") == 0)
+    assert shared.client.completions.create(prompt="b", max_tokens=5, **GREEDY).choices[0].text == alone("b", 5)
+    assert json.loads(shared.get("/health")[1])["status"] == "ready"
+
+
+@pytest.mark.ranks(2)
+def test_a_drain_waits_for_the_streams_of_api_processes(shared, alone):
+    holding = endless(shared)
+    stream = shared.client.completions.create(prompt="abc", max_tokens=100, stream=True, **GREEDY)
+    events, processes = [next(stream)], api_processes(shared)
+    os.kill(processes[0].pid, signal.SIGTERM)  # which is not for them
+    shared.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: shared.get("/health")[0] == 503)
+    with pytest.raises(openai.InternalServerError, match="draining"):
+        shared.client.completions.create(prompt="abc", max_tokens=3, **GREEDY)
+    events += list(stream)
+    assert "".join(event.choices[0].text for event in events) == alone("abc", 100)
+    holding.close()
+    assert shared.process.wait(SLOW) == 0
+    assert not any(process.is_running() for process in processes)
+    assert "Traceback" not in "".join(shared.lines)
+
+
 def test_what_cannot_be_served_is_said_in_a_sentence(command_line, tiny, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

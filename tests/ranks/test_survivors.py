@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from lockstep import ConfigurationError, Engine, PeerFailedError, SamplingParams
 from lockstep.models.tiny import make_tiny
 
-LONG = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=30_000, temperature=0, ignore_eos=True)
 
 
@@ -89,13 +89,13 @@ def test_outputs_after_one_and_two_losses_are_those_of_one_process(tiny, alone, 
         heard.wait_for_more(60)
         outages = [lose(engine, victim) for victim in victims]
         for _ in prompts:
-            assert heard.left.acquire(timeout=60) and heard.error is None
-        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+            assert heard.left.acquire(timeout=120) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 60) for prompt in prompts]
         (left,) = {0, 1, 2} - set(victims)
         assert [rank.state for rank in engine.ranks()] == ["alive" if rank == left else "gone" for rank in range(3)]
         again = list(engine.generate(prompts[:2], LONG))  # of one rank, which goes on to take requests
         assert [output.token_ids for output in sorted(again, key=lambda output: output.index)] == [
-            alone(prompt, 120) for prompt in prompts[:2]
+            alone(prompt, 60) for prompt in prompts[:2]
         ]
         assert {output.rank for output in again} == {left}
         wait_for(lambda: engine.stats.unfinished_requests == 0)
@@ -119,8 +119,8 @@ def test_a_rank_is_lost_while_the_others_begin_the_next_epoch(tiny, alone):
         wait_for(lambda: engine.stats.epoch == 1)
         os.kill(engine.ranks()[0].pid, signal.SIGKILL)
         for _ in prompts:
-            assert heard.left.acquire(timeout=60) and heard.error is None
-        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+            assert heard.left.acquire(timeout=120) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 60) for prompt in prompts]
 
 
 @pytest.mark.ranks(2)
@@ -143,8 +143,8 @@ def test_a_stopped_rank_is_given_up_after_the_deadline_and_killed(tiny, alone):
         heard.wait_for_more(30)
         assert lose(engine, 2, signal.SIGSTOP) >= 2
         for _ in prompts:
-            assert heard.left.acquire(timeout=60) and heard.error is None
-        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 120) for prompt in prompts]
+            assert heard.left.acquire(timeout=120) and heard.error is None
+        assert [tuple(tokens) for tokens in heard.tokens] == [alone(prompt, 60) for prompt in prompts]
         assert engine.ranks()[2].state == "gone"
 
 

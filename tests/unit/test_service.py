@@ -10,13 +10,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("starlette")
 
 from lockstep.engine.sampling_params import SamplingParams
-from lockstep.engine.stopping import TokenLogprobs
 from lockstep.errors import ConfigurationError, PeerFailedError
 from lockstep.models.tiny import byte_tokenizer
-from lockstep.runner.front import NewRequest
-from lockstep.serve.answers import Form, Piece, TokenTexts
+from lockstep.runner.front import EngineStats, NewRequest
+from lockstep.runner.ranks import EngineOptions
+from lockstep.serve.answers import Form, Piece, Stream
 from lockstep.serve.errors import ApiError
-from lockstep.serve.metrics import ServiceMetrics
+from lockstep.serve.options import ServeOptions
 from lockstep.serve.service import Service
 
 LOST = PeerFailedError("rank 1 failed: it died", 1, "it died")
@@ -27,6 +27,10 @@ class FakeEngine:
 
     def __init__(self):
         self.error, self.taken, self.abandoned, self.tokenizer = None, [], [], byte_tokenizer()
+        self.stats, self.about, self.options = EngineStats(), {"kv_capacity_tokens": None}, EngineOptions("tiny")
+
+    def ranks(self):
+        return []
 
     def submit(self, listener, requests):
         self.taken.append(listener)
@@ -52,6 +56,11 @@ def requests(count=1):
     return [NewRequest(index, [1, 2], SamplingParams()) for index in range(count)]
 
 
+def submit(service, count=1):
+    """A generation of so many sequences, whose sink is a stream."""
+    return service.submit(requests(count), Stream(count, 2))
+
+
 def serving(test, max_queue=16, max_restarts=5, starts=None, grace_s=0.0):
     """Run `test(service, engines)` beside a service whose engines it can kill, and `grace_s` longer."""
     engines = []
@@ -63,7 +72,7 @@ def serving(test, max_queue=16, max_restarts=5, starts=None, grace_s=0.0):
         return engines[-1]
 
     async def main():
-        service = Service(start, ServiceMetrics("tiny"), max_queue, max_restarts)
+        service = Service(start, ServeOptions("tiny", max_queue=max_queue, max_restarts=max_restarts))
         running = asyncio.ensure_future(service.run())
         testing = asyncio.ensure_future(test(service, engines))
         await asyncio.wait((running, testing), return_when=asyncio.FIRST_COMPLETED)
@@ -79,7 +88,7 @@ def serving(test, max_queue=16, max_restarts=5, starts=None, grace_s=0.0):
 
 def ended(metrics):
     """Sequences by how they ended, as `/metrics` says it."""
-    found = re.findall(r'vllm:request_success_total\{finished_reason="(\w+)".*\} (\d+)', metrics.text().decode())
+    found = re.findall(r'vllm:request_success_total\{finished_reason="(\w+)".*\} (\d+)', metrics.text())
     return {reason: int(count) for reason, count in found}
 
 
@@ -88,24 +97,24 @@ async def until(condition):
         await asyncio.sleep(0.01)
 
 
-def piece(index=0, text="a", finish=None, logprobs=None, token=64):
-    return Piece(index, token, text, logprobs, finish)
+def piece(sequence=0, text="a", finish=None, tokens=None):
+    return Piece(sequence, text, tokens, finish)
 
 
 def test_what_waits_is_kept_and_what_has_begun_is_lost_with_its_ranks():
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        begun, waiting = service.submit(requests()), service.submit(requests(2))
-        service._post(begun, piece())
-        await until(lambda: begun.num_tokens)
+        begun, waiting = submit(service), submit(service, 2)
+        service.post(begun, piece())
+        await until(lambda: begun.sink.num_tokens)
         assert (service.num_running, service.num_waiting) == (1, 2)
         engines[0].die()
         await until(lambda: service.state == "restarting" or len(engines) == 2)
-        later = service.submit(requests())
+        later = submit(service)
         await until(lambda: len(engines) == 2 and len(engines[1].taken) == 2)
         assert engines[1].taken == [waiting, later]
         with pytest.raises(ApiError, match=r"lost with the ranks that ran it .*it died") as error:
-            [_ async for _ in begun.steps()]
+            [_ async for _ in begun.sink.steps()]
         assert (error.value.status, error.value.code) == (503, "rank_failed")
         assert service.num_restarts == 1
 
@@ -115,13 +124,13 @@ def test_what_waits_is_kept_and_what_has_begun_is_lost_with_its_ranks():
 def test_a_request_that_its_ranks_die_of_is_given_up():
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        poison = service.submit(requests())
+        poison = submit(service)
         for lives in range(1, 4):
             engines[-1].die()
             await until(lambda lives=lives: len(engines) == lives + 1)
         assert [poison in engine.taken for engine in engines] == [True, True, True, False]
         with pytest.raises(ApiError, match="may be sent again"):
-            [_ async for _ in poison.steps()]
+            [_ async for _ in poison.sink.steps()]
 
     serving(test)
 
@@ -141,10 +150,10 @@ def test_a_finished_sequence_resets_the_count_of_losses():
     async def test(service, engines):
         for life in range(1, 5):
             await until(lambda life=life: len(engines) == life and service.state == "ready")
-            generation = service.submit(requests())
-            service._post(generation, piece(finish="stop"))
-            assert [len(step) async for step in generation.steps()] == [1]
-            service.leave(generation)
+            generation = submit(service)
+            service.post(generation, piece(finish="stop"))
+            assert [len(step) async for step in generation.sink.steps()] == [1]
+            service.leave(generation.sink)
             engines[-1].die()
 
     serving(test, max_restarts=1)
@@ -169,10 +178,10 @@ def test_whoever_waits_hears_at_once_that_a_restart_cannot_work(error):
 
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        waiting = service.submit(requests(2))
+        waiting = submit(service, 2)
         engines[0].die()
         with pytest.raises(ApiError) as told:
-            [_ async for _ in waiting.steps()]
+            [_ async for _ in waiting.sink.steps()]
         heard.append((told.value.status, told.value.code, ended(service.metrics)))
         await asyncio.sleep(30)
 
@@ -184,20 +193,20 @@ def test_whoever_waits_hears_at_once_that_a_restart_cannot_work(error):
 def test_every_sequence_is_counted_once_by_how_it_ended():
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        left, lost, drained = (service.submit(requests(count)) for count in (3, 4, 5))
+        left, lost, drained = (submit(service, count) for count in (3, 4, 5))
         for generation in (left, lost):
-            service._post(generation, piece(finish="stop"))
+            service.post(generation, piece(finish="stop"))
         await until(lambda: left.num_open == 2 and lost.num_open == 3)
-        service.leave(left)
-        service._post(lost, LOST)
+        service.leave(left.sink)
+        service.post(lost, LOST)
         await until(lambda: not lost.num_open)
         assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 3}
         service._fail_all()
-        service._post(drained, piece(finish="length"))  # that was on its way, as the loss is
-        service._post(drained, LOST)
+        service.post(drained, piece(finish="length"))  # that was on its way, as the loss is
+        service.post(drained, LOST)
         await asyncio.sleep(0.05)
         for generation in (lost, drained):
-            service.leave(generation)
+            service.leave(generation.sink)
         assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 8}
 
     serving(test)
@@ -206,14 +215,14 @@ def test_every_sequence_is_counted_once_by_how_it_ended():
 def test_the_queue_counts_sequences_without_a_token():
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        first = service.submit(requests(3))
+        first = submit(service, 3)
         with pytest.raises(ApiError, match="3 sequences wait already, and at most 4 may") as error:
-            service.submit(requests(2))
+            submit(service, 2)
         assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
-        service._post(first, piece())
-        await until(lambda: first.num_tokens)
-        service.submit(requests(2))
-        service.leave(first)
+        service.post(first, piece())
+        await until(lambda: first.sink.num_tokens)
+        submit(service, 2)
+        service.leave(first.sink)
         assert engines[0].abandoned == [first]
         assert service.num_waiting == 2
 
@@ -223,14 +232,14 @@ def test_the_queue_counts_sequences_without_a_token():
 def test_a_drain_ends_what_does_not_end_by_itself():
     async def test(service, engines):
         await until(lambda: service.state == "ready")
-        generation = service.submit(requests())
+        generation = submit(service)
         draining = asyncio.ensure_future(service.drain(0.2))
         await asyncio.sleep(0)
         assert service.health()["status"] == "down"
         with pytest.raises(ApiError, match="draining"):
-            service.submit(requests())
+            submit(service)
         with pytest.raises(ApiError, match="draining"):
-            [_ async for _ in generation.steps()]
+            [_ async for _ in generation.sink.steps()]
         await draining
 
     serving(test)
@@ -239,40 +248,43 @@ def test_a_drain_ends_what_does_not_end_by_itself():
 def test_tokens_of_one_step_are_one_event_and_slow_readers_get_larger_ones():
     async def test(service, _):
         await until(lambda: service.state == "ready")
-        generation, steps = service.submit(requests(2)), []
+        generation, steps = submit(service, 2), []
         for text in "xy":
             for index in range(2):
-                service._post(generation, piece(index, text, finish="length" if text == "y" else None))
-        await until(lambda: generation.num_tokens == 4)
-        async for step in generation.steps():
+                service.post(generation, piece(index, text, finish="length" if text == "y" else None))
+        await until(lambda: generation.sink.num_tokens == 4)
+        async for step in generation.sink.steps():
             steps.append(step)
         return steps
 
     (step,) = serving(test)
-    event = Form("tiny", TokenTexts(None), is_chat=True).event(step, None, shows_usage=False)
+    event = Form("tiny", is_chat=True).event(step, None, shows_usage=False)
     choices = json.loads(event.removeprefix(b"data: "))["choices"]
     assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": "xy"}] * 2
     assert [(choice["index"], choice["finish_reason"]) for choice in choices] == [(0, "length"), (1, "length")]
 
 
 def test_a_step_without_text_is_no_event():
-    form = Form("tiny", TokenTexts(None), is_chat=False)
+    form = Form("tiny", is_chat=False)
     assert form.event([piece(text="")], None, shows_usage=True) == b""
     assert b'"usage":null' in form.event([piece(text="")] * 2 + [piece(text="\u20ac")], None, shows_usage=True)
 
 
 def test_tokens_that_are_parts_of_characters_have_names_of_their_own():
     tokenizer = byte_tokenizer()
-    texts, euro = TokenTexts(tokenizer), tokenizer.encode("\u20ac")
-    assert [texts.of(token) for token in euro] == [
-        ("bytes:\\xe2", b"\xe2"),
-        ("bytes:\\x82", b"\x82"),
-        ("bytes:\\xac", b"\xac"),
-    ]
-    assert texts.of(tokenizer.eos_token_id)[0] == "<|eos|>" and texts.of(10**6) == ("", b"")
-    logprobs = TokenLogprobs(-0.5, ((euro[1], float("-inf")), (euro[2], -1.0)))
-    pieces = [piece(text="", token=euro[0], logprobs=logprobs), piece(text="\u20ac", token=euro[1], logprobs=logprobs)]
-    form = Form("tiny", texts, is_chat=False)
-    choice = form.document(pieces, {})["choices"][0]["logprobs"]
-    assert choice["top_logprobs"][0] == {"bytes:\\xe2": -0.5, "bytes:\\x82": -9999.0, "bytes:\\xac": -1.0}
+    euro = tokenizer.encode("\u20ac")
+
+    async def test(service, _):
+        await until(lambda: service.state == "ready")
+        shown = [service.token(token, -0.5) for token in euro]
+        assert shown[0] == {"token": "bytes:\\xe2", "logprob": -0.5, "bytes": [0xE2]}
+        assert [token["token"] for token in shown[1:]] == ["bytes:\\x82", "bytes:\\xac"]
+        assert service.token(tokenizer.eos_token_id, -1.0)["token"] == "<|eos|>"
+        assert service.token(10**6, float("-inf")) == {"token": "", "logprob": -9999.0, "bytes": []}
+        return shown
+
+    first, second, third = serving(test)
+    pieces = [piece(text="", tokens=[first, second, third]), piece(text="\u20ac", tokens=[second, third])]
+    choice = Form("tiny", is_chat=False).document(pieces, {})["choices"][0]["logprobs"]
+    assert choice["top_logprobs"][0] == {"bytes:\\xe2": -0.5, "bytes:\\x82": -0.5, "bytes:\\xac": -0.5}
     assert choice["text_offset"] == [0, 0]

@@ -21,7 +21,7 @@ from lockstep.report.terminal import Terminal, plain
 from lockstep.runner.checkpoint_checks import check_checkpoint
 from lockstep.runner.engine import Engine
 from lockstep.runner.ranks import EngineOptions, describe, find_tokenizer
-from lockstep.serve.app import ServeOptions
+from lockstep.serve.options import ServeOptions
 from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service
 

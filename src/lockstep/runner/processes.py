@@ -258,7 +258,7 @@ def _server() -> _Server:
 
 def _serve(control: socket.socket, parent: int) -> None:
     """Fork a rank for each request, and say when it has ended and how."""
-    _end_with(parent)
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -298,7 +298,7 @@ def _become_rank(descriptors: Sequence[int], server: int) -> None:
     """A rank's life: whatever ends it, it ends at once, since groups may be in any state."""
     exit_code = 1
     try:
-        _end_with(server)
+        end_with(server)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setpgid(0, 0)
@@ -326,7 +326,7 @@ def _become_rank(descriptors: Sequence[int], server: int) -> None:
         os._exit(exit_code)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Let the kernel end this process by SIGKILL, which also ends what is stopped, when its parent ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

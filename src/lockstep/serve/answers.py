@@ -2,60 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-from lockstep.engine.stopping import TokenLogprobs
-from lockstep.runner.ranks import detokenizer_of
+from lockstep.serve.errors import ApiError
+
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token adds to one sequence of a request."""
 
-    index: int
-    token_id: int
+    sequence: int  # its number in the request
     text: str
-    logprobs: TokenLogprobs | None
+    tokens: list[dict[str, Any]] | None  # the drawn token and then the most likely ones; None if not asked for
     finish_reason: str | None
 
 
-class TokenTexts:
-    """Names and bytes of single tokens, special ones included."""
+class Stream:
+    """The pieces of one request on their way to its client."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._detokenizer = detokenizer_of(tokenizer)
+    def __init__(self, num_sequences: int, num_prompt_tokens: int) -> None:
+        self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
+        self._num_open = num_sequences
+        self._pieces: list[Piece] = []
+        self._error: ApiError | None = None
+        self._news = asyncio.Event()
 
-    def of(self, token_id: int) -> tuple[str, bytes]:
-        """Return a token's name and its bytes: its text, or the bytes' codes where they are no whole characters."""
-        content = self._detokenizer.token_bytes(token_id) if self._detokenizer is not None else b""
-        if not content and self._tokenizer is not None:
-            content = str(self._tokenizer.convert_ids_to_tokens(token_id) or "").encode()
-        try:
-            return content.decode(), content
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content), content
+    async def steps(self) -> AsyncIterator[list[Piece]]:
+        """Yield what has come since the last time, until all sequences have ended; raise the error that ended them."""
+        while self._error is None:
+            pieces, self._pieces = self._pieces, []
+            if pieces:
+                yield pieces
+            elif not self._num_open:
+                return
+            else:
+                await self._news.wait()
+                self._news.clear()
+        raise self._error
+
+    def take(self, piece: Piece) -> None:
+        """Add a token."""
+        self._pieces.append(piece)
+        self.num_tokens += 1
+        self._num_open -= piece.finish_reason is not None
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End it with an error."""
+        self._error = error
+        self._news.set()
 
 
 class Form:
-    """Writes one request's answer as completions are answered, or as chats are; `model` is the name to give."""
+    """Formats one request's answer as a completion or a chat; `model` is the name to give."""
 
-    def __init__(self, model: str, texts: TokenTexts, *, is_chat: bool) -> None:
+    def __init__(self, model: str, *, is_chat: bool) -> None:
         self.answer_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head: dict[str, Any] = {"id": self.answer_id, "created": int(time.time()), "model": model}
-        self._texts = texts
         self._is_chat = is_chat
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}  # of each sequence's next token in its text
 
     def event(self, pieces: Sequence[Piece], usage: dict[str, int] | None, *, shows_usage: bool) -> bytes:
         """Return what came together as one event, a choice per sequence; empty where it has nothing to tell."""
-        choices = [self._choice(of_one, whole=False) for of_one in _by_index(pieces) if _tells(of_one)]
+        choices = [self._choice(of_one, whole=False) for of_one in _by_sequence(pieces) if _tells(of_one)]
         if not choices and usage is None:
             return b""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
@@ -64,63 +82,52 @@ class Form:
 
     def document(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
         """Return all of a request as one document."""
-        choices = [self._choice(of_one, whole=True) for of_one in _by_index(pieces)]
+        choices = [self._choice(of_one, whole=True) for of_one in _by_sequence(pieces)]
         kind = "chat.completion" if self._is_chat else "text_completion"
         return self._head | {"object": kind, "choices": choices, "usage": usage}
 
     def _choice(self, pieces: Sequence[Piece], *, whole: bool) -> dict[str, Any]:
         text, last = "".join(piece.text for piece in pieces), pieces[-1]
-        choice: dict[str, Any] = {"index": last.index, "logprobs": None, "finish_reason": last.finish_reason}
-        if last.logprobs is not None:
-            choice["logprobs"] = self._chat_logprobs(pieces) if self._is_chat else self._logprobs(pieces)
+        choice: dict[str, Any] = {"index": last.sequence, "logprobs": None, "finish_reason": last.finish_reason}
+        if last.tokens is not None:
+            choice["logprobs"] = self._logprobs(pieces)
         if not self._is_chat:
             choice["text"] = text
         elif whole:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
-            choice["delta"] = {"content": text} if last.index in self._begun else {"role": "assistant", "content": text}
-            self._begun.add(last.index)
+            role = {} if last.sequence in self._begun else {"role": "assistant"}
+            choice["delta"] = role | {"content": text}
+            self._begun.add(last.sequence)
         return choice
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, list[Any]]:
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        if self._is_chat:
+            tokens = (piece.tokens for piece in pieces if piece.tokens)
+            return {"content": [token | {"top_logprobs": top} for token, *top in tokens], "refusal": None}
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = self._offsets.get(pieces[0].index, 0)
+        offset = self._offsets.get(pieces[0].sequence, 0)
         for piece in pieces:
-            token, *top = self._tokens(piece)
+            assert piece.tokens is not None
+            token, *top = piece.tokens
             named = {one["token"]: one["logprob"] for one in (token, *top)}
             for entries, value in zip(lists.values(), (token["token"], token["logprob"], named, offset), strict=True):
                 entries.append(value)
             offset += len(piece.text)
-        self._offsets[pieces[0].index] = offset
+        self._offsets[pieces[0].sequence] = offset
         return lists
-
-    def _chat_logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = map(self._tokens, pieces)
-        return {"content": [token | {"top_logprobs": top} for token, *top in tokens], "refusal": None}
-
-    def _tokens(self, piece: Piece) -> list[dict[str, Any]]:
-        """Return the drawn token, and the most likely ones, as chats show them."""
-        assert piece.logprobs is not None
-        tokens = []
-        for token_id, logprob in ((piece.token_id, piece.logprobs.logprob), *piece.logprobs.top):
-            name, content = self._texts.of(token_id)
-            # JSON has no infinity; OpenAI's stand-in is -9999.
-            tokens.append({"token": name, "logprob": max(logprob, -9999.0), "bytes": list(content)})
-        return tokens
 
 
 def as_event(document: dict[str, Any]) -> bytes:
     """Return a document as a server-sent event."""
-    return b"data: %b\n\n" % json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"data: %b\n\n" % _encode(document).encode()
 
 
-def _by_index(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _by_sequence(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Return pieces by sequence, sequences in order."""
-    found: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.index, []).append(piece)
-    return [found[index] for index in sorted(found)]
+    number = itemgetter(0)
+    return [list(of_one) for _, of_one in groupby(sorted(pieces, key=number), key=number)]
 
 
 def _tells(pieces: Sequence[Piece]) -> bool:
-    return any(piece.text or piece.logprobs is not None or piece.finish_reason for piece in pieces)
+    return any(piece.text or piece.tokens or piece.finish_reason for piece in pieces)

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,58 +15,34 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lockstep.serve.answers import Form, as_event
-from lockstep.serve.errors import ApiError
-from lockstep.serve.metrics import CONTENT_TYPE
-from lockstep.serve.schema import ChatRequest, CompletionRequest, new_requests, parse
-from lockstep.serve.service import Generation, Service
+from lockstep.serve.answers import Form, Stream, as_event
+from lockstep.serve.errors import ApiError, as_api_error
+from lockstep.serve.options import ServeOptions
+from lockstep.serve.schema import ChatRequest, CompletionRequest, parse
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # neither is needed by both kinds of process
+    from lockstep.serve.api_process import RemoteService
+    from lockstep.serve.service import Service
 
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What a service is told beside its engine.
-
-    Attributes:
-        model: the name that requests may give.
-        api_key: what `/v1` needs as a bearer token; None for nothing.
-        max_queue: most sequences that wait for their first token; further ones are refused.
-        max_restarts: how often the ranks are started again without a sequence being finished in between.
-        max_connections: at a time.
-        max_body_bytes: of a request.
-        read_timeout_s: longest wait for a request's head, in seconds; three times as long for its body.
-        drain_s: after a signal, how long what runs may go on, in seconds.
-        log_requests: `off`, `sizes`, or `prompts` for their token ids as well.
-    """
-
-    model: str
-    api_key: str | None = None
-    max_queue: int = 1024
-    max_restarts: int = 3
-    max_connections: int = 4096
-    max_body_bytes: int = 8 * 2**20
-    read_timeout_s: float = 10.0
-    drain_s: float = 30.0
-    log_requests: str = "off"
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(service: Service, options: ServeOptions) -> Starlette:
+def make_app(service: Service | RemoteService, options: ServeOptions) -> Starlette:
     """Return the ASGI application that answers HTTP requests with a service."""
     digest = _digest(options.api_key) if options.api_key is not None else None
 
     async def health(_: Request) -> Response:
-        found = service.health()
+        found = await service.ask("health")
         return JSONResponse(found, 503 if found["status"] == "down" else 200)
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await service.ask("metrics"), media_type=_METRICS_TYPE)
 
     async def models(request: Request) -> Response:
         _check_key(request, digest)
         entry = {"id": options.model, "object": "model", "created": 0, "owned_by": "lockstep"}
-        if service.engine is not None:
-            entry["max_model_len"] = service.engine.about["max_model_len"]
+        if (longest := await service.ask("max_model_len")) is not None:
+            entry["max_model_len"] = longest
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def generate(request: Request) -> Response:
@@ -78,21 +52,15 @@ def make_app(service: Service, options: ServeOptions) -> Starlette:
         if asked.model not in (None, options.model):
             text = f"there is no model {asked.model[:80]!r} here, only {options.model!r}"
             raise ApiError(404, text, "model", "model_not_found")
-        requests = await service.prepare(lambda engine: new_requests(asked, engine))
-        form, generation = Form(options.model, service.texts, is_chat=is_chat), service.submit(requests)
-        if options.log_requests != "off":
-            prompt = f": {requests[0].prompt_token_ids}" if options.log_requests == "prompts" else ""
-            sizes = (form.answer_id, len(requests), generation.num_prompt_tokens, requests[0].params.max_tokens)
-            logger.info("%s: %d sequences, %d prompt tokens, at most %d new ones%s", *sizes, prompt)
-        return _Answer(service, generation, form, asked)
+        form = Form(options.model, is_chat=is_chat)
+        return _Answer(service, await service.start(asked, form.answer_id), form, asked)
 
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = ApiError(error.status_code, error.detail, **dict(error.headers or {}))
-        if not isinstance(error, ApiError):  # Starlette raises it again, for the log
-            error = ApiError(500, "an error inside of the server; its log tells more")
-        service.metrics.refused(error.status)
-        return JSONResponse(error.document(), error.status, headers=error.headers)
+        told = as_api_error(error)  # Starlette raises the error again, for the log
+        service.refused(told.status)
+        return JSONResponse(told.document(), told.status, headers=told.headers)
 
     routes = [Route("/health", health), Route("/metrics", metrics), Route("/v1/models", models)]
     routes += [Route(path, generate, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
@@ -103,9 +71,9 @@ class _Answer(Response):
     """Sends a generation as it comes, or when it is whole; ends it when the client goes away."""
 
     def __init__(
-        self, service: Service, generation: Generation, form: Form, asked: CompletionRequest | ChatRequest
+        self, service: Service | RemoteService, stream: Stream, form: Form, asked: CompletionRequest | ChatRequest
     ) -> None:
-        self._service, self._generation, self._form = service, generation, form
+        self._service, self._stream, self._form = service, stream, form
         self._streams, options = bool(asked.stream), asked.stream_options
         self._shows_usage = options is not None and bool(options.include_usage)
         self._counts_on = options is not None and bool(options.continuous_usage_stats)
@@ -119,7 +87,7 @@ class _Answer(Response):
         finally:
             leaving.cancel()
             sending.cancel()  # which does nothing where it has ended
-            self._service.leave(self._generation)
+            self._service.leave(self._stream)
         with contextlib.suppress(asyncio.CancelledError):
             await sending
 
@@ -127,7 +95,7 @@ class _Answer(Response):
         started = False
         try:
             if not self._streams:
-                pieces = [piece async for step in self._generation.steps() for piece in step]
+                pieces = [piece async for step in self._stream.steps() for piece in step]
                 await JSONResponse(self._form.document(pieces, self._usage()))(scope, receive, send)
                 return
             async for event in self._events():
@@ -137,7 +105,7 @@ class _Answer(Response):
                     started = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except ApiError as error:
-            self._service.metrics.refused(error.status)
+            self._service.refused(error.status)
             if not started:
                 await JSONResponse(error.document(), error.status, headers=error.headers)(scope, receive, send)
                 return
@@ -145,7 +113,7 @@ class _Answer(Response):
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        async for pieces in self._generation.steps():
+        async for pieces in self._stream.steps():
             usage = self._usage() if self._counts_on else None
             if event := self._form.event(pieces, usage, shows_usage=self._shows_usage):
                 yield event
@@ -153,7 +121,7 @@ class _Answer(Response):
             yield self._form.event((), self._usage(), shows_usage=True)
 
     def _usage(self) -> dict[str, int]:
-        prompt, new = self._generation.num_prompt_tokens, self._generation.num_tokens
+        prompt, new = self._stream.num_prompt_tokens, self._stream.num_tokens
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 

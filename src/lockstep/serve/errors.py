@@ -20,3 +20,8 @@ class ApiError(Exception):
         kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return what a client is told of an error: of one of ours, that there is one."""
+    return error if isinstance(error, ApiError) else ApiError(500, "an error inside of the server; its log tells more")

@@ -12,19 +12,18 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from lockstep.serve.service import Generation, Service
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class ServiceMetrics(Collector):
     """Counts requests and tokens as they pass, and asks the service and its engine for the rest when it is scraped."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, service: Service) -> None:
         disable_created_metrics()
         self.num_tokens = 0
-        self._model = model
-        self._service: Service | None = None
+        self._model, self._service = model, service
         self._registry = CollectorRegistry()  # the global one would add figures of this process that nobody asked for
+        self._registry.register(self)
         self._first = self._own(Histogram, "vllm:time_to_first_token_seconds", "From arrival to the first token.")
         self._next = self._own(Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a request.")
         self._whole = self._own(Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the end.")
@@ -32,11 +31,6 @@ class ServiceMetrics(Collector):
         labels, ended = ["model_name", "finished_reason"], "Sequences by how they ended."
         self._ended = Counter("vllm:request_success", ended, labels, registry=self._registry)
         self._refused = Counter("lockstep_http_errors", "By status.", ["status"], registry=self._registry)
-
-    def attach(self, service: Service) -> None:
-        """Show a service too."""
-        self._service = service
-        self._registry.register(self)
 
     def token(self, generation: Generation, now_s: float, *, is_first: bool) -> None:
         """Count a token; `is_first` of its sequence."""
@@ -58,14 +52,13 @@ class ServiceMetrics(Collector):
         """Count an answer with an error."""
         self._refused.labels(str(status)).inc()
 
-    def text(self) -> bytes:
+    def text(self) -> str:
         """Return all figures."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry).decode()
 
     def collect(self) -> Iterator[Any]:
         """See `Collector`."""
         service, gauge, counter = self._service, GaugeMetricFamily, CounterMetricFamily
-        assert service is not None
         yield self._family(gauge, "vllm:num_requests_running", "Sequences that generate.", service.num_running)
         yield self._family(gauge, "vllm:num_requests_waiting", "Sequences without a token.", service.num_waiting)
         yield self._family(counter, "vllm:generation_tokens", "Tokens generated.", self.num_tokens)

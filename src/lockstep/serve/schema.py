@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError
-from lockstep.runner.engine import Engine
-from lockstep.runner.front import NewRequest
 from lockstep.serve.errors import ApiError
 from lockstep.workload.kv_pages import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from lockstep.runner.engine import Engine
+    from lockstep.runner.front import NewRequest
 
 MAX_SEQUENCES = 128
 """Most sequences that one HTTP request may ask for: prompts times `n`."""
@@ -137,6 +139,8 @@ def parse(kind: type[Request], body: bytes) -> Request:
 
 def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> list[NewRequest]:
     """Tokenize and check a request; sequence `prompt * n + choice` has that index. 400 names the field if it can."""
+    from lockstep.runner.front import NewRequest  # with all of torch, which processes that only parse do without
+
     num_choices = 1 if request.n is None else request.n
     given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     given |= {"seed": request.seed, "logprobs": _num_logprobs(request)}

@@ -7,104 +7,92 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 from lockstep.engine.stopping import TextDelta
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.runner.engine import Engine
 from lockstep.runner.front import NewRequest
+from lockstep.runner.ranks import detokenizer_of
 from lockstep.runner.router import Entry
-from lockstep.serve.answers import Piece, TokenTexts
+from lockstep.serve.answers import Piece, Stream
 from lockstep.serve.errors import ApiError
 from lockstep.serve.metrics import ServiceMetrics
+from lockstep.serve.options import ServeOptions
+from lockstep.serve.schema import ChatRequest, CompletionRequest, new_requests
 
 logger = logging.getLogger(__name__)
+
+Question = Literal["health", "metrics", "max_model_len"]
 
 _LOOK_S = 0.2
 _DEAD = ("stopped", "gone")
 _MAX_LIVES = 3  # a request may be what its ranks die of: it is not kept for ever
 
 
-class Generation:
-    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop takes them."""
-
-    def __init__(self, post: Callable[[Generation, Piece | Exception], None], requests: Sequence[NewRequest]) -> None:
-        self.requests = requests
-        # A prompt with several choices counts once.
-        self.num_prompt_tokens = sum({id(ids): len(ids) for ids in (new.prompt_token_ids for new in requests)}.values())
-        self.num_tokens = self.num_lives = 0
-        self.num_open = len(requests)
-        self.begun: set[int] = set()  # sequences with a token
-        self.began_s = self.last_token_s = time.monotonic()
-        self._post = post
-        self._pieces: list[Piece] = []
-        self._error: ApiError | None = None
-        self._news = asyncio.Event()
-
-    async def steps(self) -> AsyncIterator[list[Piece]]:
-        """Give what has come since the last time, until all has; raise what has ended it before."""
-        while self._error is None:
-            pieces, self._pieces = self._pieces, []
-            if pieces:
-                yield pieces
-            elif not self.num_open:
-                return
-            else:
-                await self._news.wait()
-                self._news.clear()
-        raise self._error
+class Sink(Protocol):
+    """Takes what becomes of one request; called from the event loop."""
 
     def take(self, piece: Piece) -> None:
-        """Take a token in."""
-        self._pieces.append(piece)
-        self.num_tokens += 1
-        self.begun.add(piece.index)
-        self.num_open -= piece.finish_reason is not None
-        self._news.set()
+        """Take a token."""
 
     def fail(self, error: ApiError) -> None:
-        """End it."""
-        self._error, self.num_open = error, 0
-        self._news.set()
+        """Nothing more will come."""
+
+
+class Generation:
+    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop hands them to `sink`."""
+
+    def __init__(self, service: Service, requests: Sequence[NewRequest], sink: Sink) -> None:
+        self.requests, self.sink = requests, sink
+        self.num_prompt_tokens = count_prompt_tokens(requests)
+        self.num_open, self.num_lives = len(requests), 0
+        self.begun: set[int] = set()  # sequences with a token
+        self.began_s = self.last_token_s = time.monotonic()
+        self._service = service
 
     def on_token(self, entry: Entry, delta: TextDelta) -> None:
         """See `Listener`."""
-        logprobs = entry.logprobs[-1] if entry.logprobs else None
-        self._post(self, Piece(entry.index, entry.checker.token_ids[-1], delta.text, logprobs, delta.finish_reason))
+        tokens = None
+        if entry.logprobs:
+            drawn = (entry.checker.token_ids[-1], entry.logprobs[-1].logprob)
+            tokens = [self._service.token(*one) for one in (drawn, *entry.logprobs[-1].top)]
+        self._service.post(self, Piece(entry.index, delta.text, tokens, delta.finish_reason))
 
     def on_error(self, error: Exception) -> None:
         """See `Listener`."""
-        self._post(self, error)
+        self._service.post(self, error)
+
+
+def count_prompt_tokens(requests: Sequence[NewRequest]) -> int:
+    """Return the tokens of all prompts; one with several choices counts once."""
+    return sum({id(ids): len(ids) for ids in (new.prompt_token_ids for new in requests)}.values())
 
 
 class Service:
-    """Keeps an engine running, and gives it requests. All but `_post` belongs to the event loop.
+    """Keeps an engine running, and gives it requests. All but `post` and `token` belongs to the event loop.
 
     Where an engine cannot go on, its ranks are started again, at most `max_restarts` times without a sequence being
     finished in between; requests without a token yet are kept for them, the others fail. At most `max_queue` sequences
     wait for their first token. `start_engine` blocks until the ranks are ready.
     """
 
-    def __init__(
-        self, start_engine: Callable[[], Engine], metrics: ServiceMetrics, max_queue: int, max_restarts: int
-    ) -> None:
+    def __init__(self, start_engine: Callable[[], Engine], options: ServeOptions) -> None:
         self.state: Literal["starting", "ready", "restarting", "draining", "failed"] = "starting"
         self.engine: Engine | None = None
-        self.texts: TokenTexts
-        self.metrics = metrics
         self.num_restarts = 0
-        self._start_engine = start_engine
-        self._max_queue, self._max_restarts = max_queue, max_restarts
+        self._start_engine, self._options = start_engine, options
         self._failures, self._why = 0, ""
-        self._running: dict[Generation, None] = {}  # until their answers are sent
+        self._running: dict[Sink, Generation] = {}  # until their answers are sent
         self._first_wait_s = 0.0
         self._events: deque[tuple[Generation, Piece | Exception]] = deque()
         self._wakes = False
         self._loop = asyncio.get_running_loop()
         self._tokenizing = ThreadPoolExecutor(1, "lockstep-tokenize")  # a tokenizer is safe in one thread at a time
+        self.metrics = ServiceMetrics(options.model, self)
 
     async def run(self) -> None:
         """Keep an engine until the service drains; raise what has ended it for good."""
@@ -116,9 +104,9 @@ class Service:
                     self._give_up(error)  # the next start would raise it too
                 self._lost(error)
                 continue
-            self.texts = TokenTexts(engine.tokenizer)
+            self._detokenizer = detokenizer_of(engine.tokenizer)
             self.state = "ready" if self.state != "draining" else self.state
-            for generation in self._running:
+            for generation in self._running.values():
                 if generation.num_open and not generation.begun:
                     engine.submit(generation, generation.requests)
             while engine.error is None:
@@ -129,11 +117,11 @@ class Service:
 
     def _lost(self, error: Exception) -> None:
         self._why, self._failures = str(error), self._failures + 1
-        if self._failures > self._max_restarts:
+        if self._failures > self._options.max_restarts:
             self._give_up(error)
         self.num_restarts += 1
         self.state = "restarting" if self.state != "draining" else self.state
-        logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._max_restarts, error)
+        logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._options.max_restarts, error)
 
     def _give_up(self, error: Exception) -> NoReturn:
         self.state, self._why = "failed", str(error)
@@ -160,38 +148,74 @@ class Service:
     @property
     def num_waiting(self) -> int:
         """Sequences without a token yet."""
-        return sum(len(one.requests) - len(one.begun) for one in self._running if one.num_open)
+        return sum(len(one.requests) - len(one.begun) for one in self._running.values() if one.num_open)
 
     @property
     def num_running(self) -> int:
         """Sequences that have begun and not ended."""
-        return sum(one.num_open for one in self._running) - self.num_waiting
+        return sum(one.num_open for one in self._running.values()) - self.num_waiting
 
-    async def prepare(self, make: Callable[[Engine], list[NewRequest]]) -> list[NewRequest]:
-        """Tokenize and check a request beside the event loop."""
-        return await self._loop.run_in_executor(self._tokenizing, make, self._usable())
+    async def ask(self, what: Question) -> Any:
+        """Return what any HTTP process may ask for, as JSON can hold it."""
+        if what == "health":
+            return self.health()
+        if what == "metrics":
+            return self.metrics.text()
+        return self.engine.about["max_model_len"] if self.engine is not None else None
 
-    def submit(self, requests: Sequence[NewRequest]) -> Generation:
-        """Start a request; 429 where the queue is full, 503 where nothing is taken in any more."""
+    async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
+        """Start a request; whoever reads its stream has to `leave` it."""
+        requests = await self.prepare(asked, answer_id)
+        stream = Stream(len(requests), count_prompt_tokens(requests))
+        self.submit(requests, stream)
+        return stream
+
+    async def prepare(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> list[NewRequest]:
+        """Tokenize, check and log a request, beside the event loop."""
+        requests = await self._loop.run_in_executor(self._tokenizing, new_requests, asked, self._usable())
+        if self._options.log_requests != "off":
+            prompt = f": {requests[0].prompt_token_ids}" if self._options.log_requests == "prompts" else ""
+            sizes = (answer_id, len(requests), count_prompt_tokens(requests), requests[0].params.max_tokens)
+            logger.info("%s: %d sequences, %d prompt tokens, at most %d new ones%s", *sizes, prompt)
+        return requests
+
+    def submit(self, requests: Sequence[NewRequest], sink: Sink) -> Generation:
+        """Start a prepared request; 429 where the queue is full, 503 where nothing is taken in any more."""
         engine, waiting = self._usable(), self.num_waiting
-        if waiting + len(requests) > self._max_queue:
-            text = f"{waiting} sequences wait already, and at most {self._max_queue} may: try again later"
+        if waiting + len(requests) > self._options.max_queue:
+            text = f"{waiting} sequences wait already, and at most {self._options.max_queue} may: try again later"
             after_s = min(60, max(1, math.ceil(self._first_wait_s)))
             raise ApiError(429, text, code="queue_full", Retry_After=str(after_s))
-        generation = Generation(self._post, requests)
-        self._running[generation] = None
+        self._running[sink] = generation = Generation(self, requests, sink)
         if self.state == "ready":
             engine.submit(generation, requests)
         return generation
 
-    def leave(self, generation: Generation) -> None:
+    def leave(self, sink: Sink) -> None:
         """Let go of a request: it has ended, or nobody waits for it any more."""
-        self._running.pop(generation)
+        generation = self._running.pop(sink)
         if self.engine is not None and generation.num_open:
             self.engine.abandon(generation)
             self.metrics.finished(generation, "abort", generation.num_open)
         elif self.engine is not None:
             self.engine.forget(generation)
+
+    def token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        """Return a token as log probabilities show it: its text, or its bytes' codes where they are no characters."""
+        assert self.engine is not None
+        content = self._detokenizer.token_bytes(token_id) if self._detokenizer is not None else b""
+        if not content and self.engine.tokenizer is not None:  # a special one
+            content = str(self.engine.tokenizer.convert_ids_to_tokens(token_id) or "").encode()
+        try:
+            name = content.decode()
+        except UnicodeDecodeError:
+            name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        # JSON has no infinity; OpenAI's stand-in is -9999.
+        return {"token": name, "logprob": max(logprob, -9999.0), "bytes": list(content)}
+
+    def refused(self, status: int) -> None:
+        """Count an answer with an error."""
+        self.metrics.refused(status)
 
     async def drain(self, limit_s: float) -> None:
         """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks."""
@@ -203,7 +227,7 @@ class Service:
         if self.engine is not None and could_run:
             await asyncio.to_thread(self.engine.close)
 
-    def _post(self, generation: Generation, news: Piece | Exception) -> None:
+    def post(self, generation: Generation, news: Piece | Exception) -> None:
         """Hand news of the engine's thread to the event loop, which is woken once for all that comes meanwhile."""
         self._events.append((generation, news))
         if not self._wakes:
@@ -215,17 +239,19 @@ class Service:
         now_s = time.monotonic()
         while self._events:
             generation, news = self._events.popleft()
-            if generation not in self._running or not generation.num_open:
+            if generation.sink not in self._running or not generation.num_open:
                 continue
             if isinstance(news, Exception):
                 self._take_loss(generation, news)
                 continue
-            is_first = news.index not in generation.begun
+            is_first = news.sequence not in generation.begun
             self._first_wait_s = now_s - generation.began_s if is_first else self._first_wait_s
             self.metrics.token(generation, now_s, is_first=is_first)
             generation.last_token_s = now_s
-            generation.take(news)
+            generation.begun.add(news.sequence)
+            generation.sink.take(news)
             if news.finish_reason is not None:
+                generation.num_open -= 1
                 self._failures = 0
                 self.metrics.finished(generation, news.finish_reason, 1)
 
@@ -241,13 +267,14 @@ class Service:
         return self.engine
 
     def _fail_all(self) -> None:
-        for generation in self._running:
+        for generation in self._running.values():
             if generation.num_open:
                 self._fail(generation, self._unavailable())
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
         self.metrics.finished(generation, "error", generation.num_open)
-        generation.fail(error)
+        generation.num_open = 0
+        generation.sink.fail(error)
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")

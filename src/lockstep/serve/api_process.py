@@ -1,0 +1,225 @@
+"""HTTP in processes of its own: they parse, format and send; the launcher's service keeps the ledger.
+
+An API process and the launcher have a socket between them. A frame on it is a list of messages as JSON after its length
+in four bytes; a message names the request that it is about, by the number that the API process gave it, and its kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from lockstep.runner.processes import end_with
+from lockstep.serve.answers import Piece, Stream
+from lockstep.serve.connections import serve_http
+from lockstep.serve.errors import ApiError, as_api_error
+from lockstep.serve.options import ServeOptions
+from lockstep.serve.schema import ChatRequest, CompletionRequest, parse
+
+if TYPE_CHECKING:
+    from lockstep.serve.service import Question, Service
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 1.0  # between the end of a process and the start of the next
+_END_S = 10.0  # until a process that was told to end is killed
+
+
+class Link:
+    """One end of the socket; messages that are sent together leave in one frame."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._outbox: list[Any] = []
+
+    def send(self, *message: Any) -> None:
+        """Send a message once the event loop has nothing else to do."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(message)
+
+    async def receive(self) -> list[Any]:
+        """Return the messages of the next frame; raise `EOFError` or `ConnectionError` at the other's end."""
+        size = int.from_bytes(await self._reader.readexactly(4), "big")
+        return list(json.loads(await self._reader.readexactly(size)))
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+    def _flush(self) -> None:
+        data = json.dumps(self._outbox).encode()
+        self._outbox.clear()
+        self._writer.write(len(data).to_bytes(4, "big") + data)
+
+
+class _Caller:
+    """A request of an API process, in the launcher; see `Sink`."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link, self._number = link, number
+
+    def take(self, piece: Piece) -> None:
+        self._link.send(self._number, "token", *piece)
+
+    def fail(self, error: ApiError) -> None:
+        self._link.send(self._number, "error", error.status, error.message, error.param, error.code, error.headers)
+
+
+class _Callers:
+    """All requests of one API process, in the launcher."""
+
+    def __init__(self, service: Service, link: Link) -> None:
+        self._service, self._link = service, link
+        self._callers: dict[int, _Caller] = {}
+
+    async def serve(self) -> None:
+        """Do what the process asks for until it ends; then nobody waits for its requests any more."""
+        try:
+            async with asyncio.TaskGroup() as starts:
+                while True:
+                    for number, kind, *rest in await self._link.receive():
+                        if kind == "start":
+                            starts.create_task(self._start(number, *rest))
+                        elif kind == "leave":
+                            self._service.leave(self._callers.pop(number))
+                        elif kind == "refused":
+                            self._service.refused(*rest)
+                        else:
+                            self._link.send(number, "answer", await self._service.ask(*rest))
+        except* (EOFError, ConnectionError):
+            pass
+        finally:
+            for caller in self._callers.values():
+                self._service.leave(caller)
+
+    async def _start(self, number: int, is_chat: bool, body: str, answer_id: str) -> None:
+        caller = _Caller(self._link, number)
+        try:
+            asked = parse(ChatRequest if is_chat else CompletionRequest, body.encode())
+            generation = self._service.submit(await self._service.prepare(asked, answer_id), caller)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("a request could not be started")
+            caller.fail(as_api_error(error))
+        else:
+            self._callers[number] = caller
+            self._link.send(number, "stream", generation.num_open, generation.num_prompt_tokens)
+
+
+async def serve_by_processes(
+    service: Service, options: ServeOptions, listener: socket.socket, ended: asyncio.Event
+) -> None:
+    """Serve HTTP by `api_processes` processes until `ended`; one that dies is started again."""
+    each = replace(options, max_connections=-(-options.max_connections // options.api_processes))
+
+    async def keep() -> None:
+        while not ended.is_set():
+            ours, theirs = socket.socketpair()
+            files = (listener.fileno(), theirs.fileno())
+            command = (sys.executable, "-m", __name__, *map(str, (*files, os.getpid())))
+            process = await asyncio.create_subprocess_exec(*command, pass_fds=files)
+            theirs.close()
+            link = Link(*await asyncio.open_unix_connection(sock=ours))
+            link.send(asdict(each))
+            ending = asyncio.ensure_future(end(process, link))
+            await _Callers(service, link).serve()
+            status = await process.wait()
+            ending.cancel()
+            link.close()
+            if not ended.is_set():
+                logger.warning("API process %d ended with status %d; starting another one", process.pid, status)
+                await asyncio.sleep(_PAUSE_S)
+
+    async def end(process: asyncio.subprocess.Process, link: Link) -> None:
+        await ended.wait()
+        link.send(None, "end")
+        await asyncio.sleep(_END_S)
+        process.kill()
+
+    await asyncio.gather(*(keep() for _ in range(options.api_processes)))
+
+
+class RemoteService:
+    """The launcher's service, as an API process uses it."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._streams: dict[int, Stream] = {}
+        self._number_of: dict[Stream, int] = {}
+
+    async def listen(self) -> None:
+        """Take in what the launcher says, until this process is to end."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                for number, kind, *rest in await self._link.receive():
+                    if kind == "token":
+                        if number in self._streams:
+                            self._streams[number].take(Piece(*rest))
+                    elif kind == "answer":
+                        self._asked.pop(number).set_result(*rest)
+                    elif kind == "stream":
+                        self._streams[number] = stream = Stream(*rest)
+                        self._number_of[stream] = number
+                        self._asked.pop(number).set_result(stream)
+                    elif kind == "error":
+                        error = ApiError(*rest[:4], **rest[4])
+                        if number in self._asked:
+                            self._asked.pop(number).set_exception(error)
+                        elif number in self._streams:
+                            self._streams[number].fail(error)
+                    else:
+                        return
+
+    async def ask(self, what: Question) -> Any:
+        """See `Service`."""
+        return await self._call("ask", what)
+
+    async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
+        """See `Service`."""
+        body = asked.model_dump_json(exclude_unset=True)
+        stream: Stream = await self._call("start", isinstance(asked, ChatRequest), body, answer_id)
+        return stream
+
+    def leave(self, stream: Stream) -> None:
+        """See `Service`."""
+        number = self._number_of.pop(stream)
+        del self._streams[number]
+        self._link.send(number, "leave")
+
+    def refused(self, status: int) -> None:
+        """See `Service`."""
+        self._link.send(None, "refused", status)
+
+    async def _call(self, *message: Any) -> Any:
+        number = next(self._numbers)
+        self._asked[number] = future = asyncio.get_running_loop().create_future()
+        self._link.send(number, *message)
+        return await future
+
+
+async def _main(listener: socket.socket, link: socket.socket) -> None:
+    opened = Link(*await asyncio.open_unix_connection(sock=link))
+    ((options,),) = await opened.receive()
+    service, ended = RemoteService(opened), asyncio.Event()
+    listening = asyncio.ensure_future(service.listen())
+    listening.add_done_callback(lambda _: ended.set())
+    await serve_http(service, ServeOptions(**options), listener, ended)
+
+
+if __name__ == "__main__":
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # the launcher gets them too, and says when to end
+        signal.signal(signal_number, signal.SIG_IGN)
+    end_with(int(sys.argv[3]))
+    asyncio.run(_main(*(socket.socket(fileno=int(number)) for number in sys.argv[1:3])))
