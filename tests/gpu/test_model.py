@@ -153,8 +153,9 @@ class _Script:
         if self.rank == 0:
             print(f"{title}: {time.time() - began:.1f} s", flush=True)
         if not size:
-            assert not self.cuda or self.parallel._graphs._idle, (
-                f"{title}: idle steps were not captured; failed: {self.parallel._graphs._failed}"
+            idle = list(self.parallel._graphs._idle.values()) if self.cuda else []
+            assert not self.cuda or any(isinstance(graph, torch.cuda.CUDAGraph) for graph in idle), (
+                f"{title}: idle steps were not captured: {idle}"
             )
             return
         self._check_layers(title, calls)
@@ -170,8 +171,8 @@ class _Script:
             # Of the first run the first step is eager and the second captured; of the others all are replayed.
             replays, wanted, graphs = self.replays - before, 3 * STEPS - 1, self.parallel._graphs
             assert replays == wanted, (
-                f"{title}: {replays} steps were replayed, {wanted} were expected; kinds seen {len(graphs._seen)}, "
-                f"captured {len(graphs._forwards)}, failed {graphs._failed}"
+                f"{title}: {replays} steps were replayed, {wanted} were expected; by cache and kind: "
+                f"{[list(kept.values()) for kept in graphs._forwards.values()]}"
             )
         for number, (logits, _) in enumerate(runs):
             apart = _off(logits, eager[0])

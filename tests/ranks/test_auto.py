@@ -33,7 +33,7 @@ def run_dispatcher():
     assert not auto.route([80, 0]).captures  # the others would take the all-gather, which no graph has
     assert auto.route([4, 1], capture=True).backend == "nvlink"
     assert not plain.route([4, 0]).captures
-    with pytest.raises(ConfigurationError, match="no backend here that a CUDA graph can have"):
+    with pytest.raises(ConfigurationError, match="no backend here that a CUDA graph can capture"):
         plain.route([4, 0], capture=True)
     calls = []
     for counts in ([4, 1], [5, 1], [0, 3], [0, 0], [0, 90]):

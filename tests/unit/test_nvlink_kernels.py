@@ -5,8 +5,6 @@ order, speed) is in tests/gpu.
 """
 
 import importlib.util
-import itertools
-import mmap
 import os
 import random
 import traceback
@@ -16,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from pretend_gpu import Files
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -40,48 +40,11 @@ EIGHT = {  # a full host: rows by words and behind flags, then along chains, lon
 }
 
 
-def _interpreted(folder, rank):
-    """Return the dispatcher's module with its GPU parts replaced."""
-    import time
+def _interpreted():
+    """Return the dispatcher's module with its GPU parts replaced; imported late, since it imports Triton."""
+    from pretend_gpu import interpret_wire
 
-    import triton.language as tl
-
-    from lockstep.dispatch import kernels_order, kernels_wire, nvlink
-
-    for kernels in (kernels_wire, kernels_order):
-        kernels.now_ns = time.monotonic_ns
-        kernels.load_acquire = lambda addresses: tl.load(addresses.to(tl.pointer_type(tl.int64)))
-    kernels_wire._fence = lambda token: token
-    kernels_wire._barrier_any = lambda flag: flag
-    kernels_wire._store_flag = lambda address, word: tl.store(address.to(tl.pointer_type(tl.int64)), word)
-    return nvlink
-
-
-class Files:
-    """Files of a folder, which all ranks map, in the place of `MappedMemory`."""
-
-    numbers = itertools.count()
-
-    def __init__(self, folder, rank):
-        self.folder, self.rank = folder, rank
-
-    def map(self, nbytes, device):
-        number, ranks = next(self.numbers), dist.get_world_size()
-        paths = [os.path.join(self.folder, f"buffer{number}_{peer}") for peer in range(ranks)]
-        with open(paths[self.rank], "wb") as file:
-            file.truncate(nbytes)
-        dist.barrier()
-        self.tensors = []
-        for path in paths:
-            with open(path, "r+b") as file:
-                self.tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8))
-        return self.tensors[self.rank], [tensor.data_ptr() for tensor in self.tensors]
-
-    def synchronize(self, device):
-        pass
-
-    def meet(self, deadline_s):
-        dist.barrier()
+    return interpret_wire()
 
 
 class MadeUp:
@@ -114,11 +77,11 @@ def _rounds(rank, folder, case, seed):
     from dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
 
     ranks, num_experts, top_k, hidden, capacity, fp8 = case
-    nvlink = _interpreted(folder, rank)
+    nvlink = _interpreted()
     dispatcher = nvlink.NvlinkDispatcher(
         dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity,
         fp8=fp8, deadline_s=60 if ranks < 8 else 200, launch=_launch(nvlink, seed),
-        device=torch.device("cpu"), memory=Files(folder, rank),
+        device=torch.device("cpu"), memory=Files(dist.group.WORLD, folder),
     )  # fmt: skip
     draw = random.Random(seed)
     for number in range(4 if case not in EIGHT else 2):
@@ -158,14 +121,14 @@ def _words_or_flags(rank, folder, case, seed):
     from dispatch_rounds import Round, made_up_experts
     from lockstep.errors import ConfigurationError
 
-    nvlink = _interpreted(folder, rank)
+    nvlink = _interpreted()
     capacity, hidden, top_k, ranks, fp8 = 5, 140, 3, 2, seed == 1
     launch = _launch(nvlink, 0)
     both = [
         nvlink.NvlinkDispatcher(
             dist.group.WORLD, num_experts=6, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity, fp8=fp8,
             deadline_s=60, launch=dataclasses.replace(launch, word_tokens=words),
-        device=torch.device("cpu"), memory=Files(folder, rank),
+        device=torch.device("cpu"), memory=Files(dist.group.WORLD, folder),
         )
         for words in (2 if fp8 else 3, 0)  # to their experts, fp8 rows go as words for twice as many tokens
     ]  # fmt: skip
@@ -203,11 +166,11 @@ def _words_or_flags(rank, folder, case, seed):
 def _absent(rank, folder, case, seed):
     from lockstep.errors import ConfigurationError, RankAbsentError
 
-    nvlink = _interpreted(folder, rank)
+    nvlink = _interpreted()
     dispatcher = nvlink.NvlinkDispatcher(
         dist.group.WORLD, num_experts=3, hidden_size=32, top_k=1, max_tokens_per_rank=4, deadline_s=0.5,
         launch=_launch(nvlink, 0),
-        device=torch.device("cpu"), memory=Files(folder, rank),
+        device=torch.device("cpu"), memory=Files(dist.group.WORLD, folder),
     )  # fmt: skip
     rows = torch.ones(2, 32, dtype=torch.bfloat16), torch.tensor([[0], [2]]), torch.ones(2, 1)
     route = dispatcher.route([2, 2, 2])
@@ -240,7 +203,7 @@ def _order_blocks(rank, folder, case, seed):
     from dispatch_rounds import Round, check_dispatch
     from lockstep.dispatch import kernels_order
 
-    nvlink = _interpreted(folder, rank)
+    nvlink = _interpreted()
     kernels_order._meet = lambda *arguments: None
     ranks, top_k, capacity, hidden = 3, 3, 90, 32
     draw = random.Random(seed)
@@ -299,7 +262,7 @@ def _ahead(rank, folder, case, seed):
 
     from lockstep.errors import RankAbsentError
 
-    nvlink = _interpreted(folder, rank)
+    nvlink = _interpreted()
     memory = MadeUp()
     dispatcher = nvlink.NvlinkDispatcher(
         SimpleNamespace(rank=lambda: 1, size=lambda: 3, group_name="made up"),

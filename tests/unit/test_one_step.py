@@ -130,5 +130,5 @@ def test_buffers_that_cannot_work_are_refused_and_the_others_are_not_left_waitin
 def test_what_runs_eagerly_only_cannot_be_captured():
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     layer = MoELayer(None, AllGatherDispatcher(group, 4), ParallelConfig(2, 0), SHAPE)
-    with pytest.raises(ConfigurationError, match="'allgather' waits on the host, so no CUDA graph can have it"):
+    with pytest.raises(ConfigurationError, match="'allgather' waits on the host, so it cannot be captured"):
         MoELayers([layer]).begin_capture([3, 0])

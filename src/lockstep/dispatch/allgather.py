@@ -1,4 +1,4 @@
-"""All ranks see all rows, compute their own experts on them, and sum: best where most rows go to most ranks anyway."""
+"""Every rank receives all rows and runs its own experts on them: best if most rows go to most ranks anyway."""
 
 import torch
 
@@ -7,7 +7,7 @@ from lockstep.dispatch.collectives import all_gatherv, reduce_scatterv
 
 
 class AllGatherDispatcher(CollectiveDispatcher):
-    """Ragged all-gather, then ragged reduce-scatter. Two collectives per chunk, sizes known beforehand."""
+    """Ragged all-gather, then ragged reduce-scatter: two collectives per chunk, with known sizes."""
 
     name = "allgather"
 

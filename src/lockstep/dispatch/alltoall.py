@@ -1,4 +1,4 @@
-"""Each row once to each rank that holds one of its experts, and one row back: fewest bytes, one exchange of counts."""
+"""Each row goes once to each rank that holds one of its experts: fewest bytes, plus an exchange of counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep.dispatch.collectives import all_to_allv, view_as
 
 
 class _Sent(NamedTuple):
-    """Where this rank's rows went: the row of each copy, ordered by destination, and copies to and from each rank."""
+    """The row of each copy sent, ordered by destination, and the number of copies to and from each rank."""
 
     rows: torch.Tensor
     send_sizes: list[int]
@@ -20,7 +20,7 @@ class _Sent(NamedTuple):
 
 
 class AllToAllDispatcher(CollectiveDispatcher):
-    """Ragged all-to-all: counts, rows, results. Rows come ordered by source and row; sums are in rank order."""
+    """Ragged all-to-all: counts, rows, results. Rows arrive ordered by source and row; sums are in rank order."""
 
     name = "alltoall"
 
@@ -31,8 +31,8 @@ class AllToAllDispatcher(CollectiveDispatcher):
         needed, ones = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks), [1] * self._num_ranks
         counts = needed.sum(dim=0)
         recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
-        # Sorted by destination; within one, rows keep their order, so the same inputs give the same bits. It waits for
-        # the GPU, so it comes after a wait that has a limit.
+        # Sorted by destination, then by row, so that results repeat bit for bit. `nonzero` waits for the GPU, so it
+        # comes after a wait that has a deadline.
         copies = needed.t().nonzero()[:, 1]
         sent = _Sent(copies, counts.tolist(), recv_sizes)
         # Ids and weights travel in the same message, as more columns of the states' dtype.
@@ -52,25 +52,25 @@ class AllToAllDispatcher(CollectiveDispatcher):
         total = parts.new_zeros((handle.num_rows, parts.shape[1]), dtype=torch.float32)
         both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
         for rows, part in zip(*both, strict=True):
-            # One rank after another, and no row twice within one: the order of the additions is given on a GPU too.
+            # Rank by rank, with each row at most once per rank: this fixes the order of additions on a GPU too.
             total.index_add_(0, rows, part.float())
         return total.to(sums.dtype)
 
     def _exchange(
         self, route: Route, rows: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], *, host_waits: bool = True
     ) -> torch.Tensor:
-        if sum(route.sizes) == 0:  # agreed, so no rank sends anything
+        if sum(route.sizes) == 0:  # agreed: no rank sends anything
             return rows[:0]
         return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s, host_waits=host_waits)
 
 
 def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:
-    """Return which ranks hold an expert of each row, `[num_rows, num_ranks]`, bool; negative ids are none."""
+    """Return which ranks hold an expert of each row, `[num_rows, num_ranks]` bool; negative ids are no expert."""
     owner = torch.div(topk_ids, num_local_experts, rounding_mode="floor")
     return (owner.unsqueeze(2) == torch.arange(num_ranks, device=topk_ids.device)).any(dim=1)
 
 
 def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> float:
-    """Return on how many ranks a row's experts live, on average over routers that choose evenly."""
+    """Return the expected number of ranks that hold a row's experts, if all experts are equally likely."""
     elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
     return num_ranks * (1 - elsewhere)

@@ -1,4 +1,4 @@
-"""The one interface of all backends that bring tokens to their experts and back, and what each says of itself."""
+"""The interface of all backends that send tokens to their experts and back, and the abilities each declares."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,26 +11,19 @@ from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.errors import ConfigurationError
 
-NO_EXPERT = -1  # in `topk_ids`: this row goes to no expert, and loads no rank
+NO_EXPERT = -1  # in `topk_ids`: this choice goes to no expert and costs no rank anything
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a backend declares of itself. All take uneven rows, zero included, and give the same bits every time.
+    """What a backend can do. Every backend takes uneven rows, zero included, and repeats bit for bit."""
 
-    Attributes:
-        dtypes: of the hidden states.
-        max_rows_per_rank: most rows of one rank in one call; None where only memory limits it.
-        counts_on_device: may leave the number of pairs on the device, see `DispatchHandle.num_pairs`.
-        note: what the backend chooses from, and why not from more, for a report.
-    """
-
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    max_rows_per_rank: int | None = None
-    counts_on_device: bool = False
-    note: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # of the hidden states
+    max_rows_per_rank: int | None = None  # in one call; None if only memory limits it
+    counts_on_device: bool = False  # may leave the number of pairs on the device, see `DispatchHandle.num_pairs`
+    note: str = ""  # for reports: the backends it chooses from, and why not from more
 
 
 @dataclass(frozen=True)
@@ -78,39 +71,26 @@ class Route:
 class DispatchHandle:
     """What arrived at this rank, and what `combine` needs to send the results back.
 
-    Where `num_pairs` is None only the device knows how many pairs came. All tensors then have the length of the
-    backend's capacity, belong to the backend, and hold until its next dispatch.
-
-    Attributes:
-        route: of the dispatch.
-        num_rows: rows of the tensors that this rank handed in, and so of `combine`'s result.
-        hidden_states: received rows, each at most once, `[received, hidden]`.
-        scales: of rows in fp8, one for each run of 128 values, `[received, ceil(hidden / 128)]`, float32; None where
-            the rows are the values themselves.
-        gather_index: the row of each (row, local expert) pair, pairs ordered by expert, `[pairs]`, int32.
-        tokens_per_expert: pairs of each local expert, `[num_local_experts]`, int32.
-        expert_offsets: where each local expert's pairs begin, and the end, `[num_local_experts + 1]`, int32.
-        pair_weights: routing weight of each pair, `[pairs]`, float32.
-        num_pairs: how many pairs came; None: `expert_offsets[-1]`, on the device.
-        own: the backend's own, for `combine`.
+    If `num_pairs` is None, only the device knows how many pairs arrived. All tensors then have the length of the
+    backend's capacity, belong to the backend, and are valid until its next dispatch.
     """
 
     route: Route
-    num_rows: int
-    hidden_states: torch.Tensor
-    scales: torch.Tensor | None
-    gather_index: torch.Tensor
-    tokens_per_expert: torch.Tensor
-    expert_offsets: torch.Tensor
-    pair_weights: torch.Tensor
-    num_pairs: int | None
-    own: Any = None
+    num_rows: int  # rows that this rank handed in, and so of `combine`'s result
+    hidden_states: torch.Tensor  # received rows, each at most once, `[received, hidden]`
+    scales: torch.Tensor | None  # of fp8 rows, one per 128 values, `[received, ceil(hidden / 128)]` float32
+    gather_index: torch.Tensor  # row of each (row, local expert) pair, pairs ordered by expert, `[pairs]` int32
+    tokens_per_expert: torch.Tensor  # pairs of each local expert, `[num_local_experts]` int32
+    expert_offsets: torch.Tensor  # where each local expert's pairs begin, and the end, `[num_local_experts + 1]` int32
+    pair_weights: torch.Tensor  # routing weight of each pair, `[pairs]` float32
+    num_pairs: int | None  # None: it is `expert_offsets[-1]`, on the device
+    own: Any = None  # private to the backend, for `combine`
 
 
 class Dispatcher(Protocol):
-    """Brings every row to the ranks that hold its experts, and the weighted sums back.
+    """Sends every row to the ranks that hold its experts, and the weighted sums back.
 
-    Made by `lockstep.dispatch.choose.make_dispatcher`; others than ours come in by `register_dispatcher`.
+    Created by `lockstep.make_dispatcher`; add your own by `lockstep.register_dispatcher`.
     """
 
     name: str
@@ -119,15 +99,15 @@ class Dispatcher(Protocol):
     num_local_experts: int
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
-        """Say how the rows of a step will travel. Pure: the same on all ranks for the same arguments.
+        """Choose how the rows of a step will travel. Pure: equal arguments give equal routes on all ranks.
 
         Args:
             sizes: rows of every rank in the step, `[ranks]`, agreed.
-            limit: most rows that one rank may bring to one dispatch, to bound memory; None for no limit.
-            capture: the calls will be part of a CUDA graph.
+            limit: maximum rows per rank and dispatch, to bound memory; None for no limit.
+            capture: whether the calls will be captured in a CUDA graph.
 
         Raises:
-            ConfigurationError: not one size per rank, or a capture that this backend cannot be part of.
+            ConfigurationError: not one size per rank, or a backend that cannot be captured.
             TokenCountError: a negative size, naming the rank.
         """
 
@@ -140,12 +120,12 @@ class Dispatcher(Protocol):
         Args:
             route: from `route`, of one chunk.
             hidden_states: `[rows, hidden]`; `rows` is `route.sizes[rank]`, or more with `num_tokens`.
-            topk_ids: global expert of each row's choices, `[rows, top_k]`, int32 or int64, the same dtype on all ranks;
+            topk_ids: global experts of each row, `[rows, top_k]`, int32 or int64, the same dtype on all ranks;
                 `NO_EXPERT` for none.
             topk_weights: their weights, `[rows, top_k]`.
-            num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; the rows beyond them go
-                nowhere. In a captured graph it is read at each replay. Backends that only run eagerly take
-                `route.sizes[rank]`, which it must be equal to. None: all rows are tokens.
+            num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; rows beyond them are not
+                sent. A captured graph reads it at each replay; it must equal `route.sizes[rank]`, which eager backends
+                use instead. None: all rows are tokens.
         """
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
@@ -156,14 +136,14 @@ class Dispatcher(Protocol):
             handle: of the same dispatch.
 
         Returns:
-            `[handle.num_rows, hidden]`; rows beyond `num_tokens` mean nothing.
+            `[handle.num_rows, hidden]`; rows beyond `num_tokens` are undefined.
         """
 
     def check(self, *, wait: bool = False) -> None:
-        """Raise what calls for which the host did not wait have found on the device; `wait`: wait for them first."""
+        """Raise errors that earlier calls have left on the device; with `wait`, after waiting for these calls."""
 
     def forget_capture(self) -> None:
-        """After a capture that failed: what it recorded has not run and will not."""
+        """Discard the state of a failed capture: the recorded calls have not run and never will."""
 
 
 class CollectiveDispatcher(Dispatcher):
@@ -188,14 +168,14 @@ class CollectiveDispatcher(Dispatcher):
         """See `Dispatcher.route`."""
         check_sizes("route", sizes, self._num_ranks)
         if capture:
-            raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so no CUDA graph can have it")
+            raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so it cannot be captured")
         return Route(self.name, tuple(sizes), limit or max(1, *sizes))
 
     def dispatch(
         self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. All ranks have agreed on the number of tokens, so the device is not asked."""
+        """See `Dispatcher.dispatch`. The number of tokens was agreed, so it is not read from the device."""
         own = slice(route.sizes[self._rank] if num_tokens is not None else None)
         rows, ids, weights, sent = self.send_rows(route, hidden_states[own], topk_ids[own], topk_weights[own])
         # The pairs of this rank's experts, in the order of expert and row.
@@ -244,7 +224,7 @@ class CollectiveDispatcher(Dispatcher):
 def sum_pairs(
     expert_output: torch.Tensor, gather_index: torch.Tensor, pair_weights: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
-    """Weight every pair and sum those of each row in the order of the experts, in float32, `[num_rows, hidden]`."""
+    """Sum each row's weighted pairs in the order of the experts, in float32, `[num_rows, hidden]`."""
     weighted = expert_output.float() * pair_weights.unsqueeze(1)
     total = weighted.new_zeros((num_rows, expert_output.shape[1]))
     if weighted.device.type == "cpu":

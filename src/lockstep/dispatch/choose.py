@@ -1,4 +1,4 @@
-"""Which backend brings the tokens to their experts, and in chunks of what size."""
+"""Which backend carries a step's rows, and in chunks of what size."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 
-MAPPED_ROWS = 4096  # rows of each rank for which `nvlink` has buffers where no limit is given
+MAPPED_ROWS = 4096  # rows per rank in `nvlink`'s buffers if no limit is given
 
 
 @dataclass(frozen=True)
 class DispatcherOptions:
-    """What a dispatcher is made with, beside the ranks and the experts; the same on all ranks.
+    """Settings of a dispatcher besides its ranks and experts; the same on all ranks.
 
     Attributes:
         deadline_s: longest wait for any rank, in seconds.
-        max_rows_per_rank: most rows that one rank will bring at a time, for backends with buffers of fixed size; None
-            for their default.
+        max_rows_per_rank: maximum rows per rank and call, for backends with buffers of fixed size; None for their
+            default.
         fp8: send rows as float8_e4m3fn, with a scale per 128 values.
-        can_map: all ranks can map each other's memory, see `can_map`.
-        experts_on_device: the experts can run on counts that only the device knows.
-        constants: of the machine, by which `auto` chooses; None for those shipped for the kind of device.
+        can_map: whether all ranks can map each other's memory, see `can_map`.
+        experts_on_device: whether the experts can run with counts that only the device knows.
+        constants: the machine's, by which `auto` chooses; None for those shipped for the device type.
     """
 
     deadline_s: float = DEADLINE_S
@@ -45,7 +45,7 @@ class DispatcherOptions:
 
 
 DispatcherFactory = Callable[[dist.ProcessGroup, ExpertsShape, DispatcherOptions], Dispatcher]
-"""`(process_group, shape, options) -> dispatcher`. Collective: called on all ranks of the group, which stays open."""
+"""`(process_group, shape, options) -> dispatcher`. Collective; leaves the group open."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ _registered: dict[str, _Registered] = {}
 def register_dispatcher(
     name: str, factory: DispatcherFactory, *, carries_fp8: bool = False, maps_memory: bool = False
 ) -> None:
-    """Let a dispatcher be chosen by name, in `from_pretrained`, `parallelize` and `make_dispatcher`.
+    """Add a dispatcher that `from_pretrained`, `parallelize` and `make_dispatcher` can choose by name.
 
-    Ours are registered in the same way; a name that is taken is replaced. Call it on every rank.
+    Lockstep's own are registered the same way. An existing name is replaced. Call it on every rank.
 
     Args:
         name: of the dispatcher.
-        factory: makes it.
-        carries_fp8: it heeds `DispatcherOptions.fp8`.
-        maps_memory: it needs GPUs that map each other's memory.
+        factory: creates it.
+        carries_fp8: whether it honors `DispatcherOptions.fp8`.
+        maps_memory: whether it needs GPUs that map each other's memory.
 
     Example:
         >>> def over_tcp(process_group, shape, options):
@@ -82,22 +82,22 @@ def register_dispatcher(
 
 
 def dispatcher_names() -> tuple[str, ...]:
-    """Return the names that `make_dispatcher` knows, in alphabetical order."""
+    """Return the names that `make_dispatcher` accepts, sorted."""
     return tuple(sorted(_registered))
 
 
 def maps_memory(name: str) -> bool:
-    """Say whether a dispatcher needs GPUs that map each other's memory; False for a name that is not known."""
+    """Return whether a dispatcher needs GPUs that map each other's memory; False for an unknown name."""
     return name in _registered and _registered[name].maps_memory
 
 
 def backend_names(can_map: bool = True) -> list[str]:
-    """Return what `auto` may choose from, where ranks can map each other's memory or cannot."""
+    """Return the backends that `auto` may choose from; without `can_map`, those that need no mapped memory."""
     return [name for name in BACKENDS if can_map or not maps_memory(name)]
 
 
 def check_dispatcher(name: str, fp8: bool = False, device_type: str = "cuda") -> None:
-    """Raise unless a dispatcher of this name is registered, and can send rows of such a device, in fp8 if need be."""
+    """Raise unless a dispatcher of this name is registered, runs on the device type, and sends fp8 if asked to."""
     if name not in _registered:
         raise ConfigurationError(f"dispatcher must be one of {', '.join(dispatcher_names())}, got {name!r}")
     if fp8 and not _registered[name].carries_fp8:
@@ -110,12 +110,12 @@ def check_dispatcher(name: str, fp8: bool = False, device_type: str = "cuda") ->
 def make_dispatcher(
     name: str, process_group: dist.ProcessGroup, shape: ExpertsShape, options: DispatcherOptions | None = None
 ) -> Dispatcher:
-    """Make a dispatcher by name. Collective.
+    """Create a dispatcher by name. Collective.
 
     Args:
         name: one of `dispatcher_names()`.
         process_group: the expert-parallel ranks; left open.
-        shape: of the experts; layers that run one after another may share a dispatcher if theirs are equal.
+        shape: of the experts; layers of equal shapes may share a dispatcher.
         options: the same on all ranks.
 
     Raises:
@@ -127,13 +127,13 @@ def make_dispatcher(
 
 
 def constants_of(name: str, device_type: str) -> DispatchConstants | None:
-    """Return the machine's constants if this dispatcher chooses by them: ranks compare them; else None."""
+    """Return the machine's constants, for ranks to compare, if this dispatcher chooses by them; else None."""
     return constants_for(device_type) if name == AutoDispatcher.name else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is expected to be fastest: a backend, its most rows per rank at a time, the slowest rank's time in us."""
+    """The backend expected to be fastest, its maximum rows per rank and chunk, the slowest rank's time in us."""
 
     backend: str
     max_chunk_size: int | None
@@ -163,7 +163,7 @@ def choose(
 
 
 def _chunks(exchange: Exchange, limit: int | None) -> list[tuple[Exchange, int]]:
-    """The chunks of an exchange, and how often in a row each comes."""
+    """Return the distinct chunks of an exchange, and how often each repeats."""
     if limit is None:
         return [(exchange, 1)]
     found: list[tuple[Exchange, int]] = []
@@ -185,14 +185,14 @@ def mapping_facts(device: torch.device) -> list[str] | None:
     index = device.index if device.index is not None else torch.cuda.current_device()
     others = [other for other in range(torch.cuda.device_count()) if other != index]
     boot_id = Path("/proc/sys/kernel/random/boot_id")
-    # Where only one GPU is visible to each rank, peer access cannot be asked for; mapping then shows it.
+    # If each rank sees only its own GPU, peer access cannot be queried; mapping will show it.
     if not boot_id.is_file() or not all(torch.cuda.can_device_access_peer(index, other) for other in others):
         return None
     return [boot_id.read_text().strip(), str(torch.cuda.get_device_properties(index).uuid)]
 
 
 def can_map(everyones: Sequence[list[str] | None]) -> bool:
-    """Say whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with a GPU of its own."""
+    """Return whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with its own GPU."""
     known = [facts for facts in everyones if facts is not None]
     return (
         2 <= len(everyones) <= 8
@@ -203,7 +203,7 @@ def can_map(everyones: Sequence[list[str] | None]) -> bool:
 
 
 class AutoDispatcher:
-    """The backend expected to be fastest, chosen for every step from agreed sizes and constants only."""
+    """Chooses the backend expected to be fastest, step by step, from agreed sizes and constants only."""
 
     name = "auto"
 
@@ -232,7 +232,7 @@ class AutoDispatcher:
         if capture:
             available = tuple(one for one in available if self._backends[one[0]].abilities.counts_on_device)
             if not available:
-                raise ConfigurationError("dispatcher 'auto' has no backend here that a CUDA graph can have")
+                raise ConfigurationError("dispatcher 'auto' has no backend here that a CUDA graph can capture")
         choice = choose(Exchange(tuple(sizes), *self._weights), self._constants, available, limit)
         return self._backends[choice.backend].route(sizes, choice.max_chunk_size, capture=capture)
 
@@ -266,7 +266,7 @@ def _make_nvlink(group: dist.ProcessGroup, shape: ExpertsShape, options: Dispatc
     if not options.experts_on_device:
         raise ConfigurationError(
             "dispatcher 'nvlink' leaves row counts on the GPU, which takes experts that are gated by SiLU or as in "
-            "gpt-oss, in bfloat16 or fp8; these experts are different: use another dispatcher"
+            "gpt-oss, in bfloat16 or fp8; this model has different experts: use another dispatcher"
         )
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 
@@ -284,7 +284,7 @@ def _make_auto(group: dist.ProcessGroup, shape: ExpertsShape, options: Dispatche
 
 
 def _against_mapping(shape: ExpertsShape, options: DispatcherOptions) -> str:
-    """Say why no backend that maps memory can be had; nothing where one can."""
+    """Return why no backend that maps memory can be used, or an empty string."""
     if not options.can_map:
         return "it needs GPUs" if shape.device.type != "cuda" else "the ranks' GPUs do not map each other's memory"
     if shape.dtype is not torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Collectives over ranks with different, agreed numbers of rows: nothing is padded, every wait has a deadline."""
+"""Collectives over ranks with different, agreed numbers of rows: no padding, and a deadline for every wait."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _recorders: list[list[tuple[str, tuple[int, ...]]]] = []
 
 @contextmanager
 def record_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    """Collect `(operation, sizes)` of this process's collectives in the order of issue: ranks must be alike."""
+    """Record `(operation, sizes)` of this process's collectives in order of issue; all ranks' records must be equal."""
     log: list[tuple[str, tuple[int, ...]]] = []
     _recorders.append(log)
     try:
@@ -34,8 +34,8 @@ def all_gatherv(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gather the rows, `[sizes[rank], ...]`, of several tensors in one exchange: `[sum(sizes), ...]` of each.
 
-    `TokenCountError` for other rows than `sizes`, `[ranks]`, says; `RankAbsentError` for a rank that did not come,
-    after which the group is not used again. Without `host_waits` the host goes on, on NCCL, up to `await_parked`.
+    Raises `TokenCountError` unless each tensor has `sizes[rank]` rows, and `RankAbsentError` if a rank does not come;
+    the group must not be used again then. On NCCL without `host_waits`, the host continues until `await_parked`.
     """
     if not tensors:
         raise ConfigurationError("all_gatherv needs at least one tensor")
@@ -68,7 +68,7 @@ def all_gatherv(
 
 
 def gather_bytes(data: bytes, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[bytes]:
-    """Return what each rank of a gloo group has, any number of bytes, `[ranks]`."""
+    """All-gather bytes of any length over a gloo group, `[ranks]`."""
     sizes = all_gatherv([torch.tensor([len(data)])], [1] * group.size(), group, deadline_s)[0].tolist()
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
     everyones = all_gatherv([mine], sizes, group, deadline_s)[0]
@@ -76,14 +76,13 @@ def gather_bytes(data: bytes, group: dist.ProcessGroup, deadline_s: float = DEAD
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[Any]:
-    """Return what each rank of a gloo group says, `[ranks]`, as JSON: nothing of another process is unpickled."""
+    """All-gather JSON values over a gloo group, `[ranks]`. Not pickle: data of other processes is not executed."""
     return list(map(json.loads, gather_bytes(json.dumps(value).encode(), group, deadline_s)))
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Take columns `[rows, n]` of a matrix for values of another dtype; copied where they do not lie as that has to."""
-    # One row counts as contiguous wherever it begins and whatever its stride says: `contiguous` would copy nothing, and
-    # `view` take offset and stride at their word.
+    """View columns `[rows, n]` of a matrix as another dtype; copies them if their layout does not allow a view."""
+    # torch calls one row contiguous whatever its offset and stride: `contiguous` would copy nothing, and `view` fail.
     one_row = columns.shape[0] <= 1
     plain = columns.clone(memory_format=torch.contiguous_format) if one_row else columns.contiguous()
     return plain.view(dtype)
@@ -93,7 +92,7 @@ def reduce_scatterv(
     rows: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *,
     host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Sum rows over all ranks, in rank order in float32, and give each rank its own, `[sizes[rank], hidden]`."""
+    """Sum rows over all ranks, in rank order in float32; return this rank's, `[sizes[rank], hidden]`."""
     check_sizes("reduce_scatterv", sizes, group.size())
     own = sizes[dist.get_rank(group)]
     received = all_to_allv(
@@ -112,7 +111,7 @@ def all_to_allv(
     deadline_s: float = DEADLINE_S, *, name: str = "all_to_allv", noted_sizes: Sequence[int] = (),
     host_waits: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Send each rank its slice of the rows, receive one of each, `[sum(recv_sizes), ...]`; records call it `name`."""
+    """Send each rank its slice of the rows; return those received, `[sum(recv_sizes), ...]`. `name` is for records."""
     check_sizes(name, send_sizes, group.size())
     check_sizes(name, recv_sizes, group.size())
     if rows.shape[0] != sum(send_sizes):
@@ -130,7 +129,7 @@ def all_to_allv(
 
 @dataclass(frozen=True)
 class AllToAll:
-    """An all-to-all about to be issued; `sent` is ordered by destination, `received`, which it fills, by source."""
+    """An all-to-all call: `sent` is ordered by destination; `received`, its output, by source."""
 
     name: str
     noted_sizes: Sequence[int]
@@ -143,7 +142,7 @@ class AllToAll:
     host_waits: bool
 
     def run(self) -> None:
-        """Note, issue and end it."""
+        """Record the call, issue it and wait for it."""
         _record(self.name, self.noted_sizes, self.group, self.deadline_s, self.sent.device.type == "cpu")
         work = dist.all_to_all_single(
             self.received, self.sent, list(self.recv_sizes), list(self.send_sizes), group=self.group, async_op=True
@@ -156,7 +155,7 @@ _in_place_of: list[Callable[[AllToAll], None]] = []
 
 @contextmanager
 def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
-    """Call `run` in the place of `AllToAll.run` inside the block; for faults that are made on purpose."""
+    """Replace `AllToAll.run` with `run` inside the block, for fault injection."""
     _in_place_of.append(run)
     try:
         yield
@@ -165,7 +164,7 @@ def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
 
 
 def check_sizes(name: str, sizes: Sequence[int], num_ranks: int) -> None:
-    """Raise unless there is one size per rank, none below 0; errors begin with `name`."""
+    """Raise unless there is one size per rank and none is negative; `name` begins the message."""
     if len(sizes) != num_ranks:
         raise ConfigurationError(f"{name} needs one size per rank: {num_ranks} ranks, got {len(sizes)} sizes")
     for rank, size in enumerate(sizes):
@@ -176,7 +175,7 @@ def check_sizes(name: str, sizes: Sequence[int], num_ranks: int) -> None:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """View `[rows, ...]` as `[rows, bytes per row]`."""
     elements_per_row = math.prod(tensor.shape[1:])
-    # One row or column counts as contiguous whatever its stride says, and a view as bytes takes the stride at its word.
+    # torch calls one row or column contiguous whatever its stride, but a view as bytes uses the stride.
     plain = tensor.contiguous().as_strided((tensor.shape[0], elements_per_row), (elements_per_row, 1))
     return plain.view(torch.uint8)
 
@@ -185,7 +184,7 @@ def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_
     for log in _recorders:
         log.append((name, tuple(sizes)))
     peers = peers_of(group)
-    # Groups of some ranks have collectives of their own.
+    # Groups of fewer ranks have their own sequence of collectives.
     if peers is not None and peers.num_ranks == group.size():
         started = time.perf_counter()
         peers.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks

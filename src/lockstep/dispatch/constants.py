@@ -1,4 +1,4 @@
-"""How long dispatch and combine take, from a few constants of the machine: shipped, or measured on it and stored."""
+"""Cost model of dispatch and combine: a few constants per machine, shipped, or measured on it and stored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from lockstep.dispatch.alltoall import expected_ranks_per_row
 from lockstep.errors import ConfigurationError
 
-PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"  # names a file of constants that is read in place of the stored one
+PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"  # path of a constants file to read instead of the stored one
 
-_FIRST_MB = 2.0  # see `BackendConstants`; of 0.5, 1, 2 and 4 the one with the smallest errors over all backends
+_FIRST_MB = 2.0  # see `BackendConstants`; of 0.5, 1, 2 and 4, the value with the smallest errors over all backends
 
 BACKENDS = {"allgather": True, "alltoall": False, "nvlink": False}
-"""What a choice is made from, and whether it brings every row to every rank. Of equally fast ones, the first serves."""
+"""Backends to choose from, and whether each sends every row to every rank. The first wins a tie."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Exchange:
 
 @dataclass(frozen=True)
 class BackendConstants:
-    """What one backend takes for one dispatch and its combine, in us, on the slowest rank: the sum of all of these."""
+    """One backend's time for a dispatch and its combine on the slowest rank: the sum of these terms."""
 
-    latency_us: float  # with no rows at all
-    count_exchange_us: float = 0.0  # more, where ranks first tell each other how many rows they send
-    row_us: float = 0.0  # per row of all ranks together, whatever its length: putting the experts' rows in order
+    latency_us: float  # without any rows
+    count_exchange_us: float = 0.0  # extra, if ranks first exchange how many rows they send
+    row_us: float = 0.0  # per row of all ranks, independent of its length: ordering the experts' rows
     dispatch_us_per_mb: float = 0.0  # per 10**6 bytes to experts on the busiest rank's link, in its fuller direction
-    combine_us_per_mb: float = 0.0  # the same for the way back; 1000 over the bandwidth in GB/s
-    total_us_per_mb: float = 0.0  # per 10**6 bytes of all ranks together, both ways
-    first_us_per_mb: float = 0.0  # more, for the first 2 MB on the busiest link, which takes some to get up to speed
+    combine_us_per_mb: float = 0.0  # likewise on the way back; 1000 / bandwidth in GB/s
+    total_us_per_mb: float = 0.0  # per 10**6 bytes of all ranks, both ways
+    first_us_per_mb: float = 0.0  # extra for the first 2 MB on the busiest link, before it reaches full speed
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -54,7 +54,7 @@ class BackendConstants:
                 raise ConfigurationError(f"dispatch constant {item.name} must be a number in [0, 1e9), got {value!r}")
 
     def predict_us(self, name: str, exchange: Exchange) -> float:
-        """Return the expected time of the slowest rank in us; the `name` says how many bytes a backend moves."""
+        """Return the expected time of the slowest rank, us; how many bytes move depends on the backend's `name`."""
         per_mb = (self.dispatch_us_per_mb, self.combine_us_per_mb, self.total_us_per_mb, self.first_us_per_mb)
         constants = (self.latency_us + self.count_exchange_us, self.row_us, *per_mb)
         return sum(constant * amount for constant, amount in zip(constants, features(name, exchange), strict=True))
@@ -69,13 +69,13 @@ class DispatchConstants:
 
     @property
     def summary(self) -> str:
-        """Where they come from and a checksum: equal on all ranks, or ranks would choose differently."""
+        """Source and checksum, to be equal on all ranks: otherwise ranks would choose different backends."""
         numbers = json.dumps(asdict(self)["backends"], sort_keys=True)
         return f"{self.source} ({zlib.crc32(numbers.encode()):08x})"
 
     @classmethod
     def load(cls, path: str | Path) -> DispatchConstants:
-        """Read constants from a JSON file; `ConfigurationError` if it is not there or holds something else."""
+        """Read constants from a JSON file; `ConfigurationError` if it is missing or invalid."""
         try:
             text = json.loads(Path(path).read_text(encoding="utf-8"))
             backends = {name: BackendConstants(**values) for name, values in text["backends"].items()}
@@ -90,7 +90,7 @@ class DispatchConstants:
 
 
 def features(name: str, exchange: Exchange) -> tuple[float, float, float, float, float, float]:
-    """Return what the constants are multiplied by: 1, rows, MB to experts, MB back, MB of all ranks, the first 2 MB."""
+    """Return the constants' factors: 1, rows, MB to experts, MB back, MB of all ranks, the first 2 MB."""
     sizes, num_ranks = exchange.sizes, len(exchange.sizes)
     total = sum(sizes)
     needed = expected_ranks_per_row(exchange.num_experts, exchange.top_k, num_ranks)
@@ -103,7 +103,7 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
 
 
 def machine_name(device_type: str) -> str:
-    """Return what the machine's constants are stored under: the GPU's name, or the processor's kind and cores."""
+    """Return the machine's name in file names: its number and kind of GPUs, or its processor and cores."""
     if device_type == "cuda":
         name = f"{torch.cuda.device_count()}x-{torch.cuda.get_device_name()}"
     else:
@@ -121,17 +121,17 @@ def stored_path(device_type: str) -> Path:
 
 
 def constants_for(device_type: str) -> DispatchConstants:
-    """Return this machine's stored constants, or the shipped ones where there are none and none were named."""
+    """Return this machine's stored constants, or the shipped ones if neither a file nor `PATH_VARIABLE` is there."""
     path = stored_path(device_type)
     if os.environ.get(PATH_VARIABLE) or path.is_file():
         return DispatchConstants.load(path)
     return SHIPPED[device_type]
 
 
-# For each device type what serves without a calibration.
+# By device type, for machines that were not calibrated.
 SHIPPED = {
-    # gloo between processes of one host moves about 1 GB/s; the exchange of counts and its wait took 0.4 ms
-    # (benchmarks/bench_alltoall.py). Only differences between the backends decide.
+    # gloo moves about 1 GB/s between processes of one host; exchanging counts took 0.4 ms, wait included
+    # (benchmarks/bench_alltoall.py). Only differences between backends matter.
     "cpu": DispatchConstants(
         {
             "allgather": BackendConstants(400.0, dispatch_us_per_mb=1000.0, combine_us_per_mb=1000.0),
@@ -139,10 +139,10 @@ SHIPPED = {
         },
         "shipped, for gloo on one host",
     ),
-    # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sum in any of them, fitted to
-    # benchmarks/results/dispatch_h200x2_2026-11-23_8024bae.jsonl (tests/unit/test_choose.py does it again): `allgather`
-    # to agv_rsv, `alltoall` to a2av. a2av knows its counts beforehand; an NCCL all-reduce of a few integers with its
-    # copy to the host, which is what the exchange of counts comes to, took 104 us on such a host.
+    # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sums, fitted to
+    # benchmarks/results/dispatch_h200x2_2026-11-23_8024bae.jsonl (repeated by tests/unit/test_choose.py): `allgather`
+    # to agv_rsv, `alltoall` to a2av. a2av is given its counts; exchanging them costs what an NCCL all-reduce of a few
+    # integers and its copy to the host took there, 104 us.
     "cuda": DispatchConstants(
         {
             "allgather": BackendConstants(21.28, 0.0, 0.002366, 0.9758, 1.073, 2.205, 5.902),

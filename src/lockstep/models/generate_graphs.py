@@ -60,10 +60,10 @@ class StepGraphs:
         captured = _captured(self._forwards.setdefault(cache, {}), key, capture)
         if captured is None:
             return None
-        kinds = ((kept, key) for kept in self._forwards.values() for key in kept)
-        graphs = [(kept, key) for kept, key in kinds if isinstance(kept[key], _CapturedForward)]
-        for kept, key in graphs[:-MOST_GRAPHS]:
-            kept[key] = _SEEN
+        kinds = ((kept, key, graph) for kept in self._forwards.values() for key, graph in kept.items())
+        others = [kind for kind in kinds if isinstance(kind[2], _CapturedForward) and kind[2] is not captured]
+        for kept, other, _ in others[: 1 - MOST_GRAPHS]:
+            kept[other] = _SEEN
         output = captured.replay(leaves, cache)
         step.replayed()
         return output

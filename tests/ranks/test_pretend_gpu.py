@@ -1,0 +1,190 @@
+"""What only GPUs run, whole: the engine's device path on a GPU that is pretended, see `tests/pretend_gpu.py`."""
+
+import importlib.util
+import os
+import traceback
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lockstep.models.tiny import make_tiny
+from lockstep.moe.placement import Placement
+from lockstep.workload import PAGE_SIZE, SchedulerConfig
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
+    ),
+]
+
+LEAD = 0.1  # of the largest logit: a smaller one may change sides in bfloat16, where a router's scores tie
+LIMITS = {"max_num_batched_tokens": 80, "max_num_seqs": 3, "kv_capacity_tokens": 24 * PAGE_SIZE}
+
+
+def _load(folder, dtype):
+    from lockstep.models.loading import load_pretrained
+
+    return load_pretrained(folder, dtype=dtype, device="cpu")
+
+
+def _prompts(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _generate(engine, prompts, join_at, **choices):
+    """Tokens and logprobs of requests that join at some step, and the steps' reports."""
+    from lockstep.engine.sampling_params import SamplingParams
+
+    params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, "logprobs": 0, **choices})
+    waiting, found = sorted(zip(join_at, range(len(prompts)), strict=True)), [[] for _ in prompts]
+    number = 0
+    while True:
+        while waiting and waiting[0][0] <= number:
+            engine.add(waiting[0][1], prompts[waiting[0][1]], params)
+            del waiting[0]
+        for output in engine.step(unfinished=bool(waiting) or engine.has_unfinished):
+            found[output.request_id].append((output.token_id, output.logprob))
+        number += 1
+        if engine.all_stopped:
+            break
+    reports, engine.reports = engine.reports, []
+    return found, reports
+
+
+def _wrong(whole, prompts, found, lead=0.0):
+    """Tokens that one process would not have drawn, where its choice leads by more than `lead`; and by how much."""
+    wrong = []
+    for prompt, outputs in zip(prompts, found, strict=True):
+        ids = [token for token, _ in outputs]
+        logits = whole(input_ids=torch.tensor([prompt + ids[:-1]])).logits[0, -len(ids) :].float()
+        best = logits.topk(2)
+        leads = (best.values[:, 0] - best.values[:, 1]) / logits.abs().amax(-1)
+        other = (best.indices[:, 0] != torch.tensor(ids)) & (leads > lead)
+        wrong += [(len(prompt), row, float(leads[row])) for row in other.nonzero().flatten().tolist()]
+    return wrong
+
+
+def _never_wait(device_step_class):
+    """Issuing a step must not wait for the GPU, from the layout of its rows to the copy of its tokens."""
+    from pretend_gpu import forbid_waits
+
+    run = device_step_class.run
+
+    def watched(self, *arguments):
+        with forbid_waits():
+            return run(self, *arguments)
+
+    device_step_class.run = watched
+
+
+def _one_process(rank, folder):
+    """Fused layers, our attention and sampling in float32: the tokens of Transformers' own forward pass."""
+    whole, model = (_load(folder, torch.float32) for _ in range(2))
+    from pretend_gpu import pretend, put_on_gpu
+
+    pretended = pretend()
+    from lockstep.engine.device_step import DeviceStep
+    from lockstep.engine.rank_engine import RankEngine
+
+    _never_wait(DeviceStep)
+    engine = RankEngine(put_on_gpu(model), SchedulerConfig(**LIMITS), max_model_len=256)
+    assert engine.about()["layers"] == "fused" and engine.about()["attention_name"] == "Triton over pages"
+    prompts = _prompts([5, 70, 3], 0)
+    found, _ = _generate(engine, prompts, [0, 0, 2])
+    again, _ = _generate(engine, prompts, [0, 1, 0], temperature=0.8, top_k=20, top_p=0.9)
+    alone = [_generate(engine, [prompt], [0], temperature=0.8, top_k=20, top_p=0.9, seed=i)[0][0]
+             for i, prompt in enumerate(prompts)]  # fmt: skip
+    assert [[token for token, _ in one] for one in again] == [[token for token, _ in one] for one in alone]
+    few = RankEngine(model, SchedulerConfig(**(LIMITS | {"kv_capacity_tokens": 4 * PAGE_SIZE})), max_model_len=200)
+    packed = _prompts([60, 61, 62], 1)
+    preempted, _ = _generate(few, packed, [0, 0, 0], max_tokens=8)
+    assert few.scheduler.num_preemptions > 0
+    pretended.__exit__(None, None, None)
+    assert _wrong(whole, prompts, found) == _wrong(whole, packed, preempted) == []
+
+
+def _two_ranks(rank, folder):
+    """Every step a graph, over mapped memory: prompts beside decoding, an idle rank, experts with replicas."""
+    whole, model = (_load(folder, torch.bfloat16) for _ in range(2))
+    import lockstep
+    from lockstep.moe import experts, layer
+    from pretend_gpu import graphs, pretend, put_on_gpu
+
+    layer.FEW_ROWS = experts.FEW_ROWS = 3  # rows per expert: steps with the long prompt take the other kernels
+    pretended = pretend(rank, 2)
+    from lockstep.engine.device_step import DeviceStep
+    from lockstep.engine.rank_engine import RankEngine
+    from lockstep.models.parallel import parallel_of
+
+    _never_wait(DeviceStep)
+    placement = Placement.of_ranks(8, [[[0, 1, 2, 3, 4], [5, 6, 7, 0, 1]]] * 2, 5)
+    model = lockstep.parallelize(
+        put_on_gpu(model), dispatcher="nvlink", deadline_s=100, max_chunk_size_per_rank=24, placement=placement,
+        count_expert_load=True,
+    )  # fmt: skip
+    parallel_of(put_on_gpu(model)).open()
+    smaller = {"max_num_batched_tokens": 24, "max_num_seqs": 2, "enable_prefix_caching": False}
+    config = SchedulerConfig(**(LIMITS | smaller))
+    engine = RankEngine(model, config, max_model_len=256)
+    assert engine.about()["graphs"] and engine.about()["layers"] == "fused", engine.about()
+    # Rank 1 is idle at first, and generates while rank 0 has a prompt.
+    prompts, joins = (_prompts([5, 20], 2), [0, 3]) if rank == 0 else (_prompts([6], 3), [2])
+    found, reports = _generate(engine, prompts, joins)
+    assert all(report.replayed for report in reports)
+    # Decoding of 0, 1, 2 rows and steps with prompts, by few rows per expert and by many.
+    assert 2 * 3 < graphs()[0] <= 2 * 3 + 2 and graphs()[1] == len(reports)
+    eager = RankEngine(model, config, max_model_len=256, graphs=False)
+    without, last = _generate(eager, prompts, joins)
+    assert not any(report.replayed for report in last)
+    # Two experts of each row in two layers: no padding has come to any of them.
+    rows = sum(sum(report.num_tokens_across_dp) for report in [*reports, *last])
+    load = parallel_of(model).expert_load()
+    pretended.__exit__(None, None, None)
+    assert _wrong(whole, prompts, found, LEAD) == _wrong(whole, prompts, without, LEAD) == []
+    assert [sum(pairs) for pairs in load.pairs] == [2 * rows, 2 * rows]
+
+
+def _child(rank, ranks, folder, name):
+    os.environ.update(
+        TRITON_INTERPRET="1", PRETENDED_MEMORY=folder, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
+    torch.set_num_threads(1)
+    try:
+        if ranks > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        with torch.no_grad():
+            globals()[name](rank, f"{folder}/tiny")
+    except BaseException:
+        Path(folder, f"error{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def _run(folder, name, ranks):
+    try:
+        mp.spawn(_child, (ranks, str(folder), name), nprocs=ranks)
+    except Exception as error:
+        text = "\n".join(f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob("error*")))
+        raise AssertionError(text or str(error)) from None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_tiny(tmp_path / "tiny", num_layers=2, hidden_size=64)
+    return tmp_path
+
+
+def test_one_process_on_a_gpu_draws_transformers_tokens(folder):
+    _run(folder, "_one_process", 1)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.timeout(600)
+def test_two_ranks_replay_every_step_and_draw_the_tokens_of_one_process(folder):
+    _run(folder, "_two_ranks", 2)
