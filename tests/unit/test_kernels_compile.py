@@ -89,21 +89,44 @@ def _plain(arguments):
     return [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
 
 
-def _experts(driver, fp8):
-    from lockstep.moe.experts import FEW_ROWS, LocalExperts
+def _experts(driver, rows_fp8, kind):
+    """Kernels for few rows per expert and for many; weights are one expert's, with the shapes of 32: nothing is read."""
+    from lockstep.moe.experts import LocalExperts, silu_and_multiply
 
-    # One expert's weights, and the strides and shapes of 32: nothing is read.
     local = EXPERTS // 4
-    gate_up = torch.zeros(1, 2 * INTERMEDIATE, HIDDEN, dtype=torch.bfloat16).expand(local, -1, -1)
-    down = torch.zeros(1, HIDDEN, INTERMEDIATE, dtype=torch.bfloat16).expand(local, -1, -1)
-    experts = LocalExperts.from_tensors(gate_up, down)
+
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(1, *shape, dtype=dtype).expand(local, *(-1 for _ in shape))
+
+    module = SimpleNamespace(
+        gate_up_proj=zeros(2 * INTERMEDIATE, HIDDEN), down_proj=zeros(HIDDEN, INTERMEDIATE),
+        _apply_gate=silu_and_multiply,
+    )  # fmt: skip
+    expected = ["gate_up_kernel", "down_kernel", "gather_kernel", "activation_kernel"]
+    if kind == "fp8":
+        for name in ("gate_up_proj", "down_proj"):
+            out, inner = getattr(module, name).shape[1:]
+            setattr(module, name, zeros(out, inner, dtype=torch.float8_e4m3fn))
+            setattr(module, f"{name}_scale_inv", zeros(out // 128, inner // 128, dtype=torch.float32))
+        expected[3:] = ["dequantise_kernel", "activation_kernel", "dequantise_kernel"]
+    elif kind == "gpt-oss":
+        module = SimpleNamespace(
+            gate_up_proj=zeros(HIDDEN, 2 * INTERMEDIATE), down_proj=zeros(INTERMEDIATE, HIDDEN),
+            gate_up_proj_bias=zeros(2 * INTERMEDIATE), down_proj_bias=zeros(HIDDEN), has_bias=True, is_transposed=True,
+            is_concatenated=False, alpha=1.702, limit=7.0, _apply_gate=_gate_of_gpt_oss,
+        )  # fmt: skip
+        expected.append("bias_kernel")
+    experts = LocalExperts(module)
+    assert experts.run_on_device
     torch.nn.functional.grouped_mm = lambda rows, weights, offs: rows.new_zeros(len(rows), weights.shape[2])
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    experts.warm_up(64, fp8)
-    assert [name for name, _ in driver.launched[-4:]] == [
-        "gate_up_kernel", "down_kernel", "gather_kernel", "silu_mul_kernel",
-    ]  # fmt: skip
-    assert FEW_ROWS > 0
+    experts.warm_up(64, rows_fp8)
+    assert [name for name, _ in driver.launched] == expected
+
+
+def _gate_of_gpt_oss(gate_up):
+    gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def _attention(driver, dtype):
@@ -135,8 +158,10 @@ def _attention(driver, dtype):
 CASES = {
     "2 ranks, bf16": (_exchange, 2, False),
     "4 ranks, fp8": (_exchange, 4, True),
-    "experts, bf16": (_experts, False),
-    "experts, fp8": (_experts, True),
+    "experts in bf16": (_experts, False, "bf16"),
+    "experts in bf16, rows in fp8": (_experts, True, "bf16"),
+    "experts in fp8": (_experts, False, "fp8"),
+    "experts of gpt-oss": (_experts, False, "gpt-oss"),
     "attention, bf16": (_attention, torch.bfloat16),
     "attention, float32": (_attention, torch.float32),
 }
