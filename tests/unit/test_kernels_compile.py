@@ -90,7 +90,7 @@ def _plain(arguments):
 
 
 def _experts(driver, rows_fp8, kind):
-    """Kernels for few rows per expert and for many; weights are one expert's, with the shapes of 32: nothing is read."""
+    """Kernels for few rows per expert and for many. Weights are one expert's in the shape of 32: nothing is read."""
     from lockstep.moe.experts import LocalExperts, silu_and_multiply
 
     local = EXPERTS // 4
