@@ -18,15 +18,16 @@ import torch
 from lockstep.errors import ConfigurationError
 from lockstep.metadata import dp_metadata
 from lockstep.metadata.contexts import NO_CONTEXT, UNSHARED, SizesContext, sizes_context
-from lockstep.metadata.dp_metadata import (
+from lockstep.metadata.counts import (
     HoldsCounts,
     TokenCounts,
+    check_own_count,
     find_sizes,
     read_counts,
     read_fields,
     set_counts,
     step_context,
-)  # fmt: skip
+)
 from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
 
 # A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
@@ -70,7 +71,7 @@ class DPMetadata(HoldsCounts):
         rank without sequence-parallel experts, which needs no sizes.
         """
         step = read_counts(num_tokens_across_dp_cpu)
-        dp_rank = dp_metadata.check_own_count(parallel_config, num_tokens, step.counts)
+        dp_rank = check_own_count(parallel_config, num_tokens, step.counts)
         if parallel_config.is_moe_model is False:
             raise ConfigurationError("is_moe_model must not be False: only experts exchange tokens between DP ranks")
         if len(step.counts) == 1 and not parallel_config.use_sequence_parallel_moe:

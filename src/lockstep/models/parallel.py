@@ -36,9 +36,10 @@ from lockstep.models.experts_modules import dense_checksum, experts_shapes, slot
 from lockstep.models.generate_graphs import StepGraphs
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
-from lockstep.moe.layer import MoELayer, SlotTable
+from lockstep.moe.layer import MoELayer
 from lockstep.moe.layers import MoELayers
 from lockstep.moe.placement import ExpertLoad, Placement
+from lockstep.moe.slots import SlotTable
 from lockstep.moe.step import Step, current_step
 
 OUTSIDE = (
