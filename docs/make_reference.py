@@ -26,7 +26,7 @@ Made from the program by `docs/make_reference.py`; `lockstep COMMAND --help` pri
 | status | meaning |
 |---|---|
 | 0 | done and, where outputs were compared, all equal |
-| 1 | the run failed, outputs differ, or no setting keeps to the limits |
+| 1 | the run failed, outputs differ, or no setting meets the limits |
 | 2 | bad input, said in one sentence |
 | 130, 143 | interrupted, terminated: what was written is kept |
 """

@@ -110,7 +110,7 @@ def test_a_run_with_prefix_pages_is_that_of_the_simulator_and_equals_one_process
     assert sum(output["num_cached_tokens"] for output in outputs) == document["cached_tokens"]
     told = f"prompt tokens whose pages were known, and which were not computed: {summary['cached_tokens']:,}"
     assert told in shown
-    assert "prompt tokens from known pages" in (tmp_path / "run" / "report.html").read_text()
+    assert "cached prompt tokens" in (tmp_path / "run" / "report.html").read_text()
     # What the run logged is enough to plan it again, without the trace.
     assert Command("simulate", "--replay", tmp_path / "run").wait(60) == 0
     assert told in " ".join(capsys.readouterr().out.split())

@@ -15,7 +15,7 @@ from typing import Any
 from lockstep.commands.calibrate import read_columns
 from lockstep.commands.folder import output_folder
 from lockstep.moe.placement import ExpertLoad, Placement
-from lockstep.report.figures import FIGURE_WORDS, share
+from lockstep.report.figures import setting_cells, share
 from lockstep.report.html import write_report
 from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
@@ -186,28 +186,18 @@ def _names(settings: Sequence[Mapping[str, Any]], without: str = "") -> list[str
 
 
 def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the settings as points and rows of the report."""
     settings = document["settings"]
-    filler = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
+    groups, cells = _names(settings, "max_prefill_delay_steps"), setting_cells(settings)
     return [
         {
             "name": names[index],
-            "group": group,
+            "group": groups[index],
             "label": f"delay {item['max_prefill_delay_steps']}",
             "x": item["ttft_s"]["p99"],
             "y": 100 * item["lost_fraction"],
             "best": index == document["best"],
-            "columns": {
-                "setting": names[index],
-                "tokens/s": f"{item['tokens_per_s']:,.0f}",
-                "lost": share(item["lost_fraction"]),
-                "no requests": share(item["no_requests_fraction"]),
-                **{FIGURE_WORDS[name]: f"{item[name]:,}" for name in filler},
-                "first token: half in": f"{item['ttft_s']['p50']:.3f} s",
-                "99 % in": f"{item['ttft_s']['p99']:.3f} s",
-                "per token: half in": f"{1e3 * item['tpot_s']['p50']:.1f} ms",
-                "99 % in ": f"{1e3 * item['tpot_s']['p99']:.1f} ms",
-                "mean queue": f"{1e3 * item['queue_s']['mean']:.0f} ms",
-            },
+            "columns": {"setting": names[index], **cells[index]},
         }
-        for index, (item, group) in enumerate(zip(settings, _names(settings, "max_prefill_delay_steps"), strict=True))
+        for index, item in enumerate(settings)
     ]

@@ -1,26 +1,31 @@
-"""What the figures of a run mean, in the words that terminal, report and JSON share."""
+"""Words and formats of a run's figures, shared by terminal, report and trace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_CAUSES = {
-    "other_prompts": ("waiting while another rank runs a prompt", "ranks waited while another ran a prompt"),
-    "uneven_generation": (
-        "waiting for a rank with more requests that generate",
-        "ranks waited for one with more requests that generate",
-    ),
-    "no_requests": ("no request to work on", "ranks had no request to work on"),
-    "padding": ("computing dummy and padding rows", "ranks computed dummy and padding rows"),
-    "agreement": ("agreeing on the step", "all ranks had to agree on each step"),
+CAUSE_WORDS = {
+    "other_prompts": "waiting while another rank runs a prompt",
+    "uneven_generation": "waiting for a rank that generates for more requests",
+    "no_requests": "no request to work on",
+    "padding": "computing dummy and padding rows",
+    "agreement": "agreeing on the step",
 }
-CAUSE_WORDS = {cause: heading for cause, (heading, _) in _CAUSES.items()}
-"""Each of `StepTable.lost_by_cause`'s causes as a heading; `_CAUSES` also has it as the end of a sentence."""
+"""Each cause of `StepTable.lost_by_cause`, in words."""
+
+ACTIVITIES = {
+    "prefill": "running prompts",
+    "decode": "generating tokens",
+    "serving": "running experts for other ranks",
+    "filler": "dummy or padding rows",
+    "waiting": "waiting for other ranks",
+}
+"""What a rank does during a step, in words, by the name of its colour."""
 
 CLOCK_WORDS = {
-    "steps": "Arrivals follow virtual time (--clock steps); seconds to the first token count from the step of arrival.",
-    "wall": "Arrivals follow real time (--clock wall); seconds to the first token count from the moment of arrival.",
+    "steps": "Arrivals follow virtual time (--clock steps); time to first token counts from the step of arrival.",
+    "wall": "Arrivals follow real time (--clock wall); time to first token counts from the moment of arrival.",
 }
 """What a run's clock means for its latencies."""
 
@@ -31,43 +36,43 @@ FIGURE_WORDS = {
     "real_tokens": "rows of requests",
     "real_rows": "rows of requests",
     "prefill_tokens": "prompt tokens",
-    "decode_tokens": "tokens that generate",
+    "decode_tokens": "decode tokens",
     "new_tokens": "new tokens",
     "dummy_rows": "dummy rows",
     "padding_rows": "padding rows",
     "preempted": "requests preempted",
     "overrun_rows": "overrun rows",
-    "cached_tokens": "prompt tokens from known pages",
-    "ttft_s_p50": "first token: half within (s)",
-    "ttft_s_p99": "first token: 99 % within (s)",
-    "tpot_s_p50": "per further token: half within (s)",
-    "tpot_s_p99": "per further token: 99 % within (s)",
+    "cached_tokens": "cached prompt tokens",
+    "ttft_s_p50": "TTFT p50 (s)",
+    "ttft_s_p99": "TTFT p99 (s)",
+    "tpot_s_p50": "TPOT p50 (s)",
+    "tpot_s_p99": "TPOT p99 (s)",
     "lost_fraction": "time lost to uneven work",
     **{f"lost.{cause}": f"  {words}" for cause, words in CAUSE_WORDS.items() if cause != "no_requests"},
     "no_requests_fraction": "time without requests",
     "request_id": "request",
     "num_prompt_tokens": "prompt tokens",
-    "num_cached_tokens": "of them from known pages",
+    "num_cached_tokens": "of them cached",
     "num_new_tokens": "new tokens",
-    "queue_steps": "steps in the queue",
-    "ttft_steps": "steps to first token",
-    "queue_s": "s in the queue",
-    "ttft_s": "s to first token",
-    "tpot_s": "s per further token",
+    "queue_steps": "queue (steps)",
+    "ttft_steps": "TTFT (steps)",
+    "queue_s": "queue (s)",
+    "ttft_s": "TTFT (s)",
+    "tpot_s": "TPOT (s)",
 }
 """Figures of a run, of a comparison and of a request, by their names in JSON."""
 
 SHOWN_WHERE_ANY = ("dummy_rows", "padding_rows", "preempted", "overrun_rows", "cached_tokens")
-"""Figures that are usually 0, and left out then."""
+"""Figures that are usually 0 and left out then."""
 
 
 def share(fraction: float) -> str:
-    """Return a share as it is printed everywhere: `28.5 %`."""
+    """Format a share as it is shown everywhere: `28.5 %`."""
     return f"{100 * fraction:.1f} %"
 
 
 def headline(num_ranks: int, num_steps: int, num_requests: int, loss: Mapping[str, Any]) -> str:
-    """Say in a sentence or two what a run was and where its time went; `loss` as `loss_figures` returns it."""
+    """Say in a sentence or two what a run was and where its time went; `loss` is from `loss_figures`."""
     if not num_steps:
         return "No step was run."
     what = f"{num_ranks} rank{'s' * (num_ranks != 1)} ran {num_steps:,} step{'s' * (num_steps != 1)}"
@@ -78,7 +83,29 @@ def headline(num_ranks: int, num_steps: int, num_requests: int, loss: Mapping[st
         what += "Hardly any of the ranks' time was lost to uneven work"
     else:
         what += (
-            f"{share(uneven)} of the ranks' time was lost to uneven work, most of it because {_CAUSES[worst][1]} "
+            f"{share(uneven)} of the ranks' time was lost to uneven work, most of it {CAUSE_WORDS[worst]} "
             f"({share(lost[worst])})"
         )
-    return what + (f"; in another {share(idle)} ranks had no request to work on." if idle >= 0.005 else ".")
+    return what + (f"; for another {share(idle)} they had no request to work on." if idle >= 0.005 else ".")
+
+
+def setting_cells(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the figures of simulated settings as they are shown, by heading; times are p50/p99 in ms."""
+    filler = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
+    return [
+        {
+            "tok/s": f"{item['tokens_per_s']:,.0f}",
+            "lost": share(item["lost_fraction"]),
+            "no requests": share(item["no_requests_fraction"]),
+            **{FIGURE_WORDS[name]: f"{item[name]:,}" for name in filler},
+            "TTFT": _milliseconds(item["ttft_s"]),
+            "TPOT": _milliseconds(item["tpot_s"]),
+            "queue": _milliseconds(item["queue_s"]),
+        }
+        for item in settings
+    ]
+
+
+def _milliseconds(seconds: Mapping[str, float]) -> str:
+    p50, p99 = 1e3 * seconds["p50"], 1e3 * seconds["p99"]
+    return f"{p50:,.0f}/{p99:,.0f}" if p99 >= 10 else f"{p50:.1f}/{p99:.1f}"

@@ -5,6 +5,9 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const WAITING = 0, PREFILL = 1, DECODE = 2, FILLER = 3, SERVING = 4, KINDS = 5;
 const SHADES = ["waiting", "prefill", "decode", "filler", "serving"];
+// What ranks did in this run, from the bottom of a lane to its top: kind, name of its colour, words.
+const DONE = [PREFILL, DECODE, SERVING, FILLER, WAITING].filter((kind) => SHADES[kind] in DATA.activities)
+  .map((kind) => [kind, SHADES[kind], DATA.activities[SHADES[kind]]]);
 // Okabe and Ito's colours, which colour-blind people tell apart, and lighter ones of the same hues for a dark page.
 const LIGHT = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c6d1f", "#666666"];
 const DARK = ["#56b4e9", "#f0b429", "#2fc79a", "#ff8a5c", "#9fd4f5", "#e08fbd", "#cbb26a", "#b0b0b0"];
@@ -16,6 +19,7 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const lineColor = (index) => (DARK_PAGE.matches && !PRINT.matches ? DARK : LIGHT)[index % 8];
 const percent = (share) => (100 * share).toFixed(share < 0.0995 ? 1 : 0) + " %";
 const count = (value) => Math.round(value).toLocaleString("en");
+const full = (value) => value.toLocaleString("en", { maximumFractionDigits: 9 });
 const short = (value) => Number(value.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
 const rankName = (rank) => "rank " + rank;
 
@@ -64,10 +68,10 @@ function frame(id, { height, x, y, left = 56, right = 14, top = 10 }) {
   for (const tick of ticksOf(...x.range, (chart.right - chart.left) / 80, x.whole)) {
     const at = chart.x(tick);
     shape(svg, "line", { x1: at, x2: at, y1: chart.top, y2: chart.bottom, class: "grid" });
-    shape(svg, "text", { x: at, y: chart.bottom + 17, "text-anchor": "middle" }, short(tick));
+    shape(svg, "text", { x: at, y: chart.bottom + 17, "text-anchor": "middle" }, full(tick));
   }
   shape(svg, "text", { x: (chart.left + chart.right) / 2, y: height - 8, "text-anchor": "middle", class: "axis" }, x.label);
-  const marks = y.marks || ticksOf(...y.range, (chart.bottom - chart.top) / 45).map((tick) => [tick, short(tick)]);
+  const marks = y.marks || ticksOf(...y.range, (chart.bottom - chart.top) / 45).map((tick) => [tick, full(tick)]);
   for (const [tick, text] of marks) {
     const at = chart.y(tick);
     if (!y.marks) shape(svg, "line", { x1: chart.left, x2: chart.right, y1: at, y2: at, class: "grid" });
@@ -82,8 +86,8 @@ function frame(id, { height, x, y, left = 56, right = 14, top = 10 }) {
 
 function legend(id, items) {
   $(id).prepend(element("div", { className: "legend" }, ...items.map(([name, paint, dash]) => {
-    const svg = shape(document.createDocumentFragment(), "svg", { width: 26, height: 12 });
-    if (dash === undefined) shape(svg, "rect", { width: 12, height: 12, x: 12, fill: paint });
+    const svg = shape(document.createDocumentFragment(), "svg", { width: dash === undefined ? 12 : 26, height: 12 });
+    if (dash === undefined) shape(svg, "rect", { width: 12, height: 12, fill: paint });
     else shape(svg, "line", { x1: 0, x2: 26, y1: 6, y2: 6, stroke: paint, "stroke-width": 2, "stroke-dasharray": dash });
     return element("span", {}, svg, " " + name);
   })));
@@ -225,15 +229,13 @@ function drawTimeline(steps, bins, view, zoom) {
   onPoint(chart, (place, depth) => {
     const rank = Math.min(steps.ranks - 1, Math.floor((depth - chart.top) / high * steps.ranks));
     const bin = binAt(steps, bins, chart.value(place)), at = (bin * steps.ranks + rank) * KINDS;
-    const words = [["running prompts", PREFILL], ["generating", DECODE], ["running experts for others", SERVING],
-      ["dummy or padding rows", FILLER], ["waiting", WAITING]].filter(([, kind]) => kinds[kind]);
     $("readout").textContent = `${rankName(rank)}, ${stepsOf(steps, bins, bin)}: ` +
-      words.map(([name, kind]) => `${percent(bins.shares[at + kind])} ${name}`).join(", ") +
+      DONE.map(([kind, , words]) => `${percent(bins.shares[at + kind])} ${words}`).join(", ") +
       `; ${bins.rows[bin * steps.ranks + rank].toFixed(1)} rows per step`;
   });
+  legend("timeline", DONE.map(([, shade, words]) => [words, color(shade)]));
   onDrag(chart, zoom);
 }
-const kinds = { [WAITING]: true, [PREFILL]: true, [DECODE]: true, [SERVING]: DATA.has_serving, [FILLER]: DATA.has_filler };
 
 function drawRows(steps, bins, view, zoom) {
   const x = [], lines = [];
@@ -248,7 +250,7 @@ function drawRows(steps, bins, view, zoom) {
     line("shortest rank", ordered.map((values) => values[0]), 2, 2);
   }
   const most = Math.max(1, ...lines.map((each) => each.y.reduce((a, b) => Math.max(a, b), 0)));
-  const chart = drawLines("rows", lines, { height: 300, dots: true, x: { range: view, label: STEP_AXIS, whole: true },
+  const chart = drawLines("rows", lines, { height: 300, left: 66, dots: true, x: { range: view, label: STEP_AXIS, whole: true },
     y: { range: [0, 1.05 * most], label: "rows per step" } }, (step) => {
     const bin = binAt(steps, bins, step);
     return `${stepsOf(steps, bins, bin)}: ` + lines.map((each) => `${each.name} ${each.y[bin].toFixed(1)}`).join(", ") + " rows per step";
@@ -291,9 +293,8 @@ function drawStack(id, parts, label, most, told) {
 
 function drawRanks(steps) {
   const bins = steps.bins(0, steps.rows, 1);
-  const parts = [["running prompts", PREFILL], ["generating", DECODE], ["running experts for others", SERVING],
-    ["dummy or padding rows", FILLER], ["waiting", WAITING]].filter(([, kind]) => kinds[kind])
-    .map(([name, kind]) => [name, SHADES[kind], Array.from({ length: steps.ranks }, (_, rank) => 100 * bins.shares[rank * KINDS + kind])]);
+  const parts = DONE.map(([kind, shade, words]) =>
+    [words, shade, Array.from({ length: steps.ranks }, (_, rank) => 100 * bins.shares[rank * KINDS + kind])]);
   drawStack("ranks", parts, "share of the rank's time (%)", 100, (value) => value.toFixed(1) + " %");
   const most = Math.max(1, ...parts[0][2].map((_, rank) => DATA.row_kinds.reduce((sum, kind) => sum + kind[2][rank], 0)));
   drawStack("kinds", DATA.row_kinds.filter((kind) => kind[2].some(Boolean)), "rows of the whole run", most, count);
@@ -313,20 +314,51 @@ function drawLatency(latency, index) {
   const lines = latency.curves.map((curve, at) => ({ name: curve.name, x: [0, ...curve.values], y: [0, ...curve.shares.map((share) => 100 * share)],
     paint: lineColor(at), dash: DASHES[at] }));
   const most = Math.max(...lines.flatMap((line) => line.x), 1e-9);
-  drawLines("latency" + index, lines, { height: 280, steps: true, x: { range: [0, most], label: latency.axis },
+  drawLines("latency" + index, lines, { height: 280, steps: true, x: { range: [0, most], label: latency.unit === "s" ? "seconds" : latency.unit },
     y: { range: [0, 101], label: "requests (%)" } }, (value) => `within ${short(value)} ${latency.unit}: ` +
       lines.map((line) => `${line.y[line.x.filter((x) => x <= value).length - 1].toFixed(1)} % ${line.name}`).join(", "));
+}
+
+// A heat map: a row per MoE layer, a column per expert, from none to four times the layer's mean or more.
+function drawExperts(overMean) {
+  const experts = DATA.num_experts, layers = overMean.length / experts, most = 4;
+  const chart = frame("experts", { height: Math.max(64, Math.min(480, 14 * layers)) + 54, x: { range: [-0.5, experts - 0.5], label: "expert", whole: true },
+    y: { range: [layers - 0.5, -0.5], label: "MoE layer", marks: ticksOf(0, layers - 1, Math.min(layers, 12), true).map((layer) => [layer, layer]) } });
+  const canvas = element("canvas", { width: experts, height: layers }), picture = canvas.getContext("2d");
+  overMean.forEach((value, cell) => {
+    picture.globalAlpha = 1;
+    picture.fillStyle = color("panel");
+    picture.fillRect(cell % experts, Math.floor(cell / experts), 1, 1);
+    picture.globalAlpha = Math.min(1, value / most);
+    picture.fillStyle = color("bad");
+    picture.fillRect(cell % experts, Math.floor(cell / experts), 1, 1);
+  });
+  shape(chart.svg, "image", { x: chart.left, y: chart.top, width: chart.right - chart.left, height: chart.bottom - chart.top,
+    href: canvas.toDataURL(), preserveAspectRatio: "none", style: "image-rendering: pixelated" });
+  const bar = element("span", { className: "scale" });
+  const readout = element("div", { className: "readout screen", textContent: "Point at a place in the chart to read it." });
+  chart.holder.prepend(element("div", { className: "legend" }, element("span", {}, "no rows ", bar, " 4 times the mean or more")));
+  chart.holder.append(readout);
+  onPoint(chart, (at, depth) => {
+    const expert = Math.min(experts - 1, Math.round(chart.value(at)));
+    const layer = Math.min(layers - 1, Math.floor((depth - chart.top) / (chart.bottom - chart.top) * layers));
+    readout.textContent = `expert ${expert} of MoE layer ${layer}: ${short(overMean[layer * experts + expert])} times the mean of its layer`;
+  });
 }
 
 function drawSettings() {
   const all = DATA.settings, groups = [...new Set(all.map((item) => item.group))];
   const x = all.map((item) => item.x), least = Math.min(...x), span = Math.max(...x) - least || least || 1;
   const height = Math.max(...all.map((item) => item.y)) || 1;
-  // Where lines lie close together, the lowest of the points with one name bears it for all of them.
-  const named = (item) => !all.some((other) => other.label === item.label && other.y < item.y &&
-    Math.abs(other.x - item.x) < 0.08 * span && item.y - other.y < 0.12 * height);
-  const chart = frame("settings", { height: 400, x: { range: [least - 0.15 * span, least + 1.1 * span], label: DATA.settings_axes[0] },
+  const label = 68, wide = Math.max(100, $("settings").clientWidth - 90 - label);  // pixels of a label, and of all points
+  const chart = frame("settings", { height: 400, x: { range: [least - label / wide * span, least + 1.05 * span], label: DATA.settings_axes[0] },
     y: { range: [0, 1.08 * height], label: DATA.settings_axes[1] } });
+  // Where labels of one name would overlap, only the lowest point bears it.
+  const named = (item) => !all.some((other) => other.label === item.label && other.y < item.y &&
+    Math.abs(chart.x(other.x) - chart.x(item.x)) < label && chart.y(other.y) - chart.y(item.y) < 40);
+  // A label stands to the left of its point, or to the right where another point would cover it.
+  const crowded = (item) => all.some((other) => Math.abs(chart.y(other.y) - chart.y(item.y) - 12) < 12 &&
+    chart.x(other.x) > chart.x(item.x) - label && chart.x(other.x) < chart.x(item.x) - 4);
   groups.forEach((group, index) => {
     const items = all.filter((item) => item.group === group), paint = lineColor(index);
     const points = items.map((item) => `${chart.x(item.x)},${chart.y(item.y)}`).join(" ");
@@ -334,7 +366,8 @@ function drawSettings() {
     for (const item of items) {
       shape(chart.svg, "circle", { cx: chart.x(item.x), cy: chart.y(item.y), r: 5, fill: paint }, undefined,
         `${item.name}: ${item.y.toFixed(1)} % lost, ${short(item.x)} s`);
-      if (named(item)) shape(chart.svg, "text", { x: chart.x(item.x) - 7, y: chart.y(item.y) + 16, "text-anchor": "end" }, item.label);
+      if (named(item)) shape(chart.svg, "text", { x: chart.x(item.x) + (crowded(item) ? 9 : -7), y: chart.y(item.y) + 16,
+        "text-anchor": crowded(item) ? "start" : "end" }, item.label);
     }
   });
   if (groups.length > 1) legend("settings", groups.map((group, index) => [group, lineColor(index), DASHES[index % 8]]));
@@ -353,8 +386,9 @@ async function main() {
   for (const [name, packed] of Object.entries(DATA.arrays)) arrays[name] = await unpack(packed);
   const steps = new Steps(arrays);
   const drawAll = () => {
-    clear("ranks", "kinds", "loss", "settings", ...DATA.latencies.map((_, index) => "latency" + index));
+    clear("ranks", "kinds", "loss", "experts", "settings", ...DATA.latencies.map((_, index) => "latency" + index));
     if (steps.rows) { drawView(steps); drawRanks(steps); drawLoss(); }
+    if (steps.experts) drawExperts(steps.experts);
     DATA.latencies.forEach(drawLatency);
     if (DATA.settings.length) drawSettings();
   };

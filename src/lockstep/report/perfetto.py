@@ -9,26 +9,28 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from lockstep.report.figures import ACTIVITIES, FIGURE_WORDS
 from lockstep.steplog.record import StepLogRecord
 
-# The words of the report. chrome://tracing takes these colours; Perfetto makes its own of the names.
+_BOTH = f"{ACTIVITIES['prefill']}, {ACTIVITIES['decode']}"
+# Colours for chrome://tracing; Perfetto derives its own from the names.
 _COLORS = {
-    "prompts": "thread_state_iowait",
-    "prompts, generating": "thread_state_iowait",
-    "generating tokens": "thread_state_running",
-    "serving other ranks": "rail_response",
-    "dummy or padding rows": "terrible",
-    "waiting for other ranks": "grey",
+    ACTIVITIES["prefill"]: "thread_state_iowait",
+    _BOTH: "thread_state_iowait",
+    ACTIVITIES["decode"]: "thread_state_running",
+    ACTIVITIES["serving"]: "rail_response",
+    ACTIVITIES["filler"]: "terrible",
+    ACTIVITIES["waiting"]: "grey",
     "agreement": "generic_work",
 }
 
-# Numbers as an operating system gives them: viewers show them behind the names. Perfetto takes thread 0, or that of its
-# process's number, for the main one.
+# Viewers show these numbers behind the names. Perfetto takes thread 0, or one with its process's number, for the main
+# thread, so neither is used.
 _PROCESS, _FIRST_THREAD = 100_000, 100_001
 
 
 def write_trace(path: str | Path, records: Iterable[StepLogRecord], max_steps: int = 100_000) -> int:
-    """Write the first `max_steps` steps (viewers choke on more) as a trace, and return how many they are."""
+    """Write the first `max_steps` steps as a trace (viewers choke on more) and return their number."""
     written = 0
     ends_ns: dict[int, int] = {}  # of each rank's last slice
     with Path(path).open("w", encoding="utf-8") as file:
@@ -56,7 +58,7 @@ def _events(group: list[StepLogRecord], ends_ns: dict[int, int]) -> Iterator[dic
     for record in group:
         share = record.real_rows / longest
         busy_s = (record.duration_s - record.agreement_s) * share if record.busy_s is None else record.busy_s
-        # The log's clocks are rounded, and Perfetto leaves out a slice that begins a nanosecond before the last ended.
+        # Clocks in the log are rounded, and Perfetto drops a slice that begins before the one before it has ended.
         start = max(round(record.start_s * 1e9), ends_ns.get(record.rank, 0))
         end = max(start, round((record.start_s + record.duration_s) * 1e9))
         agreed = min(end, start + round(record.agreement_s * 1e9))
@@ -65,7 +67,7 @@ def _events(group: list[StepLogRecord], ends_ns: dict[int, int]) -> Iterator[dic
         for name, first, last in (
             ("agreement", start, agreed),
             (_kind(record), agreed, done),
-            ("waiting for other ranks", done, end),
+            (ACTIVITIES["waiting"], done, end),
         ):
             if last > first:
                 times = {"ts": first / 1e3, "dur": (last - first) / 1e3}
@@ -78,19 +80,13 @@ def _events(group: list[StepLogRecord], ends_ns: dict[int, int]) -> Iterator[dic
 
 def _kind(record: StepLogRecord) -> str:
     if not record.real_rows:
-        return "dummy or padding rows" if record.dummy_rows + record.padding_rows else "serving other ranks"
+        return ACTIVITIES["filler" if record.dummy_rows + record.padding_rows else "serving"]
     if not record.prefill_tokens:
-        return "generating tokens"
-    return "prompts, generating" if record.decode_tokens else "prompts"
+        return ACTIVITIES["decode"]
+    return _BOTH if record.decode_tokens else ACTIVITIES["prefill"]
 
 
 def _details(record: StepLogRecord) -> dict[str, int]:
-    return {
-        "step": record.step,
-        "rows of requests": record.real_rows,
-        "prompt tokens": record.prefill_tokens,
-        "generating": record.decode_tokens,
-        "dummy rows": record.dummy_rows,
-        "padding rows": record.padding_rows,
-        "chunks": record.num_chunks,
-    }
+    counts = ("real_rows", "prefill_tokens", "decode_tokens", "dummy_rows", "padding_rows")
+    words = {FIGURE_WORDS[name]: getattr(record, name) for name in counts}
+    return {"step": record.step, **words, "chunks": record.num_chunks}

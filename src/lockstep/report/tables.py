@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, share
+from lockstep.report.figures import CLOCK_WORDS, FIGURE_WORDS, headline, setting_cells, share
 from lockstep.report.terminal import Terminal
 from lockstep.simulation.sweep import BEST_RULE, SETTINGS
 from lockstep.steplog.record import StepLogRecord
@@ -16,18 +16,18 @@ from lockstep.workload import Trace
 
 _MOST_RANKS = 64
 _SAID_WHERE_ANY = {
-    "kv_waits": "requests waited because the KV cache was full in {:,} steps of ranks",
-    "preempted": "requests were preempted because the KV cache was full, and computed again: {:,}",
-    "cached_tokens": "prompt tokens whose pages were known, and which were not computed: {:,}",
-    "overrun_rows": "overrun rows, planned before it was known that their request had ended: {:,}",
-    "buffer_limited_steps": "steps ran in more, smaller chunks because the exchange buffers were full: {:,}",
+    "kv_waits": "requests waited because the KV cache was full: in {:,} steps, counted per rank",
+    "preempted": "requests preempted because the KV cache was full, and computed again: {:,}",
+    "cached_tokens": "prompt tokens taken from the KV cache of earlier requests: {:,}",
+    "overrun_rows": "overrun rows, scheduled before their request was known to have ended: {:,}",
+    "buffer_limited_steps": "steps split into more, smaller chunks to fit the exchange buffers: {:,}",
 }
 
 
 def print_run(
     summary: Mapping[str, Any], records: Sequence[StepLogRecord], report: Path, console: Terminal | None = None
 ) -> None:
-    """Print what a run did, a line per rank, and where its `report` is, on stdout."""
+    """Print what each rank of a run did, and where its `report` is, on stdout."""
     console = console or Terminal()
     filler = [name for name in ("dummy_rows", "padding_rows", "preempted", "overrun_rows") if summary.get(name)]
     headings = ("rank", FIGURE_WORDS["real_rows"], "of prompts", "steps with work", "steps idle")
@@ -61,46 +61,34 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
         how = "the same" if summary["dtype"] == "float32" else "the same within the tolerance"
         told = f": all {summary['compared_tokens']:,} tokens are {how} as in one process"
         return Text.assemble(("verified", "green"), told)
-    told = f": {summary['mismatches']} of {summary['requests']} requests differ from one process"
+    told = f": {summary['mismatches']} of {summary['requests']} outputs differ from those of one process"
     return Text.assemble(("NOT verified", "red"), told)
 
 
 def print_settings(
     settings: Sequence[Mapping[str, Any]], best: int | None, limits: Mapping[str, float | None], cost: str
 ) -> None:
-    """Print simulated settings as `--json` has them, and which is `best` within the limits, by its index, if any is."""
+    """Print simulated settings; `best` is the index of the best one within the limits, None where none meets them."""
     shown = [name for name in SETTINGS if len({str(item[name]) for item in settings}) > 1] or ["data_parallel_size"]
-    counted = [name for name in ("dummy_rows", "padding_rows") if any(item[name] for item in settings)]
-    headings = [SETTINGS[name][0] for name in shown] + ["tok/s", "lost", "no requests"]
-    headings += [FIGURE_WORDS[name] for name in counted]
+    figures = setting_cells(settings)
     count = "1 setting" if len(settings) == 1 else f"{len(settings)} settings"
-    title = f"{settings[0]['requests']:,} requests, {count}; times in ms, half/99 % within"
-    table = _table(title, (*headings, "TTFT", "TPOT", "queue"), dense=True)
-    for index, item in enumerate(settings):
-        cells = [str(item[name]) for name in shown]
-        cells += [
-            f"{item['tokens_per_s']:,.0f}",
-            share(item["lost_fraction"]),
-            share(item["no_requests_fraction"]),
-            *(f"{item[name]:,}" for name in counted),
-        ]
-        for name in ("ttft_s", "tpot_s"):
-            p50, p99 = 1e3 * item[name]["p50"], 1e3 * item[name]["p99"]
-            cells.append(f"{p50:,.0f}/{p99:,.0f}" if p99 >= 10 else f"{p50:.1f}/{p99:.1f}")
-        cells.append(f"{1e3 * item['queue_s']['mean']:,.0f}")
-        table.add_row(*cells, style="bold green" if index == best else None)
+    title = f"{settings[0]['requests']:,} requests, {count}; times are p50/p99 in ms"
+    table = _table(title, (*(SETTINGS[name][0] for name in shown), *figures[0]), dense=True)
+    for index, (item, cells) in enumerate(zip(settings, figures, strict=True)):
+        style = "bold green" if index == best else None
+        table.add_row(*(str(item[name]) for name in shown), *cells.values(), style=style)
     console = Terminal()
     console.print(table)
-    shown_setting = settings[best or 0]
-    if shown_setting["ranks"] > 1:
-        _print_ranks(console, shown_setting["per_rank"])
+    which = "" if len(settings) == 1 else "first setting" if best is None else "best setting"
+    told = settings[best or 0]
+    if told["ranks"] > 1:
+        _print_ranks(console, which, told["per_rank"])
+    says = headline(told["ranks"], told["steps"], told["requests"], told)
+    console.print(f"{which}: {says}" if which else says)
     console.print(
-        headline(shown_setting["ranks"], shown_setting["steps"], shown_setting["requests"], shown_setting)
-        + (" (the best setting)" if best is not None and len(settings) > 1 else "")
-    )
-    console.print(
-        "lost: ranks waited for others, computed dummy and padding rows, or agreed; no requests: ranks had none; "
-        "TTFT: time to the first token; TPOT: time per further token; queue: mean wait before the first step"
+        "tok/s: tokens of prompts and outputs per second; lost: time of ranks spent waiting for other ranks, on dummy "
+        "and padding rows, or on agreeing; no requests: time without any; TTFT: time to first token; TPOT: time per "
+        "further token; queue: wait for the first step"
     )
     console.print(f"cost: {cost}")
     for name, sentence in _SAID_WHERE_ANY.items():
@@ -110,16 +98,16 @@ def print_settings(
         f"{name.removesuffix('_s')} <= {limit:g} s" for name, limit in limits.items() if limit is not None
     )
     if best is None:
-        console.print(f"no setting keeps to {asked}", style="red")
+        console.print(f"no setting meets {asked}", style="red")
     elif len(settings) > 1:
         values = ", ".join(f"{SETTINGS[name][0]} {settings[best][name]}" for name in shown)
         console.print(Text.assemble(("best", "green"), f"{' with ' + asked if asked else ''}: {values}"))
         console.print(f"rule: {BEST_RULE}")
 
 
-def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> None:
+def _print_ranks(console: Terminal, which: str, per_rank: Mapping[str, Sequence[int]]) -> None:
     names = ("requests", "real_rows", "prefill_tokens", "new_tokens")
-    table = _table(None, ("rank", *(FIGURE_WORDS[name] for name in names)), dense=True)
+    table = _table(which or None, ("rank", *(FIGURE_WORDS[name] for name in names)), dense=True)
     num_ranks = len(per_rank["requests"])
     for rank in range(min(num_ranks, _MOST_RANKS)):
         table.add_row(str(rank), *(f"{per_rank[name][rank]:,}" for name in names))
@@ -130,8 +118,8 @@ def _print_ranks(console: Terminal, per_rank: Mapping[str, Sequence[int]]) -> No
 
 def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     """Print how well the cost formula predicts a recorded run, on stdout; see `validate`."""
-    errors = ("total differs by", "a step's median error", "90 % of steps within")
-    table = _table(f"{run}: measured and predicted", ("steps", "measured", "predicted", *errors))
+    errors = ("error of total", "median error of steps", "p90 error of steps")
+    table = _table(f"{run}: measured and predicted step times", ("steps", "measured", "predicted", *errors))
     seconds = (result["measured_s"], result["predicted_s"])
     table.add_row(
         f"{result['steps']:,}",
@@ -164,22 +152,24 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     console.print(table)
     step = comparison["first_different_step"]
     if a["ranks"] != b["ranks"]:
-        console.print("other numbers of ranks: their steps are not compared")
+        console.print("the runs have different numbers of ranks, so their steps are not compared")
     else:
         console.print(
-            "every rank had the same counts in every step" if step is None else f"counts differ from step {step} on"
+            "every rank had the same row counts in every step"
+            if step is None
+            else f"row counts differ from step {step} on"
         )
     if real_time := [name.upper() for name, clock in comparison["clock"].items() if clock == "wall"]:
         console.print(
-            f"{' and '.join(real_time)} ran with --clock wall: steps depend on the machine's speed there, "
-            "and only runs with --clock steps can have equal ones"
+            f"{' and '.join(real_time)} ran with --clock wall, where steps depend on the machine's speed: "
+            "only runs with --clock steps can have equal steps"
         )
     if comparison["different_outputs"] is not None:
-        console.print(f"requests with other tokens: {comparison['different_outputs']}")
+        console.print(f"requests with different tokens: {comparison['different_outputs']}")
 
 
 def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
-    """Print what a workload is like (see `describe`), on stdout."""
+    """Print what `describe` says of a workload, on stdout."""
     console = Terminal()
     table = _table(f"{trace.source} ({trace.format})", ("", "total", "mean", "p50", "p90", "p99", "max"))
     for name in ("prompt_tokens", "output_tokens"):
@@ -193,12 +183,12 @@ def print_description(trace: Trace, description: Mapping[str, Any]) -> None:
     if trace.left_out:
         console.print(trace.left_out, style="red", soft_wrap=True)
     options = ",".join(f"{name}={value}" for name, value in description["synthetic"].items())
-    console.print("a synthetic workload that resembles it:", style="dim")
+    console.print("a synthetic workload with the same rate, burstiness and lengths:", style="dim")
     console.print(f"--workload synthetic --synthetic {options}", soft_wrap=True)
 
 
 def _table(title: str | None, headings: Sequence[str], dense: bool = False) -> Table:
-    """A table of numbers: all columns but one without a heading are justified to the right."""
+    """A table of numbers; only a column without a heading is left-aligned."""
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0), "pad_edge": False} if dense else {}
     table = Table(title=title, **style)
     for heading in headings:
