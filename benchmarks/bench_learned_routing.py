@@ -2,8 +2,8 @@
 
     python benchmarks/bench_learned_routing.py examples/small_moe [--device cuda] [--random]
 
-Runs on one device with Transformers alone; `--random` gives the router and the experts random weights of the same
-shape, for comparison. The last line is one JSON document.
+Runs on one device by Transformers; experts in fp8 by Lockstep. `--random` gives the router and the experts random
+weights of the same shape, for comparison, without variants of fp8 experts. The last line is one JSON document.
 """
 
 import argparse
@@ -11,22 +11,20 @@ import json
 from pydoc_data import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+import lockstep
 from lockstep.moe.placement import Placement, place
 
 SEQUENCE, NUM_RANKS, BLOCK = 256, 4, 128
 
 
-def fp8(values: torch.Tensor, *block: int) -> torch.Tensor:
-    """Round to float8_e4m3fn and back, with one scale per block of the last dimensions."""
-    shape = values.shape
-    rows, columns = block if len(block) == 2 else (1, *block)
-    padded = torch.nn.functional.pad(values.float(), (0, -shape[-1] % columns, 0, -shape[-2] % rows))
-    blocks = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))  # [..., R, rows, C, columns]
-    scales = blocks.abs().amax((-3, -1), keepdim=True).clamp(min=1e-12) / 448
-    rounded = (blocks / scales).to(torch.float8_e4m3fn).float() * scales
-    return rounded.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]].to(values.dtype)
+def fp8_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Round rows to float8_e4m3fn and back, with a scale per 128 values, as they are on their way to the experts."""
+    runs = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scales = runs.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    rounded = (runs / scales).to(torch.float8_e4m3fn).float() * scales
+    return rounded.flatten(-2)[..., : rows.shape[-1]].to(rows.dtype)
 
 
 def logits_and_routers(model, windows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -39,21 +37,21 @@ def logits_and_routers(model, windows: torch.Tensor) -> tuple[torch.Tensor, list
 
 
 def variants(path: str, device: str, random: bool):
-    """Yield a name and a model: float32, bfloat16, and bfloat16 with rows or experts rounded to fp8."""
-    for name in ("float32", "bfloat16", "fp8 rows", "fp8 experts"):
+    """Yield a name and a model: float32, bfloat16, and bfloat16 with rows rounded to fp8 or experts held in fp8."""
+    for name in ("float32", "bfloat16", "fp8 rows", "fp8 experts", "fp8 rows and experts"):
         dtype = torch.float32 if name == "float32" else torch.bfloat16
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        in_fp8 = name.endswith("experts")
+        if random and in_fp8:
+            continue
+        model = lockstep.from_pretrained(path, dtype=dtype, device=device, quantize_experts="fp8" if in_fp8 else "none")
         if random:
             for key, parameter in model.named_parameters():
                 if ".mlp." in key:
                     parameter.data.copy_(torch.randn(parameter.shape) * 0.02)
         for layer in model.model.layers:
-            if name == "fp8 rows":
-                layer.mlp.experts.register_forward_pre_hook(lambda _module, given: (fp8(given[0], BLOCK), *given[1:]))
-            if name == "fp8 experts":
-                for parameter in layer.mlp.experts.parameters():
-                    parameter.data.copy_(fp8(parameter.data, BLOCK, BLOCK))
+            if name.startswith("fp8 rows"):
+                layer.mlp.experts.register_forward_pre_hook(lambda _module, given: (fp8_rows(given[0]), *given[1:]))
         yield name, model
 
 
@@ -62,6 +60,11 @@ def loads_of(routers: list[torch.Tensor], top_k: int) -> list[list[int]]:
     return [
         torch.bincount(router.topk(top_k).indices.flatten(), minlength=router.shape[1]).tolist() for router in routers
     ]
+
+
+def median_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the median over the tokens of the largest difference of a logit, over the token's largest logit."""
+    return float(((logits - reference).abs().amax(-1) / reference.abs().amax(-1)).median())
 
 
 def main() -> None:
@@ -99,7 +102,8 @@ def main() -> None:
             for key, value in result["busiest over mean"].items():
                 print(f"{NUM_RANKS} ranks, {key}: busiest rank {value:.3f} of the mean (load of the text's other half)")
             continue
-        apart = (logits - reference).abs().amax(-1) / reference.abs().amax(-1)
+        if name == "bfloat16":
+            bfloat16 = logits
         ordered = [router.float().sort(-1, descending=True).values for router in routers]
         same_experts = [
             (router.topk(top_k).indices.sort().values == other.topk(top_k).indices.sort().values).all(-1)
@@ -107,7 +111,8 @@ def main() -> None:
         ]
         found = {
             "equal greedy tokens": float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
-            "median logit error": float(apart.median()),
+            "median logit error": median_error(logits, reference),
+            "median logit error against bfloat16": median_error(logits, bfloat16),
             "equal experts": float(torch.stack(same_experts).float().mean()),
             "ties at the last expert": float(
                 torch.stack([(one[:, top_k - 1] == one[:, top_k]).float().mean() for one in ordered]).mean()

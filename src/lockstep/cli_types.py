@@ -170,6 +170,10 @@ GpuMemoryUtilization = Annotated[
 ]
 MaxPrefillDelaySteps = Annotated[int, steps("Maximum steps that a prompt waits for prompts of other ranks.")]
 WeightsDType = Annotated[DType, option("Data type of the weights; `auto`: the checkpoint's.")]
+QuantizeExperts = Annotated[
+    Literal["auto", "fp8", "none"],
+    option("Hold routed experts in fp8; `auto`: block-fp8 checkpoints on GPUs, dequantised on CPUs."),
+]
 Device = Annotated[
     str | None,
     option("Device to run on; by default a GPU if there is one.", parser=device, metavar="cpu|cuda|cuda:N"),

@@ -106,7 +106,7 @@ def one_pair_at_a_time(module, rows, gather_index):
 
 
 def grouped_mm(rows, weights, offs):
-    parts = zip(rows.tensor_split(offs.cpu()), [*weights, weights[0]], strict=True)  # the last: of no expert
+    parts = zip(rows.tensor_split(offs.tolist()), [*weights, weights[0]], strict=True)  # the last: of no expert
     return torch.cat([part @ weight for part, weight in parts])
 
 

@@ -67,9 +67,9 @@ def test_every_argument_of_transformers_is_accounted_for():
     [
         ({"tp_plan": "auto"}, r"tp_plan='auto': pass tensor_parallel_size=N"),
         ({"tp_size": 2}, r"tp_size=2: pass tensor_parallel_size=N"),
-        ({"load_in_4bit": True}, r"load_in_4bit=True: weights are held in 16 or 32 bits"),
+        ({"load_in_4bit": True}, r"load_in_4bit=True: leave it out: checkpoints in mxfp4 and fp8"),
         ({"load_in_8bit": True}, r"load_in_8bit=True"),
-        ({"quantization_config": {"load_in_4bit": True}}, r"quantization_config=.*held in 16 or 32 bits"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"quantization_config=.*leave it out: checkpoints in mxfp4"),
         ({"use_safetensors": False}, r"use_safetensors=False: only safetensors files are read"),
         ({"gguf_file": "model.gguf"}, r"gguf_file='model\.gguf': only safetensors"),
         ({"variant": "fp16"}, r"variant='fp16': copy the files"),

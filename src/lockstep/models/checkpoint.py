@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.moe.fp8 import BLOCK, SCALES
 from lockstep.moe.placement import Placement
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,6 +29,7 @@ _QUANTISATION_NAMES = re.compile(
     r"weight_format|_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
 )
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..+)$")
+_EXPERT_WEIGHT = re.compile(r"\.experts\.(\d+\.[\w.]+\.weight|(gate_up|gate|up|down)_proj)$")
 # What quantised activations are multiplied by: dequantised weights need none of it.
 _ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(scale|zero_point)(_inv)?$")
 
@@ -122,9 +125,13 @@ def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
             )
 
 
-def check_room(tensors: dict[str, StoredTensor], placement: Placement, device: torch.device) -> None:
+def check_room(
+    tensors: dict[str, StoredTensor], placement: Placement, device: torch.device, in_8_bits: bool = False
+) -> None:
     """Refuse a placement whose slots take more memory than the device has, by what their weights take in the files."""
-    slot = sum(one.end - one.start for name, one in tensors.items() if ".experts." in name) / placement.num_experts
+    experts = [one for name, one in tensors.items() if ".experts." in name]
+    sizes = (math.prod(one.shape) if in_8_bits else one.end - one.start for one in experts)
+    slot = sum(sizes) / placement.num_experts
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
@@ -155,8 +162,8 @@ def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> N
             )
 
 
-def check_scales(tensors: dict[str, StoredTensor]) -> None:
-    """Refuse quantised tensors without their scales, which the loader would take for numbers."""
+def check_scales(tensors: dict[str, StoredTensor], block: Sequence[int] | None) -> None:
+    """Refuse quantised tensors without their scales, or with scales that are neither one nor one per block of fp8."""
     for name, tensor in tensors.items():
         if name.endswith("_blocks"):
             scales = [f"{name.removesuffix('_blocks')}_scales"]
@@ -164,9 +171,41 @@ def check_scales(tensors: dict[str, StoredTensor]) -> None:
             scales = [f"{name}_scale_inv", f"{name}_scale"]
         else:
             continue
-        if not any(scale in tensors for scale in scales):
+        found = next((scale for scale in scales if scale in tensors), None)
+        if found is None:
             raise ConfigurationError(
                 f"tensor {name!r} in {tensor.file} is quantised, but its scale {scales[0]!r} is missing"
+            )
+        shape = tensors[found].shape
+        if block is None or name.endswith("_blocks") or math.prod(shape) == 1:
+            continue
+        needed = (*tensor.shape[:-2], *(-(-size // part) for size, part in zip(tensor.shape[-2:], block, strict=True)))
+        if shape != needed:
+            raise ConfigurationError(
+                f"scale {found!r} in {tensors[found].file} has shape {list(shape)}: tensor {name!r} of shape "
+                f"{list(tensor.shape)} in blocks of {list(block)} needs {list(needed)}"
+            )
+
+
+def holds_fp8_blocks(tensors: dict[str, StoredTensor]) -> bool:
+    """Say whether the experts are in fp8, in whole blocks of 128 x 128 with a scale each, and can stay as they are."""
+    weights = {name: one for name, one in tensors.items() if _EXPERT_WEIGHT.search(name) and len(one.shape) >= 2}
+    return bool(weights) and all(
+        one.dtype == "F8_E4M3"
+        and (scales := tensors.get(f"{name}{SCALES}")) is not None
+        and scales.dtype in (*_PLAIN_DTYPES, "F8_E8M0")
+        and one.shape == (*scales.shape[:-2], *(BLOCK * number for number in scales.shape[-2:]))
+        for name, one in weights.items()
+    )
+
+
+def refuse_part_blocks(tensors: dict[str, StoredTensor]) -> None:
+    """Refuse experts whose sizes are not whole blocks, for those that are to be held in fp8."""
+    for name, one in tensors.items():
+        if _EXPERT_WEIGHT.search(name) and any(size % BLOCK for size in one.shape[-2:]):
+            raise ConfigurationError(
+                f"tensor {name!r} in {one.file} has shape {list(one.shape)}: experts in fp8 need sizes that are "
+                f"multiples of {BLOCK}; quantize_experts='none' holds them in 16 or 32 bits"
             )
 
 

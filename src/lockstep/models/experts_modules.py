@@ -1,8 +1,9 @@
 """Modules that hold a model's routed experts: found, cut down to this rank's slots, and what they are called with."""
 
+import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lockstep.dispatch.base import ExpertsShape
 from lockstep.errors import ConfigurationError
 from lockstep.models import transformers_internals as internals
 from lockstep.moe.experts import LocalExperts
+from lockstep.moe.fp8 import BLOCK, SCALES, WEIGHTS, quantise
 from lockstep.moe.placement import EMPTY, Placement
 
 
@@ -66,6 +68,42 @@ def shard_empty(module: Any, slots: Sequence[int], device_type: str) -> None:
         module._parameters[name] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
+def expect_fp8(module: Any) -> None:
+    """Let the loader read, for a module on the meta device, weights in fp8 with their scales."""
+    for name in [name for name in WEIGHTS if module._parameters.get(name) is not None]:
+        weight = module._parameters[name]
+        num_experts, num_out, num_in = weight.shape
+        scales = torch.empty(num_experts, num_out // BLOCK, num_in // BLOCK, device="meta")
+        values = torch.empty_like(weight, dtype=torch.float8_e4m3fn, device="meta")
+        module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+        module._parameters[f"{name}{SCALES}"] = torch.nn.Parameter(scales, requires_grad=False)
+
+
+@contextlib.contextmanager
+def quantising(modules: dict[str, Any]) -> Iterator[None]:
+    """Round the weights of experts `modules` to fp8 as the loader sets them, one by one: never are all in 16 bits."""
+
+    def quantise_weight(module: Any, name: str, parameter: Any) -> Any:
+        weight = getattr(parameter, "_local_tensor", parameter)
+        if (
+            name not in WEIGHTS
+            or weight is None
+            or weight.is_meta
+            or not any(module is one for one in modules.values())
+        ):
+            return None
+        values, scales = (internals.like_part(part, parameter) for part in quantise(weight.detach()))
+        _set(module, f"{name}{SCALES}", parameter, scales)
+        _set(module, name, parameter, values)
+        return module._parameters[name]
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(quantise_weight)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def localise(module: Any, slots: Sequence[int]) -> None:
     """Turn what the loader has read into plain tensors with one entry per slot."""
     held = _held(slots)
@@ -105,7 +143,9 @@ def take(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     if list(wanted) == list(range(len(rows))):
         return rows
     taken = rows[[max(0, row) for row in wanted]]
-    taken[[row == EMPTY for row in wanted]] = 0
+    for slot, row in enumerate(wanted):
+        if row == EMPTY:
+            taken[slot].zero_()
     return taken
 
 

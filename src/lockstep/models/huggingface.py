@@ -28,6 +28,8 @@ from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
 from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
+from lockstep.moe.experts import LocalExperts
+from lockstep.moe.fp8 import is_fp8
 from lockstep.moe.placement import Placement
 from lockstep.moe.step import Step
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT")
 
 _PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
+_FP8 = "experts in fp8 are not saved: load the checkpoint with quantize_experts='none' to save it"
 _STATE_DICT = f"state_dict: {_PART}; accelerate's offloading asks for one too"
 _CAPTURED = (
     "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: turn the graphs off, "
@@ -76,6 +79,7 @@ def from_pretrained(  # noqa: D417
     fuse_norms: bool = False,
     placement: Placement | None = None,
     count_expert_load: bool = False,
+    quantize_experts: str = "auto",
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     **kwargs: Any,
@@ -91,6 +95,9 @@ def from_pretrained(  # noqa: D417
             see `ParallelOptions`.
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
+        quantize_experts: "fp8" holds the weights of routed experts as float8_e4m3fn with a float32 scale per 128 x 128
+            values, whatever the checkpoint's type; "none" in `dtype`; "auto" leaves checkpoints of that form as they
+            are where our kernels read fp8 (compute capability 9.0 or later, Triton), and dequantises them elsewhere.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
         **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
@@ -117,14 +124,26 @@ def from_pretrained(  # noqa: D417
         tp_mesh = DeviceMesh.from_group(attention, device.type, mesh_dim_names=("tp",))
     loaded = load_pretrained(
         path, ep_rank=config.rank, ep_size=config.world_size, placement=placement, tp_mesh=tp_mesh, dtype=dtype,
-        device=device, process_group=group, deadline_s=deadline_s, **kwargs,
+        device=device, process_group=group, deadline_s=deadline_s, quantize_experts=quantize_experts, **kwargs,
     )  # fmt: skip
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if fuse_norms:
         norms.fuse_norms(model)
     if group is not None:
         attach(ModelParallel(model, config, group, options, attention))
+    else:
+        run_alone(model)
     return loaded
+
+
+def run_alone(model: Any) -> None:
+    """Let experts in fp8 of a model that is not spread over ranks run by our kernels. No-op for other models."""
+    for _, module in find_experts(model):
+        if is_fp8(module):
+            internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
+            internals.route_experts(module, EXPERTS_IMPLEMENTATION)
+            module._lockstep_alone = LocalExperts(module)
+            model.save_pretrained = functools.partial(_refuse, _FP8)
 
 
 def parallelize(  # noqa: D417
@@ -363,9 +382,11 @@ def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Lockstep's experts implementation for Transformers: runs the layer in this thread's step."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and hasattr(module, "_lockstep_layer"):
         return moe(hidden_states, top_k_index, top_k_weights, module._lockstep_layer)
-    place = getattr(module, "_lockstep_place", None)
+    place, alone = getattr(module, "_lockstep_place", None), getattr(module, "_lockstep_alone", None)
+    if place is None and isinstance(alone, LocalExperts):
+        return alone.alone(hidden_states, top_k_index, top_k_weights)
     if place is None:
         raise ConfigurationError(
             f"experts_implementation={EXPERTS_IMPLEMENTATION!r} is set by lockstep.parallelize, not by hand"

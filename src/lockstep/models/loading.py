@@ -25,12 +25,16 @@ from lockstep.models.checkpoint import (
     check_files,
     check_room,
     check_scales,
+    holds_fp8_blocks,
     refuse_disguised,
     refuse_leftovers,
+    refuse_part_blocks,
     refuse_two_names,
     undeclared_quantisation,
 )
-from lockstep.models.experts_modules import find_experts, localise, shard_empty, slots_of
+from lockstep.models.experts_modules import expect_fp8, find_experts, localise, quantising, shard_empty, slots_of
+from lockstep.models.options import check_quantize_experts
+from lockstep.moe.experts import kernels_read_fp8
 from lockstep.moe.placement import Placement
 
 if TYPE_CHECKING:
@@ -50,10 +54,12 @@ def load_pretrained(
     tp_mesh: DeviceMesh | None = None,
     process_group: ProcessGroup | None = None,
     deadline_s: float = 30.0,
+    quantize_experts: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """Load a checkpoint so that this rank holds the dense weights and the experts in its slots, and reads no others.
 
+    Experts in fp8, see `lockstep.from_pretrained`, run by `LocalExperts` only: one process needs `run_alone`.
     Dense weights on a CPU stay views of the files unless the dtype is converted. Over a one-dimensional `tp_mesh`,
     attention is split by the model's own plan. With a `process_group`, what is wrong on one rank is raised on all.
     """
@@ -61,6 +67,7 @@ def load_pretrained(
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
     if says := lacking("transformers", "safetensors"):
         raise ConfigurationError(says.format("from_pretrained"))
+    check_quantize_experts(quantize_experts)
     arguments = read_arguments(kwargs)
     place = str(arguments.device if arguments.device is not None else "cpu")
     start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
@@ -68,9 +75,15 @@ def load_pretrained(
     folder, config, model_class, quantization, tensors = together(lambda: _look(path, arguments))
 
     def load() -> Any:
+        has_blocks = holds_fp8_blocks(tensors)
+        wants_fp8 = quantize_experts == "fp8" or (quantize_experts == "auto" and kernels_read_fp8(torch.device(place)))
+        keeps_fp8, makes_fp8 = has_blocks and wants_fp8, not has_blocks and quantize_experts == "fp8"
+        if keeps_fp8 or makes_fp8:
+            refuse_part_blocks(tensors)
         if placement is not None:
-            check_room(tensors, placement, torch.device(place))
+            check_room(tensors, placement, torch.device(place), makes_fp8)
         slots: dict[str, tuple[int, ...]] = {}  # what each experts module is to hold here; filled on the way
+        to_quantise: dict[str, Any] = {}
 
         def distribute(model: Any) -> None:
             found = find_experts(model)
@@ -79,6 +92,15 @@ def load_pretrained(
             for layer, (name, module) in enumerate(found):
                 _check_top_k(model.config, name, module)
                 slots[name] = slots_of(found, layer, ep_rank, ep_size, placement)
+                if (keeps_fp8 or makes_fp8) and module.is_transposed:
+                    raise ConfigurationError(
+                        f"quantize_experts={quantize_experts!r}: the weights of {name} ({type(module).__name__}) are "
+                        "transposed, and experts of that kind stay in 16 bits"
+                    )
+                if keeps_fp8:
+                    expect_fp8(module)
+                elif makes_fp8:
+                    to_quantise[name] = module
             if tp_mesh is not None and tp_mesh.size() > 1:
                 internals.split_attention(model, tp_mesh, slots)
             if ep_size > 1:
@@ -96,9 +118,10 @@ def load_pretrained(
             refuse_leftovers(model, loading_info.unexpected_keys, quantization is not None)
 
         loading_class = internals.sharding_class(
-            model_class, distribute=distribute, on_loaded=on_loaded, on_finished=on_finished, local_parameters_of=slots
-        )
-        with _settings(shows_progress=ep_rank == 0), _as_configuration_error(folder):
+            model_class, distribute=distribute, on_loaded=on_loaded, on_finished=on_finished, local_parameters_of=slots,
+            keeps_fp8=keeps_fp8,
+        )  # fmt: skip
+        with _settings(shows_progress=ep_rank == 0), _as_configuration_error(folder), quantising(to_quantise):
             model, loading_info = loading_class.from_pretrained(
                 folder,
                 config=config,
@@ -129,7 +152,7 @@ def _look(path: str | os.PathLike[str], arguments: Arguments) -> tuple[Path, Any
         undeclared_quantisation(folder, tensors)
         check_experts(tensors)
     else:
-        check_scales(tensors)
+        check_scales(tensors, getattr(quantization, "weight_block_size", None))
     return folder, config, _class_of(config, folder, arguments.trust_remote_code), quantization, tensors
 
 

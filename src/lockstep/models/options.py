@@ -9,6 +9,14 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
 from lockstep.moe.placement import Placement
 
+QUANTIZE_EXPERTS = ("auto", "fp8", "none")
+
+
+def check_quantize_experts(value: str) -> None:
+    """Raise `ConfigurationError` for what `quantize_experts` does not take."""
+    if value not in QUANTIZE_EXPERTS:
+        raise ConfigurationError(f"quantize_experts must be one of {', '.join(QUANTIZE_EXPERTS)}, got {value!r:.80}")
+
 
 @dataclass(frozen=True)
 class ParallelOptions:

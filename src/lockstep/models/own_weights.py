@@ -12,6 +12,7 @@ from lockstep.models import transformers_internals as internals
 from lockstep.models.adapters import ExpertsAdapters
 from lockstep.models.experts_modules import find_experts, plain_name
 from lockstep.moe.experts import LocalExperts
+from lockstep.moe.fp8 import is_fp8
 
 EXPERTS_IMPLEMENTATION = "lockstep"  # among Transformers' experts implementations; `generate` never switches it
 
@@ -38,7 +39,8 @@ class _Weight:
         if self.address:
             flat = self.local.detach().reshape(-1)
             count = _VALUES_PER_EXPERT * max(16, self.local.shape[0])
-            self.values = flat[:: max(1, flat.numel() // count)].cpu().clone()
+            values = flat[:: max(1, flat.numel() // count)].cpu().clone()
+            self.values = values.float() if values.itemsize == 1 else values  # fp8 cannot be compared
 
 
 class Seal:
@@ -87,6 +89,7 @@ class Seal:
                     f"{self._model}'s {self._name}.{name} is not there any more (offloaded to the meta device): "
                     "keep the model on its device, without accelerate's cpu_offload, disk_offload or dispatch_model"
                 )
+            is_fp8(self._module)  # raises where fp8 was cast: its values mean nothing without their scales
             if weight.parameter is before.parameter and weight.version != before.version:
                 self._complain(name, "was written in place")
             expected = before.values.to(weight.values.dtype)
@@ -155,8 +158,13 @@ class OwnWeights:
         return "; ".join(sorted({text for one in self.adapters if (text := one.summary())})) or "none"
 
     def _read_adapters(self) -> None:
-        for experts, adapters in zip(self.experts, self.adapters, strict=True):
+        for name, experts, adapters in zip(self.names, self.experts, self.adapters, strict=True):
             experts.adapters = adapters.read()
+            if adapters.summary() and is_fp8(experts.module):
+                raise ConfigurationError(
+                    f"{self._kind}'s {name} are held in fp8, and adapters of experts need 16 or 32 bits: load the "
+                    "model with quantize_experts='none', or target other layers"
+                )
 
     def check(self) -> None:
         """Raise if somebody has written the weights or runs the experts by other means; cheap, for every step."""

@@ -335,6 +335,7 @@ class ModelParallel:
             "hidden size": first.hidden_size,
             "experts per token": first.top_k,
             "dtype": str(first.dtype),
+            "dtype of experts": str(self.weights.experts[0].module.down_proj.dtype),
             "LoRA on experts": self.weights.adapters_summary(),
             "weights (checksum)": self._checksum,
         }

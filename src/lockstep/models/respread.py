@@ -16,6 +16,7 @@ from lockstep.models.huggingface import attach
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.moe.fp8 import is_fp8
 from lockstep.moe.placement import EMPTY, Placement
 from lockstep.moe.survivors import to_read
 
@@ -57,7 +58,7 @@ class Respreader:
         fresh = {}
         if any(missing):
             with Start(process_group).whereabouts.working(f"reading experts of {self._path}"):
-                fresh = self._read(to_read(missing, placement.num_experts))
+                fresh = self._read(to_read(missing, placement.num_experts), in_fp8=is_fp8(modules[0][1]))
         for slots, (name, module) in zip(wanted, modules, strict=True):
             change_slots(module, slots, fresh.get(name))
         if parallel is not None:  # None where this rank has just loaded the model alone
@@ -65,14 +66,15 @@ class Respreader:
             del model.__dict__["_lockstep_parallel"]
         attach(ModelParallel(model, config, process_group, replace(self._options, placement=placement)))
 
-    def _read(self, placement: Placement) -> dict[str, Any]:
+    def _read(self, placement: Placement, in_fp8: bool) -> dict[str, Any]:
         """Experts modules with the experts of a placement's first rank; of dense weights, views are made at most."""
-        return dict(find_experts(self._load(ep_rank=0, ep_size=placement.num_ranks, placement=placement)))
+        part = {"ep_rank": 0, "ep_size": placement.num_ranks, "placement": placement}
+        return dict(find_experts(self._load(**part, quantize_experts="fp8" if in_fp8 else "none")))
 
     def _load(self, **part: Any) -> Any:
         if _files_of(self._path).encode() != self._files:
             raise ConfigurationError(f"{self._path} is not the checkpoint any more that the ranks have loaded")
-        return load_pretrained(self._path, **part, **self._how_loaded)
+        return load_pretrained(self._path, **(self._how_loaded | part))
 
 
 def _files_of(path: str) -> str:

@@ -29,12 +29,14 @@ def sharding_class(
     on_loaded: Callable[[Any, Any], None],
     on_finished: Callable[[Any, Any], None],
     local_parameters_of: Collection[str],
+    keeps_fp8: bool = False,
 ) -> Any:
     """Make a subclass whose `from_pretrained` calls us in Transformers' own place for distributing a model.
 
     Transformers' loader reads of a DTensor only the local part. `distribute` gets the empty model, on the meta device;
     `on_loaded` the model and the loading info before what is missing is made up; `on_finished` both at the end. For
-    modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part.
+    modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part. With
+    `keeps_fp8`, experts of an fp8 checkpoint are not dequantised, and their scales are parameters too.
     """
 
     class Sharding(model_class):
@@ -55,6 +57,12 @@ def sharding_class(
             parameter = super().get_parameter(target)
             is_local = target.rpartition(".")[0] in local_parameters_of
             return getattr(parameter, "_local_tensor", parameter) if is_local else parameter
+
+        @staticmethod
+        def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *rest: Any) -> Any:
+            if keeps_fp8:
+                load_config.weight_mapping[:] = _experts_in_fp8(load_config.weight_mapping)
+            return model_class._load_pretrained_model(model, state_dict, files, load_config, *rest)
 
         @staticmethod
         def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -85,6 +93,18 @@ def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
+def like_part(local: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Return a tensor as the local part of a DTensor that is divided as the parameter is; itself where that is none."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements, shape = (
+        parameter.device_mesh,
+        parameter.placements,
+        torch.Size((len(parameter), *local.shape[1:])),
+    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride())
+
+
 @functools.cache
 def _reading_experts(operation: Any) -> Any:
     """The loader's reading of a DTensor's part, which knows contiguous shares only, made to know ours too."""
@@ -102,7 +122,7 @@ def _reading_experts(operation: Any) -> Any:
             if self.experts is None:
                 return super().shard_tensor(source, tensor_idx, device, dtype)
             shape = source.shape if isinstance(source, torch.Tensor) else source.get_shape()
-            if tensor_idx is not None and len(shape) == self.param_ndim - 1:  # the files have a tensor per expert
+            if tensor_idx is not None and len(shape) < self.param_ndim:  # the files have a tensor per expert
                 is_own = tensor_idx % self.num_experts in self.experts
                 return source[...].to(device=device, dtype=dtype) if is_own else None
             first, last = self.experts[0], self.experts[-1]
@@ -112,6 +132,57 @@ def _reading_experts(operation: Any) -> Any:
 
     Reading.__module__ = __name__
     return Reading
+
+
+def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
+    """The loader's conversions, of which those that dequantise experts put together their values and scales instead."""
+    changed: list[Any] = []
+    for conversion in mapping:
+        first, *others = getattr(conversion, "operations", None) or [None]
+        target = conversion._original_target_patterns[0]
+        if not hasattr(first, "_dequantize_one") or not re.search(r"experts\.\w+_proj$", target):
+            changed.append(conversion)
+            continue
+        sources = conversion._original_source_patterns
+        for ending, suffix in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+            chosen = [source for source in sources if source.rstrip("$").endswith(f".{ending}")]
+            part = type(conversion)(source_patterns=chosen, target_patterns=[target + suffix], operations=others)
+            part.scope_prefix, part.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+            changed.append(part)
+    return changed
+
+
+@functools.cache
+def _dequantising_all(operation: Any) -> Any:
+    """The loader's dequantisation of fp8, made right for sizes that end within a block, such as DeepSeek-V3's 576.
+
+    And for weights of such a checkpoint that are not in fp8, which came out in the dtype of the files.
+    """
+    if operation.__module__ == __name__:
+        return operation
+
+    class Dequantising(operation):
+        def _dequantize_one(
+            self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
+        ) -> torch.Tensor:
+            block, (rows, columns) = self.hf_quantizer.quantization_config.weight_block_size, quantized.shape[-2:]
+            if block and scales.ndim >= 2:
+                whole = scales.shape[-2] * block[0], scales.shape[-1] * block[1]
+                if 0 <= whole[0] - rows < block[0] and 0 <= whole[1] - columns < block[1]:
+                    missing = (0, whole[1] - columns, 0, whole[0] - rows)
+                    quantized = torch.nn.functional.pad(quantized.float(), missing)
+            return super()._dequantize_one(quantized, scales, output_dtype)[..., :rows, :columns]
+
+        def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **kwargs: Any) -> Any:
+            found = super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
+            kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+            is_kept = any(name in full_layer_name for name in kept)
+            dtype = torch.float32 if is_kept else self._get_target_dtype(model, full_layer_name)
+            lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+            return {name: [tensor.to(dtype) for tensor in tensors] for name, tensors in lists.items()}
+
+    Dequantising.__module__ = __name__
+    return Dequantising
 
 
 def versions() -> dict[str, str]:
@@ -183,8 +254,10 @@ def class_from_folder(reference: str, folder: str) -> Any:
 
 def dequantisation_config(method: str, settings: dict[str, Any]) -> Any:
     """Return what makes the loader undo a quantisation by Transformers' method of that name, such as `fp8`."""
+    from transformers.integrations import finegrained_fp8
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    finegrained_fp8.Fp8Dequantize = _dequantising_all(finegrained_fp8.Fp8Dequantize)
     return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ class LocalExperts:
             return hidden_states.new_zeros((0, hidden_states.shape[1]))
         counts = torch.as_tensor(tokens_per_expert, device=hidden_states.device)
         offsets = counts.cumsum(0, dtype=torch.int32)
-        if hidden_states.is_cuda and hidden_states.dtype is torch.bfloat16 and is_fp8(module) and self.run_on_device:
+        is_bfloat16 = hidden_states.dtype is torch.bfloat16
+        if is_bfloat16 and kernels_read_fp8(hidden_states.device) and is_fp8(module) and self.run_on_device:
             starts = torch.nn.functional.pad(offsets, (1, 0))
             return self.on_device(hidden_states, None, gather_index.to(torch.int32), starts, num_pairs / has)
         is_transposed = getattr(module, "is_transposed", False)
@@ -111,14 +113,15 @@ class LocalExperts:
             rows = module.post_expert_norm(rows)
         return rows.to(hidden_states.dtype)
 
+    @torch.compiler.disable
     def alone(self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run a layer whose experts are all here: weighted sums of `[num_rows, hidden]`. No count leaves the device."""
         num_rows, top_k = topk_ids.shape
         ids, pairs = topk_ids.flatten().sort(stable=True)
-        offsets = torch.searchsorted(ids, torch.arange(self.num_local_experts + 1, device=ids.device))
+        offsets = torch.searchsorted(ids, torch.arange(self.num_local_experts + 1, dtype=ids.dtype, device=ids.device))
         outputs = self(rows, pairs // top_k, offsets.diff()).float() * topk_weights.flatten()[pairs, None]
         by_choice = torch.empty_like(outputs).index_copy_(0, pairs, outputs)
-        return by_choice.view(num_rows, top_k, -1).sum(1).to(rows.dtype)
+        return by_choice.view(num_rows, top_k, rows.shape[1]).sum(1).to(rows.dtype)
 
     @functools.cached_property
     def _clamp(self) -> tuple[float, float] | None:
@@ -229,6 +232,13 @@ def _fp8_linear(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, 
             output[start:end] = rows[start:end] @ dequantise(weight[expert], scales[expert], rows.dtype).T
         start = end
     return output
+
+
+@functools.cache
+def kernels_read_fp8(device: torch.device) -> bool:
+    """Return whether our kernels read fp8 on a device: a GPU of compute capability 9.0 or later, with Triton."""
+    is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return is_new and importlib.util.find_spec("triton") is not None
 
 
 def _grouped_mm_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from lockstep.errors import ConfigurationError
 
 BLOCK = 128
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 SCALES = "_scale_inv"  # a weight's scales are its sibling of that ending; values times scales are the weight
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 

@@ -23,6 +23,7 @@ class ModelOptions:
         tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
         dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
         dtype: of the weights, by name; `auto` is what the checkpoint says.
+        quantize_experts: `auto`, `fp8` or `none`, see `lockstep.from_pretrained`.
         device: `cpu`, `cuda`, or None for a GPU where there is one.
         max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
         max_model_len: maximum tokens per request, prompt included; None takes the model's context.
@@ -40,6 +41,7 @@ class ModelOptions:
     tensor_parallel_size: int = 1
     dispatcher: str = "auto"
     dtype: str = "auto"
+    quantize_experts: str = "auto"
     device: str | None = None
     max_chunk_size: int | None = None
     max_model_len: int | None = None

@@ -13,6 +13,7 @@ from lockstep.dispatch.choose import check_dispatcher
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int
+from lockstep.models.options import QUANTIZE_EXPERTS
 from lockstep.runner.options import ModelOptions
 from lockstep.workload import SchedulerConfig
 from lockstep.workload.policies import LOAD_BALANCING
@@ -66,7 +67,9 @@ class EngineOptions(ModelOptions):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_dispatcher(self.dispatcher)
-        for name, names in (("dtype", ("auto", *DTYPES)), ("load_balancing", LOAD_BALANCING)):
+        for name, names in (
+            ("dtype", ("auto", *DTYPES)), ("load_balancing", LOAD_BALANCING), ("quantize_experts", QUANTIZE_EXPERTS),
+        ):  # fmt: skip
             if getattr(self, name) not in names:
                 raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
         self.scheduler()
@@ -122,6 +125,7 @@ def load_model(options: ModelOptions, *, count_expert_load: bool = False) -> Any
         options.model,
         tensor_parallel_size=options.tensor_parallel_size,
         dtype=torch_dtype(options),
+        quantize_experts=options.quantize_experts,
         device=options.device,
         **_over_ranks(options, count_expert_load),
     )
@@ -133,7 +137,8 @@ def respreader_of(options: ModelOptions, store: Any, count_expert_load: bool) ->
     from lockstep.models.respread import Respreader
 
     over_ranks = ParallelOptions(**_over_ranks(options, count_expert_load))
-    return Respreader(options.model, over_ranks, store, dtype=torch_dtype(options))
+    how_loaded = {"dtype": torch_dtype(options), "quantize_experts": options.quantize_experts}
+    return Respreader(options.model, over_ranks, store, **how_loaded)
 
 
 def _over_ranks(options: ModelOptions, count_expert_load: bool) -> dict[str, Any]:

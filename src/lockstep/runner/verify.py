@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from lockstep.errors import ConfigurationError
+from lockstep.models.experts_modules import find_experts
 from lockstep.models.loading import load_pretrained
+from lockstep.moe.fp8 import dequantise_experts
 from lockstep.runner.options import RunOptions
 from lockstep.runner.ranks import load_tokenizer
 from lockstep.runner.run import load_requests, prompt_ids
@@ -51,7 +53,10 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
     outputs = _read_outputs(Path(options.out, "outputs.jsonl"))
     if not outputs or not requests:
         return Verification(None)
-    model = load_pretrained(options.model, dtype=getattr(torch, options.dtype), device=options.device or "cpu")
+    dtype, device = getattr(torch, options.dtype), options.device or "cpu"
+    model = load_pretrained(options.model, dtype=dtype, device=device, quantize_experts=options.quantize_experts)
+    for _, module in find_experts(model):
+        dequantise_experts(module, dtype)  # Transformers runs no experts in fp8 on a CPU
     problems: dict[int, str] = {}
     differing: dict[int, str] = {}
     for request in requests:
