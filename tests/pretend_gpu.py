@@ -37,7 +37,7 @@ _READS = {
 } | {torch.nonzero, torch.unique, torch.equal, torch.allclose, torch.masked_select}  # fmt: skip
 _INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
-_MIX = {torch.Tensor.copy_, _SET_DATA} | _INDEXED | _MOVES
+_MIX = {torch.Tensor.copy_, _SET_DATA, torch._has_compatible_shallow_copy_type} | _INDEXED | _MOVES
 
 _state = SimpleNamespace(recorder=None, forbidden=False, pending=[])
 
@@ -97,7 +97,7 @@ class _Gpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == _GET_DEVICE:
             return torch.device("cuda", torch.cuda.current_device()) if _on_gpu(args[0]) else func(*args)
-        if func is torch.device:
+        if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
         if func == _GET_IS_CUDA:
             return _on_gpu(args[0])
@@ -358,22 +358,28 @@ def _without_dependent_launch(*modules):
         module.gdc_wait = module.gdc_launch_dependents = lambda: None
 
 
-def multiply_bfloat16():
-    """Let the interpreter multiply matrices of bfloat16: it takes their bits for integers."""
+def compute_as_gpus():
+    """Let the interpreter multiply matrices of bfloat16, whose bits it takes for integers, and round to it, not cut."""
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    multiply = interpreter.InterpreterBuilder.create_dot
+    multiply, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
     def create_dot(self, a, b, *rest):
-        a, b = (
-            interpreter.TensorHandle((part.data.astype("uint32") << 16).view("float32"), tl.float32)
+        parts = [
+            TensorHandle((part.data.astype("uint32") << 16).view("float32"), tl.float32)
             if part.dtype.scalar == tl.bfloat16 else part
             for part in (a, b)
-        )  # fmt: skip
-        return multiply(self, a, b, *rest)
+        ]  # fmt: skip
+        return multiply(self, *parts, *rest)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def create_fp_trunc(self, source, target):
+        if target.scalar != tl.bfloat16 or source.dtype.scalar != tl.float32:
+            return truncate(self, source, target)
+        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16)
+        return TensorHandle(rounded.numpy(), target.scalar)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc = create_dot, create_fp_trunc
 
 
 def small_launch(nvlink):
@@ -394,7 +400,7 @@ def pretend(rank=0, num_gpus=1):
     from lockstep.moe import experts_kernels
 
     nvlink = interpret_wire()
-    multiply_bfloat16()
+    compute_as_gpus()
     _without_dependent_launch(attention_kernels, decoder_kernels, experts_kernels)
     nvlink.MappedMemory = Files
     nvlink.launch_sizes = lambda *_: small_launch(nvlink)
@@ -417,6 +423,14 @@ def pretend(rank=0, num_gpus=1):
         with _Gpu():
             run(thread)
 
+    make = torch.nn.Parameter.__new__
+
+    def make_parameter(cls, data=None, requires_grad=True):
+        parameter = make(cls, data, requires_grad)
+        parameter.on_gpu = _on_gpu(data)
+        return parameter
+
+    torch.nn.Parameter.__new__ = make_parameter
     GridExecutor.__call__, threading.Thread.run = call, run_pretending
     _fake_cuda(rank, num_gpus)
     return _Gpu().__enter__()

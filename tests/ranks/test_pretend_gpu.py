@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -150,6 +152,78 @@ def _two_ranks(rank, folder):
     assert [sum(pairs) for pairs in load.pairs] == [2 * rows, 2 * rows]
 
 
+def _a_model_of_transformers(rank, folder):
+    """The script of tests/gpu/test_model.py: decode and idle steps of `generate` as graphs, beside the whole model."""
+    sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+    import test_model
+
+    from pretend_gpu import pretend
+
+    pretend(rank, 2)
+    test_model.STEPS, test_model.PROMPT = 3, 5
+    script = test_model._Script(folder, torch.device("cuda", rank), "nvlink")
+    script.check("uneven batches", (2, 1))
+    script.check("an idle rank that does nothing at all", (0, 2))
+    assert script.replays == (8, 16)[rank]
+
+
+def _vllms_exchange(rank, folder):
+    """A step of vLLM, padded or in chunks, eagerly and by a graph that reads how many of its rows are tokens."""
+    from lockstep.dispatch.base import ExpertsShape
+    from lockstep.integrations.vllm_step import Step
+    from lockstep.moe.experts import LocalExperts
+    from lockstep.moe.reference import moe_reference
+    from pretend_gpu import pretend
+
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = (0.2 * torch.randn(4, 64, width, generator=generator).bfloat16() for width in (64, 32))
+    pretended = pretend(rank, 2)
+    from lockstep.integrations.vllm_exchange import LayerWeights, make_exchange
+
+    device, own = torch.device("cuda", rank), slice(2 * rank, 2 * rank + 2)
+    layer = SimpleNamespace(w13_weight=gate_up[own].to(device), w2_weight=down[own].to(device))
+    parallel = SimpleNamespace(sp_size=1, ep_rank=rank)
+    moe = SimpleNamespace(max_num_tokens=8, max_capture_size=4, moe_parallel_config=parallel)
+    experts, shape = LocalExperts(LayerWeights(layer)), ExpertsShape(4, 64, 2, torch.bfloat16, device)
+    step = Step(cell=torch.zeros(1, dtype=torch.int32, device=device))
+    exchange = step.exchanges[shape] = make_exchange(moe, shape, dist.group.WORLD, experts)
+
+    def inputs(counts):
+        rows = [torch.randn(count, 64, generator=generator).bfloat16() for count in counts]
+        ids = [torch.rand(count, 4, generator=generator).argsort(1)[:, :2].int() for count in counts]
+        return rows, ids, [torch.rand(count, 2, generator=generator) for count in counts]
+
+    def run(counts, tokens, replay=None):
+        every = inputs(counts)
+        mine = [one[rank].to(device) for one in every]
+        step.begin(tokens[rank])
+        output = exchange.run(step, experts, *mine, counts) if replay is None else replay(mine)
+        found = output.cpu()[: tokens[rank]].float()
+        sent = [[row[:number] for row, number in zip(one, tokens, strict=True)] for one in every]
+        expected = moe_reference([rows.float() for rows in sent[0]], *sent[1:], gate_up.float(), down.float())[rank]
+        assert torch.allclose(found, expected, atol=0.02, rtol=0.02), (found - expected).abs().max()
+
+    run([4, 2], [3, 2])
+    run([7, 5], [6, 0])  # more than the buffers for decoding hold
+    buffers = [one[rank].to(device) for one in inputs([4, 4])]
+    graph = torch.cuda.CUDAGraph()
+    step.begin(0)
+    graph.capture_begin(capture_error_mode="thread_local")
+    static = exchange.run(step, experts, *buffers, [4, 4])
+    graph.capture_end()
+
+    def replay(mine):
+        for buffer, values in zip(buffers, mine, strict=True):
+            buffer.copy_(values)
+        graph.replay()
+        return static
+
+    for tokens in ([4, 1], [0, 3], [2, 2]):
+        run([4, 4], tokens, replay)
+    step.check()
+    pretended.__exit__(None, None, None)
+
+
 def _child(rank, ranks, folder, name):
     os.environ.update(
         TRITON_INTERPRET="1", PRETENDED_MEMORY=folder, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
@@ -176,7 +250,7 @@ def _run(folder, name, ranks):
 
 @pytest.fixture
 def folder(tmp_path):
-    make_tiny(tmp_path / "tiny", num_layers=2, hidden_size=64)
+    make_tiny(tmp_path / "tiny", num_layers=2, hidden_size=64, dtype=torch.bfloat16)
     return tmp_path
 
 
@@ -188,3 +262,14 @@ def test_one_process_on_a_gpu_draws_transformers_tokens(folder):
 @pytest.mark.timeout(600)
 def test_two_ranks_replay_every_step_and_draw_the_tokens_of_one_process(folder):
     _run(folder, "_two_ranks", 2)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.timeout(600)
+def test_decode_and_idle_steps_of_generate_are_replayed(folder):
+    _run(folder, "_a_model_of_transformers", 2)
+
+
+@pytest.mark.ranks(2)
+def test_a_step_of_vllm_sends_its_tokens_and_no_padding(folder):
+    _run(folder, "_vllms_exchange", 2)

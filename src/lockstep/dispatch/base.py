@@ -124,8 +124,8 @@ class Dispatcher(Protocol):
                 `NO_EXPERT` for none.
             topk_weights: their weights, `[rows, top_k]`.
             num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; rows beyond them are not
-                sent. A captured graph reads it at each replay; it must equal `route.sizes[rank]`, which eager backends
-                use instead. None: all rows are tokens.
+                sent. A captured graph reads it at each replay. Backends that only run eagerly use `route.sizes[rank]`
+                instead, which must be the same. None: all rows are tokens.
         """
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:

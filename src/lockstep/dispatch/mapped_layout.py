@@ -1,4 +1,4 @@
-"""How the one-sided kernels are cut into blocks and tiles, and where what they exchange lies: alike on every rank."""
+"""Blocks and tiles of the one-sided kernels, and the layout of the memory they exchange; equal on all ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FP8_GROUP = 128  # values that share one scale in fp8 rows
 
 @dataclass(frozen=True)
 class LaunchSizes:
-    """How the kernels are cut into blocks and tiles; equal on all ranks.
+    """Blocks and tiles of the kernels; equal on all ranks.
 
-    All blocks of a launch wait for peers, so all must be resident at once: two per multiprocessor at most.
+    All blocks of a launch wait for peers, so all must be resident at once: at most two per multiprocessor.
     """
 
     order_blocks: int  # of the dispatch kernel, as `push_blocks`
@@ -23,20 +23,20 @@ class LaunchSizes:
     dispatch_tokens: int  # of a tile, as the next two; powers of two
     combine_tokens: int
     columns: int
-    tiny_tile: int  # routing words per source that the order holds in registers at least; a power of two
-    tiles: int  # how often that may double; beyond the largest the order goes by slices
-    word_tokens: int  # most tokens of a rank whose rows travel as words; in fp8 rows, half as long, twice as many
+    tiny_tile: int  # smallest number of routing words per source that the order holds in registers; a power of two
+    tiles: int  # number of such sizes, each twice the one before; larger orders go by slices
+    word_tokens: int  # maximum tokens of a rank whose rows travel as words; twice as many in fp8, of half the length
     slice: int = 256  # routing words that a block of a larger order counts at a time; a power of two, at most 256
     pairs: int = 256  # routing words that a block sends at a time; a power of two
-    round: int = 4  # most tiles that a combine block pushes to each peer between two flags
-    skew_tokens: int = 1024  # a rank with so many, and twice any other's, has its rows passed on from peer to peer
+    round: int = 4  # maximum tiles that a combine block pushes to each peer between two flags
+    skew_tokens: int = 1024  # with this many tokens, twice any other rank's, peers pass a rank's rows on to each other
     chain_round: int = 2  # tiles of such a rank that a block handles between two flags
 
 
 def launch_sizes(
     num_multiprocessors: int, num_ranks: int, num_local_experts: int, hidden_size: int, max_tokens_per_rank: int
 ) -> LaunchSizes:
-    """Return the launch sizes that were measured to be best on H200 (docs/benchmarks/gpu.md)."""
+    """Return the launch sizes measured to be best on H200 (docs/benchmarks/gpu.md)."""
     resident = 2 * num_multiprocessors
     columns = min(1024, max(FP8_GROUP, triton.next_power_of_2(hidden_size)))
     dispatch_tokens = min(16, 8192 // columns)

@@ -25,7 +25,7 @@ _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
 
 class MappedMemory:
-    """The memory of a process group's GPUs, by torch's symmetric memory. Tests put threads of one GPU in its place."""
+    """Maps the memory of a process group's GPUs by torch's symmetric memory. Tests replace it."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = process_group
@@ -40,17 +40,17 @@ class MappedMemory:
         return buffer, [int(address) for address in self._kept.buffer_ptrs]
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait for everything that this rank has launched."""
+        """Wait for all work that this rank has launched."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     def meet(self, deadline_s: float) -> None:
-        """Wait until all ranks have come. Collective; raises as `await_work`."""
+        """Wait for all ranks. Collective; raises as `await_work`."""
         await_work(dist.barrier(self._group, async_op=True), "barrier", self._group, deadline_s)
 
 
 class Buffers:
-    """What the kernels read and write: sections of this rank's `mapped` memory, and memory of this rank alone."""
+    """What the kernels read and write: sections of this rank's `mapped` memory, and private memory."""
 
     def __init__(self, dispatcher: NvlinkDispatcher, mapped: torch.Tensor, addresses: Sequence[int]) -> None:
         layout, device = dispatcher.layout, mapped.device
@@ -77,15 +77,16 @@ class Buffers:
 
 
 class NvlinkDispatcher:
-    """Brings tokens to their experts and back over NVLink; shapes are capacities, the counts stay on the device.
+    """Sends tokens to their experts and back over NVLink; shapes are capacities, the counts stay on the device.
 
-    Every rank makes the same calls in the same order **on one stream**: each kernel waits for its peers. A captured
-    graph may be replayed with any counts; all ranks replay. A handle holds until the next dispatch: `hidden_states` has
-    slot `rank * max_tokens_per_rank + token` for every token, of which those in `gather_index` mean anything; of it and
-    of `pair_weights`, `[ranks * max_tokens_per_rank * top_k]`, the first `expert_offsets[-1]` entries count.
+    Every rank must make the same calls in the same order **on one stream**, since each kernel waits for its peers. A
+    captured graph may be replayed with any counts, by all ranks together. A handle is valid until the next dispatch:
+    `hidden_states` has slot `rank * max_tokens_per_rank + token` for every token, defined where `gather_index` names
+    it; of `gather_index` and `pair_weights`, `[ranks * max_tokens_per_rank * top_k]`, the first `expert_offsets[-1]`
+    entries count.
 
-    `launch`: None takes the measured sizes. `share_device`: several ranks run on one GPU, for tests. `memory`: how
-    ranks map each other's. `status`: the word in host memory through which a kernel says that a rank did not come.
+    `launch`: None takes the measured sizes. `share_device`: several ranks run on one GPU, for tests. `memory`: maps the
+    ranks' memory. `status`: the word in host memory by which a kernel reports that a rank did not come.
     """
 
     name = "nvlink"
@@ -138,7 +139,7 @@ class NvlinkDispatcher:
         mapped.zero_()
         self.buffers = Buffers(self, mapped, addresses)
         self._under_way: DispatchHandle | None = None  # dispatched and not combined yet
-        # A kernel may begin while the one before it ends; its blocks then wait in place, which needs a GPU per rank.
+        # A kernel may begin while its predecessor ends; its blocks then wait in place, which needs a GPU per rank.
         early = self.device.type == "cuda" and not share_device
         self._dispatch_options, self._combine_options = self._options(early)
         self._settle()
@@ -146,7 +147,7 @@ class NvlinkDispatcher:
             self._warm_up()
 
     def _options(self, early: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the compile-time arguments and Triton's options of dispatch and of combine, by name."""
+        """Return the compile-time arguments and launch options of dispatch and of combine, by name."""
         launch, layout = self.launch, self.layout
         common = {
             "WORLD": self.num_ranks, "WORLD_POW2": triton.next_power_of_2(self.num_ranks), "HIDDEN": self.hidden_size,
@@ -172,7 +173,7 @@ class NvlinkDispatcher:
         return for_dispatch, for_combine
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
-        """See `Dispatcher.route`. A step that goes in one chunk can always be part of a graph."""
+        """See `Dispatcher.route`. A step of one chunk can always be captured."""
         check_sizes("route", sizes, self.num_ranks)
         chunk_size = min(limit or self.max_tokens_per_rank, self.max_tokens_per_rank)
         in_one = max(sizes) <= chunk_size
@@ -256,11 +257,11 @@ class NvlinkDispatcher:
     def _run(
         self, kernel: Any, blocks: int, kind: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """Launch a kernel, after its first call without Triton's specialisation; `kind` tells which binary it is."""
+        """Launch a kernel; calls after the first of a `kind` skip Triton's per-call argument specialization."""
         compiled = self._compiled.get((kernel, kind))
         if compiled is None:
             compiled = kernel[(blocks,)](*arguments, **options)
-            if compiled is not None:  # as under Triton's interpreter
+            if compiled is not None:  # None under Triton's interpreter
                 constants = tuple(options[name] for name in kernel.arg_names if name in options)
                 self._compiled[kernel, kind] = compiled[(blocks, 1, 1)], constants
             return
@@ -294,11 +295,11 @@ class NvlinkDispatcher:
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
 
     def set_deadline(self, deadline_s: float) -> None:
-        """Set the longest wait in seconds for a peer's flag in later calls; a graph keeps that of its capture."""
+        """Set the longest wait for a peer in later calls, in seconds; a graph keeps that of its capture."""
         self._deadline_s = deadline_s
 
     def reset(self) -> None:
-        """Start afresh after an error. Collective over the process group, on which all ranks must be alive."""
+        """Start over after an error. Collective: all ranks of the process group must be alive."""
         self._memory.synchronize(self.device)
         self._memory.meet(self._deadline_s)
         self.buffers.mapped[: self.layout.scales].zero_()
@@ -307,13 +308,13 @@ class NvlinkDispatcher:
         self._settle()
 
     def _settle(self) -> None:
-        """After the buffers were zeroed: clear the status and let no rank go on before all are ready."""
+        """Clear the status, once the buffers are zeroed, and wait until all ranks have done so."""
         self._memory.synchronize(self.device)
         self.status.zero_()
         self._memory.meet(self._deadline_s)
 
     def _warm_up(self) -> None:
-        """Compile and load the kernels with a round of zero tokens, before anybody waits for anybody in earnest."""
+        """Compile and load the kernels in a round of zero tokens, with a deadline that leaves time for it."""
         deadline_s, self._deadline_s = self._deadline_s, max(self._deadline_s, 300.0)
         rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
         ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
@@ -324,7 +325,7 @@ class NvlinkDispatcher:
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows contiguous and at a 16-byte address: other addresses would compile another kernel meanwhile."""
+    """Return the rows contiguous at a 16-byte address: another alignment would need another compiled kernel."""
     rows = rows.contiguous()
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 

@@ -1,7 +1,7 @@
 """Attention over paged keys and values, for all rows of a step at once.
 
-Which request a row belongs to and how many keys it sees are read from device memory, so one CUDA graph serves every
-step of its size. GPUs run our Triton kernels, other devices PyTorch's `scaled_dot_product_attention`.
+Each row's request and number of keys are read from device memory, so one CUDA graph serves every step of its size.
+GPUs run our Triton kernels, other devices PyTorch's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lockstep.workload import PAGE_SIZE
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer's attention is, besides its shapes."""
+    """A layer's kind of attention, besides its shapes."""
 
     scaling: float  # of the scores, usually `head_dim ** -0.5`
-    sliding_window: int | None = None  # how many keys a row sees at most, its own included; None for all
+    sliding_window: int | None = None  # maximum keys that a row sees, its own included; None for all
     softcap: float | None = None  # scores become `softcap * tanh(scores / softcap)`; None leaves them
-    sinks: Tensor | None = None  # `[num_heads]`: one more score per head, which takes its share and gives no value
+    sinks: Tensor | None = None  # `[num_heads]`: an extra score per head, which takes weight but adds no value
 
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Memory for pieces of rows, kept from call to call. Calls that share one must be on the same stream."""
+    """Memory for partial results, reused from call to call. Calls that share it must be on one stream."""
 
     partials: Tensor  # unnormalised sums of values, float32
     stats: Tensor  # their largest score and sum of weights, float32
@@ -39,7 +39,7 @@ class DecodeWorkspace:
 
 
 def attention_name(device: torch.device | str) -> str:
-    """Return which kernels attend on this device, and why, as one line for a report."""
+    """Return which attention kernels a device runs, and why, as one line for a report."""
     reason = _why_gathered(torch.device(device).type)
     return "Triton over pages" if reason is None else f"scaled_dot_product_attention ({reason})"
 
@@ -48,7 +48,7 @@ def decode_workspace(
     max_rows: int, num_heads: int, num_kv_heads: int, value_dim: int, device: torch.device | str,
     *, programs: int | None = None,
 ) -> DecodeWorkspace | None:  # fmt: skip
-    """Return memory, if a device needs any, for `attend_decode` calls of up to `max_rows` rows; layers can share it."""
+    """Return memory, if the device needs any, for `attend_decode` of up to `max_rows` rows; layers can share it."""
     device = torch.device(device)
     workspace: DecodeWorkspace | None = _implementation(device.type).decode_workspace(
         max_rows, num_heads, num_kv_heads, value_dim, device, programs
@@ -57,7 +57,7 @@ def decode_workspace(
 
 
 def write_keys(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
-    """Store rows' keys and values, `[rows, num_kv_heads, ..]`, at `slots`: page * 64 + place; negative ones nowhere."""
+    """Store rows' keys and values, `[rows, num_kv_heads, ..]`, at `slots`, page * 64 + offset; -1 is dropped."""
     if key.shape[0]:
         _implementation(key.device.type).write_keys(key, value, key_pages, value_pages, slots)
 
@@ -117,7 +117,7 @@ def _check(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, lengths: Tensor,
     options: AttentionOptions, out: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Look at shapes and dtypes, which costs the host nothing; return room for the result."""
+    """Check shapes and dtypes, which needs no wait for the device; return memory for the result."""
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = key_pages.shape[2]
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):

@@ -1,4 +1,4 @@
-"""The functions of `attention.py` by Triton kernels: how they are cut, launched, and what they work in."""
+"""The functions of `attention.py` by Triton kernels: tiles, launches, workspace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DecodeTiles:
     stages: int = 4  # tiles in flight per program, plus one
     num_warps: int = 4
     programs_per_sm: int = 2  # programs that share a multiprocessor; the grid is at most that many times their number
-    max_pieces: int = 32  # of a row, about. More fill the machine with one long row, and are more to merge
+    max_pieces: int = 32  # of a row, about. More pieces spread one long row better, but take longer to merge
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def max_programs(device: torch.device, tiles: DecodeTiles) -> int:
 
 
 def _dense_heads(rows: Tensor) -> Tensor:
-    """A head's numbers next to each other; any strides of rows and heads."""
+    """Return rows whose heads are contiguous; rows and heads may have any strides."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -76,7 +76,7 @@ def _launch_options(device: torch.device) -> dict[str, bool]:
 def decode_workspace(
     max_rows: int, num_heads: int, num_kv_heads: int, value_dim: int, device: torch.device, programs: int | None
 ) -> DecodeWorkspace:
-    """Make room for the pieces of rows that up to `programs` programs leave; None for the largest grid."""
+    """Allocate memory for the partial results of up to `programs` programs; None for the largest grid."""
     programs = programs or max_programs(device, DecodeTiles())
     group_pad = power_of_2(num_heads // num_kv_heads)
     return DecodeWorkspace(

@@ -1,4 +1,4 @@
-"""The device's side of a step: rows laid out, a forward pass or a graph's replay, tokens drawn. Nothing waits here."""
+"""A step on the device: lay out rows, run a forward pass or replay a graph, draw tokens. The host never waits here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EngineRequest:
     generated: list[int] = field(default_factory=list)  # tokens that are on the host
     page_keys: Sequence[PageKey] = ()  # of whole pages of the prompt, where they may be shared
     row: int = _NOWHERE  # of the block table, while it holds pages
-    scheduled_to_end: bool = False  # whether its last token is being drawn
+    scheduled_to_end: bool = False  # whether an issued step draws its last token
 
     @property
     def tokens(self) -> list[int]:
@@ -48,7 +48,7 @@ class EngineRequest:
 
 
 class DeviceStep:
-    """Runs the steps of one rank on its device: `decoder` one forward pass, `graphs`, if there are any, whole steps."""
+    """Runs one rank's steps on its device: `decoder` runs a forward pass, `graphs`, if not None, whole steps."""
 
     def __init__(
         self, model: Any, parallel: ModelParallel | None, cache: KVCache, sampler: Sampler, config: SchedulerConfig,
@@ -59,7 +59,7 @@ class DeviceStep:
         self._parallel = parallel
         self._sampler = sampler
         self._device = cache.block_table.device
-        # The token that each row of the table goes on with; the host may not know it yet.
+        # The last token of each row of the table; the host may not know it yet.
         self._last_tokens = torch.zeros(cache.block_table.shape[0], dtype=torch.int64, device=self._device)
         self._free_rows = list(range(cache.block_table.shape[0] - 1, -1, -1))
         fused: FusedDecoder | None = None
@@ -76,7 +76,7 @@ class DeviceStep:
             self.graphs.capture()
 
     def seat(self, request: EngineRequest, num_cached: int = 0) -> None:
-        """Give a request a row of the block table, if it has none; `num_cached` tokens of its first pages are known."""
+        """Give a request a row of the block table, if it has none; its first `num_cached` tokens are in known pages."""
         if request.row == _NOWHERE:
             request.row = self._free_rows.pop()
             self._sampler.set(request.row, request.params, request.seed, request.prompt, request.generated)
@@ -85,7 +85,7 @@ class DeviceStep:
                 self.cache.share(request.row, keys, _packed(request.prompt[:num_cached]))
 
     def unseat(self, request: EngineRequest) -> None:
-        """Take row and pages back, if it has any. Steps that are issued still read them; later ones write to them."""
+        """Free a request's row and pages, if any. Issued steps still read them; only later ones write to them."""
         if request.row != _NOWHERE:
             self.cache.release(request.row)
             self._sampler.clear(request.row)
@@ -110,7 +110,7 @@ class DeviceStep:
         self.cache.flush()
         sampled = [request.row for request, entry in zip(requests, entries, strict=True) if entry.samples]
         replayed = None
-        # By the agreed counts alone: a graph holds one backend, and all ranks have to take the same.
+        # Decided by agreed counts alone: a graph holds one backend, and all ranks must take the same.
         if captures:
             assert self.graphs is not None and step is not None
             if len(entries) == num_decode:
@@ -119,7 +119,7 @@ class DeviceStep:
                 replayed = self.graphs.run_mixed(_lay_out_on_host(entries, requests, num_decode), step)
         logits, rows, positions = replayed or self._run_eagerly(_lay_out_on_host(entries, requests, num_decode))
         drawn = self._sample(logits, rows, positions, sampled) if sampled and logits is not None else None
-        # As in the scheduler, the pages that prompts have filled are known from the next step on.
+        # As in the scheduler, pages that prompts have filled are known from the next step on.
         for entry, request in zip(entries[num_decode:], requests[num_decode:], strict=True):
             first, stop = entry.start // PAGE_SIZE, (entry.start + entry.num_tokens) // PAGE_SIZE
             if keys := request.page_keys[first:stop]:
@@ -128,7 +128,7 @@ class DeviceStep:
 
     def _run_eagerly(self, host: HostRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of the sampled rows, their rows of the block table, and the positions of the next tokens."""
-        # Copied at once, in the order of the stream.
+        # One copy for all, in stream order.
         lists = host.ids, host.positions, host.row_seqs, host.sampled, host.prompts, host.cu_rows, host.lengths
         packed = torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int32)
         if self._device.type == "cuda":
@@ -140,9 +140,9 @@ class DeviceStep:
         return self.decoder(rows), row_seqs[sampled], rows.positions[sampled] + 1
 
     def lay_out(self, ids: Tensor | None, positions: Tensor, row_seqs: Tensor) -> Rows:
-        """Return the rows of requests that generate, of `[num_rows]` int32; on the device, so that a graph may hold it.
+        """Return the rows of requests that generate, all `[num_rows]` int32; on the device alone, for CUDA graphs.
 
-        A token of -1, or None in place of all, is the one its request drew last; `row_seqs` is -1 for padding.
+        A token of -1, or None for all, stands for the one its request drew last; `row_seqs` is -1 for padding.
         """
         real, seqs = row_seqs >= 0, row_seqs.clamp(min=0).long()
         last = self._last_tokens[seqs]
@@ -153,14 +153,14 @@ class DeviceStep:
         return Rows(ids, positions.long(), row_seqs, lengths, slots, num_decode=len(row_seqs))
 
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, host_rows: list[int]) -> Sampled:
-        """Draw a token for each row of `logits`, and start its way to the host."""
+        """Draw a token for each row of `logits`, and start the copy to the host."""
         drawn = self._sampler.sample(logits, rows, positions, host_rows)
         drawn = replace(drawn, tokens=self._first_ranks_tokens(drawn.tokens))
         self._last_tokens.index_copy_(0, rows.long(), drawn.tokens)
         return drawn.to_host()
 
     def _first_ranks_tokens(self, tokens: Tensor) -> Tensor:
-        """Take what the first rank of a tensor-parallel group has drawn: logits may differ there in a last bit."""
+        """Take the tokens that a tensor-parallel group's first rank drew: ranks' logits may differ in the last bit."""
         parallel = self._parallel
         if parallel is None or parallel.config.tensor_parallel_size == 1:
             return tokens
@@ -172,7 +172,7 @@ class DeviceStep:
 
 
 def _lay_out_on_host(entries: Sequence[StepEntry], requests: Sequence[EngineRequest], num_decode: int) -> HostRows:
-    """Lay out the rows of a step, those that generate first, as plain integers."""
+    """Lay out a step's rows as plain integers, those that generate first."""
     host = HostRows(num_decode, cu_rows=[num_decode])
     for index, (entry, request) in enumerate(zip(entries, requests, strict=True)):
         stop = entry.start + entry.num_tokens

@@ -1,8 +1,8 @@
-"""Steps as CUDA graphs, right for any counts of the other ranks.
+"""Steps as CUDA graphs, valid for any counts of the other ranks.
 
-How many rows are real a graph reads from device memory; others go to no expert, write no key and attend to nothing. So
-each rank replays the smallest graph that its own rows fit into. Graphs of decoding are captured at start, those of
-steps with prompts when a step of their size first comes.
+A graph reads the number of real rows from device memory; the rest go to no expert, write no key and attend to nothing.
+So each rank replays the smallest graph that its own rows fit into. Decoding graphs are captured at start, those of
+steps with prompts when a step of their size first occurs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class HostRows:
-    """A step's rows as plain integers, as in `Rows` and `Prompts`; a token of -1 is the one its request drew last."""
+    """`Rows` and `Prompts` of a step as plain integers; a token of -1 stands for the one its request drew last."""
 
     num_decode: int
     ids: list[int] = field(default_factory=list)
@@ -40,19 +40,19 @@ class HostRows:
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Return how many rows the graphs have room for: 0, the powers of two, and `max_rows`."""
+    """Return the decoding graphs' numbers of rows: 0, the powers of two, and `max_rows`."""
     powers = (2**i for i in itertools.count())
     return [0, *itertools.takewhile(lambda size: size < max_rows, powers), max_rows]
 
 
 def mixed_sizes(max_rows: int) -> list[int]:
-    """Return how many rows graphs with prompts have room for, at most a quarter more than needed: 64, 80, 96, ..."""
+    """Return the numbers of rows of graphs with prompts, at most a quarter more than needed: 64, 80, 96, ..."""
     steps = (size for i in itertools.count(6) for size in range(2**i, 2 ** (i + 1), 2**i // 4))
     return [*itertools.takewhile(lambda size: size < max_rows, steps), max_rows]
 
 
 class EngineGraphs:
-    """The graphs of one rank's steps: of decoding up to `max_rows` rows, and of prompts up to `max_mixed_rows`."""
+    """One rank's graphs: of decoding steps up to `max_rows` rows, and of steps with prompts up to `max_mixed_rows`."""
 
     def __init__(
         self, parallel: ModelParallel, decoder: Callable[[Rows], Tensor],
@@ -62,7 +62,7 @@ class EngineGraphs:
         self._layers = parallel.layers
         self._decoder = decoder
         self._lay_out = lay_out
-        # One copy brings a step's inputs: how many rows are real, their rows of the block table, their positions.
+        # A step's inputs, for one copy: how many rows are real, their rows of the block table, their positions.
         self._inputs = torch.zeros(1 + 2 * max_rows, dtype=torch.int32, device=device)
         self._inputs[1 : 1 + max_rows] = -1
         self._max_rows = max_rows
@@ -75,7 +75,7 @@ class EngineGraphs:
         self._device = device
 
     def capture(self) -> None:
-        """Capture all graphs, the largest first: the others use its memory. Collective; each pass runs once before."""
+        """Capture all graphs, the largest first: others reuse its memory. Collective. Each pass runs once before."""
         for many in (True, False):
             for size in reversed(self._sizes):
                 with self._begin(size, many, self._inputs) as step:
@@ -89,9 +89,10 @@ class EngineGraphs:
     def run(
         self, row_seqs: Sequence[int], positions: Sequence[int], step: Step
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Replay the smallest graph that the rows fit into; return logits (None without rows) until the next replay.
+        """Replay the smallest graph that the rows fit into.
 
-        With them, on the device: `row_seqs` and the position of each row's next token, `[num_rows]` int32.
+        Returns logits, valid until the next replay (None without rows), and, on the device, `row_seqs` and the position
+        of each row's next token, `[num_rows]` int32.
         """
         num_rows, most = len(row_seqs), self._max_rows
         size = next(size for size in self._sizes if size >= num_rows)
@@ -105,7 +106,7 @@ class EngineGraphs:
         return (None if logits is None else logits[:num_rows]), own_rows[:num_rows], own_positions[:num_rows] + 1
 
     def run_mixed(self, host: HostRows, step: Step) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As `run`, for a step with prompts, captured if need be; None where no graph has room or a capture failed."""
+        """As `run`, for a step with prompts; captures if needed. None if no graph is large enough or capture failed."""
         num_rows, num_prompts = len(host.ids), len(host.prompts)
         size = next((size for size in self._mixed_sizes if size >= num_rows), None)
         if size is None or num_prompts > self._max_rows:
@@ -133,18 +134,18 @@ class EngineGraphs:
             graph, outputs = self._capture(
                 size, many, inputs, lambda size, step: self._mixed_pass(size, inputs), "relaxed"
             )
-        except RuntimeError as error:  # nothing has run: the step goes on without a graph
+        except RuntimeError as error:  # nothing has run: the step continues without a graph
             logger.warning("steps of %d rows with prompts cannot be CUDA graphs: %s", size, error)
             return None
         return _MixedGraph(graph, inputs, *outputs)
 
     def _mixed_lengths(self, size: int) -> list[int]:
-        """Lengths of a mixed step's inputs: 2 counts, ids, positions, row_seqs, prompts, cu_rows, lengths, sampled."""
+        """Lengths of the inputs' parts: 2 counts, ids, positions, row_seqs, prompts, cu_rows, lengths, sampled."""
         most = self._max_rows
         return [2, size, size, size, most, most + 1, most, min(size, most)]
 
     def _mixed_inputs(self, size: int) -> Tensor:
-        """Room for the inputs of a step with prompts, as of one without real rows."""
+        """Return a buffer for the inputs of a step with prompts, filled for one without real rows."""
         inputs = torch.zeros(sum(self._mixed_lengths(size)), dtype=torch.int32, device=self._device)
         inputs.split(self._mixed_lengths(size))[3].fill_(-1)
         return inputs
@@ -192,7 +193,7 @@ class EngineGraphs:
 
 
 class _MixedGraph(NamedTuple):
-    """A graph of steps with prompts, and what it reads and writes."""
+    """A graph of a step with prompts, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor

@@ -1,4 +1,4 @@
-"""Keys and values in pages: one pair of tensors per layer, a table of pages per request, a list of free pages."""
+"""Paged keys and values: a pair of tensors per layer, a table of each request's pages, a list of free pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIRST_PAGES = 32  # of a cache that grows
 
 
 class KVShape(NamedTuple):
-    """What one layer keeps of a token: heads, and the width of a head's key and of its value."""
+    """What one layer stores per token: key heads, and the width of a head's key and value."""
 
     num_kv_heads: int
     head_dim: int
@@ -26,24 +26,24 @@ class KVShape(NamedTuple):
 
 
 def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
-    """Return the bytes that one page takes in all layers together."""
+    """Return the bytes of one page over all layers."""
     return sum(PAGE_SIZE * s.num_kv_heads * (s.head_dim + s.value_dim) for s in shapes) * dtype.itemsize
 
 
 @dataclass
 class _KnownPage:
-    """A page with the tokens of a prompt's beginning, which several requests may hold."""
+    """A page of a prompt's prefix, which several requests may share."""
 
     page: int
-    token_ids: bytes  # of it; those of the pages before it were compared when it was remembered
-    num_holders: int = 0  # requests that hold it
+    token_ids: bytes  # of this page; those of the pages before it were compared when it was remembered
+    num_holders: int = 0  # requests that use it
 
 
 class KVCache:
-    """The pages of one rank; with `num_pages` None a few at first, doubled when they run out (not with graphs).
+    """The pages of one rank. With `num_pages=None`, their number doubles when they run out (not with graphs).
 
-    Pages are handed out and taken back on the host, at once; the table in device memory follows at `flush`, in the
-    order of the stream. So a page may be given to another request while a step that reads it still runs.
+    The host allocates and frees pages immediately; the table in device memory follows at `flush`, in stream order. So a
+    page may be given to another request while a step that reads it still runs.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class KVCache:
         self.num_pages = num_pages or _FIRST_PAGES
 
         def pages(num_kv_heads: int, dim: int) -> torch.Tensor:
-            # Zeros, not garbage: a NaN in a value that no row may see would still spoil a product with a weight of 0.
+            # Zeros, not garbage: a NaN in a value that no row sees would spoil even a product with a weight of 0.
             return torch.zeros(self.num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
 
         # Per layer, `[num_pages, PAGE_SIZE, num_kv_heads, head_dim or value_dim]`.
         self.key_pages = [pages(shape.num_kv_heads, shape.head_dim) for shape in shapes]
         self.value_pages = [pages(shape.num_kv_heads, shape.value_dim) for shape in shapes]
-        # Pages of each row; entries beyond a request's pages mean nothing.
+        # Pages of each row; entries beyond a request's pages are undefined.
         self._width = num_pages_of(max_model_len)
         self.block_table = torch.zeros(max_num_seqs, self._width, dtype=torch.int32, device=device)
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -74,11 +74,11 @@ class KVCache:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no request holds and that are not known."""
+        """Pages that hold nothing: neither of a request nor of a known prefix."""
         return len(self._free)
 
     def grow(self, row: int, num_tokens: int) -> None:
-        """Give a request the pages that `num_tokens` need, the step to come included; those that it has stay."""
+        """Give a request the pages that its first `num_tokens` tokens need, besides those it has."""
         pages = self._pages[row]
         for index in range(len(pages), num_pages_of(num_tokens)):
             if not self._free and self._grows:
@@ -99,7 +99,7 @@ class KVCache:
         self.num_pages *= 2
 
     def release(self, row: int) -> None:
-        """Take all pages of a request back. Known ones stay known, and nobody writes to them."""
+        """Free a request's pages. Known pages stay known, and are not written to."""
         for page in reversed(self._pages[row]):
             known = self._known_pages.get(page)
             if known is None:
@@ -109,7 +109,7 @@ class KVCache:
         self._pages[row] = []
 
     def share(self, row: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Let a request without pages begin with known ones, which have to hold the same tokens, 4 bytes each."""
+        """Start a request with known pages, which must hold the same tokens, 4 bytes each."""
         for index, key in enumerate(keys):
             known = self._known[key]
             if known.token_ids != _page_of(token_ids, index):
@@ -119,7 +119,7 @@ class KVCache:
             self._changes[row * self._width + index] = known.page
 
     def remember(self, row: int, first: int, keys: Sequence[PageKey], token_ids: bytes) -> None:
-        """Note that the step issued last has filled a prompt's pages from `first` on; equal known ones replace them."""
+        """Make a prompt's pages from `first` on known, which the last step filled; equal known ones replace them."""
         pages = self._pages[row]
         for index, key in enumerate(keys, first):
             known = self._known.get(key)
@@ -133,7 +133,7 @@ class KVCache:
             known.num_holders += 1
 
     def forget(self, keys: Sequence[PageKey]) -> None:
-        """Free known pages that no request holds."""
+        """Free known pages that no request uses."""
         for key in keys:
             known = self._known[key]
             assert not known.num_holders
@@ -142,7 +142,7 @@ class KVCache:
             self._free.append(known.page)
 
     def workspace(self, num_heads: int, layer: int) -> DecodeWorkspace | None:
-        """Return what `attend_decode` works in; layers of one shape share it, since they run one after another."""
+        """Return the workspace of `attend_decode`; layers of one shape share it, since they run one after another."""
         _, _, num_kv_heads, value_dim = self.value_pages[layer].shape
         key = num_heads, num_kv_heads, value_dim
         if key not in self._workspaces:
@@ -151,7 +151,7 @@ class KVCache:
         return self._workspaces[key]
 
     def flush(self) -> None:
-        """Bring the table in device memory up to date, in the order of the current stream."""
+        """Update the table in device memory, on the current stream."""
         if not self._changes:
             return
         changes = torch.tensor([list(self._changes), list(self._changes.values())], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""One rank's requests to tokens: every step agreed with all ranks, planned and issued while the step before it runs."""
+"""Generates tokens for one rank's requests: each step is agreed on and issued while the step before it runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord(StepRecord):
-    """A step record with the rank's `SchedulerState`: the holding of prompts and load balancing are decided by it."""
+    """A step record with the rank's `SchedulerState`, which decides on held prompts and load balancing."""
 
     num_outstanding_tokens: int = decided("gather", 0)
     num_kv_tokens: int = decided("gather", 0)
@@ -47,7 +47,7 @@ class EngineRecord(StepRecord):
 
 @dataclass(frozen=True, slots=True)
 class _CacheRecord(StepRecord):
-    """Before the first step: how many pages each rank has room for."""
+    """Before the first step: how many pages fit into each rank's memory."""
 
     num_pages: int = decided("min", 0)
 
@@ -60,20 +60,20 @@ class TokenOutput(NamedTuple):
     token_id: int
     logprob: float | None = None  # where the request asks
     top_logprobs: tuple[tuple[int, float], ...] | None = None  # where the request asks, most likely first
-    finish_reason: str | None = None  # `stop` or `length` where it is the request's last
+    finish_reason: str | None = None  # `stop` or `length` if it is the request's last
 
 
 @dataclass
 class StepReport:
-    """What one step was, known once its tokens are on the host. Times are by `time.perf_counter`."""
+    """Facts about one step, complete once its tokens are on the host. Times are of `time.perf_counter`."""
 
     schedule: Schedule  # this rank's part of it
     num_tokens_across_dp: tuple[int, ...]  # rows of every data-parallel rank
-    began_s: float = 0.0  # this rank began to plan it
-    agreed_s: float = 0.0  # all ranks had agreed on it
-    # Its tokens had been drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step before, if later.
+    began_s: float = 0.0  # when this rank began to plan it
+    agreed_s: float = 0.0  # when all ranks had agreed on it
+    # When its tokens were drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step before, if later.
     done_s: float = 0.0
-    waited_s: float = 0.0  # in this rank's collectives for other ranks, as far as the host knows
+    waited_s: float = 0.0  # for other ranks in this rank's collectives, as far as the host knows
     overrun_rows: int = 0  # of requests that had ended when the step ran; their tokens were dropped
     replayed: bool = False  # whether this rank ran it as a CUDA graph
 
@@ -90,31 +90,31 @@ class _Flight:
 
 
 class RankEngine:
-    """Runs the requests of one rank; every rank of the model has one, and all call `step` equally often.
+    """Runs the requests of one rank. Every rank of the model has an engine, and all call `step` equally often.
 
-    The order of a step: the tokens of the step before the last are on the host; requests that they ended leave; the
-    next step is scheduled and agreed; it is issued behind the one that runs; then that one's tokens are waited for. So
-    the host works while the GPU does. A request that ended by a stop token may have one row in the step that was
-    scheduled before its token was known: an overrun row, whose token is dropped.
+    `step` schedules and agrees on the next step, issues it behind the running one, then waits for the running step's
+    tokens and removes the requests that these end. So the host works while the GPU does. A request that a stop token
+    ends may have one row in a step that was scheduled before the token was known: an overrun row, whose token is
+    dropped.
 
     Args:
         model: a Transformers causal language model, from `lockstep.from_pretrained` or `lockstep.parallelize`, whose
             ranks have been opened (`ModelParallel.open`); in a single process, any.
         config: limits of a step and of the cache; equal on all ranks.
-        max_model_len: most tokens of a request, prompt included; None takes the model's context.
-        gpu_memory_utilization: share of the GPU's memory that model, cache and everything else may take together;
-            decides the size of the cache where `config.kv_capacity_tokens` is None.
+        max_model_len: maximum tokens of a request, prompt included; None takes the model's context.
+        gpu_memory_utilization: share of the GPU's memory for model, cache and everything else; determines the size of
+            the cache if `config.kv_capacity_tokens` is None.
         eos_token_ids: tokens that end a request.
-        graphs: run decoding as CUDA graphs where that is possible.
+        graphs: run steps as CUDA graphs where possible.
 
     Attributes:
         scheduler: this rank's queue.
-        state: of this rank's scheduler, as of after the step planned last.
-        states: of all ranks' schedulers, as agreed last, in rank order.
-        num_tokens_across_dp: rows of every data-parallel rank in the step agreed last.
+        state: this rank's scheduler state after the last step planned.
+        states: all ranks' scheduler states at the last agreement, in rank order.
+        num_tokens_across_dp: rows of every data-parallel rank in the last step agreed on.
         all_stopped: whether no rank had or expected work at the last agreement.
         messages_alike: whether ranks with the same requests got the same messages, as far as all of them have them.
-        elapsed_ms: the largest that any rank has handed to `step` up to the last agreement.
+        elapsed_ms: the largest that any rank has passed to `step`, up to the last agreement.
         epoch_ends: whether any rank has handed `ends_epoch` to the last step: no rank may call `step` any more.
         step_number: of the next step.
         page_keys_of: keys of the whole pages of a prompt's tokens, by which prefix pages are shared.
@@ -176,14 +176,14 @@ class RankEngine:
         self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None,
         generated: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Take a request in; it may run from the next step on.
+        """Add a request; it may run from the next step on.
 
         Args:
-            request_id: a number that no unfinished request has.
+            request_id: unique among unfinished requests.
             prompt_token_ids: at least one.
             params: how to sample and when to stop.
             seed: of its random numbers; None takes `params.seed`, or the request's number.
-            generated: its tokens so far, where another rank began it: it goes on behind them.
+            generated: its tokens so far, if another rank began it.
 
         Raises:
             ConfigurationError: a request that exceeds `limits`, or a number in use. Nothing else is affected.
@@ -200,10 +200,7 @@ class RankEngine:
         self.scheduler.add(request, self.step_number, keys)
 
     def abort(self, request_id: int, *, missing_ok: bool = False) -> None:
-        """Let a request go; a number of no unfinished one is an error unless `missing_ok`.
-
-        It may have rows in steps that are agreed already; their tokens are dropped.
-        """
+        """Drop a request, and the tokens of rows that were agreed on; unknown numbers raise unless `missing_ok`."""
         if request := self._requests.pop(request_id, None):
             self._leave(request)
         elif not missing_ok:
@@ -211,7 +208,7 @@ class RankEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether this rank has work, or tokens that were not handed out yet."""
+        """Whether this rank has work, or tokens that it has not returned yet."""
         return self._flight is not None or self.scheduler.state().num_outstanding_tokens > 0
 
     @property
@@ -225,16 +222,16 @@ class RankEngine:
         return self.parallel is not None and self.parallel.coordinator.transport.can_watch
 
     def others_wait(self) -> bool:
-        """Return whether another rank has begun the next agreement; False where that is not known."""
+        """Return whether another rank has begun the next agreement; False if that is unknown."""
         return self.parallel is not None and self.parallel.coordinator.transport.wanted()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks, in place of the next agreement, why this one has failed; they raise then."""
+        """Tell the other ranks, instead of the next agreement, why this one has failed; they then raise."""
         if self.parallel is not None:
             self.parallel.coordinator.fail(error, EngineRecord)
 
     def num_messages_everywhere(self, received: int) -> int:
-        """Return how many messages all ranks with the same requests have got, this one `received`: those to act on."""
+        """Return how many messages all ranks with the same requests have, to act on; this rank has `received`."""
         return min(self._num_messages[self._alike]) if self.shares_requests else received
 
     @property
@@ -243,7 +240,7 @@ class RankEngine:
         return self._tp_size > 1
 
     def about(self) -> dict[str, Any]:
-        """Return what a person may want to know of this engine, and what was chosen for it, as plain values."""
+        """Return this engine's settings and choices as plain values, for logs and reports."""
         dispatcher = self.parallel.layers[0].dispatcher if self.parallel is not None else None
         dtype = self.model.get_input_embeddings().weight.dtype
         return {
@@ -261,7 +258,7 @@ class RankEngine:
         }
 
     def _against_graphs(self) -> str:
-        """Say why steps are no CUDA graphs; nothing where they are."""
+        """Return why steps are not CUDA graphs, or an empty string."""
         if self._device_step.graphs is not None:
             return ""
         if self._device.type != "cuda":
@@ -281,10 +278,10 @@ class RankEngine:
 
         Args:
             unfinished: whether this rank may get more work; None for whether it has any now.
-            num_messages: how many messages this rank has got, see `num_messages_everywhere`.
-            messages_check: hash of those that all ranks with the same requests had at the agreement before, 31 bits;
-                afterwards `messages_alike` says whether theirs are the same.
-            elapsed_ms: time since the run's start on this rank; afterwards the attribute has all ranks' maximum.
+            num_messages: how many messages this rank has, see `num_messages_everywhere`.
+            messages_check: 31-bit hash of those that all ranks with the same requests had at the previous agreement;
+                sets `messages_alike`.
+            elapsed_ms: time since the run's start on this rank; the attribute becomes all ranks' maximum.
             ends_epoch: this is to be the last step, on all ranks, since other members will work.
 
         Raises:
@@ -309,12 +306,12 @@ class RankEngine:
                 self._flight = self._issue(report, decision)
             return self._collect(before)
         except Exception as error:
-            self.fail(error)  # this rank has taken part in all that was agreed; now the others learn why it stops
+            self.fail(error)  # this rank has done all that was agreed on; now it tells the others why it stops
             raise
 
     @torch.no_grad()
     def drain(self) -> list[TokenOutput]:
-        """Return the tokens of the last step. Not collective: call it where no rank has work left."""
+        """Return the tokens of the last step. Not collective: call it when no rank has work left."""
         before, self._flight = self._flight, None
         return self._collect(before)
 
@@ -357,7 +354,7 @@ class RankEngine:
         return flight
 
     def _has_windows(self) -> bool:
-        """Whether the model has layers that see a window of keys only: their pages are not shared, which is said."""
+        """Whether the model has sliding-window layers, whose pages cannot be shared; logs it if so."""
         config = self.model.config.get_text_config()
         kinds = getattr(config, "layer_types", None)
         windows = set(kinds) != {"full_attention"} if kinds else bool(getattr(config, "sliding_window", None))
@@ -367,10 +364,10 @@ class RankEngine:
         return windows
 
     def _agree_on_pages(self, config: SchedulerConfig, bytes_of_page: int, utilization: float, max_len: int) -> int:
-        """Return how many pages every rank's GPU has room for."""
+        """Return how many pages fit into every rank's GPU."""
         free, total = torch.cuda.mem_get_info(self._device)
         room = free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        # What a step's own tensors may need beside the cache, roughly: logits and the like.
+        # A rough bound for a step's own tensors, such as logits.
         reserved = 2**31 + config.max_num_seqs * 2**20
         pages = max(0, int((room - (1 - utilization) * total - reserved) // bytes_of_page))
         if self.parallel is not None:
@@ -384,7 +381,7 @@ class RankEngine:
         return min(pages, config.max_num_seqs * num_pages(max_len))
 
     def _collect(self, flight: _Flight | None) -> list[TokenOutput]:
-        """Wait for a step's tokens, on a GPU at most until the deadline; end the requests that they end."""
+        """Wait for a step's tokens, on a GPU until the deadline at most; remove the requests that they end."""
         if flight is None:
             return []
         if flight.done is not None:
@@ -415,7 +412,7 @@ class RankEngine:
         return outputs
 
     def _leave(self, request: EngineRequest) -> None:
-        """Take a request out of the schedule, if it is still there, and its pages back."""
+        """Remove a request from the schedule, if it is still there, and free its pages."""
         if not request.scheduled_to_end:
             self.scheduler.stop([request.request_id])
         self._device_step.unseat(request)

@@ -1,13 +1,13 @@
-"""Draw the next token of every request in a step. All on the device: the host never waits for it.
+"""Draws the next token of every request in a step, on the device: the host never waits.
 
-A token depends on its request's logits, parameters, seed and position only. Three rules give this:
+A token depends only on its request's logits, parameters, seed and position, for three reasons:
 
-* The random number is a hash of seed and position: no state, so that a preempted request draws the same tokens again.
-* Each row takes a path that its own parameters choose. Rows of one path run together.
-* Probabilities are integers from the exponential on. Their sums have no rounding, so that neither the number of rows
-  nor the device's order of addition can move a border between two tokens.
+* The random number is a hash of seed and position. Without state, a preempted request draws the same tokens again.
+* Each row's own parameters choose its path. Rows of one path run together.
+* Probabilities are integers from the exponential on. Their sums are exact, so neither the number of rows nor the
+  device's order of addition can move a border between two tokens.
 
-What the paths cost, in passes over the logits of the rows that take them (`benchmarks/bench_sampling.py`):
+The paths' cost, in passes over the logits of their rows (`benchmarks/bench_sampling.py`):
 
 | row | work |
 |---|---|
@@ -47,20 +47,20 @@ class Sampled:
     """The tokens of one step, on the device or on their way to the host."""
 
     tokens: Tensor  # `[rows]` int64; 0 in padding rows
-    # Of these tokens, before penalties, temperature and filters: `[rows]` float32, NaN in rows that did not ask.
+    # Their log probabilities before penalties, temperature and filters: `[rows]` float32, NaN in rows that did not ask.
     logprobs: Tensor | None = None
-    # The five most likely tokens, whatever number a row asked for: `[rows, 5]` int64, -1 in rows that did not ask.
+    # The five most likely tokens, even if a row asked for fewer: `[rows, 5]` int64, -1 in rows that did not ask.
     top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None  # of these, `[rows, 5]` float32, NaN where there is none
+    top_logprobs: Tensor | None = None  # of `top_ids`, `[rows, 5]` float32, NaN where there is none
 
     def to_host(self) -> Sampled:
-        """Start copies to the host, not to be read before the work issued so far has ended."""
+        """Start copies to the host; do not read them before the work issued so far has ended."""
         parts = (self.logprobs, self.top_ids, self.top_logprobs)
         optional = (None if part is None else part.to("cpu", non_blocking=True) for part in parts)
         return Sampled(self.tokens.to("cpu", non_blocking=True), *optional)
 
     def logprobs_of(self, row: int, wanted: int | None) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
-        """Return one token's logprob and the `wanted` most likely tokens with theirs; None for what is not wanted."""
+        """Return a token's logprob, and those of the `wanted` most likely tokens; None for what is not wanted."""
         if wanted is None or self.logprobs is None:
             return None, None
         if not wanted or self.top_ids is None or self.top_logprobs is None:
@@ -70,7 +70,7 @@ class Sampled:
 
 
 class _Kind(NamedTuple):
-    """What a row needs. Rows of one kind run together. A tuple, since every row of every step is looked up by it."""
+    """A row's path and extras. Rows of one kind run together. A tuple, since it is hashed for every row and step."""
 
     path: Literal["greedy", "small_top_k", "sorted", "unfiltered"]
     penalties: bool = False
@@ -83,8 +83,8 @@ _GREEDY = _Kind("greedy")
 class Sampler:
     """Draws tokens for one rank. Parameters live on the device, one row per slot.
 
-    `min_tokens` holds `eos_token_ids` back besides a request's own. Passes over the whole vocabulary take
-    `chunk_logits` at a time, which bounds their memory.
+    `min_tokens` suppresses `eos_token_ids` besides a request's own stop tokens. Passes over the whole vocabulary take
+    `chunk_logits` logits at a time, which bounds their memory.
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._chunk_rows = max(1, chunk_logits // vocab_size)
-        # An end-of-sequence token beyond the logits can never be drawn: nothing to hold back.
+        # An end-of-sequence token beyond the logits can never be drawn.
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._params = [SamplingParams()] * max_num_seqs
         self._kinds: list[_Kind | None] = [None] * max_num_seqs
         self._asking: set[int] = set()  # slots whose request wants log probabilities
-        # Not on the device yet: the slots that a step fills go there in one copy, not in two each.
+        # Not on the device yet: one copy takes all slots that a step fills.
         self._changes: dict[int, tuple[tuple[float, ...], tuple[int, int, int]]] = {}
         self._floats = torch.zeros(max_num_seqs, 6, dtype=torch.float64, device=self.device)
         self._ints = torch.zeros(max_num_seqs, 3, dtype=torch.int64, device=self.device)
         self._stop_ids = torch.zeros(max_num_seqs, 1, dtype=torch.int64, device=self.device)
-        # Of the first request with penalties on, occurrences of each token in each slot's output, and whether it is in
-        # the prompt: `[max_num_seqs, vocab_size]` int32 and bool, 5 bytes per slot and token.
+        # From the first request with penalties on: occurrences of each token in each slot's output, and whether it is
+        # in the prompt, `[max_num_seqs, vocab_size]` int32 and bool, 5 bytes per slot and token.
         self.counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
         # Weights below 2**-scale of the largest are lost; a sum of vocab_size weights stays exact in float64.
@@ -115,7 +115,7 @@ class Sampler:
     def set(
         self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], generated: Sequence[int] = ()
     ) -> None:
-        """Give a slot to a request; `seed` replaces the parameters' own, `generated` is from before a preemption."""
+        """Assign a slot to a request; `seed` replaces that of `params`, `generated` is from before a preemption."""
         if params.has_penalties:
             self._count(slot, prompt, generated)
         stop_ids = self._eos_token_ids + tuple(params.stop_token_ids)
@@ -138,7 +138,7 @@ class Sampler:
         (self._asking.discard if params.logprobs is None else self._asking.add)(slot)
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Take every path once with all slots, before requests: later steps load no kernel and need no more memory."""
+        """Run every path once with all slots, so that later steps load no kernel and need no more memory."""
         slots = torch.arange(self.max_num_seqs, device=self.device)
         logits = torch.zeros(self.max_num_seqs, self.vocab_size, dtype=dtype, device=self.device)
         for params in _ONE_OF_EACH_PATH:
@@ -149,7 +149,7 @@ class Sampler:
             self.clear(slot)
 
     def clear(self, slot: int) -> None:
-        """Take a slot from its request. Steps already issued are not touched."""
+        """Free a slot. Steps already issued are not affected."""
         self._kinds[slot] = None
         self._asking.discard(slot)
 
@@ -198,7 +198,7 @@ class Sampler:
             logits = logits.float()
         if kind.min_tokens:
             held, ids = positions < ints[:, _FREE_FROM], self._stop_ids.index_select(0, slots)
-            # Rows past their min_tokens write back what they have; so do ids that fill up a shorter list.
+            # Rows past their min_tokens write back the same values; so do the ids that pad a shorter list.
             logits = logits.scatter(1, ids, logits.gather(1, ids).masked_fill_(held[:, None], -torch.inf))
         if kind.penalties:
             logits = self._penalise(logits, slots, floats)
@@ -278,7 +278,7 @@ class Sampler:
     def _set_stop_ids(self, slot: int, ids: Sequence[int]) -> None:
         width = self._stop_ids.shape[1]
         if len(ids) > width:
-            # The first column fills up the new ones: an id that is there twice does no harm.
+            # The first column pads the new ones: duplicate ids do no harm.
             more = self._stop_ids[:, :1].expand(-1, len(ids) - width)
             self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
             width = len(ids)
@@ -295,7 +295,7 @@ class Sampler:
         return [rows[start : start + self._chunk_rows] for start in range(0, len(rows), self._chunk_rows)]
 
     def _index(self, rows: list[int]) -> slice | Tensor:
-        """Some rows of a tensor: a slice where they are neighbours, so that nothing is copied; else their numbers."""
+        """Return an index of rows: a slice if they are contiguous, so that nothing is copied, else a tensor."""
         if rows[-1] - rows[0] + 1 == len(rows):
             return slice(rows[0], rows[-1] + 1)
         return self._upload(rows, torch.int64)
@@ -310,7 +310,7 @@ _ONE_OF_EACH_PATH = (
 
 
 def seed_key(seed: int) -> int:
-    """Return the start of a seed's random numbers: a signed 64-bit integer, mixed, so that near seeds are apart."""
+    """Return the first state of a seed's random numbers, a signed 64-bit integer; mixed, so that near seeds differ."""
     return int(_mix(torch.tensor(_signed((seed + _GOLDEN) & _MASK64))).item())
 
 

@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn and when they end, and what it must fit into; checked without torch."""
+"""Sampling parameters of a request, and the limits it must fit into; checked without torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import INT32_MAX, shown
 from lockstep.workload.kv_pages import PAGE_SIZE, num_pages
 
-GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: float32 could not divide by much less
+GREEDY_BELOW = 1e-5  # lower temperatures are greedy, as in vLLM: float32 could not divide by much less
 MAX_LOGPROBS = 5
-# Each costs work in every step, and a request comes from anybody.
+# Each costs work in every step, and anybody may send a request.
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 256
-_LIMITS: dict[str, tuple[float, float]] = {  # a field has its limits' type
+_LIMITS: dict[str, tuple[float, float]] = {  # inclusive; a field has its limits' type
     "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0), "repetition_penalty": (0.01, 100.0), "max_tokens": (1, INT32_MAX),
     "top_k": (-1, INT32_MAX), "seed": (-(2**63), 2**63 - 1), "logprobs": (0, MAX_LOGPROBS),
@@ -30,8 +30,8 @@ class SamplingParams:
     All fields are checked at construction. `stop` and `stop_token_ids` are tuples afterwards.
 
     Args:
-        max_tokens: most tokens to generate, `1..2**31 - 1`. vLLM also takes None; here the caller fills in the context.
-        temperature: `0..10000`; 0 and everything below 1e-5 is greedy. vLLM raises other values below 0.01 to 0.01.
+        max_tokens: maximum number of tokens to generate, `1..2**31 - 1`. vLLM also takes None, for the whole context.
+        temperature: `0..10000`; below 1e-5 is greedy. vLLM raises other values below 0.01 to 0.01.
         top_p: keep the fewest most likely tokens whose probabilities reach this sum, in `(0, 1]`; 1 keeps all.
         top_k: keep this many most likely tokens; 0 or -1 keeps all. Among equal logits lower ids come first. vLLM keeps
             all tokens that equal the last one kept.
@@ -41,11 +41,11 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, `0.01..100`.
             vLLM takes any positive number.
         seed: of this request's random numbers, a signed 64-bit integer; None lets the engine choose.
-        stop: strings that end the text. The text is cut before the one that completes first; vLLM takes the first of
+        stop: strings that end the text, which is cut before the string that completes first; vLLM cuts at the first of
             its list that the last token completed. At most 64; vLLM has no limit.
         stop_token_ids: tokens that end the output. They are in `token_ids` but not in the text. At most 256; vLLM has
             no limit.
-        ignore_eos: go on after an end-of-sequence token.
+        ignore_eos: continue after an end-of-sequence token.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string is looked for, in the first
             `min_tokens` tokens; at most `max_tokens`.
         logprobs: None for none, 0 for the drawn tokens', `1..5` for the most likely tokens' as well, of the
@@ -88,12 +88,12 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` with the type that it has after the check."""
+        """`stop`, typed as it is after the check."""
         return tuple(self.stop or ())
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken: by temperature, or because no other token is kept."""
+        """Whether the most likely token is always drawn: by temperature, or because no other is kept."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
@@ -104,7 +104,7 @@ class SamplingParams:
     def _set_number(self, name: str, low: float, high: float) -> None:
         value, kind = getattr(self, name), type(low)
         is_kind = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        # Compared before converted: an integer too large for a float is out of range. NaN is in no range.
+        # Compared before conversion: an integer too large for a float is out of range. NaN is in no range.
         if not is_kind or not low <= value <= high:
             limits = f"an integer in {low}..{high}" if kind is int else f"a number in {low:g}..{high:g}"
             raise ConfigurationError(f"{name} must be {limits}, got {shown(value, 80)}")
@@ -112,15 +112,15 @@ class SamplingParams:
 
 
 class Limits(NamedTuple):
-    """What a request must fit into, of a model and its cache; the same on all ranks."""
+    """A model's and its cache's limits on requests; the same on all ranks."""
 
     vocab_size: int  # entries of the embedding
     num_logits: int  # tokens that can be drawn
-    max_model_len: int  # most tokens of a request, prompt included
-    kv_capacity_tokens: int | None  # of a rank; None where the cache grows
+    max_model_len: int  # maximum tokens of a request, prompt included
+    kv_capacity_tokens: int | None  # per rank; None if the cache grows
 
     def check(self, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise `ConfigurationError` where a request, called `name` in the message, does not fit."""
+        """Raise `ConfigurationError` if a request, `name` in the message, does not fit."""
         problem, longest = None, len(prompt) + params.max_tokens
         sizes = f"has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the"
         pages = None if self.kv_capacity_tokens is None else self.kv_capacity_tokens // PAGE_SIZE

@@ -1,4 +1,4 @@
-"""When a request ends, what text leaves it, and what it gives back: stop tokens, stop strings, lengths."""
+"""A request's text and its end: stop tokens, stop strings, lengths, and what its caller gets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ FinishReason = Literal["stop", "length", "abort"]
 class TextDelta:
     """What one token adds."""
 
-    text: str = ""  # new text, which nothing takes back
-    # None while the request goes on. `"stop"`: a stop token, an end-of-sequence token or a stop string; `"length"`:
-    # `max_tokens`; `"abort"`: somebody ended it.
+    text: str = ""  # new text; it is final
+    # None while the request continues. `"stop"`: a stop token, an end-of-sequence token or a stop string; `"length"`:
+    # `max_tokens`; `"abort"`: the caller ended it.
     finish_reason: FinishReason | None = None
-    # The stop string or the token of `stop_token_ids` that ended it; None for an end-of-sequence token.
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None = None  # the stop string or token of `stop_token_ids` that ended it
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probabilities at one place of the output, before penalties, temperature and filters."""
+    """Log probabilities at one position of the output, before penalties, temperature and filters."""
 
     logprob: float  # of the token that was drawn
-    # The most likely tokens as `(token id, log probability)`, most likely first, as many as `logprobs` asked for. The
-    # drawn token is among them only if it is one of these.
+    # The `SamplingParams.logprobs` most likely tokens as `(token id, log probability)`, most likely first. The drawn
+    # token need not be among them.
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -41,14 +40,14 @@ class RequestOutput:
     """One finished request.
 
     Attributes:
-        index: place of its prompt among the prompts of the call, from 0.
+        index: position of its prompt among the prompts of the call, from 0.
         request_id: its number in the engine.
         text: of the output, without the stop string or stop token that ended it; empty without a tokenizer.
-        token_ids: of the output, the last one included, whatever ended it.
+        token_ids: of the output, including the one that ended it.
         rank: the data-parallel rank that ran it.
         finish_reason: `"stop"`, `"length"` or `"abort"`.
         logprobs: one entry per token; None if `SamplingParams.logprobs` was None.
-        stop_reason: the stop string or token of `stop_token_ids` that ended it; None for any other end.
+        stop_reason: the stop string or token of `stop_token_ids` that ended it; None for any other reason.
     """
 
     index: int
@@ -62,11 +61,11 @@ class RequestOutput:
 
 
 class StopChecker:
-    """Follows one request on the host: tokens in, text and the end out.
+    """Turns one request's tokens into text on the host, and finds its end.
 
-    Text that may begin a stop string waits. The stop string that completes first ends the text, the longest of several
-    that complete together, however the text is cut into tokens; within the first `min_tokens` tokens none does.
-    Without a detokenizer all texts are empty, and stop strings are refused.
+    Text that may begin a stop string is held back. However the text is cut into tokens, the stop string that completes
+    first ends it, the longest if several complete together; none does within the first `min_tokens` tokens. Without a
+    detokenizer all texts are empty, and stop strings are refused.
 
     Example:
         >>> from lockstep.models.tiny import byte_tokenizer
@@ -93,11 +92,11 @@ class StopChecker:
 
     @property
     def text(self) -> str:
-        """All text so far that nothing takes back."""
+        """The final text so far."""
         return self._text.getvalue()
 
     def push(self, token_id: int) -> TextDelta:
-        """Take the next token; return what it adds. One after the end, of an overrun row, is dropped."""
+        """Take the next token; return what it adds. Tokens after the end, of overrun rows, are dropped."""
         if self.finish_reason is not None:
             return TextDelta()
         self.token_ids.append(token_id)
@@ -116,11 +115,11 @@ class StopChecker:
         return self._emit(text)
 
     def abort(self) -> TextDelta:
-        """End the request now. Text that waited is handed out; nothing happens if it has ended."""
+        """End the request now and return the text that was held back; no-op if it has ended."""
         return TextDelta() if self.finish_reason is not None else self._end("abort", None)
 
     def _match(self, text: str) -> str:
-        """Return what of new text may leave; note the stop string that it completes."""
+        """Return the text that is final after new text, and keep the stop string that it completes."""
         text, found = self._matcher.push(text, ignore=len(self.token_ids) <= self._params.min_tokens)
         if found is not None:
             self.finish_reason, self.stop_reason = "stop", found
@@ -139,9 +138,9 @@ class StopChecker:
 
 
 class _StopMatcher:
-    """Looks for strings in a text that comes in pieces, by Knuth, Morris and Pratt (1977): fixed work per character.
+    """Finds strings in a text that arrives in pieces, by Knuth, Morris and Pratt (1977): constant work per character.
 
-    A string's state is the length of its longest beginning that the text ends with. The longest of these waits.
+    A string's state is the length of its longest prefix that the text ends with. The longest of these is held back.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -152,7 +151,7 @@ class _StopMatcher:
         self.found = False
 
     def push(self, text: str, *, ignore: bool = False) -> tuple[str, str | None]:
-        """Return the text that may leave, and the string that was found, unless `ignore`; then nothing follows."""
+        """Return the final text, and the string found, if any and not `ignore`; nothing may follow it."""
         if not any(self._states) and self._first_characters.isdisjoint(text):
             return text, None
         waited = self.rest()
@@ -167,7 +166,7 @@ class _StopMatcher:
                 longest = max((self._strings[i] for i in complete), key=len)
                 self.found = True
                 return whole[: place - len(longest)], longest
-            for i in complete:  # ignored: its longest border may still be the beginning of the next one
+            for i in complete:  # ignored: its longest border may still begin the next occurrence
                 self._states[i] = self._borders[i][-1]
         return whole[: len(whole) - max(self._states)], None
 
@@ -184,7 +183,7 @@ class _StopMatcher:
 
 
 def _borders(string: str) -> list[int]:
-    """Return for each beginning of a string the length of its longest end that is also a shorter beginning of it."""
+    """Return the length of the longest border of each prefix: a proper prefix of it that is also its suffix."""
     borders = [0] * len(string)
     length = 0
     for place in range(1, len(string)):

@@ -1,4 +1,4 @@
-"""Token ids become text, token by token: no character in pieces, the whole equal to the tokenizer's own decoding."""
+"""Incremental detokenization: whole characters only, and in sum exactly the tokenizer's own decoding."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# A run of byte tokens is looked at before it has ended up to this length; longer ones are garbage, not characters.
+# Maximum length of a run of byte tokens to decode before its end; longer ones are garbage, not characters.
 _MAX_OPEN_BYTES = 64
-# How many tokens of an unknown decoder may wait for the rest of a character, which has at most four bytes.
+# Maximum tokens of an unknown decoder to hold back for the rest of a character, which has at most four bytes.
 _MAX_OPEN_TOKENS = 32
 _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Makes text streams whose pieces together are `tokenizer.decode(ids, skip_special_tokens=True)`, whatever the ids.
+    """Creates text streams whose pieces add up to `tokenizer.decode(ids, skip_special_tokens=True)` for any ids.
 
-    * Byte-level (GPT-2's alphabet: Qwen, Llama 3, DeepSeek, GPT-OSS): tokens are bytes, decoded as they come.
-    * With byte fallback (SentencePiece's: Llama 2, Mixtral): `<0xE2>` is a byte, and a run of byte tokens is text only
-      if all its bytes are valid UTF-8. So a run is held back until a token that is no byte ends it.
+    * Byte-level (GPT-2's alphabet: Qwen, Llama 3, DeepSeek, GPT-OSS): tokens are bytes, decoded as they arrive.
+    * Byte fallback (SentencePiece: Llama 2, Mixtral): `<0xE2>` is a byte, and a run of byte tokens is text only if all
+      its bytes are valid UTF-8. So a run is held back until another token ends it.
     * Any other object with that `decode`: a text that ends in U+FFFD is held back, for up to 32 tokens.
 
-    Each token costs the same, however long the text is.
+    The cost per token is constant, however long the text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -38,7 +38,7 @@ class Detokenizer:
         self._special_ids = _special_ids(self._tokenizer)
         self._is_byte_level = decoders == ["ByteLevel"]
         self._has_byte_fallback = "ByteFallback" in decoders
-        # Whether U+FFFD at the end of a text may be a character whose other bytes come with the next tokens.
+        # Whether U+FFFD at the end of a text may become a character with the bytes of the next tokens.
         self.marks_incomplete = not self._has_byte_fallback
         self._bytes: dict[int, bytes] = {}
         self._known: dict[int, tuple[bool, bool]] = {}
@@ -48,7 +48,7 @@ class Detokenizer:
         return ByteLevelStream(self) if self._is_byte_level else WindowStream(self)
 
     def traits(self, token_id: int) -> tuple[bool, bool]:
-        """Return whether a token has text (special and unknown ones have none), and whether it is a byte of a run."""
+        """Return whether a token has text (special and unknown tokens have none), and whether it is a byte of a run."""
         known = self._known.get(token_id)
         if known is None:
             token = self._tokenizer.id_to_token(token_id) if self._is_fast else ""
@@ -57,11 +57,11 @@ class Detokenizer:
         return known
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token of a byte-level tokenizer adds to a text, a part of a character perhaps, in UTF-8."""
+        """Return the UTF-8 bytes that a token of a byte-level tokenizer adds, perhaps a part of a character."""
         known = self._bytes.get(token_id)
         if known is None:
             token = self._tokenizer.id_to_token(token_id) if self.traits(token_id)[0] else ""
-            # A token with characters beyond the alphabet, such as an added one, stands for itself.
+            # A token with characters outside the alphabet, such as an added one, is literal text.
             in_alphabet = all(character in BYTE_OF for character in token)
             known = bytes(BYTE_OF[character] for character in token) if in_alphabet else token.encode()
             self._bytes[token_id] = known
@@ -81,7 +81,7 @@ class ByteLevelStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Take the next token; return the text that no later token can change any more."""
+        """Take the next token; return the text that no later token can change."""
         return self._decoder.decode(self._token_bytes(token_id))
 
     def open_text(self) -> str:
@@ -89,14 +89,14 @@ class ByteLevelStream:
         return ""
 
     def flush(self) -> str:
-        """Return the rest, as if no token followed: a character that is still in pieces becomes U+FFFD."""
+        """Return the rest, as if no token followed: an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 class WindowStream:
-    """The text of one request by the tokenizer's own decoding of the tokens since the last piece of text.
+    """The text of one request: decodes the tokens since the last piece of text, with that piece's tokens as context.
 
-    That piece's tokens are their context: at the start of a text, most decoders drop a space.
+    Without context, most decoders drop a leading space.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
@@ -131,14 +131,14 @@ class WindowStream:
 
     def _settle(self, text: str) -> str:
         if text:
-            # Without text there is nothing to tell the middle from the start by: the tokens stay open.
+            # Tokens without text are no context, so they stay open.
             self._context, self._open = self._open, []
             self._context_text = self._detokenizer.decode(self._context)
         return text
 
 
 def _decoder_types(backend: Any) -> list[str]:
-    """Return the types of a fast tokenizer's decoding steps, in order; none for other tokenizers."""
+    """Return the types of a fast tokenizer's decoding steps, in order; an empty list for other tokenizers."""
     decoder = getattr(backend, "decoder", None)
     if decoder is None or not hasattr(backend, "id_to_token") or not hasattr(decoder, "__getstate__"):
         return []
@@ -157,7 +157,7 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet: printable bytes are themselves, the other bytes follow from U+0100 on, in order."""
+    """Return GPT-2's alphabet: printable bytes map to themselves, the others in order to U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
