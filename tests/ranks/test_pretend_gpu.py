@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6's interpreter needs numpy < 2.4"
     ),
+    pytest.mark.timeout(600),
 ]
 
 LEAD = 0.1  # of the largest logit: a smaller one may change sides in bfloat16, where a router's scores tie
@@ -259,13 +260,11 @@ def test_one_process_on_a_gpu_draws_transformers_tokens(folder):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.timeout(600)
 def test_two_ranks_replay_every_step_and_draw_the_tokens_of_one_process(folder):
     _run(folder, "_two_ranks", 2)
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.timeout(600)
 def test_decode_and_idle_steps_of_generate_are_replayed(folder):
     _run(folder, "_a_model_of_transformers", 2)
 
