@@ -1,4 +1,4 @@
-"""How the command line ends: every error as one sentence about what was typed, with its exit status."""
+"""How the command line ends: every error as one sentence about what was typed, and its exit status."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ _INTERRUPTED = 130
 
 
 def run_to_status(app: typer.Typer) -> NoReturn:
-    """Run the command line and end the process: with the status that `cli` documents, and one sentence on stderr."""
+    """Run the command line and end the process with the status that `cli` documents."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a path may have bytes that are no text
+        if hasattr(stream, "reconfigure"):  # paths may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
@@ -28,13 +28,13 @@ def run_to_status(app: typer.Typer) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
     except BrokenPipeError:
-        # Whoever reads has had enough, as `head` has. Nothing can be written at the end either.
+        # The reader has closed the pipe, as `head` does; nothing may be flushed at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ConfigurationError, OSError, LockstepError) as error:
         _end(*_sentence(error, app))
     except Exception as error:
-        # Typer's errors have a common base, which it has moved between releases; it is known by its name.
+        # The base class of Typer's errors has moved between releases, so it is found by name.
         names = [base.__name__ for base in type(error).__mro__]
         if "NoArgsIsHelpError" in names:
             error.show()  # type: ignore[attr-defined]
@@ -43,15 +43,15 @@ def run_to_status(app: typer.Typer) -> NoReturn:
             raise
         _end(_of_the_line(error.format_message()), 2)  # type: ignore[attr-defined]
     if status == _INTERRUPTED:
-        # Python ends by the signal itself, whatever the status, where Ctrl-C came inside of an exec() (dataclasses are
-        # made in one), until an exec() has ended well.
+        # After a Ctrl-C inside an exec() (dataclasses are made in one), Python would end by the signal, whatever the
+        # status, until another exec() has succeeded.
         exec("")
         _end("interrupted", status)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _sentence(error: Exception, app: typer.Typer) -> tuple[str, int]:
-    """Return what an error of the library or the system says in terms of what was typed, and the exit status."""
+    """Return an error of the library or the system in terms of what was typed, and the exit status."""
     bad_input = isinstance(error, ConfigurationError)
     says = _in_words_of_options(str(error), app)
     if isinstance(error, OSError) and not isinstance(error, LockstepError):
@@ -61,7 +61,7 @@ def _sentence(error: Exception, app: typer.Typer) -> tuple[str, int]:
 
 
 def _of_the_line(message: str) -> str:
-    """Return what Typer says of an option as our other messages say it: `--seed must be >= 0, got -1`."""
+    """Return Typer's message about an option in our own form: `--seed must be >= 0, got -1`."""
     found = re.match(r"Invalid value for '?([^':]+)'?: (?:Value error, )?(.*)", message, re.DOTALL)
     if not found:
         return message
@@ -69,7 +69,7 @@ def _of_the_line(message: str) -> str:
 
 
 def _in_words_of_options(message: str, app: typer.Typer) -> str:
-    """Return the library's message with the options that were typed in place of its parameters."""
+    """Return the library's message with its parameters replaced by the options that were typed."""
     command = typer.main.get_command(app)
     names: dict[str, str] = {}
     for each in getattr(command, "commands", {}).values():
@@ -78,21 +78,22 @@ def _in_words_of_options(message: str, app: typer.Typer) -> str:
             if option and parameter.name:
                 names[parameter.name] = option
     names.update(_LIBRARY_NAMES)
-    # A name of several words is a parameter wherever it stands, but for paths and quotations; others begin a message.
+    # Names with underscores are replaced everywhere but in paths and quotations, other names at the beginning only.
     words = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
     message = re.sub(rf"(?<![\w/.'\"`-])({words})(?![\w/.'\"`-])", lambda found: names[found[1]], message)
     first, _, _ = message.partition(" ")
-    return names[first] + message[len(first) :] if message.startswith(f"{first} must") and first in names else message
+    begins = message[len(first) :].startswith((" must ", " is "))
+    return names[first] + message[len(first) :] if begins and first in names else message
 
 
 def _end(says: str, status: int) -> NoReturn:
-    """Say one sentence on stderr and end; a rank of torchrun's at once."""
+    """Print one sentence on stderr and end; under torchrun, at once."""
     from lockstep.report.terminal import plain
 
     says = plain(says if len(says) <= _MOST_CHARACTERS else says[:_MOST_CHARACTERS] + "...", keep="")
     sys.stderr.write(f"lockstep: {'' if status == _INTERRUPTED else 'error: '}{says}\n")
     if "RANK" in os.environ and status == 1:
-        # Its groups may be in any state, and an orderly end would wait for their peers.
+        # The process groups may be in any state; an orderly exit would wait for their peers.
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -32,7 +32,7 @@ def test_the_table_shows_every_rank_and_chunk(plan):
     assert "chunked_sizes(1, 256, 0)  [256, 200, 256]" in shown
     assert "chunked_sizes(1, 256, 1)  [244, 1, 1]" in shown
     assert "256..500" in shown
-    assert "956 real rows; callers that need a row on every rank add 2 dummy rows and 0 of padding" in shown
+    assert "956 real rows; callers that need a row on every rank add 2 dummy and 0 padding rows" in shown
 
 
 def test_many_ranks_and_chunks_are_abridged_in_the_table(plan):

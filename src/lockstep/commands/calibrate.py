@@ -1,4 +1,4 @@
-"""`lockstep bench calibrate`: cost constants for the machine at hand, from runs on it."""
+"""`lockstep bench calibrate`: cost constants for this machine, fitted to runs on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "
 
 
 def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
-    """Return a recorded run as `cost_columns` does; a `ConfigurationError` for a folder of something else."""
+    """Return the `cost_columns` of a recorded run's folder."""
     path = run_folder / "steps.jsonl"
     if not path.is_file():
         raise ConfigurationError(f"{run_folder} is not the folder of a recorded run: it has no steps.jsonl")
@@ -32,7 +32,7 @@ def read_columns(run_folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_run(out: Path, model: str, data_parallel_size: int, requests: int) -> None:
-    """Record a run of a synthetic workload in a folder, in processes of its own."""
+    """Record a run of a synthetic workload in a folder, in separate processes."""
     command = [
         *(sys.executable, "-m", "lockstep.cli", "run", "--no-verify", "--json", "--out", str(out)),
         *("--model", model, "--data-parallel-size", str(data_parallel_size), "--requests", str(requests)),
@@ -40,14 +40,14 @@ def make_run(out: Path, model: str, data_parallel_size: int, requests: int) -> N
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise LockstepError(f"the run to be fitted ended with exit status {done.returncode}")
+        raise LockstepError(f"the run to fit to ended with exit status {done.returncode}")
 
 
 def execute_calibration(
     run_folders: Sequence[Path], model: str, data_parallel_size: int, requests: int, repeats: int, out: Path,
     as_json: bool, make_run: Callable[[Path, str, int, int], None] = make_run,
 ) -> int:  # fmt: skip
-    """Fit cost constants to recorded runs, or to `repeats` runs made for it; write them and show how well they fit."""
+    """Fit cost constants to recorded or new runs, write them, and show how well they fit; return the exit status."""
     _check_replaceable(out)  # before the runs, not after them
     source = "fitted to " + ", ".join(map(str, run_folders))
     runs = [read_columns(folder) for folder in run_folders]
@@ -65,10 +65,10 @@ def execute_calibration(
     if as_json:
         sys.stdout.write(json.dumps({"constants": asdict(constants), "fit": fitted, "file": str(out)}) + "\n")
         return 0
-    print_validation("the runs that were fitted", constants.source, fitted)
+    print_validation("fitted runs", constants.source, fitted)
     for name, value in asdict(constants).items():
         if name != "source":
-            sys.stdout.write(f"{name:>20} {value:,.4g}{'' if name == 'expert_share' else ' us'}\n")
+            sys.stdout.write(f"{name:>20} {value:,.4g}\n")
     sys.stdout.write(f"constants: {out}; use them with --cost {out}\n")
     return 0
 

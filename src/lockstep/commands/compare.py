@@ -1,4 +1,4 @@
-"""Two runs side by side: figures, where the time went, and the first step in which they did something else."""
+"""`lockstep compare`: two runs side by side, and the first step in which they differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lockstep.workload.synthetic import percentile
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
-    """Compare the folders of two runs or simulations; None stands for what was not recorded, or does not differ."""
+    """Compare the folders of two runs or simulations; None means not recorded, or no difference."""
     tables = [_steps(folder) for folder in (a, b)]
     outputs = [_outputs(folder) for folder in (a, b)]
     tokens = [{item["request_id"]: item["tokens"] for item in items if "tokens" in item} for items in outputs]
@@ -67,7 +67,7 @@ def _outputs(folder: Path) -> list[dict[str, Any]]:
     path = folder / "outputs.jsonl"
     if not path.is_file():
         return []
-    # An interrupted run may have torn the last line.
+    # The last line of an interrupted run may be incomplete.
     lines = path.read_bytes().splitlines(keepends=True)
     found = []
     for number, line in enumerate(lines, 1):

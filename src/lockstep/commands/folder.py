@@ -1,7 +1,7 @@
-"""The folder that a command writes: marked as ours, locked while it is written, and cleared of our own files alone.
+"""A command's output folder: marked as ours, locked while it is written, and cleared only of files that we write.
 
-The marker is also the lock, which the kernel holds for as long as the process lives. `--overwrite` removes files by the
-list below, each by its name; whatever else lies in the folder stays.
+The marker file is also the lock, which the kernel releases when the process ends. `--overwrite` removes only the files
+listed below; anything else in the folder stays.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ BAD_PATH = {
     *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
 }
-"""What is wrong with a path that somebody typed, rather than with the machine."""
+"""Errors of a path that was typed, rather than of the machine."""
 
 
 @contextlib.contextmanager
 def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Iterator[Path]:
-    """Make or, with `overwrite`, clear an output folder, and keep every other command out of it in the `with` block.
+    """Create an output folder, or clear it with `overwrite`, and lock it against other commands for the `with` block.
 
-    `joint_run` names the run of torchrun's processes that share the folder: the first of them makes or clears it.
+    `joint_run` names a torchrun job whose processes share the folder; the first of them creates or clears it.
     """
     out = Path(path)
     try:
@@ -60,22 +60,22 @@ def output_folder(path: str | Path, overwrite: bool, joint_run: str = "") -> Ite
             yield out
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-                error.filename = str(out)  # of a write the system does not say where
+                error.filename = str(out)  # the system does not name the file of a failed write
             raise
 
 
 def _take(out: Path, overwrite: bool, joint_run: str) -> BinaryIO:
-    """Return the marker of the folder, locked for as long as it is open."""
+    """Return the folder's marker, locked while it is open."""
     try:
         out.mkdir(parents=True)
     except FileExistsError:
         if not out.is_dir():
             raise ConfigurationError(f"{out} is no folder, so it is not overwritten") from None
-        if not joint_run:  # a process of a joint run may come while another one of it writes the marker
+        if not joint_run:  # another process of a joint run may be writing the marker just now
             if not overwrite:
                 raise ConfigurationError(_EXISTS.format(out)) from None
             _check_ours(out, overwrite)
-    # O_NOFOLLOW and no truncation: a marker that leads elsewhere, or is somebody's own, is not written to.
+    # O_NOFOLLOW and no truncation: a link, or somebody else's file of this name, is never written to.
     descriptor = os.open(out / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     with contextlib.ExitStack() as stack:
         marker = stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
@@ -107,7 +107,7 @@ def _check_ours(out: Path, may_replace: bool) -> None:
 
 
 def _lock(marker: BinaryIO, out: Path, joint_run: str) -> bool:
-    """Lock the folder; True where this process is the only one in it."""
+    """Lock the folder; return whether this process is alone in it."""
     until = time.monotonic() + (_JOIN_S if joint_run else 0)
     while True:
         for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if joint_run else (fcntl.LOCK_EX,):
@@ -128,13 +128,13 @@ def _busy(out: Path, marker: BinaryIO) -> ConfigurationError:
 
 
 def _said(marker: BinaryIO) -> list[str]:
-    """What the marker says of its writer: the process, then the joint run."""
+    """Return the marker's lines about its writer: the process, then the joint run."""
     marker.seek(0)
     return marker.read(4096).removeprefix(_MARKED).decode(errors="replace").splitlines()
 
 
 def _clear(out: Path) -> None:
-    """Remove what commands write, name by name; a link is removed itself, never what it leads to."""
+    """Remove the files that commands write; links are removed, never followed."""
     for pattern in _FOLDERS:
         for folder in out.glob(pattern):
             if folder.is_symlink():
@@ -146,5 +146,5 @@ def _clear(out: Path) -> None:
             file.unlink()
     for pattern in _FOLDERS:
         for folder in out.glob(pattern):
-            with contextlib.suppress(OSError):  # somebody has put something into it
+            with contextlib.suppress(OSError):  # it holds other files
                 folder.rmdir()

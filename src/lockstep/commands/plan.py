@@ -1,4 +1,4 @@
-# What one step would look like: the sizes that DPMetadata shows and the plan that the layer follows, side by side.
+"""`lockstep plan`: the sizes that DPMetadata shows of a step, and the chunk plan that the layer follows."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,13 +9,13 @@ from lockstep.metadata.chunks import ChunkPlan
 from lockstep.metadata.sizes import abridged, chunk_sizes, shown, sp_sizes
 
 MOST_CHUNKS = 10_000
-"""Chunks that are written out; beyond that somebody mistyped a size."""
+"""Maximum chunks to write out; more suggest a mistyped size."""
 MOST_RANKS = 100_000
-"""Ranks that are written out, as many as are simulated."""
+"""Maximum ranks to write out, the same as for simulations."""
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Return the token counts of a list with commas; a `ConfigurationError` names the rank of what is no integer."""
+    """Return comma-separated token counts; a `ConfigurationError` names the rank of an entry that is no integer."""
     counts = []
     for rank, entry in enumerate(text.split(",")):
         try:
@@ -67,7 +67,7 @@ def plan_document(
 
 
 def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
-    """Print what `plan_document` returned for a person to read, at most `most_ranks` in the table."""
+    """Print a `plan_document` as a table of at most `most_ranks` ranks."""
     from rich import box
     from rich.table import Table
 
@@ -77,7 +77,7 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
     chunks = document["chunks"]
     ranks = len(document["sp_local_sizes"])
     console = Terminal(soft_wrap=True)
-    # As many chunks as fit beside the four other columns, each as wide as its longest span.
+    # Show as many chunks as fit beside the four other columns, each as wide as the longest span.
     longest = max((len(f"{stop}..{stop}") for chunk in chunks for _, stop in chunk["spans"]), default=1)
     most_chunks = max(1, (console.width - 45) // (max(longest, len("chunk 00")) + 3))
     lists = {f"{name}({sp})": document[name] for name in ("sp_local_sizes", "cu_tokens_across_sp")}
@@ -104,5 +104,5 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
     real, dummy, padding = (document[f"{kind}_rows"] for kind in ("real", "dummy", "padding"))
     console.print(
         f"{len(chunks)} chunk{'s' * (len(chunks) != 1)} of at most {limit} rows per rank: {real} real rows; callers "
-        f"that need a row on every rank add {dummy} dummy rows and {padding} of padding"
+        f"that need a row on every rank add {dummy} dummy and {padding} padding rows"
     )

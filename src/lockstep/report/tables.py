@@ -124,9 +124,9 @@ def print_validation(run: str, source: str, result: Mapping[str, Any]) -> None:
     table.add_row(
         f"{result['steps']:,}",
         *(f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms" for value in seconds),
-        f"{result['total_error']:+.1%}",
-        f"{result['median_step_error']:.1%}",
-        f"{result['p90_step_error']:.1%}",
+        f"{100 * result['total_error']:+.1f} %",
+        share(result["median_step_error"]),
+        share(result["p90_step_error"]),
     )
     console = Terminal()
     console.print(table)
@@ -137,7 +137,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     """Print two runs side by side, on stdout; see `compare_runs`."""
     a, b = comparison["a"], comparison["b"]
     runs = [f"{name}: {Path(run['folder']).name}" for name, run in (("A", a), ("B", b))]
-    table = _table("two runs", ("", *runs, "B against A"))
+    table = _table("two runs", ("", *runs, "change from A to B"))
     for name in a:
         if name == "folder" or name not in b:
             continue
@@ -146,7 +146,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
             change = f"{100 * (b[name] - a[name]):+.1f} points"
         else:
             cells = [f"{run[name]:,.4g}" if isinstance(run[name], float) else f"{run[name]:,}" for run in (a, b)]
-            change = f"{b[name] / a[name] - 1:+.1%}" if a[name] else ""
+            change = f"{100 * (b[name] / a[name] - 1):+.1f} %" if a[name] else ""
         table.add_row(FIGURE_WORDS[name], *cells, change)
     console = Terminal()
     console.print(table)

@@ -1,4 +1,4 @@
-"""A recorded run planned again: the same requests, ends and settings, compared step by step with what was executed."""
+"""A recorded run scheduled again: same requests, ends and settings, compared step by step with what was executed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import simulate
 from lockstep.steplog.files import read_step_log
 from lockstep.steplog.record import StepLogRecord
-from lockstep.workload.request import Request
+from lockstep.workload.request import Request, read_block_ids
 from lockstep.workload.schedule import SchedulerConfig
 
 COMPARED = (
@@ -28,7 +28,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Replay:
-    """A recorded run, as the simulator takes it."""
+    """A recorded run as input of the simulator."""
 
     requests: Sequence[Request]
     config: SimulationConfig
@@ -36,12 +36,12 @@ class Replay:
     executed: Sequence[StepLogRecord]  # one per step and data-parallel rank, in this order
 
     def run(self) -> tuple[dict[str, Any], str]:
-        """Plan the run again; return the simulation's summary, and the first difference in words (empty for none)."""
+        """Schedule the run again; return the simulation's summary and the first difference in words, if any."""
         parts: list[dict[str, np.ndarray]] = []
 
         class Log:
             def write(self, columns: dict[str, Any]) -> None:
-                # Copies: the simulator uses its buffers again.
+                # Copies: the simulator reuses its buffers.
                 parts.append({name: np.array(columns[name], np.int64) for name in COMPARED})
 
         summary = simulate(self.requests, self.config, Log(), stops=self.stops).summary
@@ -63,7 +63,7 @@ class Replay:
 
 
 def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
-    """Read what `lockstep run` has written; `cost` decides no counts: requests arrive by the number of the step."""
+    """Read a folder of `lockstep run`; `cost` affects no counts, since requests arrive by step number."""
     for name in ("summary.json", "outputs.jsonl", "steps.jsonl"):
         if not (run_folder / name).is_file():
             raise ConfigurationError(f"{run_folder} is not the folder of a finished run: it has no {name}")
@@ -109,27 +109,16 @@ def _read_outputs(path: Path) -> tuple[list[Request], dict[int, Stop]]:
             raise ConfigurationError(f"{where}: request_id {request_id} is there twice")
         if num_new_tokens > most:
             raise ConfigurationError(f"{where}: num_new_tokens is {num_new_tokens}, above max_new_tokens, {most}")
-        pages = _block_ids(where, output)
-        by_id[request_id] = Request(request_id, arrival_s, num_prompt_tokens, most, block_ids=pages)
+        block_ids = read_block_ids(f"{where}: block_ids", output.get("block_ids"), ConfigurationError)
+        by_id[request_id] = Request(request_id, arrival_s, num_prompt_tokens, most, block_ids=block_ids)
         step = None if output.get("stopped_step") is None else _whole(where, output, "stopped_step", 0)
         if step is not None or num_new_tokens < most:
             stops[request_id] = Stop(step, num_new_tokens)
     return [by_id[request_id] for request_id in sorted(by_id)], stops
 
 
-def _block_ids(where: object, output: dict[str, Any]) -> tuple[int, ...]:
-    """Return the names of a prompt's pages, as `run` logs them where pages could be shared."""
-    found = output.get("block_ids", [])
-    if not isinstance(found, list):
-        raise ConfigurationError(f"{where}: block_ids must be a list, got {found!r:.60}")
-    for item in found:
-        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**63:
-            raise ConfigurationError(f"{where}: block_ids must hold whole numbers in 0..2**63 - 1, got {item!r:.60}")
-    return tuple(found)
-
-
 def _whole(where: object, values: dict[str, Any], name: str, least: int) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+    if type(value) is not int or not least <= value < 2**31:
         raise ConfigurationError(f"{where}: {name} must be a whole number in {least}..2**31 - 1, got {value!r:.60}")
     return value

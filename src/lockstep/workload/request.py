@@ -9,6 +9,7 @@ from itertools import takewhile
 from math import ceil
 
 from lockstep.errors import ConfigurationError
+from lockstep.metadata.sizes import shown
 from lockstep.workload.kv_pages import PAGE_SIZE, PageKey
 
 
@@ -40,6 +41,18 @@ class Request:
     def num_kv_tokens(self) -> int:
         """Tokens of prompt and output at their longest: what it may come to hold in the KV cache."""
         return self.num_prompt_tokens + self.max_new_tokens
+
+
+def read_block_ids(name: str, value: object, error: type[Exception]) -> tuple[int, ...]:
+    """Return a prompt's block ids as JSON has them (None for none), or raise `error` about `name`."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise error(f"{name} must be a list, got {shown(value, 60)}")
+    for block_id in value:
+        if type(block_id) is not int or not 0 <= block_id < 2**63:
+            raise error(f"{name} must hold whole numbers in 0..2**63 - 1, got {shown(block_id, 60)}")
+    return tuple(value)
 
 
 def block_page_keys(request: Request) -> tuple[PageKey, ...]:

@@ -18,13 +18,13 @@ from typing import Any
 
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int, shown
-from lockstep.workload.request import Request
+from lockstep.workload.request import Request, read_block_ids
 from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, table_rows
 
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
-_MOONCAKE_BLOCK_SIZE = 512
+_MOONCAKE_BLOCK_SIZE = 512  # tokens per `hash_ids` entry, which names a block and all blocks before it
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _EXPECTED = {
     "azure-csv": "TIMESTAMP,ContextTokens,GeneratedTokens: a date with time and two integers >= 1",
@@ -208,8 +208,8 @@ def _request(
     if kind == "mooncake-jsonl":
         arrival = _seconds(row.get("timestamp"), "timestamp") / 1000
         lengths = [_length(row.get(name), name) for name in ("input_length", "output_length")]
-        block_ids, size = _block_ids(row.get("hash_ids")), _MOONCAKE_BLOCK_SIZE * options.length_scale
-        return arrival, *options.lengths(*lengths), None, block_ids, size
+        block_ids = read_block_ids("hash_ids", row.get("hash_ids"), LineError)
+        return arrival, *options.lengths(*lengths), None, block_ids, _MOONCAKE_BLOCK_SIZE * options.length_scale
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise LineError(f'"prompt" is {shown(prompt, 60)}')
@@ -282,23 +282,11 @@ def _integer(text: str, grouped: bool) -> object:
 
 
 def _length(value: object, name: str) -> int:
-    # JSON has booleans and fractions; neither a boolean nor 3.7 tokens is a length. A whole number may be written 3.0.
+    # JSON also has booleans and fractions, which are no lengths; a whole number may be written as 3.0.
     number = int(value) if isinstance(value, float) and value.is_integer() else value
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _LENGTH_LIMIT:
+    if type(number) is not int or not 1 <= number < _LENGTH_LIMIT:
         raise LineError(f"{name} is {shown(value, 60)}")
     return number
-
-
-def _block_ids(value: object) -> tuple[int, ...]:
-    """Return names of blocks of 512 tokens: equal ones stand for equal tokens, those of all blocks before included."""
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise LineError(f"hash_ids is {shown(value, 60)}")
-    for block_id in value:
-        if isinstance(block_id, bool) or not isinstance(block_id, int) or not 0 <= block_id < 2**63:
-            raise LineError(f"hash_ids has {shown(block_id, 60)}")
-    return tuple(value)
 
 
 def _seconds(value: object, name: str) -> float:
