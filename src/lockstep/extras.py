@@ -1,4 +1,4 @@
-"""Packages that only some of us have: which extra brings each, and one sentence where it is missing."""
+"""Optional packages: which extra installs each, and one sentence where it is missing."""
 
 import importlib.util
 import sys

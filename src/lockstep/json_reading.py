@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: a sentence says what is wrong with it."""
+"""JSON from outside: an error says in one sentence what is wrong with it."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""One agreement: every rank says what it has, checks what the others said, and knows who is missing."""
+"""One agreement: every rank says what it has, checks what the other ranks said, and learns who is missing."""
 
 import contextlib
 import time
@@ -36,7 +36,7 @@ class Coordinator:
         deadline_s: longest wait for any other rank, in seconds, > 0.
         fingerprint: hash of what this rank runs, 32 bits; ranks with another one are refused at the first agreement.
         epoch: how often groups have been opened anew; part of every header: a rank of an older epoch is refused.
-        peers: told what this rank does; knows where the others are.
+        peers: records what this rank does, and knows where the other ranks are.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Coordinator:
         self.deadline_s = deadline_s
         self.step = 0
         self.peers = peers or Peers(rank, transport.num_ranks, epoch=epoch)
+        self._own = self.peers.name(rank)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
         self.under_way = False  # an agreement has been begun of which this rank does not know the outcome
         self._failure = ""
@@ -82,8 +83,7 @@ class Coordinator:
             RankAbsentError: ranks did not come before the deadline; the coordinator is unusable from then on.
             TokenCountError: a negative number of tokens.
         """
-        step, peers = self.step, self.peers
-        own = peers.name(self.rank)
+        step, peers, own = self.step, self.peers, self._own
         self._record_class = type(record)
         peers.recorder.step = step
         peers.mark(Phase.AGREEMENT, detail=record.num_tokens)
@@ -112,7 +112,7 @@ class Coordinator:
             if not record.failed:
                 failed = decision.failed_ranks
                 text = "; ".join(f"rank {peers.name(rank)} raised {messages[rank]}" for rank in failed)
-                # Who only passes on what another rank did is not to blame.
+                # A rank that only passes on another rank's failure is not to blame.
                 first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
                 raise PeerFailedError(f"rank {own} stops at step {step}: {text}", peers.name(first), messages[first])
         peers.recorder.note(decision.num_tokens_across_dp)
@@ -121,8 +121,8 @@ class Coordinator:
     def fail(self, error: BaseException, record_class: type[StepRecord] | None = None) -> None:
         """Tell all ranks that this one has failed, in place of its next agreement. Collective.
 
-        The others raise `PeerFailedError` with the error's message. Returns in any case, so that the caller can raise
-        its own error: at once where the groups are unusable, and also where the others cannot be reached any more.
+        The other ranks raise `PeerFailedError` with its message. Always returns, so that the caller can raise its own
+        error: at once where the groups are unusable, and also where no other rank can be reached.
 
         `record_class` is that of the ranks' records, by default that of the last agreement.
         """
@@ -132,7 +132,7 @@ class Coordinator:
                 self.agree((record_class or self._record_class)(failed=True))
 
     def give_up(self, error: BaseException) -> None:
-        """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the others."""
+        """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the other ranks."""
         if isinstance(error, RankAbsentError):
             self.peers.give_up("absent", str(error), error.absent_ranks)
         elif isinstance(error, PeerFailedError):
@@ -140,7 +140,7 @@ class Coordinator:
         elif isinstance(error, (RankMismatchError, TokenCountError)):
             self.peers.give_up("mismatch", str(error))
         else:
-            self.peers.give_up("failed", f"{type(error).__name__}: {error}", (self.peers.name(self.rank),))
+            self.peers.give_up("failed", f"{type(error).__name__}: {error}", (self._own,))
         self._close(error)
 
     def _close(self, error: BaseException) -> None:

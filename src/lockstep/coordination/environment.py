@@ -1,4 +1,4 @@
-"""Environment variables of whoever starts ranks, such as torchrun: numbers, or one sentence."""
+"""Numbers from environment variables that torchrun or another launcher sets; an error is one sentence."""
 
 import os
 from collections.abc import Mapping

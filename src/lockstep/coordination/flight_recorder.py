@@ -95,7 +95,7 @@ class FlightRecorder:
         return _SAID_AS[self.phase].format(step=self.step, layer=self.layer)
 
     def write_file(self, reason: str) -> Path | None:
-        """Write the ring, and where each thread stands, to a file, once; return its path, None if that failed."""
+        """Write the ring and every thread's stack to a file, once; return its path, None if that failed."""
         if self._file is not None:
             return self._file
         header = {
@@ -111,7 +111,7 @@ class FlightRecorder:
         entries = [dict(zip(keys, entry, strict=True)) for entry in list(self._ring)]
         try:
             folder = self.folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
-            # A name that nobody can foresee: the folder may be everyone's.
+            # An unpredictable name: others may be able to write to the folder.
             prefix = f"lockstep-rank{self.process}-epoch{self.epoch}-"
             descriptor, path = tempfile.mkstemp(".jsonl", prefix, folder)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

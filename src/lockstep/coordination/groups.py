@@ -35,7 +35,7 @@ _OPEN_S = 5.0
 _START_S = 30.0
 _MARGIN_S = 0.5
 _LONGEST_IDENTITY = 64
-# NCCL's watchdog ends the process: only where all else has failed.
+# NCCL's watchdog ends the process: a last resort.
 _WATCHDOG_S = 10.0
 
 _abandoned: list[dist.ProcessGroup] = []
@@ -69,7 +69,7 @@ class Start:
 
 def abandon_groups() -> None:
     """Forget all groups, whose other ranks may be gone; the next ones meet in a store of which no key was used."""
-    # Not freed before the process ends: that would wait for collectives that nobody answers any more.
+    # Kept until the process ends: freeing them would wait for collectives that no rank answers.
     _abandoned.extend(dist.distributed_c10d._world.pg_map)
     if dist.is_initialized():  # not where a rank was lost before they had met
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Where ranks are outside of steps, and how they meet there: all of them or none, and nobody is added later."""
+"""Where ranks are outside of steps, and how they meet: all of them or none."""
 
 import contextlib
 import json
@@ -118,8 +118,8 @@ def _bytes_read() -> int:
 class MeetingPlace:
     """Where ranks exchange a few facts through a torch store, which outlives every group; `name` is for messages.
 
-    A meeting is either complete, then every rank knows all facts, or it has failed, then no rank ever takes part in it:
-    which of the two is written once, by whoever comes first. A rank that comes too late waits in the next meeting.
+    A meeting either completes, and every rank knows all facts, or fails, and no rank takes part in it again. The first
+    rank to decide writes which. A rank that comes too late waits in the next meeting.
     """
 
     def __init__(
@@ -206,14 +206,14 @@ class MeetingPlace:
         return verdict.decode()
 
     def _settle(self, number: int, verdict: str) -> str:
-        """Write how a meeting ended, unless that stands already; return what stands."""
-        stands: bytes = self._store.compare_set(f"{number}/verdict", "", verdict)
+        """Write a meeting's verdict unless it has one; return the verdict that counts."""
+        first: bytes = self._store.compare_set(f"{number}/verdict", "", verdict)
         self._store.compare_set("now", str(number) if number else "", str(number + 1))
-        return stands.decode()
+        return first.decode()
 
 
 class Patience:
-    """For how long to wait for which rank: a deadline from its last sign of progress, or until it is gone."""
+    """How long to wait for each rank: until it is gone, or a deadline after its last sign of progress."""
 
     def __init__(self, whereabouts: Whereabouts, deadline_s: float) -> None:
         self.began = self._looked = time.monotonic()
@@ -223,7 +223,7 @@ class Patience:
         self._changed: dict[int, float] = {}
 
     def exhausted(self, missing: Sequence[int]) -> list[int]:
-        """Return the missing ranks for which there is no use in waiting on."""
+        """Return the missing ranks that are not worth waiting for any longer."""
         now, gone = time.monotonic(), set()
         if now - self._looked >= _LOOK_S:
             self._looked = now

@@ -1,4 +1,4 @@
-"""What a rank knows of the others and they of it: who lives, where each is, why one has given up."""
+"""What a rank knows of other ranks, and they of it: which are alive, where each is, why one has given up."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _DYING_S = 0.3  # from a broken connection until the end of its process is seen,
 
 
 class Peers:
-    """The other ranks of an epoch: where each is and whether it lives; and the last words of a rank that gives up.
+    """The other ranks of an epoch: where each is, whether it is alive, and its last words if it gives up.
 
     Ranks of one host publish on their `board`, in about a microsecond; others twice a second, in a `store`. `processes`
     are the ranks' numbers in the whole start; with `debug` every collective is compared before it is issued.
@@ -50,26 +50,28 @@ class Peers:
 
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> None:
         """Enter a phase of the present step, `layer` is -1 outside of MoE layers; `detail` is kept in the ring."""
-        self._publish_place(self.recorder.mark(phase, layer, detail))
-        if self.on_mark is not None:
-            self.on_mark(self)
-
-    def _publish_place(self, now_ns: int) -> None:
+        now_ns = self.recorder.mark(phase, layer, detail)
         if self._board is not None:
             self._board.write_place(self.rank, self.recorder.place, now_ns)
+        if self.on_mark is not None:
+            self.on_mark(self)
 
     @contextlib.contextmanager
     def in_exchange(self) -> Iterator[None]:
         """Say inside the block that this rank waits in a tensor-parallel exchange, and so is not who is late."""
         recorder = self.recorder
         before = recorder.phase, recorder.layer
-        recorder.phase, recorder.layer = Phase.TENSOR_PARALLEL, recorder.layer + 1 if before[0] in IN_LAYER else 0
-        self._publish_place(time.monotonic_ns())
+
+        def publish(phase: Phase, layer: int) -> None:
+            recorder.phase, recorder.layer = phase, layer
+            if self._board is not None:
+                self._board.write_place(self.rank, recorder.place, time.monotonic_ns())
+
+        publish(Phase.TENSOR_PARALLEL, recorder.layer + 1 if before[0] in IN_LAYER else 0)
         try:
             yield
         finally:
-            recorder.phase, recorder.layer = before
-            self._publish_place(time.monotonic_ns())
+            publish(*before)
 
     @property
     def spoiled(self) -> bool:
@@ -77,7 +79,7 @@ class Peers:
         return self._spoiled_step == self.recorder.step
 
     def spoil_step(self) -> None:
-        """Say that what the others receive from this rank in this step is no result."""
+        """Mark what other ranks receive from this rank in this step as invalid."""
         self._spoiled_step = self.recorder.step
         if self._board is not None:
             self._board.spoil(self.rank, self.recorder.step)
@@ -138,7 +140,7 @@ class Peers:
         if isinstance(error, LockstepError):  # another rank has ended it
             raise error
         if isinstance(error, ConnectionError) and self._board is not None:
-            # The kernel closes a dying process's connections a little before it says that the process is gone.
+            # The kernel closes a dying process's connections shortly before it reports the process as gone.
             known = time.monotonic() + _DYING_S
             while not self._in_state("gone") and not self._board.given_up and time.monotonic() < known:
                 time.sleep(0.002)
@@ -170,7 +172,7 @@ class Peers:
         return RankAbsentError(f"{message}{self.recorder.file_note()}", names)
 
     def give_up(self, kind: str, message: str, blamed: Sequence[int] = ()) -> None:
-        """Tell the others, once, why this rank's groups are not used again: `absent`, `failed` or `mismatch`."""
+        """Tell the other ranks, once, why this rank's groups are not used again: `absent`, `failed` or `mismatch`."""
         if not self._silent:
             self.recorder.write_file(message)
             self._say_last_words(kind, message, blamed)
@@ -242,7 +244,7 @@ class Peers:
         return [rank for rank in ranks if unpack_place(board.place(rank)[0])[1] != Phase.TENSOR_PARALLEL] or ranks
 
     def _missing_ranks(self, among: Sequence[int]) -> Sequence[int]:
-        """Find out which ranks the others wait for."""
+        """Return the ranks that all other ranks wait for."""
         others = [rank for rank in among or self._others if rank != self.rank]
         if self._board is None:
             missing = self._remote.roll_call() if self._remote is not None else ()
@@ -253,11 +255,11 @@ class Peers:
         mine = place_order(self.recorder.place)
         places = {rank: place_order(self._board.place(rank)[0]) for rank in others}
         behind = self._late_among([rank for rank in others if places[rank] < mine])
-        # Nobody is behind: then somebody has gone on although this rank had not come.
+        # No rank is behind: then one has gone on although this rank had not come.
         return behind or [rank for rank in others if places[rank] > mine]
 
     def _has_gone_on_alone(self) -> bool:
-        """Whether all others, two at least, stand in one and the same collective, which this rank has behind it."""
+        """Return whether all other ranks, at least two, are in one collective that this rank has passed."""
         places = {self._board.place(rank)[0] for rank in self._others} if self._board is not None else set()
         if len(self._others) < 2 or len(places) != 1 or self._in_state("gone", "stopped"):
             return False

@@ -13,12 +13,12 @@ from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
-# After an agreement in which nobody had work, the next comes after a pause that doubles up to the second figure. Where
-# it can be seen that another rank wants a step, pauses are longer: they end when one does, and only show that this rank
-# lives. Otherwise a script that has work waits for the slowest of these pauses.
+# After an agreement without work, the next one follows a pause that doubles up to the second figure. Where a rank can
+# see that another one wants a step, pauses are longer: they end when it does, and only show that this rank is alive.
+# Elsewhere, a script with work waits for the longest of these pauses.
 _PAUSE_S = (0.0005, 0.008)
 _WATCHED_PAUSE_S = 0.1
-# How often a pause looks for such a rank: this share of the pause, so often at most and at least.
+# How often a pause looks for such a rank: after this share of it, within these limits in seconds.
 _LOOK_SHARE, _LOOK_S = 0.05, (0.0002, 0.002)
 
 
@@ -27,7 +27,7 @@ class Session:
 
     The script of a rank runs steps with `begin_step` and `end_step`, as many as it likes. When it is not inside one,
     a thread of the session answers the other ranks' agreements with zero rows and runs `run_idle_step` for them. So
-    nobody waits for a rank whose script tokenizes, sleeps, stands in a barrier of its own or has left the block early.
+    no rank waits for one whose script tokenizes, sleeps, waits in a barrier of its own or has left the block early.
     Leaving the block waits until all ranks have left it.
 
     If the block is left by an exception, every other rank gets a `PeerFailedError` with its message, from its next step
@@ -35,7 +35,7 @@ class Session:
 
     Args:
         coordinator: how ranks agree. Left open: who made it closes its groups.
-        run_idle_step: takes part in a step with no rows of one's own; called from the session's thread.
+        run_idle_step: takes part in a step without rows of this rank; called from the session's thread.
         data_parallel_rank: whose count in the decision is this rank's.
         grace_s: how long after entering, and after a step of its script, this rank waits for the script's next one
             before it takes part with zero rows, in seconds. It keeps together ranks that step together; ranks that idle
@@ -81,7 +81,7 @@ class Session:
             self._changed.notify_all()
         try:
             self._thread.join()
-        except BaseException as error:  # Ctrl-C: tell the others, for which one more wait must suffice
+        except BaseException as error:  # Ctrl-C: tell the other ranks, for which one more wait must suffice
             self.fail(error)
             self._thread.join(self.coordinator.deadline_s)
             if self._thread.is_alive():
@@ -117,7 +117,7 @@ class Session:
                 decision, mine = self._walk(num_tokens, since)
                 if mine:
                     return decision
-                self._ctrl_c.let_go()  # between two agreements nobody waits for this rank's rows
+                self._ctrl_c.let_go()  # between two agreements no rank waits for this one's rows
                 if not decision.runs_step:
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, _PAUSE_S[1])
@@ -232,11 +232,11 @@ class Session:
         except BaseException as error:
             if not coordinator.usable or error is self._failure:
                 self.break_off(error)
-            elif isinstance(error, RankAbsentError):  # of an agreement that has ended: the others do not know of it
+            elif isinstance(error, RankAbsentError):  # of an agreement that has ended: unknown to other ranks
                 self.fail(error)
             elif isinstance(error, LockstepError):
                 self.break_off(error)
-            elif coordinator.under_way:  # the others may be running a step that this rank knows nothing of
+            elif coordinator.under_way:  # the other ranks may be running a step that this one knows nothing of
                 coordinator.give_up(error)
                 self.break_off(error)
             else:
@@ -259,7 +259,7 @@ class Session:
 
 
 class HeldBackInterrupt:
-    """Holds Ctrl-C back while a rank is in a step, which others need it for; a second one is not held back."""
+    """Holds Ctrl-C back while a rank is in a step that other ranks need it for; a second one is not held back."""
 
     def __init__(self) -> None:
         self._handler: Callable[[int, FrameType | None], Any] | None = None

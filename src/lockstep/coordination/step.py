@@ -47,7 +47,7 @@ class StepRecord:
 
 
 class Said(NamedTuple):
-    """What all ranks said, field by field, `[fields][ranks]`: records are made of it only where somebody asks."""
+    """What all ranks said, field by field, `[fields][ranks]`: records are made of it only on request."""
 
     record_class: type[StepRecord]
     columns: tuple[tuple[int, ...], ...]
@@ -177,7 +177,7 @@ def _said(records: Sequence[StepRecord], names: Sequence[int]) -> Said:
 
 
 def odd_ones_out(values: Sequence[Any], names: Sequence[int]) -> str:
-    """Return `; rank 1 differs from the others` where most ranks say the same, to stand after what each says."""
+    """Return `; rank 1 differs from the others` where most ranks say the same, to follow what each says."""
     most = max(values, key=values.count)
     odd = [str(name) for name, value in zip(names, values, strict=True) if value != most]
     if not 0 < len(odd) < len(values) / 2:

@@ -1,4 +1,4 @@
-"""What a rank says before SIGTERM ends it, and that a process forked from a rank says nothing in its name."""
+"""What a rank says before SIGTERM ends it; a process forked from a rank says nothing in its name."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import weakref
 
 from lockstep.coordination.peers import Peers
 
-# How long the main thread may take until it runs a signal's handler: it may stand in a wait of torch's.
+# How long the main thread may take to run a signal's handler: it may be waiting inside torch.
 _HANDLER_S = 1.0
 
 _peers_of_this_process: "weakref.WeakSet[Peers]" = weakref.WeakSet()
@@ -52,7 +52,7 @@ def _watch_signals() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    if before != -1:  # somebody else's, such as asyncio's
+    if before != -1:  # of other software, such as asyncio
         signal.set_wakeup_fd(before)
         os.close(reading)
         os.close(writing)

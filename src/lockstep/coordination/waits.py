@@ -1,4 +1,4 @@
-"""Waits that end: for a collective, for a GPU, for a call that may hang. Torch's own have no limit, or half an hour."""
+"""Waits with a deadline: for a collective, a GPU, a call that may hang. Torch's own have no limit, or half an hour."""
 
 import contextlib
 import datetime
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEADLINE_S = 30.0  # longest wait for any rank, in seconds, where nothing else is said
-SPIN_NS = 20_000  # for how long a wait looks without pause
+SPIN_NS = 20_000  # how long a wait looks without a pause
 _CHECK_S = 0.1
 _YIELD_NS = 400_000
 _SLEEP_SHARE = 0.02
@@ -77,8 +77,8 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None
                 raise ConnectionError(f"a peer's connection broke ({message})") from error
             completed = work.is_completed()
             if completed:
-                # It has come to its end since the slice ended: well, or by the group's own limit, which may come a
-                # little before ours. Waiting once more says which, at once.
+                # It has ended since the slice did: with success, or by the group's own limit, which may come a little
+                # before ours. Waiting once more tells which, at once.
                 with contextlib.suppress(RuntimeError):
                     work.wait()
                     return

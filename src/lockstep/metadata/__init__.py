@@ -1,1 +1,1 @@
-# Who has how many tokens. Nothing is imported here: only dp_metadata.py needs torch, the others must not wait for it.
+# Who has how many tokens. Nothing is imported here: most of these modules are used without torch.

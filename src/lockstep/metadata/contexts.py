@@ -13,10 +13,9 @@ MOST_LISTS = 1024
 Nested = list[tuple[int | None, list[int] | None]] | None
 """Where contexts are nested, the `id` and the sizes of each that is entered, the innermost last; else None.
 
-Entered on its own, a context knows that by its flag `alone`, and is noted here by None once another is entered inside
-it. Contexts are not referred to: somebody else has to hold one, and one that nobody holds any more is left. An `id`
-cannot come to mean another context, since a context takes its own away before it is freed. An empty list stands for
-sizes that were set without a context.
+A context that is entered alone has its flag `alone`; once another is entered inside it, None is its `id` here. Ids, not
+references: a context that its user drops is freed, and removes its id before, so no listed id is reused. An empty list
+means that sizes were set without a context.
 """
 
 
@@ -32,7 +31,7 @@ class StepSizes:
         self.shown = shown  # the tensor that shows the counts to callers
         self.largest: Any = None  # the one that shows the largest of them
         self.address = shown.data_ptr()
-        self.memory = memory  # its memory, a mutable array: where it differs from `expected`, somebody wrote to it
+        self.memory = memory  # its memory, a mutable array: it differs from `expected` once a caller wrote to it
         self.expected = memory[:]
         self.lists: dict[object, list[int]] = {}  # by what they were asked for with
 
@@ -122,7 +121,7 @@ NO_CONTEXT.key = object()
 
 
 def references(holder: SizesContext) -> int:
-    """Return the references that a function counts to what one attribute holds and nobody else."""
+    """Return how many references a function counts to an object that only an attribute holds."""
     held = holder.sizes
     return getrefcount(held)
 
@@ -151,7 +150,7 @@ def enter_nested(metadata: Any, context: SizesContext) -> None:
         metadata._nested = [(None, metadata.local_sizes)]
     if metadata._nested:
         metadata._nested.append((id(context), context.sizes))
-    else:  # sizes that no context has set: nobody wants them back
+    else:  # sizes that no context has set are not restored
         metadata._nested = None
         context.alone = True
 

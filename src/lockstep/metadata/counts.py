@@ -239,7 +239,7 @@ def set_counts(metadata: HoldsCounts, step: StepSizes, dp_rank: int | None = Non
 
 
 def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args: int) -> list[int]:
-    """Return `function(counts, *args)`, computed if nobody asked before; errors name this rank."""
+    """Return `function(counts, *args)`, computed on the first call; errors name this rank."""
     step = metadata._step
     # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
     key = (function, *map(as_plain_int, args))

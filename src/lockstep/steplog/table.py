@@ -37,7 +37,7 @@ class StepTable:
     num_waiting: np.ndarray
     start_s: np.ndarray  # of the step, on the rank where it is largest
     duration_s: np.ndarray  # likewise
-    agreement_s: np.ndarray  # the shortest wait of any rank for the agreement: what it costs where nobody is late
+    agreement_s: np.ndarray  # the shortest wait of any rank for the agreement: what it costs where no rank is late
     busy_s: np.ndarray  # each rank's own work; NaN where it was not measured
     num_steps: int
     steps_per_row: int = 1  # how many steps were added into one row, see `merged`
@@ -137,7 +137,7 @@ class StepTable:
         return {cause: float(seconds.sum()) / total for cause, seconds in zip(CAUSES, lost, strict=True)}
 
     def merged(self, steps_per_row: int) -> StepTable:
-        """Return the table with every so many steps added into one row; shares stay what they were."""
+        """Return the table with each `steps_per_row` steps added into one row; shares stay the same."""
         if steps_per_row == 1 or not self.num_rows:
             return self
         starts = np.arange(0, self.num_rows, steps_per_row)

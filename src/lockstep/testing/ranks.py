@@ -24,7 +24,7 @@ _PRELOAD = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.mixtral.modeling_mixtral",
 )
-# How long the others may go on once one rank has failed: enough to notice it and to say so.
+# How long the other ranks may go on after one has failed: enough to notice and report it.
 _AFTER_FAILURE_S = 5.0
 
 
@@ -44,7 +44,7 @@ def run_ranks(
         num_ranks: how many ranks, >= 1.
         function: what each rank runs.
         *args: its arguments, the same on all ranks.
-        deadline_s: after so many seconds the ranks are ended, and the error shows where each stood.
+        deadline_s: limit in seconds; ranks that reach it are ended, and the error shows where each was.
         may_die: ranks whose death is no failure; their result is None.
 
     Returns:
