@@ -333,13 +333,9 @@ def env(as_json: opt.AsJson = False) -> None:
     raise typer.Exit(0 if all_work(document) else 1)
 
 
-workload_app = typer.Typer(no_args_is_help=True, help="Look at request traces.")
+# With a callback, Typer keeps the name of a group's only command.
+workload_app = typer.Typer(no_args_is_help=True, callback=lambda: None, help="Look at request traces.")
 app.add_typer(workload_app, name="workload")
-
-
-@workload_app.callback()
-def _workload_options() -> None:
-    """Keep `describe` a subcommand: Typer would drop the name of an only one."""
 
 
 @workload_app.command()
@@ -360,19 +356,14 @@ def describe(
     trace = load_workload(file, opt.fill(WorkloadOptions, given))
     description = describe_requests(trace.requests)
     if as_json:
-        malformed = {"num_malformed": trace.num_malformed, "malformed": [str(line) for line in trace.malformed]}
+        malformed = {"num_malformed": trace.num_malformed, "malformed": trace.malformed}
         typer.echo(json.dumps({"source": trace.source, "format": trace.format, **malformed, **description}))
     else:
         print_description(trace, description)
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+bench_app = typer.Typer(no_args_is_help=True, callback=lambda: None, help="Measure this machine.")
 app.add_typer(bench_app, name="bench")
-
-
-@bench_app.callback()
-def _bench_options() -> None:
-    """Keep `calibrate` a subcommand: Typer would drop the name of an only one."""
 
 
 @bench_app.command()

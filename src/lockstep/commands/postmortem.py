@@ -1,4 +1,4 @@
-"""Flight recorders of several ranks side by side: who was where, and where they parted."""
+"""`lockstep postmortem`: flight recorders of several ranks side by side, and the step in which they parted."""
 
 from __future__ import annotations
 

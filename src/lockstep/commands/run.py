@@ -1,4 +1,4 @@
-"""What `lockstep run` does around a run: checks beforehand, progress, verification, table and report."""
+"""`lockstep run`: checks before a run, its progress, verification, table and report."""
 
 import functools
 import json

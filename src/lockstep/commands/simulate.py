@@ -1,4 +1,4 @@
-"""What `lockstep simulate` does around the simulations: progress, table, files, report; its comparison with a run."""
+"""`lockstep simulate`: progress, table, files and report of simulations; comparison with a recorded run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def execute(
     overwrite: bool = False, as_json: bool = False, workers: int | None = None, arguments: Sequence[str] = (),
     placement: Sequence[Mapping[str, Any]] = (),
 ) -> int:  # fmt: skip
-    """Simulate all settings, print and write what came out; return 0, or 1 where no setting keeps to the limits."""
+    """Simulate all settings, print and write what came out; return 0, or 1 where no setting meets the limits."""
     console = Terminal(stderr=True)
     configs = grid.configs(base)
     for config in configs:

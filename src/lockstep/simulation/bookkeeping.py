@@ -1,4 +1,4 @@
-"""What a simulation keeps up to date instead of asking every rank in every step."""
+"""State that a simulation updates incrementally instead of asking every rank in every step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StopSteps:
         self._overrun: dict[int, set[int]] = {}  # step -> requests of which it samples a token that is dropped
 
     def before(self, step: int) -> Sequence[int]:
-        """Return whom the schedulers are told to stop before `step`, and forget it."""
+        """Return and forget the requests that stop before `step`."""
         return self._before.pop(step, ())
 
     def keeps(self, index: int, num_sampled: int) -> bool:
@@ -54,7 +54,7 @@ class StopSteps:
         return index not in self._stops or num_sampled <= self._stops[index].num_new_tokens
 
     def sampled(self, index: int, num_sampled: int, step: int) -> None:
-        """Take in that a request samples its token number `num_sampled` in `step`, and one more in every step after."""
+        """Note that a request samples its token number `num_sampled` in `step`, and one more in every later step."""
         stop = self._stops.get(index)
         if stop is None:
             return
@@ -68,7 +68,7 @@ class StopSteps:
             self._overrun.setdefault(overrun, set()).add(index)
 
     def forget(self, index: int) -> None:
-        """Take back what `sampled` said of steps to come: the request is preempted."""
+        """Undo `sampled` for later steps: the request is preempted."""
         if index in self._stops:
             for indices in (*self._last.values(), *self._overrun.values()):
                 indices.discard(index)
@@ -109,18 +109,18 @@ class LoadBalancerTwin(LoadBalancer):
         return ranks
 
     def computed(self, decode: np.ndarray, prompts: Sequence[tuple[int, int, int]]) -> None:
-        """Take in the rows of a step: each rank's that generate, and `(rank, rows, context)` of prompts."""
+        """Subtract the rows of a step: decode rows of each rank, and prompts as `(rank, rows, context)`."""
         if self._policy == "least-tokens":
             self._load -= decode
             for rank, prefill, _ in prompts:
                 self._load[rank] -= prefill
 
     def set_outstanding(self, rank: int, num_tokens: int) -> None:
-        """Take in that a rank's outstanding tokens have changed otherwise, by a stop or a preemption."""
+        """Set a rank's outstanding tokens after a stop or a preemption."""
         if self._policy == "least-tokens":
             self._load[rank] = num_tokens
 
     def finished(self, rank: int, request: Request) -> None:
-        """Take in that a request has left its rank."""
+        """Note that a request has left its rank."""
         if self._policy == "least-kv-cache":
             self._load[rank] -= request.num_kv_tokens

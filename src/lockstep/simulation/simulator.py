@@ -1,7 +1,7 @@
-"""What would happen: the runtime's scheduler and policies over a workload, with a cost formula in place of tensors.
+"""The simulator: the runtime's scheduler and policies over a workload, with a cost formula in place of tensors.
 
-Ranks in whose step nothing happens but generating are not visited: their counts are advanced together, in arrays. Only
-ranks with an arriving, ending or preempted request or a running prompt go through the real run's `RankScheduler`.
+Ranks that only generate in a step are not visited: their counts advance together, in arrays. Only ranks with an
+arriving, ending or preempted request, or a running prompt, go through the `RankScheduler` of real runs.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _Simulation:
         return schedules, prompts
 
     def _prefills_run(self, step: int, delay: int) -> bool:
-        """The twin of `prefills_run`, from what changed instead of all ranks' states."""
+        """Decide as `prefills_run` does, from incremental state instead of all ranks' states."""
         if delay == 0 or self.total_decode == 0:
             return True
         heads = self.heads
@@ -193,7 +193,7 @@ class _Simulation:
         cost = self.config.cost
         token_us, decode_us = cost.token_us + cost.request_us, cost.decode_context_us  # of a row that generates
         if self.decode_list is not None:
-            # A few ranks: arithmetic on a list is several times as fast as on an array.
+            # With few ranks, arithmetic on a list is several times as fast as on an array.
             longest = max(self.decode_list)
             own_us = token_us * longest
             if decode_us:
@@ -245,7 +245,7 @@ class _Simulation:
         return ranks
 
     def _preempted(self, rank: int, schedule: Schedule, slot: int) -> None:
-        """Take over that requests which generated do so no more in this very step."""
+        """Update the counts for requests that lose their pages before this very step."""
         decode = schedule.num_decode_tokens
         base = schedule.decode_context_tokens - schedule.step * decode
         self._set_decode(rank, decode, base)
@@ -267,7 +267,7 @@ class _Simulation:
     def _after(
         self, rank: int, schedule: Schedule, step: int, started_s: float, now_s: float, prompts_are_held: bool
     ) -> None:
-        """Take over what a visited rank's step has changed."""
+        """Update the counts with a visited rank's step."""
         scheduler, stops = self.schedulers[rank], self.stops
         for entry in schedule.entries:  # prompts only
             index = self.index[entry.request_id]

@@ -1,4 +1,4 @@
-"""Where simulated steps go: buffers of fixed size, then the step log, sums, and the report's table."""
+"""Output of simulated steps: buffers of fixed size, flushed to the step log, to sums, and to the report's table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
 
 class TakesColumns(Protocol):
-    """What steps can be written to: `StepColumns`, or anything else with its `write`."""
+    """A destination of steps: `StepColumns`, or anything else with its `write`."""
 
     def write(self, columns: dict[str, Any]) -> None:
         """Append records as columns of equal length, named as `StepLogRecord`'s fields; they change after the call."""
@@ -76,12 +76,12 @@ class StepSink:
         return self._used - 1
 
     def note(self, buffer: np.ndarray, slot: int, rank: int, count: int) -> None:
-        """Add what is rare, to `preempted`, `overrun` or `cached`."""
+        """Add to a rare count: `preempted`, `overrun` or `cached`."""
         buffer[slot, rank] += count
         self._noted = True
 
     def flush(self) -> None:
-        """Hand on what the buffers hold, and clear them."""
+        """Flush and clear the buffers."""
         used = self._used
         if not used:
             return

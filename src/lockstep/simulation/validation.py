@@ -1,4 +1,4 @@
-"""Recorded runs as the cost formula takes them: steps and their times, repeats put together, prediction beside them."""
+"""Recorded runs as input of the cost formula: step times, repeats combined, and predictions to compare with."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
 
 def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Put several runs' `cost_columns` into one; of repeats of the same steps, the median of a step's times counts."""
+    """Join the `cost_columns` of several runs; repeats of the same steps are combined by each step's median time."""
     if len({run["tokens"].shape[1] for run in runs}) > 1:
         raise ConfigurationError("runs to be put together must have the same ranks")
     repeats: dict[tuple[bytes, ...], list[dict[str, np.ndarray]]] = {}
@@ -66,7 +66,7 @@ def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
-    """Fit the cost constants to recorded runs' columns; none with dummy or padding rows."""
+    """Fit the cost constants to the columns of recorded runs without dummy or padding rows."""
     if columns["filler_rows"].any():
         raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
     counts = {name: columns[name] for name in _COUNTS if name != "filler_rows"}
@@ -74,7 +74,7 @@ def fit_runs(columns: dict[str, np.ndarray], source: str = "") -> CostConstants:
 
 
 def validate(columns: dict[str, np.ndarray], cost: CostConstants) -> dict[str, Any]:
-    """Compare what steps took with what the formula says; errors are relative, those of steps absolute."""
+    """Compare measured and predicted step times; errors are relative, those of single steps without sign."""
     predicted, measured = cost.step_times_us(**{name: columns[name] for name in _COUNTS}), columns["duration_us"]
     errors = np.sort(np.abs(predicted / measured - 1))
     return {

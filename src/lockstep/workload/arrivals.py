@@ -1,7 +1,7 @@
-"""Which of a workload's requests reach a rank, and when: plain integers, the same answer on every rank.
+"""Which requests of a workload reach a rank, and when: integers only, with the same answer on every rank.
 
-Everything that one rank decides about another rests on the workload, which all have read, and on agreed
-`SchedulerState`s. A state is that **after** the step just planned, so that it travels with that step's own agreement.
+Ranks decide from the workload, which all have read, and from agreed `SchedulerState`s. A state is valid **after** the
+step just planned, so it travels with that step's own agreement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lockstep.workload.schedule import SchedulerConfig
 
 
 class Arrivals:
-    """Which of a workload's requests, in order of arrival, reach one rank before each step: time and load balancing."""
+    """Hands one rank its requests of a workload before each step, by arrival time and load balancing."""
 
     def __init__(self, requests: Sequence[Request], config: SchedulerConfig, num_ranks: int, rank: int) -> None:
         if not 0 <= rank < num_ranks:
@@ -42,10 +42,10 @@ class Arrivals:
         return self._waiting[0].arrival_s if self._waiting else None
 
     def before_step(self, states: Sequence[SchedulerState], elapsed_s: float | None = None) -> list[Request]:
-        """Return the requests that this rank gets before the next step, by what was agreed with the step before.
+        """Return the requests that this rank gets before the next step.
 
-        `states` are every rank's, `elapsed_s` is the age of the run. None is virtual time: it passes by steps, and
-        jumps to the next arrival where all ranks are idle.
+        `states` are those of all ranks, agreed with the step before; `elapsed_s` is the age of the run. None means
+        virtual time, which passes by steps and jumps to the next arrival when all ranks are idle.
         """
         if len(states) != self._num_ranks:
             raise ConfigurationError(f"states must have one entry per rank, {self._num_ranks}, got {len(states)}")

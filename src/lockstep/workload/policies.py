@@ -1,4 +1,4 @@
-"""What ranks decide alike from what all have agreed on: which of them gets a request, and whether prompts run."""
+"""Decisions that all ranks make alike from agreed values: which rank gets a request, and whether prompts run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lockstep.errors import ConfigurationError
 from lockstep.workload.request import Request
 
 LOAD_BALANCING = ("round-robin", "least-tokens", "least-kv-cache")
-"""In turns; to the fewest tokens still to be computed; to the fewest tokens that unfinished requests will hold in the
-KV cache. Ties go to the lowest rank."""
+"""In turns; to the rank with the fewest tokens left to compute; to the rank whose unfinished requests will hold the
+fewest tokens in the KV cache. Ties go to the lowest rank."""
 
 
 class SchedulerState(NamedTuple):
-    """What a rank tells the others about its scheduler: four integers, as of after the step just planned."""
+    """What a rank tells the other ranks about its scheduler: four integers, valid after the step just planned."""
 
     # Rows that its unfinished requests still need, those in the queue included; 0 is idle. Rows that a preemption makes
     # necessary again are added when it happens.
@@ -30,7 +30,7 @@ class SchedulerState(NamedTuple):
 
 
 def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int], max_prefill_delay_steps: int) -> bool:
-    """Decide, for all ranks alike, whether prompts run in the next step: a prompt on one rank takes all ranks as long.
+    """Decide, for all ranks alike, whether prompts run in the next step: one rank's prompt holds up all ranks.
 
     They run when one arrived `max_prefill_delay_steps` or more steps ago (0 never holds), when every rank has one, or
     when no rank generates. The wait counts from arrival, so a queue that grows turns holding off.
@@ -41,7 +41,7 @@ def prefills_run(prefill_wait_steps: Sequence[int], num_decoding: Sequence[int],
 
 
 class LoadBalancer:
-    """Gives each arriving request to a rank by one of `LOAD_BALANCING`, equally on every rank that asks."""
+    """Assigns arriving requests to ranks by one of `LOAD_BALANCING`, identically on every rank."""
 
     def __init__(self, policy: str, num_ranks: int) -> None:
         if num_ranks < 1:
@@ -51,7 +51,7 @@ class LoadBalancer:
         self._next = 0
 
     def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
-        """Return the rank of each arriving request from every rank's state; what earlier ones add is counted in."""
+        """Return each arriving request's rank; every request counts towards the load that the next one sees."""
         if self._policy == "round-robin":
             first = self._next
             self._next = (first + len(requests)) % self._num_ranks

@@ -1,4 +1,4 @@
-"""Pages that hold a known beginning of a prompt: who holds them, and which of the others go first.
+"""Cached pages of prompt prefixes: how many requests hold each, and which unheld ones are evicted first.
 
 Only whole pages of prompts are shared. Keys are made of token ids (`token_page_keys`) or block ids (`block_page_keys`).
 """
@@ -25,7 +25,7 @@ def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
 
 
 class PrefixPages:
-    """The known pages of one rank: how many requests hold each, and the order in which the unheld ones go.
+    """The known pages of one rank: how many requests hold each, and the order in which unheld ones are evicted.
 
     Requests let go of their last page first, so a page is never forgotten before one that continues it. Without
     `keeps_unheld`, a page is forgotten once nobody holds it.
@@ -68,7 +68,7 @@ class PrefixPages:
         return num_known - self.hold(keys)
 
     def let_go(self, keys: Sequence[PageKey]) -> int:
-        """Let one request less hold pages, the last first; return how many nobody holds any more."""
+        """Release one request's hold on pages, the last page first; return how many are now unheld."""
         self.version += bool(keys)
         left = 0
         for key in reversed(keys):

@@ -1,7 +1,7 @@
 """Request traces from files: Azure CSV, Mooncake JSON lines, prompts as JSON lines; plain or gzip.
 
-The format is recognised from the content, never from the name. A malformed line is counted and named, and the rows
-around it are kept; a file with more than a share of them is refused.
+The format is recognised from the content, never from the name. Malformed lines are counted, named and skipped; a file
+with too large a share of them is refused.
 """
 
 from __future__ import annotations
@@ -74,18 +74,6 @@ class WorkloadOptions:
 
 
 @dataclass(frozen=True)
-class MalformedLine:
-    """A line that could not be read: its number from 1, what was wrong, and what was expected."""
-
-    line: int
-    problem: str
-    expected: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.problem}; expected {self.expected}"
-
-
-@dataclass(frozen=True)
 class Trace:
     """A workload read from a file."""
 
@@ -93,7 +81,9 @@ class Trace:
     format: str  # `azure-csv`, `mooncake-jsonl`, `prompts-jsonl` or `synthetic`
     requests: list[Request]  # in order of arrival, the first at 0 s
     num_malformed: int = 0  # lines left out
-    malformed: list[MalformedLine] = field(default_factory=list)  # the first 20 of them
+    malformed: list[str] = field(
+        default_factory=list
+    )  # the first 20 of them, each with its number and what was expected
 
     @property
     def left_out(self) -> str:
@@ -101,7 +91,7 @@ class Trace:
         if not self.num_malformed:
             return ""
         lines = "1 malformed line" if self.num_malformed == 1 else f"{self.num_malformed:,} malformed lines"
-        return f"{self.source}: left out {lines}: {'; '.join(map(str, self.malformed[:3]))}"
+        return f"{self.source}: left out {lines}: {'; '.join(self.malformed[:3])}"
 
 
 def load_trace(
@@ -117,7 +107,7 @@ def load_trace(
     source, options, limits = str(path), options or WorkloadOptions(), limits or ReadLimits()
     count_tokens = count_tokens or (lambda text: len(text.encode("utf-8", "surrogatepass")))
     kind, found, malformed, num_malformed = "", [], [], 0
-    # A cell may be as long as a line: prompts stand in some traces. The limit is the process's own, so it is put back.
+    # Some traces hold prompts, so a cell may be as long as a line. The limit is global to the process: restore it.
     cell_limit = csv.field_size_limit(limits.line_bytes)
     try:
         for number, kind, row in _rows(Path(path), limits):
@@ -126,7 +116,7 @@ def load_trace(
             except LineError as error:
                 num_malformed += 1
                 if num_malformed <= _NUM_NAMED_LINES:
-                    malformed.append(MalformedLine(number, str(error), _EXPECTED.get(kind, _EXPECTED_ANY)))
+                    malformed.append(f"line {number}: {error}; expected {_EXPECTED.get(kind, _EXPECTED_ANY)}")
             if len(found) > limits.rows:
                 most = f"{limits.rows:,} requests, the most that are read"
                 raise ConfigurationError(f"{source} has more than {most}: num_requests takes the first N")
@@ -134,7 +124,7 @@ def load_trace(
                 break
     finally:
         csv.field_size_limit(cell_limit)
-    named = "; ".join(str(line) for line in malformed[:3])
+    named = "; ".join(malformed[:3])
     if not found:
         why = named or f"the file has no rows; expected {_EXPECTED_ANY}"
         raise ConfigurationError(f"{source}: no request could be read: {why}")
@@ -144,7 +134,7 @@ def load_trace(
         raise ConfigurationError(
             f"{source}: {num_malformed} of {num_lines} lines are malformed, more than {share}: {named}"
         )
-    # A sort by arrival alone is stable: rows with one timestamp keep the file's order.
+    # The sort is stable: rows with equal timestamps keep the file's order.
     found.sort(key=lambda request: request[0])
     requests = [
         Request(index, (arrival - found[0][0]) / options.rate_scale, *others)
@@ -154,7 +144,7 @@ def load_trace(
 
 
 def _rows(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str, dict[str, object] | str | LineError]]:
-    """Yield number, format and content of each line from the first that has a format: cells by column, or JSON."""
+    """Yield each line's number, format and content (cells by column, or JSON), from the first line with a format on."""
     lines = numbered_lines(path, limits)
     kind = ""
     for number, line in lines:
@@ -182,21 +172,21 @@ def _table(
         if isinstance(cells, LineError):
             yield number, cells
         elif set(_AZURE_COLUMNS) <= set(cells):
-            # A header may come again, where files were put together, and its columns in another order.
+            # Concatenated files repeat the header, maybe with its columns in another order.
             if twice := next((name for name in _AZURE_COLUMNS if cells.count(name) > 1), None):
                 raise ConfigurationError(f"{path}: the header names {twice} {cells.count(twice)} times")
             columns, num_columns = {name: cells.index(name) for name in _AZURE_COLUMNS}, len(cells)
         elif len(cells) < num_columns or any(cells[num_columns:]):
             yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
         else:
-            # A comma groups digits only where commas separate cells: other tables may have decimal commas.
+            # Commas group digits only in comma-separated tables; other tables may have decimal commas.
             yield number, {name: _integer(cells[place], delimiter == ",") for name, place in columns.items()}
 
 
 def _request(
     kind: str, row: dict[str, object] | str | LineError, options: WorkloadOptions, count_tokens: Callable[[str], int]
 ) -> tuple[Any, ...]:
-    """Return its arrival by the file's own time, and what else makes a `Request`."""
+    """Return the arrival by the file's own clock, and the other arguments of `Request`."""
     if isinstance(row, LineError):
         raise row
     if isinstance(row, str):
@@ -224,7 +214,7 @@ def _request(
 
 
 def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
-    """Return the format, and what separates the columns of a table."""
+    """Return the format and, for a table, its delimiter."""
     if line.lstrip().startswith("{"):
         keys = _json_object(line).keys()
         if "prompt" in keys:
@@ -256,20 +246,20 @@ def _json_object(line: str) -> dict[str, object]:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise LineError("a key stands twice in one object")
+        raise LineError("a key appears twice in one object")
     return row
 
 
 def _timestamp(value: object) -> float:
     text = str(value)
     try:
-        # Python also reads dates of digits alone, and so would take some milliseconds since 1970 for the year 1700.
+        # Python also reads dates of digits alone, and would take some milliseconds since 1970 for the year 1700.
         if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
             raise ValueError
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise LineError(f"TIMESTAMP is {shown(value, 60)}") from None
-    # A time without a zone is read as UTC, so that the result does not depend on this machine's zone.
+    # Times without a zone are UTC, independent of this machine's zone.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -277,7 +267,7 @@ def _integer(text: str, grouped: bool) -> object:
     """Return a cell as an integer where it is one: `1374`, `1374.0` (as pandas writes it), or `"1,374"` if grouped."""
     if grouped and re.fullmatch(r"\d{1,3}(,\d{3})+", text, re.ASCII):
         text = text.replace(",", "")
-    # More than ten digits are beyond the limit anyway, and thousands of them no integer to Python.
+    # Longer numbers exceed the limit anyway, and Python refuses integers of thousands of digits.
     return int(text.removesuffix(".0")) if re.fullmatch(r"\d{1,12}(\.0)?", text, re.ASCII) else text
 
 
