@@ -55,7 +55,7 @@ def plan_document(
         "num_tokens_across_dp": list(plan.num_tokens_across_dp),
         "sequence_parallel_size": plan.sequence_parallel_size,
         "max_chunk_size_per_rank": limit,
-        "sp_local_sizes": list(padded),
+        "sp_local_sizes": padded,
         "cu_tokens_across_sp": list(accumulate(padded)),
         "chunked_sizes": shown,
         "sp_spans": [list(plan.sp_span(rank)) for rank in range(len(plan.sp_rows))],

@@ -28,7 +28,7 @@ from lockstep.metadata.counts import (
     set_counts,
     step_context,
 )
-from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_size_list
+from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_sizes
 
 # A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
 logger = logging.getLogger("vllm.plugins.lockstep")
@@ -47,9 +47,9 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
     """Return the rows of each rank under prefill context parallelism, as `sp_local_sizes` of the class below."""
     pcp = check_int("pcp_size", pcp_size, 1, MAX_RANKS // len(counts))
     if use_ep:
-        return sp_size_list([count for count in counts for _ in range(pcp)], sequence_parallel_size)
+        return sp_sizes([count for count in counts for _ in range(pcp)], sequence_parallel_size)
     multiplied = check_counts([count * pcp for count in counts], "num_tokens_across_dp times pcp_size")
-    return sp_size_list(multiplied, sequence_parallel_size)
+    return sp_sizes(multiplied, sequence_parallel_size)
 
 
 @dataclass(init=False, eq=False, repr=False)

@@ -5,7 +5,7 @@ from itertools import accumulate
 from sys import getrefcount
 from typing import Any, Literal
 
-from lockstep.metadata.sizes import abridged, check_int, chunk_sizes, sp_size_list, sp_sizes
+from lockstep.metadata.sizes import abridged, check_int, chunk_sizes, sp_sizes
 
 MOST_LISTS = 1024
 """Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
@@ -178,4 +178,4 @@ def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int)
 
 def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
     """Return the running sum of the rows of each rank, `[ep_size]`."""
-    return list(accumulate(sp_size_list(counts, check_int("sp_size", sp_size, 1))))
+    return list(accumulate(sp_sizes(counts, check_int("sp_size", sp_size, 1))))

@@ -12,7 +12,7 @@ import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.contexts import MOST_LISTS, NO_CONTEXT, Nested, StepContext, StepSizes
-from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_size_list
+from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_sizes
 
 if TYPE_CHECKING:
     # What is taken besides tensors. At run time the annotations stay the published ones.
@@ -262,7 +262,7 @@ def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args:
 def step_context(metadata: HoldsCounts, sequence_parallel_size: int) -> StepContext:
     """Return a new context for the sizes of the whole step."""
     context, step = StepContext(), metadata._step
-    context.sizes = find_sizes(metadata, sp_size_list, sequence_parallel_size)
+    context.sizes = find_sizes(metadata, sp_sizes, sequence_parallel_size)
     # Not by a tensor or array, which can be written to and be the same object with another value.
     context.key = sequence_parallel_size if type(sequence_parallel_size) is int else context.sizes
     context.shown, context.memory, context.expected = step.shown, step.memory, step.expected

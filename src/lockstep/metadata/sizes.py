@@ -98,13 +98,8 @@ def abridged(values: Sequence[int], most: int = 16) -> str:
     return f"[{first}, ..., {last}] ({len(values)} entries)"
 
 
-def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ...]:
+def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> list[int]:
     """Return `ceil(count / sequence_parallel_size)` of each count, repeated that many times, `[ep_size]`."""
-    return tuple(sp_size_list(counts, sequence_parallel_size))
-
-
-def sp_size_list(counts: Sequence[int], sequence_parallel_size: int) -> list[int]:
-    """Return `sp_sizes` as a new list."""
     sp = check_int("sequence_parallel_size", sequence_parallel_size, 1)
     num_ranks = len(counts) * sp
     if num_ranks > MAX_RANKS:
