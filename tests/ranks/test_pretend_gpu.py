@@ -203,6 +203,8 @@ def _vllms_exchange(rank, folder):
         sent = [[row[:number] for row, number in zip(one, tokens, strict=True)] for one in every]
         expected = moe_reference([rows.float() for rows in sent[0]], *sent[1:], gate_up.float(), down.float())[rank]
         assert torch.allclose(found, expected, atol=0.02, rtol=0.02), (found - expected).abs().max()
+        dispatcher = exchange.decode if max(counts) <= 4 else exchange.prompt
+        assert dispatcher.buffers.counts[:2].tolist() == tokens  # what came from each rank: no padding
 
     run([4, 2], [3, 2])
     run([7, 5], [6, 0])  # more than the buffers for decoding hold
