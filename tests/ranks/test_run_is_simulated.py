@@ -108,7 +108,7 @@ def test_a_run_with_prefix_pages_is_that_of_the_simulator_and_equals_one_process
     assert document["scheduler"]["enable_prefix_caching"] is True
     outputs = [json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text().splitlines()]
     assert sum(output["num_cached_tokens"] for output in outputs) == document["cached_tokens"]
-    told = f"prompt tokens whose pages were known, and which were not computed: {summary['cached_tokens']:,}"
+    told = f"prompt tokens taken from the KV cache of earlier requests: {summary['cached_tokens']:,}"
     assert told in shown
     assert "cached prompt tokens" in (tmp_path / "run" / "report.html").read_text()
     # What the run logged is enough to plan it again, without the trace.
