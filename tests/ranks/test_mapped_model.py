@@ -11,6 +11,7 @@ from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import find_experts
 from lockstep.moe.experts import FEW_ROWS, LocalExperts
+from lockstep.moe.fp8 import dequantise, quantise
 from lockstep.testing import run_ranks
 from mapped import on_device, stand_in
 
@@ -44,7 +45,20 @@ def run_model(folder, prompt):
 
     fp8 = logits(dispatcher="nvlink", fp8_dispatch=True)
     cut = logits(dispatcher="nvlink", fp8_dispatch=True, max_chunk_size_per_rank=3)
+    model = lockstep.from_pretrained(
+        Path(folder, "tiny"), quantize_experts="fp8", dispatcher="nvlink", fp8_dispatch=True
+    )
+    with lockstep.join(model), torch.no_grad():
+        in_fp8 = model(input_ids=ids).logits.float() if rank == 0 else torch.ones(1)
+    for _, module in find_experts(whole):
+        for name in ("gate_up_proj", "down_proj"):
+            parameter = getattr(module, name)
+            parameter.data = dequantise(*quantise(parameter.data), torch.bfloat16)
+    with torch.no_grad():
+        all_rounded = whole(input_ids=ids).logits.float()
     errors = {
+        "all in fp8": error(in_fp8),
+        "all in fp8, from rounded ones": error(in_fp8, all_rounded),
         "bf16": error(logits(dispatcher="nvlink")),
         "fp8": error(fp8),
         "fp8, from rounded rows": error(fp8, rounded),
@@ -67,7 +81,9 @@ def folder(tmp_path_factory):
 def test_rows_in_fp8_and_steps_of_several_chunks(folder):
     (errors, made), (_, made_by_idle_rank) = run_ranks(2, run_model, str(folder), 10)
     assert made == made_by_idle_rank
-    assert made == [(True, 2), (True, 8), (False, 2)]  # fp8 or not, calls of two layers; 10 rows are 4 chunks of 3
+    # Rows in fp8 or not, calls of two layers; 10 rows are 4 chunks of 3. Experts in fp8 take rows in fp8 too.
+    assert made == [(True, 2), (True, 8), (True, 2), (False, 2)]
+    assert errors["all in fp8, from rounded ones"] < 0.03 < errors["all in fp8"], errors
     assert errors["bf16"] < 0.02, errors
     # Four significant bits of each value are kept: the whole model agrees once its experts get rows rounded so.
     for name in ("fp8", "fp8 in chunks"):
@@ -107,5 +123,5 @@ def run_unlike_ranks(folder):
 
 @pytest.mark.ranks(2)
 def test_ranks_that_would_send_otherwise_are_refused(folder):
-    message = "ranks disagree about fp8 dispatch: rank 0: True, rank 1: False"
+    message = "ranks disagree about fp8_dispatch: rank 0: True, rank 1: False"
     assert run_ranks(2, run_unlike_ranks, str(folder)) == [message] * 2

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import lockstep
 from lockstep.errors import ConfigurationError
+from lockstep.models import experts_modules
 from lockstep.models import transformers_internals as internals
 from lockstep.models.experts_modules import find_experts
 from lockstep.models.loading import load_pretrained
@@ -124,6 +125,24 @@ def test_any_checkpoint_can_be_held_in_fp8(plain, blocks, tmp_path, make):
                 apart = dequantise(values, scales, torch.float32) - own
                 assert 0.01 < apart.norm() / own.norm() < 0.04 or make == "per tensor"
                 assert apart.norm() / own.norm() < 0.04
+
+
+def test_no_two_weights_are_in_16_bits_at_a_time(plain, monkeypatch):
+    modules, in_16_bits = [], []
+
+    def quantising(to_quantise):
+        modules.append(to_quantise)
+        return experts_modules.quantising(to_quantise)
+
+    def watched(weight):
+        parameters = [one for module in modules[0].values() for one in module.parameters()]
+        in_16_bits.append(sum(one.itemsize == 2 and not one.is_meta for one in parameters))
+        return quantise(weight)
+
+    monkeypatch.setattr("lockstep.models.loading.quantising", quantising)
+    monkeypatch.setattr(experts_modules, "quantise", watched)
+    load_pretrained(plain, quantize_experts="fp8")
+    assert in_16_bits == [0, 0, 0, 0]  # two layers of two weights; the one that is being rounded is not set yet
 
 
 def per_tensor(tensors, config):

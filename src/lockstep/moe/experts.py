@@ -90,14 +90,11 @@ class LocalExperts:
         is_transposed = getattr(module, "is_transposed", False)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            weight = getattr(module, name)
-            if is_fp8(module):
-                output = _fp8_linear(rows.to(hidden_states.dtype), weight, getattr(module, f"{name}{SCALES}"), offsets)
-            else:
-                output = _grouped_linear(rows, weight, offsets, is_transposed)
+            scales = getattr(module, f"{name}{SCALES}") if is_fp8(module) else None
+            output = _grouped_linear(rows, getattr(module, name), offsets, is_transposed, scales)
             for lora_a, lora_b, scaling in self.adapters.get(name, ()):
-                inner = _grouped_linear(rows, lora_a, offsets, is_transposed=False)
-                output = output + scaling * _grouped_linear(inner, lora_b, offsets, is_transposed=False)
+                inner = _grouped_linear(rows, lora_a, offsets)
+                output = output + scaling * _grouped_linear(inner, lora_b, offsets)
             if not getattr(module, "has_bias", False):
                 return output
             bias = getattr(module, f"{name}_bias")
@@ -208,28 +205,24 @@ class LocalExperts:
 
 
 def _grouped_linear(
-    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool
-) -> torch.Tensor:
-    """`rows[i] @ weight[expert of i]`; the weight is `[experts, out, in]`, or `[experts, in, out]` if transposed."""
-    rows = rows.to(weight.dtype)
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool = False,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`rows[i] @ weight[expert of i]`; the weight is `[experts, out, in]`, or `[experts, in, out]` if transposed.
+
+    In the weight's dtype; with `scales` the weight is fp8, and each expert that has rows is dequantised to theirs.
+    """
     per_expert = weight if is_transposed else weight.transpose(-2, -1)
-    if _grouped_mm_serves(rows, weight):
-        return torch.nn.functional.grouped_mm(rows, per_expert, offs=offsets)
+    if scales is None:
+        rows = rows.to(weight.dtype)
+        if _grouped_mm_serves(rows, weight):
+            return torch.nn.functional.grouped_mm(rows, per_expert, offs=offsets)
     output = rows.new_empty((rows.shape[0], per_expert.shape[2]))
     start = 0
     for expert, end in enumerate(offsets.tolist()):
-        output[start:end] = rows[start:end] @ per_expert[expert]
-        start = end
-    return output
-
-
-def _fp8_linear(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """As `_grouped_linear` with weights in fp8: of one expert after another, those that have rows, in `rows`' dtype."""
-    output = rows.new_empty((rows.shape[0], weight.shape[1]))
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
         if end > start:
-            output[start:end] = rows[start:end] @ dequantise(weight[expert], scales[expert], rows.dtype).T
+            own = per_expert[expert] if scales is None else dequantise(weight[expert], scales[expert], rows.dtype).T
+            output[start:end] = rows[start:end] @ own
         start = end
     return output
 
