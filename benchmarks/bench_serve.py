@@ -3,6 +3,7 @@
     python benchmarks/bench_serve.py                     # a crowd, slow readers, clients that hang up; memory
     python benchmarks/bench_serve.py --kill-minutes 10   # and ranks killed at random
     python benchmarks/bench_serve.py --face              # CPU per token of the launcher, over ranks that only count
+    python benchmarks/bench_serve.py --throughput        # tokens/s beside Engine.generate, ranks on a core of their own
 
 Every answer is compared with the engine's, byte by byte, before anything is timed. The last line is one JSON document.
 """
@@ -33,6 +34,7 @@ import psutil
 
 from lockstep import Engine, SamplingParams
 from lockstep.models.tiny import make_tiny
+from lockstep.runner.rank_processes import RankProcesses
 from lockstep.workload import SchedulerState
 
 RANKS = 3
@@ -216,7 +218,56 @@ def load(arguments):
     return result
 
 
-class CountingRanks:
+def throughput(arguments):
+    """Tokens/s over HTTP and through `Engine.generate`, in turns: ranks on the last core, all else on the first.
+
+    The ranks have to be the limit, as GPUs are: a step of this model takes tens of milliseconds.
+    """
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    params = SamplingParams(max_tokens=arguments.count, temperature=0, ignore_eos=True)
+    prompts, pairs = prompts_of(arguments.streams), []
+    num_tokens = arguments.streams * arguments.count
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(make_tiny(Path(folder, "tiny"), num_layers=8, hidden_size=256, num_experts=12))
+        server = Server(model, "--api-processes", str(arguments.api_processes))
+        with Engine(model, data_parallel_size=RANKS) as engine:
+            ranks = [[psutil.Process(rank.pid) for rank in engine.ranks()], [*map(psutil.Process, server.ranks())]]
+            for process in (psutil.Process(), server.launcher, *server.launcher.children(recursive=True)):
+                process.cpu_affinity([first])
+            for process in ranks[0] + ranks[1]:
+                process.cpu_affinity([last])
+
+            def through_the_engine():
+                outputs = sorted(engine.generate(prompts, params), key=lambda output: output.index)
+                return [output.text for output in outputs]
+
+            def over_http():
+                return [answer[1] for answer in asyncio.run(ask_all())]
+
+            async def ask_all():
+                return await asyncio.gather(*(ask(server.port, prompt, arguments.count) for prompt in prompts))
+
+            assert through_the_engine() == over_http()
+            for _ in range(5):
+                measured = []
+                for function, processes in ((through_the_engine, ranks[0]), (over_http, ranks[1])):
+                    began, cpu_began = time.perf_counter(), cpu_s(processes)
+                    function()
+                    seconds, cpu_seconds = time.perf_counter() - began, cpu_s(processes) - cpu_began
+                    measured.append((round(num_tokens / seconds, 1), round(cpu_seconds, 2)))
+                pairs.append(measured)
+                print(f"tokens/s, CPU s of the ranks: engine {measured[0]}, HTTP {measured[1]}", file=sys.stderr)
+        server.end()
+    ratio = statistics.median(http[0] / engine[0] for engine, http in pairs)
+    return {"pairs": pairs, "ratio": round(ratio, 3), "streams": arguments.streams, "new_tokens": arguments.count,
+            "ranks": RANKS, "api_processes": arguments.api_processes}  # fmt: skip
+
+
+def cpu_s(processes):
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+class CountingRanks(RankProcesses):
     """Ranks that give every request one token per step, at a fixed pace, and compute nothing."""
 
     steps_per_s = 100.0
@@ -294,8 +345,6 @@ class CountingRanks:
 
     def kill(self, error=None):
         pass
-
-    kill_one = kill
 
 
 def face(arguments):
@@ -385,19 +434,21 @@ def main():
     parser.add_argument("--kill-minutes", type=float, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--face", action="store_true")
+    parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--api-processes", type=int, default=1)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--tokens-per-s", type=float, default=10_000)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, default=32, help="new tokens of each request of --throughput")
     arguments = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     if arguments.client:
         print(json.dumps(asyncio.run(read_all(arguments))))
         return
-    print(json.dumps(face(arguments) if arguments.face else load(arguments)))
+    measure = face if arguments.face else throughput if arguments.throughput else load
+    print(json.dumps(measure(arguments)))
 
 
 if __name__ == "__main__":

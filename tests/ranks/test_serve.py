@@ -335,6 +335,7 @@ def test_bad_input_is_refused_in_openais_form(server, status, body, param):
     error = document["error"]
     assert (got, error["param"]) == (status, param), error
     assert error["type"] == "invalid_request_error" and error["message"] and "Traceback" not in error["message"]
+    assert ".str" not in error["message"] and "list[" not in error["message"]  # types of our own code
 
 
 @pytest.mark.ranks(RANKS)
@@ -421,6 +422,15 @@ def test_too_many_connections_are_refused_and_idle_ones_end(server):
                 break
         assert b" 503 " in answer and b"too_many_connections" in answer
     wait_for(lambda: server.get("/health")[0] == 200)
+
+
+@pytest.mark.ranks(RANKS)
+def test_a_body_that_breaks_off_into_nonsense_is_400(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(head("Transfer-Encoding: chunked") + b"no length\r\n\r\n")
+        answer = connection.recv(4096)
+    assert b" 400 " in answer and b'"invalid_request_error"' in answer
 
 
 @pytest.mark.ranks(RANKS)
@@ -731,6 +741,16 @@ def test_a_drain_waits_for_the_streams_of_api_processes(shared, alone):
     assert shared.process.wait(SLOW) == 0
     assert not any(process.is_running() for process in processes)
     assert "Traceback" not in "".join(shared.lines)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_benchmark_of_the_face_works(processes):
+    script = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
+    command = [sys.executable, script, "--face", "--streams", "4", "--tokens-per-s", "200", "--seconds", "1"]
+    command += ["--api-processes", str(processes)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    found = json.loads(ended.stdout)
+    assert found["right"] and found["server_us"] > 0 and (found["api_us"] > 0) == (processes > 1)
 
 
 def test_what_cannot_be_served_is_said_in_a_sentence(command_line, tiny, tmp_path, monkeypatch):

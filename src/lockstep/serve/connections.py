@@ -99,11 +99,11 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _end_with(self, error: ApiError) -> None:
-        """Answer without the application, unless it is answering, and close."""
+        """Answer in place of the application, unless it has begun to, and close."""
         self._head_came()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = json.dumps(error.document()).encode()
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
             head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -127,7 +127,9 @@ def parse(kind: type[Request], body: bytes) -> Request:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is no valid JSON: {first['msg']}") from None
-        place = ".".join(map(str, first["loc"]))[:80]
+        parts = [str(part) for part in first["loc"]]
+        # Pydantic also names the type of a union that it tried.
+        place = ".".join(part for part in parts if part != "str" and "[" not in part)[:80]
         raise ApiError(422, f"{place or 'the body'}: {first['msg']}", place.partition(".")[0] or None) from None
     _refuse_unknown(request)
     if request.stream_options is not None:
