@@ -97,6 +97,50 @@ def test_uneven_and_idle_ranks(tiny, ways, backend):
         assert operations == [[0, 1]] * 2  # both layers in one graph: no break between or in them
 
 
+class SlowInStep(Graphs):
+    """A backend that takes its time with the first graph that it compiles inside a step."""
+
+    def __call__(self, graph, inputs):
+        inside = lockstep.current_step() is not None
+        self.graphs.append(graph)
+        if inside and self.sleep_s:
+            time.sleep(self.sleep_s)
+            self.slept, self.sleep_s = True, 0.0
+        return graph.forward
+
+    slept = False
+
+
+@torch.no_grad()
+def broken_after_the_first_layer(path):
+    """Rank 0 compiles the second part of its model inside a step, for longer than the deadline; rank 2 never calls."""
+    from transformers import AutoModelForCausalLM
+
+    rank, deadline_s = dist.get_rank(), 2.0
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    model = lockstep.from_pretrained(path, deadline_s=deadline_s)
+    model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    backend = SlowInStep("eager", 3 * deadline_s if rank == 0 else 0.0)
+    model.compile(backend=backend)
+    errors = []
+    with lockstep.join(model):
+        for length in (4, 6, 5) if rank < 2 else ():
+            ids = torch.arange(length)[None]
+            logits = model(input_ids=ids, use_cache=False).logits
+            errors.append(float((logits - whole(input_ids=ids, use_cache=False).logits).abs().max()))
+    return errors, backend.slept, [layers for layers in backend.operations() if layers]
+
+
+@pytest.mark.ranks(3)
+def test_other_ranks_wait_for_one_that_compiles_inside_a_step(tiny):
+    *calling, idle = run_ranks(3, broken_after_the_first_layer, tiny, deadline_s=120)
+    assert idle == ([], False, [])
+    assert [slept for _, slept, _ in calling] == [True, False]
+    for errors, _, operations in calling:
+        assert max(errors) < 1e-5
+        assert operations[:2] == [[0], [1]]  # the two layers are in graphs of their own
+
+
 def generated(path):
     from transformers import AutoModelForCausalLM
 

@@ -72,7 +72,7 @@ def test_who_waits_for_the_rank_that_shares_its_requests_is_not_named_with_it(pe
     at(third, 13, Phase.DISPATCH, 0)
     at(second, 13, Phase.MODEL)
     at(first, 13, Phase.MODEL)
-    with first.in_exchange():  # of its attention, for which the second is late
+    with first.before_layer(Phase.TENSOR_PARALLEL):  # of its attention, for which the second is late
         error = third.absent("not all ranks came to all_gatherv", (0, 1))  # as the exchange itself has found
     assert error.absent_ranks == (1,)
 

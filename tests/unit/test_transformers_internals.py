@@ -166,9 +166,9 @@ def test_the_model_inside_of_a_wrapper(model):
 
 
 def test_a_version_that_was_not_tried_is_named_beside_the_newest_that_was():
-    assert untried({"torch": "2.13.1+cpu", "transformers": "5.24.0"}) == ""
+    assert untried({"torch": "2.14.1+cpu", "transformers": "5.24.0"}) == ""
     assert untried({"torch": "3.0.0a0+git", "transformers": "5.25.0.dev0"}) == (
-        "torch 3.0.0a0+git is newer than 2.13 and transformers 5.25.0.dev0 is newer than 5.24, "
+        "torch 3.0.0a0+git is newer than 2.14 and transformers 5.25.0.dev0 is newer than 5.24, "
         "the newest that Lockstep was tried with"
     )
     assert untried({"torch": "2.2"}) == ""

@@ -1,12 +1,16 @@
 """What a type checker makes of the public face; Transformers is a stub here, so that mypy need not read all of it."""
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_overloads
 
 import pytest
+
+import lockstep
 
 ROOT = Path(__file__).parents[2]
 STUB = """
@@ -52,6 +56,14 @@ def checked(folder, script):
         (lines[int(number) - 1], code)
         for number, code in re.findall(r"^script.py:(\d+): error: .*\[(.*)\]$", done.stdout, flags=re.MULTILINE)
     ]
+
+
+def test_the_overload_has_the_parameters_of_from_pretrained():
+    def parameters(function):
+        found = inspect.signature(function).parameters.values()
+        return {(one.name, one.default) for one in found if one.name != "output_loading_info"}
+
+    assert parameters(get_overloads(lockstep.from_pretrained)[-1]) == parameters(lockstep.from_pretrained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")

@@ -35,9 +35,11 @@ class Phase(IntEnum):
     LEFT = 7
     TENSOR_PARALLEL = 8
     MERGE = 9
+    COMPILE = 10
 
 
 IN_LAYER = (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)  # the phases of each MoE layer
+_BEFORE_LAYER = (Phase.TENSOR_PARALLEL, Phase.COMPILE)  # after the layer before it, ahead of its dispatch
 _SAID_AS = {
     Phase.AGREEMENT: "at the agreement of step {step}",
     Phase.MODEL: "in the model's other layers in step {step}",
@@ -48,6 +50,7 @@ _SAID_AS = {
     Phase.LEFT: "has left join() after step {step}",
     Phase.TENSOR_PARALLEL: "in a tensor-parallel exchange before MoE layer {layer} in step {step}",
     Phase.MERGE: "gathering what all ranks have written, after step {step}",
+    Phase.COMPILE: "compiling a part of the model before MoE layer {layer} in step {step}",
 }
 
 
@@ -137,8 +140,7 @@ def place_order(place: int) -> tuple[int, int, int, int]:
     """Return a key by which places are ordered as ranks pass through them."""
     step, phase, layer = unpack_place(place)
     part = 0 if phase <= Phase.AGREEMENT else 2 if phase in (Phase.END, Phase.LEFT, Phase.MERGE) else 1
-    # A tensor-parallel exchange comes after the layer before, ahead of this one's dispatch.
-    return step, part, layer - (phase == Phase.TENSOR_PARALLEL), phase
+    return step, part, layer - (phase in _BEFORE_LAYER), phase
 
 
 def place_text(place: int, ago: float) -> str:

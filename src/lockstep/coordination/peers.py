@@ -57,8 +57,8 @@ class Peers:
             self.on_mark(self)
 
     @contextlib.contextmanager
-    def in_exchange(self) -> Iterator[None]:
-        """Say inside the block that this rank waits in a tensor-parallel exchange, and so is not who is late."""
+    def before_layer(self, phase: Phase) -> Iterator[None]:
+        """Say inside the block that this rank is in a tensor-parallel exchange, or compiles, before its next layer."""
         recorder = self.recorder
         before = recorder.phase, recorder.layer
 
@@ -67,7 +67,7 @@ class Peers:
             if self._board is not None:
                 self._board.write_place(self.rank, recorder.place, time.monotonic_ns())
 
-        publish(Phase.TENSOR_PARALLEL, recorder.layer + 1 if before[0] in IN_LAYER else 0)
+        publish(phase, recorder.layer + 1 if before[0] in IN_LAYER else 0)
         try:
             yield
         finally:
@@ -120,10 +120,10 @@ class Peers:
         if self._board is not None and self._board.given_up:
             self.check()
 
-    def check(self) -> None:
-        """Raise if a rank that this one waits for will never come: it has given up or is gone. Called in every wait."""
+    def check(self) -> bool:
+        """Raise if a rank will never come: it has given up or is gone. Return whether one compiles. For every wait."""
         if self._board is None:
-            return
+            return False
         for rank in self._others:
             # A rank may say why just before it goes, so its words are read after its state.
             gone = self._board.process(rank).state() == "gone"
@@ -132,6 +132,7 @@ class Peers:
                 raise self._after_last_words(rank, words)
             if gone:
                 raise self.absent(f"{self.recorder.doing} there is no use in waiting on", (rank,))
+        return any(unpack_place(self._board.place(rank)[0])[1] == Phase.COMPILE for rank in self._others)
 
     def end_wait(
         self, what: str, started: float, deadline_s: float, error: Exception, among: Sequence[int] = ()

@@ -27,7 +27,7 @@ class Transport(Protocol):
     def begin(self, wire: Wire) -> None:
         """Send this rank's words, at most `WORDS`, and return at once."""
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
+    def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> Sequence[Wire]:
         """Return what every rank has sent, `[ranks]`. After an interruption it may be called again.
 
         `check` ends it by raising. `RanksMissing` or a `TimeoutError`: not all came. `ConnectionError`: a peer's broke.
@@ -67,7 +67,7 @@ class ProcessGroupTransport(Transport):
         except RuntimeError as error:
             raise ConnectionError(f"the exchange could not be started: {first_line(error)}") from error
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> list[Wire]:
+    def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> list[Wire]:
         """See `Transport`."""
         wait_for(self._work, timeout_s, check)
         return [cut(struct.pack(f"<{WORDS}q", *words)) for words in self._everyones.tolist()]
@@ -99,7 +99,7 @@ class SharedMemoryTransport:
         self._wire, self._stamped = wire, (int.from_bytes(wire, "little") | stamps).to_bytes(size, "little")
         self.board.bytes[start : start + size] = self._stamped
 
-    def wait(self, timeout_s: float, check: Callable[[], None] | None = None) -> Sequence[Wire]:
+    def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> Sequence[Wire]:
         """See `Transport`."""
         received: Sequence[Wire] | None = self._take()
         if received is not None:

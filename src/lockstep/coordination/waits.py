@@ -31,10 +31,16 @@ _waited = threading.local()
 
 
 class Lookout:
-    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps. `check` may end it."""
+    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps.
 
-    def __init__(self, timeout_s: float, check: Callable[[], None] | None, spin_ns: int = SPIN_NS) -> None:
+    `check` may end the wait by an error; where it returns True, a rank compiles, and the time limit starts anew.
+    """
+
+    def __init__(self, timeout_s: float, check: Callable[[], object] | None, spin_ns: int = SPIN_NS) -> None:
         self._timeout_s, self._check, self._spin_ns = timeout_s, check, spin_ns
+        self._start()
+
+    def _start(self) -> None:
         self._started_ns = time.monotonic_ns()
         self._next_check_ns = _CHECK_S * 1e9
 
@@ -45,8 +51,8 @@ class Lookout:
             raise TimeoutError(f"no answer within {self._timeout_s:.3g} s")
         if waited_ns >= self._next_check_ns:
             self._next_check_ns = waited_ns + _CHECK_S * 1e9
-            if self._check is not None:
-                self._check()
+            if self._check is not None and self._check():
+                self._start()
         if waited_ns >= _YIELD_NS:
             time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
             return True
@@ -55,14 +61,14 @@ class Lookout:
         return False
 
 
-def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], None] | None = None) -> None:
+def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], object] | None = None) -> None:
     """Look until an event, or a collective, of a GPU is done: any other wait for it would have no limit."""
     lookout = Lookout(timeout_s, check)
     while not done():
         lookout.pause()
 
 
-def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], None] | None = None) -> None:
+def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], object] | None = None) -> None:
     """Wait for an asynchronous collective of gloo: a `TimeoutError`, or a `ConnectionError` where a peer's broke."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.waits import await_work, peers_of
 from lockstep.errors import RankAbsentError
@@ -57,7 +58,7 @@ class WatchedGroup(dist.ProcessGroup):
             return work
         if dist.get_backend(inner) == "nccl":  # the end of the step waits for the GPU, with a deadline
             return getattr(inner, name)(*args)
-        with peers.in_exchange():
+        with peers.before_layer(Phase.TENSOR_PARALLEL):
             work = getattr(inner, name)(*args)
             await_work(work, f"a tensor-parallel {name.strip('_')}", inner, self.deadline_s)
         return work

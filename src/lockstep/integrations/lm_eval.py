@@ -37,8 +37,7 @@ class LockstepLM(HFLM):
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, peft)
-        # The harness' own tokenizer by default: that of the folder.
-        of_harness.setdefault("tokenizer", pretrained)
+        of_harness.setdefault("tokenizer", pretrained)  # the harness loads it from the same folder
         super().__init__(model, trust_remote_code=kwargs.get("trust_remote_code", False), **of_harness)
         self._parallel = lockstep.parallel_of(model)
         if self._parallel is not None and self._parallel.config.rank:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from lockstep.coordination.flight_recorder import Phase
+from lockstep.coordination.peers import Peers
 from lockstep.moe.step import Step, current_step
 
 _due: ContextVar[CompiledCall | None] = ContextVar("lockstep_compiled_call", default=None)
@@ -32,6 +34,21 @@ def _(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.T
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
+@contextmanager
+def _compiling_is_told(peers: Peers) -> Iterator[None]:
+    """Let other ranks' deadlines rest while this rank compiles inside a step, as after a graph break."""
+    from torch._dynamo.callback import callback_handler
+
+    told = ExitStack()
+    begins = callback_handler.register_start_callback(lambda _: told.enter_context(peers.before_layer(Phase.COMPILE)))
+    ends = callback_handler.register_end_callback(lambda _: told.close())
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begins)
+        callback_handler.remove_end_callback(ends)
+
+
 class CompiledCall:
     """One call of a model that `torch.compile` traces: `step`, a context, is entered at the first MoE layer.
 
@@ -48,6 +65,7 @@ class CompiledCall:
     def begin(self) -> Step:
         """Agree on the step and enter it."""
         self._step = self._entered.enter_context(self._context)
+        self._entered.enter_context(_compiling_is_told(self._step.peers))
         return self._step
 
     def end(self, error: BaseException | None = None) -> None:

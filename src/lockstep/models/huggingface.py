@@ -27,7 +27,7 @@ from lockstep.models.experts_modules import find_experts, localise, plain_name, 
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
-from lockstep.models.parallel import OUTSIDE, ModelParallel, parallel_of
+from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.fp8 import is_fp8
 from lockstep.moe.placement import Placement
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT")
 
+_OUTSIDE = "{} is spread over several ranks: call it inside `with lockstep.join(model):`, on every rank"
+_AROUND = (
+    "MoE layer {0} ran outside of {1}.forward: a part of the model was called, or a wrapper that goes around its "
+    "forward; inside join, call the {1} itself or its generate"
+)
 _PART = "this model holds only its rank's experts, so saving it would write a part under the name of the whole"
 _FP8 = "experts in fp8 are not saved: load the checkpoint with quantize_experts='none' to save it"
 _STATE_DICT = f"state_dict: {_PART}; accelerate's offloading asks for one too"
@@ -62,7 +67,7 @@ def from_pretrained(
     dispatcher: str = "auto", fp8_dispatch: bool = False, process_group: dist.ProcessGroup | None = None,
     device_mesh: DeviceMesh | None = None, deadline_s: float = DEADLINE_S, debug: bool = False,
     fuse_norms: bool = False, placement: Placement | None = None, count_expert_load: bool = False,
-    dtype: torch.dtype | str = "auto", device: torch.device | str | None = None,
+    quantize_experts: str = "auto", dtype: torch.dtype | str = "auto", device: torch.device | str | None = None,
     output_loading_info: Literal[False] = False, **kwargs: Any,
 ) -> "GeneratingModel": ...  # fmt: skip
 def from_pretrained(  # noqa: D417
@@ -319,7 +324,7 @@ def attach(parallel: ModelParallel) -> None:
         if parallel.session is not None:
             return step_of(parallel.session, _count_tokens(args, kwargs))
         if parallel.current_step() is None:
-            raise RuntimeError(OUTSIDE.format(type(model).__name__))
+            raise RuntimeError(_OUTSIDE.format(type(model).__name__))
         return None  # an engine that forms its own steps has agreed already
 
     @functools.wraps(original)
@@ -394,7 +399,8 @@ def _experts_forward(
     parallel, index = place
     step = parallel.current_step()
     if step is None:
-        raise parallel.not_in_a_step(index)
+        name = type(parallel.model).__name__
+        raise RuntimeError(_OUTSIDE.format(name) if parallel.session is None else _AROUND.format(index, name))
     output: torch.Tensor = step.run_layer(index, hidden_states, top_k_index, top_k_weights)
     return output
 

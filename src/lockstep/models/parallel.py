@@ -42,12 +42,6 @@ from lockstep.moe.placement import ExpertLoad, Placement
 from lockstep.moe.slots import SlotTable
 from lockstep.moe.step import Step, current_step
 
-OUTSIDE = (
-    "{} is spread over several ranks, so it cannot run alone: call it inside `with lockstep.join(model):`, "
-    "on every rank"
-)
-"""What a call of such a model says outside of `join`; the class is put in."""
-
 
 class ModelParallel:
     """The layers, groups and steps of a model that is spread over the ranks.
@@ -134,11 +128,9 @@ class ModelParallel:
         facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), "complaint": complaint}
         settings = self._settings()
         answers = self._meeting.meet(facts | settings, self.options.deadline_s)
-        complaining = [rank for rank, answer in enumerate(answers) if answer["complaint"]]
-        if complaining:
-            raise ConfigurationError(
-                f"{answers[complaining[0]]['complaint']} (seen on rank {', '.join(map(str, complaining))})"
-            )
+        if complaining := [rank for rank, answer in enumerate(answers) if answer["complaint"]]:
+            seen_on = ", ".join(map(str, complaining))
+            raise ConfigurationError(f"{answers[complaining[0]]['complaint']} (seen on rank {seen_on})")
         for name in settings:
             values = [answer[name] for answer in answers]
             if any(value != values[0] for value in values):
@@ -231,16 +223,6 @@ class ModelParallel:
         """Return the step of this model that this thread is running, if it is in one."""
         step = current_step()
         return step if step is not None and step.layers is getattr(self, "layers", None) else None
-
-    def not_in_a_step(self, index: int) -> RuntimeError:
-        """Return the error for an MoE layer that was called outside of a step."""
-        name = type(self.model).__name__
-        if self.session is None:
-            return RuntimeError(OUTSIDE.format(name))
-        return RuntimeError(
-            f"MoE layer {index} ran outside of {name}.forward: a part of the model was called, or a wrapper that goes "
-            f"around its forward; inside join, call the {name} itself or its generate"
-        )
 
     @contextlib.contextmanager
     def _idle_stream(self) -> Iterator[None]:

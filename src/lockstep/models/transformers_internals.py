@@ -280,24 +280,19 @@ def experts_route(module: Any) -> str | None:
 
 def is_experts_module(module: torch.nn.Module) -> bool:
     """Say whether a module holds routed experts: it has what `use_experts_implementation` sets, and 3-D weights."""
+    is_decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     down_proj = module._parameters.get("down_proj")
-    return (
-        hasattr(module, "has_gate")
-        and hasattr(module, "is_transposed")
-        and isinstance(down_proj, torch.Tensor)
-        and down_proj.ndim == 3
-    )
+    return is_decorated and isinstance(down_proj, torch.Tensor) and down_proj.ndim == 3
 
 
 def transformers_model_in(model: Any) -> Any:
     """Return the Transformers model in a wrapper such as PEFT's, or what was passed; wrappers that wait are refused."""
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
     if not isinstance(model, torch.nn.Module):
         held = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, torch.nn.Module)]
-        hint = f": pass its .{held[0]}" if held else f": {model!r:.80}"
-        raise ConfigurationError(f"a model of Transformers, or a module that holds one, is needed, got {kind}{hint}")
+        got = type(model).__name__ + (f": pass its .{held[0]}" if held else f": {model!r:.80}")
+        raise ConfigurationError(f"a model of Transformers, or a module that holds one, is needed, got {got}")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
