@@ -164,13 +164,13 @@ def test_lost_ranks_come_back_while_the_others_work(tiny, alone, caplog):
             assert [rank.lost for rank in engine.ranks()] == [rank == victim for rank in range(3)]
             while engine.stats.epoch < epoch:  # requests come all the time
                 submit()
-                wait_for(lambda: sum(map(len, heard[-1].tokens)) > 500, 60)
+                wait_for(lambda: sum(map(len, heard[-1].tokens)) > 250, 60)
             submit()
             assert [(rank.state, rank.lost) for rank in engine.ranks()] == [("alive", False)] * 3
         for call in heard:
             for _ in prompts:
                 assert call.left.acquire(timeout=60) and call.error is None
-            assert [tuple(tokens) for tokens in call.tokens] == [alone(prompt, 120) for prompt in prompts]
+            assert [tuple(tokens) for tokens in call.tokens] == [alone(prompt, 60) for prompt in prompts]
         assert {output.rank for output in engine.generate(prompts, LONG)} == {0, 1, 2}
         lose(engine, 1)
         assert len(list(engine.generate(prompts[:3], LONG))) == 3
