@@ -101,7 +101,8 @@ def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
 
     from lockstep.coordination.groups import connect
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     connect(store, rank, num_ranks, timeout_s)
