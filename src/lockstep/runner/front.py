@@ -81,14 +81,8 @@ class EngineStats:
 class Front:
     """Takes requests from callers of any thread, gives them to ranks, and tells callers what became of them.
 
-    Args:
-        ranks: not started yet.
-        make_router: makes the ledger, given what the ranks said when they were ready.
-        options: of the engine.
-
-    Attributes:
-        error: why nothing is taken in any more.
-        heard_at_s: of each process, its last message.
+    `make_router` makes the ledger from what the ranks say when they are ready. `error` is why nothing is taken in any
+    more, `heard_at_s` the time of each process's last message.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, 
 from lockstep.runner.failures import failure_of
 from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.options import ModelOptions
-from lockstep.runner.processes import LOOK_S, Ranks
+from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ PRELOAD = (
 )
 # Ranks are forked from a server that has everything imported, but many of them on few cores take their time.
 _START_S = 5.0
-MARGIN_S = 1.5
-"""How much later than the ranks whoever watches them gives up: what they find out themselves says more."""
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
 
@@ -52,26 +50,11 @@ def launch(
 ) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
-    The ranks meet in a store of this process and talk over loopback only. They end with this process, however it ends.
-
-    Args:
-        num_ranks: how many, >= 1.
-        function: what each rank runs; importable by name. All ranks end it at about the same time.
-        *args: its arguments.
-        max_restarts: how often all ranks are started again after one of them died or did not answer before its
-            deadline. The function finds the number of restarts in `RESTARTS_VARIABLE`, as under torchrun.
-        limit_s: how long all of it may take, in seconds; None for as long as it takes.
-        deadline_s: longest wait, in seconds, for a rank: to start, to go on where it was stopped, and to end once
-            another one has.
-        preload: modules that the server imports from which ranks are forked.
-        survivors: of a model that ranks may go on with where others are lost; `function` gets its `Member` too, as
-            `member`, and works by it. The result is that of the first rank that is left.
-
-    Raises:
-        LockstepError: what the first failing rank raised, if it was one; ranks that did not end within `limit_s`.
-        RankAbsentError: ranks that were stopped, or that did not end after the others had.
-        PeerFailedError: for any other exception of a rank, or its death; carries message and rank.
-        KeyboardInterrupt: after Ctrl-C, when all ranks have ended.
+    The ranks meet in a store of this process, talk over loopback only, and end with this process. A rank's
+    `LockstepError` is raised here; its death or any other exception becomes a `PeerFailedError`. All ranks are started
+    again up to `max_restarts` times, with the count in `RESTARTS_VARIABLE`, if one died or did not answer. `limit_s`
+    is for all of it, `deadline_s` for each wait for a rank. With the model options `survivors`, `function` gets the
+    rank's `Member` as `member`, ranks go on without those that are lost, and the result is that of the first member.
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
@@ -102,8 +85,8 @@ def _launch_once(
     ) as ranks:  # fmt: skip
         survives = survivors is not None and survivors.can_survive
         losses = Losses(
-            num_ranks, survives, patience_with(deadline_s), lambda rank: ranks.processes[rank].kill(), store,
-            ranks.start_again, survivors.restart_ranks if survivors is not None else 0,
+            num_ranks, survives, patience_with(deadline_s), ranks.kill_one, store, ranks.start_again,
+            survivors.restart_ranks if survivors is not None else 0,
         )  # fmt: skip
         return _result(ranks, said, limit_s, deadline_s, losses)
 
@@ -142,11 +125,11 @@ def _result(
         try:
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
-            stopped = ranks.stopped(deadline_s / 2 if losses.membership.is_ending else deadline_s + MARGIN_S)
-            if stopped and not losses.can_survive and not losses.membership.is_ending:
-                raise _absent(ranks, stopped, f"stood still for more than {deadline_s:g} s") from None
-            for rank in stopped if losses.can_survive else ():
-                ranks.processes[rank].kill()
+            if losses.can_survive or not losses.membership.is_ending:  # then the cause is waited for
+                try:
+                    ranks.check_stopped(deadline_s, losses.membership.is_ending, losses.can_survive)
+                except RankAbsentError as error:
+                    raise _Lost(error) from None
         else:
             if "done" not in message:
                 if rank in waiting or losses.can_survive:  # otherwise it has ended, as it said
@@ -163,7 +146,7 @@ def _result(
     if waiting and until == ends:
         raise LockstepError(f"rank {', '.join(map(str, sorted(waiting)))} {why}")
     if waiting:
-        raise _absent(ranks, sorted(waiting), why)
+        raise _Lost(ranks.absent(sorted(waiting), why))
     return result
 
 
@@ -177,12 +160,6 @@ def _begin_epoch(ranks: Ranks, losses: Losses) -> tuple[int, ...] | None:
         if losses.cause_died:
             raise _Lost(error) from None
         raise
-
-
-def _absent(ranks: Ranks, absent: Sequence[int], why: str) -> _Lost:
-    states = "; ".join(f"the process of rank {rank} is {ranks.processes[rank].state()}" for rank in absent)
-    numbers = ", ".join(map(str, absent))
-    return _Lost(RankAbsentError(f"rank{'s' * (len(absent) > 1)} {numbers} {why}; {states}", tuple(absent)))
 
 
 def _rank_main(

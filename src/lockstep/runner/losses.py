@@ -30,19 +30,10 @@ def patience_with(deadline_s: float) -> float:
 
 
 class Losses:
-    """Lets ranks go on without those that are lost, and with those that are back.
+    """Lets ranks go on without those that are lost, and with those that are back; otherwise raises the cause.
 
-    Where nobody can go on, it says whose fault it was.
-
-    Args:
-        num_ranks: that were started.
-        can_survive: whether ranks can go on without others.
-        patience_s: how long a rank may take to say that it has stopped, once one has; while it reads experts, from its
-            last progress on.
-        kill: ends a rank's process.
-        store: in which ranks find who the members of an epoch are.
-        start_again: starts the process of a rank again, given the rank and the first epoch that it may enter.
-        restart_ranks: how often each rank's process is started again.
+    Once an epoch is ending, a member has `patience_s` to say that it has stopped, from its last progress if it reads
+    experts; then `kill(rank)` ends it. `start_again(rank, first_epoch)` is called up to `restart_ranks` times per rank.
     """
 
     def __init__(
@@ -105,10 +96,9 @@ class Losses:
             membership.stopped(rank, message.get("epoch", 0))
 
     def begin_epoch(self) -> tuple[int, ...] | None:
-        """Begin the next epoch if every member of this one is dead or waits for it; kill whoever takes too long.
+        """Begin the next epoch if every member of this one is dead or waits for it, and return its members.
 
-        Returns:
-            Its members; None where none has begun. Nobody who is left, or nobody who was lost, is an error: the cause.
+        If nobody is left, or nobody was lost, the cause is raised.
         """
         membership = self.membership
         self._start_lost_again()

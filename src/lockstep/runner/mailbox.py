@@ -12,11 +12,7 @@ from typing import Any
 
 
 class Mailbox:
-    """A rank's messages, plain dicts; `deliver` brings one in. Each says its epoch; those of earlier ones are dropped.
-
-    Attributes:
-        epoch: in which the rank works.
-    """
+    """A rank's messages, plain dicts; `deliver` brings one in. Those of epochs before the present one are dropped."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

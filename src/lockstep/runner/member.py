@@ -28,20 +28,10 @@ _ASK_S = 0.1  # how often the first member looks whether it was asked to stop
 
 
 class Member:
-    """This rank, in one epoch after another.
+    """This rank, in one epoch after another: `members` are those of the present `epoch`, by their first numbers.
 
-    Args:
-        rank: its number, which stays.
-        options: of the model, the same on all ranks.
-        port: of the store of the process that has started it.
-        start_timeout_s: longest wait for the others at the start, in seconds.
-        say: tells that process something.
-        first_epoch: that it may enter: 0 at the start of all ranks, otherwise it comes back.
-
-    Attributes:
-        epoch: in which it works.
-        members: of this epoch, by number.
-        returns: whether it comes back.
+    `port` is that of the launcher's store, and `say` tells the launcher something. A rank that comes back (`returns`)
+    is given the first epoch that it may enter.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class OwnRank:
     def send(self, data_rank: int, message: dict[str, Any]) -> None:  # noqa: D102
         self._mailbox.deliver(message)
 
-    def check(self, is_ending: bool = False) -> None:  # noqa: D102
+    def check(self, is_ending: bool) -> None:  # noqa: D102
         pass
 
     def kill_one(self, rank: int) -> None:  # noqa: D102

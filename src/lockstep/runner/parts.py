@@ -33,13 +33,9 @@ class Notes:
 
 
 class Parts:
-    """The files of one rank: finished requests, tokens of the others, and steps. Each line is written at once.
+    """One rank's files: finished requests, tokens of the others, and steps. Each line is written at once.
 
-    Args:
-        out: the run's folder.
-        rank: whose files are written.
-        read_ranks: whose files this rank reads for all: its own, and perhaps those of lost ranks.
-        gather: returns the entries of all ranks. Several hosts need not share a disk.
+    This rank reads the files of `read_ranks` for all ranks, which `gather` theirs: hosts need not share a disk.
     """
 
     def __init__(self, out: str, rank: int, read_ranks: Iterable[int], gather: Gather) -> None:

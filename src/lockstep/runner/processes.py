@@ -35,6 +35,8 @@ OnMessage = Callable[[int, dict[str, Any]], None]
 
 LOOK_S = 0.25
 """How often whoever waits for ranks looks for those that are stopped."""
+MARGIN_S = 1.5
+"""How much later than the ranks whoever watches them gives up: what they find out themselves says more."""
 _PR_SET_PDEATHSIG = 1
 _AFTER_KILL_S = 5.0
 _REQUEST_BYTES = 4096
@@ -43,20 +45,10 @@ _REQUEST_BYTES = 4096
 class Ranks:
     """Processes that were started together; leaving the `with` block ends them.
 
-    Each runs `main(connection, rank, *args)`. What it sends comes to `on_message(rank, message)`, from a thread per
-    rank; the last one is `{"failed": "died", "why": how its process ended, "exit_code": code}`.
-
-    Args:
-        num_ranks: how many.
-        main: importable by name.
-        args: its arguments, the same for all ranks.
-        on_message: returns at once.
-        preload: modules that the server imports before it forks the ranks.
-        environment: of a rank, beside the variables of this process.
-        patience_s: longest that a message may wait for a rank to read it.
-
-    Attributes:
-        processes: one per rank that was started.
+    Each runs `main(connection, rank, *args)`, with the variables of `environment(rank)` besides those of this process.
+    What it sends comes to `on_message(rank, message)`, from a thread per rank; the last message is
+    `{"failed": "died", "why": how its process ended, "exit_code": code}`. The server imports `preload` before it forks.
+    A message may wait `patience_s` for a rank to read it.
     """
 
     def __init__(
@@ -87,7 +79,11 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def kill(self) -> None:
+    def kill_one(self, rank: int) -> None:
+        """End a rank that is given up."""
+        self.processes[rank].kill()
+
+    def kill(self, _error: BaseException | None = None) -> None:
         """End all ranks now; from any thread, and as often as one likes."""
         with self._lock:
             self._ended = True
@@ -102,7 +98,24 @@ class Ranks:
             if not self._ended:
                 self.processes[rank] = self._start(rank, *more_args)
 
-    def stopped(self, longer_than_s: float) -> list[int]:
+    def check_stopped(self, deadline_s: float, is_ending: bool, can_survive: bool) -> None:
+        """Kill ranks that stay stopped if the others `can_survive` that; otherwise raise `RankAbsentError`.
+
+        They have until the deadline; half of it where the others have stopped working, and wait (`is_ending`).
+        """
+        stopped = self._stopped(deadline_s / 2 if is_ending else deadline_s + MARGIN_S)
+        if stopped and not can_survive:
+            raise self.absent(stopped, f"stood still for more than {deadline_s:g} s")
+        for rank in stopped:
+            self.kill_one(rank)
+
+    def absent(self, ranks: Sequence[int], why: str) -> RankAbsentError:
+        """Return the error for ranks that are not there, with what the operating system says of them."""
+        numbers = ", ".join(map(str, ranks))
+        states = "; ".join(f"the process of rank {rank} is {self.processes[rank].state()}" for rank in ranks)
+        return RankAbsentError(f"rank{'s' * (len(ranks) > 1)} {numbers} {why}; {states}", tuple(ranks))
+
+    def _stopped(self, longer_than_s: float) -> list[int]:
         """Return which have been stopped for so long. Time in which this process was stopped too does not count."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 2 * LOOK_S), now

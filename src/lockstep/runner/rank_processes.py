@@ -1,46 +1,48 @@
-"""The ranks of an engine as processes of this host."""
+"""The ranks of `lockstep.Engine` as processes of this host: what starts and ends them, and what each one runs."""
 
 from __future__ import annotations
 
+import logging
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
 from lockstep.errors import RankAbsentError
-from lockstep.runner.launcher import MARGIN_S, PRELOAD, loopback_store, rank_environment
+from lockstep.runner.failures import failure_of
+from lockstep.runner.launcher import PRELOAD, loopback_store, rank_environment
+from lockstep.runner.mailbox import ConnectionMailbox
+from lockstep.runner.member import Member
 from lockstep.runner.processes import OnMessage, Ranks
-from lockstep.runner.ranks import EngineOptions
-from lockstep.runner.worker import run_worker
+from lockstep.runner.ranks import EngineOptions, detokenizer_of, find_tokenizer, make_engine
 
 _STOP_S = 10.0
+_LAST_WORDS_S = 5.0
 
 
-class RankProcesses:
-    """Ranks as processes of this host; `num_processes` of them send `ready` once in each epoch.
-
-    Where they `can_survive`, they go on without those that die, as the front writes it into their `store`.
-    """
+class RankProcesses(Ranks):
+    """Ranks that send `ready` once in each epoch; where they `can_survive`, they go on without those that die."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.num_processes, self.num_data_ranks = options.world_size, options.data_parallel_size
         self.can_survive = options.can_survive
         self.store = loopback_store()
-        self._options, self._ending = options, False
+        self._options = options
         self._on_message: OnMessage
-        self._ranks = Ranks(
-            self.num_processes, run_worker, (options, self.store.port), self._hear, preload=PRELOAD,
+        super().__init__(
+            self.num_processes, _run_worker, (options, self.store.port), self._hear, preload=PRELOAD,
             environment=lambda rank: rank_environment(rank, options.world_size), patience_s=options.deadline_s,
         )  # fmt: skip
 
     def start(self, on_message: OnMessage) -> None:
         """Start them. From then on `on_message(rank, message)` is called for each message, from any thread."""
         self._on_message = on_message
-        self._ranks.__enter__()
+        self.__enter__()
 
     def send(self, data_rank: int, message: dict[str, Any]) -> None:
         """Send a message to all processes of a data-parallel rank."""
         size = self._options.tensor_parallel_size
-        for process in self._ranks.processes[data_rank * size : (data_rank + 1) * size]:
+        for process in self.processes[data_rank * size : (data_rank + 1) * size]:
             try:
                 process.send(message)
             except RankAbsentError:
@@ -48,46 +50,48 @@ class RankProcesses:
                     raise
                 process.kill()
 
-    def check(self, is_ending: bool = False) -> None:
-        """Raise `RankAbsentError` for ranks that are stopped, or kill them where the others can survive that.
-
-        `is_ending` where the others have noticed, and wait.
-        """
-        limit_s = self._options.deadline_s
-        for rank in self._ranks.stopped(limit_s / 2 if is_ending else limit_s + MARGIN_S):
-            if self.can_survive:
-                self.kill_one(rank)
-                continue
-            stopped = f"rank {rank} was stopped (process {self._ranks.processes[rank].pid})"
-            raise RankAbsentError(f"{stopped} and did not go on within {limit_s:g} s", (rank,))
+    def check(self, is_ending: bool) -> None:
+        """See `Ranks.check_stopped`."""
+        self.check_stopped(self._options.deadline_s, is_ending, self.can_survive)
 
     def states(self) -> list[tuple[int, ProcessState]]:
         """Return each process and what the operating system says of it."""
-        return [(process.pid, process.state()) for process in self._ranks.processes]
+        return [(process.pid, process.state()) for process in self.processes]
 
     def stop(self) -> None:
         """Let all ranks end, and wait for it."""
-        self._ending = True
         for data_rank in range(self._options.data_parallel_size):
             self.send(data_rank, {"stop": True})
         until = time.monotonic() + _STOP_S
-        for process in self._ranks.processes:
+        for process in self.processes:
             process.exit_code(max(0.0, until - time.monotonic()))
         self.kill()
 
-    def start_again(self, rank: int, first_epoch: int) -> None:
-        """Start the process of a lost rank again; see `Member` for `first_epoch`."""
-        self._ranks.start_again(rank, first_epoch)
-
-    def kill_one(self, rank: int) -> None:
-        """End a rank that is given up."""
-        self._ranks.processes[rank].kill()
-
-    def kill(self, _error: BaseException | None = None) -> None:
-        """End all ranks now; from any thread, and as often as one likes."""
-        self._ending = True
-        self._ranks.kill()
-
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
-        if not self._ending:
-            self._on_message(rank, message)
+        self._on_message(rank, message)
+
+
+def _run_worker(connection: Connection, rank: int, options: EngineOptions, port: int, first_epoch: int = 0) -> None:
+    """Run one rank until it is told to stop. Ranks meet in the store at this port. See `Member` for `first_epoch`."""
+    mailbox = ConnectionMailbox(connection)
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(levelname)s %(name)s: %(message)s")
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        from lockstep.runner.rank_loop import run_rank
+
+        transformers_logging.disable_progress_bar()  # those of several ranks would overwrite each other
+        detokenizer = detokenizer_of(find_tokenizer(options.model))
+        member = Member(rank, options, port, options.start_timeout_s, mailbox.send, first_epoch)
+
+        def serve(model: Any) -> None:
+            mailbox.epoch = member.epoch
+            engine = make_engine(model, options)
+            mailbox.send({"ready": engine.about()})
+            run_rank(engine, mailbox, detokenizer=detokenizer, ends_epoch=member.was_asked_to_stop)
+
+        member.work(serve)
+        mailbox.send({"ended": True})
+    except BaseException as error:
+        mailbox.send(failure_of(rank, error))
+    mailbox.flush(_LAST_WORDS_S)
