@@ -1,10 +1,12 @@
 """Which failures of ranks others survive, as whoever started them decides it. No processes here."""
 
+import datetime
 import time
 
 import pytest
 import torch.distributed as dist
 
+from lockstep.coordination.groups import abandon_groups
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.membership import asked_to_stop, await_members, publish
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError
@@ -187,6 +189,18 @@ def test_a_rank_that_reads_experts_is_waited_for_as_long_as_it_comes_on(killed):
     while killed != [1, 2]:
         assert losses.begin_epoch() is None and time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_rank_whose_group_did_not_open_names_the_next_one_as_a_new_process_does():
+    try:
+        with pytest.raises(RuntimeError):
+            limit = datetime.timedelta(seconds=0.1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=limit)
+        abandon_groups()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        assert dist.group.WORLD.group_name == "0"
+    finally:
+        abandon_groups()
 
 
 def test_the_store_decides_once():

@@ -73,6 +73,9 @@ def abandon_groups() -> None:
     _abandoned.extend(dist.distributed_c10d._world.pg_map)
     if dist.is_initialized():  # not where a rank was lost before they had met
         dist.destroy_process_group()
+    # torch names groups by this count, which `destroy_process_group` resets. A rank that was lost while the default
+    # group was opened leaves it at 1, and this rank would look for those that come back, or started better, in vain.
+    dist.distributed_c10d._world.group_count = 0
     _numbers.clear()
 
 
