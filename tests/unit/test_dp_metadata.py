@@ -300,26 +300,27 @@ def test_a_context_outlives_its_metadata():
 
 
 def test_threads_get_contexts_of_their_own():
-    metadata, entered, most = make([5, 7]), threading.Barrier(8), []
+    metadata, everyone, handed_out = make([5, 7]), threading.Barrier(8), []
 
     def take():
         for _ in range(200):
             context = metadata.sp_local_sizes(1)
-            entered.wait(10)
-            most.append(id(context))
-            entered.wait(10)
+            everyone.wait(10)
+            handed_out.append(id(context))
+            everyone.wait(10)
             context.__enter__()
             context.__exit__()
             del context
-            entered.wait(10)
+            everyone.wait(10)
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for turn in range(0, len(most), 8):
-        assert len(set(most[turn : turn + 8])) == 8
+    assert len(handed_out) == 8 * 200
+    for turn in range(0, len(handed_out), 8):
+        assert len(set(handed_out[turn : turn + 8])) == 8
     assert metadata.local_sizes is None
 
 

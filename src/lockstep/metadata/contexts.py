@@ -1,14 +1,10 @@
-# What DPMetadata keeps of a step and hands to a `with` block, without torch.
+# The contexts that DPMetadata hands to a `with` block: no torch here.
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from sys import getrefcount
 from typing import Any, Literal
 
-from lockstep.metadata.sizes import abridged, check_int, chunk_sizes, sp_sizes
-
-MOST_LISTS = 1024
-"""Size lists kept of one step. More than its chunks, but not without end for who asks for chunk after chunk."""
+from lockstep.metadata.sizes import abridged
 
 Nested = list[tuple[int | None, list[int] | None]] | None
 """Where contexts are nested, the `id` and the sizes of each that is entered, the innermost last; else None.
@@ -17,23 +13,6 @@ A context that is entered alone has its flag `alone`; once another is entered in
 references: a context that its user drops is freed, and removes its id before, so no listed id is reused. An empty list
 means that sizes were set without a context.
 """
-
-
-class StepSizes:
-    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`."""
-
-    __slots__ = ("address", "counts", "dp_rank", "expected", "fullest", "largest", "lists", "memory", "shown")
-
-    def __init__(self, counts: tuple[int, ...], memory: Any, shown: Any, fullest: int) -> None:
-        self.counts = counts
-        self.fullest = fullest  # a rank with the largest count
-        self.dp_rank: int | None = None
-        self.shown = shown  # the tensor that shows the counts to callers
-        self.largest: Any = None  # the one that shows the largest of them
-        self.address = shown.data_ptr()
-        self.memory = memory  # its memory, a mutable array: it differs from `expected` once a caller wrote to it
-        self.expected = memory[:]
-        self.lists: dict[object, list[int]] = {}  # by what they were asked for with
 
 
 class SizesContext:
@@ -100,7 +79,7 @@ class StepContext(SizesContext):
 
     __slots__ = ("expected", "key", "memory", "shown")
     key: object  # the sequence-parallel size that it was asked for with
-    shown: Any  # these three as in `StepSizes`
+    shown: Any  # these three as in `StepSizes` of counts.py
     memory: Any
     expected: Any
 
@@ -169,13 +148,3 @@ def leave_nested(metadata: Any, context: SizesContext) -> None:
     metadata.local_sizes = nested[-1][1] if nested else None
     if not nested or (len(nested) == 1 and nested[0][0] is None):
         metadata._nested = None
-
-
-def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
-    """Return the rows of each rank in one chunk, `[ep_size]`; `args` are those of `chunk_sizes`."""
-    return list(chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args))
-
-
-def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
-    """Return the running sum of the rows of each rank, `[ep_size]`."""
-    return list(accumulate(sp_sizes(counts, check_int("sp_size", sp_size, 1))))

@@ -1,4 +1,4 @@
-# The counts of a step in an object: read and checked, shown as a tensor, and guarded against writes to that.
+# The token counts of a step: read, checked, shown as tensors, and guarded against writes to these tensors.
 # Annotations resolve at run time, as in dp_metadata.py.
 
 from array import array
@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
-from lockstep.metadata.contexts import MOST_LISTS, NO_CONTEXT, Nested, StepContext, StepSizes
+from lockstep.metadata.contexts import NO_CONTEXT, Nested, StepContext
 from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_sizes
 
 if TYPE_CHECKING:
@@ -29,6 +29,25 @@ TYPECODES = {torch.int32: "i", torch.int64: "q", torch.int16: "h", torch.int8: "
 INTEGER_DTYPES = (*TYPECODES, torch.uint16, torch.uint32, torch.uint64)
 FEW, MANY = 16, 128
 """Entries up to which Python copies counts faster than torch, and above which torch finds their extremes faster."""
+MOST_LISTS = 1024
+"""Size lists kept per step: more than a step has chunks, but bounded if a caller asks for ever more chunks."""
+
+
+class StepSizes:
+    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`."""
+
+    __slots__ = ("address", "counts", "dp_rank", "expected", "fullest", "largest", "lists", "memory", "shown")
+
+    def __init__(self, counts: tuple[int, ...], memory: Any, shown: torch.Tensor, fullest: int) -> None:
+        self.counts = counts
+        self.fullest = fullest  # a rank with the largest count
+        self.dp_rank: int | None = None
+        self.shown = shown  # the tensor that shows the counts to callers
+        self.largest: Any = None  # the one that shows the largest of them
+        self.address = shown.data_ptr()
+        self.memory = memory  # its memory, a mutable array: it differs from `expected` once a caller wrote to it
+        self.expected = memory[:]
+        self.lists: dict[object, list[int]] = {}  # by what they were asked for with
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:

@@ -7,14 +7,7 @@ from sys import getrefcount
 import torch
 
 from lockstep.metadata.config import ParallelConfig
-from lockstep.metadata.contexts import (
-    NO_CONTEXT,
-    UNSHARED,
-    SizesContext,
-    chunked_rows,
-    cumulative_rows,
-    sizes_context,
-)
+from lockstep.metadata.contexts import NO_CONTEXT, UNSHARED, SizesContext, sizes_context
 from lockstep.metadata.counts import (
     HoldsCounts,
     TokenCount,
@@ -26,6 +19,7 @@ from lockstep.metadata.counts import (
     set_counts,
     step_context,
 )
+from lockstep.metadata.sizes import chunked_rows, cumulative_rows
 
 
 @dataclass(init=False, eq=False, repr=False)

@@ -4,6 +4,7 @@
 # with `ep_size = dp_size * sequence_parallel_size`, ranks of one data-parallel rank next to each other.
 
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import index
 
 from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
@@ -131,3 +132,13 @@ def chunk_sizes(
     start = check_int("chunk_idx", chunk_idx, 0, maximum=None) * limit
     least = check_int("min_rows", min_rows, 0, 1)
     return tuple(max(least, min(limit, size - start)) for size in sizes)
+
+
+def chunked_rows(counts: Sequence[int], sequence_parallel_size: int, *args: int) -> list[int]:
+    """Return the rows of each rank in one chunk, `[ep_size]`; `args` are those of `chunk_sizes`."""
+    return list(chunk_sizes(sp_sizes(counts, sequence_parallel_size), *args))
+
+
+def cumulative_rows(counts: Sequence[int], sp_size: int) -> list[int]:
+    """Return the running sum of the rows of each rank, `[ep_size]`."""
+    return list(accumulate(sp_sizes(counts, check_int("sp_size", sp_size, 1))))
