@@ -3,8 +3,8 @@
     import deepep_dispatcher  # registers it; on every rank
     model = lockstep.from_pretrained(path, dispatcher="deepep", dtype=torch.bfloat16)
 
-Written against the sources of DeepEP 2.1.0, whose `Buffer` is that of 1.2. It has run on CPUs against a stand-in with
-the same signatures (tests/deepep_stand_in.py), but never on DeepEP itself.
+Written against the sources of DeepEP 2.1.0, which keeps the `Buffer` of 1.2. It has run on CPUs with a stand-in
+of the same signatures (tests/deepep_stand_in.py), but never with DeepEP itself.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from lockstep.dispatch.base import NO_EXPERT
 class DeepEPDispatcher(lockstep.CollectiveDispatcher):
     """Each row once to each rank that holds one of its experts; sums come back in rank order, in float32.
 
-    A rank that does not come is noticed by DeepEP's own time limit; `deadline_s` does not reach into its kernels.
+    DeepEP's own time limit applies to a missing rank; `deadline_s` has no effect inside its kernels.
     """
 
     name = "deepep"
@@ -28,20 +28,21 @@ class DeepEPDispatcher(lockstep.CollectiveDispatcher):
     def __init__(self, process_group: dist.ProcessGroup, shape: lockstep.ExpertsShape) -> None:
         super().__init__(process_group, shape.num_experts)
         self.abilities = lockstep.Abilities(dtypes=(torch.bfloat16,))
-        self._rank = process_group.rank()
-        num_ranks, row_bytes = process_group.size(), shape.hidden_size * torch.bfloat16.itemsize
-        configs = [get(num_ranks) for get in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config)]
+        row_bytes = shape.hidden_size * torch.bfloat16.itemsize
+        configs = [
+            get(self.num_ranks) for get in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config)
+        ]
         self._buffer = deep_ep.Buffer(
             process_group,
-            num_nvl_bytes=max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs),
-            num_rdma_bytes=max(config.get_rdma_buffer_size_hint(row_bytes, num_ranks) for config in configs),
+            num_nvl_bytes=max(config.get_nvl_buffer_size_hint(row_bytes, self.num_ranks) for config in configs),
+            num_rdma_bytes=max(config.get_rdma_buffer_size_hint(row_bytes, self.num_ranks) for config in configs),
         )
 
     def send_rows(
         self, route: lockstep.Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """See `CollectiveDispatcher.send_rows`."""
-        if len(rows) == 0:  # UCCL's `Buffer`, of the same interface, refuses none: one row that goes to no expert
+        if len(rows) == 0:  # send one row to no expert: UCCL's `Buffer`, of the same interface, refuses empty tensors
             rows, topk_ids, topk_weights = (
                 each.new_full((1, each.shape[1]), value)
                 for each, value in ((rows, 0), (topk_ids, NO_EXPERT), (topk_weights, 0))
@@ -59,14 +60,14 @@ class DeepEPDispatcher(lockstep.CollectiveDispatcher):
             topk_idx=topk_idx,
             topk_weights=topk_weights.float().contiguous(),
         )
-        # DeepEP numbers this rank's experts from 0; all others are -1, as NO_EXPERT is.
-        ids = torch.where(local_ids < 0, NO_EXPERT, local_ids + self._rank * self.num_local_experts)
+        # DeepEP numbers this rank's experts from 0 and gives -1 for all others, which is NO_EXPERT too.
+        ids = torch.where(local_ids < 0, NO_EXPERT, local_ids + self.rank * self.num_local_experts)
         return received, ids, weights, handle
 
     def send_sums(self, sums: torch.Tensor, handle: lockstep.DispatchHandle) -> torch.Tensor:
         """See `CollectiveDispatcher.send_sums`."""
         summed, _, _ = self._buffer.combine(sums, handle.own)
-        return summed[: handle.route.sizes[self._rank]]
+        return summed[: handle.route.sizes[self.rank]]
 
 
 lockstep.register_dispatcher("deepep", lambda group, shape, options: DeepEPDispatcher(group, shape))

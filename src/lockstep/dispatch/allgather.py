@@ -15,9 +15,11 @@ class AllGatherDispatcher(CollectiveDispatcher):
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """See `CollectiveDispatcher.send_rows`."""
-        rows, ids, weights = all_gatherv([rows, topk_ids, topk_weights], route.sizes, self._group, self._deadline_s)
+        rows, ids, weights = all_gatherv(
+            [rows, topk_ids, topk_weights], route.sizes, self.process_group, self.deadline_s
+        )
         return rows, ids, weights, None
 
     def send_sums(self, sums: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `CollectiveDispatcher.send_sums`."""
-        return reduce_scatterv(sums, handle.route.sizes, self._group, self._deadline_s, host_waits=False)
+        return reduce_scatterv(sums, handle.route.sizes, self.process_group, self.deadline_s, host_waits=False)

@@ -28,9 +28,9 @@ class AllToAllDispatcher(CollectiveDispatcher):
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Sent]:
         """See `CollectiveDispatcher.send_rows`."""
-        needed, ones = ranks_needed(topk_ids, self.num_local_experts, self._num_ranks), [1] * self._num_ranks
+        needed, ones = ranks_needed(topk_ids, self.num_local_experts, self.num_ranks), [1] * self.num_ranks
         counts = needed.sum(dim=0)
-        recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self._num_ranks
+        recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self.num_ranks
         # Sorted by destination, then by row, so that results repeat bit for bit. `nonzero` waits for the GPU, so it
         # comes after a wait that has a deadline.
         copies = needed.t().nonzero()[:, 1]
@@ -61,7 +61,7 @@ class AllToAllDispatcher(CollectiveDispatcher):
     ) -> torch.Tensor:
         if sum(route.sizes) == 0:  # agreed: no rank sends anything
             return rows[:0]
-        return all_to_allv(rows, send_sizes, recv_sizes, self._group, self._deadline_s, host_waits=host_waits)
+        return all_to_allv(rows, send_sizes, recv_sizes, self.process_group, self.deadline_s, host_waits=host_waits)
 
 
 def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:

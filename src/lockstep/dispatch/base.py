@@ -121,7 +121,7 @@ class Dispatcher(Protocol):
             route: from `route`, of one chunk.
             hidden_states: `[rows, hidden]`; `rows` is `route.sizes[rank]`, or more with `num_tokens`.
             topk_ids: global experts of each row, `[rows, top_k]`, int32 or int64, the same dtype on all ranks;
-                `NO_EXPERT` for none.
+                `NO_EXPERT`, -1, for none.
             topk_weights: their weights, `[rows, top_k]`.
             num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; rows beyond them are not
                 sent. A captured graph reads it at each replay. Backends that only run eagerly use `route.sizes[rank]`
@@ -149,24 +149,37 @@ class Dispatcher(Protocol):
 class CollectiveDispatcher(Dispatcher):
     """Base of dispatchers that run eagerly, with row counts known to the host: derive from it and move the rows.
 
-    A subclass sets `name` and writes `send_rows` and `send_sums`; ordering pairs by expert and weighting them are here.
+    A subclass sets the class attribute `name` and writes `send_rows` and `send_sums`; it replaces `abilities` if it
+    carries fewer dtypes. This class orders the pairs by expert, weights them, and sums those of each row.
 
     Args:
         process_group: the expert-parallel ranks.
-        num_experts: of all ranks; the ranks must divide it.
-        deadline_s: longest wait for any rank, in seconds; for the subclass to heed.
+        num_experts: over all ranks, which must divide it.
+        deadline_s: longest wait for any rank, in seconds; the subclass must keep it.
+
+    Attributes:
+        abilities: what the backend can do; the default is all of `Abilities`' dtypes.
+        process_group: as passed.
+        deadline_s: as passed.
+        rank: this rank in the group.
+        num_ranks: size of the group.
+        num_experts: as passed.
+        num_local_experts: experts per rank; expert `e` is on rank `e // num_local_experts`.
+
+    Example:
+        `examples/deepep_dispatcher.py` wraps another library's all-to-all.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
-        self._group, self._deadline_s = process_group, deadline_s
-        self._rank, self._num_ranks = process_group.rank(), process_group.size()
+        self.process_group, self.deadline_s = process_group, deadline_s
+        self.rank, self.num_ranks = process_group.rank(), process_group.size()
         self.abilities = Abilities()
         self.num_experts = num_experts
-        self.num_local_experts = check_experts(num_experts, self._num_ranks)
+        self.num_local_experts = check_experts(num_experts, self.num_ranks)
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
-        check_sizes("route", sizes, self._num_ranks)
+        check_sizes("route", sizes, self.num_ranks)
         if capture:
             raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so it cannot be captured")
         return Route(self.name, tuple(sizes), limit or max(1, *sizes))
@@ -176,10 +189,10 @@ class CollectiveDispatcher(Dispatcher):
         num_tokens: torch.Tensor | None = None,
     ) -> DispatchHandle:  # fmt: skip
         """See `Dispatcher.dispatch`. The number of tokens was agreed, so it is not read from the device."""
-        own = slice(route.sizes[self._rank] if num_tokens is not None else None)
+        own = slice(route.sizes[self.rank] if num_tokens is not None else None)
         rows, ids, weights, sent = self.send_rows(route, hidden_states[own], topk_ids[own], topk_weights[own])
         # The pairs of this rank's experts, in the order of expert and row.
-        local = ids.reshape(-1) - self._rank * self.num_local_experts
+        local = ids.reshape(-1) - self.rank * self.num_local_experts
         position = ((local >= 0) & (local < self.num_local_experts)).nonzero().squeeze(1)
         position = position[torch.argsort(local[position], stable=True)]
         tokens_per_expert = torch.bincount(local[position], minlength=self.num_local_experts).to(torch.int32)
@@ -200,7 +213,13 @@ class CollectiveDispatcher(Dispatcher):
     def send_rows(
         self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """Send each row to the ranks of its experts. Collective; the arguments are those of `dispatch`, tokens only.
+        """Send each row to the ranks of its experts. Collective.
+
+        Args:
+            route: of the chunk; `route.sizes` are the rows of every rank, zero included.
+            rows: this rank's, `[route.sizes[rank], hidden]`.
+            topk_ids: their global experts, `[rows, top_k]`, int32 or int64; `NO_EXPERT`, -1, for none.
+            topk_weights: their routing weights, `[rows, top_k]`.
 
         Returns:
             The rows that arrived, `[received, hidden]`; their global expert ids and routing weights,
