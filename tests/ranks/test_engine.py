@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from one_process import one_process
+from one_process import in_order, one_process, tokens_of
 
 pytest.importorskip("transformers")
 
@@ -54,14 +54,6 @@ def shared(tiny):
     made = Engine(tiny, tensor_parallel_size=2, deadline_s=2)
     yield made
     made.close()
-
-
-def in_order(outputs):
-    return sorted(outputs, key=lambda output: output.index)
-
-
-def tokens_of(outputs):
-    return [output.token_ids for output in in_order(outputs)]
 
 
 def workers(engine):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from one_process import one_process
+from one_process import one_process, tokens_of
 from said import say, sleep_until_said
 
 pytest.importorskip("transformers")
@@ -31,10 +31,6 @@ def alone(tiny):
 
 def prompts_of(rank, call):
     return [[rank + 1, call, 7 * place % 250] * (1 + place) for place in range(1 + (rank + call) % 3)]
-
-
-def tokens_of(outputs):
-    return [output.token_ids for output in sorted(outputs, key=lambda output: output.index)]
 
 
 def uneven_calls(path, calls):

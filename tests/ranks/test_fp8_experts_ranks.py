@@ -12,6 +12,7 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 
 from command import Command
+from one_process import greedy, tokens_of
 
 import lockstep
 from lockstep import ConfigurationError, Engine, SamplingParams
@@ -39,25 +40,11 @@ def blocks(tmp_path_factory):
 
 
 def dequantised(path):
-    """The whole model, its experts rounded to fp8 and back, run by Transformers alone."""
+    """The whole model, its experts rounded to fp8 and back, for Transformers to run."""
     model = load_pretrained(path, dtype=torch.float32, quantize_experts="fp8")
     for _, module in find_experts(model):
         dequantise_experts(module, torch.float32)
     return model
-
-
-def greedy(model, prompt, count):
-    with torch.no_grad():
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-    return output[0, len(prompt) :].tolist()
-
-
-def in_order(outputs):
-    return [list(output.token_ids) for output in sorted(outputs, key=lambda output: output.index)]
 
 
 def generate(path, placed):
@@ -90,17 +77,17 @@ def test_the_engine_goes_on_without_a_lost_rank(tiny):
     with Engine(
         tiny, data_parallel_size=3, dtype="float32", quantize_experts="fp8", survive=1, deadline_s=10
     ) as engine:
-        assert in_order(engine.generate(prompts, GREEDY)) == expected
+        assert tokens_of(engine.generate(prompts, GREEDY)) == expected
         os.kill(engine.ranks()[1].pid, signal.SIGKILL)
         until = time.monotonic() + 60
         while engine.stats.epoch == 0 and time.monotonic() < until:
-            assert in_order(engine.generate(prompts, GREEDY)) == expected
-        assert in_order(engine.generate(prompts, GREEDY)) == expected
+            assert tokens_of(engine.generate(prompts, GREEDY)) == expected
+        assert tokens_of(engine.generate(prompts, GREEDY)) == expected
         assert [rank.state for rank in engine.ranks()] == ["alive", "gone", "alive"]
 
 
 @pytest.mark.ranks(2)
-def test_run_verifies_experts_in_fp8(blocks, tiny, tmp_path):
+def test_run_verifies_experts_in_fp8(tiny, tmp_path):
     arguments = ["run", "--model", tiny, "--dtype", "float32", "--quantize-experts", "fp8", "--requests", "6"]
     assert Command(*arguments, "--max-new-tokens", "8", "--out", tmp_path / "run").wait(120) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 
 from command import Command
+from one_process import greedy, tokens_of
 
 import lockstep
 from lockstep import ConfigurationError, Engine, SamplingParams
@@ -127,13 +128,8 @@ def test_an_engine_on_three_ranks_with_a_recorded_load(tiny, whole, tmp_path):
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     load = {"placement": str(tmp_path / "load.json"), "num_redundant_experts": 4}
     with Engine(tiny, data_parallel_size=3, deadline_s=20, **load) as engine:
-        found = [output.token_ids for output in sorted(engine.generate(prompts, params), key=lambda one: one.index)]
-    for prompt, tokens in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
-        expected = whole.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
-        )
-        assert tokens == tuple(expected[0, len(prompt) :].tolist())
+        found = tokens_of(engine.generate(prompts, params))
+    assert found == [greedy(whole, prompt, 8) for prompt in prompts]
 
 
 @pytest.mark.ranks(3)
