@@ -28,7 +28,7 @@ test: $(STAMP) lint
 LOWEST := .venv-lowest
 CORE := $(addprefix tests/unit/test_,$(addsuffix .py,checkpoint_reading chunks dp_metadata experts from_pretrained_arguments \
 	loading metrics norms quantised rank_engine report sampling seal sizes step tiny traces transformers_internals wire)) \
-	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row tensor_parallel wrappers))
+	$(addprefix tests/ranks/test_,$(addsuffix .py,join layer one_row refused_models tensor_parallel wrappers))
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) $(CORE)
 
@@ -41,7 +41,7 @@ test-newest: $(NEWEST)/.installed
 
 # What needs packages of others, in an environment of its own; `make test` skips these tests.
 PLUGINS := .venv-plugins
-WITH_PLUGINS := $(addprefix tests/ranks/test_,$(addsuffix .py,compile lm_eval peft ray transformers wrappers))
+WITH_PLUGINS := $(addprefix tests/ranks/test_,$(addsuffix .py,compile lm_eval peft ray refused_models transformers wrappers))
 test-plugins: $(PLUGINS)/.installed
 	$(PLUGINS)/bin/python -m pytest $(IN_PARALLEL) $(WITH_PLUGINS)
 
