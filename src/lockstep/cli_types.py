@@ -172,7 +172,7 @@ MaxPrefillDelaySteps = Annotated[int, steps("Maximum steps that a prompt waits f
 WeightsDType = Annotated[DType, option("Data type of the weights; `auto`: the checkpoint's.")]
 QuantizeExperts = Annotated[
     Literal["auto", "fp8", "none"],
-    option("Hold routed experts in fp8; `auto`: block-fp8 checkpoints on GPUs, dequantised on CPUs."),
+    option("Hold routed experts in fp8; `auto`: those of block-fp8 checkpoints, if the GPU's kernels read fp8."),
 ]
 Device = Annotated[
     str | None,

@@ -1,7 +1,6 @@
 """Experts held in fp8: what stays of a checkpoint, what is made, what is read, and what is refused by name."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -39,7 +38,7 @@ def plain(tmp_path_factory):
 
 
 def copy_of(path, tmp_path, change):
-    """Copy a checkpoint whose tensors, by name, `change` may change in place; with its config."""
+    """Copy a checkpoint after `change(tensors by name, config)` has edited both in place."""
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
     change(tensors, config)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
@@ -47,16 +46,12 @@ def copy_of(path, tmp_path, change):
     return tmp_path
 
 
-def as_bytes(tensor):
-    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
-
-
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(input_ids=ids).logits.float()
 
 
-def test_blocks_keep_three_bits_and_their_largest_value():
+def test_blocks_keep_four_significant_bits_and_their_largest_value():
     weight = torch.randn(3, 256, 384, generator=torch.Generator().manual_seed(0))
     weight[0, :128, :128] = 0
     weight[1, 5, 7] = 100.0
@@ -78,7 +73,7 @@ def test_blocks_stay_as_they_are_in_the_files(blocks, wish, stays):
         prefix = f"model.layers.{index}.mlp.experts"
         for expert in range(4 if stays else 0):
             gate_up = [stored[f"{prefix}.{expert}.{name}_proj.weight"] for name in ("gate", "up")]
-            assert torch.equal(as_bytes(module.gate_up_proj[expert]), as_bytes(torch.cat(gate_up)))
+            assert torch.equal(module.gate_up_proj[expert].view(torch.uint8), torch.cat(gate_up).view(torch.uint8))
             scales = stored[f"{prefix}.{expert}.down_proj.weight_scale_inv"]
             assert torch.equal(module.down_proj_scale_inv[expert], scales)
     dense = {weight.dtype for name, weight in model.named_parameters() if ".experts." not in name}
@@ -273,7 +268,7 @@ def test_a_cast_and_a_save_are_refused_by_name(plain, tmp_path):
 
 
 def test_memory_of_a_30b_model_on_one_card():
-    """Qwen3-30B-A3B: weights with experts in fp8, and what prompts write out in bfloat16, from its sizes alone."""
+    """Qwen3-30B-A3B, in GiB: weights in bfloat16, with experts in fp8, and the layer that prompts write in bfloat16."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     from lockstep.models.experts_modules import expect_fp8
@@ -290,5 +285,4 @@ def test_memory_of_a_30b_model_on_one_card():
     for module in modules:
         expect_fp8(module)
     in_fp8 = sum(weight.nbytes for weight in model.parameters())
-    assert re.sub(r"\.(\d)\d*", r".\1", f"{in_bf16 / 2**30} {in_fp8 / 2**30} {workspace / 2**30}") == "56.8 29.8 0.7"
-    assert in_fp8 + workspace <= 32 * 2**30
+    assert [f"{size / 2**30:.1f}" for size in (in_bf16, in_fp8, workspace)] == ["56.9", "29.9", "0.8"]

@@ -81,16 +81,11 @@ def expect_fp8(module: Any) -> None:
 
 @contextlib.contextmanager
 def quantising(modules: dict[str, Any]) -> Iterator[None]:
-    """Round the weights of experts `modules` to fp8 as the loader sets them, one by one: never are all in 16 bits."""
+    """Round each weight of experts `modules` to fp8 as soon as the loader sets it: at most one is in 16 bits."""
 
     def quantise_weight(module: Any, name: str, parameter: Any) -> Any:
         weight = getattr(parameter, "_local_tensor", parameter)
-        if (
-            name not in WEIGHTS
-            or weight is None
-            or weight.is_meta
-            or not any(module is one for one in modules.values())
-        ):
+        if module not in modules.values() or name not in WEIGHTS or weight is None or weight.is_meta:
             return None
         values, scales = (internals.like_part(part, parameter) for part in quantise(weight.detach()))
         _set(module, f"{name}{SCALES}", parameter, scales)

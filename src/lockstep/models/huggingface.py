@@ -101,8 +101,8 @@ def from_pretrained(  # noqa: D417
         process_group: the ranks; all of them by default. Left open.
         device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
         quantize_experts: "fp8" holds the weights of routed experts as float8_e4m3fn with a float32 scale per 128 x 128
-            values, whatever the checkpoint's type; "none" in `dtype`; "auto" leaves checkpoints of that form as they
-            are where our kernels read fp8 (compute capability 9.0 or later, Triton), and dequantises them elsewhere.
+            values, whatever the checkpoint's type; "none" holds them in `dtype`; "auto" keeps a checkpoint of that form
+            as stored if our kernels can read fp8 (compute capability 9.0 or later, Triton), else it is "none".
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
         **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
@@ -390,7 +390,7 @@ def _experts_forward(
     if torch.compiler.is_compiling() and hasattr(module, "_lockstep_layer"):
         return moe(hidden_states, top_k_index, top_k_weights, module._lockstep_layer)
     place, alone = getattr(module, "_lockstep_place", None), getattr(module, "_lockstep_alone", None)
-    if place is None and isinstance(alone, LocalExperts):
+    if place is None and alone is not None:
         return alone.alone(hidden_states, top_k_index, top_k_weights)
     if place is None:
         raise ConfigurationError(

@@ -33,7 +33,7 @@ from lockstep.models.checkpoint import (
     undeclared_quantisation,
 )
 from lockstep.models.experts_modules import expect_fp8, find_experts, localise, quantising, shard_empty, slots_of
-from lockstep.models.options import check_quantize_experts
+from lockstep.models.options import QUANTIZE_EXPERTS
 from lockstep.moe.experts import kernels_read_fp8
 from lockstep.moe.placement import Placement
 
@@ -67,7 +67,9 @@ def load_pretrained(
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
     if says := lacking("transformers", "safetensors"):
         raise ConfigurationError(says.format("from_pretrained"))
-    check_quantize_experts(quantize_experts)
+    if quantize_experts not in QUANTIZE_EXPERTS:
+        names = ", ".join(QUANTIZE_EXPERTS)
+        raise ConfigurationError(f"quantize_experts must be one of {names}, got {quantize_experts!r:.80}")
     arguments = read_arguments(kwargs)
     place = str(arguments.device if arguments.device is not None else "cpu")
     start = Start(process_group) if process_group is not None and process_group.size() > 1 else None
@@ -78,7 +80,7 @@ def load_pretrained(
         has_blocks = holds_fp8_blocks(tensors)
         wants_fp8 = quantize_experts == "fp8" or (quantize_experts == "auto" and kernels_read_fp8(torch.device(place)))
         keeps_fp8, makes_fp8 = has_blocks and wants_fp8, not has_blocks and quantize_experts == "fp8"
-        if keeps_fp8 or makes_fp8:
+        if makes_fp8:
             refuse_part_blocks(tensors)
         if placement is not None:
             check_room(tensors, placement, torch.device(place), makes_fp8)

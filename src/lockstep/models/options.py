@@ -12,12 +12,6 @@ from lockstep.moe.placement import Placement
 QUANTIZE_EXPERTS = ("auto", "fp8", "none")
 
 
-def check_quantize_experts(value: str) -> None:
-    """Raise `ConfigurationError` for what `quantize_experts` does not take."""
-    if value not in QUANTIZE_EXPERTS:
-        raise ConfigurationError(f"quantize_experts must be one of {', '.join(QUANTIZE_EXPERTS)}, got {value!r:.80}")
-
-
 @dataclass(frozen=True)
 class ParallelOptions:
     """How a model runs over its ranks; equal on all of them.
