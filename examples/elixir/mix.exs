@@ -15,8 +15,8 @@ defmodule LockstepExample.MixProject do
 
   def application, do: [extra_applications: [:logger]]
 
-  # From Hex, or from the folders in ELIXIR_SOURCES (with spaces between them), each named as its package: these two
-  # alone, or with them any of their dependencies.
+  # From Hex, or from the folders in ELIXIR_SOURCES, separated by spaces and each named after its package: SnakeBridge
+  # and Snakepit, and any of their dependencies.
   defp deps do
     case System.get_env("ELIXIR_SOURCES", "") |> String.split() do
       [] -> [{:snakebridge, "~> 0.16.0"}]

@@ -2,12 +2,12 @@
 # Compiles and runs the example, then checks the values that docs/how-to/elixir.md documents.
 #
 #     VENV=/path/to/venv ./run.sh                                     SnakeBridge and Snakepit from Hex
-#     VENV=/path/to/venv ./run.sh /src/snakebridge /src/snakepit      from folders, each named as its package
+#     VENV=/path/to/venv ./run.sh /src/snakebridge /src/snakepit      from folders, each named after its package
 #
 # VENV has Lockstep installed and gets the Python packages of Snakepit's worker. Needs mix of Elixir 1.18, and uv, which
-# SnakeBridge compiles with. Packages that no folder holds, and Hex itself where it is missing, come from the network.
+# SnakeBridge compiles with. Packages without a folder, and Hex itself if it is missing, come from the network.
 set -euo pipefail
-VENV=$(realpath "${VENV:?names the environment in which Lockstep is installed}")
+VENV=$(realpath "${VENV:?must name the environment in which Lockstep is installed}")
 ELIXIR_SOURCES=$([ $# -eq 0 ] || realpath "$@" | xargs)
 cd "$(dirname "$0")"
 

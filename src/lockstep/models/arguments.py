@@ -39,7 +39,7 @@ _REFUSED_TOGETHER = {
     "leave it out; fuse_norms=True fuses the norms": ("fusion_config",),
     "a weight of another shape would be made up of random numbers": ("ignore_mismatched_sizes",),
     "kernels from the Hub may replace the experts: leave it out": ("allow_all_kernels", "kernel_config", "use_kernels"),
-    "leave it out: checkpoints in mxfp4 and fp8 are read by themselves, and quantize_experts='fp8' is for experts": (
+    "leave it out: checkpoints in mxfp4 and fp8 need no setting, and quantize_experts='fp8' quantises experts": (
         "load_in_4bit", "load_in_8bit", "quantization_config",
     ),
     _ONE_DEVICE: ("max_memory", "offload_buffers", "offload_folder"),

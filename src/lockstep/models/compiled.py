@@ -35,13 +35,15 @@ def _(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.T
 
 
 @contextmanager
-def _compiling_is_told(peers: Peers) -> Iterator[None]:
-    """Let other ranks' deadlines rest while this rank compiles inside a step, as after a graph break."""
+def _announce_compiling(peers: Peers) -> Iterator[None]:
+    """Stop other ranks' deadlines while this rank compiles inside a step, as after a graph break."""
     from torch._dynamo.callback import callback_handler
 
-    told = ExitStack()
-    begins = callback_handler.register_start_callback(lambda _: told.enter_context(peers.before_layer(Phase.COMPILE)))
-    ends = callback_handler.register_end_callback(lambda _: told.close())
+    compiling = ExitStack()
+    begins = callback_handler.register_start_callback(
+        lambda _: compiling.enter_context(peers.before_layer(Phase.COMPILE))
+    )
+    ends = callback_handler.register_end_callback(lambda _: compiling.close())
     try:
         yield
     finally:
@@ -65,7 +67,7 @@ class CompiledCall:
     def begin(self) -> Step:
         """Agree on the step and enter it."""
         self._step = self._entered.enter_context(self._context)
-        self._entered.enter_context(_compiling_is_told(self._step.peers))
+        self._entered.enter_context(_announce_compiling(self._step.peers))
         return self._step
 
     def end(self, error: BaseException | None = None) -> None:

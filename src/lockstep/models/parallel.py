@@ -305,8 +305,8 @@ class ModelParallel:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks, small and by name; each rank may have a deadline of its own."""
-        first, options = self._shapes[0], dict(vars(self.options))
-        placement, _ = options.pop("placement"), options.pop("deadline_s")
+        first, placement = self._shapes[0], self.options.placement
+        options = {name: value for name, value in vars(self.options).items() if name not in ("placement", "deadline_s")}
         return options | {
             "model": type(self.model).__name__,
             "tensor_parallel_size": self.config.tensor_parallel_size,

@@ -94,14 +94,11 @@ def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type
 
 
 def like_part(local: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """Return a tensor as the local part of a DTensor that is divided as the parameter is; itself where that is none."""
+    """Return the DTensor that is divided like `parameter` and has this local part; `local` if `parameter` is none."""
     if not isinstance(parameter, DTensor):
         return local
-    mesh, placements, shape = (
-        parameter.device_mesh,
-        parameter.placements,
-        torch.Size((len(parameter), *local.shape[1:])),
-    )
+    shape = torch.Size((len(parameter), *local.shape[1:]))
+    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride())
 
 
@@ -135,7 +132,7 @@ def _reading_experts(operation: Any) -> Any:
 
 
 def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
-    """The loader's conversions, of which those that dequantise experts put together their values and scales instead."""
+    """Return the loader's conversions, changed to collect values and scales of experts instead of dequantising them."""
     changed: list[Any] = []
     for conversion in mapping:
         first, *others = getattr(conversion, "operations", None) or [None]
@@ -154,9 +151,10 @@ def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
 
 @functools.cache
 def _dequantising_all(operation: Any) -> Any:
-    """The loader's dequantisation of fp8, made right for sizes that end within a block, such as DeepSeek-V3's 576.
+    """Correct the loader's dequantisation of fp8 checkpoints in two cases.
 
-    And for weights of such a checkpoint that are not in fp8, which came out in the dtype of the files.
+    Sizes that end within a block, such as DeepSeek-V3's 576; and weights that are not in fp8, which would keep the
+    dtype of the files.
     """
     if operation.__module__ == __name__:
         return operation

@@ -1,4 +1,4 @@
-"""Weights of experts in float8_e4m3fn with a float32 scale per block of 128 x 128: made, undone, recognised."""
+"""Experts' weights in float8_e4m3fn with a float32 scale per block of 128 x 128: quantise, dequantise, recognise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lockstep.errors import ConfigurationError
 
 BLOCK = 128
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-SCALES = "_scale_inv"  # a weight's scales are its sibling of that ending; values times scales are the weight
+SCALES = "_scale_inv"  # ending of the parameter that holds a weight's scales; the weight is values times scales
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -19,7 +19,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty_like(weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     num_experts, num_out, num_in = weight.shape
     scales = torch.empty(num_experts, num_out // BLOCK, num_in // BLOCK, device=weight.device)
-    for expert in range(num_experts):  # one at a time: in float32 an expert takes four times its place
+    for expert in range(num_experts):  # one at a time: in float32 an expert takes four times the memory
         blocks = weight[expert].float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
         largest = blocks.abs().amax((1, 3))
         scales[expert] = torch.where(largest > 0, largest / _LARGEST, 1.0)
@@ -29,14 +29,14 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantise(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight `[..., out, in]` that values and their scales, one per block or part of one, stand for."""
+    """Return `values * scales`, `[..., out, in]`; scales are per block, the last of which may be partial."""
     num_out, num_in = values.shape[-2:]
     spread = scales.repeat_interleave(BLOCK, -2)[..., :num_out, :].repeat_interleave(BLOCK, -1)[..., :num_in]
     return (values.float() * spread).to(dtype)
 
 
 def is_fp8(module: Any) -> bool:
-    """Say whether an experts module holds its weights in fp8; raise where somebody has cast those since."""
+    """Return whether an experts module holds its weights in fp8; raise if they were cast since."""
     if getattr(module, f"down_proj{SCALES}", None) is None:
         return False
     if module.down_proj.dtype is not torch.float8_e4m3fn or module.down_proj_scale_inv.dtype is not torch.float32:

@@ -1,4 +1,4 @@
-"""Which slot takes a row that an expert was chosen for: a fixed rule, on the device, where the expert has replicas."""
+"""Which replica of an expert takes a row: a fixed rule, applied on the device."""
 
 import torch
 
@@ -7,10 +7,10 @@ from lockstep.moe.placement import Placement
 
 
 class SlotTable:
-    """One layer's placement on the device: which slot takes a row's choice, by a fixed rule where it has replicas.
+    """One layer's placement on the device: the slot for each expert that a row has chosen.
 
-    Few rows are brought to as few slots as possible, since each read of an expert's weights costs as much as its rows:
-    to the own rank's, else to the first. Many are spread: `(number of the row in the step + expert) % replicas`.
+    Few rows go to as few slots as possible, since reading an expert's weights costs as much as its rows: to the slot
+    on this rank, else to the first. Many rows are spread: `(number of the row in the step + expert) % replicas`.
     """
 
     def __init__(self, placement: Placement, layer: int, rank: int, device: torch.device) -> None:
