@@ -413,7 +413,11 @@ def face(arguments):
                 os._exit(1)
 
         options = ServeOptions("tiny", api_processes=arguments.api_processes, drain_s=1)
-        asyncio.run(serve(lambda: Engine(model, data_parallel_size=RANKS), options, listener, drive_or_end, os._exit))
+
+        def start_engine():
+            return Engine(model, data_parallel_size=RANKS)
+
+        asyncio.run(serve(start_engine, options, listener, drive_or_end, lambda text: None, os._exit))
     asked = {"streams": streams, "tokens_per_s_asked": arguments.tokens_per_s}
     return result | asked | {"api_processes": arguments.api_processes}
 

@@ -149,7 +149,12 @@ def serve(
     start_timeout_s: Annotated[
         float, opt.scale("Longest wait until the ranks are ready, in seconds.", "--start-timeout")
     ] = 600.0,
-    max_restarts: Annotated[int, opt.steps("Maximum restarts in a row without a finished request in between.")] = 3,
+    max_restarts: Annotated[
+        int,
+        opt.steps(
+            "Maximum restarts in a row, of all ranks (without a finished request in between) or of an API process."
+        ),
+    ] = 3,
     host: Annotated[str, opt.option("Address to listen on; by default only this host can connect.")] = "127.0.0.1",
     port: Annotated[int, opt.port("Port to listen on; 0 for any.")] = 8000,
     api_key: Annotated[

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 
 import pytest
 
@@ -17,6 +19,7 @@ from lockstep.runner.ranks import EngineOptions
 from lockstep.serve.answers import Form, Piece, Stream
 from lockstep.serve.errors import ApiError
 from lockstep.serve.options import ServeOptions
+from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service
 
 LOST = PeerFailedError("rank 1 failed: it died", 1, "it died")
@@ -26,7 +29,8 @@ class FakeEngine:
     """Takes requests, and does what the test says."""
 
     def __init__(self):
-        self.error, self.taken, self.abandoned, self.tokenizer = None, [], [], byte_tokenizer()
+        self.error, self.taken, self.abandoned, self.is_closed = None, [], [], False
+        self.tokenizer = byte_tokenizer()
         self.stats, self.about, self.options = EngineStats(), {"kv_capacity_tokens": None}, EngineOptions("tiny")
 
     def ranks(self):
@@ -44,7 +48,7 @@ class FakeEngine:
         pass
 
     def close(self):
-        pass
+        self.is_closed = True
 
     def die(self):
         self.error = LOST
@@ -240,7 +244,8 @@ def test_a_drain_ends_what_does_not_end_by_itself():
             submit(service)
         with pytest.raises(ApiError, match="draining"):
             [_ async for _ in generation.sink.steps()]
-        await draining
+        assert await draining == {"error": 1}
+        assert engines[0].abandoned == [generation]  # whose rows the ranks would go on with
 
     serving(test)
 
@@ -288,3 +293,40 @@ def test_tokens_that_are_parts_of_characters_have_names_of_their_own():
     choice = Form("tiny", is_chat=False).document(pieces, {})["choices"][0]["logprobs"]
     assert choice["top_logprobs"][0] == {"bytes:\\xe2": -0.5, "bytes:\\x82": -0.5, "bytes:\\xac": -0.5}
     assert choice["text_offset"] == [0, 0]
+
+
+@pytest.mark.parametrize("error", [None, ConfigurationError("the checkpoint has changed")])
+def test_signal_handlers_are_those_of_before_however_the_server_ends(error):
+    """And the engine is closed."""
+    numbers, said = (signal.SIGINT, signal.SIGTERM), []
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    ours = [signal.getsignal(number) for number in numbers]
+    engine = FakeEngine()
+
+    def start():
+        if error is not None:
+            raise error
+        return engine
+
+    async def interrupt(service):
+        await until(lambda: service.state == "ready")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def main():
+        with open_socket("127.0.0.1", 0) as listener:
+            await serve(start, ServeOptions("tiny"), listener, interrupt, said.append, os._exit)
+
+    try:
+        if error is None:
+            asyncio.run(main())
+            assert engine.is_closed and said == [
+                "draining: running 0, waiting 0; at most 30 s (Ctrl-C again ends at once)",
+                "drained: answered 0, cut off 0",
+            ]
+        else:
+            with pytest.raises(ConfigurationError, match="has changed"):
+                asyncio.run(main())
+        assert [signal.getsignal(number) for number in numbers] == ours
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

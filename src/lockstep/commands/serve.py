@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,8 +86,12 @@ def execute(command: ServeCommand) -> None:
         ranks = f"{options.world_size} rank{'s' * (options.world_size > 1)}"
         console.print(f"starting {ranks} on this host", style="dim")
 
+        def say(text: str) -> None:
+            console.print(text, soft_wrap=True)
+
         async def serve_until_told() -> NoReturn:
-            await serve(start_engine, command.service, listener, lambda service: _show(service, console, url), end_now)
+            show = partial(_show, console=console, url=url)
+            await serve(start_engine, command.service, listener, show, say, end_now)
             end_now(0)
 
         asyncio.run(serve_until_told())

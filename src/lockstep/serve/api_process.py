@@ -15,10 +15,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from lockstep.runner.processes import end_with
+from lockstep.errors import LockstepError
+from lockstep.runner.processes import end_with, how_it_ended
 from lockstep.serve.answers import Piece, Stream
 from lockstep.serve.connections import serve_http
 from lockstep.serve.errors import ApiError, as_api_error
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 1.0  # between the end of a process and the start of the next
+_SAY_S = 1.0  # how often a process says that it lives
+_START_S = 60.0  # of silence until its first word, after which a process is killed
+_SILENT_S = 10.0  # of silence later on
+_STEADY_S = 120.0  # a process that ends later than this after its start is no failed start
 _END_S = 10.0  # until a process that was told to end is killed
 
 
@@ -81,20 +87,29 @@ class _Callers:
     def __init__(self, service: Service, link: Link) -> None:
         self._service, self._link = service, link
         self._callers: dict[int, _Caller] = {}
+        self._silent_s, self._limit_s = 0.0, _START_S
+
+    async def watch(self) -> None:
+        """Return once the process is silent for too long; time in which the launcher stood still does not count."""
+        while self._silent_s < self._limit_s:
+            await asyncio.sleep(_SAY_S)
+            self._silent_s += _SAY_S
 
     async def serve(self) -> None:
         """Do what the process asks for until it ends; then nobody waits for its requests any more."""
         try:
             async with asyncio.TaskGroup() as starts:
                 while True:
-                    for number, kind, *rest in await self._link.receive():
+                    messages = await self._link.receive()
+                    self._silent_s, self._limit_s = 0.0, _SILENT_S
+                    for number, kind, *rest in messages:
                         if kind == "start":
                             starts.create_task(self._start(number, *rest))
                         elif kind == "leave":
                             self._service.leave(self._callers.pop(number))
                         elif kind == "refused":
                             self._service.refused(*rest)
-                        else:
+                        elif kind == "ask":
                             self._link.send(number, "answer", await self._service.ask(*rest))
         except* (EOFError, ConnectionError):
             pass
@@ -119,11 +134,17 @@ class _Callers:
 async def serve_by_processes(
     service: Service, options: ServeOptions, listener: socket.socket, ended: asyncio.Event
 ) -> None:
-    """Serve HTTP by `api_processes` processes until `ended`; one that dies is started again."""
+    """Serve HTTP by `api_processes` processes until `ended`; one that dies or falls silent is started again.
+
+    Raises:
+        LockstepError: more than `max_restarts` starts in a row have failed.
+    """
     each = replace(options, max_connections=-(-options.max_connections // options.api_processes))
 
     async def keep() -> None:
+        num_failures = 0
         while not ended.is_set():
+            began_s = time.monotonic()
             ours, theirs = socket.socketpair()
             files = (listener.fileno(), theirs.fileno())
             command = (sys.executable, "-m", __name__, *map(str, (*files, os.getpid())))
@@ -131,14 +152,21 @@ async def serve_by_processes(
             theirs.close()
             link = Link(*await asyncio.open_unix_connection(sock=ours))
             link.send(asdict(each))
-            ending = asyncio.ensure_future(end(process, link))
-            await _Callers(service, link).serve()
-            status = await process.wait()
-            ending.cancel()
+            callers = _Callers(service, link)
+            watching = [asyncio.ensure_future(one) for one in (end(process, link), kill_silent(process, callers))]
+            await callers.serve()
+            why = how_it_ended(await process.wait())
+            for task in watching:
+                task.cancel()
             link.close()
-            if not ended.is_set():
-                logger.warning("API process %d ended with status %d; starting another one", process.pid, status)
-                await asyncio.sleep(_PAUSE_S)
+            if ended.is_set():
+                return
+            num_failures = 1 if time.monotonic() - began_s > _STEADY_S else num_failures + 1
+            if num_failures > options.max_restarts:
+                times = f"{num_failures} times in a row" if num_failures > 1 else "and may not be started again"
+                raise LockstepError(f"an API process ended within {_STEADY_S:g} s of its start, {times}: {why}")
+            logger.warning("an API process is started again (%d of %d): %s", num_failures, options.max_restarts, why)
+            await asyncio.sleep(_PAUSE_S)
 
     async def end(process: asyncio.subprocess.Process, link: Link) -> None:
         await ended.wait()
@@ -146,7 +174,19 @@ async def serve_by_processes(
         await asyncio.sleep(_END_S)
         process.kill()
 
-    await asyncio.gather(*(keep() for _ in range(options.api_processes)))
+    async def kill_silent(process: asyncio.subprocess.Process, callers: _Callers) -> None:
+        await callers.watch()
+        logger.warning("API process %d is silent, and is killed", process.pid)
+        process.kill()
+
+    keeping = [asyncio.ensure_future(keep()) for _ in range(options.api_processes)]
+    try:
+        await asyncio.gather(*keeping)
+    except LockstepError as error:
+        service.give_up(error)
+        ended.set()
+        await asyncio.wait(keeping)
+        raise
 
 
 class RemoteService:
@@ -182,6 +222,12 @@ class RemoteService:
                     else:
                         return
 
+    async def say_alive(self) -> None:
+        """Let the launcher know that this process's event loop runs."""
+        while True:
+            self._link.send(None, "alive")
+            await asyncio.sleep(_SAY_S)
+
     async def ask(self, what: Question) -> Any:
         """See `Service`."""
         return await self._call("ask", what)
@@ -215,7 +261,9 @@ async def _main(listener: socket.socket, link: socket.socket) -> None:
     service, ended = RemoteService(opened), asyncio.Event()
     listening = asyncio.ensure_future(service.listen())
     listening.add_done_callback(lambda _: ended.set())
+    living = asyncio.ensure_future(service.say_alive())
     await serve_http(service, ServeOptions(**options), listener, ended)
+    living.cancel()
 
 
 if __name__ == "__main__":

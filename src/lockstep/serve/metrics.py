@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class ServiceMetrics(Collector):
     def __init__(self, model: str, service: Service) -> None:
         disable_created_metrics()
         self.num_tokens = 0
+        self.num_ended: collections.Counter[str] = collections.Counter()  # sequences by how they ended
         self._model, self._service = model, service
         self._registry = CollectorRegistry()  # the global one would add figures of this process that nobody asked for
         self._registry.register(self)
@@ -28,8 +30,6 @@ class ServiceMetrics(Collector):
         self._next = self._own(Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a request.")
         self._whole = self._own(Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the end.")
         self._prompt_tokens = self._own(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
-        labels, ended = ["model_name", "finished_reason"], "Sequences by how they ended."
-        self._ended = Counter("vllm:request_success", ended, labels, registry=self._registry)
         self._refused = Counter("lockstep_http_errors", "By status.", ["status"], registry=self._registry)
 
     def token(self, generation: Generation, now_s: float, *, is_first: bool) -> None:
@@ -44,7 +44,7 @@ class ServiceMetrics(Collector):
 
     def finished(self, generation: Generation, reason: str, num_sequences: int) -> None:
         """Count sequences of a request that have ended."""
-        self._ended.labels(self._model, reason).inc(num_sequences)
+        self.num_ended[reason] += num_sequences
         for _ in range(num_sequences):
             self._whole.observe(generation.last_token_s - generation.began_s)
 
@@ -62,6 +62,10 @@ class ServiceMetrics(Collector):
         yield self._family(gauge, "vllm:num_requests_running", "Sequences that generate.", service.num_running)
         yield self._family(gauge, "vllm:num_requests_waiting", "Sequences without a token.", service.num_waiting)
         yield self._family(counter, "vllm:generation_tokens", "Tokens generated.", self.num_tokens)
+        ended = counter("vllm:request_success", "Ended sequences.", labels=["model_name", "finished_reason"])
+        for reason, count in self.num_ended.items():
+            ended.add_metric([self._model, reason], count)
+        yield ended
         yield gauge("lockstep_up", "Whether requests can be answered.", float(service.health()["status"] != "down"))
         yield counter("lockstep_restarts", "How often all ranks were started again.", service.num_restarts)
         if service.engine is None:

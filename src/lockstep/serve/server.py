@@ -38,12 +38,13 @@ async def serve(
     options: ServeOptions,
     listener: socket.socket,
     watch: Callable[[Service], Coroutine[Any, Any, None]],
+    say: Callable[[str], None],
     end_now: Callable[[int], NoReturn],
 ) -> None:
     """Serve until a signal comes; the main thread calls it.
 
-    `start_engine` blocks until the ranks are ready, `watch` runs beside, and `end_now` ends the process with a status
-    at a second signal. Raises what has ended the ranks for good.
+    `start_engine` blocks until the ranks are ready, `watch` runs beside, `say` tells the user how the service ends, and
+    `end_now` ends the process with a status at a second signal. Raises what has ended the service for good.
     """
     _allow_files(options.max_connections)
     service = Service(start_engine, options)
@@ -58,27 +59,39 @@ async def serve(
 
     async def drain() -> None:
         await drains.wait()
-        await service.drain(options.drain_s)
+        limit = f"at most {options.drain_s:g} s"
+        if service.state != "ready":
+            limit = f"all cut off, since the service is {service.state}"
+        again = "Ctrl-C" if numbers[0] == signal.SIGINT else "SIGTERM"
+        counts = f"running {service.num_running}, waiting {service.num_waiting}"
+        say(f"draining: {counts}; {limit} ({again} again ends at once)")
+        how = await service.drain(options.drain_s)
+        left = f", left by clients {how['abort']}" if how["abort"] else ""
+        say(f"drained: answered {how['stop'] + how['length']}, cut off {how['error']}{left}")
         ended.set()
 
     async def run() -> None:
         try:
             await service.run()
         finally:
-            ended.set()
+            if not drains.is_set():  # otherwise the drain says when all has ended
+                ended.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    running, *others = (asyncio.ensure_future(one) for one in (run(), drain(), watch(service)))
-    if options.api_processes > 1:
-        await serve_by_processes(service, options, listener, ended)
-    else:
-        await serve_http(service, options, listener, ended)
-    for task in others:
-        task.cancel()
-    await asyncio.wait(others)
-    if running.done():
-        running.result()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    running, *_ = tasks = [asyncio.ensure_future(one) for one in (run(), drain(), watch(service))]
+    serve_clients = serve_by_processes if options.api_processes > 1 else serve_http
+    try:
+        await serve_clients(service, options, listener, ended)
+        if running.done():
+            running.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        if service.engine is not None:
+            await asyncio.to_thread(service.engine.close)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _allow_files(max_connections: int) -> None:

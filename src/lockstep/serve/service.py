@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, Protocol
 
 from lockstep.engine.stopping import TextDelta
 from lockstep.errors import ConfigurationError, LockstepError
@@ -30,6 +31,7 @@ Question = Literal["health", "metrics", "max_model_len"]
 
 _LOOK_S = 0.2
 _DEAD = ("stopped", "gone")
+_ENDING = ("draining", "failed")  # states that a service never leaves
 _MAX_LIVES = 3  # a request may be what its ranks die of: it is not kept for ever
 
 
@@ -96,37 +98,41 @@ class Service:
 
     async def run(self) -> None:
         """Keep an engine until the service drains; raise what has ended it for good."""
-        while self.state != "draining":
+        while self.state not in _ENDING:
             try:
-                self.engine = engine = await asyncio.to_thread(self._start_engine)
+                self.engine = engine = await _in_thread(self._start_engine)
             except Exception as error:
+                if self.state in _ENDING:
+                    return
                 if isinstance(error, ConfigurationError) or not isinstance(error, LockstepError | OSError):
-                    self._give_up(error)  # the next start would raise it too
+                    self.give_up(error)  # the next start would raise it too
+                    raise
                 self._lost(error)
                 continue
             self._detokenizer = detokenizer_of(engine.tokenizer)
-            self.state = "ready" if self.state != "draining" else self.state
+            self.state = "ready" if self.state not in _ENDING else self.state
             for generation in self._running.values():
                 if generation.num_open and not generation.begun:
                     engine.submit(generation, generation.requests)
             while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
-            if self.state != "draining":
+            if self.state not in _ENDING:
                 await asyncio.to_thread(engine.close)  # after which nothing of it is heard
                 self._lost(engine.error)
 
     def _lost(self, error: Exception) -> None:
         self._why, self._failures = str(error), self._failures + 1
         if self._failures > self._options.max_restarts:
-            self._give_up(error)
+            self.give_up(error)
+            raise error
         self.num_restarts += 1
-        self.state = "restarting" if self.state != "draining" else self.state
+        self.state = "restarting" if self.state not in _ENDING else self.state
         logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._options.max_restarts, error)
 
-    def _give_up(self, error: Exception) -> NoReturn:
+    def give_up(self, error: Exception) -> None:
+        """Take nothing in any more, and end all that runs, because of an error that the service cannot mend."""
         self.state, self._why = "failed", str(error)
         self._fail_all()
-        raise error
 
     def health(self) -> dict[str, Any]:
         """Return how all is, as of now: `ready`; `degraded`, without ranks that are lost; `down`, with no answers."""
@@ -217,15 +223,18 @@ class Service:
         """Count an answer with an error."""
         self.metrics.refused(status)
 
-    async def drain(self, limit_s: float) -> None:
-        """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks."""
+    async def drain(self, limit_s: float) -> Counter[str]:
+        """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks.
+
+        Returns the sequences that have ended meanwhile, by how: see `vllm:request_success`.
+        """
         could_run, self.state = self.state == "ready", "draining"
+        before = self.metrics.num_ended.copy()
         until = time.monotonic() + limit_s
         while self._running and could_run and time.monotonic() < until:
             await asyncio.sleep(0.05)
         self._fail_all()
-        if self.engine is not None and could_run:
-            await asyncio.to_thread(self.engine.close)
+        return self.metrics.num_ended - before
 
     def post(self, generation: Generation, news: Piece | Exception) -> None:
         """Hand news of the engine's thread to the event loop, which is woken once for all that comes meanwhile."""
@@ -257,12 +266,12 @@ class Service:
 
     def _take_loss(self, generation: Generation, error: Exception) -> None:
         generation.num_lives += 1
-        if generation.begun or generation.num_lives >= _MAX_LIVES or self.state in ("draining", "failed"):
+        if generation.begun or generation.num_lives >= _MAX_LIVES or self.state in _ENDING:
             text = f"the request was lost with the ranks that ran it ({error}); it may be sent again"
             self._fail(generation, ApiError(503, text, code="rank_failed", Retry_After="1"))
 
     def _usable(self) -> Engine:
-        if self.engine is None or self.state in ("draining", "failed"):
+        if self.engine is None or self.state in _ENDING:
             raise self._unavailable()
         return self.engine
 
@@ -270,6 +279,8 @@ class Service:
         for generation in self._running.values():
             if generation.num_open:
                 self._fail(generation, self._unavailable())
+                if self.engine is not None:
+                    self.engine.abandon(generation)
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
         self.metrics.finished(generation, "error", generation.num_open)
@@ -278,3 +289,18 @@ class Service:
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")
+
+
+async def _in_thread(start: Callable[[], Engine]) -> Engine:
+    """As `asyncio.to_thread`, but the end of the process does not wait for this thread: a start may take minutes."""
+    future: Future[Engine] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()  # it cannot be cancelled any more
+        try:
+            future.set_result(start())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="lockstep-start", daemon=True).start()
+    return await asyncio.wrap_future(future)
