@@ -1,25 +1,22 @@
-"""`lockstep serve` under load, beside the same requests through the engine; and what the HTTP face costs per token.
+"""`lockstep serve` under load, beside the same requests through the engine.
 
     python benchmarks/bench_serve.py                     # a crowd, slow readers, clients that hang up; memory
     python benchmarks/bench_serve.py --kill-minutes 10   # and ranks killed at random
-    python benchmarks/bench_serve.py --face              # CPU per token of the launcher, over ranks that only count
-    python benchmarks/bench_serve.py --throughput        # tokens/s beside Engine.generate, ranks on a core of their own
+    python benchmarks/bench_serve.py --throughput        # at several loads, in turns with Engine.generate
+    python benchmarks/bench_serve.py --throughput --device cuda --model DIR --data-parallel-size 2
 
-Every answer is compared with the engine's, byte by byte, before anything is timed. The last line is one JSON document.
+Every answer is compared with the engine's before anything is timed. Each line on stdout is one JSON document.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
-import pickle
-import queue
 import random
 import re
-import resource
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,16 +27,17 @@ import traceback
 import urllib.request
 from pathlib import Path
 
-import psutil
+import torch
 
 from lockstep import Engine, SamplingParams
 from lockstep.models.tiny import make_tiny
-from lockstep.runner.rank_processes import RankProcesses
-from lockstep.workload import SchedulerState
+from lockstep.serve.options import ServeOptions
+from lockstep.serve.server import open_socket, serve
+from serve_client import Answer, allow_files, ask, prompts_of, quantiles
 
 RANKS = 3
 NEW_TOKENS = 16
-KEPT_EVENTS = 2**16
+CLIENT = Path(__file__).with_name("serve_client.py")
 
 
 class Server:
@@ -53,10 +51,10 @@ class Server:
                 break
         self.port = int(found[1])
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        self.launcher = psutil.Process(self.process.pid)
 
     def memory_mib(self):
-        return self.launcher.memory_info().rss / 2**20
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGESIZE") / 2**20
 
     def ranks(self):
         ranks = []
@@ -69,55 +67,11 @@ class Server:
         return self.process.wait(60)
 
 
-async def ask(port, prompt, max_tokens, *, stream=True, slow_s=0.0, hang_up_after=None):
-    """One request over a connection of its own: status, text, seconds to the first byte of text and to the end."""
-    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
-    data, began = json.dumps(body).encode(), time.perf_counter()
-    connection = socket.socket()
-    if slow_s:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=connection, limit=KEPT_EVENTS)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    status, first, events, texts = 0, None, 0, []
-    try:
-        async for line in reader:
-            status = status or int(line.split()[1])
-            line = line.removeprefix(b"data: ")
-            if not line.startswith(b'{"'):
-                continue
-            document = json.loads(line)
-            if "error" in document:
-                return document["error"].get("code") or status, "", first, time.perf_counter() - began
-            first = first or time.perf_counter() - began
-            texts += [choice["text"] for choice in document["choices"]]
-            events += 1
-            if hang_up_after is not None and events > hang_up_after:
-                return "left", "", first, time.perf_counter() - began
-            if slow_s:
-                await asyncio.sleep(slow_s)
-    finally:
-        writer.transport.abort()
-    return status, "".join(texts), first, time.perf_counter() - began
-
-
-def prompts_of(count, seed=0):
-    generator = random.Random(seed)
-    return [[generator.randrange(256) for _ in range(generator.choice((3, 8, 20, 60)))] for _ in range(count)]
-
-
 def check(answers, expected, what):
-    lost = [index for index, answer in enumerate(answers) if answer[0] != 200]
-    mixed = [i for i, answer in enumerate(answers) if answer[0] == 200 and answer[1] != expected[i]]
+    lost = [index for index, answer in enumerate(answers) if answer.status != 200]
+    mixed = [i for i, answer in enumerate(answers) if answer.status == 200 and answer.text != expected[i]]
     print(f"{what}: {len(answers)} requests, {len(lost)} lost, {len(mixed)} with another text", file=sys.stderr)
     return {"requests": len(answers), "lost": len(lost), "mixed_up": len(mixed)}
-
-
-def quantiles(values):
-    ordered = sorted(values)
-    return {"p50": round(statistics.median(ordered), 4), "p99": round(ordered[int(0.99 * (len(ordered) - 1))], 4)}
 
 
 def through_the_engine(model, prompts):
@@ -140,16 +94,16 @@ def through_the_engine(model, prompts):
 async def crowd(port, prompts, expected):
     """All at once, half of them as streams."""
     await asyncio.gather(*(ask(port, prompt, 4) for prompt in prompts[:RANKS]))
-    alone = [(await ask(port, prompt, 1))[2] for prompt in prompts[:30]]
+    alone = [(await ask(port, prompt, 1)).first_s for prompt in prompts[:30]]
     began = time.perf_counter()
     jobs = [ask(port, prompt, NEW_TOKENS, stream=index % 2 == 0) for index, prompt in enumerate(prompts)]
     answers = await asyncio.gather(*jobs)
     seconds = time.perf_counter() - began
     found = check(answers, expected, "a crowd")
-    streamed = [answer for answer in answers[::2] if answer[2] is not None]
+    streamed = [answer for answer in answers[::2] if answer.first_s is not None]
     found |= {"tokens_per_s": round(len(prompts) * NEW_TOKENS / seconds), "token_alone_s": quantiles(alone)}
-    found["first_token_s"] = quantiles([first for _, _, first, _ in streamed])
-    found["per_token_s"] = quantiles([(end - first) / (NEW_TOKENS - 1) for _, _, first, end in streamed])
+    found["first_token_s"] = quantiles(answer.first_s for answer in streamed)
+    found["per_token_s"] = quantiles((one.seconds - one.first_s) / (NEW_TOKENS - 1) for one in streamed)
     return found
 
 
@@ -160,7 +114,7 @@ async def mixture(port, prompts, expected, num_slow, num_leaving):
     others = [ask(port, prompt, NEW_TOKENS) for prompt in prompts[num_slow:]]
     answers = await asyncio.gather(*slow, *others, *leaving)
     found = check(answers[: len(prompts)], expected, "beside slow readers and clients that hang up")
-    return found | {"slow": num_slow, "hung_up": sum(answer[0] == "left" for answer in answers[len(prompts) :])}
+    return found | {"slow": num_slow, "hung_up": sum(answer.status == "left" for answer in answers[len(prompts) :])}
 
 
 async def kill_at_random(server, prompts, expected, minutes, seed):
@@ -218,215 +172,180 @@ def load(arguments):
     return result
 
 
-def throughput(arguments):
-    """Tokens/s over HTTP and through `Engine.generate`, in turns: ranks on the last core, all else on the first.
+def drive_server(start_engine, options, drive):
+    """Run `drive(service, port)` beside a server in this process, which ends then."""
+    listener = open_socket("127.0.0.1", 0)
 
-    The ranks have to be the limit, as GPUs are: a step of this model takes tens of milliseconds.
-    """
-    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-    params = SamplingParams(max_tokens=arguments.count, temperature=0, ignore_eos=True)
-    prompts, pairs = prompts_of(arguments.streams), []
-    num_tokens = arguments.streams * arguments.count
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(make_tiny(Path(folder, "tiny"), num_layers=8, hidden_size=256, num_experts=12))
-        server = Server(model, "--api-processes", str(arguments.api_processes))
-        with Engine(model, data_parallel_size=RANKS) as engine:
-            ranks = [[psutil.Process(rank.pid) for rank in engine.ranks()], [*map(psutil.Process, server.ranks())]]
-            for process in (psutil.Process(), server.launcher, *server.launcher.children(recursive=True)):
-                process.cpu_affinity([first])
-            for process in ranks[0] + ranks[1]:
-                process.cpu_affinity([last])
-
-            def through_the_engine():
-                outputs = sorted(engine.generate(prompts, params), key=lambda output: output.index)
-                return [output.text for output in outputs]
-
-            def over_http():
-                return [answer[1] for answer in asyncio.run(ask_all())]
-
-            async def ask_all():
-                return await asyncio.gather(*(ask(server.port, prompt, arguments.count) for prompt in prompts))
-
-            assert through_the_engine() == over_http()
-            for _ in range(5):
-                measured = []
-                for function, processes in ((through_the_engine, ranks[0]), (over_http, ranks[1])):
-                    began, cpu_began = time.perf_counter(), cpu_s(processes)
-                    function()
-                    seconds, cpu_seconds = time.perf_counter() - began, cpu_s(processes) - cpu_began
-                    measured.append((round(num_tokens / seconds, 1), round(cpu_seconds, 2)))
-                pairs.append(measured)
-                print(f"tokens/s, CPU s of the ranks: engine {measured[0]}, HTTP {measured[1]}", file=sys.stderr)
-        server.end()
-    ratio = statistics.median(http[0] / engine[0] for engine, http in pairs)
-    return {"pairs": pairs, "ratio": round(ratio, 3), "streams": arguments.streams, "new_tokens": arguments.count,
-            "ranks": RANKS, "api_processes": arguments.api_processes}  # fmt: skip
-
-
-def cpu_s(processes):
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-class CountingRanks(RankProcesses):
-    """Ranks that give every request one token per step, at a fixed pace, and compute nothing."""
-
-    steps_per_s = 100.0
-    can_survive, store = False, None
-
-    def __init__(self, options):
-        self.num_processes = self.num_data_ranks = options.world_size
-        self._received = queue.SimpleQueue()
-        self._lines = queue.SimpleQueue()
-        self.own_cpu_s = 0.0
-
-    def start(self, on_message):
-        about = {"vocab_size": 259, "num_logits": 259, "eos_token_ids": [257], "max_model_len": 32768, "graphs": False}
-        about |= {
-            "kv_capacity_tokens": None,
-            "dispatcher": None,
-            "dispatcher_note": "",
-            "dtype": "none",
-            "device": "no",
-        }
-        about |= {"attention_name": "none", "layers": "none", "graphs_note": "they only count"}
-        self._on_message = on_message
-        for rank in range(self.num_processes):
-            on_message(rank, {"ready": about})
-        for function in (self._count, self._listen):
-            threading.Thread(target=function, daemon=True).start()
-
-    def _listen(self):
-        while True:
-            rank, line = self._lines.get()
-            self._on_message(rank, pickle.loads(line))
-
-    def _count(self):
-        running, steps = [{} for _ in range(self.num_processes)], 0
-        due = time.monotonic()
-        while True:
-            due += 1 / self.steps_per_s
-            time.sleep(max(0.0, due - time.monotonic()))
-            taken_in = [[] for _ in running]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    rank, message = self._received.get_nowait()
-                    if "add" in message:
-                        running[rank][message["add"]] = [0, message["params"]["max_tokens"]]
-                        taken_in[rank].append(message["add"])
-                    for request_id in message.get("abort", ()):
-                        running[rank].pop(request_id, None)
-            steps += 1
-            rows = [len(requests) for requests in running]
-            for rank, requests in enumerate(running):
-                tokens = []
-                for request_id, state in list(requests.items()):
-                    finish = "length" if state[0] + 1 == state[1] else None
-                    tokens.append((request_id, state[0], 64 + state[0] % 26, None, None, finish))  # 64 is `a`
-                    state[0] += 1
-                    if finish:
-                        del requests[request_id]
-                counts = {"steps": steps, "overrun_rows": 0, "preempted": 0, "agreement_s": 0.0}
-                counts |= {"rows": rows, "longest_rows": max(rows)}
-                message = {"tokens": tokens, "taken_in": taken_in[rank], "counts": counts, "state": SchedulerState()}
-                self._lines.put((rank, pickle.dumps(message | {"rows": rows, "epoch": 0})))
-            self.own_cpu_s = time.thread_time()
-
-    def send(self, data_rank, message):
-        self._received.put((data_rank, message))
-
-    def check(self, is_ending=False):
-        pass
-
-    def states(self):
-        return [(0, "alive")] * self.num_processes
-
-    def stop(self):
-        pass
-
-    def kill(self, error=None):
-        pass
-
-
-def face(arguments):
-    """CPU time of the launcher per token, with HTTP and without, at a fixed number of tokens per second."""
-    import lockstep.runner.engine as runner
-    from lockstep.serve.options import ServeOptions
-    from lockstep.serve.server import open_socket, serve
-
-    streams, made = arguments.streams, []
-
-    class Counting(CountingRanks):
-        steps_per_s = arguments.tokens_per_s / streams
-
-        def __init__(self, options):
-            super().__init__(options)
-            made.append(self)
-
-    runner.RankProcesses = Counting
-
-    def spent():
-        return time.process_time() - made[-1].own_cpu_s
-
-    def spent_by_api_processes():
-        children = [one for one in psutil.Process().children() if "lockstep.serve.api_process" in one.cmdline()]
-        return sum(sum(one.cpu_times()[:2]) for one in children)
-
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(make_tiny(Path(folder, "tiny"), num_layers=1, num_experts=RANKS, num_experts_per_token=1))
-        count = int(Counting.steps_per_s * arguments.seconds)
-        with Engine(model, data_parallel_size=RANKS) as engine:
-            began, at_s = spent(), time.monotonic()
-            list(engine.generate([[1, 2]] * streams, SamplingParams(max_tokens=count)))
-            result = {"engine_us": round(1e6 * (spent() - began) / (streams * count), 1)}
-            result["engine_tokens_per_s"] = round(streams * count / (time.monotonic() - at_s))
-        listener = open_socket("127.0.0.1", 0)
-        port = listener.getsockname()[1]
-
-        async def drive(service):
+    async def watch(service):
+        try:
             while service.state != "ready":
                 await asyncio.sleep(0.05)
-            command = [
-                sys.executable,
-                __file__,
-                "--client",
-                str(port),
-                "--streams",
-                str(streams),
-                "--count",
-                str(count),
-            ]
-            began, api_began = spent(), spent_by_api_processes()
-            client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-            shown, _ = await client.communicate()
-            result["server_us"] = round(1e6 * (spent() - began) / (streams * count), 1)
-            result["api_us"] = round(1e6 * (spent_by_api_processes() - api_began) / (streams * count), 1)
-            texts, seconds = json.loads(shown)
-            result["server_tokens_per_s"] = round(streams * count / seconds)
-            result["right"] = texts == ["".join(chr(97 + place % 26) for place in range(count))]
-            os.kill(os.getpid(), signal.SIGTERM)
+            await drive(service, listener.getsockname()[1])
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        async def drive_or_end(service):
-            try:
-                await drive(service)
-            except Exception:
-                traceback.print_exc()
-                os._exit(1)
-
-        options = ServeOptions("tiny", api_processes=arguments.api_processes, drain_s=1)
-
-        def start_engine():
-            return Engine(model, data_parallel_size=RANKS)
-
-        asyncio.run(serve(start_engine, options, listener, drive_or_end, lambda text: None, os._exit))
-    asked = {"streams": streams, "tokens_per_s_asked": arguments.tokens_per_s}
-    return result | asked | {"api_processes": arguments.api_processes}
+    asyncio.run(serve(start_engine, options, listener, watch, lambda text: None, os._exit))
 
 
-async def read_all(arguments):
-    jobs = [ask(arguments.client, [1, 2], arguments.count) for _ in range(arguments.streams)]
-    began = time.monotonic()
-    texts = sorted({text for _, text, *_ in await asyncio.gather(*jobs)})
-    return texts, time.monotonic() - began
+class Times:
+    """Hears of requests as the HTTP face does, and notes when each of their tokens came."""
+
+    def __init__(self, count):
+        self.times_s = [[time.monotonic()] for _ in range(count)]
+        self._left, self._ended = count, threading.Event()
+
+    def on_token(self, entry, delta):
+        self.times_s[entry.index].append(time.monotonic())
+        self._left -= delta.finish_reason is not None
+        if not self._left:
+            self._ended.set()
+
+    def on_error(self, error):
+        print(error, file=sys.stderr)
+        os._exit(1)
+
+    def wait(self):
+        self._ended.wait()
+        return self.times_s
+
+
+def latencies(times_s):
+    """Of requests' times, each beginning with that of the request: to the first token, and between tokens."""
+    gaps = (after - before for times in times_s for before, after in itertools.pairwise(times[1:]))
+    return {"first_token_s": quantiles(times[1] - times[0] for times in times_s), "per_token_s": quantiles(gaps)}
+
+
+class Loads:
+    """Bursts of requests over HTTP and through the engine, on the same ranks and in turns."""
+
+    def __init__(self, arguments, service, port):
+        self.engine, self.service, self.port, self.arguments = service.engine, service, port, arguments
+        self.params = SamplingParams(max_tokens=arguments.count, temperature=0, ignore_eos=True)
+
+    def prompts(self, count):
+        generator, longest = random.Random(count), self.arguments.prompt_tokens
+        sizes = [generator.choice((longest, longest // 2, longest // 4, 1)) for _ in range(count)]
+        return [[generator.randrange(self.engine.about["num_logits"]) for _ in range(max(1, size))] for size in sizes]
+
+    async def check(self):
+        """Compare greedy tokens, by their names, of requests that run alone."""
+        prompts, same = self.prompts(4), 0
+        for prompt in prompts:
+            answer = await ask(self.port, prompt, self.arguments.count, logprobs=0)
+            (output,) = await asyncio.to_thread(lambda prompt=prompt: list(self.engine.generate([prompt], self.params)))
+            same += answer.tokens == [self.service.token(token, 0.0)["token"] for token in output.token_ids]
+        assert same == len(prompts), f"of {len(prompts)} requests alone, only {same} have the engine's tokens over HTTP"
+        return {"requests_alone": len(prompts), "with_equal_tokens": same}
+
+    async def measure(self, count, until_s):
+        """Measure at one load, at least one pair, and more until the time is over."""
+        prompts, pairs, answers = self.prompts(count), [], []
+        timed = Times(count)
+        self.engine.submit(timed, self.engine.read_requests(prompts, self.params))
+        engine_times = await asyncio.to_thread(timed.wait)
+        took_s = 0.0
+        while not pairs or (len(pairs) < self.arguments.pairs and time.monotonic() + took_s < until_s):
+            began_s = time.monotonic()
+            texts = await asyncio.to_thread(lambda: self.texts(prompts))
+            middle_s = time.monotonic()
+            new = await self.over_http(prompts)
+            http_s = max(one.times_s[-1] for one in new) - min(one.times_s[0] for one in new)
+            pairs.append((count * self.arguments.count / (middle_s - began_s), count * self.arguments.count / http_s))
+            assert all(one.status == 200 for one in new), [one.status for one in new if one.status != 200]
+            answers += new
+            took_s = time.monotonic() - began_s
+        engine, http = (round(statistics.median(figures), 1) for figures in zip(*pairs, strict=True))
+        ratio = statistics.median(http / engine for engine, http in pairs)
+        same = sum(one.text == text for one, text in zip(new, texts, strict=True))
+        return {
+            "requests_at_once": count,
+            "pairs": len(pairs),
+            "engine": {"tokens_per_s": engine} | latencies(engine_times),
+            "http": {"tokens_per_s": http} | latencies([one.times_s for one in answers]),
+            "ratio": round(ratio, 3),
+            "same_texts": same,
+        }
+
+    def texts(self, prompts):
+        outputs = sorted(self.engine.generate(prompts, self.params), key=lambda output: output.index)
+        return [output.text for output in outputs]
+
+    async def over_http(self, prompts):
+        """Send from processes that share nothing with the server."""
+        num_clients = min(self.arguments.clients, len(prompts))
+
+        async def send(some):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            client = await asyncio.create_subprocess_exec(sys.executable, CLIENT, **pipes)
+            asked = {"port": self.port, "requests": some, "max_tokens": self.arguments.count}
+            shown, _ = await client.communicate(json.dumps(asked).encode())
+            return [Answer(*fields) for fields in json.loads(shown)]
+
+        parts = await asyncio.gather(*(send(prompts[first::num_clients]) for first in range(num_clients)))
+        return [parts[place % num_clients][place // num_clients] for place in range(len(prompts))]
+
+
+def throughput(arguments):
+    """Tokens/s and latencies at several loads. On a CPU, ranks have the last core, so that they are the limit."""
+    began_s = time.monotonic()
+    ranks = arguments.data_parallel_size
+    loads = arguments.loads or [
+        1,
+        4 * ranks,
+        32 * ranks,
+        arguments.max_num_seqs * ranks,
+        2 * arguments.max_num_seqs * ranks,
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or str(make_tiny(Path(folder, "tiny"), num_layers=8, hidden_size=256, num_experts=12))
+        # Equal prompts would otherwise be computed once.
+        options = {"data_parallel_size": ranks, "max_num_seqs": arguments.max_num_seqs, "enable_prefix_caching": False}
+        options |= {"device": arguments.device}
+
+        async def drive(service, port):
+            about = service.engine.about
+            if about["device"].startswith("cpu"):
+                cores = sorted(os.sched_getaffinity(0))
+                for rank in service.engine.ranks():
+                    pin(rank.pid, cores[-1:])
+                pin(os.getpid(), cores[:1])
+            measured = Loads(arguments, service, port)
+            shown = {
+                "model": arguments.model or "tiny",
+                "ranks": ranks,
+                "device": device_name(),
+                "torch": torch.__version__,
+            }
+            shown |= {name: about[name] for name in ("dtype", "dispatcher", "graphs", "attention_name")}
+            shown |= {"new_tokens": arguments.count, "prompt_tokens": arguments.prompt_tokens}
+            show(shown | {"api_processes": arguments.api_processes} | await measured.check())
+            for place, load in enumerate(loads):
+                left_s = began_s + arguments.budget_s - time.monotonic()
+                if left_s <= 0:
+                    print(f"no time is left for {load} requests at once", file=sys.stderr)
+                    continue
+                show(await measured.measure(load, time.monotonic() + left_s / (len(loads) - place)))
+
+        served = ServeOptions(
+            "model", api_processes=arguments.api_processes, max_queue=2**16, max_connections=2**16, drain_s=1
+        )
+        drive_server(lambda: Engine(model, **options), served, drive)
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def pin(pid, cores):
+    """Let all threads of a process run on these cores only."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
+def show(document):
+    print(json.dumps(document), flush=True)
 
 
 def main():
@@ -437,22 +356,29 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kill-minutes", type=float, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--face", action="store_true")
-    parser.add_argument("--throughput", action="store_true")
-    parser.add_argument("--api-processes", type=int, default=1)
-    parser.add_argument("--streams", type=int, default=200)
-    parser.add_argument("--tokens-per-s", type=float, default=10_000)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--count", type=int, default=32, help="new tokens of each request of --throughput")
+    of_throughput = parser.add_argument_group("throughput")
+    of_throughput.add_argument("--throughput", action="store_true")
+    of_throughput.add_argument("--model", help="a checkpoint; by default a tiny one of 8 layers is made")
+    of_throughput.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
+    of_throughput.add_argument("--data-parallel-size", type=int, default=RANKS)
+    of_throughput.add_argument("--max-num-seqs", type=int, default=256)
+    of_throughput.add_argument("--loads", type=int, nargs="+", help="requests at once; by default 1 to twice the slots")
+    of_throughput.add_argument(
+        "--prompt-tokens", type=int, default=128, help="the longest prompt; the others are shorter"
+    )
+    of_throughput.add_argument("--count", type=int, default=128, help="new tokens of each request")
+    of_throughput.add_argument("--api-processes", type=int, default=1)
+    of_throughput.add_argument("--clients", type=int, default=min(4, 1 + (os.cpu_count() or 1) // 8), help="processes")
+    of_throughput.add_argument("--pairs", type=int, default=9, help="most pairs of each load")
+    of_throughput.add_argument(
+        "--budget-s", type=float, default=140, help="seconds for all of it; may end one pair late"
+    )
     arguments = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-    if arguments.client:
-        print(json.dumps(asyncio.run(read_all(arguments))))
-        return
-    measure = face if arguments.face else throughput if arguments.throughput else load
-    print(json.dumps(measure(arguments)))
+    allow_files()
+    if arguments.throughput:
+        throughput(arguments)
+    else:
+        show(load(arguments))
 
 
 if __name__ == "__main__":

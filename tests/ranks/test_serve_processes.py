@@ -4,9 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -139,13 +136,3 @@ def test_a_drain_waits_for_the_streams_of_api_processes(shared, alone):
     assert shared.said("drained") == ["drained: answered 1, cut off 0, left by clients 1"]
     assert not any(process.is_running() for process in processes)
     assert "Traceback" not in "".join(shared.lines)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_benchmark_of_the_face_works(processes):
-    script = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
-    command = [sys.executable, script, "--face", "--streams", "4", "--tokens-per-s", "200", "--seconds", "1"]
-    command += ["--api-processes", str(processes)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    found = json.loads(ended.stdout)
-    assert found["right"] and found["server_us"] > 0 and (found["api_us"] > 0) == (processes > 1)
