@@ -6,8 +6,6 @@ A start takes seconds, so that two engines serve most tests, and the last test o
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import psutil
 import pytest
 import torch
 from one_process import in_order, one_process, tokens_of
+from waiting import is_running, wait_for
 
 pytest.importorskip("transformers")
 
@@ -60,10 +59,6 @@ def workers(engine):
     return [rank.pid for rank in engine.ranks()]
 
 
-def is_running(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 @contextlib.contextmanager
 def stopped(engine):
     """The ranks stand still, and find all that is sent meanwhile in one step."""
@@ -72,13 +67,6 @@ def stopped(engine):
     yield
     for pid in workers(engine):
         os.kill(pid, signal.SIGCONT)
-
-
-def wait_for(condition, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come true"
-        time.sleep(0.01)
 
 
 def prompts_of(lengths):
@@ -397,47 +385,3 @@ def test_a_rank_that_cannot_load_says_why(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ConfigurationError, match=r"model\.safetensors"):
         Engine(str(tmp_path))
-
-
-SCRIPT = """
-import sys, time
-import lockstep
-engine = lockstep.Engine(sys.argv[1], data_parallel_size=2)
-(output,) = engine.generate(["abc"], lockstep.SamplingParams(max_tokens=4, temperature=0))
-print(len(output.token_ids), *(rank.pid for rank in engine.ranks()), flush=True)
-with engine:
-    for output in engine.generate(["abc"] * 50, lockstep.SamplingParams(max_tokens=10_000, ignore_eos=True)):
-        pass
-"""
-
-
-def started_script(tmp_path, tiny):
-    """A script without `__main__` guard, in its own process group as a terminal has it; its ranks' processes."""
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, str(path), tiny], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    tokens, *pids = map(int, process.stdout.readline().split())
-    assert tokens == 4 and len(pids) == 2 and all(is_running(pid) for pid in pids)
-    return process, pids
-
-
-@pytest.mark.ranks(2)
-def test_ctrl_c_ends_a_script_and_all_its_ranks(tmp_path, tiny):
-    process, pids = started_script(tmp_path, tiny)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert said.count("KeyboardInterrupt") == 1 and said.count("Traceback") == 1  # the script's own, none of a rank
-    wait_for(lambda: not any(is_running(pid) for pid in pids))
-
-
-@pytest.mark.ranks(2)
-def test_no_rank_survives_its_script_not_even_a_stopped_one(tmp_path, tiny):
-    process, pids = started_script(tmp_path, tiny)
-    os.kill(pids[1], signal.SIGSTOP)
-    process.kill()
-    process.communicate(timeout=20)
-    wait_for(lambda: not any(is_running(pid) for pid in pids))

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from one_process import one_process, tokens_of
+from waiting import wait_for
 
 pytest.importorskip("transformers")
 
@@ -50,13 +51,6 @@ class Heard:
         self.error = error
         for _ in self.tokens:
             self.left.release()
-
-
-def wait_for(condition, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come true"
-        time.sleep(0.002)
 
 
 def lose(engine, rank, number=signal.SIGKILL):
