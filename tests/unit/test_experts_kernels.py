@@ -1,4 +1,4 @@
-"""The experts' kernels under Triton's interpreter, against float32 one pair at a time: bfloat16, fp8, gpt-oss."""
+"""The experts' kernels in Triton's interpreter, compared with float32 pair by pair: bfloat16, fp8, gpt-oss."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from lockstep.moe.experts import LocalExperts
 
 
 class WithoutOverlap:
-    """A kernel that does not start before the launch ahead of it ends, which the interpreter has no word for."""
+    """Launches a kernel without programmatic dependent launch, which the interpreter does not know."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -31,7 +31,7 @@ class WithoutOverlap:
 
 
 def exact_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """The interpreter's matrix product, which takes the bits of bfloat16 for integers, in float32."""
+    """Replaces the interpreter's `dot`, which would read the bits of bfloat16 as integers: a product in float32."""
     from triton.runtime.interpreter import TensorHandle
 
     dtypes = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
@@ -40,7 +40,7 @@ def exact_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 def rounded(self, source, target):
-    """The interpreter's float32 to bfloat16, which cuts off, rounded as GPUs do."""
+    """Replaces the interpreter's cast from float32 to bfloat16, which truncates: rounds to nearest, as GPUs do."""
     from triton.runtime.interpreter import TensorHandle
 
     assert str(target.scalar) == "bf16"
@@ -54,7 +54,7 @@ def grouped_mm(rows, weights, offs):
 
 
 def check(kind, fp8_rows):
-    """Run the kernels under the interpreter; raise where they differ from float32."""
+    """Run the kernels in the interpreter; fail if they differ from float32."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from lockstep.moe import experts_kernels

@@ -1,4 +1,4 @@
-"""LoRA on experts, as PEFT's `target_parameters` makes it: cut to this rank's experts, and run on rows of any rank."""
+"""LoRA on experts (PEFT's `target_parameters`): cut to this rank's experts, and applied to the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
 
 
 class ExpertsAdapters:
-    """The LoRA adapters around one layer's experts on this rank; `name` is that of the experts without wrappers."""
+    """The LoRA adapters of one layer's experts on this rank; `name` is the name of the experts without wrappers."""
 
     def __init__(self, model: Any, name: str, module: Any) -> None:
         self._model, self._name, self._module = model, name, module
@@ -34,7 +34,7 @@ class ExpertsAdapters:
         self._state = self._state_now()
 
     def read(self) -> Adapters:
-        """Return the active adapters as they are now, and let their wrappers hand on; refuse any but LoRA."""
+        """Return the active adapters and make their wrappers pass calls through; refuse adapters other than LoRA."""
         outermost = self._outermost()
         wrappers, innermost = wrappers_around(outermost)
         of_others = [one for one in wrappers if getattr(one, "parameter_name", None) not in _WEIGHTS]
@@ -60,7 +60,7 @@ class ExpertsAdapters:
         return adapters
 
     def settle(self) -> bool:
-        """Say whether an adapter was merged into the weights or taken out since `read`."""
+        """Return whether an adapter was merged or unmerged since `read`."""
         self._notice()
         for wrapper in self._seen:
             if wrapper.disable_adapters and wrapper.merged:  # as PEFT's own forward does
@@ -68,7 +68,7 @@ class ExpertsAdapters:
         return any(tuple(wrapper.merged_adapters) != merged for wrapper, merged in self._seen.items())
 
     def changed(self) -> bool:
-        """Say whether other adapters are active or merged than `read` found, or one was written."""
+        """Return whether adapters were activated, merged or written since `read`."""
         return self._state != self._state_now()
 
     def _state_now(self) -> list[Any]:
@@ -87,22 +87,22 @@ class ExpertsAdapters:
             return None
 
     def _notice(self) -> None:
-        """Remember the wrappers that are there now, also once PEFT has merged them and taken them off."""
+        """Remember the present wrappers, because PEFT removes them when it merges adapters."""
         for wrapper in wrappers_around(self._outermost())[0]:
             self._seen.setdefault(wrapper, ())
 
     def summary(self) -> str:
-        """Return which adapters are active and merged on which weight: the same on all ranks, or outputs are wrong."""
+        """Return which adapters are active and merged on each weight; it must be equal on all ranks."""
         return "; ".join(
             f"{wrapper.parameter_name}: {_active(wrapper)} active, {wrapper.merged_adapters} merged"
             for wrapper in self._seen
         )
 
     def cut_loaded(self, parent: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Cut this layer's adapters in a state dict that is about to be loaded, in place, to this rank's slots.
+        """Cut this layer's adapters to this rank's slots, in place, in a state dict that is about to be loaded.
 
-        `parent` holds the experts, and PEFT leaves it in place when it wraps them. Refused: weights of the experts
-        themselves, and an adapter that is neither of the whole model nor of this rank, with both shapes.
+        `parent` is the module that holds the experts; PEFT does not replace it. Weights of the experts themselves are
+        refused, and adapters whose shape fits neither the whole model nor this rank; the error has both shapes.
         """
         self._notice()
         slots, num_experts = slots_held(self._module)
@@ -128,7 +128,7 @@ class ExpertsAdapters:
 
 
 def shard_adapters(outermost: Any, slots: Sequence[int]) -> None:
-    """Keep only the experts in this rank's slots of the adapters around a layer's experts, which are whole."""
+    """Cut the whole adapters around a layer's experts to the experts in this rank's slots."""
     for wrapper in wrappers_around(outermost)[0]:
         for part in ("lora_A", "lora_B"):
             for linear in getattr(wrapper, part).values():
@@ -154,5 +154,5 @@ def _active(wrapper: Any) -> list[str]:
 
 
 def _writes(linear: Any) -> int | None:
-    """How often the weight was written; None where nobody counts."""
+    """Return torch's count of writes to the weight; None for inference tensors, which have no count."""
     return None if linear.weight.is_inference() else linear.weight._version

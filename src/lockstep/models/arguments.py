@@ -1,4 +1,4 @@
-"""What Transformers' `from_pretrained` takes: handed on, taken, or refused by name with what to do instead."""
+"""Arguments of Transformers' `from_pretrained`: passed on, used here, or refused by name with an alternative."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lockstep.errors import ConfigurationError
 _DTYPE_BYTES = 2  # weights of fewer bytes are quantised: without their scales they mean nothing
 
 HANDED_ON = ("attn_implementation", "disable_mmap", "generation_config", "key_mapping", "tqdm_class")
-"""Reach Transformers' `from_pretrained` as they are."""
+"""Passed on to Transformers' `from_pretrained` unchanged."""
 
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""Reach the download of a Hub id; for a folder they mean nothing."""
+"""Passed on to the download of a Hub id; without effect for a folder."""
 
 WITHOUT_EFFECT = (
     "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "low_cpu_mem_usage", "mirror", "offload_state_dict",
     "resume_download", "weights_only",
 )  # fmt: skip
-"""Mean nothing for safetensors files, or nothing any more in Transformers itself."""
+"""Without effect for safetensors files, or without effect in Transformers itself by now."""
 
 _ONE_DEVICE = "each rank holds its weights on one device: use more ranks, or tensor_parallel_size, for a smaller part"
 
@@ -49,7 +49,7 @@ _REFUSED_TOGETHER = {
 }  # fmt: skip
 REFUSED = {name: instead for instead, names in _REFUSED_TOGETHER.items() for name in names}  # name: what to do instead
 
-# Defaults in Transformers other than None and False, which ask for nothing either.
+# Transformers' defaults other than None and False; they request nothing either.
 _DEFAULTS: dict[str, Any] = {
     "adapter_kwargs": {}, "adapter_name": "default", "code_revision": "main", "fusion_config": {}, "max_memory": {},
     "proxies": {}, "use_safetensors": True,
@@ -62,10 +62,10 @@ TAKEN = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments of Transformers' `from_pretrained`, sorted by what becomes of them."""
+    """Arguments of Transformers' `from_pretrained`, grouped by how they are used."""
 
     dtype: Any
-    device: torch.device | str | None  # None where none was named
+    device: torch.device | str | None  # None: not named
     config: Any  # or where to read one; None for the checkpoint's own
     subfolder: str
     trust_remote_code: bool
@@ -76,7 +76,7 @@ class Arguments:
 
 
 def read_arguments(kwargs: dict[str, Any]) -> Arguments:
-    """Sort what was passed. Refused: what contradicts, or cannot be done over ranks, with what to do instead."""
+    """Group the arguments; refuse those that contradict each other or cannot work over ranks, with an alternative."""
     rest = dict(kwargs)
     taken = {
         "config": rest.pop("config", None),
@@ -98,7 +98,7 @@ def read_arguments(kwargs: dict[str, Any]) -> Arguments:
 
 
 def change_config(config: Any, changes: dict[str, Any]) -> None:
-    """Set attributes of a config in place, as Transformers does with arguments that are none of its own."""
+    """Set attributes of a config in place, as Transformers does with arguments that it does not know."""
     for name in changes:
         if not hasattr(config, name):
             known = [*TAKEN, *HANDED_ON, *HUB, *REFUSED, *(key for key in config.to_dict() if isinstance(key, str))]
@@ -113,7 +113,7 @@ def change_config(config: Any, changes: dict[str, Any]) -> None:
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
-    """`dtype`, or its older name in Transformers."""
+    """Return `dtype`, or the value of its older name in Transformers."""
     named = [value for value in (dtype, torch_dtype) if value not in (None, "auto")]
     if len(named) == 2 and _as_dtype(named[0]) != _as_dtype(named[1]):
         raise ConfigurationError(f"dtype={named[0]!r} and torch_dtype={named[1]!r} contradict each other: pass dtype")
@@ -134,7 +134,7 @@ def _as_dtype(value: Any) -> Any:
 
 
 def _one_device(device: Any, device_map: Any) -> Any:
-    """The one device that a `device_map` means; "auto" leaves the choice to each rank."""
+    """Return the single device of a `device_map`; "auto" leaves the choice to each rank."""
     if device_map is None or device_map == "auto":
         return device
     places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, checked from their headers: all there, whole, unambiguous, nothing dropped."""
+"""A checkpoint's safetensors files, checked by their headers: complete, unambiguous, and no tensor left out."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lockstep.moe.placement import Placement
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _READ_BYTES = 1 << 20
-# Dtypes whose numbers mean nothing without the scales of a quantisation.
+# Dtypes whose values mean nothing without the scales of a quantisation.
 _QUANTISED_DTYPES = ("F8_", "F6_", "F4", "I8", "U8", "I4", "U4")
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
-# Names that quantisation tools give to what belongs to a weight, at the end of a tensor's name.
+# Endings of tensor names by which quantisation tools mark what belongs to a weight.
 _QUANTISATION_NAMES = re.compile(
     r"(scale_inv|scales?|zero_points?|zeros|_blocks|qweight|g_idx|absmax|quant_map|quant_state[\w.]*|\.SCB|"
     r"weight_format|_packed|weight_shape|weight_scale_2|global_scale|nested_\w+|bcq_\w+|codebooks?|codes)$"
 )
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..+)$")
 _EXPERT_WEIGHT = re.compile(r"\.experts\.(\d+\.[\w.]+\.weight|(gate_up|gate|up|down)_proj)$")
-# What quantised activations are multiplied by: dequantised weights need none of it.
+# Scales of quantised activations, which dequantised weights do not need.
 _ACTIVATION_SCALES = re.compile(r"(input|activation|output|k|v|q|attn|prob)_(scale|zero_point)(_inv)?$")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, `start` to `end` in a file's bytes; dtype, such as `BF16`, and shape as its header says."""
+    """A tensor's place in a file, bytes `start` to `end`, and its dtype (such as `BF16`) and shape from the header."""
 
     file: Path
     dtype: str
@@ -45,7 +45,7 @@ class StoredTensor:
     end: int
 
     def digest(self) -> tuple[str, tuple[int, ...], bytes]:
-        """Return what two equal tensors have in common, reading the bytes."""
+        """Return dtype, shape and a hash of the bytes, the same for equal tensors."""
         hashed = hashlib.sha256()
         with self.file.open("rb") as stream:
             stream.seek(self.start)
@@ -55,7 +55,7 @@ class StoredTensor:
 
 
 def check_files(folder: Path, weights_name: str | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder's safetensors files by name, once they are all there, whole and unambiguous."""
+    """Return every tensor of a folder's safetensors files by name; refuse missing, truncated and ambiguous files."""
     if weights_name is not None:
         _check_name(folder / "config.json", weights_name)
         index = folder / weights_name if weights_name.endswith(".index.json") else None
@@ -87,7 +87,7 @@ def check_files(folder: Path, weights_name: str | None = None) -> dict[str, Stor
 
 
 def check_experts(tensors: dict[str, StoredTensor]) -> None:
-    """Check that experts are numbered from 0 without a gap: the loader puts them together by order, not by number."""
+    """Check that experts are numbered from 0 without gaps: the loader stacks them in order and ignores numbers."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in tensors:
         if parts := _EXPERT.match(name):
@@ -100,7 +100,7 @@ def check_experts(tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse unlike copies of one weight under its name with and without the prefix of the model's body."""
+    """Refuse a weight that occurs with and without the prefix of the model's body, if the two copies differ."""
     prefix = f"{model.base_model_prefix}."
     for name in tensors:
         short = name.removeprefix(prefix)
@@ -112,7 +112,7 @@ def refuse_two_names(model: Any, tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are no floating-point numbers where a model, not loaded yet, has only such a weight."""
+    """Refuse tensors of other types, such as integers, for floating-point weights of a model that is not loaded yet."""
     own = [*model.named_parameters(), *model.named_buffers()]
     leaves = {name.rpartition(".")[2] for name, tensor in own if tensor.is_floating_point()}
     leaves -= {name.rpartition(".")[2] for name, tensor in own if not tensor.is_floating_point()}
@@ -128,7 +128,7 @@ def refuse_disguised(model: Any, tensors: dict[str, StoredTensor]) -> None:
 def check_room(
     tensors: dict[str, StoredTensor], placement: Placement, device: torch.device, in_8_bits: bool = False
 ) -> None:
-    """Refuse a placement whose slots take more memory than the device has, by what their weights take in the files."""
+    """Refuse a placement whose slots need more memory than the device has; sizes are those in the files."""
     experts = [one for name, one in tensors.items() if ".experts." in name]
     sizes = (math.prod(one.shape) if in_8_bits else one.end - one.start for one in experts)
     slot = sum(sizes) / placement.num_experts
@@ -143,7 +143,7 @@ def check_room(
 
 
 def check_config(file: Path) -> None:
-    """Refuse a `config.json` that gives one setting twice, of which Transformers takes the last."""
+    """Refuse a `config.json` that gives a setting twice: Transformers would silently take the last value."""
     try:
         json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except _Twice as error:
@@ -153,7 +153,7 @@ def check_config(file: Path) -> None:
 
 
 def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse tensors that are quantised although the folder's config says nothing of it: they are no numbers."""
+    """Refuse quantised tensors if the config names no quantisation: without it their values are meaningless."""
     for name, tensor in tensors.items():
         if tensor.dtype.startswith(_QUANTISED_DTYPES):
             raise ConfigurationError(
@@ -163,7 +163,7 @@ def undeclared_quantisation(folder: Path, tensors: dict[str, StoredTensor]) -> N
 
 
 def check_scales(tensors: dict[str, StoredTensor], block: Sequence[int] | None) -> None:
-    """Refuse quantised tensors without their scales, or with scales that are neither one nor one per block of fp8."""
+    """Refuse quantised tensors without scales, or with a number of scales other than one, or one per block of fp8."""
     for name, tensor in tensors.items():
         if name.endswith("_blocks"):
             scales = [f"{name.removesuffix('_blocks')}_scales"]
@@ -188,7 +188,7 @@ def check_scales(tensors: dict[str, StoredTensor], block: Sequence[int] | None) 
 
 
 def holds_fp8_blocks(tensors: dict[str, StoredTensor]) -> bool:
-    """Say whether the experts are in fp8, in whole blocks of 128 x 128 with a scale each, and can stay as they are."""
+    """Return whether all experts are stored in fp8, with one scale per whole block of 128 x 128 values."""
     weights = {name: one for name, one in tensors.items() if _EXPERT_WEIGHT.search(name) and len(one.shape) >= 2}
     return bool(weights) and all(
         one.dtype == "F8_E4M3"
@@ -200,7 +200,7 @@ def holds_fp8_blocks(tensors: dict[str, StoredTensor]) -> bool:
 
 
 def refuse_part_blocks(tensors: dict[str, StoredTensor]) -> None:
-    """Refuse experts whose sizes are not whole blocks, for those that are to be held in fp8."""
+    """Refuse to hold experts in fp8 if one of their sizes is not a multiple of 128, the side of a block."""
     for name, one in tensors.items():
         if _EXPERT_WEIGHT.search(name) and any(size % BLOCK for size in one.shape[-2:]):
             raise ConfigurationError(
@@ -210,7 +210,7 @@ def refuse_part_blocks(tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_leftovers(model: Any, unexpected: Iterable[str], is_dequantised: bool) -> None:
-    """Refuse tensors that belong to a module of the model which has no place for them: a scale, a bias, an adapter."""
+    """Refuse tensors that the model has a module but no parameter for, such as a scale, a bias or an adapter."""
     modules = dict(model.named_modules())
     for key in sorted(unexpected):
         name, _, leaf = key.rpartition(".")
@@ -241,11 +241,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class _Twice(ValueError):
-    """A name stands twice in one JSON object, with unlike values."""
+    """A name occurs twice in one JSON object, with different values."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which a name that comes twice with unlike values is an error."""
+    """Make a JSON object's dict; a name that occurs twice with different values is an error."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
@@ -260,7 +260,7 @@ def _check_name(where: Path, file: Any) -> None:
 
 
 def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, StoredTensor]:
-    """All tensors of the files; two copies of one must be equal, since which of them is loaded is not ours to say."""
+    """Return all tensors of the files; copies of a tensor must be equal, since Transformers may load either."""
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         own = _tensors_of(file)
@@ -278,7 +278,7 @@ def _merge(files: Iterable[Path], weight_map: dict[str, str]) -> dict[str, Store
 
 
 def _tensors_of(file: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file's header says; an error where the file is not as long as that."""
+    """Return the tensors in a safetensors file's header; refuse a file whose length does not match it."""
     if not file.is_file():
         what = "is no file" if file.exists() or file.is_symlink() else "is missing"
         raise ConfigurationError(f"{file} {what}: the checkpoint needs it")

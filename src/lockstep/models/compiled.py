@@ -1,4 +1,4 @@
-"""`torch.compile` of a spread model: each MoE layer is one operation, and the first one agrees on the step."""
+"""`torch.compile` of a spread model: each MoE layer is one operation; the first one begins with the agreement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _due: ContextVar[CompiledCall | None] = ContextVar("lockstep_compiled_call", def
 
 @torch.library.custom_op("lockstep::moe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def moe(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: int) -> torch.Tensor:
-    """Run rows through an MoE layer of the step that this thread runs, as `Step.run_layer`, which says the shapes."""
+    """Run rows through an MoE layer in this thread's step; shapes as in `Step.run_layer`."""
     step, call = current_step(), _due.get()
     if step is None and call is not None:
         step = call.begin()
@@ -52,10 +52,10 @@ def _announce_compiling(peers: Peers) -> Iterator[None]:
 
 
 class CompiledCall:
-    """One call of a model that `torch.compile` traces: `step`, a context, is entered at the first MoE layer.
+    """One call of a compiled model; it enters `step`, a context manager, at the first MoE layer.
 
-    Until then the model may be compiled, for minutes, while this rank takes part in the others' steps with zero rows.
-    `check` raises where a step that has ended did not run all layers.
+    Until then the model may be compiled, for minutes, while this rank takes part in other ranks' steps with zero rows.
+    `check` raises if a step ended without having run all layers.
     """
 
     def __init__(self, step: AbstractContextManager[Step], check: Callable[[Step | None], None]) -> None:
@@ -71,7 +71,7 @@ class CompiledCall:
         return self._step
 
     def end(self, error: BaseException | None = None) -> None:
-        """Leave the step, if one has begun, by the error that ended the model's forward pass, if one did."""
+        """Leave the step, if one has begun, with the error that ended the forward pass, if any."""
         _due.reset(self._token)
         with self._entered:
             if error is not None:
@@ -82,7 +82,7 @@ class CompiledCall:
 def when_compiled(
     forward: Callable[..., Any], original: Callable[..., Any], call: Callable[..., CompiledCall | None]
 ) -> Callable[..., Any]:
-    """Return `forward`, of which a compiler sees only the `original`, around which `call` begins a step or none."""
+    """Return a forward function in which `call` begins steps and of which a compiler sees only `original`."""
     begin = torch.compiler.disable(call)
     end = torch.compiler.disable(CompiledCall.end)
 

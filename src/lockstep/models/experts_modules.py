@@ -1,4 +1,4 @@
-"""Modules that hold a model's routed experts: found, cut down to this rank's slots, and what they are called with."""
+"""Modules that hold a model's routed experts: found, cut to this rank's slots, and probed for their inputs."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ def plain_name(name: str) -> str:
 def slots_of(
     found: Sequence[tuple[str, Any]], layer: int, ep_rank: int, ep_size: int, placement: Placement | None
 ) -> tuple[int, ...]:
-    """Return what each slot of a rank in a layer is to hold, by a placement that fits the model, or the even split."""
+    """Return the expert of each slot of a rank in a layer: by a placement that fits the model, or by equal shares."""
     name, module = found[layer]
     num_experts = int(module.down_proj.shape[0])
     if placement is not None:
@@ -55,21 +55,21 @@ def slots_of(
 
 
 def shard_experts(module: Any, slots: Sequence[int]) -> None:
-    """Keep of a module in memory only the experts in this rank's slots, and free the others."""
+    """Keep only the experts in this rank's slots of a module in memory; free the rest."""
     for name, parameter in _expert_parameters(module):
         _set(module, name, parameter, take(parameter.detach(), slots))
     _hold(module, slots)
 
 
 def shard_empty(module: Any, slots: Sequence[int], device_type: str) -> None:
-    """Let the loader read, for a module on the meta device, only the experts in this rank's slots."""
+    """Prepare a module on the meta device so that the loader reads only the experts in this rank's slots."""
     for name, parameter in _expert_parameters(module):
         part = internals.part_of_experts(parameter.detach(), _held(slots), device_type)
         module._parameters[name] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
 def expect_fp8(module: Any) -> None:
-    """Let the loader read, for a module on the meta device, weights in fp8 with their scales."""
+    """Prepare a module on the meta device so that the loader reads weights in fp8, and their scales."""
     for name in [name for name in WEIGHTS if module._parameters.get(name) is not None]:
         weight = module._parameters[name]
         num_experts, num_out, num_in = weight.shape
@@ -81,7 +81,7 @@ def expect_fp8(module: Any) -> None:
 
 @contextlib.contextmanager
 def quantising(modules: dict[str, Any]) -> Iterator[None]:
-    """Round each weight of experts `modules` to fp8 as soon as the loader sets it: at most one is in 16 bits."""
+    """Round each weight of the experts to fp8 as soon as the loader sets it, so that at most one is in 16 bits."""
 
     def quantise_weight(module: Any, name: str, parameter: Any) -> Any:
         weight = getattr(parameter, "_local_tensor", parameter)
@@ -100,7 +100,7 @@ def quantising(modules: dict[str, Any]) -> Iterator[None]:
 
 
 def localise(module: Any, slots: Sequence[int]) -> None:
-    """Turn what the loader has read into plain tensors with one entry per slot."""
+    """Turn the loaded weights into plain tensors with one entry per slot."""
     held = _held(slots)
     for name, parameter in list(module._parameters.items()):
         if isinstance(local := getattr(parameter, "_local_tensor", None), torch.Tensor):
@@ -110,7 +110,7 @@ def localise(module: Any, slots: Sequence[int]) -> None:
 
 
 def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
-    """Let a module that was cut down hold other experts: its own, and those of another module of the same layer."""
+    """Give a module that was cut other experts, taken from its own and from another module of the same layer."""
     (held, num_experts), added = slots_held(module), slots_held(fresh)[0] if fresh is not None else ()
     wanted = [(*held, *added).index(expert) if expert != EMPTY else EMPTY for expert in slots]
     for name, parameter in _expert_parameters(module):
@@ -123,7 +123,7 @@ def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
 
 
 def slots_held(module: Any) -> tuple[tuple[int, ...], int]:
-    """Return what each slot of a module that was cut down holds, and how many experts the layer has over all ranks."""
+    """Return the expert of each slot of a module that was cut, and the layer's number of experts over all ranks."""
     held: tuple[tuple[int, ...], int] = module._lockstep_slots
     return held
 
@@ -134,7 +134,7 @@ def _hold(module: Any, slots: Sequence[int]) -> None:
 
 
 def take(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-    """Return the wanted rows, and zeros for `EMPTY`; not a view, unless it is all of them."""
+    """Return the wanted rows, zeros for `EMPTY`; a copy, unless all rows are wanted in order."""
     if list(wanted) == list(range(len(rows))):
         return rows
     taken = rows[[max(0, row) for row in wanted]]
@@ -150,12 +150,12 @@ def _set(module: Any, name: str, before: torch.nn.Parameter, weight: torch.Tenso
 
 
 def _held(slots: Sequence[int]) -> list[int]:
-    """The experts in a rank's slots, ascending, as in the files; at least one, since loaders make no empty weight."""
+    """Return the experts in a rank's slots, ascending; at least one, since loaders make no empty weights."""
     return sorted(expert for expert in slots if expert != EMPTY) or [0]
 
 
 def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters that have one entry per expert: all of an experts module's own ones of that length."""
+    """Return an experts module's own parameters that have one entry per expert."""
     num_experts = module.down_proj.shape[0]
     return [
         (name, parameter)
@@ -194,7 +194,7 @@ def experts_shapes(model: Any, forward: Callable[..., Any], num_ranks: int) -> l
 
 @torch.no_grad()
 def dense_checksum(model: Any) -> int:
-    """Hash the first values of every weight that all ranks must have alike: unlike seeds or checkpoints show up."""
+    """Hash the first values of every weight that all ranks share, to detect different seeds or checkpoints."""
     names = [plain_name(name) for name, _ in find_experts(model)]  # with their adapters
     experts = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
     parts = [p.detach().flatten()[:16].float() for p in model.parameters() if id(p) not in experts]

@@ -1,4 +1,4 @@
-"""Decode and idle steps of `generate` as CUDA graphs, captured when one of a kind comes again, right for any counts."""
+"""Decode and idle steps of `generate` as CUDA graphs: captured at the second step of a kind, valid for any counts."""
 
 import logging
 import weakref
@@ -22,12 +22,12 @@ class StepGraphs:
 
     def __init__(self, layers: MoELayers) -> None:
         self._layers = layers
-        # For each kind of step its graph, `_SEEN`, or None where a capture failed; forgotten with the cache.
+        # The graph of each kind of step, `_SEEN` after one call, None if a capture failed; dropped with the cache.
         self._idle: dict[Any, Any] = {}
         self._forwards: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def run_idle(self, step: Step) -> None:
-        """Take part in a step without rows, whose `captures` is true, by a graph from the second time on."""
+        """Take part in a step without rows whose `captures` is true; from the second time on by a graph."""
         graph = _captured(self._idle, self._kernels(step), lambda: self._capture(step, Step.take_part_in_rest))
         if graph is None:
             step.take_part_in_rest()
@@ -38,7 +38,7 @@ class StepGraphs:
     def run_forward(
         self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any | None:
-        """Run a forward pass by a graph, if one of its kind was seen before; None leaves the pass to the caller."""
+        """Run a forward pass by a graph if a pass of its kind was seen before; None leaves it to the caller."""
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
             return None
@@ -46,7 +46,7 @@ class StepGraphs:
             return None  # the prompt comes first: it makes the cache's tensors
         inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         leaves, structure = pytree.tree_flatten(inputs)
-        # What is no tensor is part of the graph; of tensors only the shape is.
+        # A graph is fixed by all arguments that are not tensors, and by the shapes of tensors.
         key = (str(structure), *(_key(leaf) for leaf in leaves), *self._kernels(step))
 
         def capture() -> _CapturedForward:
@@ -69,16 +69,16 @@ class StepGraphs:
         return output
 
     def _kernels(self, step: Step) -> tuple[bool, ...]:
-        """Which kernels each layer's experts run by in a step: a graph that has the others would be slow, not wrong."""
+        """Return whether each layer runs the kernels for few rows: graphs with other kernels are slow, not wrong."""
         num_rows = sum(step.route.sizes)
         return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
 
     def _capture(self, step: Step, issue: Callable[[Step], Any]) -> torch.cuda.CUDAGraph:
-        """Record what `issue` launches, without running it, in a step of its own that is captured."""
+        """Capture what `issue` launches, without running it, in a step made for the capture."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._layers.begin_capture(step.route.sizes) as captured:
-            # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this one must not wait.
+            # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this thread must not wait.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 issue(captured)
@@ -89,7 +89,7 @@ class StepGraphs:
 
 
 def _captured(kept: dict[Any, Any], key: Any, capture: Callable[[], Any]) -> Any:
-    """What was captured for a key: captured at its second coming, None at its first and where that fails."""
+    """Return the graph of a key, captured at its second call; None at the first call, or if the capture failed."""
     if key not in kept:
         kept[key] = _SEEN
         return None

@@ -91,23 +91,23 @@ def from_pretrained(  # noqa: D417
 ) -> Any:
     """Load a Hugging Face MoE checkpoint, each rank reading only its own experts, ready for `join`.
 
-    Under `torchrun` the ranks find each other by themselves; a single process gets the plain model.
+    Under `torchrun` the ranks find each other; a single process gets the plain model.
 
     Args:
         path: a folder, or a Hub id.
         tensor_parallel_size: ranks that share their requests; attention is split over them, >= 1.
         max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load:
             see `ParallelOptions`.
-        process_group: the ranks; all of them by default. Left open.
-        device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
+        process_group: the ranks, by default all; it stays open.
+        device_mesh: a one-dimensional mesh of the ranks, such as `mesh["ep"]`, instead of `process_group`.
         quantize_experts: "fp8" holds the weights of routed experts as float8_e4m3fn with a float32 scale per 128 x 128
             values, whatever the checkpoint's type; "none" holds them in `dtype`; "auto" keeps a checkpoint of that form
             as stored if our kernels can read fp8 (compute capability 9.0 or later, Triton), else it is "none".
-        dtype: of the weights; "auto" is what the checkpoint says.
-        device: where to put them; `cuda` is this rank's GPU, and so is the default, or the CPU where there is none.
-        **kwargs: what else Transformers' `from_pretrained` takes: `revision`, `trust_remote_code`, `token`,
+        dtype: type of the weights; "auto" is the checkpoint's.
+        device: device of the weights; `cuda` is this rank's GPU. By default this rank's GPU, or the CPU without one.
+        **kwargs: other arguments of Transformers' `from_pretrained`: `revision`, `trust_remote_code`, `token`,
             `attn_implementation`, ..., or attributes of the config. `device_map` names one device; "auto" leaves it to
-            the rank. What cannot be done for a model over ranks is refused by name.
+            the rank. Arguments that cannot work over ranks are refused by name.
 
     Returns:
         The Transformers model, in evaluation mode. With `output_loading_info=True` the model and the loading info.
@@ -142,7 +142,7 @@ def from_pretrained(  # noqa: D417
 
 
 def run_alone(model: Any) -> None:
-    """Let experts in fp8 of a model that is not spread over ranks run by our kernels. No-op for other models."""
+    """Run the fp8 experts of a model in a single process by our implementation. No-op for other models."""
     for _, module in find_experts(model):
         if is_fp8(module):
             internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
@@ -165,23 +165,23 @@ def parallelize(  # noqa: D417
     placement: Placement | None = None,
     count_expert_load: bool = False,
 ) -> ModelT:
-    """Spread the experts of a Transformers MoE model that is already in memory over all ranks, each keeping its own.
+    """Spread the experts of a Transformers MoE model in memory over all ranks; each rank keeps its own.
 
     Every rank must hold the same model. In a single process the model is returned as it is.
 
     Args:
-        model: the model, whole; changed in place. Or what holds one, such as a `PeftModel`: its adapters of experts are
-            cut to each rank's as well.
+        model: the whole model, changed in place; or a module that holds one, such as a `PeftModel`, whose adapters of
+            experts are cut to each rank's as well.
         max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load:
             see `ParallelOptions`.
-        process_group: the ranks; all of them by default. Left open.
-        device_mesh: the same as a mesh of one dimension, such as `mesh["ep"]`; in the place of `process_group`.
+        process_group: the ranks, by default all; it stays open.
+        device_mesh: a one-dimensional mesh of the ranks, such as `mesh["ep"]`, instead of `process_group`.
 
     Returns:
         The same model, ready for `join`.
 
     Raises:
-        ConfigurationError: a model without MoE layers, or already parallel.
+        ConfigurationError: a model without MoE layers, or one that is spread already.
     """
     options = ParallelOptions(
         max_chunk_size_per_rank, dispatcher, fp8_dispatch, deadline_s, debug, fuse_norms, placement, count_expert_load
@@ -216,10 +216,10 @@ def parallelize(  # noqa: D417
 
 @contextlib.contextmanager
 def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
-    """Call the model as often as you like with whatever you like, on every rank; no call hangs.
+    """Let every rank call the model any number of times, with any inputs, without hanging the other ranks.
 
-    Enter it on every rank. Inside, the script of a rank may call `model(...)` or `model.generate(...)` any number of
-    times, and may do other things in between: a thread takes part for it. Leaving waits until all ranks have left.
+    Enter it on every rank. Inside, a rank's script may call `model(...)` or `model.generate(...)` any number of times,
+    and do other things in between, while a thread takes part for it. Leaving waits until all ranks have left.
 
     Args:
         model: from `from_pretrained` or `parallelize`, or a module that holds it, such as a `PeftModel` or a
@@ -233,8 +233,8 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
     Raises:
         PeerFailedError: another rank left its block by an exception; carries its message.
         RankAbsentError: a rank did not come before the deadline; entering `join` anew opens new groups.
-        RankMismatchError: ranks that were set up differently, naming the setting and each rank's value.
-        ConfigurationError: a model that is not spread over the ranks, or one that is joined already.
+        RankMismatchError: settings differ between ranks; names the setting and each rank's value.
+        ConfigurationError: the model is not spread over the ranks, or is in a `join` block already.
     """
     _take_over(model)
     parallel = parallel_of(model)
@@ -260,7 +260,7 @@ def join(model: ModelT, *, grace_s: float = 0.01) -> Iterator[ModelT]:
 
 
 def _take_over(model: Any) -> None:
-    """Make a spread model of one that Transformers has divided by `DistributedConfig(ep_implementation="lockstep")`."""
+    """Take over a model that Transformers has divided by `DistributedConfig(ep_implementation="lockstep")`."""
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     if not any("_lockstep_divided_over" in vars(module) for module in modules):
         return
@@ -302,7 +302,7 @@ def attach(parallel: ModelParallel) -> None:
     @contextlib.contextmanager
     def step_of(session: Session, num_tokens: int) -> Iterator[Step]:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            # The agreement waits for other ranks on the host, which a graph would not repeat.
+            # The agreement is a wait on the host, which a replayed graph would skip.
             error = ConfigurationError(_CAPTURED.format(type(model).__name__))
             session.fail(error)  # the other ranks hear of it now, whatever becomes of the capture here
             raise error
@@ -342,15 +342,15 @@ def attach(parallel: ModelParallel) -> None:
         return CompiledCall(due, parallel.check_all_layers_ran) if due is not None else None
 
     if parallel.device.type == "cuda" and getattr(model, "generation_config", None) is not None:
-        # Decode steps are graphs of ours, which agree before each replay.
+        # Decode steps run as our own graphs, with an agreement before each replay.
         model.generation_config.disable_compile = True
     model.forward = when_compiled(forward, original, compiled_call)
     if hasattr(model, "generate"):
         model.generate = _without_synced_gpus(model.generate)
     model.__dict__["_lockstep_parallel"] = parallel
-    # Those who would overwrite, save or restore this rank's part under the name of the whole are refused.
+    # Refuse whatever would overwrite, save or restore this rank's part as if it were the whole.
     model.save_pretrained = functools.partial(_refuse, _PART)
-    # No gradients flow through the experts anyway, and what trains nothing is left alone by accelerate's `prepare`.
+    # Experts have no gradients anyway, and accelerate's `prepare` does not wrap a model that trains nothing.
     model.requires_grad_(False)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
     for name, adapters in zip(parallel.weights.names, parallel.weights.adapters, strict=True):
@@ -360,7 +360,7 @@ def attach(parallel: ModelParallel) -> None:
 
 
 class _RefusedByDDP:
-    """The names of parameters to ignore, which DistributedDataParallel reads first: reading them is refused."""
+    """Refuses DistributedDataParallel, which begins by iterating over the names of parameters to ignore."""
 
     def __iter__(self) -> Iterator[str]:
         raise ConfigurationError(
@@ -370,7 +370,7 @@ class _RefusedByDDP:
 
 
 def _without_synced_gpus(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn off Transformers' own synchronization in `generate`: it waits for calls that other ranks may never make."""
+    """Turn off `synced_gpus` in `generate`, which waits for calls that other ranks may never make."""
 
     @functools.wraps(generate)
     def call(*args: Any, synced_gpus: Any = None, **kwargs: Any) -> Any:
@@ -386,7 +386,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> None:
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Lockstep's experts implementation for Transformers: runs the layer in this thread's step."""
+    """Lockstep's experts implementation for Transformers: run the layer in this thread's step."""
     if torch.compiler.is_compiling() and hasattr(module, "_lockstep_layer"):
         return moe(hidden_states, top_k_index, top_k_weights, module._lockstep_layer)
     place, alone = getattr(module, "_lockstep_place", None), getattr(module, "_lockstep_alone", None)
@@ -406,7 +406,7 @@ def _experts_forward(
 
 
 class _OwnPart(torch.Tensor):
-    """Stands for experts' weights in a state dict: tells the shape of this rank's part, refuses to be read or saved."""
+    """Placeholder for experts in a state dict: has the shape of this rank's part, refuses to be read or saved."""
 
     _TELLS = tuple(
         getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")
@@ -429,7 +429,7 @@ def _refuse_to_be_read(child: str, parent: Any, state_dict: dict[str, Any], pref
 
 
 def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows that a forward pass will send through each layer."""
+    """Return the number of rows that a forward pass sends through each layer."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is not None:
         return int(tokens.numel())

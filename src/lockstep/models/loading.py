@@ -1,4 +1,4 @@
-"""A Transformers MoE model of which each rank holds the dense weights and its own experts, and reads nothing else."""
+"""Loads a Transformers MoE model over ranks: each rank reads the dense weights and its own experts only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-# Quantisations that Transformers undoes while it loads, in a way that was tried with experts split over ranks.
+# Quantisations that Transformers undoes during loading, tested with experts split over ranks.
 _DEQUANTISED_ON_LOAD = ("mxfp4", "fp8")
 
 
@@ -57,11 +57,11 @@ def load_pretrained(
     quantize_experts: str = "auto",
     **kwargs: Any,
 ) -> Any:
-    """Load a checkpoint so that this rank holds the dense weights and the experts in its slots, and reads no others.
+    """Load a checkpoint's dense weights and the experts in this rank's slots; other experts are never read.
 
-    Experts in fp8, see `lockstep.from_pretrained`, run by `LocalExperts` only: one process needs `run_alone`.
+    Experts in fp8, see `lockstep.from_pretrained`, need `LocalExperts`: in a single process call `run_alone`.
     Dense weights on a CPU stay views of the files unless the dtype is converted. Over a one-dimensional `tp_mesh`,
-    attention is split by the model's own plan. With a `process_group`, what is wrong on one rank is raised on all.
+    attention is split by the model's own plan. With a `process_group`, an error on one rank is raised on all ranks.
     """
     if not 0 <= ep_rank < ep_size:
         raise ConfigurationError(f"ep_rank must be in 0..ep_size - 1, got ep_rank {ep_rank} and ep_size {ep_size}")
@@ -110,8 +110,8 @@ def load_pretrained(
                     shard_empty(module, slots[name], torch.device(place).type)
 
         def on_loaded(model: Any, loading_info: Any) -> None:
-            # Before Transformers fills what is missing with random numbers, which on a split model would be a
-            # collective that only the ranks with something missing join.
+            # Before Transformers initialises missing weights: on a split model that would be a collective, joined
+            # only by the ranks that miss something.
             _refuse_incomplete(model, loading_info)
             for name, module in find_experts(model):
                 localise(module, slots[name])
@@ -144,7 +144,7 @@ def load_pretrained(
 
 
 def _look(path: str | os.PathLike[str], arguments: Arguments) -> tuple[Path, Any, Any, Any, dict[str, StoredTensor]]:
-    """The checkpoint's folder, config, class of the model, what undoes its quantisation, and its checked tensors."""
+    """Return the checkpoint's folder, config, model class, dequantisation and checked tensors."""
     folder = _resolve(path, arguments.hub, arguments.subfolder)
     config = _config(folder if arguments.config is None else arguments.config, arguments.trust_remote_code)
     change_config(config, arguments.config_changes)
@@ -159,7 +159,7 @@ def _look(path: str | os.PathLike[str], arguments: Arguments) -> tuple[Path, Any
 
 
 def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) -> Path:
-    """The folder of a checkpoint; a Hub id becomes its folder in the local cache."""
+    """Return a checkpoint's folder; for a Hub id, its folder in the local cache."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
@@ -184,7 +184,7 @@ def _resolve(path: str | os.PathLike[str], hub: dict[str, Any], subfolder: str) 
 
 
 def _config(source: Any, trust_remote_code: bool) -> Any:
-    """The config itself where one was passed, otherwise what is read from a folder or file."""
+    """Return the config that was passed, or read it from a folder or file."""
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(source, PretrainedConfig):
@@ -197,7 +197,7 @@ def _config(source: Any, trust_remote_code: bool) -> Any:
 
 
 def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
-    """The class that generates text with a config."""
+    """Return the class that generates text with a config."""
     import transformers
 
     reference = getattr(config, "auto_map", None) or {}
@@ -219,7 +219,7 @@ def _class_of(config: Any, folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _dequantisation(config: Any, folder: Path) -> Any:
-    """What makes Transformers undo the checkpoint's quantisation on load; None where there is none."""
+    """Return the config by which Transformers dequantises the checkpoint on load; None if it is not quantised."""
     places = (config, config.get_text_config())
     found = next((one for place in places if (one := getattr(place, "quantization_config", None)) is not None), None)
     if found is None:
@@ -235,7 +235,7 @@ def _dequantisation(config: Any, folder: Path) -> Any:
 
 
 def _refuse_incomplete(model: Any, loading_info: Any) -> None:
-    """An error where the files lack a weight of the model, or have one of another shape."""
+    """Refuse files that lack a weight of the model, or have one with another shape."""
     for key, message in loading_info.conversion_errors.items():
         raise ConfigurationError(f"the files do not make up weight {key!r} of the model: {str(message).strip()}")
     if missing := sorted(key for key in loading_info.missing_keys if not internals.may_be_missing(model, key)):
@@ -247,7 +247,7 @@ def _refuse_incomplete(model: Any, loading_info: Any) -> None:
 
 
 def _check_top_k(config: Any, name: str, module: Any) -> None:
-    """An error where a token is to take more experts than a layer has."""
+    """Refuse a config by which a token takes more experts than a layer has."""
     top_k, num_experts = getattr(config.get_text_config(), "num_experts_per_tok", None), module.down_proj.shape[0]
     if isinstance(top_k, int) and not 1 <= top_k <= num_experts:
         raise ConfigurationError(f"num_experts_per_tok must be in 1..{num_experts}, the experts of {name}, got {top_k}")
@@ -255,10 +255,10 @@ def _check_top_k(config: Any, name: str, module: Any) -> None:
 
 @contextlib.contextmanager
 def _settings(shows_progress: bool) -> Iterator[None]:
-    """Transformers' progress bar on one rank only, and each weight read when it is due; both as they were afterwards.
+    """Show Transformers' progress bar on one rank only, and switch its reading threads off; restore both afterwards.
 
-    Its reading threads run ahead otherwise, and hold single experts until their layer is put together: with a
-    conversion of the dtype, peak memory was 1.6 times that of the loaded weights.
+    The threads read ahead and hold single experts until their layer is complete: with a conversion of the dtype, peak
+    memory was 1.6 times that of the loaded weights.
     """
     from transformers.utils import logging
 
@@ -281,7 +281,7 @@ def _settings(shows_progress: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_configuration_error(folder: Path) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint is raised as one kind of error that names it."""
+    """Raise every fault of a checkpoint as a `ConfigurationError` that names it."""
     try:
         yield
     except Exception as error:
@@ -290,7 +290,7 @@ def _as_configuration_error(folder: Path) -> Iterator[None]:
 
 
 def _on_all_ranks(start: Start | None, what: str, deadline_s: float, action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank; a `ConfigurationError` of one is raised on all, of others `PeerFailedError`."""
+    """Run `action` on every rank. All ranks raise one's `ConfigurationError`; for other errors, a `PeerFailedError`."""
     if start is None:
         return action()
     key = f"loading/{start.next_number('loading')}"

@@ -1,4 +1,4 @@
-"""A model's RMSNorms as one kernel each: with few rows, launching them takes longer than computing them."""
+"""Each RMSNorm of a model as one kernel: with few rows, launches take longer than the computation."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from lockstep.errors import ConfigurationError
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
-    """Run each RMSNorm of a model by torch's `rms_norm`, in place; return how many. Other formulas stay as they are."""
+    """Replace each RMSNorm of a model by torch's `rms_norm`; return their number. Norms with other formulas stay."""
     if any(weight.is_meta for weight in model.parameters()):
         raise ConfigurationError(f"the weights of {type(model).__name__} are not there yet: load it first")
     fused = 0
@@ -27,7 +27,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
 
 
 def is_fused(module: Any) -> bool:
-    """Say whether `fuse_norms` has changed a module."""
+    """Return whether `fuse_norms` has replaced a module's forward."""
     return getattr(vars(module).get("forward"), "func", None) is _forward
 
 
@@ -39,7 +39,7 @@ def _forward(norm: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden
 
 @torch.no_grad()
 def is_rms_norm(module: Any) -> bool:
-    """Say whether a module computes `rms_norm(rows) * weight`, by its attributes and by trying it."""
+    """Return whether a module computes `rms_norm(rows) * weight`, by its attributes and by a trial."""
     weight = getattr(module, "weight", None)
     if not (
         type(module).__name__.endswith("RMSNorm")

@@ -1,4 +1,4 @@
-"""How a model runs over its ranks: what a user may choose, checked before anything is loaded."""
+"""Options of a model over its ranks, checked before anything is loaded."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -14,19 +14,19 @@ QUANTIZE_EXPERTS = ("auto", "fp8", "none")
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How a model runs over its ranks; equal on all of them.
+    """Options of a model over its ranks; they must be equal on all ranks.
 
     Attributes:
-        max_chunk_size_per_rank: most rows that one rank sends through an MoE layer at a time, >= 1; None for no limit.
-        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes,
-            for each step, the one that is expected to be fastest.
-        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, and four
-            significant bits of each value. Results come back in bfloat16. Needs `dispatcher="nvlink"`.
+        max_chunk_size_per_rank: maximum rows per rank and MoE chunk, >= 1; None for no limit.
+        dispatcher: how tokens reach their experts, one of `lockstep.dispatch.choose.dispatcher_names()`; `auto` takes
+            the one with the shortest expected time for each step.
+        fp8_dispatch: send rows to their experts as float8_e4m3fn with a scale per 128 values: half the bytes, with four
+            significant bits per value. Results return in bfloat16. Needs `dispatcher="nvlink"`.
         deadline_s: longest wait for any rank, in seconds, > 0.
-        debug: compare every collective over all ranks before it is issued, and name the first that differs; slow.
-        fuse_norms: run each RMSNorm as one kernel: shorter decode steps on GPUs, other last bits.
+        debug: compare every collective on all ranks before it is issued, and name the first difference; slow.
+        fuse_norms: run each RMSNorm as one kernel: decode steps on GPUs are shorter, the last bits of results differ.
         placement: which ranks hold which experts, from `lockstep.place`; contiguous shares by default.
-        count_expert_load: count on the device what comes to each expert, see `ModelParallel.expert_load`.
+        count_expert_load: count the rows of each expert on the device, see `ModelParallel.expert_load`.
 
     Raises:
         ConfigurationError: naming the option, its limit and its value.

@@ -1,4 +1,4 @@
-"""This rank's own part of a spread model, sealed: wrappers overwrite experts and slices in silence."""
+"""Guards this rank's part of a spread model: wrappers may overwrite its experts without an error."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _OVERWRITTEN = (
 
 
 class _Weight:
-    """A weight as it is now; `local` is this rank's part of a DTensor."""
+    """A weight's present state; `local` is this rank's part of a DTensor."""
 
     def __init__(self, parameter: torch.Tensor) -> None:
         self.parameter = parameter
         self.kind = type(parameter), parameter.shape
         self.local = _local(parameter)
-        # Nobody counts writes to a weight that was made under inference_mode.
+        # Tensors made under inference_mode have no count of writes.
         self.version = None if self.local.is_inference() else self.local._version
         self.address = 0 if self.local.is_meta else self.local.data_ptr()
         self.values = torch.zeros(0)  # spread evenly over the weight, on the host
@@ -44,7 +44,7 @@ class _Weight:
 
 
 class Seal:
-    """The weights of one module that each rank has another part of, as they were when they were spread."""
+    """The state, since they were spread, of one module's weights that differ from rank to rank."""
 
     def __init__(self, model: str, name: str, module: Any, adapters: ExpertsAdapters | None = None) -> None:
         self._model, self._name, self._module = model, name, module
@@ -52,12 +52,12 @@ class Seal:
         self.accept()
 
     def accept(self) -> None:
-        """Take the weights as they are now for right."""
+        """Accept the present weights as correct."""
         self._sealed = self._look()
         self._count = len(self._module._parameters)
 
     def check(self) -> None:
-        """Raise if somebody has written, moved or replaced a weight, without reading them: cheap, for every step."""
+        """Raise if a weight was written, moved or replaced. Cheap enough for every step, since no values are read."""
         found = self._module._parameters
         for name, weight in self._sealed.items():
             if found.get(name) is not weight.parameter:
@@ -75,7 +75,7 @@ class Seal:
             )
 
     def check_values(self) -> None:
-        """Raise if a weight was not only moved or cast between steps; reads a few values of each expert."""
+        """Raise if weights changed between steps by more than a move or a cast; reads a few values of each expert."""
         if self._adapters is not None and self._adapters.settle():
             self.accept()  # what PEFT has merged is this rank's own
             return
@@ -123,7 +123,7 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 
 class OwnWeights:
-    """What only this rank has of a model: experts by layer, adapters around each, and names without PEFT's wrappers."""
+    """This rank's own part of a model: experts and their adapters by layer, and the layers' names without wrappers."""
 
     def __init__(self, model: Any) -> None:
         weights_are_there(model)
@@ -149,12 +149,12 @@ class OwnWeights:
         ]
 
     def place(self) -> tuple[Any, ...]:
-        """Return what layers are made for: the dtype and device that the model has now, and where it has adapters."""
+        """Return what layers depend on: the model's present dtype and device, and which layers have adapters."""
         weight = self._model.get_input_embeddings().weight
         return weight.dtype, weight.device, *(bool(experts.adapters) for experts in self.experts)
 
     def adapters_summary(self) -> str:
-        """Return which adapters the experts have, to be compared over the ranks."""
+        """Return the adapters of the experts as text, to be compared over the ranks."""
         return "; ".join(sorted({text for one in self.adapters if (text := one.summary())})) or "none"
 
     def _read_adapters(self) -> None:
@@ -167,7 +167,7 @@ class OwnWeights:
                 )
 
     def check(self) -> None:
-        """Raise if somebody has written the weights or runs the experts by other means; cheap, for every step."""
+        """Raise if weights were written, or if experts run by another implementation. Cheap enough for every step."""
         for seal in self._seals:
             seal.check()
         for name, experts in zip(self.names, self.experts, strict=True):
@@ -179,12 +179,12 @@ class OwnWeights:
                 )
 
     def accept(self) -> None:
-        """Take the weights as they are now for right."""
+        """Accept the present weights as correct."""
         for seal in self._seals:
             seal.accept()
 
     def complaint(self) -> str:
-        """Return what is wrong with this rank's weights, for all ranks to hear; empty where nothing is."""
+        """Return what is wrong with this rank's weights, to be told to all ranks; empty if nothing is."""
         try:
             for seal in self._seals:
                 seal.check_values()

@@ -1,4 +1,4 @@
-"""The parallel state of a model that is spread over the ranks: its layers, the groups of its ranks, its steps."""
+"""The parallel state of a model that is spread over ranks: its layers, groups and steps."""
 
 import contextlib
 import json
@@ -55,16 +55,16 @@ class ModelParallel:
         with parallel.step(decision) as step:
             logits = model(...)
 
-    An engine that goes on while the device works uses `begin` in place of `step`, and `Step.wait` before it trusts what
-    came out. One that captures CUDA graphs runs the model inside `layers.begin_capture(...)`, and later replays the
-    graph, and says `Step.replayed()`, inside a step whose `captures` is true.
+    An engine that does other work while the device runs uses `begin` instead of `step`, and calls `Step.wait` before it
+    uses the outputs. An engine with CUDA graphs captures the model inside `layers.begin_capture(...)`; later, inside a
+    step whose `captures` is true, it replays the graph and calls `Step.replayed()`.
 
     Attributes:
         layers: the MoE layers in forward order; filled by `open`.
         coordinator: filled by `open`.
-        peers: where the other ranks are, and what this one did last; filled by `open`.
+        peers: where the other ranks are, and this rank's last events; filled by `open`.
         session: the `join` block that the model is in, if any.
-        weights: what only this rank has of the model.
+        weights: this rank's own part of the model.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ModelParallel:
         self.session: Session | None = None
         self._attention_group = attention_group
         self._start = Start(process_group)
-        # Keys of its own: a second model would otherwise read what the ranks said about the first.
+        # Unique keys: a second model would otherwise read what the ranks wrote about the first one.
         number = self._start.next_number("model")
         self._store = dist.PrefixStore(str(number), self._start.store)
         self._groups: list[dist.ProcessGroup] = []
@@ -112,10 +112,10 @@ class ModelParallel:
         )
 
     def open(self) -> None:
-        """Meet all ranks, check that they are set up alike, and open groups where there are none that may be used.
+        """Meet all ranks, compare their settings, and open groups unless the present ones can still be used.
 
-        Raised on all ranks: `RankMismatchError` names the setting that differs, and each rank's value;
-        `ConfigurationError` a rank's own weights that were overwritten or replaced since.
+        Errors are raised on all ranks: `RankMismatchError` with the setting that differs and each rank's value;
+        `ConfigurationError` if a rank's own weights were overwritten or replaced.
         """
         complaint = self.weights.complaint()
         if not complaint and self.weights.place() != self._probed_place:  # the model was cast or moved since
@@ -144,32 +144,32 @@ class ModelParallel:
 
     @property
     def is_open(self) -> bool:
-        """Whether there are groups that `open` opened; they need not be usable any more."""
+        """Whether there are groups from `open`; after a failure they may be unusable."""
         return self._epoch >= 0
 
     def close(self) -> None:
-        """Let go of the groups that `open` opened; the next `open` makes new ones."""
+        """Drop the groups from `open`; the next `open` makes new ones."""
         if self.is_open:
             self.peers.close()
         for group in self._groups:
-            # Not destroyed before the process ends: torch gives a destroyed group's name to the next one of the same
-            # ranks, which then finds the old addresses in the store and connects to nobody (seen on gloo).
+            # Not destroyed before the process ends: torch would give the group's name to the next group of these ranks,
+            # which would find the old addresses in the store and connect to nobody (seen on gloo).
             watch_group(group, None)
         self._groups, self._epoch = [], -1
 
     def begin(self, decision: StepDecision) -> Step:
-        """Begin an agreed step, see `MoELayers.begin`; the model runs inside `with` it. No wait for the device."""
+        """Begin an agreed step, see `MoELayers.begin`; run the model inside `with`. Does not wait for the device."""
         return self.layers.begin(decision.num_tokens_across_dp)
 
     @contextlib.contextmanager
     def step(self, decision: StepDecision) -> Iterator[Step]:
-        """Run one forward pass of the model inside, and wait until the device has done it."""
+        """A step for one forward pass, run inside `with`; the end waits for the device."""
         with self.begin(decision) as step:
             yield step
         step.wait()
 
     def run_idle_step(self, decision: StepDecision) -> None:
-        """Take part in a step without rows: this rank's experts run for the others, nothing else does."""
+        """Take part in a step without rows: only this rank's experts run, for the rows of other ranks."""
         with self._idle_stream(), self.begin(decision) as step:
             self.weights.check()
             if self._graphs is not None and step.captures:
@@ -188,7 +188,7 @@ class ModelParallel:
         return output
 
     def check_all_layers_ran(self, step: Step | None) -> None:
-        """Raise where MoE layers did not run over the ranks in a forward pass that has ended."""
+        """Raise if some MoE layers did not run over the ranks in a forward pass that has ended."""
         ran = 0 if step is None else step.next_layer
         if ran < len(self.layers):
             raise ConfigurationError(
@@ -197,7 +197,7 @@ class ModelParallel:
             )
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Give every rank what each rank has, `[ranks]`, outside of steps. Collective; an error closes the groups."""
+        """Return every rank's bytes, `[ranks]`. Collective, outside of steps; an error closes the groups."""
         try:
             self.peers.mark(Phase.MERGE)
             return gather_bytes(data, self._groups[0], self.options.deadline_s)
@@ -206,7 +206,7 @@ class ModelParallel:
             raise
 
     def expert_load(self) -> ExpertLoad:
-        """Return what came to each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
+        """Return the rows of each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
         if not self._load:
             raise ConfigurationError("nothing has counted the expert load: pass count_expert_load=True, and enter join")
         counts = [load.tolist() for load in self._load]
@@ -216,7 +216,7 @@ class ModelParallel:
         return ExpertLoad.of_slots(self.model.config.model_type, self.options.placement or even, everyones)
 
     def accept_weights(self) -> None:
-        """Take this rank's weights as they are now for right, after each rank has written its own part on purpose."""
+        """Accept this rank's present weights as correct, after each rank has written its own part on purpose."""
         self.weights.accept()
 
     def current_step(self) -> Step | None:
@@ -226,7 +226,7 @@ class ModelParallel:
 
     @contextlib.contextmanager
     def _idle_stream(self) -> Iterator[None]:
-        """Idle steps go on a stream of their own: the script's may stand in a barrier that other ranks come to late."""
+        """A stream for idle steps only: the script's own may be blocked by a barrier that other ranks reach late."""
         device = self.device
         if device.type != "cuda":
             yield
@@ -269,7 +269,7 @@ class ModelParallel:
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
 
     def _make_layers(self, groups: Groups, can_map: bool) -> list[MoELayer]:
-        """Make the layers, in forward order, with their kernels loaded. Collective."""
+        """Return the layers in forward order, with loaded kernels. Collective."""
         options, config = self.options, self.config
         wanted = DispatcherOptions(
             deadline_s=options.deadline_s, max_rows_per_rank=options.max_chunk_size_per_rank, fp8=options.fp8_dispatch,
@@ -304,7 +304,7 @@ class ModelParallel:
         return layers
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same on all ranks, small and by name; each rank may have a deadline of its own."""
+        """Return the settings that must be equal on all ranks, by name; deadlines may differ."""
         first, placement = self._shapes[0], self.options.placement
         options = {name: value for name, value in vars(self.options).items() if name not in ("placement", "deadline_s")}
         return options | {
@@ -324,7 +324,7 @@ class ModelParallel:
 
 
 def parallel_of(model: Any) -> ModelParallel | None:
-    """Return the `ModelParallel` of a model that is spread over the ranks, or of a module that holds it; or None."""
+    """Return the `ModelParallel` of a spread model, or of a module that holds one; None for other models."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
     return next(
         (found for module in modules if (found := getattr(module, "__dict__", {}).get("_lockstep_parallel"))), None

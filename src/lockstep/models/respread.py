@@ -1,4 +1,4 @@
-"""A model that is spread over ranks, spread anew over the members of another epoch: only missing experts are read."""
+"""Spreads a model anew over the members of another epoch; only missing experts are read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lockstep.moe.survivors import to_read
 
 
 class Respreader:
-    """Gives this rank's model other experts, as often as ranks are lost or come back.
+    """Changes the experts of this rank's model whenever ranks are lost or come back.
 
     Args:
-        path: of the checkpoint.
+        path: folder or Hub id of the checkpoint.
         options: of the model over its ranks.
-        store: in which all ranks, also those that come back, find which files the first one has loaded.
-        how_loaded: for `load_pretrained`.
+        store: holds which files the first rank has loaded, for all ranks, including those that come back.
+        how_loaded: arguments of `load_pretrained`.
     """
 
     def __init__(self, path: str, options: ParallelOptions, store: dist.Store, **how_loaded: Any) -> None:
@@ -36,17 +36,17 @@ class Respreader:
         self._files: bytes = store.compare_set("checkpoint", "", _files_of(path))
 
     def load_alone(self, rank: int, num_ranks: int, device: Any) -> Any:
-        """Load what a rank of all ranks holds at first, without the others; None for this rank's device."""
+        """Load a rank's initial part without the other ranks; None for this rank's device."""
         placement = self._options.placement
         return self._load(ep_rank=rank, ep_size=num_ranks, placement=placement, device=own_device(device))
 
     def first_placement(self, model: Any, num_ranks: int) -> Placement:
-        """Return what all ranks hold at first."""
+        """Return the initial placement over all ranks."""
         layers = find_experts(model)
         return self._options.placement or Placement.even(len(layers), slots_held(layers[0][1])[1], num_ranks)
 
     def spread(self, model: Any, placement: Placement) -> None:
-        """Hold what a placement over all members says, and work among them. Groups of earlier ones must be closed."""
+        """Take the experts of a placement over the members, and open their groups; earlier groups must be closed."""
         parallel, modules, process_group = parallel_of(model), find_experts(model), dist.group.WORLD
         assert process_group is not None
         config = parallel_config(process_group, 1)
@@ -67,7 +67,7 @@ class Respreader:
         attach(ModelParallel(model, config, process_group, replace(self._options, placement=placement)))
 
     def _read(self, placement: Placement, in_fp8: bool) -> dict[str, Any]:
-        """Experts modules with the experts of a placement's first rank; of dense weights, views are made at most."""
+        """Load modules with the experts of a placement's first rank; dense weights stay views of the files."""
         part = {"ep_rank": 0, "ep_size": placement.num_ranks, "placement": placement}
         return dict(find_experts(self._load(**part, quantize_experts="fp8" if in_fp8 else "none")))
 
@@ -78,6 +78,6 @@ class Respreader:
 
 
 def _files_of(path: str) -> str:
-    """Name, size and time of a folder's weights; a Hub id's never change in the cache."""
+    """Return name, size and time of a folder's weight files; those of a Hub id never change in the cache."""
     found = sorted(Path(path).glob("*.safetensors"))
     return json.dumps([(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in found])

@@ -10,8 +10,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 
-# With 0.02, the usual value, the experts hardly matter to the tokens: zeroing all of them left 15 of 20 outputs as they
-# were, so that a comparison of tokens would have proved nothing.
+# With 0.02, the usual value, experts hardly affect the tokens: with all experts set to zero, 15 of 20 outputs stayed
+# the same, so a comparison of tokens would prove nothing.
 INITIALIZER_RANGE = 0.15
 ARCHITECTURES = ("qwen3_moe", "mixtral")
 _NUM_BYTES = 256
@@ -33,7 +33,7 @@ def make_tiny(
     num_experts_per_token: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Make a small random model with a byte tokenizer, the same for one seed, and save it in the folder returned."""
+    """Save a small random model with a byte tokenizer and return its folder; a seed always gives the same model."""
     if architecture not in ARCHITECTURES:
         raise ConfigurationError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     if hidden_size < 16 or hidden_size % 16:
@@ -60,7 +60,7 @@ def make_tiny(
 
 
 def byte_tokenizer() -> Any:
-    """Make a tokenizer of Transformers: ids 0..255 are bytes of UTF-8, then begin, end and padding of a sequence."""
+    """Make a Transformers tokenizer: ids 0..255 are UTF-8 bytes, 256..258 begin, end and padding of a sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Names of Transformers that no release promises to keep: all that Lockstep uses, in one file, each with a test.
+"""Private names of Transformers: every one that Lockstep uses is in this file and has a test.
 
 Tried with 5.17 to 5.24. Where a name differs between those releases, the difference is resolved here.
 """
@@ -31,11 +31,11 @@ def sharding_class(
     local_parameters_of: Collection[str],
     keeps_fp8: bool = False,
 ) -> Any:
-    """Make a subclass whose `from_pretrained` calls us in Transformers' own place for distributing a model.
+    """Make a subclass whose `from_pretrained` calls `distribute` where Transformers would distribute the model.
 
-    Transformers' loader reads of a DTensor only the local part. `distribute` gets the empty model, on the meta device;
-    `on_loaded` the model and the loading info before what is missing is made up; `on_finished` both at the end. For
-    modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part. With
+    For a DTensor, Transformers' loader reads only the local part. `distribute` gets the empty model on the meta device;
+    `on_loaded` gets the model and the loading info before missing weights are initialised, `on_finished` at the end.
+    For modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part. With
     `keeps_fp8`, experts of an fp8 checkpoint are not dequantised, and their scales are parameters too.
     """
 
@@ -53,7 +53,7 @@ def sharding_class(
             return model
 
         def get_parameter(self, target: str) -> Any:
-            # Conversions compare what was read, this rank's part, with the parameter's shape.
+            # Conversions compare the shape of what was read, this rank's part, with the parameter's.
             parameter = super().get_parameter(target)
             is_local = target.rpartition(".")[0] in local_parameters_of
             return getattr(parameter, "_local_tensor", parameter) if is_local else parameter
@@ -71,21 +71,21 @@ def sharding_class(
             on_finished(model, loading_info)
             return loading_info
 
-    # Transformers keeps tables by the class's printed name, which must be the same when the class is put back.
+    # Transformers keeps tables by the class's printed name, so the subclass must have the same name.
     Sharding.__module__, Sharding.__name__ = model_class.__module__, model_class.__name__
     Sharding.__qualname__, Sharding.__doc__ = model_class.__qualname__, model_class.__doc__
     return Sharding
 
 
 def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type: str) -> torch.Tensor:
-    """Return a DTensor, on the meta device, of which Transformers' loader reads these experts only.
+    """Return a DTensor on the meta device, so that Transformers' loader reads only these experts.
 
-    Its mesh carries their numbers, and has the weights' kind of device, to which a DTensor moves what is put into it.
+    Its mesh carries their numbers, and has the device type of the weights, since a DTensor moves its values there.
     """
     from transformers import core_model_loading
 
     core_model_loading.DtensorShardOperation = _reading_experts(core_model_loading.DtensorShardOperation)
-    # The name tells the meshes of one process apart, of which torch takes equal ones for the same.
+    # A unique mesh name: torch treats equal meshes of one process as the same mesh.
     name = f"experts {experts}"
     mesh: Any = DeviceMesh(device_type, torch.arange(1), mesh_dim_names=(name,), _init_backend=False, _rank=0)
     mesh.experts = experts
@@ -94,7 +94,7 @@ def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type
 
 
 def like_part(local: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """Return the DTensor that is divided like `parameter` and has this local part; `local` if `parameter` is none."""
+    """Return a DTensor divided like `parameter` with this local part; just `local` if `parameter` is no DTensor."""
     if not isinstance(parameter, DTensor):
         return local
     shape = torch.Size((len(parameter), *local.shape[1:]))
@@ -104,7 +104,7 @@ def like_part(local: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 @functools.cache
 def _reading_experts(operation: Any) -> Any:
-    """The loader's reading of a DTensor's part, which knows contiguous shares only, made to know ours too."""
+    """Extend the loader, which can read only contiguous shares of a DTensor, to read the experts that we list."""
     if operation.__module__ == __name__:
         return operation
 
@@ -132,7 +132,7 @@ def _reading_experts(operation: Any) -> Any:
 
 
 def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
-    """Return the loader's conversions, changed to collect values and scales of experts instead of dequantising them."""
+    """Return the loader's conversions, changed to keep values and scales of experts instead of dequantising them."""
     changed: list[Any] = []
     for conversion in mapping:
         first, *others = getattr(conversion, "operations", None) or [None]
@@ -153,8 +153,8 @@ def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
 def _dequantising_all(operation: Any) -> Any:
     """Correct the loader's dequantisation of fp8 checkpoints in two cases.
 
-    Sizes that end within a block, such as DeepSeek-V3's 576; and weights that are not in fp8, which would keep the
-    dtype of the files.
+    Sizes that are not a multiple of the block, such as DeepSeek-V3's 576; and weights that are not in fp8, which would
+    keep the dtype of the files.
     """
     if operation.__module__ == __name__:
         return operation
@@ -184,21 +184,21 @@ def _dequantising_all(operation: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of what these names belong to."""
+    """Return the installed versions of the packages that these names belong to."""
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def no_distribution() -> Any:
-    """Return a `DistributedConfig` that asks for nothing; without one the loader does not distribute at all."""
+    """Return an empty `DistributedConfig`; without one the loader never calls `distribute`."""
     from transformers.distributed import DistributedConfig
 
     return DistributedConfig()
 
 
 def split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: Iterable[str]) -> None:
-    """Apply an empty model's own tensor-parallel plan over a one-dimensional mesh, all but its rules for experts."""
+    """Apply an empty model's own tensor-parallel plan, without its rules for experts, over a one-dimensional mesh."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     # Rules are written for all layers at once: `model.layers.*.mlp.experts`.
@@ -211,7 +211,7 @@ def split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: Iterable[str]
     if hasattr(model, "_expand_parallel_plan"):  # since 5.23: one rule per module
         apply_tensor_parallelism(model, tp_mesh, model._expand_parallel_plan(plan))
         return
-    # Older releases refuse to split an output that the ranks do not divide and that is gathered: it stays whole.
+    # Older releases refuse to split a gathered output whose size the ranks do not divide: it stays whole.
     for name, module in model.named_modules():
         if "gather" in plan.get(name, "") and module.weight.shape[0] % tp_mesh.size():
             del plan[name]
@@ -226,32 +226,32 @@ def split_attention(model: Any, tp_mesh: DeviceMesh, expert_names: Iterable[str]
 
 
 def mark_loaded(parameter: torch.nn.Parameter) -> None:
-    """Tell Transformers that a parameter has its values, so that it makes none up."""
+    """Mark a parameter as loaded, so that Transformers does not initialise it."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def may_be_missing(model: Any, key: str) -> bool:
-    """Say whether a weight that the files lack is no fault: it is tied to another, or the architecture says so."""
+    """Return whether the files may lack a weight: it is tied to another weight, or the architecture allows it."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     return key in getattr(model, "all_tied_weights_keys", {}) or any(re.search(pattern, key) for pattern in patterns)
 
 
 def text_class_of(config: Any) -> Any:
-    """Return the class that generates text with a config; None where Transformers has none."""
+    """Return the class that generates text with a config; None if Transformers has none."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def class_from_folder(reference: str, folder: str) -> Any:
-    """Import a class from code that comes with a checkpoint."""
+    """Import a class from a checkpoint's own code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return get_class_from_dynamic_module(reference, folder)
 
 
 def dequantisation_config(method: str, settings: dict[str, Any]) -> Any:
-    """Return what makes the loader undo a quantisation by Transformers' method of that name, such as `fp8`."""
+    """Return a config by which the loader undoes one of Transformers' quantisation methods, such as `fp8`."""
     from transformers.integrations import finegrained_fp8
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -260,31 +260,31 @@ def dequantisation_config(method: str, settings: dict[str, Any]) -> Any:
 
 
 def register_experts(name: str, function: Callable[..., torch.Tensor]) -> None:
-    """Make a function one of Transformers' experts implementations."""
+    """Register a function as one of Transformers' experts implementations."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def route_experts(module: Any, name: str) -> None:
-    """Let an experts module run by the implementation of that name."""
+    """Make an experts module use the implementation of that name."""
     module.config._experts_implementation = name
 
 
 def experts_route(module: Any) -> str | None:
-    """Return the name of the implementation that an experts module runs by."""
+    """Return the name of an experts module's implementation."""
     return module.config._experts_implementation
 
 
 def is_experts_module(module: torch.nn.Module) -> bool:
-    """Say whether a module holds routed experts: it has what `use_experts_implementation` sets, and 3-D weights."""
+    """Return whether a module holds routed experts: attributes of `use_experts_implementation`, and 3-D weights."""
     is_decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     down_proj = module._parameters.get("down_proj")
     return is_decorated and isinstance(down_proj, torch.Tensor) and down_proj.ndim == 3
 
 
 def transformers_model_in(model: Any) -> Any:
-    """Return the Transformers model in a wrapper such as PEFT's, or what was passed; wrappers that wait are refused."""
+    """Return the Transformers model in a wrapper such as PEFT's, else `model`; refuse wrappers with collectives."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, torch.nn.Module):

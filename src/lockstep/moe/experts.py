@@ -28,7 +28,7 @@ def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 class LocalExperts:
-    """This rank's experts as one function of rows: gate and up product, activation, down product. No weights of pairs.
+    """This rank's experts as one function of rows: gate and up product, activation, down product; not weighted.
 
     Works on any module that follows the experts interface of Transformers (`use_experts_implementation`), by its
     attributes: `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`es where `has_bias`, `_apply_gate` or `act_fn`,
@@ -55,7 +55,7 @@ class LocalExperts:
 
     @classmethod
     def from_tensors(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> LocalExperts:
-        """Make gated SiLU experts of `[experts, 2 * intermediate, hidden]`, gate first, and the down product's."""
+        """Make gated SiLU experts: `[experts, 2 * inner, hidden]`, gate rows first, and `[experts, hidden, inner]`."""
         return cls(SimpleNamespace(gate_up_proj=gate_up_proj, down_proj=down_proj, _apply_gate=silu_and_multiply))
 
     @property
@@ -112,7 +112,7 @@ class LocalExperts:
 
     @torch.compiler.disable
     def alone(self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """Run a layer whose experts are all here: weighted sums of `[num_rows, hidden]`. No count leaves the device."""
+        """Run a layer whose experts are all here: weighted sums, `[num_rows, hidden]`. No count leaves the device."""
         num_rows, top_k = topk_ids.shape
         ids, pairs = topk_ids.flatten().sort(stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.num_local_experts + 1, dtype=ids.dtype, device=ids.device))
@@ -122,7 +122,7 @@ class LocalExperts:
 
     @functools.cached_property
     def _clamp(self) -> tuple[float, float] | None:
-        """`Extras.clamp` of the module's gate, found by trying it on numbers; None for one that our kernels lack."""
+        """The gate's `Extras.clamp`, found by a trial on sample values; None if our kernels cannot compute the gate."""
         module = self.module
         gate = torch.tensor([0.0, 0.3, -0.7, 1.0, -2.0, 3.0, -5.0, 8.0, -13.0, 40.0, -900.0, 1000.0])
         up = gate.roll(5)
@@ -139,7 +139,7 @@ class LocalExperts:
 
     @property
     def run_on_device(self) -> bool:
-        """Whether `on_device` can run these experts: gated as our kernels gate, bfloat16 or fp8, without adapters."""
+        """Whether `on_device` can run these experts: bfloat16 or fp8, a gate that our kernels compute, no adapters."""
         module = self.module
         if self.adapters or not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
             return False
@@ -151,7 +151,7 @@ class LocalExperts:
         return weights_fit and self._clamp is not None
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, Extras]:
-        """The weights as `[experts, out, in]`, and what our kernels need to know besides."""
+        """Both weights as `[experts, out, in]`, and the kernels' further arguments."""
         from lockstep.moe.experts_kernels import NO_EXTRAS, Extras
 
         module = self.module
@@ -180,7 +180,7 @@ class LocalExperts:
         expert_offsets: torch.Tensor,
         rows_per_expert: float,
     ) -> torch.Tensor:
-        """Run pairs whose number only the device knows; `rows_per_expert`, as expected, chooses the kernel alone."""
+        """Run pairs whose number only the device knows; `rows_per_expert`, an estimate, only chooses the kernel."""
         from lockstep.moe.experts_kernels import few_rows_experts, many_rows_experts
 
         if self._check_weights is not None:
@@ -189,7 +189,7 @@ class LocalExperts:
         return run(hidden_states, scales, gather_index, expert_offsets, *self._weights())
 
     def warm_up(self, capacity: int, fp8: bool) -> None:
-        """Load the kernels of `on_device` for gather indices of `capacity`, before a step that peers wait in."""
+        """Load the kernels of `on_device` for gather indices `[capacity]`, so that no step waits for a compiler."""
         weight = self.module.down_proj
         num_local_experts, *sizes = weight.shape
         hidden = sizes[1 if getattr(self.module, "is_transposed", False) else 0]
@@ -208,9 +208,11 @@ def _grouped_linear(
     rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool = False,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`rows[i] @ weight[expert of i]`; the weight is `[experts, out, in]`, or `[experts, in, out]` if transposed.
+    """Multiply each row by its expert's weight: `[num_rows, in]` to `[num_rows, out]`.
 
-    In the weight's dtype; with `scales` the weight is fp8, and each expert that has rows is dequantised to theirs.
+    Rows are sorted by expert; `offsets[e]` is where the rows of expert e end. The weight is `[experts, out, in]`, or
+    `[experts, in, out]` if transposed, and rows are cast to its dtype. With `scales` the weight is fp8: each expert
+    that has rows is dequantised to the dtype of the rows.
     """
     per_expert = weight if is_transposed else weight.transpose(-2, -1)
     if scales is None:
@@ -235,7 +237,7 @@ def kernels_read_fp8(device: torch.device) -> bool:
 
 
 def _grouped_mm_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `grouped_mm` takes these operands: its dtypes, and rows of whole 16 bytes on both sides."""
+    """Whether `grouped_mm` takes these operands: supported dtypes, rows aligned to 16 bytes on both sides."""
     nbytes = [length * weight.element_size() for length in (rows.shape[1], *weight.shape[1:])]
     return (
         weight.dtype in _GROUPED_DTYPES

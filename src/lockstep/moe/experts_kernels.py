@@ -22,17 +22,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @dataclass(frozen=True)
 class Extras:
-    """What experts have beside two plain bfloat16 weights, `[experts, 2 * intermediate, hidden]` with gate rows first.
+    """Further arguments of the experts' kernels; by default bfloat16 weights, no biases and `silu(gate) * up`.
 
     Attributes:
-        gate_up_scales: where both weights are float8_e4m3fn, one for each 128 x 128 values,
-            `[experts, 2 * intermediate / 128, hidden / 128]`, float32.
-        down_scales: the same, `[experts, hidden / 128, intermediate / 128]`.
+        gate_up_scales: scales of fp8 weights, one per block of 128 x 128 values, float32,
+            `[experts, 2 * intermediate / 128, hidden / 128]`. Both weights must be float8_e4m3fn.
+        down_scales: the same for the down product, `[experts, hidden / 128, intermediate / 128]`.
         gate_up_bias: `[experts, 2 * intermediate]`, in the order of the weight's rows.
         down_bias: `[experts, hidden]`.
-        interleaved: gate and up rows come in turns.
-        clamp: `(alpha, limit)` of gpt-oss's gate, `(up + 1) * gate * sigmoid(alpha * gate)` with gate at most `limit`
-            and up within it; zeros for `silu(gate) * up`.
+        interleaved: gate and up rows alternate; by default all gate rows come first.
+        clamp: `(alpha, limit)` of gpt-oss's gate: `(up + 1) * gate * sigmoid(alpha * gate)`, with gate clamped to at
+            most `limit` and up to `-limit..limit`. `(0, 0)` is `silu(gate) * up`.
     """
 
     gate_up_scales: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from lockstep.moe.placement import Placement, check_slots
 
 
 def widened(placement: Placement, num_lost: int) -> Placement:
-    """Return a placement with empty slots for the experts of so many lost ranks.
+    """Return a placement with empty slots that have room for the experts of `num_lost` lost ranks.
 
     Example:
         >>> widened(Placement.even(num_layers=1, num_experts=6, num_ranks=3), 1).physical_to_logical
@@ -24,7 +24,7 @@ def widened(placement: Placement, num_lost: int) -> Placement:
 
 
 def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
-    """Return the placement of ranks at places `left`: each expert that nobody has now goes to who has fewest.
+    """Return the placement over the ranks `left`; each expert that none of them holds goes to the rank with the fewest.
 
     Example:
         >>> without_lost(Placement.even(num_layers=1, num_experts=6, num_ranks=3), [0, 2]).physical_to_logical
@@ -40,10 +40,14 @@ def without_lost(placement: Placement, left: Sequence[int]) -> Placement:
 
 
 def placement_of_epoch(first: Placement, epochs: Sequence[Sequence[int]]) -> Placement:
-    """Return the placement of the last of these epochs, given the members of each, and the placement before them.
+    """Return the placement of the latest epoch.
 
-    Members keep what they hold where ranks are only lost. When a rank comes back, each member has its first experts
-    again, and those of the ranks that are still lost are dealt anew.
+    While ranks are only lost, each member keeps its experts. When a rank comes back, every member returns to its
+    initial experts, and the experts of ranks that are still lost are distributed again.
+
+    Args:
+        first: the placement of all ranks at the start.
+        epochs: the members of each epoch so far, oldest first, as rank numbers of `first`.
 
     Example:
         >>> first = Placement.even(num_layers=1, num_experts=6, num_ranks=3)
@@ -60,7 +64,7 @@ def placement_of_epoch(first: Placement, epochs: Sequence[Sequence[int]]) -> Pla
 
 
 def to_read(layers: Sequence[Collection[int]], num_experts: int) -> Placement:
-    """Return a placement whose first rank holds just these experts of each layer, for a loader that is to read them."""
+    """Return a placement whose first rank holds exactly these experts per layer, so that a loader reads no others."""
     most = max(1, *map(len, layers))
     held = []
     for wanted in layers:
