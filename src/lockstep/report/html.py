@@ -167,11 +167,10 @@ def _body(
     if expert_load is not None:
         yield _section("Rows per expert", _reading_of(expert_load), '<div id="experts"></div>')
     if data["latencies"]:
-        if summary.get("clock") in CLOCK_WORDS:
-            yield f"<p>{CLOCK_WORDS[summary['clock']]}</p>"
-        curves = enumerate(data["latencies"])
+        clock = CLOCK_WORDS.get(summary.get("clock", ""), "")
         sections = (
-            _section(item["title"], item["reading"], f'<div id="latency{index}"></div>') for index, item in curves
+            _section(item["title"], f"{item['reading']} {'' if index else clock}", f'<div id="latency{index}"></div>')
+            for index, item in enumerate(data["latencies"])
         )
         yield f'<div class="columns">{"".join(sections)}</div>'
     if requests:
@@ -220,7 +219,7 @@ def _reading_of(load: ExpertLoad) -> str:
     return (
         "Rows that chose each expert, compared with the mean of its layer. "
         f"The hottest is expert {expert} of MoE layer {layer}, with {over_mean[layer, expert]:.1f} times the mean. "
-        f"The busiest of {num_ranks} ranks had <b>{had:.2f} times</b> the ranks' mean of the experts' work{unplaced}."
+        f"Over all layers, the busiest of {num_ranks} ranks had <b>{had:.2f} times</b> the ranks' mean{unplaced}."
     )
 
 
@@ -228,8 +227,9 @@ def _cards(summary: Mapping[str, Any], table: StepTable, loss: Mapping[str, Any]
     """Yield value, words and CSS class of what the page shows at the top."""
     if "verified" in summary:
         differ = f"verified: {summary.get('mismatches')} outputs differ"
+        within = "" if summary.get("dtype") == "float32" else ", within the tolerance"
         yield {
-            True: ("yes", "verified: every output equals one process's", "card"),
+            True: ("yes", f"verified against one process{within}", "card"),
             False: ("NO", differ, "card bad"),
             None: ("not compared", "outputs", "card"),
         }[summary["verified"]]

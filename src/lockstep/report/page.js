@@ -353,23 +353,33 @@ function drawSettings() {
   const label = 68, wide = Math.max(100, $("settings").clientWidth - 90 - label);  // pixels of a label, and of all points
   const chart = frame("settings", { height: 400, x: { range: [least - label / wide * span, least + 1.05 * span], label: DATA.settings_axes[0] },
     y: { range: [0, 1.08 * height], label: DATA.settings_axes[1] } });
-  // Where labels of one name would overlap, only the lowest point bears it.
-  const named = (item) => !all.some((other) => other.label === item.label && other.y < item.y &&
-    Math.abs(chart.x(other.x) - chart.x(item.x)) < label && chart.y(other.y) - chart.y(item.y) < 40);
-  // A label stands to the left of its point, or to the right where another point would cover it.
-  const crowded = (item) => all.some((other) => Math.abs(chart.y(other.y) - chart.y(item.y) - 12) < 12 &&
-    chart.x(other.x) > chart.x(item.x) - label && chart.x(other.x) < chart.x(item.x) - 4);
+  const places = new Map();  // the settings at each place, the least lost time first: points at one place share a label
+  for (const item of [...all].sort((one, other) => one.y - other.y)) {
+    const place = `${Math.round(chart.x(item.x))},${Math.round(chart.y(item.y))}`;
+    places.set(place, [...(places.get(place) || []), item]);
+  }
   groups.forEach((group, index) => {
     const items = all.filter((item) => item.group === group), paint = lineColor(index);
     const points = items.map((item) => `${chart.x(item.x)},${chart.y(item.y)}`).join(" ");
     shape(chart.svg, "polyline", { points, fill: "none", stroke: paint, "stroke-width": 1.8, "stroke-dasharray": DASHES[index % 8] });
-    for (const item of items) {
-      shape(chart.svg, "circle", { cx: chart.x(item.x), cy: chart.y(item.y), r: 5, fill: paint }, undefined,
-        `${item.name}: ${item.y.toFixed(1)} % lost, ${short(item.x)} s`);
-      if (named(item)) shape(chart.svg, "text", { x: chart.x(item.x) + (crowded(item) ? 9 : -7), y: chart.y(item.y) + 16,
-        "text-anchor": crowded(item) ? "start" : "end" }, item.label);
-    }
+    for (const item of items) shape(chart.svg, "circle", { cx: chart.x(item.x), cy: chart.y(item.y), r: 5, fill: paint });
   });
+  // A label is below or above its point, to the left or to the right, where nothing else is; otherwise it is left out.
+  const taken = all.map((item) => [chart.x(item.x) - 5, chart.y(item.y) - 5, chart.x(item.x) + 5, chart.y(item.y) + 5]);
+  for (const items of places.values()) {
+    const x = chart.x(items[0].x), y = chart.y(items[0].y), kind = items[0].label.replace(/\S*$/, "");
+    const text = kind + [...new Set(items.map((item) => item.label.replace(kind, "")))].join(", ");  // delay 0, 10, 30
+    shape(chart.svg, "circle", { cx: x, cy: y, r: 7, fill: "transparent" }, undefined,
+      items.map((item) => `${item.name}: ${item.y.toFixed(1)} % lost, ${short(item.x)} s`).join("\n"));
+    for (const [side, below] of [[-1, 16], [1, 16], [-1, -8], [1, -8]]) {
+      const start = side < 0 ? x - 7 - 7 * text.length : x + 9, box = [start, y + below - 11, start + 7 * text.length, y + below + 3];
+      if (box[0] < chart.left || box[2] > chart.width || box[3] > chart.bottom) continue;
+      if (taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;
+      taken.push(box);
+      shape(chart.svg, "text", { x: side < 0 ? x - 7 : x + 9, y: y + below, "text-anchor": side < 0 ? "end" : "start" }, text);
+      break;
+    }
+  }
   if (groups.length > 1) legend("settings", groups.map((group, index) => [group, lineColor(index), DASHES[index % 8]]));
 }
 

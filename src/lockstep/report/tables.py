@@ -58,8 +58,8 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
     if summary["verified"] is None:
         return Text("not compared with one process")
     if summary["verified"]:
-        how = "the same" if summary["dtype"] == "float32" else "the same within the tolerance"
-        told = f": all {summary['compared_tokens']:,} tokens are {how} as in one process"
+        within = "" if summary["dtype"] == "float32" else ", within the tolerance"
+        told = f": all {summary['compared_tokens']:,} tokens are the same as in one process{within}"
         return Text.assemble(("verified", "green"), told)
     told = f": {summary['mismatches']} of {summary['requests']} outputs differ from those of one process"
     return Text.assemble(("NOT verified", "red"), told)
