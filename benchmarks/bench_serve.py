@@ -37,6 +37,7 @@ from serve_client import Answer, allow_files, ask, prompts_of, quantiles
 
 RANKS = 3
 NEW_TOKENS = 16
+REST_S = 0.3
 CLIENT = Path(__file__).with_name("serve_client.py")
 
 
@@ -190,14 +191,18 @@ def drive_server(start_engine, options, drive):
 
 
 class Times:
-    """Hears of requests as the HTTP face does, and notes when each of their tokens came."""
+    """Hears of requests as the HTTP face does, and notes when each of their tokens came.
+
+    A token that is a part of a character has no text yet, and is no event over HTTP: it does not count here either.
+    """
 
     def __init__(self, count):
         self.times_s = [[time.monotonic()] for _ in range(count)]
         self._left, self._ended = count, threading.Event()
 
     def on_token(self, entry, delta):
-        self.times_s[entry.index].append(time.monotonic())
+        if delta.text or delta.finish_reason:
+            self.times_s[entry.index].append(time.monotonic())
         self._left -= delta.finish_reason is not None
         if not self._left:
             self._ended.set()
@@ -241,36 +246,45 @@ class Loads:
 
     async def measure(self, count, until_s):
         """Measure at one load, at least one pair, and more until the time is over."""
-        prompts, pairs, answers = self.prompts(count), [], []
-        timed = Times(count)
-        self.engine.submit(timed, self.engine.read_requests(prompts, self.params))
-        engine_times = await asyncio.to_thread(timed.wait)
-        took_s = 0.0
+        prompts, pairs, took_s = self.prompts(count), [], 0.0
+        times_s = {"engine": [], "http": []}
+        num_tokens = count * self.arguments.count
         while not pairs or (len(pairs) < self.arguments.pairs and time.monotonic() + took_s < until_s):
             began_s = time.monotonic()
-            texts = await asyncio.to_thread(lambda: self.texts(prompts))
-            middle_s = time.monotonic()
-            new = await self.over_http(prompts)
-            http_s = max(one.times_s[-1] for one in new) - min(one.times_s[0] for one in new)
-            pairs.append((count * self.arguments.count / (middle_s - began_s), count * self.arguments.count / http_s))
-            assert all(one.status == 200 for one in new), [one.status for one in new if one.status != 200]
-            answers += new
+            texts, generate_s = await self.rested(asyncio.to_thread(self.generate, prompts))
+            times_s["engine"] += await self.rested(asyncio.to_thread(self.listen, prompts))
+            answers = await self.rested(self.over_http(prompts))
+            assert all(one.status == 200 for one in answers), {one.status for one in answers}
+            http_s = max(one.times_s[-1] for one in answers) - min(one.times_s[0] for one in answers)
+            pairs.append((num_tokens / generate_s, num_tokens / http_s))
+            times_s["http"] += [one.times_s for one in answers]
             took_s = time.monotonic() - began_s
         engine, http = (round(statistics.median(figures), 1) for figures in zip(*pairs, strict=True))
-        ratio = statistics.median(http / engine for engine, http in pairs)
-        same = sum(one.text == text for one, text in zip(new, texts, strict=True))
         return {
             "requests_at_once": count,
             "pairs": len(pairs),
-            "engine": {"tokens_per_s": engine} | latencies(engine_times),
-            "http": {"tokens_per_s": http} | latencies([one.times_s for one in answers]),
-            "ratio": round(ratio, 3),
-            "same_texts": same,
+            "engine": {"tokens_per_s": engine} | latencies(times_s["engine"]),
+            "http": {"tokens_per_s": http} | latencies(times_s["http"]),
+            "ratio": round(statistics.median(http / engine for engine, http in pairs), 3),
+            "same_texts": sum(one.text == text for one, text in zip(answers, texts, strict=True)),
         }
 
-    def texts(self, prompts):
+    async def rested(self, work):
+        """Do it once the ranks are as idle as they get."""
+        await asyncio.sleep(REST_S)
+        return await work
+
+    def generate(self, prompts):
+        """The texts of `Engine.generate`, and how long it took."""
+        began_s = time.monotonic()
         outputs = sorted(self.engine.generate(prompts, self.params), key=lambda output: output.index)
-        return [output.text for output in outputs]
+        return [output.text for output in outputs], time.monotonic() - began_s
+
+    def listen(self, prompts):
+        """When the tokens of each request came, which `generate` does not tell."""
+        timed = Times(len(prompts))
+        self.engine.submit(timed, self.engine.read_requests(prompts, self.params))
+        return timed.wait()
 
     async def over_http(self, prompts):
         """Send from processes that share nothing with the server."""
@@ -328,9 +342,8 @@ def throughput(arguments):
                     continue
                 show(await measured.measure(load, time.monotonic() + left_s / (len(loads) - place)))
 
-        served = ServeOptions(
-            "model", api_processes=arguments.api_processes, max_queue=2**16, max_connections=2**16, drain_s=1
-        )
+        most = {"max_queue": max(loads), "max_connections": 2 * max(loads)}
+        served = ServeOptions("model", api_processes=arguments.api_processes, **most)
         drive_server(lambda: Engine(model, **options), served, drive)
 
 
