@@ -183,7 +183,7 @@ def serve(
     require(
         "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "numpy", "transformers", "safetensors"
     )
-    from lockstep.commands.serve import ServeCommand, execute, read_api_key
+    from lockstep.commands.serve import execute, read_api_key
     from lockstep.runner.ranks import EngineOptions
     from lockstep.serve.options import ServeOptions
 
@@ -191,7 +191,7 @@ def serve(
     service = opt.fill(
         ServeOptions, given, model=served_model_name or model, api_key=read_api_key(api_key, api_key_file)
     )
-    execute(ServeCommand(engine, service, host, port, chat_template))
+    execute(engine, service, host, port, chat_template)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -33,34 +33,22 @@ _TINY_EXPERTS = 12
 _MOST_RANKS_SHOWN = 16
 
 
-@dataclass(frozen=True)
-class ServeCommand:
-    """What the command line asked for."""
-
-    engine: EngineOptions
-    service: ServeOptions
-    host: str
-    port: int
-    chat_template: Path | None = None
-
-
-def execute(command: ServeCommand) -> None:
+def execute(options: EngineOptions, service: ServeOptions, host: str, port: int, chat_template: Path | None) -> None:
     """Serve until a signal comes, and end the process: 0 after a first signal, `128 + signal` after a second.
 
     Raises:
         ConfigurationError: options that cannot work.
-        LockstepError: the ranks could not be started, or died again and again.
+        LockstepError: ranks or API processes could not be started, or died again and again.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if command.service.log_requests != "off":
+    if service.log_requests != "off":
         logging.getLogger("lockstep.serve").setLevel(logging.INFO)
     if "RANK" in os.environ:
         raise ConfigurationError("lockstep serve starts its ranks itself: run it without torchrun")
     console = Terminal(stderr=True)
-    template = _read_text(command.chat_template) if command.chat_template is not None else None
+    template = _read_text(chat_template) if chat_template is not None else None
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(open_socket(command.host, command.port))
-        options = command.engine
+        listener = stack.enter_context(open_socket(host, port))
         if options.model == "tiny":
             options = replace(options, model=_make_tiny(stack))
         if template is not None:
@@ -91,7 +79,7 @@ def execute(command: ServeCommand) -> None:
 
         async def serve_until_told() -> NoReturn:
             show = partial(_show, console=console, url=url)
-            await serve(start_engine, command.service, listener, show, say, end_now)
+            await serve(start_engine, service, listener, show, say, end_now)
             end_now(0)
 
         asyncio.run(serve_until_told())

@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 1.0  # between the end of a process and the start of the next
-_SAY_S = 1.0  # how often a process says that it lives
-_START_S = 60.0  # of silence until its first word, after which a process is killed
-_SILENT_S = 10.0  # of silence later on
-_STEADY_S = 120.0  # a process that ends later than this after its start is no failed start
-_END_S = 10.0  # until a process that was told to end is killed
+_BEAT_S = 1.0  # between two heartbeats of a process
+_START_BEATS, _SILENT_BEATS = 60, 10  # silence after which a process is killed: before its first heartbeat, afterwards
+_STEADY_S = 120.0  # a process that ends sooner has failed
 
 
 class Link:
@@ -84,25 +82,17 @@ class _Caller:
 class _Callers:
     """All requests of one API process, in the launcher."""
 
-    def __init__(self, service: Service, link: Link) -> None:
-        self._service, self._link = service, link
+    def __init__(self, service: Service, link: Link, process: asyncio.subprocess.Process) -> None:
+        self._service, self._link, self._process = service, link, process
         self._callers: dict[int, _Caller] = {}
-        self._silent_s, self._limit_s = 0.0, _START_S
-
-    async def watch(self) -> None:
-        """Return once the process is silent for too long; time in which the launcher stood still does not count."""
-        while self._silent_s < self._limit_s:
-            await asyncio.sleep(_SAY_S)
-            self._silent_s += _SAY_S
+        self._patience = _START_BEATS
 
     async def serve(self) -> None:
         """Do what the process asks for until it ends; then nobody waits for its requests any more."""
         try:
             async with asyncio.TaskGroup() as starts:
                 while True:
-                    messages = await self._link.receive()
-                    self._silent_s, self._limit_s = 0.0, _SILENT_S
-                    for number, kind, *rest in messages:
+                    for number, kind, *rest in await self._receive():
                         if kind == "start":
                             starts.create_task(self._start(number, *rest))
                         elif kind == "leave":
@@ -116,6 +106,19 @@ class _Callers:
         finally:
             for caller in self._callers.values():
                 self._service.leave(caller)
+
+    async def _receive(self) -> list[Any]:
+        """Return the next messages; kill a process that has sent none for too long."""
+        receiving = asyncio.ensure_future(self._link.receive())
+        for _ in range(self._patience):  # time in which the launcher itself stood still counts as one beat
+            await asyncio.wait([receiving], timeout=_BEAT_S)
+            if receiving.done():
+                break
+        else:
+            logger.warning("API process %d is silent and is killed", self._process.pid)
+            self._process.kill()
+        self._patience = _SILENT_BEATS
+        return await receiving
 
     async def _start(self, number: int, is_chat: bool, body: str, answer_id: str) -> None:
         caller = _Caller(self._link, number)
@@ -152,37 +155,30 @@ async def serve_by_processes(
             theirs.close()
             link = Link(*await asyncio.open_unix_connection(sock=ours))
             link.send(asdict(each))
-            callers = _Callers(service, link)
-            watching = [asyncio.ensure_future(one) for one in (end(process, link), kill_silent(process, callers))]
-            await callers.serve()
+            ending = asyncio.ensure_future(end(link))
+            await _Callers(service, link, process).serve()
             why = how_it_ended(await process.wait())
-            for task in watching:
-                task.cancel()
+            ending.cancel()
             link.close()
             if ended.is_set():
                 return
-            num_failures = 1 if time.monotonic() - began_s > _STEADY_S else num_failures + 1
+            num_failures = 0 if time.monotonic() - began_s > _STEADY_S else num_failures + 1
             if num_failures > options.max_restarts:
-                times = f"{num_failures} times in a row" if num_failures > 1 else "and may not be started again"
-                raise LockstepError(f"an API process ended within {_STEADY_S:g} s of its start, {times}: {why}")
-            logger.warning("an API process is started again (%d of %d): %s", num_failures, options.max_restarts, why)
+                what = f"an API process ended within {_STEADY_S:g} s of its start ({num_failures} in a row)"
+                raise LockstepError(f"{what}: {why}")
+            logger.warning(
+                "an API process is started again (failure %d of %d): %s", num_failures, options.max_restarts, why
+            )
             await asyncio.sleep(_PAUSE_S)
 
-    async def end(process: asyncio.subprocess.Process, link: Link) -> None:
+    async def end(link: Link) -> None:
         await ended.wait()
         link.send(None, "end")
-        await asyncio.sleep(_END_S)
-        process.kill()
-
-    async def kill_silent(process: asyncio.subprocess.Process, callers: _Callers) -> None:
-        await callers.watch()
-        logger.warning("API process %d is silent, and is killed", process.pid)
-        process.kill()
 
     keeping = [asyncio.ensure_future(keep()) for _ in range(options.api_processes)]
     try:
         await asyncio.gather(*keeping)
-    except LockstepError as error:
+    except Exception as error:
         service.give_up(error)
         ended.set()
         await asyncio.wait(keeping)
@@ -226,7 +222,7 @@ class RemoteService:
         """Let the launcher know that this process's event loop runs."""
         while True:
             self._link.send(None, "alive")
-            await asyncio.sleep(_SAY_S)
+            await asyncio.sleep(_BEAT_S)
 
     async def ask(self, what: Question) -> Any:
         """See `Service`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import signal
@@ -77,21 +78,22 @@ async def serve(
             if not drains.is_set():  # otherwise the drain says when all has ended
                 ended.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    running, *_ = tasks = [asyncio.ensure_future(one) for one in (run(), drain(), watch(service))]
-    serve_clients = serve_by_processes if options.api_processes > 1 else serve_http
-    try:
-        await serve_clients(service, options, listener, ended)
-        if running.done():
-            running.result()
-    finally:
+    async def end(tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         if service.engine is not None:
             await asyncio.to_thread(service.engine.close)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    async with contextlib.AsyncExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, handle))
+        running, *_ = tasks = [asyncio.create_task(one) for one in (run(), drain(), watch(service))]
+        stack.push_async_callback(end, tasks)
+        serve_clients = serve_by_processes if options.api_processes > 1 else serve_http
+        await serve_clients(service, options, listener, ended)
+        if running.done():
+            running.result()
 
 
 def _allow_files(max_connections: int) -> None:
