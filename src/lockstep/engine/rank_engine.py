@@ -47,7 +47,7 @@ class EngineRecord(StepRecord):
 
 @dataclass(frozen=True, slots=True)
 class _CacheRecord(StepRecord):
-    """Before the first step: how many pages fit into each rank's memory."""
+    """The record before the first step: how many pages fit into each rank's memory."""
 
     num_pages: int = decided("min", 0)
 
@@ -69,8 +69,8 @@ class StepReport:
 
     schedule: Schedule  # this rank's part of it
     num_tokens_across_dp: tuple[int, ...]  # rows of every data-parallel rank
-    began_s: float = 0.0  # when this rank began to plan it
-    agreed_s: float = 0.0  # when all ranks had agreed on it
+    began_s: float = 0.0  # when this rank began to plan the step
+    agreed_s: float = 0.0  # when all ranks had agreed on the step
     # When its tokens were drawn. On a GPU it ran from `agreed_s` to here, or from the end of the step before, if later.
     done_s: float = 0.0
     waited_s: float = 0.0  # for other ranks in this rank's collectives, as far as the host knows
@@ -113,12 +113,12 @@ class RankEngine:
         states: all ranks' scheduler states at the last agreement, in rank order.
         num_tokens_across_dp: rows of every data-parallel rank in the last step agreed on.
         all_stopped: whether no rank had or expected work at the last agreement.
-        messages_alike: whether ranks with the same requests got the same messages, as far as all of them have them.
-        elapsed_ms: the largest that any rank has passed to `step`, up to the last agreement.
-        epoch_ends: whether any rank has handed `ends_epoch` to the last step: no rank may call `step` any more.
-        step_number: of the next step.
+        messages_alike: whether ranks that share requests got the same messages, as far as all have received them.
+        elapsed_ms: largest `elapsed_ms` that any rank has passed to `step`, as of the last agreement.
+        epoch_ends: whether any rank passed `ends_epoch` to the last step; no rank may call `step` after that.
+        step_number: number of the next step.
         page_keys_of: keys of the whole pages of a prompt's tokens, by which prefix pages are shared.
-        reports: of the steps whose tokens have come since the caller last emptied it.
+        reports: reports of the steps whose tokens have arrived since the caller last emptied the list.
         limits: what a request must fit into.
 
     Raises:
@@ -218,7 +218,7 @@ class RankEngine:
 
     @property
     def can_watch(self) -> bool:
-        """Whether `others_wait` can tell."""
+        """Whether `others_wait` knows the other ranks' progress."""
         return self.parallel is not None and self.parallel.coordinator.transport.can_watch
 
     def others_wait(self) -> bool:
@@ -226,17 +226,17 @@ class RankEngine:
         return self.parallel is not None and self.parallel.coordinator.transport.wanted()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks, instead of the next agreement, why this one has failed; they then raise."""
+        """Report this rank's failure in place of the next agreement; the other ranks then raise it."""
         if self.parallel is not None:
             self.parallel.coordinator.fail(error, EngineRecord)
 
     def num_messages_everywhere(self, received: int) -> int:
-        """Return how many messages all ranks with the same requests have, to act on; this rank has `received`."""
+        """Return how many messages all ranks that share requests have; this rank has `received`. Act on those only."""
         return min(self._num_messages[self._alike]) if self.shares_requests else received
 
     @property
     def shares_requests(self) -> bool:
-        """Whether other ranks have the same requests as this one."""
+        """Whether this rank shares its requests with other ranks (tensor parallelism)."""
         return self._tp_size > 1
 
     def about(self) -> dict[str, Any]:
@@ -277,12 +277,12 @@ class RankEngine:
         """Agree on the next step, issue it, and return the tokens of the step before it. Collective.
 
         Args:
-            unfinished: whether this rank may get more work; None for whether it has any now.
+            unfinished: whether this rank may get more work; None means whether it has work now.
             num_messages: how many messages this rank has, see `num_messages_everywhere`.
-            messages_check: 31-bit hash of those that all ranks with the same requests had at the previous agreement;
+            messages_check: 31-bit hash of the messages that all ranks that share requests had at the previous agreement;
                 sets `messages_alike`.
             elapsed_ms: time since the run's start on this rank; the attribute becomes all ranks' maximum.
-            ends_epoch: this is to be the last step, on all ranks, since other members will work.
+            ends_epoch: make this the last step on all ranks, because the members change.
 
         Raises:
             LockstepError: see `Coordinator.agree` and `ModelParallel.step`.
