@@ -231,7 +231,7 @@ class RankEngine:
             self.parallel.coordinator.fail(error, EngineRecord)
 
     def num_messages_everywhere(self, received: int) -> int:
-        """Return how many messages all ranks that share requests have; this rank has `received`. Act on those only."""
+        """Return how many messages all ranks that share requests have, to act on; this rank has `received`."""
         return min(self._num_messages[self._alike]) if self.shares_requests else received
 
     @property
@@ -279,7 +279,7 @@ class RankEngine:
         Args:
             unfinished: whether this rank may get more work; None means whether it has work now.
             num_messages: how many messages this rank has, see `num_messages_everywhere`.
-            messages_check: 31-bit hash of the messages that all ranks that share requests had at the previous agreement;
+            messages_check: 31-bit hash of the messages that all ranks sharing requests had at the previous agreement;
                 sets `messages_alike`.
             elapsed_ms: time since the run's start on this rank; the attribute becomes all ranks' maximum.
             ends_epoch: make this the last step on all ranks, because the members change.
