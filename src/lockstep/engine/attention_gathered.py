@@ -14,7 +14,7 @@ _CALL_BYTES = 4 << 20  # of keys that one call copies out of their pages: more t
 
 
 def decode_workspace(*_: object) -> None:
-    """No room is needed."""
+    """Return None: no workspace is needed."""
 
 
 def write_keys(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
@@ -29,7 +29,7 @@ def attend_decode(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, row_seqs: Tensor, lengths: Tensor,
     options: AttentionOptions, out: Tensor, *_: object,
 ) -> None:  # fmt: skip
-    """Rows of similar length in batched calls: the keys that they see differ at most by a factor of two."""
+    """Attend in batches of rows whose numbers of keys differ at most by a factor of two."""
     key_bytes = key_pages.shape[2] * key_pages.shape[3] * query.element_size()
     classes: dict[int, list[int]] = {}
     for row, (seq, length) in enumerate(zip(row_seqs.tolist(), lengths.tolist(), strict=True)):

@@ -91,19 +91,19 @@ class TransformersDecoder:
 
 
 class _PageCache(Cache):
-    """Stands where Transformers expects a cache, and keeps nothing: attention puts keys into pages and reads them."""
+    """Placeholder for Transformers' cache: keeps nothing, since attention writes and reads pages."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the new rows alone."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are given for every row, so nothing is derived from this."""
+        """Return 0: nothing depends on it, since every row has an explicit position."""
         return 0
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask that Transformers makes before the layers: none in a pass, where lengths say which keys a row sees."""
+    """Replace the mask that Transformers makes: None in a pass, where lengths determine which keys a row sees."""
     return None if _pass.get() is not None else sdpa_mask(*args, **kwargs)
 
 
@@ -111,7 +111,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Stand among Transformers' attention functions: `[batch, heads, rows, dim]` to `[batch, rows, heads, value_dim]`.
+    """An attention function for Transformers: `[batch, heads, rows, dim]` to `[batch, rows, heads, value_dim]`.
 
     In a pass, batch 0 has the step's rows. Outside of one, `key` and `value` are of all keys. `s_aux` are the sinks.
     """
@@ -130,7 +130,7 @@ def _attention(
 
 
 def take_over_attention(model: Any) -> None:
-    """Let a model call `_attention`; models that keep something else than a key and value per token are refused."""
+    """Make a model use `_attention`; refuse models that cache anything but a key and a value per token."""
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     other = [repr(kind) for kind in sorted(set(kinds) - {"full_attention", "sliding_attention"})]
@@ -146,14 +146,14 @@ def take_over_attention(model: Any) -> None:
 
 @torch.no_grad()
 def probe_shapes(model: Any) -> tuple[list[KVShape], torch.dtype]:
-    """Send one token through a model, without its experts; return what each layer keeps of it: shapes and dtype."""
+    """Send one token through a model, without its experts; return shapes and dtype of each layer's key and value."""
     take_over_attention(model)
     shapes: dict[int, tuple[KVShape, torch.dtype]] = {}
     token = _probed.set(shapes)
     try:
         with stub_experts(model, lambda rows, *_: torch.zeros_like(rows)):
             ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-            # The class's own forward pass: that of a model which is spread over ranks needs all of them.
+            # The class's own forward pass: a spread model's needs all ranks.
             type(model).forward(model, input_ids=ids, use_cache=False)
     finally:
         _probed.reset(token)

@@ -75,7 +75,7 @@ class EngineGraphs:
         self._device = device
 
     def capture(self) -> None:
-        """Capture all graphs, the largest first: others reuse its memory. Collective. Each pass runs once before."""
+        """Capture all graphs after a trial run each; the largest first, so that others reuse its memory. Collective."""
         for many in (True, False):
             for size in reversed(self._sizes):
                 with self._begin(size, many, self._inputs) as step:

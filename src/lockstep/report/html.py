@@ -204,7 +204,7 @@ def _step_sections(table: StepTable, data: Mapping[str, Any], lost: float) -> st
 
 
 def _over_mean(load: ExpertLoad) -> np.ndarray:
-    """Return how many times its layer's mean each expert had, `[layers, experts]`."""
+    """Return each expert's rows relative to the mean of its layer, `[layers, experts]`."""
     pairs = np.array(load.pairs, dtype=float)
     return pairs / np.maximum(pairs.mean(axis=1, keepdims=True), 1e-12)
 
@@ -277,7 +277,7 @@ def _request_cell(value: Any) -> Any:
 
 
 def _readable(text: str | None) -> str | None:
-    """Return the beginning of a text, or None for bytes that are no text, as an untrained model writes them."""
+    """Return the beginning of a text; None for bytes that are not text, such as an untrained model's output."""
     kinds = {unicodedata.category(letter) for letter in text or "" if letter not in "\n\r\t"}
     if not text or "\ufffd" in text or kinds & {"Cc", "Cn", "Co", "Cs"}:
         return None

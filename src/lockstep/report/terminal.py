@@ -16,7 +16,7 @@ _LEAST_WIDTH = 40
 
 
 def plain(text: str, keep: str = "\n") -> str:
-    """Return text with what steers a terminal, turns the reading direction or is half a character as escapes."""
+    """Return text with escapes for terminal controls, marks of reading direction and lone surrogates."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -44,7 +44,7 @@ class Terminal(Console):
 def progress(
     console: Console, what: str, total: float | None, line_every_s: float = 5.0
 ) -> Iterator[Callable[..., None]]:
-    """Show how far something is while the block runs: a bar on a terminal, elsewhere a line now and then."""
+    """Show progress while the block runs: a bar on a terminal, elsewhere a line now and then."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = ("{task.description}", BarColumn(), "{task.percentage:>5.1f} %", "{task.fields[now]}")

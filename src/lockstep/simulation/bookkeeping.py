@@ -74,7 +74,7 @@ class StopSteps:
                 indices.discard(index)
 
     def of_step(self, step: int) -> tuple[set[int], set[int]]:
-        """Return the requests whose last kept token `step` samples, and those of which it samples a dropped one."""
+        """Return the requests whose last kept token is sampled in `step`, and those with a dropped token in it."""
         return self._last.pop(step, NONE), self._overrun.pop(step, NONE)
 
     def check_all_done(self, num_steps: int) -> None:

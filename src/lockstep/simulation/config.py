@@ -45,7 +45,7 @@ class SimulationConfig:
 
     @property
     def chunk_size(self) -> int | None:
-        """Maximum rows that one rank sends at a time: `max_chunk_size`, or what the buffers hold where that is less."""
+        """Maximum rows per rank and chunk: `max_chunk_size`, or the buffers' capacity if that is less."""
         if self.buffer_capacity_rows is None:
             return self.max_chunk_size
         held = self.buffer_capacity_rows // self.num_ranks

@@ -48,7 +48,7 @@ class RankScheduler:
     Requests that generate go first, one token each; what is left of the token budget goes to prompts in order of
     arrival, the last of them cut where the budget ends. A prompt is admitted when the pages of all its tokens and of
     the first generated one are free. Where requests that generate need more, the one admitted last is preempted and
-    goes to the front of the queue: those that hold pages arrived first, and every step gets somewhere.
+    goes to the front of the queue. So pages stay with requests that arrived first, and every step makes progress.
 
     A prompt begins behind the known pages of its beginning. A page that a step fills can be taken over from the next
     step on; one that nobody holds counts as free. A step in which requests only generate costs nothing.
@@ -107,9 +107,9 @@ class RankScheduler:
         self._kv_tokens += request.num_kv_tokens
 
     def next_step(self, step: int, run_prefills: bool = True, list_entries: bool = True) -> Schedule:
-        """Plan a step, above the last one, and take it as done; without `run_prefills` all prompts are held.
+        """Plan a step, later than the last one, and mark it as done; without `run_prefills` all prompts are held.
 
-        Callers that only count may leave out steps, and with `list_entries=False` the entries that generate.
+        Callers that only count may skip steps, and with `list_entries=False` omit entries of requests that generate.
         """
         self.skip_to(step)
         preempted = []
@@ -157,7 +157,7 @@ class RankScheduler:
         )
 
     def stop(self, request_ids: Iterable[int]) -> None:
-        """Let unfinished requests end before their last token; the rows of the step planned last stay planned."""
+        """End unfinished requests before their last token; rows of the step planned last stay planned."""
         for request_id in request_ids:
             if request_id in self._decoding:
                 sequence = self._decoding.pop(request_id)
@@ -173,13 +173,13 @@ class RankScheduler:
                 raise ConfigurationError(f"request {request_id} is not an unfinished request of this rank")
 
     def state(self) -> SchedulerState:
-        """Return what the other ranks need to know, as of after the step planned last."""
+        """Return what the other ranks need to know, valid after the step planned last."""
         arrival = self._first_arrival()
         wait = -1 if arrival < 0 else self._step + 1 - arrival
         return SchedulerState(self._outstanding, self._kv_tokens, self._num_decoding, wait)
 
     def counts(self) -> tuple[int, int, bool, int]:
-        """Return what a simulation needs to carry on without visiting this rank.
+        """Return the counts from which a simulation continues without visiting this rank.
 
         That is `num_decoding`, the part of `decode_context_tokens` that does not grow with the step, whether there is a
         prompt, queued or begun, and the arrival step of the first that could run, or -1.
@@ -188,7 +188,7 @@ class RankScheduler:
         return self._num_decoding, self._context_base, has_prompts, self._first_arrival()
 
     def pages_change_at(self) -> int | None:
-        """Return the next step in which pages run out, or after which the first prompt could run no more, or None."""
+        """Return the next step in which pages run out, or after which the first prompt no longer fits; or None."""
         if not self._is_limited:
             return None
         pages, following = self._pages, self._step + 1
@@ -198,7 +198,7 @@ class RankScheduler:
         return pages.runs_out_at(following, pages.num_free)
 
     def skip_to(self, step: int) -> None:
-        """Take all steps before `step` as done. Those in which more happens than generating may not be left out."""
+        """Mark all steps before `step` as done. Only steps in which requests just generate may be skipped."""
         first = self._step + 1
         if step < first:
             raise ConfigurationError(f"step must be above the last one, {self._step}, got {step}")
@@ -249,7 +249,7 @@ class RankScheduler:
         return budget - left, context
 
     def _take_over_prefix(self, sequence: _Sequence) -> int:
-        """Let a prompt that begins hold the known pages of its beginning; return their tokens."""
+        """Make a new prompt hold the known pages of its beginning; return the number of their tokens."""
         sharable = sequence.sharable
         keys = sharable[: self.prefixes.num_known(sharable)]
         if not keys:
@@ -261,12 +261,12 @@ class RankScheduler:
         return num_tokens
 
     def _take(self, count: int) -> None:
-        """Use up free pages; known ones that nobody holds are forgotten where no others are left."""
+        """Take free pages; if none are left, forget known pages that nobody holds."""
         self._pages.take(count)
         self.prefixes.forget_oldest(self._pages.num_free)
 
     def _release(self, sequence: _Sequence, num_cached: int) -> None:
-        """Give the pages of a request with `num_cached` tokens in the cache back, as far as nobody else holds them."""
+        """Free the pages of a request with `num_cached` cached tokens, except those that other requests hold."""
         keys = sequence.page_keys[: num_cached // PAGE_SIZE]
         self._pages.num_free += num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys)
 
@@ -329,7 +329,7 @@ class RankScheduler:
         self._kv_tokens -= sequence.request.num_kv_tokens
 
     def _drop(self, sequence: _Sequence) -> None:
-        """Let a request generate no more, and free its pages."""
+        """Stop a request's generation and free its pages."""
         self._num_decoding -= 1
         self._context_base -= sequence.num_tokens - sequence.ended
         num_cached = sequence.num_cached(self._step)
