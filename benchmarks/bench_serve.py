@@ -260,12 +260,14 @@ class Loads:
             times_s["http"] += [one.times_s for one in answers]
             took_s = time.monotonic() - began_s
         engine, http = (round(statistics.median(figures), 1) for figures in zip(*pairs, strict=True))
+        ratios = sorted(round(http / engine, 3) for engine, http in pairs)
         return {
             "requests_at_once": count,
             "pairs": len(pairs),
             "engine": {"tokens_per_s": engine} | latencies(times_s["engine"]),
             "http": {"tokens_per_s": http} | latencies(times_s["http"]),
-            "ratio": round(statistics.median(http / engine for engine, http in pairs), 3),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
             "same_texts": sum(one.text == text for one, text in zip(answers, texts, strict=True)),
         }
 

@@ -45,7 +45,8 @@ class Server:
         self.process = start(model, *arguments, ranks=ranks)
         self.lines = []
         self.is_ready = threading.Event()
-        threading.Thread(target=self.read_lines, daemon=True).start()
+        self.reading = threading.Thread(target=self.read_lines, daemon=True)
+        self.reading.start()
         assert self.is_ready.wait(240)
         found = re.search(r"ready: (http://\S+)/v1", "".join(self.lines))
         assert found, "".join(self.lines)
@@ -83,9 +84,12 @@ class Server:
         found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
         return sum(map(float, found))
 
-    def said(self, word):
-        """The lines that begin with a word."""
-        return [line.rstrip("\n") for line in self.lines if line.startswith(word)]
+    def drained(self):
+        """Wait for the end of a drain: how many sequences there were, and the line that tells what became of them."""
+        assert self.wait() == 0
+        (counts,) = re.findall(r"^draining: running (\d+), waiting (\d+); at most", "".join(self.lines), re.MULTILINE)
+        (last,) = [line for line in self.lines if line.startswith("drained: ")]
+        return sum(map(int, counts)), last.rstrip("\n")
 
     def ranks(self):
         return [psutil.Process(rank["pid"]) for rank in json.loads(self.get("/health")[1])["ranks"]]
@@ -93,7 +97,13 @@ class Server:
     def end(self, number=signal.SIGTERM, seconds=SLOW):
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
-        return self.process.wait(seconds)
+        return self.wait(seconds)
+
+    def wait(self, seconds=SLOW):
+        """The exit status, once all lines are there."""
+        status = self.process.wait(seconds)
+        self.reading.join(seconds)
+        return status
 
 
 def wait_for(condition, seconds=SLOW):

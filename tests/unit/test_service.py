@@ -205,7 +205,7 @@ def test_every_sequence_is_counted_once_by_how_it_ended():
         service.post(lost, LOST)
         await until(lambda: not lost.num_open)
         assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 3}
-        service._fail_all()
+        service.give_up(LOST)
         service.post(drained, piece(finish="length"))  # that was on its way, as the loss is
         service.post(drained, LOST)
         await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What `lockstep serve` does around the service: its model, its key, its address, and a line every second."""
+"""`lockstep serve`: the service's model, key and address, and a line every second."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def execute(options: EngineOptions, service: ServeOptions, host: str, port: int,
             return engine
 
         def end_now(status: int) -> NoReturn:
-            """End the process; ranks that are left, and a start that goes on in a thread, end with it."""
+            """End the process, and with it remaining ranks and an engine that is still starting."""
             stack.close()
             console.show_cursor()
             sys.stderr.flush()
@@ -86,7 +86,7 @@ def execute(options: EngineOptions, service: ServeOptions, host: str, port: int,
 
 
 def _check_chat_template(model: str, template: str) -> None:
-    """Raise `ConfigurationError` where no chat could be answered, as Transformers compiles the template."""
+    """Raise `ConfigurationError` if Transformers cannot compile the template."""
     from jinja2 import TemplateSyntaxError
 
     check_checkpoint(model)
@@ -103,7 +103,7 @@ def _check_chat_template(model: str, template: str) -> None:
 
 
 async def _show(service: Service, console: Terminal, url: str) -> None:
-    """Say when the service can be used, and a line every second: on a terminal always the same, elsewhere on news."""
+    """Say when the service is ready. Then show one live line on a terminal; elsewhere, print a line if tokens came."""
     while service.state != "ready":
         await asyncio.sleep(0.05)
     console.print(f"ready: {url}/v1 (health: {url}/health, figures: {url}/metrics)", soft_wrap=True)
@@ -138,10 +138,10 @@ def _make_tiny(stack: contextlib.ExitStack) -> str:
 
 
 def read_api_key(given: str | None, file: Path | None) -> str | None:
-    """Return the API key of an option, a file's first line, or the environment; None where there is none.
+    """Return the API key from the option, the file's first line, or the environment; None if there is none.
 
     Raises:
-        ConfigurationError: a key that no header can carry, or two of them.
+        ConfigurationError: a key that no header can carry, or two keys.
     """
     if given is not None and file is not None:
         raise ConfigurationError("give either api_key or api_key_file")
@@ -150,7 +150,7 @@ def read_api_key(given: str | None, file: Path | None) -> str | None:
         key = _read_text(file).split("\n", 1)[0]
     if key is not None and not (key.strip() == key and key.isascii() and key.isprintable() and key):
         raise ConfigurationError(
-            "an API key must be of printable ASCII characters, at least one, without spaces around"
+            "an API key must be one or more printable ASCII characters, without spaces at its ends"
         )
     return key
 

@@ -1,4 +1,4 @@
-"""What a client gets: OpenAI's documents, whole or in events, made of the tokens of a step."""
+"""OpenAI's response documents, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stream:
         self._news = asyncio.Event()
 
     async def steps(self) -> AsyncIterator[list[Piece]]:
-        """Yield what has come since the last time, until all sequences have ended; raise the error that ended them."""
+        """Yield all new pieces at a time until all sequences have ended; raise the error that ended them."""
         while self._error is None:
             pieces, self._pieces = self._pieces, []
             if pieces:
@@ -72,7 +72,7 @@ class Form:
         self._offsets: dict[int, int] = {}  # of each sequence's next token in its text
 
     def event(self, pieces: Sequence[Piece], usage: dict[str, int] | None, *, shows_usage: bool) -> bytes:
-        """Return what came together as one event, a choice per sequence; empty where it has nothing to tell."""
+        """Return pieces as one event with a choice per sequence; empty if none has text or another news."""
         choices = [self._choice(of_one, whole=False) for of_one in _by_sequence(pieces) if _tells(of_one)]
         if not choices and usage is None:
             return b""
@@ -81,7 +81,7 @@ class Form:
         return as_event(document | ({"usage": usage} if shows_usage else {}))
 
     def document(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
-        """Return all of a request as one document."""
+        """Return a whole answer as one document."""
         choices = [self._choice(of_one, whole=True) for of_one in _by_sequence(pieces)]
         kind = "chat.completion" if self._is_chat else "text_completion"
         return self._head | {"object": kind, "choices": choices, "usage": usage}

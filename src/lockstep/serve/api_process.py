@@ -1,7 +1,7 @@
 """HTTP in processes of its own: they parse, format and send; the launcher's service keeps the ledger.
 
-An API process and the launcher have a socket between them. A frame on it is a list of messages as JSON after its length
-in four bytes; a message names the request that it is about, by the number that the API process gave it, and its kind.
+Each API process shares a socket with the launcher. A frame is a length in four bytes and a JSON list of messages. A
+message is the number of a request, given by the API process, a kind, and its arguments.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _STEADY_S = 120.0  # a process that ends sooner has failed
 
 
 class Link:
-    """One end of the socket; messages that are sent together leave in one frame."""
+    """One end of the socket; messages sent in one turn of the event loop share a frame."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._outbox: list[Any] = []
 
     def send(self, *message: Any) -> None:
-        """Send a message once the event loop has nothing else to do."""
+        """Send a message at the end of this turn of the event loop."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
 
     async def receive(self) -> list[Any]:
-        """Return the messages of the next frame; raise `EOFError` or `ConnectionError` at the other's end."""
+        """Return the next frame's messages; raise `EOFError` or `ConnectionError` once the other side has gone."""
         size = int.from_bytes(await self._reader.readexactly(4), "big")
         return list(json.loads(await self._reader.readexactly(size)))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the socket."""
         self._writer.close()
 
     def _flush(self) -> None:
@@ -88,7 +88,7 @@ class _Callers:
         self._patience = _START_BEATS
 
     async def serve(self) -> None:
-        """Do what the process asks for until it ends; then nobody waits for its requests any more."""
+        """Handle the process's messages until it ends, then release its requests."""
         try:
             async with asyncio.TaskGroup() as starts:
                 while True:
@@ -108,9 +108,9 @@ class _Callers:
                 self._service.leave(caller)
 
     async def _receive(self) -> list[Any]:
-        """Return the next messages; kill a process that has sent none for too long."""
+        """Return the next messages; kill a process that has been silent for too long."""
         receiving = asyncio.ensure_future(self._link.receive())
-        for _ in range(self._patience):  # time in which the launcher itself stood still counts as one beat
+        for _ in range(self._patience):  # time in which the launcher was stopped counts as one beat
             await asyncio.wait([receiving], timeout=_BEAT_S)
             if receiving.done():
                 break
@@ -196,7 +196,7 @@ class RemoteService:
         self._number_of: dict[Stream, int] = {}
 
     async def listen(self) -> None:
-        """Take in what the launcher says, until this process is to end."""
+        """Handle the launcher's messages until it ends this process."""
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 for number, kind, *rest in await self._link.receive():

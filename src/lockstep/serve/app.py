@@ -1,4 +1,4 @@
-"""The HTTP face: paths, keys, limits, and answers that end when their client goes away."""
+"""The HTTP application: paths, keys, limits, and answers that end when their client goes away."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_app(service: Service | RemoteService, options: ServeOptions) -> Starlet
 
 
 class _Answer(Response):
-    """Sends a generation as it comes, or when it is whole; ends it when the client goes away."""
+    """Sends an answer token by token or whole; ends the request when the client goes away."""
 
     def __init__(
         self, service: Service | RemoteService, stream: Stream, form: Form, asked: CompletionRequest | ChatRequest
@@ -86,7 +86,7 @@ class _Answer(Response):
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
-            sending.cancel()  # which does nothing where it has ended
+            sending.cancel()  # no effect if it has ended
             self._service.leave(self._stream)
         with contextlib.suppress(asyncio.CancelledError):
             await sending
@@ -99,7 +99,7 @@ class _Answer(Response):
                 await JSONResponse(self._form.document(pieces, self._usage()))(scope, receive, send)
                 return
             async for event in self._events():
-                if not started:  # until there is something to answer, an error has a status of its own
+                if not started:  # before the first event, an error has a status of its own
                     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
@@ -132,7 +132,7 @@ async def _wait_for_leaving(receive: Any) -> None:
 
 async def _read_body(request: Request, options: ServeOptions) -> bytes:
     most, limit_s, body = options.max_body_bytes, 3 * options.read_timeout_s, bytearray()
-    # Where a body is not read to its end, the connection has to end.
+    # A connection whose body was not read to its end cannot be used again.
     too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large", Connection="close")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > most:
@@ -158,5 +158,5 @@ def _check_key(request: Request, digest: bytes | None) -> None:
 
 
 def _digest(key: str) -> bytes:
-    """Return what keys are compared by: comparing keys themselves would tell their length."""
+    """Return a digest: a comparison of the keys themselves would reveal their length."""
     return hashlib.sha256(key.encode()).digest()

@@ -1,4 +1,4 @@
-"""Uvicorn around the HTTP face, with limits of connections and heads."""
+"""Uvicorn with limits on connections and on the heads of requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def serve_http(
     service: Service | RemoteService, options: ServeOptions, listener: socket.socket, ended: asyncio.Event
 ) -> None:
     """Serve HTTP in this process until `ended`."""
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients send wrong is no news
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not the mistakes of clients
     server = _Server(uvicorn.Config(
         make_app(service, options), http=partial(_Protocol, limits=options), ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_S, proxy_headers=False,
@@ -52,7 +52,7 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """One connection, with limits that Uvicorn's own lacks: of connections, and of a head's time and length."""
+    """One connection, with limits that Uvicorn lacks: number of connections, time and length of a request's head."""
 
     def __init__(self, *arguments: Any, limits: ServeOptions, **names: Any) -> None:
         super().__init__(*arguments, **names)
@@ -99,7 +99,7 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _end_with(self, error: ApiError) -> None:
-        """Answer in place of the application, unless it has begun to, and close."""
+        """Answer instead of the application, unless that has begun to answer, and close."""
         self._head_came()
         if self.transport.is_closing():
             return

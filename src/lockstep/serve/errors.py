@@ -1,4 +1,4 @@
-"""What a client is told when a request cannot be answered, in OpenAI's form."""
+"""Errors that clients get, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer with an error status; `param` is the field that it is about, `code` a word for programs."""
+    """An error response; `param` is the field at fault, `code` a reason for programs."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
@@ -23,5 +23,5 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return what a client is told of an error: of one of ours, that there is one."""
+    """Return an error as clients see it: details of an internal one are only in the log."""
     return error if isinstance(error, ApiError) else ApiError(500, "an error inside of the server; its log tells more")

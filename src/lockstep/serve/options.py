@@ -1,4 +1,4 @@
-"""What `lockstep serve` is told beside its engine."""
+"""Options of `lockstep serve` besides those of its engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """See the command's options; `model` is the name that requests may give, `api_key` None where none is needed."""
+    """See the command's options. `model` is the name in requests; no key is needed if `api_key` is None."""
 
     model: str
     api_key: str | None = None

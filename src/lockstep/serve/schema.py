@@ -1,4 +1,4 @@
-"""What a client may ask for: OpenAI's fields that are served and some of vLLM's; all others are refused by name."""
+"""Fields of requests: OpenAI's that are served and some of vLLM's. All others are refused by name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from lockstep.runner.front import NewRequest
 
 MAX_SEQUENCES = 128
-"""Most sequences that one HTTP request may ask for: prompts times `n`."""
-_MAX_BRACKETS = 250_000  # a list that is empty costs hundreds of bytes, and much time
+"""Maximum sequences of one HTTP request: prompts times `n`."""
+_MAX_BRACKETS = 250_000  # even an empty list takes hundreds of bytes, and time to parse
 _WHAT = {
     "tool calls": ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"),
     "structured output": ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
 }
-# Fields that do not change the answer, and what other fields may hold since it asks for nothing.
+# Fields that are accepted without effect, and values of other fields that request nothing.
 _WITHOUT_EFFECT = frozenset(
     ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 )
@@ -37,23 +37,23 @@ _SAMPLING = (
 
 
 class _FailFast(FailFast):
-    __hash__ = object.__hash__  # of which unions of types have need
+    __hash__ = object.__hash__  # needed in unions of types
 
 
 Entry = TypeVar("Entry")
-# An error per entry would cost a body of a few megabytes gigabytes of memory.
+# With an error per entry, a body of a few megabytes would take gigabytes of memory.
 List = Annotated[list[Entry], _FailFast()]
 Prompts = Annotated[list[Entry], _FailFast(), MaxLen(MAX_SEQUENCES)]
 
 
 class Fields(BaseModel):
-    """Fields have exactly their JSON types; null is the same as leaving one out."""
+    """Fields have exactly their JSON types; null means that a field is absent."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class StreamOptions(Fields):
-    """What a stream tells beside the text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -118,7 +118,7 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
-    """Read a body; 400 for what is no JSON or not served, 422 for a field that is missing or of a wrong type."""
+    """Parse a body; 400 for invalid JSON or an unsupported field, 422 for a missing field or a wrong type."""
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise ApiError(400, f"the body has more than {_MAX_BRACKETS} brackets, which would take long to read")
     try:
@@ -141,7 +141,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
 
 def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> list[NewRequest]:
     """Tokenize and check a request; sequence `prompt * n + choice` has that index. 400 names the field if it can."""
-    from lockstep.runner.front import NewRequest  # with all of torch, which processes that only parse do without
+    from lockstep.runner.front import NewRequest  # imports torch, which API processes do without
 
     num_choices = 1 if request.n is None else request.n
     given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
@@ -165,7 +165,7 @@ def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> li
 
 
 def _refuse_unknown(fields: Fields) -> None:
-    """Refuse what would change the answer, and is not served."""
+    """Refuse unsupported fields that would change the answer."""
     for name, value in (fields.model_extra or {}).items():
         if name not in _WITHOUT_EFFECT and value not in _NOTHING:
             what = next((f"{what} are" for what, names in _WHAT.items() if name in names), "this field is")
@@ -183,7 +183,7 @@ def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
 
 
 def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, num_prompt_tokens: int) -> int:
-    """Return the length that is asked for: by default OpenAI's 16 for completions, all the room for chats."""
+    """Return the requested length; by default OpenAI's 16 for completions, all that fits for chats."""
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         return request.max_completion_tokens
     if request.max_tokens is not None or isinstance(request, CompletionRequest):

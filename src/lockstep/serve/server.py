@@ -1,4 +1,4 @@
-"""The order in which a service, its HTTP face and its watcher start and end."""
+"""Start and end of a service, of its HTTP server, and of what is shown of it."""
 
 from __future__ import annotations
 

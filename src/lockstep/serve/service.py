@@ -1,4 +1,4 @@
-"""The engine behind the HTTP face: started, watched, started again when a rank has died; and who waits for it."""
+"""The engine behind the HTTP server: started, watched, restarted after a loss, and the requests that wait for it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Question = Literal["health", "metrics", "max_model_len"]
 _LOOK_S = 0.2
 _DEAD = ("stopped", "gone")
 _ENDING = ("draining", "failed")  # states that a service never leaves
-_MAX_LIVES = 3  # a request may be what its ranks die of: it is not kept for ever
+_MAX_LIVES = 3  # a request may be the cause of the losses: it is not kept for ever
 
 
 class Sink(Protocol):
-    """Takes what becomes of one request; called from the event loop."""
+    """Receives the tokens of one request, on the event loop."""
 
     def take(self, piece: Piece) -> None:
         """Take a token."""
 
     def fail(self, error: ApiError) -> None:
-        """Nothing more will come."""
+        """End the request with an error."""
 
 
 class Generation:
@@ -75,11 +75,11 @@ def count_prompt_tokens(requests: Sequence[NewRequest]) -> int:
 
 
 class Service:
-    """Keeps an engine running, and gives it requests. All but `post` and `token` belongs to the event loop.
+    """Keeps an engine running and gives it requests. Threads other than the event loop's call only `post` and `token`.
 
-    Where an engine cannot go on, its ranks are started again, at most `max_restarts` times without a sequence being
-    finished in between; requests without a token yet are kept for them, the others fail. At most `max_queue` sequences
-    wait for their first token. `start_engine` blocks until the ranks are ready.
+    If an engine fails, all ranks are restarted, at most `max_restarts` times without a finished sequence in between.
+    Requests without a token are kept for the new ranks; the others fail. At most `max_queue` sequences wait for their
+    first token. `start_engine` blocks until the ranks are ready.
     """
 
     def __init__(self, start_engine: Callable[[], Engine], options: ServeOptions) -> None:
@@ -97,7 +97,7 @@ class Service:
         self.metrics = ServiceMetrics(options.model, self)
 
     async def run(self) -> None:
-        """Keep an engine until the service drains; raise what has ended it for good."""
+        """Keep an engine running until the service drains; raise an error that no restart can mend."""
         while self.state not in _ENDING:
             try:
                 self.engine = engine = await _in_thread(self._start_engine)
@@ -117,7 +117,7 @@ class Service:
             while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
             if self.state not in _ENDING:
-                await asyncio.to_thread(engine.close)  # after which nothing of it is heard
+                await asyncio.to_thread(engine.close)  # no news of it comes afterwards
                 self._lost(engine.error)
 
     def _lost(self, error: Exception) -> None:
@@ -130,12 +130,12 @@ class Service:
         logger.warning("all ranks are started again (%d of %d): %s", self._failures, self._options.max_restarts, error)
 
     def give_up(self, error: Exception) -> None:
-        """Take nothing in any more, and end all that runs, because of an error that the service cannot mend."""
+        """Refuse new requests and fail all others, after an error that no restart can mend."""
         self.state, self._why = "failed", str(error)
         self._fail_all()
 
     def health(self) -> dict[str, Any]:
-        """Return how all is, as of now: `ready`; `degraded`, without ranks that are lost; `down`, with no answers."""
+        """Return the present state: `ready`, `degraded` (ranks were lost), or `down` (requests cannot be answered)."""
         engine, status = self.engine if self.state == "ready" else None, "down"
         ranks = engine.ranks() if engine is not None else []
         if engine is None:
@@ -162,7 +162,7 @@ class Service:
         return sum(one.num_open for one in self._running.values()) - self.num_waiting
 
     async def ask(self, what: Question) -> Any:
-        """Return what any HTTP process may ask for, as JSON can hold it."""
+        """Answer a question of an HTTP process by a JSON value."""
         if what == "health":
             return self.health()
         if what == "metrics":
@@ -170,7 +170,7 @@ class Service:
         return self.engine.about["max_model_len"] if self.engine is not None else None
 
     async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
-        """Start a request; whoever reads its stream has to `leave` it."""
+        """Start a request; the reader of its stream must call `leave` afterwards."""
         requests = await self.prepare(asked, answer_id)
         stream = Stream(len(requests), count_prompt_tokens(requests))
         self.submit(requests, stream)
@@ -186,7 +186,7 @@ class Service:
         return requests
 
     def submit(self, requests: Sequence[NewRequest], sink: Sink) -> Generation:
-        """Start a prepared request; 429 where the queue is full, 503 where nothing is taken in any more."""
+        """Start a prepared request; raise 429 if the queue is full, 503 if the service is ending."""
         engine, waiting = self._usable(), self.num_waiting
         if waiting + len(requests) > self._options.max_queue:
             text = f"{waiting} sequences wait already, and at most {self._options.max_queue} may: try again later"
@@ -198,7 +198,7 @@ class Service:
         return generation
 
     def leave(self, sink: Sink) -> None:
-        """Let go of a request: it has ended, or nobody waits for it any more."""
+        """Release a request that has ended, or whose client has gone."""
         generation = self._running.pop(sink)
         if self.engine is not None and generation.num_open:
             self.engine.abandon(generation)
@@ -207,7 +207,7 @@ class Service:
             self.engine.forget(generation)
 
     def token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        """Return a token as log probabilities show it: its text, or its bytes' codes where they are no characters."""
+        """Return a token's entry in log probabilities, named by its text, or by byte codes without one."""
         assert self.engine is not None
         content = self._detokenizer.token_bytes(token_id) if self._detokenizer is not None else b""
         if not content and self.engine.tokenizer is not None:  # a special one
@@ -224,9 +224,9 @@ class Service:
         self.metrics.refused(status)
 
     async def drain(self, limit_s: float) -> Counter[str]:
-        """Take nothing in any more, and wait until all has ended, at most this long; end the rest, and the ranks.
+        """Refuse new requests, wait until all others have ended, at most this long, and fail the rest.
 
-        Returns the sequences that have ended meanwhile, by how: see `vllm:request_success`.
+        Return how many sequences ended meanwhile, by reason as in `vllm:request_success`.
         """
         could_run, self.state = self.state == "ready", "draining"
         before = self.metrics.num_ended.copy()
@@ -237,14 +237,14 @@ class Service:
         return self.metrics.num_ended - before
 
     def post(self, generation: Generation, news: Piece | Exception) -> None:
-        """Hand news of the engine's thread to the event loop, which is woken once for all that comes meanwhile."""
+        """Pass news from the engine's thread to the event loop, which is woken once per batch."""
         self._events.append((generation, news))
         if not self._wakes:
             self._wakes = True
             self._loop.call_soon_threadsafe(self._take_events)
 
     def _take_events(self) -> None:
-        self._wakes = False  # before the last look: what comes after it wakes again
+        self._wakes = False  # reset first: news that comes after the last look must wake the loop again
         now_s = time.monotonic()
         while self._events:
             generation, news = self._events.popleft()
@@ -292,7 +292,7 @@ class Service:
 
 
 async def _in_thread(start: Callable[[], Engine]) -> Engine:
-    """As `asyncio.to_thread`, but the end of the process does not wait for this thread: a start may take minutes."""
+    """Like `asyncio.to_thread`, but the process can end before the thread does: a start may take minutes."""
     future: Future[Engine] = Future()
 
     def run() -> None:
