@@ -153,6 +153,58 @@ def _two_ranks(rank, folder):
     assert [sum(pairs) for pairs in load.pairs] == [2 * rows, 2 * rows]
 
 
+def _a_lost_rank(rank, folder):
+    """A rank is lost: the two others go on with their graphs, and capture none anew; experts come from the files."""
+    whole = _load(folder, torch.bfloat16)
+    from lockstep.models.huggingface import attach
+    from lockstep.models.loading import load_pretrained
+    from pretend_gpu import graphs, pretend, put_on_gpu
+
+    pretended = pretend(rank, 3)
+    from lockstep.coordination.groups import parallel_config
+    from lockstep.models.experts_modules import find_experts
+    from lockstep.models.options import ParallelOptions
+    from lockstep.models.parallel import ModelParallel, parallel_of
+    from lockstep.models.respread import Respreader
+    from lockstep.moe.survivors import placement_of_epoch, widened
+    from lockstep.runner.ranks import engine_of_epoch, join_group, leave_groups
+
+    first = widened(Placement.even(2, 8, 3), 1)
+    options = ParallelOptions(dispatcher="nvlink", deadline_s=100, max_chunk_size_per_rank=24)
+    stores = [dist.FileStore(f"{folder}.{number}", 3 - number) for number in range(2)]
+    respreader = Respreader(folder, options, stores[0], dtype=torch.bfloat16)
+    model = put_on_gpu(load_pretrained(folder, dtype=torch.bfloat16, ep_rank=rank, ep_size=3, placement=first))
+    attach(ModelParallel(model, parallel_config(dist.group.WORLD, 1), dist.group.WORLD, options))
+    config = SchedulerConfig(**(LIMITS | {"max_num_batched_tokens": 24, "max_num_seqs": 2}))
+    engines, found = [], []
+    addresses = []
+    for epoch, members in enumerate([(0, 1, 2), (0, 2)]):
+        if rank not in members:
+            break
+        if epoch:
+            leave_groups(model)
+            join_group(stores[1], members.index(rank), len(members), 100)
+        placement = placement_of_epoch(first, [members] if epoch else [])
+        respreader.spread(model, placement, members)
+        put_on_gpu(model)
+        parallel_of(model).open()
+        engine = engine_of_epoch(engines, model, config, max_model_len=256)
+        if not epoch:
+            captured = graphs()[0]
+        addresses.append([weight.data_ptr() for _, module in find_experts(model) for weight in module.parameters()])
+        prompts = [_prompts([5, 20], 2), [], _prompts([20], 3)][rank]
+        outputs, reports = _generate(engine, prompts, [0, 3][: len(prompts)])
+        assert all(report.replayed for report in reports)
+        assert {len(report.num_tokens_across_dp) for report in reports} == {len(members)}
+        found.append((prompts, outputs))
+    pretended.__exit__(None, None, None)
+    for prompts, outputs in found:
+        assert _wrong(whole, prompts, outputs, LEAD) == []
+    if rank != 1:
+        assert addresses[0] == addresses[1]
+        assert graphs()[0] <= captured + 2  # of steps with prompts, when their sizes first occur
+
+
 def _a_model_of_transformers(rank, folder):
     """The script of tests/gpu/test_model.py: decode and idle steps of `generate` as graphs, beside the whole model."""
     sys.path.append(str(Path(__file__).parents[1] / "gpu"))
@@ -264,6 +316,11 @@ def test_one_process_on_a_gpu_draws_transformers_tokens(folder):
 @pytest.mark.ranks(2)
 def test_two_ranks_replay_every_step_and_draw_the_tokens_of_one_process(folder):
     _run(folder, "_two_ranks", 2)
+
+
+@pytest.mark.ranks(3)
+def test_ranks_go_on_with_their_graphs_without_one_that_is_lost(folder):
+    _run(folder, "_a_lost_rank", 3)
 
 
 @pytest.mark.ranks(2)

@@ -288,6 +288,56 @@ def _ahead(rank, folder, case, seed):
         dispatcher.check()
 
 
+def _lost(rank, folder, case, seed):
+    """A rank is lost while others wait for it: the wait ends at once, and they go on without it, whoever has rows."""
+    import threading
+    import time
+
+    from dispatch_rounds import Round, check_combine, check_dispatch, made_up_experts
+    from lockstep.dispatch.base import NO_EXPERT
+    from lockstep.errors import LockstepError
+
+    ranks, num_experts, top_k, hidden, capacity, fp8 = case
+    lost, places = 1, [place for place in range(ranks) if place != 1]
+    nvlink, local = _interpreted(), num_experts // ranks
+    dispatcher = nvlink.NvlinkDispatcher(
+        dist.group.WORLD, num_experts=num_experts, hidden_size=hidden, top_k=top_k, max_tokens_per_rank=capacity,
+        fp8=fp8, deadline_s=100, launch=_launch(nvlink, seed),
+        device=torch.device("cpu"), memory=Files(dist.group.WORLD, folder),
+    )  # fmt: skip
+    left = dist.new_group(places)
+    rows = [torch.ones(2, hidden, dtype=torch.bfloat16), torch.zeros(2, top_k, dtype=torch.int32), torch.ones(2, top_k)]
+    rows[1] += local * torch.arange(2, dtype=torch.int32)[:, None]  # the second row goes to the lost rank
+    for turn in range(2):
+        if turn == 1 and rank == lost:
+            return  # its memory remains mapped, full of words of the first turn
+        if turn == 1:
+            threading.Thread(target=lambda: (time.sleep(0.5), dispatcher.end_waits())).start()
+        started = time.monotonic()
+        handle = dispatcher.dispatch(dispatcher.route([2] * ranks), *rows)
+        if turn == 0:
+            dispatcher.combine(torch.zeros_like(handle.hidden_states).repeat(top_k, 1), handle)
+            dispatcher.check()
+    assert time.monotonic() - started < 60
+    with pytest.raises(LockstepError, match=f"rank {rank} has ended its waits for others"):
+        dispatcher.check()
+    dispatcher.rejoin(left, places)
+    for number in range(6):
+        draw = random.Random(100 * seed + number)
+        counts = [draw.choice([0, 1, 2, 6, capacity - 1, capacity]) if place != lost else 0 for place in range(ranks)]
+        this = Round.make(
+            counts, num_experts=num_experts, top_k=top_k, hidden=hidden, seed=100 * seed + number, missing=0.2
+        )
+        for place in range(ranks):  # its experts' slots are empty
+            this.topk_ids[place][this.topk_ids[place] // local == lost] = NO_EXPERT
+        mine = this.hidden_states[rank], this.topk_ids[rank], this.topk_weights[rank]
+        handle = dispatcher.dispatch(dispatcher.route([counts[place] for place in places]), *mine)
+        check_dispatch(this, handle, rank, ranks, capacity)
+        output = dispatcher.combine(made_up_experts(this, handle, rank, ranks), handle)
+        dispatcher.check(wait=True)
+        check_combine(this, output, rank, ranks, fp8)
+
+
 def _child(rank, ranks, folder, name, case, seed):
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
@@ -298,8 +348,9 @@ def _child(rank, ranks, folder, name, case, seed):
         with open(os.path.join(folder, f"error{rank}"), "w") as file:
             file.write(traceback.format_exc())
         os._exit(1)
-    dist.barrier()
-    dist.destroy_process_group()
+    if name != "_lost":
+        dist.barrier()
+    os._exit(0)
 
 
 def _run(tmp_path, name, ranks, case=None, seed=0):
@@ -325,6 +376,12 @@ def test_rounds_of_eight_ranks_equal_the_reference(tmp_path, case):
 @pytest.mark.parametrize("seed", [0, 1], ids=["bf16", "fp8"])
 def test_words_and_flags_give_the_same_bits(tmp_path, seed):
     _run(tmp_path, "_words_or_flags", 2, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", [(3, 6, 2, 77, 9, False), (4, 8, 3, 136, 20, False)], ids=["3 ranks", "4 ranks"])
+def test_ranks_go_on_without_one_that_is_lost_in_a_dispatch(tmp_path, case, seed):
+    _run(tmp_path, "_lost", case[0], case, seed)
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_group_can_be_reset(tmp_path):

@@ -23,6 +23,7 @@ class Abilities:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # of the hidden states
     max_rows_per_rank: int | None = None  # in one call; None if only memory limits it
     counts_on_device: bool = False  # may leave the number of pairs on the device, see `DispatchHandle.num_pairs`
+    rejoins: bool = False  # can go on among fewer ranks, see `Dispatcher.rejoin`
     note: str = ""  # for reports: the backends it chooses from, and why not from more
 
 
@@ -144,6 +145,22 @@ class Dispatcher(Protocol):
 
     def forget_capture(self) -> None:
         """Discard the state of a failed capture: the recorded calls have not run and never will."""
+
+    def end_waits(self) -> None:
+        """End what waits on the device for ranks that will not come; what it computed is worthless. Not collective."""
+
+    def rejoin(self, process_group: dist.ProcessGroup, places: Sequence[int]) -> None:
+        """Go on among the ranks that are left, once the others' processes have ended. Collective.
+
+        Graphs that were captured remain valid. Slots of experts keep their numbers, those of lost ranks included.
+
+        Args:
+            process_group: the ranks that are left, on the host; left open.
+            places: of these ranks, among those that the dispatcher was made for, ascending.
+
+        Raises:
+            ConfigurationError: a backend without the ability.
+        """
 
 
 class CollectiveDispatcher(Dispatcher):

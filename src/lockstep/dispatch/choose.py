@@ -211,19 +211,23 @@ class AutoDispatcher:
         self, backends: Sequence[Dispatcher], shape: ExpertsShape, constants: DispatchConstants | None = None,
         note: str = "",
     ) -> None:  # fmt: skip
-        self.abilities = Abilities(
-            counts_on_device=any(one.abilities.counts_on_device for one in backends),
-            note=", ".join(backend.name for backend in backends) + note,
-        )
         self.num_experts = shape.num_experts
         self.num_local_experts = backends[0].num_local_experts
         self._num_ranks = self.num_experts // self.num_local_experts
-        self._backends = {backend.name: backend for backend in backends}
-        self._available = tuple((name, one.abilities.max_rows_per_rank) for name, one in self._backends.items())
+        self._choose_from(backends, note)
         self._constants = constants or SHIPPED[shape.device.type]
         # Ids and weights travel with the rows on the way to the experts.
         states = shape.hidden_size * shape.dtype.itemsize
         self._weights = shape.num_experts, shape.top_k, states + 8 * shape.top_k, states
+
+    def _choose_from(self, backends: Sequence[Dispatcher], note: str = "") -> None:
+        self.abilities = Abilities(
+            counts_on_device=any(one.abilities.counts_on_device for one in backends),
+            note=", ".join(backend.name for backend in backends) + note,
+            rejoins=any(one.abilities.rejoins for one in backends),
+        )
+        self._backends = {backend.name: backend for backend in backends}
+        self._available = tuple((name, one.abilities.max_rows_per_rank) for name, one in self._backends.items())
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`."""
@@ -256,6 +260,19 @@ class AutoDispatcher:
         """See `Dispatcher.forget_capture`."""
         for backend in self._backends.values():
             backend.forget_capture()
+
+    def end_waits(self) -> None:
+        """See `Dispatcher.end_waits`."""
+        for backend in self._backends.values():
+            backend.end_waits()
+
+    def rejoin(self, process_group: dist.ProcessGroup, places: Sequence[int]) -> None:
+        """See `Dispatcher.rejoin`; from now on without the backends that cannot."""
+        able = [backend for backend in self._backends.values() if backend.abilities.rejoins]
+        for backend in able:
+            backend.rejoin(process_group, places)
+        self._num_ranks = len(places)
+        self._choose_from(able, "; the others would number the experts' slots anew")
 
 
 def _by_collectives(kind: Callable[..., Dispatcher]) -> DispatcherFactory:

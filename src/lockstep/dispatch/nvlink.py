@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 import triton
 
-from lockstep.coordination.waits import await_work, peers_of
+from lockstep.coordination.waits import await_work, peers_of, within
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route, check_experts
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.kernels_combine import combine_kernel
@@ -20,6 +21,8 @@ from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, 
 
 MAX_RANKS = 8
 _FIRST_CELLS = (1, 1, 0)  # epoch of the next dispatch, of the next combine, blocks that have met
+_WAITS_ENDED = 3  # a code beside those of the kernels, written by the host
+_FAR_AHEAD = 2**62  # a word of a lost rank: all of its flags are raised, and it has no tokens in any epoch
 _THREADS = 256
 _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
@@ -43,6 +46,10 @@ class MappedMemory:
         """Wait for all work that this rank has launched."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    def rejoin(self, process_group: dist.ProcessGroup) -> None:
+        """Meet the ranks of another group from now on; what is mapped remains so."""
+        self._group = process_group
 
     def meet(self, deadline_s: float) -> None:
         """Wait for all ranks. Collective; raises as `await_work`."""
@@ -116,7 +123,9 @@ class NvlinkDispatcher:
                 f"{self.num_ranks} ranks x {max_tokens_per_rank} tokens x {hidden_size} values exceed 2**31 elements: "
                 f"lower max_tokens_per_rank and use chunks"
             )
-        self.abilities = Abilities((torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank, counts_on_device=True)
+        self.abilities = Abilities(
+            (torch.bfloat16,), max_rows_per_rank=max_tokens_per_rank, counts_on_device=True, rejoins=True
+        )
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.launch = launch or launch_sizes(
             torch.cuda.get_device_properties(self.device).multi_processor_count, self.num_ranks,
@@ -129,9 +138,15 @@ class NvlinkDispatcher:
             self.num_ranks, max_tokens_per_rank, top_k, self.hidden_stride, self.groups, fp8, self.launch
         )
         self._group = process_group
+        self.places = tuple(range(self.num_ranks))  # of the ranks at work, among those that map their memory
         self._deadline_s = deadline_s
         self.status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._status_word = self.status.numpy()  # the same memory, read ten times as fast
+        self._ended = torch.tensor([_WAITS_ENDED << 32], pin_memory=self.device.type == "cuda")
+        self._side_stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._sink: torch.Tensor | None = None
         self._compiled: dict[Any, Any] = {}
         self._all_tokens = torch.full((1,), ALL_TOKENS.value, dtype=torch.int32, device=self.device)
         self._memory = memory or MappedMemory(process_group)
@@ -174,7 +189,7 @@ class NvlinkDispatcher:
 
     def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
         """See `Dispatcher.route`. A step of one chunk can always be captured."""
-        check_sizes("route", sizes, self.num_ranks)
+        check_sizes("route", sizes, len(self.places))
         chunk_size = min(limit or self.max_tokens_per_rank, self.max_tokens_per_rank)
         in_one = max(sizes) <= chunk_size
         if capture and not in_one:
@@ -285,8 +300,11 @@ class NvlinkDispatcher:
                 f"rank {reporter} set num_tokens above the rows that it handed in, or above the capacity of "
                 f"{self.max_tokens_per_rank}; call reset() on all ranks to go on"
             )
+        if code == _WAITS_ENDED:
+            raise LockstepError(f"rank {self.rank} has ended its waits for others; call reset() on all ranks to go on")
         if code != FLAG_LATE.value:
             raise LockstepError(f"unknown status {word:#x} from the kernels of rank {self.rank}")
+        reporter, absent = self.places.index(reporter), self.places.index(absent)
         peers = peers_of(self._group)
         name = peers.name if peers is not None else int
         late = f"rank {name(absent)} did not come within {self._deadline_s:g} s; rank {name(reporter)} gave up first"
@@ -298,14 +316,42 @@ class NvlinkDispatcher:
         """Set the longest wait for a peer in later calls, in seconds; a graph keeps that of its capture."""
         self._deadline_s = deadline_s
 
+    def end_waits(self) -> None:
+        """See `Dispatcher.end_waits`. A copy does it: kernels that wait may leave no room on the GPU for another."""
+        cell = self.buffers.mapped[self.layout.abort :][:8].view(torch.int64)
+        with torch.cuda.stream(self._side_stream):  # no stream, on a CPU
+            cell.copy_(self._ended, non_blocking=True)
+
+    def rejoin(self, process_group: dist.ProcessGroup, places: Sequence[int]) -> None:
+        """See `Dispatcher.rejoin`. To the kernels, a lost rank has no tokens, and is always on time."""
+        self._group, self.places = process_group, tuple(places)
+        self._memory.rejoin(process_group)
+        self.reset()
+
     def reset(self) -> None:
         """Start over after an error. Collective: all ranks of the process group must be alive."""
-        self._memory.synchronize(self.device)
+        within(functools.partial(self._memory.synchronize, self.device), self._deadline_s)
         self._memory.meet(self._deadline_s)
         self.buffers.mapped[: self.layout.scales].zero_()
         self.buffers.cells.copy_(torch.tensor(_FIRST_CELLS))
+        self._leave_out([place for place in range(self.num_ranks) if place not in self.places])
         self._under_way = None
         self._settle()
+
+    def _leave_out(self, lost: Sequence[int]) -> None:
+        """Let what is sent to lost ranks go nowhere, and what is awaited of them be there, for all epochs."""
+        layout, launch = self.layout, self.launch
+        words = self.buffers.mapped[: layout.scales].view(torch.int64)
+        sections = (
+            (layout.counts, launch.order_blocks + launch.push_blocks), (layout.dispatch_flags, launch.push_blocks),
+            (layout.combine_flags, launch.combine_blocks),
+        )  # fmt: skip
+        for place in lost:
+            for offset, length in sections:
+                words[offset // 8 + place * length :][:length] = _FAR_AHEAD
+            if self._sink is None:  # rows are sent to experts alone, all else lies before the scales
+                self._sink = torch.empty(layout.scales, dtype=torch.uint8, device=self.device)
+            self.buffers.peers[place] = self._sink.data_ptr()
 
     def _settle(self) -> None:
         """Clear the status, once the buffers are zeroed, and wait until all ranks have done so."""

@@ -75,6 +75,12 @@ class DeviceStep:
             self.graphs = EngineGraphs(parallel, self.decoder, self.lay_out, max_rows, most, self._device)
             self.graphs.capture()
 
+    def go_on(self, parallel: ModelParallel) -> None:
+        """Run the steps of the ranks that are left."""
+        self._parallel = parallel
+        if self.graphs is not None:
+            self.graphs.go_on(parallel.layers)
+
     def seat(self, request: EngineRequest, num_cached: int = 0) -> None:
         """Give a request a row of the block table, if it has none; its first `num_cached` tokens are in known pages."""
         if request.row == _NOWHERE:

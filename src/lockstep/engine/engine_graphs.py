@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lockstep.engine.decoder import Prompts, Rows
 from lockstep.models.parallel import ModelParallel
+from lockstep.moe.layers import MoELayers
 from lockstep.moe.step import Step
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,10 @@ class EngineGraphs:
             inputs = self._mixed_inputs(smallest)
             with self._begin(smallest, many, inputs):
                 self._mixed_pass(smallest, inputs)
+
+    def go_on(self, layers: MoELayers) -> None:
+        """Replay the graphs in steps of other ranks, whose layers use what these have on the device."""
+        self._layers = layers
 
     def run(
         self, row_seqs: Sequence[int], positions: Sequence[int], step: Step

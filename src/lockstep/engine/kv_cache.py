@@ -141,6 +141,10 @@ class KVCache:
             del self._known_pages[known.page]
             self._free.append(known.page)
 
+    def clear(self) -> None:
+        """Free all pages, known ones too; no request has any."""
+        self.forget(list(self._known))
+
     def workspace(self, num_heads: int, layer: int) -> DecodeWorkspace | None:
         """Return the workspace of `attend_decode`; layers of one shape share it, since they run one after another."""
         _, _, num_kv_heads, value_dim = self.value_pages[layer].shape

@@ -155,6 +155,12 @@ class RankEngine:
         self._eos = frozenset(eos_token_ids)
         sampler = Sampler(config.max_num_seqs, num_logits, self._device, eos_token_ids=sorted(self._eos))
         self._device_step = DeviceStep(model, self.parallel, self.cache, sampler, config, graphs)
+        self.page_keys_of: Callable[[Sequence[int]], Sequence[PageKey]] = token_page_keys
+        self._requests: dict[int, EngineRequest] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to count steps among the ranks that there are."""
         ranks = ParallelConfig() if self.parallel is None else self.parallel.config
         self._tp_size, first = ranks.tensor_parallel_size, ranks.data_parallel_rank * ranks.tensor_parallel_size
         self._alike = slice(first, first + self._tp_size)  # ranks with the same requests
@@ -167,10 +173,19 @@ class RankEngine:
         self.epoch_ends = False
         self._num_messages: Sequence[int] = [0] * ranks.world_size
         self.step_number = 0
-        self.page_keys_of: Callable[[Sequence[int]], Sequence[PageKey]] = token_page_keys
         self.reports: list[StepReport] = []
-        self._requests: dict[int, EngineRequest] = {}
         self._flight: _Flight | None = None
+
+    def go_on(self, parallel: ModelParallel) -> None:
+        """Drop all requests, and work among the ranks that are left; `parallel` must say that it `goes_on`."""
+        for request in self._requests.values():
+            self._device_step.unseat(request)
+        self._requests.clear()
+        self.scheduler = RankScheduler(self.config)
+        self.cache.clear()
+        self.parallel = parallel
+        self._device_step.go_on(parallel)
+        self._begin()
 
     def add(
         self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None,

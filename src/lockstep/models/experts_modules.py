@@ -56,14 +56,14 @@ def slots_of(
 
 def shard_experts(module: Any, slots: Sequence[int]) -> None:
     """Keep only the experts in this rank's slots of a module in memory; free the rest."""
-    for name, parameter in _expert_parameters(module):
+    for name, parameter in expert_parameters(module):
         _set(module, name, parameter, take(parameter.detach(), slots))
     _hold(module, slots)
 
 
 def shard_empty(module: Any, slots: Sequence[int], device_type: str) -> None:
     """Prepare a module on the meta device so that the loader reads only the experts in this rank's slots."""
-    for name, parameter in _expert_parameters(module):
+    for name, parameter in expert_parameters(module):
         part = internals.part_of_experts(parameter.detach(), _held(slots), device_type)
         module._parameters[name] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
 
@@ -113,11 +113,28 @@ def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
     """Give a module that was cut other experts, taken from its own and from another module of the same layer."""
     (held, num_experts), added = slots_held(module), slots_held(fresh)[0] if fresh is not None else ()
     wanted = [(*held, *added).index(expert) if expert != EMPTY else EMPTY for expert in slots]
-    for name, parameter in _expert_parameters(module):
+    for name, parameter in expert_parameters(module):
         rows = parameter.detach()
         if added:
             rows = torch.cat([rows, fresh._parameters[name].detach().to(rows.device)])
         _set(module, name, parameter, take(rows, wanted))
+    module.num_experts = num_experts
+    _hold(module, slots)
+
+
+def only_fills(module: Any, slots: Sequence[int]) -> bool:
+    """Return whether a module that was cut down need only fill empty slots to hold what `slots` say."""
+    held, _ = slots_held(module)
+    return len(slots) == len(held) and all(old in (new, EMPTY) for new, old in zip(slots, held, strict=True))
+
+
+def fill_slots(module: Any, slots: Sequence[int], read: Callable[[str, int, torch.Tensor], None]) -> None:
+    """Fill empty slots in place, as graphs need that read them; `read(name, expert, weight)` writes one expert's."""
+    held, num_experts = slots_held(module)
+    for name, parameter in expert_parameters(module):
+        for slot, expert in enumerate(slots):
+            if held[slot] != expert:
+                read(name, expert, parameter.detach()[slot])
     module.num_experts = num_experts
     _hold(module, slots)
 
@@ -154,7 +171,7 @@ def _held(slots: Sequence[int]) -> list[int]:
     return sorted(expert for expert in slots if expert != EMPTY) or [0]
 
 
-def _expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
+def expert_parameters(module: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Return an experts module's own parameters that have one entry per expert."""
     num_experts = module.down_proj.shape[0]
     return [

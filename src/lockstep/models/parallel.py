@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -65,6 +65,8 @@ class ModelParallel:
         peers: where the other ranks are, and this rank's last events; filled by `open`.
         session: the `join` block that the model is in, if any.
         weights: this rank's own part of the model.
+        goes_on: whether this one continues on fewer ranks with what `before` has on the device, so that captured graphs
+            remain valid; `places` are its ranks' numbers among the ranks that made the layers.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class ModelParallel:
         process_group: dist.ProcessGroup,
         options: ParallelOptions,
         attention_group: WatchedGroup | None = None,
+        before: "ModelParallel | None" = None,
+        places: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.config = config
@@ -82,6 +86,8 @@ class ModelParallel:
         self.coordinator: Coordinator
         self.peers: Peers
         self.session: Session | None = None
+        self.goes_on = before is not None
+        self._before, self._places = before, tuple(places)
         self._attention_group = attention_group
         self._start = Start(process_group)
         # Unique keys: a second model would otherwise read what the ranks wrote about the first one.
@@ -239,7 +245,9 @@ class ModelParallel:
     def _open_groups(self, epoch: int, maps: bool) -> None:
         config, options = self.config, self.options
         tp_size, tp_first = config.tensor_parallel_size, config.data_parallel_rank * config.tensor_parallel_size
-        groups = open_groups(config, self.device, options.deadline_s, epoch, self._start)
+        on_gpu = self.device.type == "cuda" and self._before is None  # what goes on needs no groups of NCCL's
+        device = self.device if on_gpu else torch.device("cpu")
+        groups = open_groups(config, device, options.deadline_s, epoch, self._start)
         self._groups = groups.opened
         self.peers = Peers(
             config.rank, config.world_size, board=groups.board, store=self._store, epoch=epoch, debug=options.debug,
@@ -257,13 +265,13 @@ class ModelParallel:
             transport=groups.transport, rank=config.rank, tensor_parallel_size=config.tensor_parallel_size,
             deadline_s=options.deadline_s, fingerprint=fingerprint, epoch=epoch, peers=self.peers,
         )  # fmt: skip
-        on_gpu = groups.opened[1:] if self.device.type == "cuda" else []
+        nccl = groups.opened[1:] if on_gpu else []
         self.layers = MoELayers(
             self._make_layers(groups, maps),
             max_chunk_size_per_rank=options.max_chunk_size_per_rank,
             coordinator=self.coordinator,
             deadline_s=options.deadline_s,
-            abort=lambda: abort(on_gpu, self.device, config.rank),
+            abort=lambda: abort(nccl, self.device, config.rank),
             shares_attention=self._attention_group is not None,
         )
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
@@ -278,6 +286,8 @@ class ModelParallel:
         # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
         made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
         layers, warm, placement = [], set(), options.placement
+        if self._before is not None:
+            return self._go_on(self._before, groups)
         self._load = []
         for index, (experts, shape) in enumerate(zip(self.weights.experts, self._shapes, strict=True)):
             key = shape, experts.run_on_device
@@ -303,6 +313,32 @@ class ModelParallel:
                 experts.warm_up(rows * shape.top_k, options.fp8_dispatch)
         return layers
 
+    def _go_on(self, before: "ModelParallel", groups: Groups) -> list[MoELayer]:
+        """Make the layers of what those before have on the device, which follows the new placement. Collective."""
+        options, config, placement = self.options, self.config, self.options.placement
+        assert placement is not None
+        for dispatcher in before.layers.dispatchers:
+            dispatcher.rejoin(groups.data, self._places)
+        for load in before._load:
+            load.zero_()
+        self._load, self._before = before._load, None
+        layers = []
+        for index, old in enumerate(before.layers):
+            assert old.slots is not None
+            old.slots.follow(placement, index, config.rank, self._places)
+            kept: dict[str, Any] = {"slots": old.slots, "load": old.load, "deadline_s": options.deadline_s}
+            layers.append(MoELayer(self.weights.experts[index], old.dispatcher, config, self._shapes[index], **kept))
+        return layers
+
+    def can_go_on(self, placement: Placement) -> bool:
+        """Whether fewer ranks can go on, by this placement, with what the layers have on the device: all say alike."""
+        return (
+            hasattr(self, "layers")
+            and all(dispatcher.abilities.rejoins for dispatcher in self.layers.dispatchers)
+            and all(layer.slots is not None for layer in self.layers)
+            and placement.num_slots_per_rank == self.layers[0].dispatcher.num_local_experts
+        )
+
     def _settings(self) -> dict[str, Any]:
         """Return the settings that must be equal on all ranks, by name; deadlines may differ."""
         first, placement = self._shapes[0], self.options.placement
@@ -312,6 +348,7 @@ class ModelParallel:
             "tensor_parallel_size": self.config.tensor_parallel_size,
             "dispatch constants": self._constants.summary if self._constants is not None else "",
             "placement (checksum)": placement.checksum if placement is not None else 0,
+            "going on with what is on the device": self.goes_on,
             "MoE layers": len(self.weights.experts),
             "local experts": [experts.num_local_experts for experts in self.weights.experts],
             "hidden size": first.hidden_size,

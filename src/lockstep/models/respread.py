@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lockstep.coordination.groups import Start, own_device, parallel_config
 from lockstep.errors import ConfigurationError
-from lockstep.models.experts_modules import change_slots, find_experts, slots_held
+from lockstep.models.experts_modules import change_slots, fill_slots, find_experts, only_fills, slots_held
 from lockstep.models.huggingface import attach
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.models.stored_experts import StoredExperts
 from lockstep.moe.fp8 import is_fp8
 from lockstep.moe.placement import EMPTY, Placement
 from lockstep.moe.survivors import to_read
@@ -33,6 +37,8 @@ class Respreader:
 
     def __init__(self, path: str, options: ParallelOptions, store: dist.Store, **how_loaded: Any) -> None:
         self._path, self._options, self._how_loaded = path, options, how_loaded
+        self._stored: StoredExperts | None = None
+        self._made_by: tuple[int, ...] = ()  # members that made what the layers have on the device
         self._files: bytes = store.compare_set("checkpoint", "", _files_of(path))
 
     def load_alone(self, rank: int, num_ranks: int, device: Any) -> Any:
@@ -45,8 +51,12 @@ class Respreader:
         layers = find_experts(model)
         return self._options.placement or Placement.even(len(layers), slots_held(layers[0][1])[1], num_ranks)
 
-    def spread(self, model: Any, placement: Placement) -> None:
-        """Take the experts of a placement over the members, and open their groups; earlier groups must be closed."""
+    def spread(self, model: Any, placement: Placement, members: Sequence[int]) -> None:
+        """Take the experts of a placement over the `members`, and open their groups; earlier groups must be closed.
+
+        If all of them were there when the layers were made, and their slots have room for all experts, they continue
+        with what is on the device: captured CUDA graphs remain valid.
+        """
         parallel, modules, process_group = parallel_of(model), find_experts(model), dist.group.WORLD
         assert process_group is not None
         config = parallel_config(process_group, 1)
@@ -55,16 +65,30 @@ class Respreader:
             set(slots).difference(slots_held(module)[0], {EMPTY})
             for slots, (_, module) in zip(wanted, modules, strict=True)
         ]
-        fresh = {}
-        if any(missing):
-            with Start(process_group).whereabouts.working(f"reading experts of {self._path}"):
+        fills = all(only_fills(module, slots) for slots, (_, module) in zip(wanted, modules, strict=True))
+        with Start(process_group).whereabouts.working(f"reading experts of {self._path}"):
+            fresh, read = {}, self._stored.read if self._stored is not None and fills else None
+            if any(missing) and read is None:
                 fresh = self._read(to_read(missing, placement.num_experts), in_fp8=is_fp8(modules[0][1]))
-        for slots, (name, module) in zip(wanted, modules, strict=True):
-            change_slots(module, slots, fresh.get(name))
+            self._check_files()
+            for slots, (name, module) in zip(wanted, modules, strict=True):
+                if fills:
+                    fill_slots(module, slots, functools.partial(read or _read_from(fresh), name))
+                else:
+                    change_slots(module, slots, fresh.get(name))
+            if self._stored is None and any(EMPTY in slots for slots in wanted):  # there may be something to fill
+                self._stored = StoredExperts.of(self._path, modules)
         if parallel is not None:  # None where this rank has just loaded the model alone
             model.forward = parallel.forward
             del model.__dict__["_lockstep_parallel"]
-        attach(ModelParallel(model, config, process_group, replace(self._options, placement=placement)))
+        goes_on = (
+            fills and parallel is not None and set(members) <= set(self._made_by) and parallel.can_go_on(placement)
+        )
+        self._made_by = self._made_by if goes_on else tuple(members)
+        options, places = replace(self._options, placement=placement), [self._made_by.index(rank) for rank in members]
+        attach(
+            ModelParallel(model, config, process_group, options, before=parallel if goes_on else None, places=places)
+        )
 
     def _read(self, placement: Placement, in_fp8: bool) -> dict[str, Any]:
         """Load modules with the experts of a placement's first rank; dense weights stay views of the files."""
@@ -72,9 +96,22 @@ class Respreader:
         return dict(find_experts(self._load(**part, quantize_experts="fp8" if in_fp8 else "none")))
 
     def _load(self, **part: Any) -> Any:
+        self._check_files()
+        return load_pretrained(self._path, **(self._how_loaded | part))
+
+    def _check_files(self) -> None:
         if _files_of(self._path).encode() != self._files:
             raise ConfigurationError(f"{self._path} is not the checkpoint any more that the ranks have loaded")
-        return load_pretrained(self._path, **(self._how_loaded | part))
+
+
+def _read_from(fresh: dict[str, Any]) -> Callable[[str, str, int, torch.Tensor], None]:
+    """Return what copies experts from modules that hold just these, as `StoredExperts.read` does from files."""
+
+    def read(module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
+        module = fresh[module_name]
+        weight.copy_(module._parameters[name].detach()[slots_held(module)[0].index(expert)])
+
+    return read
 
 
 def _files_of(path: str) -> str:

@@ -60,7 +60,7 @@ class MoELayer:
         self.experts, self.dispatcher = experts, dispatcher
         self.config, self.shape = config, shape
         self.tensor_parallel_group = tensor_parallel_group
-        self._slots, self._load = slots, load
+        self.slots, self.load = slots, load
         self._deadline_s = deadline_s
         self.nothing = self.rows_for_nobody(0)
 
@@ -83,8 +83,8 @@ class MoELayer:
         """Return the weighted sums, `[num_tokens, hidden]`, of the tensor-parallel group's rows. For `Step` alone."""
         step.in_step = False  # until every collective of this layer has been issued
         failed_before = step.failure
-        if self._slots is not None:
-            topk_ids = self._slots.slots(topk_ids, step.first_row, self.takes_few_rows(sum(step.route.sizes)))
+        if self.slots is not None:
+            topk_ids = self.slots.slots(topk_ids, step.first_row, self.takes_few_rows(sum(step.route.sizes)))
         # One integer and one float type on the wire, whatever a model's router returns: all ranks must send alike.
         topk_ids, topk_weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
         chunks = step.chunks(self)
@@ -109,8 +109,8 @@ class MoELayer:
         mark = step.peers.mark
         mark(Phase.DISPATCH, *place)
         handle = self.dispatcher.dispatch(route, hidden_states, topk_ids, topk_weights, step.num_rows)
-        if self._load is not None:
-            self._load += handle.tokens_per_expert
+        if self.load is not None:
+            self.load += handle.tokens_per_expert
         mark(Phase.EXPERTS, *place)
         try:
             if handle.num_pairs is not None:

@@ -135,5 +135,11 @@ class MoELayers:
         """Use the ranks' groups no more, tell the others why, and end what waits for them on the device."""
         if self._coordinator is not None:
             self._coordinator.give_up(failure)
+        self.end_waits()
+
+    def end_waits(self) -> None:
+        """End what waits on the device for ranks that will not come; what it computed is worthless. Not collective."""
+        for dispatcher in self.dispatchers:
+            dispatcher.end_waits()
         if self._abort is not None:
             self._abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from lockstep.runner.failures import failure_of
 from lockstep.runner.losses import WHEREABOUTS
 from lockstep.runner.options import ModelOptions
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Whoever decides may have to wait for a rank's deadline, and once more for one that does not say that it has stopped.
@@ -58,15 +60,20 @@ class Member:
             while self.epoch < self._first_epoch or self.rank not in self.members:
                 self._await_epoch()
         while True:
+            began_s = time.monotonic()
             try:
                 if options.world_size > 1:
                     self._join()
+                joined_s = time.monotonic()
                 if model is None:
                     model = ranks.load_model(options, count_expert_load=count_expert_load)
                 if respreader is not None and (self.epoch or options.survive):
                     first = widened(respreader.first_placement(model, options.world_size), options.survive)
                     with self._whereabouts().working(f"spreading the experts of epoch {self.epoch}"):
-                        respreader.spread(model, placement_of_epoch(first, self._epochs))
+                        respreader.spread(model, placement_of_epoch(first, self._epochs), self.members)
+                if self.epoch and self.rank == self.members[0]:
+                    took_s = joined_s - began_s, time.monotonic() - joined_s
+                    logger.warning("met in %.2f s, experts there in %.2f s: epoch %d begins", *took_s, self.epoch)
                 return serve(model)
             except EpochEnded:
                 self._say({"stopped": self.epoch})

@@ -68,7 +68,7 @@ class OwnRank:
             from lockstep.runner.rank_loop import run_rank
             from lockstep.runner.ranks import detokenizer_of, find_tokenizer, load_model, make_engine
 
-            engine = make_engine(load_model(self._options), self._options)
+            engine = make_engine(load_model(self._options), self._options, [])
             self._parallel = engine.parallel
             detokenizer = detokenizer_of(find_tokenizer(self._options.model))
             self._mailbox.send({"ready": engine.about()})

@@ -83,10 +83,11 @@ def _run_worker(connection: Connection, rank: int, options: EngineOptions, port:
         transformers_logging.disable_progress_bar()  # those of several ranks would overwrite each other
         detokenizer = detokenizer_of(find_tokenizer(options.model))
         member = Member(rank, options, port, options.start_timeout_s, mailbox.send, first_epoch)
+        engines: list[Any] = []
 
         def serve(model: Any) -> None:
             mailbox.epoch = member.epoch
-            engine = make_engine(model, options)
+            engine = make_engine(model, options, engines)
             mailbox.send({"ready": engine.about()})
             run_rank(engine, mailbox, detokenizer=detokenizer, ends_epoch=member.was_asked_to_stop)
 

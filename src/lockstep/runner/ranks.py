@@ -114,6 +114,8 @@ def leave_groups(model: Any) -> None:
     from lockstep.models.parallel import parallel_of
 
     if (parallel := parallel_of(model)) is not None:
+        if parallel.is_open:
+            parallel.layers.end_waits()
         parallel.close()
     abandon_groups()
 
@@ -161,15 +163,14 @@ def torch_dtype(options: ModelOptions) -> Any:
     return options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
-def make_engine(model: Any, options: EngineOptions) -> Any:
-    """Make the `RankEngine` of a model that `load_model` has loaded on this rank, and open its groups. Collective."""
-    from lockstep.engine.rank_engine import RankEngine
+def make_engine(model: Any, options: EngineOptions, engines: list[Any]) -> Any:
+    """Open the groups of a model that `load_model` has loaded, and return its `engine_of_epoch`. Collective."""
     from lockstep.models.parallel import parallel_of
 
-    parallel = parallel_of(model)
-    if parallel is not None:
+    if (parallel := parallel_of(model)) is not None:
         parallel.open()
-    return RankEngine(
+    return engine_of_epoch(
+        engines,
         model,
         options.scheduler(),
         max_model_len=options.max_model_len,
@@ -177,6 +178,20 @@ def make_engine(model: Any, options: EngineOptions) -> Any:
         eos_token_ids=eos_token_ids(model),
         graphs=options.graphs,
     )
+
+
+def engine_of_epoch(engines: list[Any], model: Any, config: SchedulerConfig, **settings: Any) -> Any:
+    """Return the `RankEngine` of the epoch before if it can go on, else a new one; `engines` keeps it for the next."""
+    from lockstep.engine.rank_engine import RankEngine
+    from lockstep.models.parallel import parallel_of
+
+    parallel = parallel_of(model)
+    if engines and parallel is not None and parallel.goes_on:
+        engines[0].go_on(parallel)
+    else:
+        engines.clear()  # before the next one needs its memory
+        engines.append(RankEngine(model, config, **settings))
+    return engines[0]
 
 
 def load_tokenizer(model: str) -> Any:

@@ -23,7 +23,7 @@ from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.member import Member
 from lockstep.runner.options import RunOptions
 from lockstep.runner.parts import Notes, Parts, whole_steps
-from lockstep.runner.ranks import load_model, load_tokenizer
+from lockstep.runner.ranks import engine_of_epoch, load_model, load_tokenizer
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 from lockstep.workload.prefix_pages import token_page_keys
@@ -111,13 +111,16 @@ def run_rank(
     """
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
+    engines: list[RankEngine] = []
 
     def work(model: Any) -> dict[str, Any]:
         check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
         parallel = parallel_of(model)
         if parallel is not None:
             parallel.open()
-        run = _Run(options, model, tokenizer, requests, member)
+        settings = {"max_model_len": options.max_model_len, "gpu_memory_utilization": options.gpu_memory_utilization}
+        engine = engine_of_epoch(engines, model, options.scheduler, **settings)
+        run = _Run(options, model, engine, tokenizer, requests, member)
         if on_ready is not None and run.place == 0:
             on_ready(run.engine.about())
         with run:
@@ -138,20 +141,16 @@ class _Run:
     """The state of one rank's loop; `rank` is its number from the start, `place` that among the ranks that are left."""
 
     def __init__(
-        self, options: RunOptions, model: Any, tokenizer: Any, requests: list[Request], member: Member | None
-    ) -> None:
+        self, options: RunOptions, model: Any, engine: RankEngine, tokenizer: Any, requests: list[Request],
+        member: Member | None,
+    ) -> None:  # fmt: skip
         self.options, self.tokenizer, self.member = options, tokenizer, member
         self.parallel = parallel = parallel_of(model)
         self.place = parallel.config.rank if parallel is not None else 0
         self.rank = self.place if member is None else member.rank
         self.dp_rank = parallel.config.data_parallel_rank if parallel is not None else 0
         self.writes_outputs = parallel is None or parallel.config.tensor_parallel_rank == 0
-        self.engine = RankEngine(
-            model,
-            options.scheduler,
-            max_model_len=options.max_model_len,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-        )
+        self.engine = engine
         self.keep_logprobs = options.keep_logprobs and model.dtype != torch.float32
         self.vocab_size = model.config.get_text_config().vocab_size
         self.open_requests: dict[int, Notes] = {}

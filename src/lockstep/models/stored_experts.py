@@ -1,0 +1,109 @@
+"""Single experts straight from a checkpoint's files: the loader looks at every tensor, and takes ten times as long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.errors import ConfigurationError
+from lockstep.models.checkpoint import StoredTensor, check_files
+from lockstep.models.experts_modules import expert_parameters, slots_held
+from lockstep.moe.fp8 import SCALES
+from lockstep.moe.placement import EMPTY
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of a module's weight, in the files
+_BUFFERS, _BUFFER_BYTES = 2, 1 << 23  # one is read into while the GPU copies the other
+
+
+class StoredExperts:
+    """The routed experts of a folder's files, where these hold them value by value as the modules do.
+
+    That the files do is seen by comparing an expert of each module; `of` returns None where they do not.
+    """
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+
+    @classmethod
+    def of(cls, path: str, modules: Sequence[tuple[str, Any]]) -> StoredExperts | None:
+        """Find the experts of `(qualified name, module)`s, each with weights on its device."""
+        try:
+            stored = cls(check_files(Path(path))) if Path(path).is_dir() else None
+        except (ConfigurationError, OSError):
+            return None
+        return stored if stored is not None and all(stored._holds(*one) for one in modules) else None
+
+    def read(self, module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
+        """Write an expert's part of a module's parameter into `weight`, which is contiguous. The GPU may still copy."""
+        rows = (
+            weight.unflatten(0, (-1, weight.shape[0] // len(parts))) if (parts := self._parts(name)) else weight[None]
+        )
+        for part, target in zip(self._stored(module_name, name, expert), rows, strict=True):
+            self._read(part, target)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return _PARTS.get(name.removesuffix(SCALES), ())
+
+    def _stored(self, module_name: str, name: str, expert: int) -> list[StoredTensor]:
+        """Where the parts of an expert lie; `KeyError` where they have other names."""
+        suffix = "weight_scale_inv" if name.endswith(SCALES) else "weight"
+        return [self._tensors[f"{module_name}.{expert}.{part}.{suffix}"] for part in self._parts(name)]
+
+    def _holds(self, module_name: str, module: Any) -> bool:
+        held, _ = slots_held(module)
+        slot = next((slot for slot, expert in enumerate(held) if expert != EMPTY), None)
+        if slot is None:
+            return True
+        for name, parameter in expert_parameters(module):
+            weight = parameter.detach()[slot]
+            try:
+                parts = self._stored(module_name, name, held[slot])
+                fits = bool(parts) and weight.shape[0] == sum(part.shape[0] for part in parts)
+            except KeyError:
+                return False
+            if not fits or any((_DTYPES.get(p.dtype), p.shape[1:]) != (weight.dtype, weight.shape[1:]) for p in parts):
+                return False
+            found = torch.empty_like(weight)
+            self.read(module_name, name, held[slot], found)
+            if not torch.equal(found.view(torch.uint8), weight.contiguous().view(torch.uint8)):
+                return False
+        return True
+
+    def _read(self, part: StoredTensor, target: torch.Tensor) -> None:
+        bytes_of = target.view(torch.uint8).flatten()
+        with part.file.open("rb", buffering=0) as file:
+            file.seek(part.start)
+            if target.device.type == "cpu":
+                _fill(file, bytes_of)
+                return
+            for start in range(0, len(bytes_of), _BUFFER_BYTES):
+                piece = bytes_of[start : start + _BUFFER_BYTES]
+                buffer, copied = self._next_buffer()
+                _fill(file, buffer[: len(piece)])
+                piece.copy_(buffer[: len(piece)], non_blocking=True)
+                copied.record()
+
+    def _next_buffer(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        if len(self._buffers) < _BUFFERS:
+            buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._buffers.append((buffer, torch.cuda.Event()))
+        else:
+            self._buffers.append(self._buffers.pop(0))
+        buffer, copied = self._buffers[-1]
+        copied.synchronize()
+        return buffer, copied
+
+
+def _fill(file: Any, target: torch.Tensor) -> None:
+    """Read as many bytes as a tensor on the host has."""
+    view = target.numpy().data
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise ConfigurationError(f"{file.name} ends within a tensor")
+        view = view[count:]
