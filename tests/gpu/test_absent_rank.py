@@ -1,4 +1,4 @@
-"""On 2 GPUs: a rank that stops or dies inside a step is named by the other in time; a killed one costs a restart."""
+"""On 2 GPUs: a rank that stops or dies inside a step is named by the other in time; a killed one costs no output."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def pid_with(path):
     return None
 
 
-def test_kill_minus_nine_costs_a_restart_and_no_output(tmp_path):
+def test_kill_minus_nine_costs_no_output_and_the_other_rank_goes_on(tmp_path):
     make_tiny(tmp_path / "tiny", num_layers=2)
     lines = [{"prompt": "One of us is killed.", "max_new_tokens": 20 + 10 * n, "arrival_s": 0} for n in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -133,5 +133,5 @@ def test_kill_minus_nine_costs_a_restart_and_no_output(tmp_path):
     assert pid is not None, (tmp_path / "killed.log").read_text()
     os.kill(pid, signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "killed.log").read_text()
-    assert "starting all ranks again, 1 of 3 times" in (tmp_path / "killed.log").read_text()
+    assert "ended by signal 9 (SIGKILL); going on with rank 0" in (tmp_path / "killed.log").read_text()
     assert outputs_of(tmp_path / "killed") == outputs_of(tmp_path / "undisturbed")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_engine_gpu import _misses
+from test_engine_gpu import misses
 
 from lockstep import Engine, SamplingParams
 from lockstep.models.loading import load_pretrained
@@ -67,8 +67,9 @@ def test_the_others_go_on_with_every_request_and_its_right_tokens(tmp_path, numb
         print(f"{number!r}: {gap:.2f} s without a token, {time.monotonic() - lost:.2f} s to the end")
         again = list(engine.generate(prompts, PARAMS))  # by the ranks that are left
         assert {output.rank for output in again} == set(range(NUM_RANKS)) - {1}
-    whole = load_pretrained(str(folder), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    dtypes, device = (torch.bfloat16, torch.float32), torch.device("cuda", 0)
+    wholes = [load_pretrained(str(folder), dtype=dtype, device=device) for dtype in dtypes]
     assert [len(tokens) for tokens in heard.tokens] == [300] * len(prompts)
-    assert _misses(whole, prompts, heard.tokens, exact=False) == 0
+    assert misses(wholes, prompts, heard.tokens, exact=False) == 0
     second = [[(token, 0.0) for token in output.token_ids] for output in sorted(again, key=lambda one: one.index)]
-    assert _misses(whole, prompts, second, exact=False) == 0
+    assert misses(wholes, prompts, second, exact=False) == 0

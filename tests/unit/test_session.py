@@ -76,6 +76,23 @@ def steps_of(count, rows=1, pause_s=0.0):
     return script
 
 
+def test_ranks_whose_scripts_meet_between_steps_come_together_again():
+    """One is late once, by more than its grace: each runs a step alone, and from then on all steps are of both."""
+    meet = threading.Barrier(2, timeout=30)
+
+    def script(late_s):
+        def run(this, step):
+            time.sleep(late_s)
+            for _ in range(4):
+                step(1)
+                meet.wait()
+
+        return run
+
+    _, ran = run_scripts([script(0.0), script(1.5)], grace_s=0.7)
+    assert ran[0] == ran[1] == [(1, 0), (0, 1), (1, 1), (1, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("counts", [(3, 3), (0, 5), (1, 0, 4), (0, 0)])
 def test_every_rank_gets_its_steps_and_all_run_the_same(counts):
     outcomes, ran = run_scripts([steps_of(count, rank + 1) for rank, count in enumerate(counts)])

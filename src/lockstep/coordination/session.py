@@ -37,9 +37,10 @@ class Session:
         coordinator: how ranks agree. Left open: who made it closes its groups.
         run_idle_step: takes part in a step without rows of this rank; called from the session's thread.
         data_parallel_rank: whose count in the decision is this rank's.
-        grace_s: how long after entering, and after a step of its script, this rank waits for the script's next one
-            before it takes part with zero rows, in seconds. It keeps together ranks that step together; ranks that idle
-            anyway do not wait.
+        grace_s: how long after entering, after a step of its script, and once more after the first step that it idles
+            behind that one, this rank waits for the script's next step before it takes part with zero rows, in seconds.
+            It keeps together ranks that step together, and brings them together again; ranks that idle anyway do not
+            wait.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Session:
         self._over = False
         self._failure: BaseException | None = None
         self._untold = False  # the other ranks do not know yet that this one has finished or failed
-        self._earliest_idle_step = 0.0
+        self._earliest_idle_step, self._idled = 0.0, True  # whether it has idled since its script's last step
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._ctrl_c = HeldBackInterrupt()
@@ -130,7 +131,7 @@ class Session:
 
     def end_step(self) -> None:
         """Leave the step that `begin_step` began. Ctrl-C that came during the step is raised here."""
-        self._earliest_idle_step = time.monotonic() + self._grace_s
+        self._earliest_idle_step, self._idled = time.monotonic() + self._grace_s, False
         self._release()
         self._ctrl_c.let_go()
 
@@ -164,6 +165,8 @@ class Session:
                 self._release()
             if decision.runs_step:
                 pause_s = _PAUSE_S[0]
+                if not self._idled:  # or ranks whose scripts meet between steps would stay one step apart for good
+                    self._earliest_idle_step, self._idled = time.monotonic() + self._grace_s, True
             else:
                 self._pause(pause_s, min(max(pause_s * _LOOK_SHARE, _LOOK_S[0]), _LOOK_S[1]) if watches else pause_s)
                 pause_s = min(2 * pause_s, _WATCHED_PAUSE_S if watches else _PAUSE_S[1])
