@@ -1,4 +1,4 @@
-"""Experts for the kernels that run on counts which only the device knows: bfloat16, fp8, gpt-oss; and their results."""
+"""Cases for the experts' kernels (bfloat16, fp8, gpt-oss), and their errors against float32."""
 
 from types import SimpleNamespace
 

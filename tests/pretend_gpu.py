@@ -1,6 +1,6 @@
-"""A GPU that is not there: CPU tensors that say they are on one, so that what only GPUs run can run on a CPU.
+"""A pretended GPU: CPU tensors that claim to be on a GPU, so that GPU-only host code can run on a CPU.
 
-It imitates what a host can get wrong:
+It imitates what host code can get wrong:
 
 * devices: an operation on tensors of both is an error, and so is a kernel that gets a tensor of the host;
 * copies to the host that it does not wait for have their values once an event behind them has been waited for;

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, made by hand, of small models: what tests of loading and of experts in fp8 load."""
+"""Quantised checkpoints of small models, made by hand, for tests of loading and of experts in fp8."""
 
 import json
 

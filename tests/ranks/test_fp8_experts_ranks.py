@@ -1,4 +1,4 @@
-"""Experts held in fp8, over ranks: equal outputs, other slots, lost ranks, the command line, what is refused."""
+"""Experts held in fp8, over ranks: equal outputs, placements, lost ranks, the command line, refusals."""
 
 import json
 import os

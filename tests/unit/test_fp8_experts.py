@@ -1,4 +1,4 @@
-"""Experts held in fp8: what stays of a checkpoint, what is made, what is read, and what is refused by name."""
+"""Experts held in fp8: kept as stored, made from 16 bits, read by their rank only, refused by name."""
 
 import json
 

@@ -1,8 +1,8 @@
-"""All Triton kernels are compiled for a Hopper GPU at the sizes that users launch, by the launches' own code.
+"""Compile all Triton kernels for a Hopper GPU at the sizes that users launch, through the real launch code.
 
-In the place of Triton's driver stands one that compiles, down to the machine's code, and notes what a launch hands over
-instead of running it. So arguments that a kernel does not have, code that does not compile, tiles that exceed shared
-memory and cached launches in another order than Triton's own are found without a GPU.
+A substitute for Triton's driver compiles to machine code and records the arguments of each launch instead of running
+it. This finds, without a GPU: arguments that a kernel does not have, code that does not compile, tiles that exceed
+shared memory, and cached launches whose arguments differ in order from Triton's own.
 """
 
 import importlib.util

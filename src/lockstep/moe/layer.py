@@ -27,17 +27,17 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class MoELayer:
     """The routed experts of one layer over all ranks. Inference only: no gradients flow through it.
 
-    A layer knows nothing of steps: which rows it runs, and in which chunks, is the `Step`'s.
+    A layer knows nothing of steps: `Step` decides which rows it runs, and in which chunks.
 
     Args:
-        experts: of this rank, see `Experts`; `LocalExperts` where the dispatcher leaves counts on the device.
+        experts: this rank's experts, see `Experts`; `LocalExperts` if the dispatcher leaves counts on the device.
         dispatcher: brings rows to their experts and back. Layers that run one after another may share it.
-        config: this rank's place. Ranks of one tensor-parallel group hand in the same rows; each takes its share of
-            them into the experts and all get all results.
-        shape: of the experts, and of the rows that come to them.
-        tensor_parallel_group: the ranks that share rows, where there are several. Left open.
-        slots: where experts are placed otherwise than in contiguous shares; `shape.num_experts` then counts slots.
-        load: counts the pairs that come to each of this rank's slots, `[num_local_experts]`, on the device.
+        config: this rank's place. Ranks of one tensor-parallel group pass the same rows; each takes its share of them
+            into the experts, and all get all results.
+        shape: sizes and dtype of the experts and their rows.
+        tensor_parallel_group: the ranks that share rows, if there are several. It stays open.
+        slots: the placement, unless experts are in contiguous shares; with it `shape.num_experts` counts slots.
+        load: counters of the pairs in each of this rank's slots, `[num_local_experts]`, on the device.
         deadline_s: longest wait for any rank, in seconds.
     """
 
@@ -65,7 +65,7 @@ class MoELayer:
         self.nothing = self.rows_for_nobody(0)
 
     def rows_for_nobody(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return states, ids and weights of rows that go to no expert, for a rank that has lost its own."""
+        """Return states, ids and weights of rows that go to no expert, for a rank that has failed to make its own."""
         shape = self.shape
         return (
             torch.zeros(num_rows, shape.hidden_size, dtype=shape.dtype, device=shape.device),
@@ -74,13 +74,13 @@ class MoELayer:
         )
 
     def takes_few_rows(self, num_rows: int) -> bool:
-        """Whether the experts' kernels for few rows run where all ranks together bring so many rows."""
+        """Return whether the kernels for few rows run if all ranks together bring `num_rows` rows."""
         return self._rows_per_expert(num_rows) <= FEW_ROWS
 
     def run(
         self, step: Step, index: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the weighted sums, `[num_tokens, hidden]`, of the tensor-parallel group's rows. For `Step` alone."""
+        """Return weighted sums, `[num_tokens, hidden]`, of the tensor-parallel group's rows. Only `Step` calls this."""
         step.in_step = False  # until every collective of this layer has been issued
         failed_before = step.failure
         if self.slots is not None:
@@ -130,11 +130,11 @@ class MoELayer:
         return self.dispatcher.combine(expert_output, handle)
 
     def _rows_per_expert(self, num_rows: int) -> float:
-        """Return how many rows an expert gets on average where all ranks together bring so many."""
+        """Return the mean rows per expert if all ranks together bring `num_rows` rows."""
         return num_rows * self.shape.top_k / self.shape.num_experts
 
     def _gather(self, step: Step, own: torch.Tensor) -> torch.Tensor:
-        """Give every rank of a tensor-parallel group the rows of all of them."""
+        """Return the rows of all ranks of the tensor-parallel group."""
         tp_size = self.config.tensor_parallel_size
         if tp_size == 1:
             return own

@@ -1,4 +1,4 @@
-"""The MoE layers of a model on this rank: they begin steps, and know how one ended on the device."""
+"""The MoE layers of a model on this rank: they begin steps, and check how a step ended on the device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class MoELayers:
     """The MoE layers of a model on this rank, in forward order, and what their steps share.
 
     Args:
-        layers: at least one, all of one rank and device.
-        max_chunk_size_per_rank: most rows that one rank sends through a layer at a time; None for no limit.
-        coordinator: is told of a step that broke the ranks' groups. Engines that agree by other means leave it out.
-        peers: is told where this rank is; by default the coordinator's.
-        deadline_s: longest wait for the device to end a step, in seconds.
-        abort: ends what waits in the ranks' groups on the device, after a step that broke them.
-        shares_attention: layers of the model itself have collectives, so that a rank cannot go on without it.
+        layers: at least one; all on one device.
+        max_chunk_size_per_rank: maximum rows per rank and chunk; None for no limit.
+        coordinator: gets to know of a step that broke the ranks' groups. Omit it in engines that agree by other means.
+        peers: gets to know where this rank is; by default the coordinator's.
+        deadline_s: longest wait for the end of a step on the device, in seconds.
+        abort: called after a step that broke the ranks' groups; ends collectives that wait on the device.
+        shares_attention: the model's own layers have collectives, so that other ranks cannot continue without this one.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class MoELayers:
 
         Args:
             num_tokens_across_dp: rows of every data-parallel rank, `[data_parallel_size]`, agreed.
-            num_rows: this rank's count in device memory, `[1]`, int32, for a model that runs in buffers with more rows;
-                the rows beyond it go nowhere. None where the model's rows are the agreed ones.
-            capacity: rows of those buffers; goes with `num_rows`. Entering the step raises `ConfigurationError` where
-                they are too few, for ranks that share their rows, and for a step of several chunks.
+            num_rows: this rank's count in device memory, `[1]`, int32, for a model that runs in larger buffers; rows
+                beyond the count go to no expert. None if the model has exactly the agreed rows.
+            capacity: rows of those buffers; required with `num_rows`. Entering the step raises `ConfigurationError` if
+                they are too few, if ranks share their rows, or if the step has several chunks.
         """
         if self._last_event is not None:
             self._last_event.wait()  # steps run one after another, whichever stream each is on
@@ -89,10 +89,10 @@ class MoELayers:
     def begin_capture(
         self, sizes: Sequence[int], *, num_rows: torch.Tensor | None = None, capacity: int | None = None
     ) -> Step:
-        """Begin a step that a CUDA graph records, right for any counts of the other ranks.
+        """Begin a step that a CUDA graph captures, valid for any counts of the other ranks.
 
-        It may be replayed inside an agreed step whose `captures` is true, with this rank's count in `num_rows`, read at
-        every replay, or else `capacity` rows. `sizes`, roughly those to come, choose kernels, not results.
+        Replay it inside an agreed step whose `captures` is true. Each replay reads this rank's count from `num_rows`;
+        without it, there are `capacity` rows. `sizes`, roughly the expected ones, choose kernels, not results.
         """
         if self.config.tensor_parallel_size > 1:
             raise ConfigurationError("steps of ranks that share their rows cannot be CUDA graphs")
@@ -102,24 +102,24 @@ class MoELayers:
 
     @property
     def can_capture(self) -> bool:
-        """Whether steps can be CUDA graphs here, see `begin_capture`."""
+        """Whether steps can be CUDA graphs, see `begin_capture`."""
         on_device = all(dispatcher.abilities.counts_on_device for dispatcher in self.dispatchers)
         return self.device.type == "cuda" and on_device and self.config.tensor_parallel_size == 1
 
     def typical_sizes(self, many: bool) -> list[int]:
-        """Return sizes for `begin_capture`, of steps in which experts get few rows each or many."""
+        """Return `sizes` for `begin_capture`, for steps with few or with many rows per expert."""
         nobody = [0] * self.config.world_size
         most = self.dispatchers[0].route(nobody, self.max_chunk_size_per_rank, capture=True).chunk_size
         return [most] * self.config.world_size if many else nobody
 
     def end_step(self) -> torch.cuda.Event | None:
-        """Note where on the device the step ends that was issued last."""
+        """Record an event at the end of the step issued last."""
         if self.device.type == "cuda":
             self._last_event = torch.cuda.current_stream().record_event()
         return self._last_event
 
     def wait(self, event: torch.cuda.Event, number: int) -> None:
-        """Wait for an event at or behind a step's end, until the deadline; raise where a rank did not take part."""
+        """Wait until the deadline for an event at or after a step's end; raise if a rank did not take part."""
         try:
             wait_until(event.query, self.deadline_s + _KERNELS_S, self.peers.check)
             for dispatcher in self.dispatchers:
@@ -132,7 +132,7 @@ class MoELayers:
             raise failure from None
 
     def give_up(self, failure: BaseException) -> None:
-        """Use the ranks' groups no more, tell the others why, and end what waits for them on the device."""
+        """Stop using the ranks' groups, report why to the other ranks, and end collectives that wait on the device."""
         if self._coordinator is not None:
             self._coordinator.give_up(failure)
         self.end_waits()

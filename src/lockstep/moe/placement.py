@@ -1,4 +1,4 @@
-"""Which expert each slot of each rank holds: hot experts in several slots, so that the busiest rank has least to do."""
+"""The expert of each slot of each rank: hot experts get several slots, so that the busiest rank has less to do."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BALANCED = 1.01
 
 @dataclass(frozen=True)
 class Placement:
-    """Which expert each slot holds, layer by layer; the same on all ranks.
+    """The expert of each slot, per layer; equal on all ranks.
 
-    Every rank has equally many slots: rank r has those from `r * num_slots_per_rank` on. A rank holds no expert twice.
+    Every rank has the same number of slots; rank r has those from `r * num_slots_per_rank` on, and no expert twice.
 
     Attributes:
-        num_experts: of each layer.
-        num_ranks: that share them.
+        num_experts: number of experts in each layer.
+        num_ranks: number of ranks that share them.
         physical_to_logical: the expert in each slot, `EMPTY` for none, `[layers][num_ranks * num_slots_per_rank]`.
 
     Raises:
-        ConfigurationError: an expert that no rank holds or that one holds twice, naming layer, expert and rank.
+        ConfigurationError: an expert that no rank holds, or a rank holds twice; names layer, expert and rank.
 
     Example:
         >>> Placement.even(num_layers=1, num_experts=8, num_ranks=3).physical_to_logical
@@ -61,21 +61,21 @@ class Placement:
     def even(
         cls, num_layers: int, num_experts: int, num_ranks: int, num_slots_per_rank: int | None = None
     ) -> Placement:
-        """Contiguous shares; the last ranks hold fewer where the ranks do not divide the experts."""
+        """Return contiguous shares; the last ranks hold fewer experts if the ranks do not divide them."""
         share = -(-num_experts // num_ranks)
         held = [range(num_experts)[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
         return cls.of_ranks(num_experts, [held] * num_layers, check_slots(num_experts, num_ranks, num_slots_per_rank))
 
     @classmethod
     def of_ranks(cls, num_experts: int, held: Sequence[Sequence[Sequence[int]]], fewest: int) -> Placement:
-        """What each rank holds, `[layers][ranks]`, filled up with empty slots to equally many, at least `fewest`."""
+        """Make a placement of each rank's experts, `[layers][ranks]`, padded with empty slots to at least `fewest`."""
         size = max(fewest, *(len(own) for ranks in held for own in ranks))
         slots = [tuple(slot for own in ranks for slot in (*own, *[EMPTY] * (size - len(own)))) for ranks in held]
         return cls(num_experts, len(held[0]), tuple(slots))
 
     @property
     def num_layers(self) -> int:
-        """How many layers have experts."""
+        """Number of layers with experts."""
         return len(self.physical_to_logical)
 
     @property
@@ -90,17 +90,17 @@ class Placement:
 
     @property
     def is_identity(self) -> bool:
-        """Whether slot and expert have one number throughout, so that nothing has to be looked up."""
+        """Whether each slot has the number of its expert, so that no look-up is needed."""
         numbers, spare = tuple(range(self.num_experts)), (EMPTY,) * (self.num_slots - self.num_experts)
         return all(slots == numbers + spare for slots in self.physical_to_logical)
 
     @property
     def checksum(self) -> int:
-        """Of everything, for ranks to compare."""
+        """A checksum of the whole placement, for comparison between ranks."""
         return zlib.crc32(repr((self.num_experts, self.num_ranks, self.physical_to_logical)).encode())
 
     def slots_of(self, layer: int, rank: int) -> tuple[int, ...]:
-        """Return what each slot of a rank holds, `EMPTY` included, `[num_slots_per_rank]`."""
+        """Return the expert of each slot of a rank, `EMPTY` for none, `[num_slots_per_rank]`."""
         start = rank * self.num_slots_per_rank
         return self.physical_to_logical[layer][start : start + self.num_slots_per_rank]
 
@@ -117,7 +117,7 @@ class Placement:
         return tuple(map(tuple, found))
 
     def rank_loads(self, layer: int, load: Sequence[float]) -> list[float]:
-        """Return each rank's load where every expert's, `[num_experts]`, is shared evenly by its replicas."""
+        """Return each rank's load, given every expert's, `[num_experts]`; replicas share an expert's load evenly."""
         copies = [len(slots) for slots in self.replicas(layer)]
         return [
             sum(load[expert] / copies[expert] for expert in self.experts_of(layer, rank))
@@ -125,7 +125,7 @@ class Placement:
         ]
 
     def busiest_over_mean(self, load: Sequence[Sequence[float]]) -> float:
-        """Return `busiest_over_mean` of the ranks' loads where the experts have this one, `[layers][num_experts]`."""
+        """Return `busiest_over_mean` of the ranks' loads, given the experts' loads, `[layers][num_experts]`."""
         return busiest_over_mean([self.rank_loads(layer, one) for layer, one in enumerate(load)])
 
 
@@ -136,22 +136,22 @@ def busiest_over_mean(loads: Sequence[Sequence[float]]) -> float:
 
 
 def place(load: Sequence[Sequence[float]], num_ranks: int, num_slots_per_rank: int) -> Placement:
-    """Place experts so that the busiest rank of each layer has least to do; hot ones get the spare slots.
+    """Place experts so that the busiest rank of each layer has little to do; hot experts get the spare slots.
 
     Longest processing time first (Graham, 1969) under a limit of slots, for every number of replicas until the ranks
-    are balanced, then swaps between the busiest rank and another while they help. The busiest rank has at most 4/3 of
-    the least possible (found by trying all placements of small cases; no proof), and never more than in the even split.
+    are balanced, then swaps between the busiest rank and another as long as they help. The busiest rank has at most 4/3
+    of the minimum (found by trying all placements of small cases; no proof), and never more than with equal shares.
     Deterministic: equal arguments give equal placements on all ranks.
 
     Args:
-        load: of each expert, such as the rows that came to it, `[layers][num_experts]`, >= 0; any unit.
-        num_ranks: that share the experts, >= 1; they need not divide them.
-        num_slots_per_rank: experts that a rank has room for in each layer; `num_ranks * num_slots_per_rank` beyond the
-            number of experts are spare, and stay empty where no replica helps.
+        load: load of each expert, such as its number of rows, `[layers][num_experts]`, >= 0; any unit.
+        num_ranks: ranks that share the experts, >= 1; need not divide their number.
+        num_slots_per_rank: slots of a rank in each layer. Slots beyond the number of experts are spare; they stay
+            empty if no replica helps.
 
     Raises:
-        ConfigurationError: fewer slots than experts, no layer, layers of unlike numbers of experts, or a load that is
-            no number >= 0.
+        ConfigurationError: fewer slots than experts, no layer, layers with different numbers of experts, or a load
+            that is not a number >= 0.
 
     Example:
         >>> place([[90, 10, 20, 30]], num_ranks=2, num_slots_per_rank=3).physical_to_logical
@@ -188,7 +188,7 @@ _Rank = dict[int, float]  # the experts of a rank, each with the load that comes
 
 
 def _place_layer(load: Sequence[float], num_ranks: int, num_slots_per_rank: int) -> list[_Rank]:
-    """The experts of each rank: the first number of replicas that balances the ranks, otherwise the best one."""
+    """Return each rank's experts, with the first number of replicas that balances the ranks, or else the best one."""
     copies = [1] * len(load)
     best = _packed(load, copies, num_ranks, num_slots_per_rank)
     for _ in range(num_ranks * num_slots_per_rank - len(load)):
@@ -224,7 +224,7 @@ def _packed(load: Sequence[float], copies: Sequence[int], num_ranks: int, num_sl
 
 
 def _improved(ranks: list[_Rank], num_slots_per_rank: int) -> bool:
-    """Move an expert of the busiest rank to another, or swap it for one there, where the busier of both gets less."""
+    """Move or swap an expert of the busiest rank with another rank, if the busier of the two then has less load."""
     busiest = max(ranks, key=_load_of)
     most = _load_of(busiest)
     least, best = most, None
@@ -260,7 +260,7 @@ def _busiest(ranks: list[_Rank]) -> float:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How many (row, expert) pairs came to each expert, `[layers][num_experts]`, and each rank, `[layers][ranks]`."""
+    """Number of (row, expert) pairs per expert, `[layers][num_experts]`, and per rank, `[layers][ranks]`."""
 
     model: str
     pairs: tuple[tuple[int, ...], ...]
@@ -280,7 +280,7 @@ class ExpertLoad:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ExpertLoad:
-        """Read a load file, or the one in a run's folder; `ConfigurationError` where it is none."""
+        """Read a load file, or the one in a run's folder; raise `ConfigurationError` if it is not one."""
         file = Path(path, LOAD_FILE) if Path(path).is_dir() else Path(path)
         try:
             text = file.read_bytes()
@@ -305,7 +305,7 @@ class ExpertLoad:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def place(self, model: str, num_ranks: int, num_redundant_experts: int = 0) -> Placement:
-        """Place the experts of a model of this type by the load, with at least so many spare slots in all."""
+        """Place the experts of a model of this type by the load; the spare slots are rounded up to equally many per rank."""
         if model != self.model:
             raise ConfigurationError(f"the expert load is of a model of type {self.model!r}, and this one is {model!r}")
         num_slots = len(self.pairs[0]) + num_redundant_experts

@@ -26,22 +26,22 @@ _current: ContextVar[Step | None] = ContextVar("lockstep_step", default=None)
 
 
 def current_step() -> Step | None:
-    """Return the step that this thread is running, if it is in one. An idle step of another thread does not count."""
+    """Return this thread's step, or None. An idle step on another thread does not count."""
     return _current.get()
 
 
 class Step:
     """One forward pass of the model, on all ranks together. A context manager: the model runs inside.
 
-    A rank with rows, an idle one, and one that failed differ only in what they hand in: each takes part in every layer.
-    Leaving the block takes part in the layers that are left, so that the others can go on whatever happened here.
-    Made by `MoELayers.begin`.
+    A rank with rows, an idle rank and a rank that failed differ only in the rows they bring: each takes part in every
+    layer. Leaving the block takes part in the remaining layers, so that other ranks can continue whatever happened
+    here. Made by `MoELayers.begin`.
 
     Attributes:
-        plan: the chunks of the step; None in one that is captured.
+        plan: the chunks of the step; None during a capture.
         route: how its rows travel.
         next_layer: index of the layer that is due.
-        in_step: every collective of the layers so far was issued: after an error, the groups can be used again.
+        in_step: whether every collective so far was issued; then the groups can be used again after an error.
         failure: what broke on this rank, if anything.
     """
 
@@ -72,12 +72,12 @@ class Step:
 
     @property
     def captures(self) -> bool:
-        """Whether a rank may issue the step as a CUDA graph, or not, as it likes; the same on all ranks."""
+        """Whether ranks may issue the step as a CUDA graph; equal on all ranks, each of which is free to do so."""
         return self.route.captures and self.layers.config.tensor_parallel_size == 1 and any(self.route.sizes)
 
     @property
     def has_many_rows(self) -> bool:
-        """Whether the agreed rows give each expert so many that other kernels serve better."""
+        """Whether experts get enough rows, by the agreed counts, for the kernels for many rows."""
         return not self.layers[0].takes_few_rows(sum(self.route.sizes))
 
     def __enter__(self) -> Step:
@@ -113,7 +113,7 @@ class Step:
         return False
 
     def chunks(self, layer: MoELayer) -> list[tuple[Route, slice]]:
-        """Return how a layer's rows travel, and which of this rank's rows, chunk by chunk."""
+        """Return the route and this rank's rows of each chunk."""
         return self._chunks[layer.dispatcher]
 
     def run_layer(
@@ -125,16 +125,16 @@ class Step:
             index: number of the layer, from 0.
             hidden_states: all rows of this data-parallel rank in the step, `[..., hidden]`.
             topk_ids: global experts of each row, `[..., top_k]`.
-            topk_weights: their weights, `[..., top_k]`.
+            topk_weights: routing weights, `[..., top_k]`.
 
         Returns:
             The weighted sums, in the shape and dtype of `hidden_states`.
 
         Raises:
-            TokenCountError: other rows than were agreed, or than the buffers have.
-            ConfigurationError: rows of another size or device, or another number of experts each.
-            PeerFailedError: another rank's experts failed in this step; from the last layer.
-            RuntimeError: another layer is due; and from `backward`, where gradients are asked for.
+            TokenCountError: the number of rows differs from the agreed one, or from the buffers'.
+            ConfigurationError: rows of another size or device, or with another number of experts.
+            PeerFailedError: another rank's experts failed in this step; raised by the last layer.
+            RuntimeError: another layer is due; also raised by `backward`, since there are no gradients.
         """
         if index != self.next_layer:
             raise RuntimeError(f"MoE layer {index} was called where layer {self.next_layer} was due in this step")
@@ -173,10 +173,10 @@ class Step:
 
     @torch.no_grad()
     def take_part_in_rest(self) -> None:
-        """Run the local experts for the others in all layers that are left, with no rows of this rank's own.
+        """Run the local experts for other ranks in all remaining layers, without rows of this rank.
 
-        Where rows of this rank were agreed on, rows that go to no expert take their place. What breaks here is kept in
-        `failure`: the others still count on the layers after it. Stops where a collective was left out.
+        If rows of this rank were agreed on, rows that go to no expert take their place. Errors are kept in `failure`,
+        since other ranks still need the following layers. Stops if a collective was left out.
         """
         if not self.captured:
             self.num_rows = None  # what is handed in now is as many rows as were agreed
@@ -190,16 +190,16 @@ class Step:
                 self.failure = self.failure or error
 
     def replayed(self) -> None:
-        """Say that a CUDA graph has issued all layers of this step on this rank."""
+        """Note that a CUDA graph has issued all layers of this step on this rank."""
         self.next_layer = len(self.layers)
 
     def spoil(self, error: Exception) -> None:
-        """Keep that this rank's experts have failed; what the others receive from it in this step is no result."""
+        """Note that this rank's experts have failed, so that its results of this step are invalid on other ranks."""
         self.failure = self.failure or error
         self.peers.spoil_step()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """End the issuing of the step; nothing waits for the device. Raises `failure`, if the model had no error."""
+        """Issue the rest of the step without a wait for the device; raise `failure` unless the model raised an error."""
         if self.in_step:
             try:
                 self._await_collectives()
@@ -213,7 +213,7 @@ class Step:
             raise self.failure
 
     def wait(self) -> None:
-        """Wait until the device has done this rank's step, or raise `RankAbsentError` or `PeerFailedError`."""
+        """Wait until the device has finished this rank's step; raises `RankAbsentError` or `PeerFailedError`."""
         if self._event is not None:
             self.layers.wait(self._event, self.number)
 
@@ -225,7 +225,7 @@ class Step:
             raise
 
     def _check_buffers(self) -> None:
-        """Raise where buffers with more rows than were agreed do not fit the step, or the cell that counts them."""
+        """Raise if buffers with more rows than agreed, or their counter, do not fit the step."""
         cell, capacity, device = self.num_rows, self._capacity, self.layers.device
         if capacity is None and cell is not None:
             raise ConfigurationError("num_rows goes with the capacity of the buffers that it counts")
@@ -244,7 +244,7 @@ class Step:
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """A gradient that silently left out the experts would be worse than none."""
+    """Makes `backward` an error: a gradient that silently left out the experts would be wrong."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
