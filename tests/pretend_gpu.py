@@ -2,14 +2,14 @@
 
 It imitates what host code can get wrong:
 
-* devices: an operation on tensors of both is an error, and so is a kernel that gets a tensor of the host;
-* copies to the host that it does not wait for have their values once an event behind them has been waited for;
-* CUDA graphs: nothing runs while one is captured, and what its operations return is NaN; a replay runs what was
-  recorded on the same memory; whatever would wait for the device meanwhile is an error, as is a copy from the host;
+* devices: an operation on tensors of both devices is an error, and so is a kernel launch with a tensor of the host;
+* asynchronous copies to the host: the values arrive only once an event after the copy has been waited for;
+* CUDA graphs: during a capture nothing runs, operations return NaN, and waits for the device or copies from the host
+  are errors; a replay runs what was recorded, on the same memory;
 * waits: each is noted in `WAITS`, and is an error inside `forbid_waits()`.
 
-Triton's kernels run in its interpreter, peers' memory is files that all ranks map. What it cannot show: the order of
-memory, compilation, speed. Call `pretend()` before Triton is imported, in a process of its own.
+Triton's kernels run in its interpreter; the memory of peers is files that all ranks map. It cannot show memory order,
+compilation or speed. Call `pretend()` before Triton is imported, in a process of its own.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _state = SimpleNamespace(recorder=None, forbidden=False, pending=[])
 
 @contextlib.contextmanager
 def forbid_waits():
-    """Inside, whatever makes the host wait for the device is an error, as under `torch.cuda.set_sync_debug_mode`."""
+    """Make every wait of the host for the device an error, as `torch.cuda.set_sync_debug_mode` does."""
     _state.forbidden = True
     try:
         yield
@@ -53,7 +53,7 @@ def forbid_waits():
 
 
 def put_on_gpu(module):
-    """Let a module's parameters and buffers be on the GPU."""
+    """Mark a module's parameters and buffers as on the GPU."""
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         tensor.on_gpu = True
     return module
@@ -83,7 +83,7 @@ def _wait(name):
 
 
 def _land(number):
-    """End the copies to the host that were started first."""
+    """Complete the oldest copies to the host."""
     for target, source in _state.pending[:number]:
         target.copy_(source)
     for index in range(number):
@@ -91,7 +91,7 @@ def _land(number):
 
 
 class _Gpu(TorchFunctionMode):
-    """Keeps account of which tensors are on the GPU."""
+    """Tracks which tensors are on the GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -182,14 +182,14 @@ class _Gpu(TorchFunctionMode):
 
 
 def _poison(tensor):
-    """Values that nobody may use: those of an operation that has not run."""
+    """Fill the result of an operation that has not run with NaN, or with a number that nobody expects."""
     if tensor.dtype.is_floating_point:
         return tensor.fill_(float("nan"))
     return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max // 3)
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what would run on the device, and runs none of it."""
+    """Records what would run on the device without running it."""
 
     def __init__(self):
         super().__init__()
@@ -228,7 +228,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Graph:
-    """In the place of `torch.cuda.CUDAGraph`."""
+    """Replaces `torch.cuda.CUDAGraph`."""
 
     captured = 0  # graphs so far
     replays = 0
@@ -270,7 +270,7 @@ class _Event:
 
 
 class _Stream:
-    """All streams are one: work runs when it is issued, so this shows no missing `wait_stream`."""
+    """All streams are one: work runs when it is issued, so a missing `wait_stream` is not found."""
 
     def __init__(self, device=None, priority=0):
         pass
@@ -310,7 +310,7 @@ def _fake_cuda(rank, num_gpus):
 
 
 class Files:
-    """Files of a folder, which all ranks map, in the place of `MappedMemory`."""
+    """Replaces `MappedMemory` by files that all ranks map."""
 
     numbers = itertools.count()
 
@@ -341,7 +341,7 @@ class Files:
 
 
 def interpret_wire():
-    """Put plain loads and stores in the place of the instructions that only a GPU has. Returns `nvlink`."""
+    """Replace GPU-only instructions by plain loads and stores; return `nvlink`."""
     import triton.language as tl
 
     from lockstep.dispatch import kernels_combine, kernels_dispatch, kernels_order, kernels_wire, nvlink
@@ -362,7 +362,7 @@ def _without_dependent_launch(*modules):
 
 
 def compute_as_gpus():
-    """Let the interpreter multiply matrices of bfloat16, whose bits it takes for integers, and round to it, not cut."""
+    """Make the interpreter multiply bfloat16 matrices correctly, and round to bfloat16 instead of truncating."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -386,7 +386,7 @@ def compute_as_gpus():
 
 
 def small_launch(nvlink):
-    """Launch sizes for the interpreter, which runs blocks one after another: one block orders."""
+    """Return launch sizes for the interpreter, which runs blocks one after another: a single ordering block."""
     return nvlink.LaunchSizes(
         order_blocks=1, push_blocks=1, combine_blocks=1, dispatch_tokens=4, combine_tokens=4, columns=128, tiny_tile=16,
         tiles=4, word_tokens=2, slice=64, pairs=64,
@@ -394,7 +394,7 @@ def small_launch(nvlink):
 
 
 def pretend(rank=0, num_gpus=1):
-    """Let this process have a GPU, in threads that it starts and in this one, until it leaves what is returned."""
+    """Give this process, this thread and those started later, a GPU until the returned context is left."""
     from triton.runtime.interpreter import GridExecutor
 
     from lockstep.coordination import groups

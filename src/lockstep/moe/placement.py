@@ -305,7 +305,7 @@ class ExpertLoad:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def place(self, model: str, num_ranks: int, num_redundant_experts: int = 0) -> Placement:
-        """Place the experts of a model of this type by the load; the spare slots are rounded up to equally many per rank."""
+        """Place the experts of a model of this type by the load; the ranks get equally many spare slots, rounded up."""
         if model != self.model:
             raise ConfigurationError(f"the expert load is of a model of type {self.model!r}, and this one is {model!r}")
         num_slots = len(self.pairs[0]) + num_redundant_experts

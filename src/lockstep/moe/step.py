@@ -199,7 +199,7 @@ class Step:
         self.peers.spoil_step()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Issue the rest of the step without a wait for the device; raise `failure` unless the model raised an error."""
+        """Issue the rest of the step, with no wait for the device; raise `failure` unless the model raised an error."""
         if self.in_step:
             try:
                 self._await_collectives()
