@@ -6,6 +6,7 @@ Lockstep, so that it takes little from the server's cores.
 
 import asyncio
 import json
+import math
 import random
 import resource
 import socket
@@ -79,7 +80,7 @@ def quantiles(values):
     ordered = sorted(values)
     if not ordered:
         return None
-    return {"p50": round(statistics.median(ordered), 4), "p99": round(ordered[int(0.99 * (len(ordered) - 1))], 4)}
+    return {"p50": round(statistics.median(ordered), 4), "p99": round(ordered[math.ceil(0.99 * len(ordered)) - 1], 4)}
 
 
 def allow_files():

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _PAUSE_S = 1.0  # between the end of a process and the start of the next
 _BEAT_S = 1.0  # between two heartbeats of a process
 _START_BEATS, _SILENT_BEATS = 60, 10  # silence after which a process is killed: before its first heartbeat, afterwards
+_END_S = 10.0  # until a process that was told to end is killed
 _STEADY_S = 120.0  # a process that ends sooner has failed
 
 
@@ -155,7 +156,7 @@ async def serve_by_processes(
             theirs.close()
             link = Link(*await asyncio.open_unix_connection(sock=ours))
             link.send(asdict(each))
-            ending = asyncio.ensure_future(end(link))
+            ending = asyncio.ensure_future(end(link, process))
             await _Callers(service, link, process).serve()
             why = how_it_ended(await process.wait())
             ending.cancel()
@@ -171,9 +172,11 @@ async def serve_by_processes(
             )
             await asyncio.sleep(_PAUSE_S)
 
-    async def end(link: Link) -> None:
+    async def end(link: Link, process: asyncio.subprocess.Process) -> None:
         await ended.wait()
         link.send(None, "end")
+        await asyncio.sleep(_END_S)
+        process.kill()
 
     keeping = [asyncio.ensure_future(keep()) for _ in range(options.api_processes)]
     try:
