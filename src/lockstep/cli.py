@@ -406,9 +406,9 @@ def postmortem(
     """Merge the flight recorders of all ranks and show the first step in which they differ."""
     from lockstep.commands.postmortem import postmortem_document, print_postmortem, read_recorders
 
-    recorders, num_left_out = read_recorders(files or [])
-    document = postmortem_document(recorders)
-    typer.echo(json.dumps(document)) if as_json else print_postmortem(document, num_left_out, stacks)
+    recorders, left_out = read_recorders(files or [])
+    document = postmortem_document(recorders) | {"left_out": left_out}
+    typer.echo(json.dumps(document)) if as_json else print_postmortem(document, left_out, stacks)
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from fault_matrix import expected_outputs, generate, prompts
+from fault_matrix import expected_outputs, generate, load, prompts
 
 import lockstep
+from lockstep.commands.postmortem import read_recorder
 from lockstep.coordination.board import Board
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
@@ -282,6 +283,29 @@ def test_kill_minus_nine_under_torchrun_leaves_words_and_a_recorder_file(tiny, t
     assert ended.returncode != 0
     assert re.search(r"rank 0: .*rank 1 absent: .*its process \d+ is gone", ended.stderr), ended.stderr
     assert [path.name[:15] for path in tmp_path.glob("*.jsonl")] == ["lockstep-rank0-"]
+
+
+# recorder files of one group
+
+
+def write_recorders_of_two_groups(path, folder):
+    os.environ["LOCKSTEP_RECORDER_DIR"] = folder
+    model = load(path, 20.0, 1)
+    for _ in range(2):
+        with lockstep.join(model):
+            generate(model, prompts(0)[0])
+        parallel = parallel_of(model)
+        parallel.peers.recorder.write_file("on purpose")
+        parallel.close()  # as after a failure: the next join() opens new groups
+
+
+@pytest.mark.ranks(2)
+def test_the_recorder_files_of_one_group_share_a_run_number_and_those_of_the_next_do_not(tiny, tmp_path):
+    run_ranks(2, write_recorders_of_two_groups, tiny, str(tmp_path))
+    files = [read_recorder(path) for path in tmp_path.glob("*.jsonl")]
+    runs = {file.run: sorted(other.rank for other in files if other.run == file.run) for file in files}
+    assert list(runs.values()) == [[0, 1], [0, 1]]
+    assert 0 not in runs
 
 
 # two replicas in one start

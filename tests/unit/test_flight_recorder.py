@@ -232,12 +232,32 @@ def test_the_command_takes_a_folder_and_of_it_the_last_failure(peers, tmp_path, 
         result = CliRunner().invoke(app, ["postmortem", *arguments], env={FOLDER_VARIABLE: str(folder)})
         assert result.exit_code == 0
         assert "3 of 3 ranks left a flight recorder" in result.output
-        assert "3 files of other failures in the same folder are left out" in result.output
+        assert "left out: 1 files of run 00000000, 1970-01-01 " in result.output
+        assert "left out: 2 files that are no flight recorders of this version" in result.output
     (tmp_path / "empty").mkdir()
     code, _, stderr = command_line("postmortem", tmp_path / "empty")
     assert code == 2
     assert "ranks write them when one fails, into " in stderr
     assert command_line("postmortem", folder / "lockstep-rank2-pipe.jsonl")[0] == 2  # and does not wait for a writer
+
+
+def test_two_runs_that_fail_within_seconds_are_told_apart(tmp_path, command_line):
+    for run in (0xAB, 0xCD):
+        for rank in range(2):
+            recorder = Peers(rank, 2, run=run).recorder
+            recorder.folder = tmp_path
+            recorder.write_file(f"failure of run {run:x}")
+    code, shown, _ = command_line("postmortem", tmp_path)
+    assert code == 0
+    assert "2 of 2 ranks left a flight recorder" in shown
+    assert "failure of run cd" in shown
+    assert "failure of run ab" not in shown
+    asked = f"{tmp_path}/lockstep-rank*-run000000ab-*.jsonl"
+    assert f"left out: 2 files of run 000000ab, {time.strftime('%Y-')}" in shown
+    assert shown.count(f"lockstep postmortem {asked}") == 1
+    earlier = sorted(tmp_path.glob("lockstep-rank*-run000000ab-*.jsonl"))
+    assert "failure of run ab" in command_line("postmortem", *earlier)[1]
+    assert len(json.loads(command_line("postmortem", "--json", tmp_path)[1])["left_out"]) == 1
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path, command_line):
@@ -293,7 +313,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path):
 
 
 HEADER = {
-    "format": FORMAT, "rank": 0, "num_ranks": 2, "epoch": 0, "pid": 1, "clock_ns": 5, "time": 1.0,
+    "format": FORMAT, "rank": 0, "num_ranks": 2, "epoch": 0, "run": 7, "pid": 1, "clock_ns": 5, "time": 1.0,
     "host": "h", "reason": "r",
 }  # fmt: skip
 json_values = st.recursive(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ class RecorderFile:
     rank: int
     num_ranks: int
     epoch: int
+    run: int
     host: str
     pid: int
     reason: str
@@ -55,34 +58,52 @@ class RecorderFile:
     stacks: dict[str, list[str]]
 
 
-def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], int]:
-    """Read recorders from files and folders, and count those left out.
+def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]]:
+    """Read recorders from files, and of folders the last failure; also return a sentence for everything left out.
 
-    Of a folder count those of its last failure: of as many ranks as the newest, and of the 5 minutes before it.
+    The files of one failure have the `run` of the newest file. Ranks that never met have run 0: of these, the files of
+    as many ranks as the newest, and of the 5 minutes before it.
     """
     files: list[RecorderFile] = []
-    num_left_out = 0
+    left_out: list[str] = []
     usual = Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
     for path in paths or [usual]:
         if not path.is_dir():
             files.append(read_recorder(path))
             continue
-        found = []
+        found, num_unreadable = [], 0
         for each in sorted(path.glob(_NAMES)):
             try:
                 found.append(read_recorder(each))
             except (ConfigurationError, OSError):  # of somebody else, or of another version
-                num_left_out += 1
+                num_unreadable += 1
         if not found:
             raise ConfigurationError(
                 f"no flight recorder's file ({_NAMES}) in {path}: ranks write them when one fails, into "
                 f"{usual} (another folder: {FOLDER_VARIABLE})"
             )
         newest = max(found, key=lambda file: file.time)
-        same = [file for file in found if file.num_ranks == newest.num_ranks]
-        files += (one := [file for file in same if newest.time - file.time <= _ONE_FAILURE_S])
-        num_left_out += len(found) - len(one)
-    return files, num_left_out
+        same = [file for file in found if (file.run, file.num_ranks) == (newest.run, newest.num_ranks)]
+        files += (one := [file for file in same if file.run or newest.time - file.time <= _ONE_FAILURE_S])
+        others: dict[int, list[float]] = {}
+        for file in found:
+            if file not in one:
+                others.setdefault(file.run, []).append(file.time)
+        for run, times in sorted(others.items(), key=lambda item: max(item[1])):
+            left_out.append(
+                f"left out: {len(times)} files of run {run:08x}, {_local_time(max(times))}; to read them: "
+                f"lockstep postmortem {shlex.quote(str(path))}/lockstep-rank*-run{run:08x}-*.jsonl"
+            )
+        if num_unreadable:
+            left_out.append(f"left out: {num_unreadable} files that are no flight recorders of this version")
+    return files, left_out
+
+
+def _local_time(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # a file may claim any time
+        return "at an impossible time"
 
 
 def read_recorder(path: str | Path) -> RecorderFile:
@@ -99,7 +120,7 @@ def read_recorder(path: str | Path) -> RecorderFile:
     header = json_object(where, lines[0])
     if header.get("format") != FORMAT:
         raise ConfigurationError(f"{where} is not a flight recorder's: format is {header.get('format')!r:.80}")
-    numbers = _numbers(where, header, "rank", "num_ranks", "epoch", "pid", "clock_ns", "time")
+    numbers = _numbers(where, header, "rank", "num_ranks", "epoch", "run", "pid", "clock_ns", "time")
     if not 0 <= numbers["rank"] < numbers["num_ranks"] <= _MOST_RANKS:
         raise ConfigurationError(f"{where}: rank {numbers['rank']} of {numbers['num_ranks']} ranks")
     events, stacks = [], {}
@@ -119,11 +140,11 @@ def read_recorder(path: str | Path) -> RecorderFile:
             continue
         values = _numbers(where, entry, "ns", "step", "phase", "layer")
         phase = PHASES[int(values["phase"])] if 0 <= values["phase"] < len(PHASES) else "?"
-        time = numbers["time"] - (numbers["clock_ns"] - values["ns"]) / 1e9
-        events.append(RecordedEvent(time, int(values["step"]), phase, int(values["layer"]), entry.get("detail")))
+        at = numbers["time"] - (numbers["clock_ns"] - values["ns"]) / 1e9
+        events.append(RecordedEvent(at, int(values["step"]), phase, int(values["layer"]), entry.get("detail")))
     return RecorderFile(
-        int(numbers["rank"]), int(numbers["num_ranks"]), int(numbers["epoch"]), str(header.get("host"))[:200],
-        int(numbers["pid"]), str(header.get("reason"))[:4000], numbers["time"], tuple(events), stacks,
+        int(numbers["rank"]), int(numbers["num_ranks"]), int(numbers["epoch"]), int(numbers["run"]),
+        str(header.get("host"))[:200], int(numbers["pid"]), str(header.get("reason"))[:4000], numbers["time"], tuple(events), stacks,
     )  # fmt: skip
 
 
@@ -154,7 +175,7 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
     }
 
 
-def print_postmortem(document: dict[str, Any], num_left_out: int = 0, stacks: bool = False) -> None:
+def print_postmortem(document: dict[str, Any], left_out: Sequence[str] = (), stacks: bool = False) -> None:
     """Print a merged post-mortem as a table and sentences on stdout; what a file says is shown, never obeyed."""
     from rich.table import Table
 
@@ -167,8 +188,8 @@ def print_postmortem(document: dict[str, Any], num_left_out: int = 0, stacks: bo
         cells = [row["rank"], f"{row['pid']} on {plain(row['host'], keep='')}", row["epoch"], row["step"], phase]
         table.add_row(*map(str, cells), str(row["seconds_before_end"]))
     console.print(table)
-    if num_left_out:
-        console.print(f"{num_left_out} files of other failures in the same folder are left out")
+    for sentence in left_out:
+        console.print(plain(sentence, keep=""), soft_wrap=True)
     if document["missing"]:
         console.print(f"no file of ranks {document['missing']}: their processes may have been killed")
     if parted := document["parted"]:

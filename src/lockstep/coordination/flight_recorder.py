@@ -19,7 +19,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "LOCKSTEP_RECORDER_DIR"  # where recorder files go; the system's temporary folder by default
-FORMAT = "lockstep-flight-recorder-1"
+FORMAT = "lockstep-flight-recorder-2"
 _LAYER_BITS, _STEP_BITS = 16, 40
 
 
@@ -55,10 +55,14 @@ _SAID_AS = {
 
 
 class FlightRecorder:
-    """A ring of what this rank did last, and where it is; `process` is its number in the whole start. Sends nothing."""
+    """A ring of what this rank did last, and where it is. Sends nothing.
 
-    def __init__(self, rank: int, num_ranks: int, epoch: int, process: int) -> None:
-        self.rank, self.num_ranks, self.epoch, self.process = rank, num_ranks, epoch, process
+    `process` is the rank's number in the whole start. `run` is a random number that the ranks of one group agree on
+    when they meet, 0 if they never met: files with the same `run` are of the same failure.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, epoch: int, process: int, run: int = 0) -> None:
+        self.rank, self.num_ranks, self.epoch, self.process, self.run = rank, num_ranks, epoch, process, run
         self.step, self.phase, self.layer = -1, Phase.END, -1
         self.fingerprint = 0
         self.folder: str | Path = ""
@@ -102,8 +106,9 @@ class FlightRecorder:
         if self._file is not None:
             return self._file
         header = {
-            "format": FORMAT, "rank": self.rank, "num_ranks": self.num_ranks, "epoch": self.epoch, "pid": os.getpid(),
-            "host": socket.gethostname(), "time": time.time(), "clock_ns": time.monotonic_ns(), "reason": reason,
+            "format": FORMAT, "rank": self.rank, "num_ranks": self.num_ranks, "epoch": self.epoch, "run": self.run,
+            "pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "clock_ns": time.monotonic_ns(),
+            "reason": reason,
         }  # fmt: skip
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = {
@@ -115,7 +120,7 @@ class FlightRecorder:
         try:
             folder = self.folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
             # An unpredictable name: others may be able to write to the folder.
-            prefix = f"lockstep-rank{self.process}-epoch{self.epoch}-"
+            prefix = f"lockstep-rank{self.process}-epoch{self.epoch}-run{self.run:08x}-"
             descriptor, path = tempfile.mkstemp(".jsonl", prefix, folder)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in (header, *entries, {"stacks": stacks}))

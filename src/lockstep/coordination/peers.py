@@ -23,18 +23,20 @@ class Peers:
     """The other ranks of an epoch: where each is, whether it is alive, and its last words if it gives up.
 
     Ranks of one host publish on their `board`, in about a microsecond; others twice a second, in a `store`. `processes`
-    are the ranks' numbers in the whole start; with `debug` every collective is compared before it is issued.
+    are the ranks' numbers in the whole start; with `debug` every collective is compared before it is issued; `run`: see
+    `FlightRecorder`.
     """
 
     def __init__(
         self, rank: int, num_ranks: int, *, board: Board | None = None, store: "dist.Store | None" = None,
         epoch: int = 0, debug: bool = False, processes: Sequence[int] | None = None,
+        run: int = 0,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.num_ranks = num_ranks
         self.processes = tuple(processes or range(num_ranks))
         self.debug = debug
-        self.recorder = FlightRecorder(rank, num_ranks, epoch, self.name(rank))
+        self.recorder = FlightRecorder(rank, num_ranks, epoch, self.name(rank), run)
         self.on_mark: Callable[[Peers], None] | None = None
         self._spoiled_step = -2
         self._others = [other for other in range(num_ranks) if other != rank]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import secrets
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -132,6 +133,7 @@ class ModelParallel:
         usable = self.is_open and self.coordinator.usable
         self._constants = constants_of(self.options.dispatcher, self.device.type)
         facts = {"usable": usable, "epoch": self._epoch, "maps": mapping_facts(self.device), "complaint": complaint}
+        facts["run"] = secrets.randbits(32)
         settings = self._settings()
         answers = self._meeting.meet(facts | settings, self.options.deadline_s)
         if complaining := [rank for rank, answer in enumerate(answers) if answer["complaint"]]:
@@ -146,7 +148,7 @@ class ModelParallel:
             return
         self.close()
         maps = can_map([answer["maps"] for answer in answers])
-        self._open_groups(max(answer["epoch"] for answer in answers) + 1, maps)
+        self._open_groups(max(answer["epoch"] for answer in answers) + 1, maps, answers[0]["run"])
 
     @property
     def is_open(self) -> bool:
@@ -242,7 +244,7 @@ class ModelParallel:
         with torch.cuda.stream(self._stream):
             yield
 
-    def _open_groups(self, epoch: int, maps: bool) -> None:
+    def _open_groups(self, epoch: int, maps: bool, run: int) -> None:
         config, options = self.config, self.options
         tp_size, tp_first = config.tensor_parallel_size, config.data_parallel_rank * config.tensor_parallel_size
         on_gpu = self.device.type == "cuda" and self._before is None  # what goes on needs no groups of NCCL's
@@ -251,7 +253,7 @@ class ModelParallel:
         self._groups = groups.opened
         self.peers = Peers(
             config.rank, config.world_size, board=groups.board, store=self._store, epoch=epoch, debug=options.debug,
-            processes=self._start.processes,
+            processes=self._start.processes, run=run,
         )  # fmt: skip
         speak_before_termination(self.peers)
         for group in groups.opened:
