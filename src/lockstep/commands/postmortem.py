@@ -144,7 +144,8 @@ def read_recorder(path: str | Path) -> RecorderFile:
         events.append(RecordedEvent(at, int(values["step"]), phase, int(values["layer"]), entry.get("detail")))
     return RecorderFile(
         int(numbers["rank"]), int(numbers["num_ranks"]), int(numbers["epoch"]), int(numbers["run"]),
-        str(header.get("host"))[:200], int(numbers["pid"]), str(header.get("reason"))[:4000], numbers["time"], tuple(events), stacks,
+        str(header.get("host"))[:200], int(numbers["pid"]), str(header.get("reason"))[:4000], numbers["time"],
+        tuple(events), stacks,
     )  # fmt: skip
 
 
