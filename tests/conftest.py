@@ -39,13 +39,8 @@ def command_line(monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["lockstep", *map(str, arguments)])
         capsys.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:  # `run` and `serve` set handlers of their own; the process here is that of other tests, too
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with pytest.raises(SystemExit) as ended:
+            main()
         shown = capsys.readouterr()
         return ended.value.code or 0, shown.out, shown.err
 

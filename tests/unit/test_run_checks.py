@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
@@ -113,3 +114,17 @@ def test_slots_for_lost_ranks_are_refused_where_they_would_never_be_used(tmp_pat
         Engine("tiny", survive=1)
     with pytest.raises(ConfigurationError, match="survive is 1 with data_parallel_size 2, tensor_parallel_size 2"):
         EngineOptions("tiny", data_parallel_size=2, tensor_parallel_size=2, survive=1)
+
+
+def test_run_gives_the_handler_of_sigterm_back(tmp_path, monkeypatch, command_line):
+    before, inside = signal.getsignal(signal.SIGTERM), []
+
+    def launch(*_, **__):
+        inside.append(signal.getsignal(signal.SIGTERM))
+        raise ConfigurationError("no rank started")
+
+    monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+    code, _, stderr = command_line("run", "--model", "tiny", "--out", tmp_path / "out")
+    assert (code, "no rank started" in stderr) == (2, True)
+    assert inside != [before]
+    assert signal.getsignal(signal.SIGTERM) is before

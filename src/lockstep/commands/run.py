@@ -85,11 +85,12 @@ def _run(options: RunOptions, console: Console, max_restarts: int) -> dict[str, 
 
     if "RANK" in os.environ:  # torchrun sends SIGTERM to ranks whose peer has failed, too: they need not say anything
         return run_one_rank(options)
-    with suppress(ValueError):  # only the main thread takes signals
-        signal.signal(signal.SIGTERM, _terminated)
     console.print(f"starting {options.world_size} ranks on this host", style="dim")
     limits: dict[str, Any] = {"max_restarts": max_restarts, "deadline_s": options.deadline_s, "survivors": options}
-    found: dict[str, Any] = launch(options.world_size, run_one_rank, options, **limits)
+    with ExitStack() as stack:
+        with suppress(ValueError):  # only the main thread takes signals
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
+        found: dict[str, Any] = launch(options.world_size, run_one_rank, options, **limits)
     return found
 
 
