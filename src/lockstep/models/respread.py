@@ -39,6 +39,7 @@ class Respreader:
         self._path, self._options, self._how_loaded = path, options, how_loaded
         self._stored: StoredExperts | None = None
         self._made_by: tuple[int, ...] = ()  # members that made what the layers have on the device
+        self._members: tuple[int, ...] = ()  # those of them that still have it: a rank that comes back does not
         self._files: bytes = store.compare_set("checkpoint", "", _files_of(path))
 
     def load_alone(self, rank: int, num_ranks: int, device: Any) -> Any:
@@ -54,8 +55,8 @@ class Respreader:
     def spread(self, model: Any, placement: Placement, members: Sequence[int]) -> None:
         """Take the experts of a placement over the `members`, and open their groups; earlier groups must be closed.
 
-        If all of them were there when the layers were made, and their slots have room for all experts, they continue
-        with what is on the device: captured CUDA graphs remain valid.
+        If none of them is new, and their slots have room for all experts, they continue with what the layers have on
+        the device: captured CUDA graphs remain valid.
         """
         parallel, modules, process_group = parallel_of(model), find_experts(model), dist.group.WORLD
         assert process_group is not None
@@ -82,9 +83,10 @@ class Respreader:
             model.forward = parallel.forward
             del model.__dict__["_lockstep_parallel"]
         goes_on = (
-            fills and parallel is not None and set(members) <= set(self._made_by) and parallel.can_go_on(placement)
+            fills and parallel is not None and set(members) <= set(self._members) and parallel.can_go_on(placement)
         )
-        self._made_by = self._made_by if goes_on else tuple(members)
+        self._members = tuple(members)
+        self._made_by = self._made_by if goes_on else self._members
         options, places = replace(self._options, placement=placement), [self._made_by.index(rank) for rank in members]
         attach(
             ModelParallel(model, config, process_group, options, before=parallel if goes_on else None, places=places)
