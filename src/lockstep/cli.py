@@ -93,7 +93,10 @@ def run(
         bool, opt.option("Count rows per expert, for expert_load.json and a heat map in the report.", "--expert-load")
     ] = False,
     max_restarts: Annotated[
-        int, opt.steps("Maximum restarts after ranks died or hung; finished requests are kept.")
+        int,
+        opt.steps(
+            "Maximum restarts of all ranks, when they cannot go on without the lost ones; keeps finished requests."
+        ),
     ] = 3,
     verify: Annotated[bool, opt.option("Compare all outputs with those of one process that holds all experts.")] = True,
     metrics_port: Annotated[

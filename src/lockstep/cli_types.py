@@ -183,8 +183,12 @@ ExpertPlacement = Annotated[
     option("Place experts by the load that a run with --expert-load recorded: its folder or file.", metavar="FILE"),
 ]
 NumRedundantExperts = Annotated[int, steps("Spare slots per layer, over all ranks, for replicas of hot experts.")]
-Survive = Annotated[int, steps("Reserve expert slots for N lost ranks; losing more shrinks the KV cache.")]
-RestartRanks = Annotated[int, steps("Maximum restarts of each lost rank, which then joins the ranks that went on.")]
+Survive = Annotated[
+    int, steps("Reserve expert slots for N lost ranks; losing more shrinks the KV cache. Restarts nothing.")
+]
+RestartRanks = Annotated[
+    int, steps("Maximum restarts of each lost rank alone, while the other ranks go on; it then joins them.")
+]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
 Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]
 port = partial(option, parser=whole(0, 65535), metavar="PORT")
