@@ -76,7 +76,7 @@ class DeviceStep:
             self.graphs.capture()
 
     def go_on(self, parallel: ModelParallel) -> None:
-        """Run the steps of the ranks that are left."""
+        """Continue with the steps of the remaining ranks."""
         self._parallel = parallel
         if self.graphs is not None:
             self.graphs.go_on(parallel.layers)

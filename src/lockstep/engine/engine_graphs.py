@@ -88,7 +88,7 @@ class EngineGraphs:
                 self._mixed_pass(smallest, inputs)
 
     def go_on(self, layers: MoELayers) -> None:
-        """Replay the graphs in steps of other ranks, whose layers use what these have on the device."""
+        """Use the graphs in steps of new layers, which have the same device memory."""
         self._layers = layers
 
     def run(

@@ -142,7 +142,7 @@ class KVCache:
             self._free.append(known.page)
 
     def clear(self) -> None:
-        """Free all pages, known ones too; no request has any."""
+        """Free all pages, including known ones; no request may hold any."""
         self.forget(list(self._known))
 
     def workspace(self, num_heads: int, layer: int) -> DecodeWorkspace | None:

@@ -160,7 +160,7 @@ class RankEngine:
         self._begin()
 
     def _begin(self) -> None:
-        """Begin to count steps among the ranks that there are."""
+        """Start counting steps among the present ranks."""
         ranks = ParallelConfig() if self.parallel is None else self.parallel.config
         self._tp_size, first = ranks.tensor_parallel_size, ranks.data_parallel_rank * ranks.tensor_parallel_size
         self._alike = slice(first, first + self._tp_size)  # ranks with the same requests
@@ -177,7 +177,7 @@ class RankEngine:
         self._flight: _Flight | None = None
 
     def go_on(self, parallel: ModelParallel) -> None:
-        """Drop all requests, and work among the ranks that are left; `parallel` must say that it `goes_on`."""
+        """Drop all requests and continue among the remaining ranks; `parallel.goes_on` must be true."""
         for request in self._requests.values():
             self._device_step.unseat(request)
         self._requests.clear()

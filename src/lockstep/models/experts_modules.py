@@ -123,13 +123,13 @@ def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
 
 
 def only_fills(module: Any, slots: Sequence[int]) -> bool:
-    """Return whether a module that was cut down need only fill empty slots to hold what `slots` say."""
+    """Return whether a module that was cut can take the experts of `slots` by filling empty slots only."""
     held, _ = slots_held(module)
     return len(slots) == len(held) and all(old in (new, EMPTY) for new, old in zip(slots, held, strict=True))
 
 
 def fill_slots(module: Any, slots: Sequence[int], read: Callable[[str, int, torch.Tensor], None]) -> None:
-    """Fill empty slots in place, as graphs need that read them; `read(name, expert, weight)` writes one expert's."""
+    """Fill empty slots in place, so that CUDA graphs stay valid; `read(name, expert, weight)` writes one weight."""
     held, num_experts = slots_held(module)
     for name, parameter in expert_parameters(module):
         for slot, expert in enumerate(slots):

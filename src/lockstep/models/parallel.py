@@ -316,7 +316,7 @@ class ModelParallel:
         return layers
 
     def _go_on(self, before: "ModelParallel", groups: Groups) -> list[MoELayer]:
-        """Make the layers of what those before have on the device, which follows the new placement. Collective."""
+        """Make layers that reuse the device memory of the previous ones, by the new placement. Collective."""
         options, config, placement = self.options, self.config, self.options.placement
         assert placement is not None
         for dispatcher in before.layers.dispatchers:
@@ -333,7 +333,7 @@ class ModelParallel:
         return layers
 
     def can_go_on(self, placement: Placement) -> bool:
-        """Whether fewer ranks can go on, by this placement, with what the layers have on the device: all say alike."""
+        """Whether fewer ranks can continue, by this placement, with the layers' device memory; equal on all ranks."""
         return (
             hasattr(self, "layers")
             and all(dispatcher.abilities.rejoins for dispatcher in self.layers.dispatchers)

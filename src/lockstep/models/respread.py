@@ -107,7 +107,7 @@ class Respreader:
 
 
 def _read_from(fresh: dict[str, Any]) -> Callable[[str, str, int, torch.Tensor], None]:
-    """Return what copies experts from modules that hold just these, as `StoredExperts.read` does from files."""
+    """Return a function like `StoredExperts.read` that copies experts from modules instead of files."""
 
     def read(module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
         module = fresh[module_name]

@@ -1,4 +1,4 @@
-"""Single experts straight from a checkpoint's files: the loader looks at every tensor, and takes ten times as long."""
+"""Reads single experts straight from a checkpoint's files; the loader visits every tensor and is ten times slower."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _BUFFERS, _BUFFER_BYTES = 2, 1 << 23  # one is read into while the GPU copies th
 
 
 class StoredExperts:
-    """The routed experts of a folder's files, where these hold them value by value as the modules do.
+    """The routed experts in a folder's files, if the files hold the same values as the modules.
 
-    That the files do is seen by comparing an expert of each module; `of` returns None where they do not.
+    `of` compares one expert of each module with the files, and returns None if any differs.
     """
 
     def __init__(self, tensors: dict[str, StoredTensor]) -> None:
@@ -31,7 +31,7 @@ class StoredExperts:
 
     @classmethod
     def of(cls, path: str, modules: Sequence[tuple[str, Any]]) -> StoredExperts | None:
-        """Find the experts of `(qualified name, module)`s, each with weights on its device."""
+        """Find the experts of modules, `(qualified name, module)`, in the files; None if they differ."""
         try:
             stored = cls(check_files(Path(path))) if Path(path).is_dir() else None
         except (ConfigurationError, OSError):
@@ -39,7 +39,7 @@ class StoredExperts:
         return stored if stored is not None and all(stored._holds(*one) for one in modules) else None
 
     def read(self, module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
-        """Write an expert's part of a module's parameter into `weight`, which is contiguous. The GPU may still copy."""
+        """Read an expert's part of a parameter into `weight`, which is contiguous. The copy to a GPU may still run."""
         rows = (
             weight.unflatten(0, (-1, weight.shape[0] // len(parts))) if (parts := self._parts(name)) else weight[None]
         )
@@ -50,7 +50,7 @@ class StoredExperts:
         return _PARTS.get(name.removesuffix(SCALES), ())
 
     def _stored(self, module_name: str, name: str, expert: int) -> list[StoredTensor]:
-        """Where the parts of an expert lie; `KeyError` where they have other names."""
+        """Return where the parts of an expert are stored; `KeyError` if they have other names."""
         suffix = "weight_scale_inv" if name.endswith(SCALES) else "weight"
         return [self._tensors[f"{module_name}.{expert}.{part}.{suffix}"] for part in self._parts(name)]
 
@@ -100,7 +100,7 @@ class StoredExperts:
 
 
 def _fill(file: Any, target: torch.Tensor) -> None:
-    """Read as many bytes as a tensor on the host has."""
+    """Fill a tensor on the host with the next bytes of a file."""
     view = target.numpy().data
     while len(view):
         count = file.readinto(view)

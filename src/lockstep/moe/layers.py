@@ -138,7 +138,7 @@ class MoELayers:
         self.end_waits()
 
     def end_waits(self) -> None:
-        """End what waits on the device for ranks that will not come; what it computed is worthless. Not collective."""
+        """End waits on the device for ranks that are gone; their results are invalid. Not collective."""
         for dispatcher in self.dispatchers:
             dispatcher.end_waits()
         if self._abort is not None:

@@ -9,7 +9,7 @@ from lockstep.moe.placement import Placement
 
 
 class SlotTable:
-    """One layer's placement on the device: the slot for each expert that a row has chosen, of a `rank` at work.
+    """One layer's placement on the device: the slot for each expert that a row has chosen, seen from a `rank`.
 
     Few rows go to as few slots as possible, since reading an expert's weights costs as much as its rows: to the slot
     on this rank, else to the first. Many rows are spread: `(number of the row in the step + expert) % replicas`.
@@ -26,7 +26,7 @@ class SlotTable:
         self.follow(placement, layer, rank, range(placement.num_ranks))
 
     def follow(self, placement: Placement, layer: int, rank: int, places: Sequence[int]) -> None:
-        """Follow another placement from now on, in graphs too. Rank r has the slots of the rank at `places[r]`."""
+        """Switch to another placement, also in captured graphs; rank r has the slots of the rank at `places[r]`."""
         per_rank, most = placement.num_slots_per_rank, self._replicas.shape[1]
         own = range(rank * per_rank, (rank + 1) * per_rank)
         replicas = placement.replicas(layer)
