@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from said import say, sleep_until_said
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lockstep
 from lockstep.errors import PeerFailedError
@@ -227,6 +228,32 @@ def test_what_would_go_wrong_in_silence_is_said(tiny):
         assert "is for inference" in messages[2]
         assert "inside join, call the Qwen3MoeForCausalLM itself" in messages[3]
     assert results[1][2] == "torch.bfloat16"
+
+
+class _Products(TorchDispatchMode):
+    """Notes the shapes of batched products."""
+
+    def __init__(self):
+        super().__init__()
+        self.batched = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.batched.append(tuple(args[1].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def last_logits(path):
+    model = lockstep.from_pretrained(path, dispatcher="allgather", deadline_s=60)
+    head = model.get_output_embeddings().weight
+    with lockstep.join(model), torch.no_grad(), _Products() as products:
+        for _ in range(2):
+            model(input_ids=torch.arange(12).view(3, 4), logits_to_keep=1, use_cache=False)
+    return [shape for shape in products.batched if shape[-1] == len(head)]
+
+
+def test_the_head_is_read_once_for_the_last_rows_of_all_sequences(tiny):
+    assert run_ranks(2, last_logits, tiny) == [[], []]
 
 
 def one_never_comes(path):

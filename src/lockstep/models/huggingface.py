@@ -352,11 +352,22 @@ def attach(parallel: ModelParallel) -> None:
     model.save_pretrained = functools.partial(_refuse, _PART)
     # Experts have no gradients anyway, and accelerate's `prepare` does not wrap a model that trains nothing.
     model.requires_grad_(False)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
     model._ddp_params_and_buffers_to_ignore = _RefusedByDDP()
     for name, adapters in zip(parallel.weights.names, parallel.weights.adapters, strict=True):
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.register_state_dict_post_hook(functools.partial(_refuse_to_be_read, name.rpartition(".")[2]))
         parent.register_load_state_dict_pre_hook(adapters.cut_loaded)
+
+
+def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay out the rows of the head, each sequence's last ones, one behind the other.
+
+    torch otherwise multiplies them sequence by sequence where the weight has no gradient, and reads all of it for each.
+    """
+    return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 class _RefusedByDDP:
