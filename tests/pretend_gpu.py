@@ -39,7 +39,16 @@ _INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
 _MIX = {torch.Tensor.copy_, _SET_DATA, torch._has_compatible_shallow_copy_type} | _INDEXED | _MOVES
 
-_state = SimpleNamespace(recorder=None, forbidden=False, pending=[])
+_state = SimpleNamespace(forbidden=False, pending=[])
+
+
+class _Capture(threading.local):
+    """The capture of each thread: those of other threads do not disturb it, as in the mode `thread_local`."""
+
+    recorder = None
+
+
+_capture = _Capture()
 
 
 @contextlib.contextmanager
@@ -74,7 +83,7 @@ def _names_host(value):
 
 
 def _wait(name):
-    if _state.recorder is not None:
+    if _capture.recorder is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
     if _state.forbidden:
         raise RuntimeError(f"called a synchronizing operation: {name}")
@@ -155,7 +164,7 @@ class _Gpu(TorchFunctionMode):
         non_blocking = kwargs.get("non_blocking", False)
         source = args[0]
         if to_gpu:
-            if _state.recorder is not None:
+            if _capture.recorder is not None:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {name} from the host")
             if not (non_blocking and getattr(source, "is_pinned_here", False)):
                 _wait(f"{name} from memory that is not pinned")
@@ -166,7 +175,7 @@ class _Gpu(TorchFunctionMode):
             _wait(name)
             moved = func(source.clone(), *args[1:], **kwargs)
         else:
-            if _state.recorder is not None:
+            if _capture.recorder is not None:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {name} to the host")
             value = func(source.clone(), *args[1:], **kwargs)
             moved = _poison(torch.empty_like(value))
@@ -176,7 +185,7 @@ class _Gpu(TorchFunctionMode):
 
     def _copy(self, args):
         target, source = args[:2]
-        if _state.recorder is not None or not _on_gpu(target):
+        if _capture.recorder is not None or not _on_gpu(target):
             _wait("copy_")
         target.copy_(source)
 
@@ -219,6 +228,9 @@ class _Recorder(TorchDispatchMode):
         )
 
         def run():
+            if "empty" in func.__name__:  # memory that nothing has written yet
+                _poison(outputs)
+                return
             for kept, found in zip(tree_iter(outputs), tree_iter(func(*args, **kwargs)), strict=True):
                 if isinstance(kept, torch.Tensor):
                     kept.copy_(found)
@@ -234,17 +246,17 @@ class _Graph:
     replays = 0
 
     def capture_begin(self, pool=None, capture_error_mode="global"):
-        assert _state.recorder is None and capture_error_mode in ("thread_local", "relaxed")
-        _state.recorder = self._recorder = _Recorder()
+        assert _capture.recorder is None and capture_error_mode in ("thread_local", "relaxed")
+        _capture.recorder = self._recorder = _Recorder()
         self._recorder.__enter__()
 
     def capture_end(self):
         self._recorder.__exit__(None, None, None)
-        _state.recorder = None
+        _capture.recorder = None
         _Graph.captured += 1
 
     def replay(self):
-        assert _state.recorder is None
+        assert _capture.recorder is None
         _Graph.replays += 1
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for run in self._recorder.work:
@@ -298,7 +310,7 @@ def _fake_cuda(rank, num_gpus):
         "CUDAGraph": _Graph, "Stream": _Stream, "Event": _Event, "current_stream": lambda device=None: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: (0, 0),
         "set_device": lambda device: None, "current_device": lambda: rank, "device_count": lambda: num_gpus,
-        "is_current_stream_capturing": lambda: _state.recorder is not None,
+        "is_current_stream_capturing": lambda: _capture.recorder is not None,
         "synchronize": lambda device=None: _wait("synchronize"), "empty_cache": lambda: None,
         "get_device_properties": lambda device=None: properties, "get_device_name": lambda device=None: "pretended",
         "get_device_capability": lambda device=None: (9, 0), "can_device_access_peer": lambda one, other: True,
@@ -420,7 +432,7 @@ def pretend(rank=0, num_gpus=1):
             with torch._C.DisableTorchFunction():
                 launch(self, *args, **options)
 
-        work() if _state.recorder is None else _state.recorder.work.append(work)
+        work() if _capture.recorder is None else _capture.recorder.work.append(work)
 
     def run_pretending(thread):
         with _Gpu():

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 LEAD = 0.1  # of the largest logit: a smaller one may change sides in bfloat16, where a router's scores tie
+BATCH_TOKENS = 8  # of each request of `generate_batch`
 LIMITS = {"max_num_batched_tokens": 80, "max_num_seqs": 3, "kv_capacity_tokens": 24 * PAGE_SIZE}
 
 
@@ -220,6 +221,74 @@ def _a_model_of_transformers(rank, folder):
     assert script.replays == (8, 16)[rank]
 
 
+def _let_it_capture():
+    """Let Transformers find that its accelerator has graphs, which it asks torch for by other names than ours."""
+    from transformers.generation.continuous_batching import initialization, model_runner
+
+    initialization.get_accelerator_graph_name = lambda: "CUDAGraph"
+    model_runner.get_memory_pools = lambda: (None, (0, 0))
+
+
+def _batched(model, prompts, keep=False, **choices):
+    """Tokens of requests by `generate_batch`, and how many graphs this rank has replayed meanwhile."""
+    import transformers
+
+    from pretend_gpu import graphs
+
+    settings = transformers.GenerationConfig(
+        max_new_tokens=BATCH_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    batching = {"num_blocks": 8, "page_size": 32, "max_batch_tokens": 32, "auto_switch_to_flash": False} | choices
+    before = graphs()[1]
+    answers = model.generate_batch(
+        prompts,
+        generation_config=settings,
+        continuous_batching_config=transformers.ContinuousBatchingConfig(**batching),
+        persistent_manager=keep,
+    )
+    assert all(answer.error is None for answer in answers.values()), [answer.error for answer in answers.values()]
+    return [answer.generated_tokens for answer in answers.values()], graphs()[1] - before
+
+
+def _generate_batch(rank, folder):
+    """Continuous batching of Transformers, its padded batches by our graphs; rank 1 has one request, then none."""
+    whole, model = (_load(folder, torch.bfloat16) for _ in range(2))
+    import lockstep
+    from lockstep.models.parallel import parallel_of
+    from pretend_gpu import pretend, put_on_gpu
+
+    pretended = pretend(rank, 2)
+    _let_it_capture()
+    model = lockstep.parallelize(
+        put_on_gpu(model), dispatcher="nvlink", deadline_s=100, max_chunk_size_per_rank=32, count_expert_load=True
+    )
+    parallel = parallel_of(put_on_gpu(model))
+    agreed, begin = [], parallel.begin
+
+    def counted(decision):
+        agreed.append(sum(decision.num_tokens_across_dp))
+        return begin(decision)
+
+    parallel.begin = counted
+    prompts = _prompts([5, 20, 3], 2) if rank == 0 else _prompts([6], 3)
+    padded = {"keep": True, "use_cuda_graph": True, "q_padding_interval_size": 8, "kv_padding_interval_size": 32}
+    with lockstep.join(model):
+        runs = [_batched(model, prompts), _batched(model, prompts, **padded)]
+    with lockstep.join(model):
+        runs += [_batched(model, prompts, **padded) for _ in range(2) if rank == 0]
+    # Two experts of each row in two layers: no padding has come to any of them.
+    assert [sum(pairs) for pairs in parallel.expert_load().pairs] == [2 * sum(agreed)] * 2
+    memory = model._cached_continuous_batching_manager.batch_processor.cache.cache_tensor
+    assert not memory.view(torch.bfloat16).isnan().any()  # padding is written too, where nobody reads it
+    model.destroy_cached_continuous_batching_manager()
+    pretended.__exit__(None, None, None)
+    for tokens, _ in runs:
+        assert not _wrong(whole, prompts, [[(token, 0.0) for token in one] for one in tokens], LEAD)
+    if rank == 0:
+        replays = [number for _, number in runs]  # the manager may begin before all requests have come
+        assert replays[0] == 0 and replays[-1] >= BATCH_TOKENS // 2
+
+
 def _vllms_exchange(rank, folder):
     """A step of vLLM, padded or in chunks, eagerly and by a graph that reads how many of its rows are tokens."""
     from lockstep.dispatch.base import ExpertsShape
@@ -331,3 +400,8 @@ def test_decode_and_idle_steps_of_generate_are_replayed(folder):
 @pytest.mark.ranks(2)
 def test_a_step_of_vllm_sends_its_tokens_and_no_padding(folder):
     _run(folder, "_vllms_exchange", 2)
+
+
+@pytest.mark.ranks(2)
+def test_batches_of_generate_batch_are_replayed_and_send_no_padding(folder):
+    _run(folder, "_generate_batch", 2)

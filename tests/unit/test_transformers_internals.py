@@ -173,3 +173,28 @@ def test_a_version_that_was_not_tried_is_named_beside_the_newest_that_was():
     )
     assert untried({"torch": "2.2"}) == ""
     assert untried(internals.versions()) == ""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_batches_are_called_where_transformers_would_replay_graphs_of_its_own(model, asynchronous):
+    model_runner = pytest.importorskip("transformers.generation.continuous_batching.model_runner")
+    runner = object.__new__(model_runner.ModelRunner)
+    called = []
+    buffers = SimpleNamespace(use_block_table=False, total_seqlen_q=5)
+    pairs = SimpleNamespace(io_pairs=[None, SimpleNamespace(device_io=buffers)], current_pair=1, use_block_table=False)
+    runner.inputs_and_outputs = pairs if asynchronous else buffers
+    runner.inputs_and_outputs.get_cb_kwargs = lambda: (None, None, None)
+    runner.inputs_and_outputs.compute_stream = None
+    runner.inputs_and_outputs.get_graph = lambda: SimpleNamespace(replay=lambda: called.append("graph"))
+    runner.supports_logits_to_keep = lambda model: False
+    runner._forward_process_and_sample = lambda model, batch, *_: called.append(batch)
+    runner._compiled_varlen = runner._compiled_decode = None
+    runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode = True, False
+    internals.run_batches_in_steps()
+    runner.compute_batch(model, {})
+    model.__dict__["_lockstep_parallel"] = object()
+    runner.compute_batch(model, {})
+    buffers.use_block_table = pairs.use_block_table = True  # a path without graphs
+    runner.compute_batch(model, {})
+    assert called == ["graph", {internals.BATCH_ROWS: 5}, {}]
+    assert (runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode) == (True, False)

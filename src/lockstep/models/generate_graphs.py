@@ -1,4 +1,4 @@
-"""Decode and idle steps of `generate` as CUDA graphs: captured at the second step of a kind, valid for any counts."""
+"""Steps of `generate` and `generate_batch` as CUDA graphs: captured at the second of a kind, valid for any counts."""
 
 import logging
 import weakref
@@ -14,17 +14,20 @@ from lockstep.moe.step import Step
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 8  # graphs of forward passes that are kept at a time; the oldest goes first
+MOST_BATCH_GRAPHS = 32  # of them in `generate_batch`, whose graphs share their memory
 _SEEN = object()
 
 
 class StepGraphs:
-    """The graphs of one model on one rank: idle steps, and decode steps with a cache of fixed size (`StaticCache`)."""
+    """The graphs of one model on one rank: idle steps, decode steps with a `StaticCache`, padded batches."""
 
     def __init__(self, layers: MoELayers) -> None:
         self._layers = layers
         # The graph of each kind of step, `_SEEN` after one call, None if a capture failed; dropped with the cache.
         self._idle: dict[Any, Any] = {}
         self._forwards: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        # The pool and the stream of padded batches: steps run one by one, and outputs are copied within theirs.
+        self._shared: tuple[Any, torch.cuda.Stream] | None = None
 
     def run_idle(self, step: Step) -> None:
         """Take part in a step without rows whose `captures` is true; from the second time on by a graph."""
@@ -36,15 +39,22 @@ class StepGraphs:
             step.replayed()
 
     def run_forward(
-        self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any | None:
-        """Run a forward pass by a graph if a pass of its kind was seen before; None leaves it to the caller."""
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        if args or ids is None or ids.shape[-1] != 1 or not getattr(cache, "is_compileable", False):
+        self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        num_rows: int | None = None,
+    ) -> Any | None:  # fmt: skip
+        """Run a forward pass by a graph if a pass of its kind was seen before; None leaves it to the caller.
+
+        With `num_rows`, it is a batch of continuous batching, over a paged cache: the rows behind them are padding.
+        """
+        ids, cache_name = kwargs.get("input_ids"), "past_key_values" if num_rows is None else "cache"
+        cache = kwargs.get(cache_name)
+        if args or ids is None or cache is None:
             return None
-        if not all(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", [None])):
-            return None  # the prompt comes first: it makes the cache's tensors
-        inputs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        if num_rows is None and not _decodes(ids, cache):
+            return None
+        if num_rows is not None and ids.numel() > self._layers.typical_sizes(many=True)[0]:
+            return None  # more rows than the buffers of the MoE layers have
+        inputs = {name: value for name, value in kwargs.items() if name != cache_name}
         leaves, structure = pytree.tree_flatten(inputs)
         # A graph is fixed by all arguments that are not tensors, and by the shapes of tensors.
         key = (str(structure), *(_key(leaf) for leaf in leaves), *self._kernels(step))
@@ -54,17 +64,27 @@ class StepGraphs:
             static_inputs = pytree.tree_unflatten(static, structure)
             outputs: list[Any] = []
             cache_of = weakref.ref(cache)  # a graph must not keep its cache alive
-            graph = self._capture(step, lambda _: outputs.append(forward(past_key_values=cache_of(), **static_inputs)))
-            return _CapturedForward(graph, static, outputs[0])
+            cell = None if num_rows is None else torch.zeros(1, dtype=torch.int32, device=ids.device)
+            graph = self._capture(
+                step,
+                lambda _: outputs.append(forward(**{cache_name: cache_of()}, **static_inputs)),
+                cell,
+                ids.numel(),
+            )
+            return _CapturedForward(graph, static, outputs[0], cell)
 
         captured = _captured(self._forwards.setdefault(cache, {}), key, capture)
         if captured is None:
             return None
         kinds = ((kept, key, graph) for kept in self._forwards.values() for key, graph in kept.items())
-        others = [kind for kind in kinds if isinstance(kind[2], _CapturedForward) and kind[2] is not captured]
-        for kept, other, _ in others[: 1 - MOST_GRAPHS]:
+        others = [
+            kind
+            for kind in kinds
+            if isinstance(kind[2], _CapturedForward) and kind[2] is not captured and kind[2].pads == captured.pads
+        ]
+        for kept, other, _ in others[: 1 - (MOST_BATCH_GRAPHS if captured.pads else MOST_GRAPHS)]:
             kept[other] = _SEEN
-        output = captured.replay(leaves, cache)
+        output = captured.replay(leaves, cache, num_rows)
         step.replayed()
         return output
 
@@ -73,19 +93,40 @@ class StepGraphs:
         num_rows = sum(step.route.sizes)
         return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
 
-    def _capture(self, step: Step, issue: Callable[[Step], Any]) -> torch.cuda.CUDAGraph:
-        """Capture what `issue` launches, without running it, in a step made for the capture."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    def _capture(
+        self, step: Step, issue: Callable[[Step], Any], num_rows: torch.Tensor | None = None, capacity: int = 0
+    ) -> torch.cuda.CUDAGraph:
+        """Capture what `issue` launches, without running it, in a step made for the capture.
+
+        `num_rows` holds the count of this rank's rows at each replay, of `capacity`; None for the step's own count.
+        """
+        graph, place = torch.cuda.CUDAGraph(), {}
+        if num_rows is None:
+            stream, rows_held = torch.cuda.Stream(), None
+        else:
+            self._shared = self._shared or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+            place["pool"], stream = self._shared
+            rows_held = capacity
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self._layers.begin_capture(step.route.sizes) as captured:
+        begun = self._layers.begin_capture(step.route.sizes, num_rows=num_rows, capacity=rows_held)
+        with torch.cuda.stream(stream), begun as captured:
             # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this thread must not wait.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local", **place)
             try:
+                if num_rows is not None:
+                    captured.padding = torch.arange(capacity, device=num_rows.device)[:, None] >= num_rows
                 issue(captured)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+def _decodes(ids: torch.Tensor, cache: Any) -> bool:
+    """Return whether a pass adds one token per request to a cache of fixed size, whose tensors the prompt has made."""
+    layers = getattr(cache, "layers", [None])
+    is_filled = all(getattr(layer, "is_initialized", False) for layer in layers)
+    return ids.shape[-1] == 1 and getattr(cache, "is_compileable", False) and is_filled
 
 
 def _captured(kept: dict[Any, Any], key: Any, capture: Callable[[], Any]) -> Any:
@@ -103,18 +144,27 @@ def _captured(kept: dict[Any, Any], key: Any, capture: Callable[[], Any]) -> Any
 
 
 class _CapturedForward:
-    def __init__(self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any) -> None:
-        self._graph, self._static, self._class = graph, static, type(output)
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any, num_rows: torch.Tensor | None
+    ) -> None:
+        self._graph, self._static, self._class, self._num_rows = graph, static, type(output), num_rows
         self._output = {name: value for name, value in output.items() if name != "past_key_values"}
 
-    def replay(self, leaves: list[Any], cache: Any) -> Any:
+    @property
+    def pads(self) -> bool:
+        return self._num_rows is not None
+
+    def replay(self, leaves: list[Any], cache: Any, num_rows: int | None = None) -> Any:
         for mine, theirs in zip(self._static, leaves, strict=True):
             if isinstance(mine, torch.Tensor):
                 mine.copy_(theirs)
+        if self._num_rows is not None and num_rows is not None:
+            self._num_rows.fill_(num_rows)
         self._graph.replay()
         # Copies: the next replay writes into the same tensors.
         own = pytree.tree_map_only(torch.Tensor, torch.clone, self._output)
-        return self._class(**own, past_key_values=cache)
+        # Continuous batching keeps its cache to itself.
+        return self._class(**own) if self.pads else self._class(**own, past_key_values=cache)
 
 
 def _key(leaf: Any) -> Any:

@@ -51,9 +51,9 @@ _PART = "this model holds only its rank's experts, so saving it would write a pa
 _FP8 = "experts in fp8 are not saved: load the checkpoint with quantize_experts='none' to save it"
 _STATE_DICT = f"state_dict: {_PART}; accelerate's offloading asks for one too"
 _CAPTURED = (
-    "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: turn the graphs off, "
-    "such as by ContinuousBatchingConfig(use_cuda_graph=False) in Transformers' continuous batching; Lockstep captures "
-    "decode steps by itself"
+    "{} was called while a CUDA graph is being captured, in which ranks cannot agree on a step: Lockstep captures "
+    "steps of generate and generate_batch by itself; leave compile configs out of ContinuousBatchingConfig, or pass "
+    "use_cuda_graph=False"
 )
 
 
@@ -294,6 +294,7 @@ def attach(parallel: ModelParallel) -> None:
     if parallel.config.rank == 0 and (warning := untried(internals.versions())):
         warnings.warn(warning, stacklevel=3)
     internals.register_experts(EXPERTS_IMPLEMENTATION, _experts_forward)
+    internals.run_batches_in_steps()
     for index, (_, module) in enumerate(find_experts(model)):
         internals.route_experts(module, EXPERTS_IMPLEMENTATION)
         module._lockstep_place, module._lockstep_layer = (parallel, index), index
@@ -320,20 +321,23 @@ def attach(parallel: ModelParallel) -> None:
         finally:
             session.end_step()
 
-    def step_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Step] | None:
+    def step_of_call(
+        args: tuple[Any, ...], kwargs: dict[str, Any], num_rows: int | None = None
+    ) -> contextlib.AbstractContextManager[Step] | None:
         if parallel.session is not None:
-            return step_of(parallel.session, _count_tokens(args, kwargs))
+            return step_of(parallel.session, _count_tokens(args, kwargs) if num_rows is None else num_rows)
         if parallel.current_step() is None:
             raise RuntimeError(_OUTSIDE.format(type(model).__name__))
         return None  # an engine that forms its own steps has agreed already
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        due = step_of_call(args, kwargs)
+        num_rows = kwargs.pop(internals.BATCH_ROWS, None)
+        due = step_of_call(args, kwargs, num_rows)
         if due is None:
             return original(*args, **kwargs)
         with due as step:
-            return parallel.run_forward(step, args, kwargs)
+            return parallel.run_forward(step, args, kwargs, num_rows)
 
     def compiled_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall | None:
         if parallel.config.tensor_parallel_size > 1:
@@ -412,7 +416,13 @@ def _experts_forward(
     if step is None:
         name = type(parallel.model).__name__
         raise RuntimeError(_OUTSIDE.format(name) if parallel.session is None else _AROUND.format(index, name))
-    output: torch.Tensor = step.run_layer(index, hidden_states, top_k_index, top_k_weights)
+    rows = hidden_states, top_k_index, top_k_weights
+    if step.num_unpadded is None:
+        output: torch.Tensor = step.run_layer(index, *rows)
+        return output if step.padding is None else output.masked_fill_(step.padding, 0)
+    real = step.run_layer(index, *(tensor.flatten(0, -2)[: step.num_unpadded] for tensor in rows))
+    output = hidden_states.new_zeros(hidden_states.shape)
+    output.flatten(0, -2)[: step.num_unpadded] = real
     return output
 
 

@@ -185,12 +185,15 @@ class ModelParallel:
             else:
                 step.take_part_in_rest()
 
-    def run_forward(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's forward pass inside a step, as a CUDA graph where that is possible."""
+    def run_forward(
+        self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], num_rows: int | None = None
+    ) -> Any:
+        """Run the model's forward pass inside a step, as a CUDA graph where possible; rows from `num_rows` on pad."""
         if self._graphs is not None and step.captures:
-            output = self._graphs.run_forward(step, self.forward, args, kwargs)
+            output = self._graphs.run_forward(step, self.forward, args, kwargs, num_rows)
             if output is not None:
                 return output
+        step.num_unpadded = num_rows
         output = self.forward(*args, **kwargs)
         self.check_all_layers_ran(step)
         return output

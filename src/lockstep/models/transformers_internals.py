@@ -19,6 +19,7 @@ from lockstep.errors import ConfigurationError
 
 _WRAPPERS_WITH_COLLECTIVES = ("DataParallel", "DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel")
 
+BATCH_ROWS = "lockstep_batch_rows"  # argument of a call, see `run_batches_in_steps`
 ASYNC_LOAD_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable: reads each weight when it is due, not ahead
 
 
@@ -274,6 +275,42 @@ def route_experts(module: Any, name: str) -> None:
 def experts_route(module: Any) -> str | None:
     """Return the name of an experts module's implementation."""
     return module.config._experts_implementation
+
+
+def run_batches_in_steps() -> None:
+    """Make continuous batching call spread models where it would replay graphs of its own; batches stay padded.
+
+    A call says how many of its rows are real by the argument `BATCH_ROWS`. Batches that Transformers compiles are left
+    to it, as are those of releases without these names: a spread model refuses to be captured.
+    """
+    try:
+        from transformers.generation.continuous_batching.model_runner import ModelRunner
+    except ImportError:
+        return
+    ModelRunner.compute_batch = _in_steps(ModelRunner.compute_batch)
+
+
+@functools.cache
+def _in_steps(compute_batch: Any) -> Any:
+    if compute_batch.__module__ == __name__:
+        return compute_batch
+
+    def compute_in_step(runner: Any, model: Any, batch: dict[str, Any]) -> None:
+        buffers = runner.inputs_and_outputs
+        buffers = buffers.io_pairs[buffers.current_pair].device_io if hasattr(buffers, "io_pairs") else buffers
+        paths = runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode
+        compiled = runner._compiled_varlen, runner._compiled_decode
+        on_decode_path = bool(buffers.use_block_table)
+        if not paths[on_decode_path] or compiled[on_decode_path] or "_lockstep_parallel" not in vars(model):
+            compute_batch(runner, model, batch)
+            return
+        runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = False
+        try:
+            compute_batch(runner, model, {**batch, BATCH_ROWS: buffers.total_seqlen_q})
+        finally:
+            runner.use_cuda_graph_varlen, runner.use_cuda_graph_decode = paths
+
+    return compute_in_step
 
 
 def is_experts_module(module: torch.nn.Module) -> bool:

@@ -43,6 +43,10 @@ class Step:
         next_layer: index of the layer that is due.
         in_step: whether every collective so far was issued; then the groups can be used again after an error.
         failure: what broke on this rank, if anything.
+        num_unpadded: how many of the model's rows are the agreed ones, where padding follows them; the caller of
+            `run_layer` leaves the padding out.
+        padding: which rows of the buffers are padding, `[capacity, 1]`, in a captured step whose model reads them all;
+            the caller of `run_layer` sets its result there, which is undefined, to zero.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Step:
         self.first_row = sum(self.route.sizes[: layers.config.rank])  # of this rank, among those of all ranks
         self.next_layer, self.in_step = 0, True
         self.failure: BaseException | None = None
+        self.num_unpadded: int | None = None
+        self.padding: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._contexts = ExitStack()
         config = layers.config
