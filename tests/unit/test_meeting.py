@@ -122,3 +122,24 @@ def test_a_port_in_use_is_one_sentence():
         with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
             find_group(None, environment=environment)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer within 30.5 s"), dist.DistNetworkError("refused\nstack")])
+@pytest.mark.parametrize(
+    ("agent", "keeper", "absent"),
+    [
+        ("", "rank 0, which keeps the store at {},", (0,)),
+        ("True", "the store at {}, which torchrun's agent keeps,", ()),
+    ],
+)
+def test_a_silent_store_is_blamed_on_the_process_that_keeps_it(monkeypatch, error, agent, keeper, absent):
+    def silent(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "TCPStore", silent)
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(RankAbsentError) as raised:
+        find_group(None, environment={**environment, "TORCHELASTIC_USE_AGENT_STORE": agent})
+    why = str(error).partition("\n")[0]
+    assert str(raised.value) == f"rank 1: {keeper.format('10.0.0.1:29500')} did not answer within 30 s: {why}"
+    assert raised.value.absent_ranks == absent

@@ -181,25 +181,28 @@ def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> N
         raise ConfigurationError(f"the environment variable MASTER_ADDR must name a host, got {host!r:.200}")
     limit = datetime.timedelta(seconds=limit_s)
 
+    by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps_store = rank == 0 and not by_agent
+
     def open_store() -> dist.Store:
-        if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return dist.TCPStore(
-                host, port, is_master=rank == 0, wait_for_workers=False, timeout=limit, multi_tenant=True
-            )
-        # That of torchrun's agent, with keys of this start's own: the agent may keep one store over restarts, and ranks
-        # would look for each other at the addresses of those that died.
-        restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"lockstep/start-{restarts}", dist.TCPStore(host, port, is_master=False, timeout=limit))
+        store = dist.TCPStore(
+            host, port, is_master=keeps_store, wait_for_workers=False, timeout=limit, multi_tenant=True
+        )
+        # The agent may keep one store over restarts, where ranks would find the addresses of those that died.
+        start = f"lockstep/start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return dist.PrefixStore(start, store) if by_agent else store
 
     try:
         # torch looks for a host without a name for longer than it is told to.
         store = within(open_store, limit_s + _MARGIN_S)
     except (TimeoutError, RuntimeError, ValueError) as error:
-        if isinstance(error, TimeoutError) or (isinstance(error, dist.DistNetworkError) and rank != 0):
-            keeper = f"rank 0, which keeps the store at {host}:{port}"
-            text = f"rank {rank}: {keeper}, did not answer within {limit_s:g} s: {first_line(error)}"
-            raise RankAbsentError(text, (0,)) from error
-        raise ConfigurationError(f"the ranks could not meet at {host}:{port}: {first_line(error)}") from error
+        if keeps_store or not isinstance(error, TimeoutError | dist.DistNetworkError):
+            raise ConfigurationError(f"the ranks could not meet at {host}:{port}: {first_line(error)}") from error
+        keeper = f"rank 0, which keeps the store at {host}:{port},"
+        if by_agent:
+            keeper = f"the store at {host}:{port}, which torchrun's agent keeps,"
+        text = f"rank {rank}: {keeper} did not answer within {limit_s:g} s: {first_line(error)}"
+        raise RankAbsentError(text, () if by_agent else (0,)) from error
     connect(store, rank, world_size, limit_s)
 
 
