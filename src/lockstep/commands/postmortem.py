@@ -26,6 +26,7 @@ _NAMES = "lockstep-rank*.jsonl"
 _MOST_BYTES = 16 * 2**20
 _MOST_RANKS = 2**20
 _ONE_FAILURE_S = 300.0
+_MOST_RUNS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class RecorderFile:
 
 
 def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]]:
-    """Read recorders from files, and of folders the last failure; also return a sentence for everything left out.
+    """Read recorders from files, and of each folder the last failure; also return a sentence for what is left out.
 
-    The files of one failure have the `run` of the newest file. Ranks that never met have run 0: of these, the files of
-    as many ranks as the newest, and of the 5 minutes before it.
+    The files of one failure have the `run` of the newest file. Ranks that agreed on none have run 0: of these, the
+    files of as many ranks as the newest, and of the 5 minutes before it.
     """
     files: list[RecorderFile] = []
     left_out: list[str] = []
@@ -82,20 +83,23 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]
                 f"no flight recorder's file ({_NAMES}) in {path}: ranks write them when one fails, into "
                 f"{usual} (another folder: {FOLDER_VARIABLE})"
             )
-        newest = max(found, key=lambda file: file.time)
-        same = [file for file in found if (file.run, file.num_ranks) == (newest.run, newest.num_ranks)]
-        files += (one := [file for file in same if file.run or newest.time - file.time <= _ONE_FAILURE_S])
-        others: dict[int, list[float]] = {}
+        found.sort(key=lambda file: file.time, reverse=True)
+        newest, earlier = found[0], dict[int, float]()
         for file in found:
-            if file not in one:
-                others.setdefault(file.run, []).append(file.time)
-        for run, times in sorted(others.items(), key=lambda item: max(item[1])):
-            left_out.append(
-                f"left out: {len(times)} files of run {run:08x}, {_local_time(max(times))}; to read them: "
-                f"lockstep postmortem {shlex.quote(str(path))}/lockstep-rank*-run{run:08x}-*.jsonl"
-            )
+            same = (file.run, file.num_ranks) == (newest.run, newest.num_ranks)
+            if same and (file.run or newest.time - file.time <= _ONE_FAILURE_S):
+                files.append(file)
+            else:
+                earlier.setdefault(file.run, file.time)
+        left_out += [
+            f"left out: run {run:08x} of {_local_time(ended)}; to read it: "
+            f"lockstep postmortem {shlex.quote(str(path))}/lockstep-rank*-run{run:08x}-*.jsonl"
+            for run, ended in list(earlier.items())[:_MOST_RUNS_NAMED]
+        ]
+        if len(earlier) > _MOST_RUNS_NAMED:
+            left_out.append(f"older runs left out: {len(earlier) - _MOST_RUNS_NAMED}")
         if num_unreadable:
-            left_out.append(f"left out: {num_unreadable} files that are no flight recorders of this version")
+            left_out.append(f"files left out that cannot be read, or that another version wrote: {num_unreadable}")
     return files, left_out
 
 

@@ -57,8 +57,8 @@ _SAID_AS = {
 class FlightRecorder:
     """A ring of what this rank did last, and where it is. Sends nothing.
 
-    `process` is the rank's number in the whole start. `run` is a random number that the ranks of one group agree on
-    when they meet, 0 if they never met: files with the same `run` are of the same failure.
+    `process` is the rank's number in the whole start. `run` is a random number that ranks agree on when they open
+    groups, 0 where they agreed on none: files with the same `run` are of one failure.
     """
 
     def __init__(self, rank: int, num_ranks: int, epoch: int, process: int, run: int = 0) -> None:
