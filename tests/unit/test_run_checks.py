@@ -1,8 +1,10 @@
 """What `lockstep run` says of a checkpoint and a workload before any rank starts: one sentence, right blame."""
 
 import json
+import os
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -128,3 +130,16 @@ def test_run_gives_the_handler_of_sigterm_back(tmp_path, monkeypatch, command_li
     assert (code, "no rank started" in stderr) == (2, True)
     assert inside != [before]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_during_the_comparison_says_how_far_the_run_came(tmp_path, monkeypatch, command_line):
+    def launch(*_, **__):
+        (tmp_path / "out" / "steps.jsonl").touch()
+        return {"engine": {"dtype": "float32"}}
+
+    monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+    monkeypatch.setattr("lockstep.runner.verify.verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, _, stderr = command_line("run", "--model", "tiny", "--out", tmp_path / "out")
+    assert code == 143
+    assert "terminated after" in stderr
