@@ -286,6 +286,34 @@ def test_nothing_stops_before_min_tokens():
     assert run([EOS, 97, EOS], min_tokens=2)[0].token_ids == [EOS, 97, EOS]
 
 
+def words_without_a_decoder():
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="one"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "token", "expected"),
+    [
+        (TOKENIZERS["sentencepiece"], "▁Hello", b" Hello"),
+        (TOKENIZERS["sentencepiece"], "Hello", b"Hello"),
+        (TOKENIZERS["sentencepiece"], "▁", b" "),
+        (TOKENIZERS["sentencepiece"], "<0xE2>", b"\xe2"),
+        (TOKENIZERS["sentencepiece"], "</s>", b""),
+        (TOKENIZERS["metaspace"], "▁wor", b" wor"),
+        (TOKENIZERS["merged"], "Ġth", b" th"),
+        (TOKENIZERS["merged"], "naïve 日本", "naïve 日本".encode()),
+        (words_without_a_decoder(), 1, b" two"),
+        (Plain(), 65, b"A"),
+        (Plain(), 256, b""),
+    ],
+)
+def test_a_token_by_itself_is_the_text_that_it_adds_behind_others(tokenizer, token, expected):
+    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else token
+    assert Detokenizer(tokenizer).token_bytes(token_id) == expected
+
+
 def test_a_newline_of_a_byte_fallback_tokenizer_stops_at_once():
     tokenizer = TOKENIZERS["sentencepiece"]
     hello, newline, ld = (tokenizer.token_to_id(token) for token in ("Hello", "<0x0A>", "ld"))

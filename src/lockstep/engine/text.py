@@ -57,15 +57,25 @@ class Detokenizer:
         return known
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that a token of a byte-level tokenizer adds, perhaps a part of a character."""
+        """Return the UTF-8 bytes that a token adds behind another one, perhaps a part of a character."""
         known = self._bytes.get(token_id)
         if known is None:
-            token = self._tokenizer.id_to_token(token_id) if self.traits(token_id)[0] else ""
-            # A token with characters outside the alphabet, such as an added one, is literal text.
-            in_alphabet = all(character in BYTE_OF for character in token)
-            known = bytes(BYTE_OF[character] for character in token) if in_alphabet else token.encode()
-            self._bytes[token_id] = known
+            known = self._bytes[token_id] = self._bytes_of(token_id)
         return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        has_text, is_byte = self.traits(token_id)
+        if not has_text:
+            return b""
+        if not (self._is_byte_level or is_byte):
+            alone, twice = self.decode([token_id]), self.decode([token_id, token_id])
+            return (twice[len(alone) :] if twice.startswith(alone) else alone).encode()  # with a leading space, if any
+        token = self._tokenizer.id_to_token(token_id)
+        if is_byte:
+            return bytes([int(token[3:5], 16)])
+        # A token with characters outside the alphabet, such as an added one, is literal text.
+        in_alphabet = all(character in BYTE_OF for character in token)
+        return bytes(BYTE_OF[character] for character in token) if in_alphabet else token.encode()
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the tokenizer's own decoding."""
