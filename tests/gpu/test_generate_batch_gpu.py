@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_engine_gpu import _misses, _prompts
+from test_engine_gpu import _prompts, misses
 
 from lockstep.testing import run_ranks
 from many_ranks import ranks_for, repeated
@@ -34,7 +34,7 @@ class _Batches:
         from lockstep.models.loading import load_pretrained
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.whole = load_pretrained(folder, dtype=dtype, device=device)
+        self.wholes = [load_pretrained(folder, dtype=kind, device=device) for kind in {dtype: 0, torch.float32: 0}]
         self.model = lockstep.from_pretrained(
             folder, dtype=dtype, device=device, dispatcher="nvlink" if device.type == "cuda" else "allgather",
             attn_implementation=attention, max_chunk_size_per_rank=256, count_expert_load=True, deadline_s=60,
@@ -72,7 +72,7 @@ class _Batches:
         assert len(answers) == len(prompts) and not errors, errors
         found = [[(token, 0.0) for token in answer.generated_tokens] for answer in answers.values()]
         assert all(len(one) == TOKENS for one in found)
-        return _misses(self.whole, prompts, found, self.exact), self.replays - before
+        return misses(self.wholes, prompts, found, self.exact), self.replays - before
 
 
 def _play(folder, device_type, attention):
