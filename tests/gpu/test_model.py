@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 
 from dispatch_rounds import round_to_fp8, undo_scales
 from lockstep.models.experts_modules import find_experts
+from lockstep.moe.step import Step
 from lockstep.testing import run_ranks
 from many_ranks import ranks_for, repeated
 from mapped import stand_in
@@ -118,12 +119,13 @@ class _Script:
 
     def run(self, body, *, graph):
         """Run `body()` in a `join` block; with `graph`, decode steps may be graphs."""
-        self.parallel.open()
-        kept, self.parallel._graphs = self.parallel._graphs, self.parallel._graphs if graph else None
-        with self.join(self.model):
-            result = body()
-        self.parallel._graphs = kept
-        return result
+        captures = Step.captures
+        Step.captures = captures if graph else False
+        try:
+            with self.join(self.model):
+                return body()
+        finally:
+            Step.captures = captures
 
     def check(self, title, batches, *, meanwhile=None, after=None):
         """Decode eagerly, then three times with graphs; ranks without requests do `meanwhile` instead, if it is given.

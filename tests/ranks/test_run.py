@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from command import Command
 
-from lockstep.coordination.groups import own_device
+from lockstep.coordination.groups import own_device, parallel_config
 from lockstep.steplog.files import read_step_log
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -234,8 +234,10 @@ def test_of_gpus_without_a_number_each_rank_takes_its_own():
         assert str(own_device(meant, has_gpus=True, environment={"LOCAL_RANK": "3"})) == device
 
 
-def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(monkeypatch):
+def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(tmp_path, monkeypatch):
     from lockstep.models import parallel
+    from lockstep.models.loading import load_pretrained
+    from lockstep.models.tiny import make_tiny
 
     class Met(Exception):
         pass
@@ -246,12 +248,16 @@ def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(parallel, "mapping_facts", meet)
-    rank = object.__new__(parallel.ModelParallel)
-    rank.device, rank._epoch, rank._probed_place = torch.device("cuda", 1), -1, None
-    rank.options = parallel.ParallelOptions(dispatcher="nvlink")
-    rank.weights = SimpleNamespace(complaint=lambda: "", place=lambda: None)
-    with pytest.raises(Met):
-        rank.open()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = load_pretrained(str(make_tiny(tmp_path / "tiny", num_layers=1)))
+        options = parallel.ParallelOptions(dispatcher="nvlink")
+        rank = parallel.ModelParallel(model, parallel_config(None, 1), dist.group.WORLD, options)
+        rank.device = torch.device("cuda", 1)
+        with pytest.raises(Met):
+            rank.open()
+    finally:
+        dist.destroy_process_group()
     assert chosen == [torch.device("cuda", 1)]
 
 
