@@ -100,18 +100,20 @@ class StepGraphs:
 
         `num_rows` holds the count of this rank's rows at each replay, of `capacity`; None for the step's own count.
         """
-        graph, place = torch.cuda.CUDAGraph(), {}
+        # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this thread must not wait.
+        graph = torch.cuda.CUDAGraph()
+        options: dict[str, Any] = {"capture_error_mode": "thread_local"}
         if num_rows is None:
             stream, rows_held = torch.cuda.Stream(), None
         else:
             self._shared = self._shared or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
-            place["pool"], stream = self._shared
+            # Relaxed: kernels may be loaded here, since a batch that was not captured has left its padding out.
+            options, stream = {"capture_error_mode": "relaxed", "pool": self._shared[0]}, self._shared[1]
             rows_held = capacity
         stream.wait_stream(torch.cuda.current_stream())
         begun = self._layers.begin_capture(step.route.sizes, num_rows=num_rows, capacity=rows_held)
         with torch.cuda.stream(stream), begun as captured:
-            # Other threads (NCCL's watchdog, the script's) may use the GPU meanwhile; only this thread must not wait.
-            graph.capture_begin(capture_error_mode="thread_local", **place)
+            graph.capture_begin(**options)
             try:
                 if num_rows is not None:
                     captured.padding = torch.arange(capacity, device=num_rows.device)[:, None] >= num_rows

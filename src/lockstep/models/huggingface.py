@@ -27,7 +27,7 @@ from lockstep.models.experts_modules import find_experts, localise, plain_name, 
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
-from lockstep.models.parallel import ModelParallel, parallel_of
+from lockstep.models.parallel import ModelParallel, count_tokens, parallel_of
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.fp8 import is_fp8
 from lockstep.moe.placement import Placement
@@ -321,23 +321,20 @@ def attach(parallel: ModelParallel) -> None:
         finally:
             session.end_step()
 
-    def step_of_call(
-        args: tuple[Any, ...], kwargs: dict[str, Any], num_rows: int | None = None
-    ) -> contextlib.AbstractContextManager[Step] | None:
+    def step_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Step] | None:
         if parallel.session is not None:
-            return step_of(parallel.session, _count_tokens(args, kwargs) if num_rows is None else num_rows)
+            return step_of(parallel.session, count_tokens(args, kwargs))
         if parallel.current_step() is None:
             raise RuntimeError(_OUTSIDE.format(type(model).__name__))
         return None  # an engine that forms its own steps has agreed already
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        num_rows = kwargs.pop(internals.BATCH_ROWS, None)
-        due = step_of_call(args, kwargs, num_rows)
+        due = step_of_call(args, kwargs)
         if due is None:
             return original(*args, **kwargs)
         with due as step:
-            return parallel.run_forward(step, args, kwargs, num_rows)
+            return parallel.run_forward(step, args, kwargs)
 
     def compiled_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall | None:
         if parallel.config.tensor_parallel_size > 1:
@@ -416,13 +413,7 @@ def _experts_forward(
     if step is None:
         name = type(parallel.model).__name__
         raise RuntimeError(_OUTSIDE.format(name) if parallel.session is None else _AROUND.format(index, name))
-    rows = hidden_states, top_k_index, top_k_weights
-    if step.num_unpadded is None:
-        output: torch.Tensor = step.run_layer(index, *rows)
-        return output if step.padding is None else output.masked_fill_(step.padding, 0)
-    real = step.run_layer(index, *(tensor.flatten(0, -2)[: step.num_unpadded] for tensor in rows))
-    output = hidden_states.new_zeros(hidden_states.shape)
-    output.flatten(0, -2)[: step.num_unpadded] = real
+    output: torch.Tensor = step.run_layer(index, hidden_states, top_k_index, top_k_weights)
     return output
 
 
@@ -447,14 +438,3 @@ def _refuse_to_be_read(child: str, parent: Any, state_dict: dict[str, Any], pref
     for key in state_dict:
         if key.startswith(f"{prefix}{child}."):
             state_dict[key] = torch.empty_like(state_dict[key], device="meta").as_subclass(_OwnPart)
-
-
-def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the number of rows that a forward pass sends through each layer."""
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is not None:
-        return int(tokens.numel())
-    embeds = kwargs.get("inputs_embeds")
-    if embeds is None:
-        raise ConfigurationError("a forward pass needs input_ids or inputs_embeds")
-    return int(embeds.shape[:-1].numel())

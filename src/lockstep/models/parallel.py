@@ -33,6 +33,7 @@ from lockstep.dispatch.collectives import gather_bytes
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
+from lockstep.models import transformers_internals as internals
 from lockstep.models.experts_modules import dense_checksum, experts_shapes, slots_held
 from lockstep.models.generate_graphs import StepGraphs
 from lockstep.models.options import ParallelOptions
@@ -185,10 +186,9 @@ class ModelParallel:
             else:
                 step.take_part_in_rest()
 
-    def run_forward(
-        self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], num_rows: int | None = None
-    ) -> Any:
-        """Run the model's forward pass inside a step, as a CUDA graph where possible; rows from `num_rows` on pad."""
+    def run_forward(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's forward pass inside a step, as a CUDA graph where that is possible."""
+        num_rows = kwargs.pop(internals.BATCH_ROWS, None)
         if self._graphs is not None and step.captures:
             output = self._graphs.run_forward(step, self.forward, args, kwargs, num_rows)
             if output is not None:
@@ -371,3 +371,16 @@ def parallel_of(model: Any) -> ModelParallel | None:
     return next(
         (found for module in modules if (found := getattr(module, "__dict__", {}).get("_lockstep_parallel"))), None
     )
+
+
+def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of rows that a forward pass sends through each layer."""
+    if internals.BATCH_ROWS in kwargs:
+        return int(kwargs[internals.BATCH_ROWS])
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is not None:
+        return int(tokens.numel())
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        raise ConfigurationError("a forward pass needs input_ids or inputs_embeds")
+    return int(embeds.shape[:-1].numel())

@@ -43,10 +43,8 @@ class Step:
         next_layer: index of the layer that is due.
         in_step: whether every collective so far was issued; then the groups can be used again after an error.
         failure: what broke on this rank, if anything.
-        num_unpadded: how many of the model's rows are the agreed ones, where padding follows them; the caller of
-            `run_layer` leaves the padding out.
-        padding: which rows of the buffers are padding, `[capacity, 1]`, in a captured step whose model reads them all;
-            the caller of `run_layer` sets its result there, which is undefined, to zero.
+        num_unpadded: how many of the model's rows are the agreed ones, where padding follows them; None without any.
+        padding: which rows of the buffers are padding, `[capacity, 1]`, in a captured step whose model reads them all.
     """
 
     def __init__(
@@ -152,6 +150,8 @@ class Step:
                 f"rows of {rows.shape[1]} values on {rows.device} with {top_k} experts each came to MoE layer {index}, "
                 f"which was set up for {shape.hidden_size} on {shape.device} with {shape.top_k}"
             )
+        real = slice(self.num_unpadded)
+        rows, num_padding = rows[real], rows.shape[0] - rows[real].shape[0]
         if rows.shape[0] != self._rows_due:
             buffered = self.captured or self.num_rows is not None
             due = f"its buffers have {self._rows_due}" if buffered else f"{self._rows_due} were agreed for this step"
@@ -160,12 +160,16 @@ class Step:
         self.next_layer = index + 1
         with torch.no_grad():
             # One dtype on the wire: under autocast a rank's rows may come in another one than those of its idle peers.
-            own = rows.to(shape.dtype), topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
+            own = rows.to(shape.dtype), topk_ids.reshape(-1, top_k)[real], topk_weights.reshape(-1, top_k)[real]
             if self.layers.config.tensor_parallel_size > 1:  # this rank takes its share of the group's rows
                 assert self.plan is not None
                 start, stop = self.plan.sp_span(self.layers.config.rank)
                 own = own[0][start:stop], own[1][start:stop], own[2][start:stop]
             output = layer.run(self, index, *own).to(rows.dtype)
+            if self.padding is not None:  # undefined there
+                output.masked_fill_(self.padding, 0)
+            if num_padding:
+                output = torch.nn.functional.pad(output, (0, 0, 0, num_padding))
         if self.next_layer == len(self.layers) and not self.captured:
             # Before anybody needs the model's output on the host: it must have come, and be no other rank's waste.
             self._await_collectives()
