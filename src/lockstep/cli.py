@@ -95,7 +95,8 @@ def run(
     max_restarts: Annotated[
         int,
         opt.steps(
-            "Maximum restarts of all ranks, when they cannot go on without the lost ones; keeps finished requests."
+            "Restart all ranks at most N times, when the remaining ranks cannot go on; finished requests are kept. "
+            "No effect under torchrun, which has its own option."
         ),
     ] = 3,
     verify: Annotated[bool, opt.option("Compare all outputs with those of one process that holds all experts.")] = True,
@@ -155,7 +156,8 @@ def serve(
     max_restarts: Annotated[
         int,
         opt.steps(
-            "Maximum restarts in a row, of all ranks (without a finished request in between) or of an API process."
+            "Restart all ranks at most N times without a finished request in between, when the remaining ranks cannot "
+            "go on. Also the limit of restarts in a row of an API process."
         ),
     ] = 3,
     host: Annotated[str, opt.option("Address to listen on; by default only this host can connect.")] = "127.0.0.1",

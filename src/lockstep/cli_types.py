@@ -184,10 +184,18 @@ ExpertPlacement = Annotated[
 ]
 NumRedundantExperts = Annotated[int, steps("Spare slots per layer, over all ranks, for replicas of hot experts.")]
 Survive = Annotated[
-    int, steps("Reserve expert slots for N lost ranks; losing more shrinks the KV cache. Restarts nothing.")
+    int,
+    steps(
+        "Reserve expert slots for N lost ranks. The other ranks go on after any loss; without reserved slots, their KV "
+        "cache shrinks. Refused with tensor parallelism and under torchrun, where all ranks restart."
+    ),
 ]
 RestartRanks = Annotated[
-    int, steps("Maximum restarts of each lost rank alone, while the other ranks go on; it then joins them.")
+    int,
+    steps(
+        "Restart each lost rank at most N times; it rejoins the other ranks, which go on meanwhile. Refused where "
+        "--survive is."
+    ),
 ]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
 Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]
