@@ -14,7 +14,7 @@ from lockstep.moe.step import Step
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 8  # graphs of forward passes that are kept at a time; the oldest goes first
-MOST_BATCH_GRAPHS = 32  # of them in `generate_batch`, whose graphs share their memory
+MOST_BATCH_GRAPHS = 32  # the same for each manager of `generate_batch`, whose graphs share their memory
 _SEEN = object()
 
 
@@ -26,8 +26,10 @@ class StepGraphs:
         # The graph of each kind of step, `_SEEN` after one call, None if a capture failed; dropped with the cache.
         self._idle: dict[Any, Any] = {}
         self._forwards: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-        # The pool and the stream of padded batches: steps run one by one, and outputs are copied within theirs.
-        self._shared: tuple[Any, torch.cuda.Stream] | None = None
+        # The memory pool of each paged cache's batches: steps run one by one, and outputs are copied within theirs.
+        # Never one whose graphs are all gone: torch refuses to capture into what may be left of it.
+        self._pools: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._batch_stream: torch.cuda.Stream | None = None
 
     def run_idle(self, step: Step) -> None:
         """Take part in a step without rows whose `captures` is true; from the second time on by a graph."""
@@ -64,25 +66,26 @@ class StepGraphs:
             static_inputs = pytree.tree_unflatten(static, structure)
             outputs: list[Any] = []
             cache_of = weakref.ref(cache)  # a graph must not keep its cache alive
-            cell = None if num_rows is None else torch.zeros(1, dtype=torch.int32, device=ids.device)
-            graph = self._capture(
-                step,
-                lambda _: outputs.append(forward(**{cache_name: cache_of()}, **static_inputs)),
-                cell,
-                ids.numel(),
-            )
+
+            def issue(_: Step) -> None:
+                outputs.append(forward(**{cache_name: cache_of()}, **static_inputs))
+
+            if num_rows is None:
+                return _CapturedForward(self._capture(step, issue), static, outputs[0])
+            cell = torch.zeros(1, dtype=torch.int32, device=ids.device)
+            pool = self._pools.get(cache) or torch.cuda.graph_pool_handle()
+            graph = self._capture(step, issue, cell, ids.numel(), pool)
+            self._pools[cache] = pool
             return _CapturedForward(graph, static, outputs[0], cell)
 
-        captured = _captured(self._forwards.setdefault(cache, {}), key, capture)
+        own = self._forwards.setdefault(cache, {})
+        captured = _captured(own, key, capture)
         if captured is None:
             return None
-        kinds = ((kept, key, graph) for kept in self._forwards.values() for key, graph in kept.items())
-        others = [
-            kind
-            for kind in kinds
-            if isinstance(kind[2], _CapturedForward) and kind[2] is not captured and kind[2].pads == captured.pads
-        ]
-        for kept, other, _ in others[: 1 - (MOST_BATCH_GRAPHS if captured.pads else MOST_GRAPHS)]:
+        caches, most = ([own], MOST_BATCH_GRAPHS) if captured.pads else (self._forwards.values(), MOST_GRAPHS)
+        kinds = ((kept, key, graph) for kept in caches for key, graph in kept.items() if graph is not captured)
+        others = [kind for kind in kinds if isinstance(kind[2], _CapturedForward) and kind[2].pads == captured.pads]
+        for kept, other, _ in others[: 1 - most]:
             kept[other] = _SEEN
         output = captured.replay(leaves, cache, num_rows)
         step.replayed()
@@ -94,8 +97,9 @@ class StepGraphs:
         return tuple(layer.takes_few_rows(num_rows) for layer in self._layers)
 
     def _capture(
-        self, step: Step, issue: Callable[[Step], Any], num_rows: torch.Tensor | None = None, capacity: int = 0
-    ) -> torch.cuda.CUDAGraph:
+        self, step: Step, issue: Callable[[Step], Any], num_rows: torch.Tensor | None = None,
+        capacity: int | None = None, pool: Any = None,
+    ) -> torch.cuda.CUDAGraph:  # fmt: skip
         """Capture what `issue` launches, without running it, in a step made for the capture.
 
         `num_rows` holds the count of this rank's rows at each replay, of `capacity`; None for the step's own count.
@@ -104,18 +108,17 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"capture_error_mode": "thread_local"}
         if num_rows is None:
-            stream, rows_held = torch.cuda.Stream(), None
+            stream = torch.cuda.Stream()
         else:
-            self._shared = self._shared or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
             # Relaxed: kernels may be loaded here, since a batch that was not captured has left its padding out.
-            options, stream = {"capture_error_mode": "relaxed", "pool": self._shared[0]}, self._shared[1]
-            rows_held = capacity
+            options = {"capture_error_mode": "relaxed", "pool": pool}
+            stream = self._batch_stream = self._batch_stream or torch.cuda.Stream()  # memory is reused on one alone
         stream.wait_stream(torch.cuda.current_stream())
-        begun = self._layers.begin_capture(step.route.sizes, num_rows=num_rows, capacity=rows_held)
+        begun = self._layers.begin_capture(step.route.sizes, num_rows=num_rows, capacity=capacity)
         with torch.cuda.stream(stream), begun as captured:
             graph.capture_begin(**options)
             try:
-                if num_rows is not None:
+                if num_rows is not None and capacity is not None:
                     captured.padding = torch.arange(capacity, device=num_rows.device)[:, None] >= num_rows
                 issue(captured)
             finally:
@@ -147,7 +150,7 @@ def _captured(kept: dict[Any, Any], key: Any, capture: Callable[[], Any]) -> Any
 
 class _CapturedForward:
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any, num_rows: torch.Tensor | None
+        self, graph: torch.cuda.CUDAGraph, static: list[Any], output: Any, num_rows: torch.Tensor | None = None
     ) -> None:
         self._graph, self._static, self._class, self._num_rows = graph, static, type(output), num_rows
         self._output = {name: value for name, value in output.items() if name != "past_key_values"}
