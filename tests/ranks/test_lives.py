@@ -111,6 +111,24 @@ def test_what_a_rank_has_forked_says_nothing_in_its_name(how):
     assert run_ranks(2, child_exits, how) == ["done", "done"]
 
 
+def dies_before_its_child():
+    if dist.get_rank() == 1:
+        if os.fork() == 0:
+            os.closerange(1, 3)  # whoever reads the tests' output need not wait for it
+            time.sleep(60)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_a_ranks_death_is_seen_though_what_it_has_forked_lives_on():
+    started = time.monotonic()
+    with pytest.raises(PeerFailedError, match=r"rank 1 failed: its process was ended by signal 9 \(SIGKILL\)"):
+        launch(2, dies_before_its_child)
+    assert time.monotonic() - started < 30
+
+
 CTRL_C = """
 import os, random, signal, sys, threading, time
 from lockstep.runner.launcher import launch

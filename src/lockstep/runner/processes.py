@@ -39,6 +39,7 @@ MARGIN_S = 1.5
 """How much later than the ranks whoever watches them gives up: what they find out themselves says more."""
 _PR_SET_PDEATHSIG = 1
 _AFTER_KILL_S = 5.0
+_FORK_S = 300.0  # for the first rank of a process everything is imported, perhaps from a slow disk
 _REQUEST_BYTES = 4096
 
 
@@ -141,7 +142,9 @@ class RankProcess:
         with theirs:
             # A rank whose number this process never learns, because of Ctrl-C, ends as its connection does.
             self.pid, self._exit_code = _server().fork(preload, [theirs.fileno(), 1, 2])
-        self._connection = Connection(mine.detach())
+        self._connection = Connection(os.dup(mine.fileno()))
+        # Otherwise a process that the rank has forked, and that lives on, would keep the connection open.
+        self._exit_code.add_done_callback(lambda _: _end_reading(mine))
         work = ForkingPickler.dumps((main, (rank, *args)))
         self.send({"environment": {**os.environ, **environment(rank)}, **_about_this_process(bytes(work))})
         with contextlib.suppress(OSError):
@@ -184,6 +187,12 @@ class RankProcess:
         code = self.exit_code()
         self._connection.close()
         on_message(self.rank, {"failed": "died", "why": how_it_ended(code), "exit_code": code})
+
+
+def _end_reading(connection: socket.socket) -> None:
+    """Let reads end with what has come so far."""
+    with connection, contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
 
 
 def how_it_ended(code: int | None) -> str:
@@ -230,7 +239,10 @@ class _Server:
             socket.send_fds(self._control, [" ".join([str(number), *preload]).encode()], descriptors)
         if self.ended:
             self._give_up()
-        return requested.pid.result(), requested.exit_code
+        try:
+            return requested.pid.result(_FORK_S), requested.exit_code
+        except TimeoutError:
+            raise LockstepError(f"the process from which ranks are forked started none in {_FORK_S:g} s") from None
 
     def _run(self) -> None:
         with self._theirs as theirs:
