@@ -7,10 +7,9 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,7 +59,10 @@ def execute(
     console = Terminal(stderr=True)
     _check(options, console)
     out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    with output_folder(out, overwrite, _torchrun_id()) as folder:
+    with output_folder(out, overwrite, _torchrun_id()) as folder, ExitStack() as stack:
+        if "RANK" not in os.environ:  # torchrun sends SIGTERM also to ranks whose peer has failed: they say nothing
+            with suppress(ValueError):  # only the main thread takes signals
+                stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         options = replace(options, out=str(folder))
         if options.model == "tiny":
             from lockstep.models.tiny import make_tiny
@@ -72,9 +74,8 @@ def execute(
             placement_of(options)
         started = time.perf_counter()
         try:
-            with _sigterm_interrupts():
-                result = _run(options, console, max_restarts)
-                return 0 if rank else _finish(options, result, console, verify, as_json, arguments)
+            result = _run(options, console, max_restarts)
+            return 0 if rank else _finish(options, result, console, verify, as_json, arguments)
         except KeyboardInterrupt as interrupt:
             terminated = isinstance(interrupt, _Terminated)
             _say_how_far("terminated" if terminated else "interrupted", folder, console, time.perf_counter() - started)
@@ -88,8 +89,10 @@ def _run(options: RunOptions, console: Console, max_restarts: int) -> dict[str, 
     if "RANK" in os.environ:
         return run_one_rank(options)
     console.print(f"starting {options.world_size} ranks on this host", style="dim")
-    limits: dict[str, Any] = {"max_restarts": max_restarts, "deadline_s": options.deadline_s, "survivors": options}
-    found: dict[str, Any] = launch(options.world_size, run_one_rank, options, **limits)
+    found: dict[str, Any] = launch(
+        options.world_size, run_one_rank, options,
+        max_restarts=max_restarts, deadline_s=options.deadline_s, survivors=options,
+    )  # fmt: skip
     return found
 
 
@@ -99,20 +102,6 @@ class _Terminated(KeyboardInterrupt):
 
 def _terminated(*_: object) -> NoReturn:
     raise _Terminated
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Inside the block SIGTERM raises `_Terminated`, except in a rank of torchrun and outside of the main thread."""
-    # torchrun sends SIGTERM also to ranks whose peer has failed: they need not say anything.
-    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _log_as(rank: int) -> None:

@@ -113,9 +113,9 @@ def _result(
     ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float,
     losses: Losses,
 ) -> Any:  # fmt: skip
-    """Return what the first rank returned, or raise what is worth most of what the ranks said.
+    """Return what the first member returned, or raise the failure that the other failures follow from.
 
-    Waits for a rank that was stopped, and for the last ones, at most as long as for any rank.
+    A stopped rank, and those still at work when another has ended, are waited for as long as any rank is.
     """
     waiting = {process.rank for process in ranks.processes}
     result: Any = None
@@ -125,7 +125,7 @@ def _result(
         try:
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
-            if losses.can_survive or not losses.membership.is_ending:  # then the cause is waited for
+            if losses.can_survive or not losses.membership.is_ending:  # otherwise a failure's cause is awaited
                 try:
                     ranks.check_stopped(deadline_s, losses.membership.is_ending, losses.can_survive)
                 except RankAbsentError as error:

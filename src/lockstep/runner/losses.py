@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 WHEREABOUTS = "members/whereabouts"
 """Where, in the launcher's store, ranks show progress while they read experts."""
-_ECHOES_S = 3.0  # how long a failure that may be another rank's doing waits for that one's own words
+_ECHOES_S = 3.0  # how long to wait for a rank's own words when other ranks have failed because of it
 
 
 def patience_with(deadline_s: float) -> float:
-    """Return how long a rank may take to say that it has stopped, where it waits so long for any other in a step.
+    """Return how long a rank may take to stop after another is lost, given the deadline of a step, both in seconds.
 
-    One that opens groups with a rank that has died notices it after five seconds, and computes before it does.
+    At least 12 s: a rank that computes, and then opens groups with the lost one, notices the loss 5 s later.
     """
     return max(deadline_s + 1.5, 12.0)
 
@@ -32,8 +32,9 @@ def patience_with(deadline_s: float) -> float:
 class Losses:
     """Lets ranks go on without those that are lost, and with those that are back; otherwise raises the cause.
 
-    Once an epoch is ending, a member has `patience_s` to say that it has stopped, from its last progress if it reads
-    experts; then `kill(rank)` ends it. `start_again(rank, first_epoch)` is called up to `restart_ranks` times per rank.
+    Once an epoch is ending, each member has `patience_s` to say that it has stopped, counted from its last progress
+    while it reads experts; then `kill(rank)` ends it. `start_again(rank, first_epoch)` is called up to `restart_ranks`
+    times per rank.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Losses:
             self._patience = Patience(whereabouts, self._patience_s)
 
     def _take_failure(self, rank: int, message: dict[str, Any]) -> None:
-        """Others survive a rank's death, what follows from one, and any failure of a rank that has just come back."""
+        """A death is survived, an echo of another rank's failure, and any failure of a rank that has just come back."""
         membership = self.membership
         died = message["failed"] == "died" or (rank in self._back and not is_echo(message))
         fatal = not self.can_survive or not (died or is_echo(message))
@@ -90,9 +91,9 @@ class Losses:
         if fatal:
             self._fatal.append((rank, message))
         if died:
-            self._kill(rank)  # which may live, with a device that is of no use
+            self._kill(rank)  # a process whose device has failed is still alive
             membership.died(rank)
-        elif is_echo(message) and (fatal or "epoch" in message):  # one without a model to go on with ends
+        elif is_echo(message) and (fatal or "epoch" in message):  # without an epoch, it ends: it has no model
             membership.stopped(rank, message.get("epoch", 0))
 
     def begin_epoch(self) -> tuple[int, ...] | None:

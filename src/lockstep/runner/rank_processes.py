@@ -30,7 +30,8 @@ class RankProcesses(Ranks):
         self._options = options
         self._on_message: OnMessage
         super().__init__(
-            self.num_processes, _run_worker, (options, self.store.port), self._hear, preload=PRELOAD,
+            self.num_processes, _run_worker, (options, self.store.port),
+            lambda rank, message: self._on_message(rank, message), preload=PRELOAD,
             environment=lambda rank: rank_environment(rank, options.world_size), patience_s=options.deadline_s,
         )  # fmt: skip
 
@@ -66,9 +67,6 @@ class RankProcesses(Ranks):
         for process in self.processes:
             process.exit_code(max(0.0, until - time.monotonic()))
         self.kill()
-
-    def _hear(self, rank: int, message: dict[str, Any]) -> None:
-        self._on_message(rank, message)
 
 
 def _run_worker(connection: Connection, rank: int, options: EngineOptions, port: int, first_epoch: int = 0) -> None:
