@@ -191,11 +191,7 @@ Survive = Annotated[
     ),
 ]
 RestartRanks = Annotated[
-    int,
-    steps(
-        "Restart each lost rank at most N times; it rejoins the other ranks, which go on meanwhile. Refused where "
-        "--survive is."
-    ),
+    int, steps("Restart each lost rank up to N times; it rejoins the others, which go on. Refused where --survive is.")
 ]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
 Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]

@@ -359,3 +359,11 @@ def test_brackets_ten_thousand_deep_are_refused(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_text("[" * 100_000)
     read_or_refuse(path)
+
+
+@pytest.mark.parametrize("time_s", [-1, 2**40])
+def test_a_time_that_no_calendar_has_is_refused(tmp_path, time_s):
+    path = tmp_path / "recorder.jsonl"
+    path.write_text(json.dumps({**HEADER, "time": time_s}))
+    with pytest.raises(ConfigurationError, match=rf"line 1: time is {time_s}, expected seconds since 1970"):
+        read_recorder(path)

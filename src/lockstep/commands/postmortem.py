@@ -27,6 +27,7 @@ _MOST_BYTES = 16 * 2**20
 _MOST_RANKS = 2**20
 _ONE_FAILURE_S = 300.0
 _MOST_RUNS_NAMED = 5
+_LATEST_S = 2.0**33  # in the year 2242
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]
             else:
                 earlier.setdefault(file.run, file.time)
         left_out += [
-            f"left out: run {run:08x} of {_local_time(ended)}; to read it: "
+            f"left out: run {run:08x} of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(ended))}; to read it: "
             f"lockstep postmortem {shlex.quote(str(path))}/lockstep-rank*-run{run:08x}-*.jsonl"
             for run, ended in list(earlier.items())[:_MOST_RUNS_NAMED]
         ]
@@ -101,13 +102,6 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]
         if num_unreadable:
             left_out.append(f"files left out that cannot be read, or that another version wrote: {num_unreadable}")
     return files, left_out
-
-
-def _local_time(seconds: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):  # a file may claim any time
-        return "at an impossible time"
 
 
 def read_recorder(path: str | Path) -> RecorderFile:
@@ -127,6 +121,8 @@ def read_recorder(path: str | Path) -> RecorderFile:
     numbers = _numbers(where, header, "rank", "num_ranks", "epoch", "run", "pid", "clock_ns", "time")
     if not 0 <= numbers["rank"] < numbers["num_ranks"] <= _MOST_RANKS:
         raise ConfigurationError(f"{where}: rank {numbers['rank']} of {numbers['num_ranks']} ranks")
+    if not 0 <= numbers["time"] < _LATEST_S:
+        raise ConfigurationError(f"{where}: time is {numbers['time']}, expected seconds since 1970")
     events, stacks = [], {}
     for number, line in enumerate(lines[1:], 2):
         if not line:

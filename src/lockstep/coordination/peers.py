@@ -29,8 +29,7 @@ class Peers:
 
     def __init__(
         self, rank: int, num_ranks: int, *, board: Board | None = None, store: "dist.Store | None" = None,
-        epoch: int = 0, debug: bool = False, processes: Sequence[int] | None = None,
-        run: int = 0,
+        epoch: int = 0, debug: bool = False, processes: Sequence[int] | None = None, run: int = 0,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.num_ranks = num_ranks

@@ -75,19 +75,13 @@ def _launch_once(
 ) -> Any:  # fmt: skip
     said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
     store, (deadline_s, _, _, survivors) = loopback_store(), work
-
-    def environment(rank: int) -> dict[str, str]:
-        return rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)}
-
     with Ranks(
         num_ranks, _rank_main, (num_ranks, store.port, *work), lambda *message: said.put(message), preload=preload,
-        environment=environment,
+        environment=lambda rank: rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)},
     ) as ranks:  # fmt: skip
-        survives = survivors is not None and survivors.can_survive
-        losses = Losses(
-            num_ranks, survives, patience_with(deadline_s), ranks.kill_one, store, ranks.start_again,
-            survivors.restart_ranks if survivors is not None else 0,
-        )  # fmt: skip
+        can_survive, restart_ranks = (survivors.can_survive, survivors.restart_ranks) if survivors else (False, 0)
+        patience_s = patience_with(deadline_s)
+        losses = Losses(num_ranks, can_survive, patience_s, ranks.kill_one, store, ranks.start_again, restart_ranks)
         return _result(ranks, said, limit_s, deadline_s, losses)
 
 

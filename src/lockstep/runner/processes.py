@@ -104,7 +104,15 @@ class Ranks:
 
         They have until the deadline; half of it where the others have stopped working, and wait (`is_ending`).
         """
-        stopped = self._stopped(deadline_s / 2 if is_ending else deadline_s + MARGIN_S)
+        now, limit_s = time.monotonic(), deadline_s / 2 if is_ending else deadline_s + MARGIN_S
+        # Time in which this process was stopped too does not count.
+        passed, self._looked = min(now - self._looked, 2 * LOOK_S), now
+        for process in self.processes:
+            if process.state() != "stopped":
+                process.stopped_s = -1.0
+            else:
+                process.stopped_s = process.stopped_s + passed if process.stopped_s >= 0 else 0.0
+        stopped = [process.rank for process in self.processes if process.stopped_s > limit_s]
         if stopped and not can_survive:
             raise self.absent(stopped, f"stood still for more than {deadline_s:g} s")
         for rank in stopped:
@@ -115,17 +123,6 @@ class Ranks:
         numbers = ", ".join(map(str, ranks))
         states = "; ".join(f"the process of rank {rank} is {self.processes[rank].state()}" for rank in ranks)
         return RankAbsentError(f"rank{'s' * (len(ranks) > 1)} {numbers} {why}; {states}", tuple(ranks))
-
-    def _stopped(self, longer_than_s: float) -> list[int]:
-        """Return which have been stopped for so long. Time in which this process was stopped too does not count."""
-        now = time.monotonic()
-        passed, self._looked = min(now - self._looked, 2 * LOOK_S), now
-        for process in self.processes:
-            if process.state() != "stopped":
-                process.stopped_s = -1.0
-            else:
-                process.stopped_s = process.stopped_s + passed if process.stopped_s >= 0 else 0.0
-        return [process.rank for process in self.processes if process.stopped_s > longer_than_s]
 
 
 class RankProcess:
