@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from test_engine_gpu import _prompts, misses
 
 from lockstep.testing import run_ranks
+
+pytest.importorskip("transformers", "5.23", reason="options of generate_batch are those of Transformers 5.23")
 from many_ranks import ranks_for, repeated
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -90,7 +90,7 @@ def test_the_others_go_on_with_every_request_and_its_right_tokens(folder, number
 
 
 def test_a_rank_that_comes_back_works_again(folder):
-    with Engine(folder, data_parallel_size=NUM_RANKS, survive=1, restart_ranks=1, **OPTIONS) as engine:
+    with Engine(folder, data_parallel_size=NUM_RANKS, restart_ranks=1, dispatcher="allgather", **OPTIONS) as engine:
         before, _ = generate(engine, PROMPTS)
         os.kill(engine.ranks()[1].pid, signal.SIGKILL)
         until = time.monotonic() + 90

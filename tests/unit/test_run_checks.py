@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from lockstep import ConfigurationError, Engine
 from lockstep.models.tiny import byte_tokenizer, make_tiny
@@ -116,6 +117,18 @@ def test_slots_for_lost_ranks_are_refused_where_they_would_never_be_used(tmp_pat
         Engine("tiny", survive=1)
     with pytest.raises(ConfigurationError, match="survive is 1 with data_parallel_size 2, tensor_parallel_size 2"):
         EngineOptions("tiny", data_parallel_size=2, tensor_parallel_size=2, survive=1)
+
+
+def test_ranks_do_not_come_back_where_memory_is_mapped(monkeypatch):
+    EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device="cpu")
+    EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, dispatcher="allgather")
+    for device, dispatcher in ((None, "auto"), ("cuda", "nvlink")):
+        with pytest.raises(
+            ConfigurationError, match=f"restart_ranks is 1 with dispatcher '{dispatcher}' on GPUs: torch"
+        ):
+            EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device=device, dispatcher=dispatcher)
 
 
 def test_run_gives_the_handler_of_sigterm_back(tmp_path, monkeypatch, command_line):

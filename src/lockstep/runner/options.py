@@ -66,6 +66,17 @@ class ModelOptions:
         if self.restart_ranks and not self.can_survive:
             rule = "no rank comes back where the others cannot go on without it"
             raise ConfigurationError(f"restart_ranks is {self.restart_ranks} with {sizes}: {rule}")
+        if self.restart_ranks and self._may_map_memory():
+            rule = "torch does not map the memory of a process that started later: take 'allgather' or 'alltoall'"
+            given = f"restart_ranks is {self.restart_ranks} with dispatcher {self.dispatcher!r} on GPUs"
+            raise ConfigurationError(f"{given}: {rule}, which have no CUDA graphs, or leave restart_ranks at 0")
+
+    def _may_map_memory(self) -> bool:
+        from lockstep.coordination.groups import own_device
+        from lockstep.dispatch.choose import AutoDispatcher, maps_memory
+
+        mapped = self.dispatcher == AutoDispatcher.name or maps_memory(self.dispatcher)
+        return mapped and own_device(self.device).type == "cuda"
 
     @property
     def world_size(self) -> int:
