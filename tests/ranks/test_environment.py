@@ -63,7 +63,7 @@ def test_a_backend_that_does_not_end_is_ended_and_the_rest_of_the_time_is_the_ot
     began = time.monotonic()
     sleep = functools.partial(sleep_in_place_of_a_proof, 60)
     result = environment.try_backend("allgather", "cpu", began + 60, proof=sleep, limit_s=6.0)
-    assert (result["works"], result["detail"]) == (False, "rank 0, 1 did not end within 6 s")
+    assert (result["works"], result["detail"]) == (False, "ranks 0, 1 did not end within 6 s")
     assert time.monotonic() - began < 9
     result = environment.try_backend("alltoall", "cpu", time.monotonic() + 4)
     assert result["works"] is None

@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import lockstep.errors
@@ -37,6 +38,12 @@ def first_cause(failures: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[s
 def is_echo(message: dict[str, Any]) -> bool:
     """Return whether a failure may be another rank's doing."""
     return message["failed"] in _ECHOES
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, or `ranks 0, 3`."""
+    numbers = ", ".join(map(str, sorted(ranks)))
+    return f"rank{'s' * (',' in numbers)} {numbers}"
 
 
 def error_of(rank: int, message: dict[str, Any]) -> Exception:

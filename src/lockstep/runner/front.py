@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
+from lockstep.runner.failures import rank_names
 from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.processes import LOOK_S
@@ -268,7 +269,7 @@ class Front:
         ends, everyone = time.monotonic() + self._start_timeout_s, set(range(self.ranks.num_processes))
         while late := sorted(everyone - self._about.keys()):
             if time.monotonic() > ends:
-                text = f"rank {', '.join(map(str, late))} was not ready within {self._start_timeout_s:g} s"
+                text = f"not ready within {self._start_timeout_s:g} s: {rank_names(late)}"
                 raise RankAbsentError(text, tuple(late))
             if not self._take_event():  # the caller was interrupted
                 raise self._closed

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
-from lockstep.runner.failures import failure_of
+from lockstep.runner.failures import failure_of, rank_names
 from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.options import ModelOptions
 from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks
@@ -138,7 +138,7 @@ def _result(
         if (members := _begin_epoch(ranks, losses)) is not None:
             waiting, until = set(members), ends
     if waiting and until == ends:
-        raise LockstepError(f"rank {', '.join(map(str, sorted(waiting)))} {why}")
+        raise LockstepError(f"{rank_names(waiting)} {why}")
     if waiting:
         raise _Lost(ranks.absent(sorted(waiting), why))
     return result

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lockstep.coordination.meeting import Patience, Whereabouts
 from lockstep.coordination.membership import Membership, ask_to_stop, publish
 from lockstep.errors import LockstepError
-from lockstep.runner.failures import error_of, first_cause, is_echo
+from lockstep.runner.failures import error_of, first_cause, is_echo, rank_names
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,7 @@ class Losses:
             raise error_of(*first_cause(self._failures))
         why += [f"rank {rank} is back" for rank in back]
         said = "; ".join(why) or "a rank that was back has ended"
-        numbers = ", ".join(map(str, sorted(members)))
-        logger.warning("%s; going on with rank%s %s", said, "s" * (len(members) > 1), numbers)
+        logger.warning("%s; going on with %s", said, rank_names(members))
         membership.begin(members)
         self._failures, self._patience, self._back = [], None, set(back)
         publish(self.store, membership.epoch, members)

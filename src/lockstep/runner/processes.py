@@ -30,6 +30,7 @@ from typing import Any, Self
 
 from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
 from lockstep.errors import LockstepError, RankAbsentError
+from lockstep.runner.failures import rank_names
 
 OnMessage = Callable[[int, dict[str, Any]], None]
 
@@ -120,9 +121,8 @@ class Ranks:
 
     def absent(self, ranks: Sequence[int], why: str) -> RankAbsentError:
         """Return the error for ranks that are not there, with what the operating system says of them."""
-        numbers = ", ".join(map(str, ranks))
         states = "; ".join(f"the process of rank {rank} is {self.processes[rank].state()}" for rank in ranks)
-        return RankAbsentError(f"rank{'s' * (len(ranks) > 1)} {numbers} {why}; {states}", tuple(ranks))
+        return RankAbsentError(f"{rank_names(ranks)} {why}; {states}", tuple(ranks))
 
 
 class RankProcess:
