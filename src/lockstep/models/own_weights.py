@@ -170,8 +170,11 @@ class OwnWeights:
         """Raise if weights were written, or if experts run by another implementation. Cheap enough for every step."""
         for seal in self._seals:
             seal.check()
+        checked: Any = None
         for name, experts in zip(self.names, self.experts, strict=True):
-            route = internals.experts_route(experts.module)
+            if experts.module.config is checked:  # one for all layers, as a rule; reading its attributes takes 2 us
+                continue
+            checked, route = experts.module.config, internals.experts_route(experts.module)
             if route != EXPERTS_IMPLEMENTATION:
                 raise ConfigurationError(
                     f"{self._kind}'s {name} was set to experts_implementation={route!r}, which knows this rank's "
