@@ -191,7 +191,11 @@ Survive = Annotated[
     ),
 ]
 RestartRanks = Annotated[
-    int, steps("Restart each lost rank up to N times; it rejoins the others, which go on. Refused where --survive is.")
+    int,
+    steps(
+        "Restart each lost rank up to N times; it rejoins the others, which go on. Refused where --survive is, and on "
+        "GPUs with dispatcher auto or nvlink."
+    ),
 ]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
 Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]

@@ -52,7 +52,7 @@ def execute(
     max_restarts: int = 0,
 ) -> int:
     """Check, run, compare and write it all; return 0, or 1 where outputs differ. Ends the process if interrupted."""
-    rank = environment_number("RANK", 0, default=0)
+    rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
     _log_as(rank)
     from lockstep.runner.checkpoint_checks import placement_of
 
@@ -60,7 +60,7 @@ def execute(
     _check(options, console)
     out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     with output_folder(out, overwrite, _torchrun_id()) as folder, ExitStack() as stack:
-        if "RANK" not in os.environ:  # torchrun sends SIGTERM also to ranks whose peer has failed: they say nothing
+        if not under_torchrun:  # torchrun sends SIGTERM also to ranks whose peer has failed: they say nothing
             with suppress(ValueError):  # only the main thread takes signals
                 stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         options = replace(options, out=str(folder))
@@ -74,26 +74,22 @@ def execute(
             placement_of(options)
         started = time.perf_counter()
         try:
-            result = _run(options, console, max_restarts)
+            if under_torchrun:
+                result = run_one_rank(options)
+            else:
+                from lockstep.runner.launcher import launch
+
+                console.print(f"starting {options.world_size} ranks on this host", style="dim")
+                result = launch(
+                    options.world_size, run_one_rank, options,
+                    max_restarts=max_restarts, deadline_s=options.deadline_s, survivors=options,
+                )  # fmt: skip
             return 0 if rank else _finish(options, result, console, verify, as_json, arguments)
         except KeyboardInterrupt as interrupt:
             terminated = isinstance(interrupt, _Terminated)
             _say_how_far("terminated" if terminated else "interrupted", folder, console, time.perf_counter() - started)
             sys.stderr.flush()
             os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
-
-
-def _run(options: RunOptions, console: Console, max_restarts: int) -> dict[str, Any]:
-    from lockstep.runner.launcher import launch
-
-    if "RANK" in os.environ:
-        return run_one_rank(options)
-    console.print(f"starting {options.world_size} ranks on this host", style="dim")
-    found: dict[str, Any] = launch(
-        options.world_size, run_one_rank, options,
-        max_restarts=max_restarts, deadline_s=options.deadline_s, survivors=options,
-    )  # fmt: skip
-    return found
 
 
 class _Terminated(KeyboardInterrupt):

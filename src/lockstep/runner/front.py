@@ -269,8 +269,7 @@ class Front:
         ends, everyone = time.monotonic() + self._start_timeout_s, set(range(self.ranks.num_processes))
         while late := sorted(everyone - self._about.keys()):
             if time.monotonic() > ends:
-                text = f"not ready within {self._start_timeout_s:g} s: {rank_names(late)}"
-                raise RankAbsentError(text, tuple(late))
+                raise RankAbsentError(f"{rank_names(late)} not ready in {self._start_timeout_s:g} s", tuple(late))
             if not self._take_event():  # the caller was interrupted
                 raise self._closed
 

@@ -31,11 +31,7 @@ RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 
 class _Lost(Exception):
-    """Ranks died, or did not answer any more: what to raise if they are not started again."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """Ranks died, or did not answer any more; its argument is the error to raise if they are not started again."""
 
 
 def launch(
@@ -64,7 +60,7 @@ def launch(
             return _launch_once(num_ranks, restarts, (deadline_s, function, args, survivors), limit_s, preload)
         except _Lost as lost:
             if restarts == max_restarts:
-                raise lost.error from None
+                raise lost.args[0] from None
             restarts += 1
             logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts, max_restarts)
 
