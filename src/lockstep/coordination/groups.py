@@ -180,7 +180,6 @@ def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> N
     if not host or (rank == 0 and not _is_a_host(host)):  # others may hear of rank 0's name later
         raise ConfigurationError(f"the environment variable MASTER_ADDR must name a host, got {host!r:.200}")
     limit = datetime.timedelta(seconds=limit_s)
-
     by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeps_store = rank == 0 and not by_agent
 
