@@ -199,7 +199,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, text):
 
 
 def test_no_constants_for_any_available_backend():
-    with pytest.raises(ConfigurationError, match=r"know none of the backends \['nvlink'\]"):
+    with pytest.raises(ConfigurationError, match=r"have no entry for any of the backends \['nvlink'\]"):
         choose(Exchange((1, 1), 8, 2, 8, 8), SHIPPED["cpu"], (("nvlink", 8),))
 
 

@@ -1,4 +1,4 @@
-"""Every rank receives all rows and runs its own experts on them: best if most rows go to most ranks anyway."""
+"""Every rank receives all rows and runs its own experts on them: best when most rows go to most ranks anyway."""
 
 import torch
 

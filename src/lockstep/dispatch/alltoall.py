@@ -1,4 +1,4 @@
-"""Each row goes once to each rank that holds one of its experts: fewest bytes, plus an exchange of counts."""
+"""Send each row once to each rank that holds one of its experts: fewest bytes, but one extra exchange of counts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class AllToAllDispatcher(CollectiveDispatcher):
         needed, ones = ranks_needed(topk_ids, self.num_local_experts, self.num_ranks), [1] * self.num_ranks
         counts = needed.sum(dim=0)
         recv_sizes = self._exchange(route, counts[:, None], ones, ones)[:, 0].tolist() or [0] * self.num_ranks
-        # Sorted by destination, then by row, so that results repeat bit for bit. `nonzero` waits for the GPU, so it
+        # Sorted by destination, then by row, for bitwise reproducible results. `nonzero` waits for the GPU, so it
         # comes after a wait that has a deadline.
         copies = needed.t().nonzero()[:, 1]
         sent = _Sent(copies, counts.tolist(), recv_sizes)
-        # Ids and weights travel in the same message, as more columns of the states' dtype.
+        # Ids and weights travel in the same message, as extra columns in the dtype of the hidden states.
         routing = torch.cat([topk_ids.to(torch.int32), topk_weights.float().view(torch.int32)], dim=1)[copies]
         hidden, columns = rows.shape[1], routing.shape[1] * 4 // rows.element_size()
         packed = rows.new_empty((len(copies), hidden + columns))
@@ -52,7 +52,7 @@ class AllToAllDispatcher(CollectiveDispatcher):
         total = parts.new_zeros((handle.num_rows, parts.shape[1]), dtype=torch.float32)
         both = torch.split(sent.rows, sent.send_sizes), torch.split(parts, sent.send_sizes)
         for rows, part in zip(*both, strict=True):
-            # Rank by rank, with each row at most once per rank: this fixes the order of additions on a GPU too.
+            # Rank by rank, each row at most once per rank: this fixes the order of additions, even on a GPU.
             total.index_add_(0, rows, part.float())
         return total.to(sums.dtype)
 
@@ -65,7 +65,7 @@ class AllToAllDispatcher(CollectiveDispatcher):
 
 
 def ranks_needed(topk_ids: torch.Tensor, num_local_experts: int, num_ranks: int) -> torch.Tensor:
-    """Return which ranks hold an expert of each row, `[num_rows, num_ranks]` bool; negative ids are no expert."""
+    """Return which ranks hold an expert of each row, `[num_rows, num_ranks]` bool; negative ids mean no expert."""
     owner = torch.div(topk_ids, num_local_experts, rounding_mode="floor")
     return (owner.unsqueeze(2) == torch.arange(num_ranks, device=topk_ids.device)).any(dim=1)
 

@@ -1,4 +1,4 @@
-"""The interface of all backends that send tokens to their experts and back, and the abilities each declares."""
+"""The interface of the backends that send tokens to their experts and back, and the abilities they declare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,31 +11,31 @@ from lockstep.coordination.waits import DEADLINE_S
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.errors import ConfigurationError
 
-NO_EXPERT = -1  # in `topk_ids`: this choice goes to no expert and costs no rank anything
+NO_EXPERT = -1  # in `topk_ids`: no expert for this choice; it costs nothing on any rank
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a backend can do. Every backend takes uneven rows, zero included, and repeats bit for bit."""
+    """What a backend can do. Every backend takes uneven row counts, zero included, and is bitwise reproducible."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # of the hidden states
     max_rows_per_rank: int | None = None  # in one call; None if only memory limits it
-    counts_on_device: bool = False  # may leave the number of pairs on the device, see `DispatchHandle.num_pairs`
-    rejoins: bool = False  # can go on among fewer ranks, see `Dispatcher.rejoin`
-    note: str = ""  # for reports: the backends it chooses from, and why not from more
+    counts_on_device: bool = False  # may keep the number of pairs on the device, see `DispatchHandle.num_pairs`
+    rejoins: bool = False  # can continue with fewer ranks, see `Dispatcher.rejoin`
+    note: str = ""  # for reports: the backends it chooses from, and why others are left out
 
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """The routed experts of a layer over all ranks, and the rows that come to them.
+    """The routed experts of a layer over all ranks, and the rows that they receive.
 
     Attributes:
-        num_experts: of all ranks; the ranks must divide it, and rank r holds the r-th contiguous share.
-        hidden_size: of a row.
+        num_experts: over all ranks, a multiple of their number; rank r holds the r-th contiguous share.
+        hidden_size: values per row.
         top_k: experts per row.
-        dtype: of the rows that travel.
+        dtype: of the rows that are sent.
         device: of this rank's rows.
     """
 
@@ -48,14 +48,14 @@ class ExpertsShape:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the rows of a step, or of one of its chunks, travel. Made from agreed counts, so equal on all ranks.
+    """How the rows of a step, or of one of its chunks, travel. Derived from agreed counts, so equal on all ranks.
 
     Attributes:
         backend: name of the backend that carries them.
         sizes: rows of every rank, `[ranks]`.
-        chunk_size: most rows that one rank brings to one dispatch, >= 1. A step with more goes in chunks.
-        captures: whether dispatch and combine may be part of a CUDA graph, which is then right for any counts of the
-            other ranks.
+        chunk_size: maximum rows per rank and dispatch, >= 1. A step with more is split into chunks.
+        captures: whether a CUDA graph may capture dispatch and combine; its replays are then valid for any counts of
+            the other ranks.
     """
 
     backend: str
@@ -64,7 +64,7 @@ class Route:
     captures: bool = False
 
     def of_chunk(self, sizes: tuple[int, ...]) -> "Route":
-        """Return the route of one chunk, to which every rank brings `sizes` rows, each at most `chunk_size`."""
+        """Return the route of one chunk; `sizes` are the rows of every rank, each at most `chunk_size`."""
         return replace(self, sizes=sizes)
 
 
@@ -77,12 +77,12 @@ class DispatchHandle:
     """
 
     route: Route
-    num_rows: int  # rows that this rank handed in, and so of `combine`'s result
-    hidden_states: torch.Tensor  # received rows, each at most once, `[received, hidden]`
+    num_rows: int  # rows that this rank passed to `dispatch`; `combine` returns as many
+    hidden_states: torch.Tensor  # received rows without duplicates, `[received, hidden]`
     scales: torch.Tensor | None  # of fp8 rows, one per 128 values, `[received, ceil(hidden / 128)]` float32
-    gather_index: torch.Tensor  # row of each (row, local expert) pair, pairs ordered by expert, `[pairs]` int32
-    tokens_per_expert: torch.Tensor  # pairs of each local expert, `[num_local_experts]` int32
-    expert_offsets: torch.Tensor  # where each local expert's pairs begin, and the end, `[num_local_experts + 1]` int32
+    gather_index: torch.Tensor  # row of each (row, local expert) pair, ordered by expert, `[pairs]` int32
+    tokens_per_expert: torch.Tensor  # pairs per local expert, `[num_local_experts]` int32
+    expert_offsets: torch.Tensor  # start of each local expert's pairs, and the end, `[num_local_experts + 1]` int32
     pair_weights: torch.Tensor  # routing weight of each pair, `[pairs]` float32
     num_pairs: int | None  # None: it is `expert_offsets[-1]`, on the device
     own: Any = None  # private to the backend, for `combine`
@@ -108,7 +108,7 @@ class Dispatcher(Protocol):
             capture: whether the calls will be captured in a CUDA graph.
 
         Raises:
-            ConfigurationError: not one size per rank, or a backend that cannot be captured.
+            ConfigurationError: `sizes` does not have one entry per rank, or the backend cannot be captured.
             TokenCountError: a negative size, naming the rank.
         """
 
@@ -124,9 +124,9 @@ class Dispatcher(Protocol):
             topk_ids: global experts of each row, `[rows, top_k]`, int32 or int64, the same dtype on all ranks;
                 `NO_EXPERT`, -1, for none.
             topk_weights: their weights, `[rows, top_k]`.
-            num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; rows beyond them are not
+            num_tokens: how many of the rows are tokens, `[1]`, int32, on the rows' device; the rest are not
                 sent. A captured graph reads it at each replay. Backends that only run eagerly use `route.sizes[rank]`
-                instead, which must be the same. None: all rows are tokens.
+                instead, which must be equal. None: all rows are tokens.
         """
 
     def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which backend carries a step's rows, and in chunks of what size."""
+"""Choose the backend and the chunk size of a step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
 
-MAPPED_ROWS = 4096  # rows per rank in `nvlink`'s buffers if no limit is given
+MAPPED_ROWS = 4096  # rows per rank in the buffers of `nvlink`, unless a limit is given
 
 
 @dataclass(frozen=True)
 class DispatcherOptions:
-    """Settings of a dispatcher besides its ranks and experts; the same on all ranks.
+    """Settings of a dispatcher apart from its ranks and experts; the same on all ranks.
 
     Attributes:
         deadline_s: longest wait for any rank, in seconds.
@@ -32,8 +32,8 @@ class DispatcherOptions:
             default.
         fp8: send rows as float8_e4m3fn, with a scale per 128 values.
         can_map: whether all ranks can map each other's memory, see `can_map`.
-        experts_on_device: whether the experts can run with counts that only the device knows.
-        constants: the machine's, by which `auto` chooses; None for those shipped for the device type.
+        experts_on_device: whether the experts can run when only the device knows the row counts.
+        constants: the machine's cost constants for `auto`; None for those shipped with the device type.
     """
 
     deadline_s: float = DEADLINE_S
@@ -145,7 +145,7 @@ def choose(
     exchange: Exchange, constants: DispatchConstants, available: tuple[tuple[str, int | None], ...],
     max_chunk_size: int | None = None,
 ) -> Choice:  # fmt: skip
-    """Choose a backend and a chunk size for the rows of a step, from agreed values only: all ranks choose alike."""
+    """Choose a step's backend and chunk size from agreed values only, so that all ranks choose the same."""
     best: Choice | None = None
     for name in BACKENDS:
         capacity = dict(available).get(name, 0)
@@ -158,7 +158,7 @@ def choose(
             best = Choice(name, limit, predicted)
     if best is None:
         known = [name for name, _ in available]
-        raise ConfigurationError(f"constants of {constants.source!r} know none of the backends {known}")
+        raise ConfigurationError(f"constants of {constants.source!r} have no entry for any of the backends {known}")
     return best
 
 
@@ -185,7 +185,7 @@ def mapping_facts(device: torch.device) -> list[str] | None:
     index = device.index if device.index is not None else torch.cuda.current_device()
     others = [other for other in range(torch.cuda.device_count()) if other != index]
     boot_id = Path("/proc/sys/kernel/random/boot_id")
-    # If each rank sees only its own GPU, peer access cannot be queried; mapping will show it.
+    # If each rank sees only its own GPU, peer access cannot be queried; mapping will reveal it.
     if not boot_id.is_file() or not all(torch.cuda.can_device_access_peer(index, other) for other in others):
         return None
     return [boot_id.read_text().strip(), str(torch.cuda.get_device_properties(index).uuid)]
@@ -216,7 +216,7 @@ class AutoDispatcher:
         self._num_ranks = self.num_experts // self.num_local_experts
         self._choose_from(backends, note)
         self._constants = constants or SHIPPED[shape.device.type]
-        # Ids and weights travel with the rows on the way to the experts.
+        # Ids and weights travel with the rows to the experts.
         states = shape.hidden_size * shape.dtype.itemsize
         self._weights = shape.num_experts, shape.top_k, states + 8 * shape.top_k, states
 

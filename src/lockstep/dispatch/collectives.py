@@ -34,8 +34,8 @@ def all_gatherv(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gather the rows, `[sizes[rank], ...]`, of several tensors in one exchange: `[sum(sizes), ...]` of each.
 
-    Raises `TokenCountError` unless each tensor has `sizes[rank]` rows, and `RankAbsentError` if a rank does not come;
-    the group must not be used again then. On NCCL without `host_waits`, the host continues until `await_parked`.
+    Raises `TokenCountError` unless each tensor has `sizes[rank]` rows, and `RankAbsentError` if a rank is absent;
+    never use the group after that. On NCCL without `host_waits`, the host continues until `await_parked`.
     """
     if not tensors:
         raise ConfigurationError("all_gatherv needs at least one tensor")
@@ -57,7 +57,7 @@ def all_gatherv(
         work = dist.all_gather(list(torch.split(everyones, list(sizes))), mine, group=group, async_op=True)
         await_work(work, "all_gatherv", group, deadline_s, host_waits=host_waits)
     else:
-        # gloo refuses uneven sizes in all_gather, and broadcasts one rank after another; an all-to-all takes them.
+        # gloo's all_gather refuses uneven sizes, and its broadcasts run one rank at a time; an all-to-all takes them.
         copies, mine_to_all = mine.repeat(len(sizes), 1), [sizes[rank]] * len(sizes)
         everyones = all_to_allv(copies, mine_to_all, sizes, group, deadline_s, name="all_gatherv", noted_sizes=sizes)
     columns = torch.split(everyones, [part.shape[1] for part in parts], dim=1)
@@ -82,7 +82,7 @@ def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLI
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """View columns `[rows, n]` of a matrix as another dtype; copies them if their layout does not allow a view."""
-    # torch calls one row contiguous whatever its offset and stride: `contiguous` would copy nothing, and `view` fail.
+    # torch calls a single row contiguous at any offset and stride: `contiguous` would not copy, and `view` would fail.
     one_row = columns.shape[0] <= 1
     plain = columns.clone(memory_format=torch.contiguous_format) if one_row else columns.contiguous()
     return plain.view(dtype)
@@ -175,7 +175,7 @@ def check_sizes(name: str, sizes: Sequence[int], num_ranks: int) -> None:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """View `[rows, ...]` as `[rows, bytes per row]`."""
     elements_per_row = math.prod(tensor.shape[1:])
-    # torch calls one row or column contiguous whatever its stride, but a view as bytes uses the stride.
+    # torch calls a single row or column contiguous at any stride, but a view as bytes uses the stride.
     plain = tensor.contiguous().as_strided((tensor.shape[0], elements_per_row), (elements_per_row, 1))
     return plain.view(torch.uint8)
 
@@ -184,8 +184,8 @@ def _record(name: str, sizes: Sequence[int], group: dist.ProcessGroup, deadline_
     for log in _recorders:
         log.append((name, tuple(sizes)))
     peers = peers_of(group)
-    # Groups of fewer ranks have their own sequence of collectives.
+    # Smaller groups have their own sequence of collectives.
     if peers is not None and peers.num_ranks == group.size():
         started = time.perf_counter()
-        peers.collective(name, sizes, group, deadline_s, on_cpu)  # where it compares, it waits for all ranks
+        peers.collective(name, sizes, group, deadline_s, on_cpu)  # waits for all ranks if it compares
         count_wait(started)

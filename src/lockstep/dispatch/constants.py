@@ -1,4 +1,4 @@
-"""Cost model of dispatch and combine: a few constants per machine, shipped, or measured on it and stored."""
+"""Cost model of dispatch and combine: a few constants per machine, either shipped or measured there and stored."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class BackendConstants:
                 raise ConfigurationError(f"dispatch constant {item.name} must be a number in [0, 1e9), got {value!r}")
 
     def predict_us(self, name: str, exchange: Exchange) -> float:
-        """Return the expected time of the slowest rank, us; how many bytes move depends on the backend's `name`."""
+        """Return the expected time of the slowest rank, us; the backend's `name` decides how many bytes move."""
         per_mb = (self.dispatch_us_per_mb, self.combine_us_per_mb, self.total_us_per_mb, self.first_us_per_mb)
         constants = (self.latency_us + self.count_exchange_us, self.row_us, *per_mb)
         return sum(constant * amount for constant, amount in zip(constants, features(name, exchange), strict=True))
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be kept
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that choices can be cached
 class DispatchConstants:
     """One machine's constants by backend of `BACKENDS`, and their `source`. All ranks must use the same."""
 
@@ -69,7 +69,7 @@ class DispatchConstants:
 
     @property
     def summary(self) -> str:
-        """Source and checksum, to be equal on all ranks: otherwise ranks would choose different backends."""
+        """Source and checksum; ranks compare them, or they might choose different backends."""
         numbers = json.dumps(asdict(self)["backends"], sort_keys=True)
         return f"{self.source} ({zlib.crc32(numbers.encode()):08x})"
 
@@ -95,7 +95,7 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
     total = sum(sizes)
     needed = expected_ranks_per_row(exchange.num_experts, exchange.top_k, num_ranks)
     share = 1.0 if BACKENDS[name] else needed / num_ranks
-    # A rank sends each row to the others and receives theirs; a link carries both at once.
+    # A rank sends its rows to the other ranks and receives theirs; a link carries both directions at once.
     busiest = share * max(max(size * (num_ranks - 1), total - size) for size in sizes)
     dispatch, combine = exchange.dispatch_row_bytes / 1e6, exchange.combine_row_bytes / 1e6
     first = min(busiest * (dispatch + combine), _FIRST_MB)
@@ -103,7 +103,7 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
 
 
 def machine_name(device_type: str) -> str:
-    """Return the machine's name in file names: its number and kind of GPUs, or its processor and cores."""
+    """Return the machine's name for file names: number and kind of GPUs, or processor and cores."""
     if device_type == "cuda":
         name = f"{torch.cuda.device_count()}x-{torch.cuda.get_device_name()}"
     else:
@@ -121,14 +121,14 @@ def stored_path(device_type: str) -> Path:
 
 
 def constants_for(device_type: str) -> DispatchConstants:
-    """Return this machine's stored constants, or the shipped ones if neither a file nor `PATH_VARIABLE` is there."""
+    """Return this machine's stored constants, or the shipped ones if there is no file and no `PATH_VARIABLE`."""
     path = stored_path(device_type)
     if os.environ.get(PATH_VARIABLE) or path.is_file():
         return DispatchConstants.load(path)
     return SHIPPED[device_type]
 
 
-# By device type, for machines that were not calibrated.
+# By device type, for machines without a calibration.
 SHIPPED = {
     # gloo moves about 1 GB/s between processes of one host; exchanging counts took 0.4 ms, wait included
     # (benchmarks/bench_alltoall.py). Only differences between backends matter.
@@ -141,8 +141,8 @@ SHIPPED = {
     ),
     # Two H200s, CUDA graphs, bfloat16 and fp8 rows, no weighted sums, fitted to
     # benchmarks/results/dispatch_h200x2_2026-11-23_8024bae.jsonl (repeated by tests/unit/test_choose.py): `allgather`
-    # to agv_rsv, `alltoall` to a2av. a2av is given its counts; exchanging them costs what an NCCL all-reduce of a few
-    # integers and its copy to the host took there, 104 us.
+    # to agv_rsv, `alltoall` to a2av. a2av is given its counts; exchanging them costs as much as an NCCL all-reduce of
+    # a few integers and its copy to the host: 104 us there.
     "cuda": DispatchConstants(
         {
             "allgather": BackendConstants(21.28, 0.0, 0.002366, 0.9758, 1.073, 2.205, 5.902),

@@ -34,7 +34,7 @@ def _partial_rows(
     if REDUCED:
         at = slot.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         if EARLY:
-            # Rows that will not be needed are read too, but none waits for the answer whether it is.
+            # Reads unneeded rows too, so that no load waits for the check whether its row is needed.
             total = tl.load(expert_output + at, here[:, None] & inside, other=0.0)
         for k in tl.static_range(TOPK):
             wanted |= tl.load(inverse + slot * TOPK + k, here, other=-1) >= 0
@@ -64,7 +64,7 @@ def _combine_words(
     IDS: tl.constexpr, WEIGHTS: tl.constexpr, RETURNED_AS_WORDS: tl.constexpr, FLAGS: tl.constexpr,
     ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Few tokens on every rank: send partial sums as words that prove their arrival, and sum what comes."""
+    """Few tokens on every rank: send partial sums as self-validating words, and add up those received."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     lane = tl.arange(0, 1)
     columns = tl.arange(0, BLOCK_COLUMNS)
@@ -127,17 +127,17 @@ def _combine_rounds(
     CHAIN_ROUND: tl.constexpr, CHAINS: tl.constexpr, REDUCED: tl.constexpr, IDS: tl.constexpr,
     WEIGHTS: tl.constexpr, RETURNED: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Push, sum what came in the round before, and flag, round by round; see `combine_kernel`.
+    """In each round: push, sum the rows of the previous round, raise the flag; see `combine_kernel`.
 
     With `CHAINS` there may be a `skewed` rank: in turn k the ranks at place s of a chain of its tokens send round
-    k - s, each adding its own partial sum, so that a round has come back `WORLD - 1` turns after it began. What is on
-    its way waits in the part of `returned` that would hold the waiting rank's own rows.
+    k - s, each adding its own partial sum, so that a round is back `WORLD - 1` turns after it began. Rows in
+    transit wait in the part of `returned` that would hold the waiting rank's own rows.
     """
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     tasks = tl.cdiv(longest, BLOCK_TOKENS) * column_blocks
     mine_first = tl.cdiv(tl.maximum(tasks - block, 0), BLOCKS)
     hops = tl.zeros((), tl.int32)
-    # The last round is summed with nothing beside it: one round, or several of half the size.
+    # Nothing overlaps the sum of the last round, hence one round, or several of half the size.
     tiles = tl.where(mine_first > ROUND, (ROUND + 1) // 2, ROUND)
     first_source = rank
     if CHAINS:
@@ -163,7 +163,7 @@ def _combine_rounds(
                 theirs = tl.load(counts + source)
                 base = tl.load(peers + source)
                 for stage in range(stages):
-                    if CHAINS:  # noqa: SIM102 - a constexpr, so that what follows is not even compiled
+                    if CHAINS:  # noqa: SIM102 - a constexpr, so that the body is not even compiled
                         if stage == 1:
                             wait_at_least(
                                 own + FLAGS + block * 8, BLOCKS * 8,
@@ -198,7 +198,7 @@ def _combine_rounds(
                                 came = (wanted & (before > 0))[:, None] & inside
                                 earlier = tl.load(returned + own_place, came, other=0.0)
                                 rows = (earlier.to(tl.float32) + rows.to(tl.float32)).to(tl.bfloat16)
-                                # On the way a row waits at the receiver's own place, at the end at its last sender's.
+                                # In transit a row lies at the receiver's own place, finally at its last sender's.
                                 place = tl.where(after < 0, rank, after)
                                 at = (place * CAPACITY + token)[:, None] * HIDDEN_STRIDE + column[None, :]
                                 for j in range(1, WORLD):
@@ -267,8 +267,8 @@ def combine_kernel(
 ):  # fmt: skip
     """Expert outputs back to their tokens: one bf16 row per (token, rank), summed in rank order in float32.
 
-    All ranks know the longest rank and so the number of rounds: every flag that is awaited is raised. Block 0 always
-    has a round, and thus is the barrier that the next dispatch counts on.
+    All ranks know the longest rank, hence the number of rounds: every awaited flag is raised. Block 0 always
+    has a round, so it serves as the barrier that the next dispatch relies on.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)

@@ -34,8 +34,8 @@ def _send_routing(
     IDS: tl.constexpr, WEIGHTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Store this rank's count and its pairs' experts and weights into every rank's buffer, its own too."""
-    if block == BLOCKS - 1:  # which has the fewest pairs to send
-        # A copy of the count for each block that will poll it: one word for all would be asked for in turn.
+    if block == BLOCKS - 1:  # this block has the fewest pairs to send
+        # One copy of the count for each polling block: polls of a shared word would be serialized.
         copies = tl.arange(0, COPIES_POW2)
         word = ((epoch << COUNT_BITS) | num_tokens) + tl.zeros((COPIES_POW2,), tl.int64)
         for i in range(WORLD):
@@ -61,7 +61,7 @@ def _forward_rows(
     HIDDEN_STRIDE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr, SCALES: tl.constexpr, IDS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Pass `source`'s rows that came to this rank as the `stage`-th of their chains on to the next, same slot."""
+    """Forward `source`'s rows, of whose chains this rank is stage `stage`, to the next rank, into the same slot."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     per_token: tl.constexpr = BLOCK_COLUMNS // 128
     # As wide as the block has threads, so that no word is loaded twice; see `arrived_words`.
@@ -102,7 +102,7 @@ def _forward_rows(
 
 @triton.jit
 def _as_sent(values, FP8: tl.constexpr):
-    """Return bfloat16 rows as they lie in the buffers, and in fp8 the scale of each row of 128 values, float32."""
+    """Return bfloat16 rows in the buffers' format; for fp8 also the scale of each row of 128 values, float32."""
     if FP8:
         largest = tl.max(tl.abs(values.to(tl.float32)), 1)
         scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
@@ -137,7 +137,7 @@ def _push_words(
     BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
     ROWS: tl.constexpr, SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Store few tokens' rows, and behind each its scales, as words into every rank: the routing need not be read."""
+    """Store few tokens' rows, each followed by its scales, as words into every rank, without reading the routing."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     width: tl.constexpr = 128 if FP8 else BLOCK_COLUMNS  # in fp8 a tile's row is one scale group
     rows: tl.constexpr = BLOCK_COLUMNS // width
@@ -171,13 +171,13 @@ def _receive_words(
     BLOCKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WORD_TOKENS: tl.constexpr, ROW_WORDS: tl.constexpr,
     ROWS: tl.constexpr, SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Wait for the words of `source`'s rows, and put the rows where those that come without words are."""
+    """Wait for the words of `source`'s rows, and store the rows where rows sent without words arrive."""
     column_blocks: tl.constexpr = (HIDDEN + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     groups: tl.constexpr = BLOCK_COLUMNS // 128 if FP8 else 0  # of one tile
     values_per_word: tl.constexpr = 4 if FP8 else 2
     row_end: tl.constexpr = HIDDEN_STRIDE // values_per_word
     pairs: tl.constexpr = BLOCK_COLUMNS // values_per_word
-    lane = tl.arange(0, BLOCK_COLUMNS // 2)  # in fp8 the upper half is for the scales
+    lane = tl.arange(0, BLOCK_COLUMNS // 2)  # in fp8 the upper half holds the scales
     words = as_words(own + ROWS_AS_WORDS, 16)
     row_words = tl.multiple_of((own + ROWS).to(tl.pointer_type(tl.int32)), 16)
     for task in range(first, count * column_blocks, BLOCKS):
@@ -251,16 +251,16 @@ def dispatch_kernel(
     SCALES: tl.constexpr, ROWS_AS_WORDS: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr,
     COUNTS: tl.constexpr, FLAGS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Tokens to their experts' ranks; when it ends, all rows have come and the experts' order is ready.
+    """Send tokens to their experts' ranks; at its end all rows have arrived and the experts' order is ready.
 
-    The first `ORDER_BLOCKS` blocks exchange the routing and make the order; the others push rows meanwhile. All blocks
+    The first `ORDER_BLOCKS` blocks exchange the routing and make the order; the other blocks push rows. All blocks
     must be resident at once. Blocks of equal number walk through the turns of a skewed rank's chains together: in turn
     k the source pushes its round k, and the ranks at place s of a chain pass on round k - s.
     """
     block = tl.program_id(0)
     own = tl.load(peers + rank)
     if PDL:
-        # The launch may begin while the kernel before is still ending; nothing it wrote is read above this line.
+        # The launch may begin while the previous kernel is ending; nothing above this line reads its results.
         gdc_wait()
         gdc_launch_dependents()
     epoch = tl.load(cells)
@@ -289,7 +289,7 @@ def dispatch_kernel(
         if most <= TINY_TILE * 2 ** (TILES - 1):
             for i in tl.static_range(TILES):
                 fits = (most <= TINY_TILE * 2**i) & ((most > TINY_TILE * 2**i // 2) | (i == 0))
-                if fits & (block < EXPERTS):  # a block more would only poll
+                if fits & (block < EXPERTS):  # further blocks would only poll
                     order_one_tile(
                         own, limits, tag, peers, status, rank, block, gather_index, pair_weights, tokens_per_expert,
                         expert_offsets, inverse, budget_ns, WORLD, WORLD_POW2, CAPACITY, TOPK, EXPERTS, ORDER_BLOCKS,
@@ -309,7 +309,7 @@ def dispatch_kernel(
         skewed = tl.full((), -1, tl.int32)
         turns = tl.full((), 0, tl.int32)
         if WORLD > 2:
-            # A rank that may be the skewed one looks at the counts before it pushes; the others, after.
+            # A rank that may be the skewed one reads the counts before it pushes; all other ranks afterwards.
             if num_tokens >= SKEW_TOKENS:
                 arrived = arrived_counts(
                     own + COUNTS + block * 8, blocks * 8, want, peers, status, rank, budget_ns, WORLD, WORLD_POW2,

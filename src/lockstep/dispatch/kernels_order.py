@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The experts' order, made on the GPU while rows are on the link: by expert, source, token and k, alike every time."""
+"""The experts' order, made on the GPU while rows are on the link: by expert, source, token and k; deterministic."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def order_one_tile(
     TOPK: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
     IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """The order where `TILE` words of every source hold all pairs: one look at the words, kept in registers."""
+    """The order if `TILE` words per source hold all pairs: read the words once and keep them in registers."""
     lane = tl.arange(0, WORLD_POW2 * TILE)
     source, pair = lane // TILE, lane % TILE
     limit = tl.reshape(tl.broadcast_to(limits[:, None], [WORLD_POW2, TILE]), [WORLD_POW2 * TILE])
     words = as_words(own + IDS)
     if TILE > PAIRS:
-        # Many words that are asked for again and again hold up those that are to come: ask for the last of each
+        # Polling many words slows down the arrival of new ones: poll the last word of each
         # sending block first.
         parts: tl.constexpr = TILE // PAIRS
         part = tl.arange(0, WORLD_POW2 * parts)
@@ -41,7 +41,7 @@ def order_one_tile(
     for expert in range(first_expert, EXPERTS, STEP):
         mine = mask & (local == expert)
         lower = mask & (local >= 0) & (local < expert)
-        # Pairs of this expert in the lower half, of the experts before it in the upper: one scan, one sum.
+        # Pairs of this expert in the lower half, of earlier experts in the upper: one scan, one sum.
         ones = mine.to(tl.int32) + (lower.to(tl.int32) << 16)
         before = tl.cumsum(ones, 0)
         total = tl.sum(ones, 0)
@@ -49,7 +49,7 @@ def order_one_tile(
         position = first + (before & 0xFFFF) - 1
         tl.store(gather_index + position, source * CAPACITY + pair // TOPK, mine)
         tl.store(pair_weights + position, bits.to(tl.float32, bitcast=True), mine)
-        # Pairs of other ranks' experts have no position here; the experts' blocks share the work of saying so.
+        # Pairs of other ranks' experts have no position here; the experts' blocks share the work of marking them.
         foreign = mask & ((local < 0) | (local >= EXPERTS)) & (index % EXPERTS == expert)
         tl.store(inverse + index, tl.where(mine, position, -1), mine | foreign)
         tl.store(tokens_per_expert + expert, count)
@@ -58,7 +58,7 @@ def order_one_tile(
 
 @triton.jit
 def _meet(cell, blocks, peers, status, rank, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
-    """A barrier among the first `blocks` blocks of this launch; `cell` counts them and is zeroed by combine."""
+    """Barrier of the first `blocks` blocks of this launch; `cell` counts them, and combine zeroes it."""
     tl.debug_barrier()
     tl.atomic_add(cell, 1, sem="acq_rel", scope="gpu")
     address = cell.to(tl.int64)
@@ -93,7 +93,7 @@ def order_slices(
     CAPACITY: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr,
     BLOCKS: tl.constexpr, SLICE: tl.constexpr, IDS: tl.constexpr, WEIGHTS: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """The order of any number of pairs: each block counts its slices into `scratch`, all meet, each writes."""
+    """The order of any number of pairs: blocks count their slices into `scratch`, meet at a barrier, then write."""
     sources = tl.arange(0, WORLD_POW2)
     experts = tl.arange(0, EXPERTS_POW2)
     lanes = tl.arange(0, SLICE)
@@ -145,7 +145,7 @@ def order_slices(
             local = tl.load(ids_words + index, mask, other=-1, volatile=True).to(tl.int32) - rank * EXPERTS
             bits = tl.load(weight_words + index, mask, other=0, volatile=True).to(tl.int32)
             order = tl.load(inverse + index, mask, other=-1, volatile=True)
-            # Words can have changed meanwhile after a wait that was ended by the abort cell.
+            # If the abort cell ended a wait, words may have changed since.
             mine = (order >= 0) & (local >= 0) & (local < EXPERTS)
             at = tl.gather(begin, tl.where(mine, local, 0), 0) + order
             mine = mine & (at < WORLD * CAPACITY * TOPK)

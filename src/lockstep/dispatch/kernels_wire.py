@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What the kernels of dispatch and combine share: words, flags and waits over peer-mapped memory of one host.
+"""Shared parts of the dispatch and combine kernels: words, flags and waits over one host's peer-mapped memory.
 
 docs/explanation/kernels.md says how rows travel. Three rules keep the buffers free of races without a barrier:
 
-1.  Every rank always runs both kernels, with zero tokens too, so a finished dispatch means that every peer has left its
+1.  Every rank always runs both kernels, even with no tokens, so a finished dispatch means that every peer has left its
     previous combine, and a finished combine means that every peer's experts have read their rows.
-2.  Whatever a *later* launch of a peer may overwrite is not read after the flag to that peer was raised; what later
-    blocks still need (the token counts) is copied to memory that only this rank writes.
-3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine the other way round: no block
-    sees a value of its own launch. `cells[2]` counts the blocks of a dispatch that have met; combine zeroes it.
+2.  After raising the flag to a peer, do not read memory that a *later* launch of that peer may overwrite; what later
+    blocks still need (the token counts) is first copied to memory that only this rank writes.
+3.  Epochs live in device memory. Dispatch reads `cells[0]` and writes `cells[1]`, combine the reverse: no block
+    sees a value written by its own launch. `cells[2]` counts a dispatch's blocks at their barrier; combine zeroes it.
 
 A word is `(epoch << 32) | payload` for a (token, k) pair or values of a row, `(epoch << 20) | num_tokens` for a count.
 A tile is `BLOCK_TOKENS` tokens by `BLOCK_COLUMNS` columns; task `i` belongs to block `i % blocks` on every rank.
@@ -22,8 +22,8 @@ from triton.language.extra.cuda import globaltimer
 
 COUNT_BITS = tl.constexpr(20)  # a count word is (epoch << 20) | num_tokens; so at most 2**20 - 1 tokens per rank
 PAYLOAD_MASK = tl.constexpr(0xFFFFFFFF)
-POLLS_PER_CLOCK = tl.constexpr(64)  # polls between two looks at the clock and the abort cell
-ALL_TOKENS = tl.constexpr(2**31 - 1)  # in the cell of the token count: as many as there are rows
+POLLS_PER_CLOCK = tl.constexpr(64)  # polls between checks of the clock and the abort cell
+ALL_TOKENS = tl.constexpr(2**31 - 1)  # in the token-count cell: all rows are tokens
 FLAG_LATE = tl.constexpr(1)
 TOO_MANY_TOKENS = tl.constexpr(2)
 
@@ -54,7 +54,7 @@ def _fence(token):
 
 @triton.jit
 def _store_flag(address, word):
-    """Store one 64-bit word at integer `address`, by the thread that fenced."""
+    """Store one 64-bit word at integer `address`, from the thread that fenced."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
         " @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
@@ -79,7 +79,7 @@ def as_words(address, ALIGNED: tl.constexpr = 8):
 
 @triton.jit
 def report(peers, status, rank, code, absent, WORLD: tl.constexpr, ABORT: tl.constexpr):
-    """End every spin of this group: tell all ranks who was missing, and this rank's host."""
+    """End every spin of this group: tell all ranks and this rank's host who was missing."""
     word = (tl.full((), code, tl.int64) << 32) | (rank.to(tl.int64) << 16) | (absent.to(tl.int64) + 1)
     for p in range(WORLD):
         tl.store(as_words(tl.load(peers + p) + ABORT), word)
@@ -88,7 +88,7 @@ def report(peers, status, rank, code, absent, WORLD: tl.constexpr, ABORT: tl.con
 
 @triton.jit
 def give_up(started, peers, status, rank, absent, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr):
-    """Return 1 if the wait must end: a peer said so, or the clock did (then say so to all)."""
+    """Return 1 if the wait must end: a peer aborted, or the deadline passed (then abort all ranks)."""
     word = tl.load(as_words(tl.load(peers + rank) + ABORT), volatile=True)
     ended = (word != 0).to(tl.int32)
     if word != 0:
@@ -123,8 +123,8 @@ def wait_at_least(
             if late > 0:
                 absent = tl.max(tl.where(words < want, source, -1), 0)
                 ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-    # Each thread acquired only its own source's word; the barrier shares that with the block. And each warp waited for
-    # itself: if one gave up, nobody came for the whole block, lest its warps go on with different words.
+    # Each thread acquired only its own source's word; the barrier extends that to the block. Each warp also waited by
+    # itself: if one gave up, the whole block gives up, or its warps would continue with different words.
     return tl.where(_barrier_any(ended) != 0, want, tl.maximum(words, want))
 
 
@@ -133,7 +133,7 @@ def arrived_words(
     words, index, mask, tag, peers, status, rank, source, budget_ns, WORLD: tl.constexpr, ABORT: tl.constexpr,
     SECOND: tl.constexpr = 0,
 ):  # fmt: skip
-    """Return the int32 payloads of the words at `index`, `[n]`, once all are of this epoch; and those `SECOND` on."""
+    """Return int32 payloads of the words at `index`, `[n]`, once all are of this epoch; also at `index + SECOND`."""
     first = tl.load(words + index, mask, other=0, volatile=True)
     second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
     stale = mask & (((first >> 32) != tag) | ((second >> 32) != tag))
@@ -152,11 +152,11 @@ def arrived_words(
             if late > 0:
                 absent = tl.max(tl.where(stale, source, -1), 0)
                 ended = give_up(started, peers, status, rank, absent, budget_ns, WORLD, ABORT)
-                # Each warp looked for itself. Warps that part here would meet in the wrong barriers of what follows.
+                # Each warp polled by itself. Warps that diverge here would meet in the wrong barriers later.
                 ended = tl.max(ended + tl.zeros(index.shape, tl.int32), 0)
     if index.shape[0] < 256:
-        # A tile of fewer elements than the block has threads is loaded several times over, and `late` looks at one of
-        # the copies: the others may be older. After the barrier all see what one saw.
+        # If a tile has fewer elements than the block has threads, several threads load each, and `late` checks one of
+        # the copies: the other copies may be older. After the barrier all threads see what one saw.
         tl.debug_barrier()
         first = tl.load(words + index, mask, other=0, volatile=True)
         second = tl.load(words + SECOND + index, mask, other=0, volatile=True) if SECOND > 0 else first
@@ -165,7 +165,7 @@ def arrived_words(
 
 @triton.jit
 def pack_row(values, tag):
-    """Return bfloat16 values `[rows, columns]` as words that prove their arrival, `[rows, columns / 2]` int64."""
+    """Return bfloat16 values `[rows, columns]` as self-validating words, `[rows, columns / 2]` int64."""
     bits = values.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     low, high = tl.split(tl.reshape(bits, [bits.shape[0], bits.shape[1] // 2, 2]))
     return (tag << 32) | ((low | (high << 16)).to(tl.int64) & PAYLOAD_MASK)
@@ -173,7 +173,7 @@ def pack_row(values, tag):
 
 @triton.jit
 def pack_fp8(values, tag):
-    """Return fp8 values `[rows, columns]` as words that prove their arrival, `[rows, columns / 4]` int64."""
+    """Return fp8 values `[rows, columns]` as self-validating words, `[rows, columns / 4]` int64."""
     bits = values.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF
     shifted = tl.reshape(bits, [bits.shape[0], bits.shape[1] // 4, 4]) << (8 * tl.arange(0, 4))[None, None, :]
     return (tag << 32) | (tl.sum(shifted, 2).to(tl.int64) & PAYLOAD_MASK)
@@ -189,7 +189,7 @@ def unpack_row(payload):
 
 @triton.jit
 def first_task(block, source, WORLD: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return the first task of `source`'s rows that is `block`'s: few rows of several ranks fall to other blocks."""
+    """Return `block`'s first task among `source`'s rows; sources are staggered so that few rows spread over blocks."""
     return (block + BLOCKS - (source * (BLOCKS // WORLD)) % BLOCKS) % BLOCKS
 
 
@@ -198,7 +198,7 @@ def arrived_counts(
     section, stride, want, peers, status, rank, budget_ns, WORLD: tl.constexpr, WORLD_POW2: tl.constexpr,
     CAPACITY: tl.constexpr, ABORT: tl.constexpr,
 ):  # fmt: skip
-    """Wait for every rank's count word; return their tokens, and 0 for a rank that is epochs ahead, after an abort."""
+    """Wait for every rank's count word; return the token counts, 0 for a rank that is epochs ahead after an abort."""
     words = wait_at_least(section, stride, want, 1, peers, status, rank, budget_ns, WORLD, WORLD_POW2, ABORT)
     counts = words - want
     valid = (tl.arange(0, words.shape[0]) < WORLD) & (counts <= CAPACITY)
@@ -207,7 +207,7 @@ def arrived_counts(
 
 @triton.jit
 def tag_of(epoch):
-    """Return an epoch as the upper half of a word comes back from an arithmetic shift."""
+    """Return an epoch as the signed value that an arithmetic shift of its word yields."""
     tag = epoch & PAYLOAD_MASK
     return tl.where(tag >= 2147483648, tag - 4294967296, tag)
 
@@ -216,7 +216,7 @@ def tag_of(epoch):
 def raise_flags(
     peers, rank, section, block, word, WORLD: tl.constexpr, BLOCKS: tl.constexpr, FENCE: tl.constexpr = True
 ):
-    """Raise this block's flag on every other rank: with `FENCE` after all its stores, else whenever those arrive."""
+    """Raise this block's flag on every other rank; with `FENCE` only after all its stores, else without ordering."""
     zero = tl.full((), 0, tl.int32)
     if FENCE:
         zero = _fence(zero)
@@ -227,7 +227,7 @@ def raise_flags(
 
 @triton.jit
 def skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
-    """Return the rank whose rows go along a chain, or -1: it has many tokens, and twice as many as any other."""
+    """Return the skewed rank, whose rows go along chains: many tokens, and twice as many as any other; -1 if none."""
     source = tl.arange(0, WORLD_POW2)
     largest = tl.max(counts, 0)
     rank = tl.max(tl.where(counts == largest, source, -1), 0)
@@ -239,8 +239,8 @@ def skewed_rank(counts, SKEW_TOKENS: tl.constexpr, WORLD_POW2: tl.constexpr):
 def chain(target, token, source, rank, WORLD: tl.constexpr):
     """Return each token's next member after `rank` in its chain (-1: none), members before it, and the last one.
 
-    Token t's chain takes the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic
-    order, beginning `t % (WORLD - 1)` ranks after the source, no member itself: every rank passes on an equal share.
+    Token t's chain visits the ranks that hold one of its experts (`target`, `[tokens, k]`, -1 for none) in cyclic
+    order, beginning `t % (WORLD - 1)` ranks after the source, which is no member: every rank forwards an equal share.
     """
     begin = token % (WORLD - 1)
     own = ((rank + WORLD - source - 1) % WORLD + WORLD - 1 - begin) % (WORLD - 1)

@@ -20,12 +20,12 @@ class LaunchSizes:
     order_blocks: int  # of the dispatch kernel, as `push_blocks`
     push_blocks: int
     combine_blocks: int
-    dispatch_tokens: int  # of a tile, as the next two; powers of two
+    dispatch_tokens: int  # tokens of a dispatch tile; like the next two, a power of two
     combine_tokens: int
     columns: int
     tiny_tile: int  # smallest number of routing words per source that the order holds in registers; a power of two
-    tiles: int  # number of such sizes, each twice the one before; larger orders go by slices
-    word_tokens: int  # maximum tokens of a rank whose rows travel as words; twice as many in fp8, of half the length
+    tiles: int  # number of such sizes, each twice the one before; larger orders are made by slices
+    word_tokens: int  # maximum tokens per rank to send rows as words; twice as many in fp8, whose rows are half as long
     slice: int = 256  # routing words that a block of a larger order counts at a time; a power of two, at most 256
     pairs: int = 256  # routing words that a block sends at a time; a power of two
     round: int = 4  # maximum tiles that a combine block pushes to each peer between two flags
@@ -42,7 +42,7 @@ def launch_sizes(
     dispatch_tokens = min(16, 8192 // columns)
     combine_tokens = min(8, 4096 // columns)
     ranks = triton.next_power_of_2(num_ranks)
-    # Few pairs are put in order by a block per expert, many by a block per slice of them.
+    # Few pairs are ordered by one block per expert, many by one block per slice of pairs.
     order_blocks = min(max(num_local_experts, num_ranks * max_tokens_per_rank // 32), num_multiprocessors)
     column_blocks = -(-hidden_size // columns)
     return LaunchSizes(
@@ -75,7 +75,7 @@ def make_layout(
         "dispatch_flags": num_ranks * launch.push_blocks * 8,
         "combine_flags": num_ranks * launch.combine_blocks * 8,
         "abort": 8,
-        # Two bfloat16 or four fp8 values in each int64, and one for each scale.
+        # Two bfloat16 or four fp8 values per int64, and one int64 per scale.
         "rows_as_words": num_ranks * row_word_tokens * words_per_row * 8,
         "returned_as_words": num_ranks * launch.word_tokens * (hidden_stride // 2) * 8,
         "scales": slots * groups * 4 if fp8 else 0,

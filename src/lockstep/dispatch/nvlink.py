@@ -1,4 +1,4 @@
-"""Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each way, no host wait."""
+"""Dispatch and combine over the peer-mapped memory of one host's GPUs: one launch each, no wait on the host."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lockstep.dispatch.mapped_layout import FP8_GROUP, LaunchSizes, launch_sizes
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 MAX_RANKS = 8
-_FIRST_CELLS = (1, 1, 0)  # epoch of the next dispatch, of the next combine, blocks that have met
-_WAITS_ENDED = 3  # a code beside those of the kernels, written by the host
-_FAR_AHEAD = 2**62  # a word of a lost rank: all of its flags are raised, and it has no tokens in any epoch
+_FIRST_CELLS = (1, 1, 0)  # epochs of the next dispatch and combine, blocks at the barrier
+_WAITS_ENDED = 3  # a code like those of the kernels, but written by the host
+_FAR_AHEAD = 2**62  # word of a lost rank: flags raised and no tokens in every epoch
 _THREADS = 256
 _REGISTERS = 128  # two blocks of 256 threads on one multiprocessor
 
@@ -48,7 +48,7 @@ class MappedMemory:
             torch.cuda.synchronize(device)
 
     def rejoin(self, process_group: dist.ProcessGroup) -> None:
-        """Meet the ranks of another group from now on; what is mapped remains so."""
+        """Meet the ranks of another group from now on; existing mappings stay."""
         self._group = process_group
 
     def meet(self, deadline_s: float) -> None:
@@ -138,7 +138,7 @@ class NvlinkDispatcher:
             self.num_ranks, max_tokens_per_rank, top_k, self.hidden_stride, self.groups, fp8, self.launch
         )
         self._group = process_group
-        self.places = tuple(range(self.num_ranks))  # of the ranks at work, among those that map their memory
+        self.places = tuple(range(self.num_ranks))  # of the working ranks, among those that map their memory
         self._deadline_s = deadline_s
         self.status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._status_word = self.status.numpy()  # the same memory, read ten times as fast
@@ -154,7 +154,7 @@ class NvlinkDispatcher:
         mapped.zero_()
         self.buffers = Buffers(self, mapped, addresses)
         self._under_way: DispatchHandle | None = None  # dispatched and not combined yet
-        # A kernel may begin while its predecessor ends; its blocks then wait in place, which needs a GPU per rank.
+        # A kernel may begin while its predecessor ends; its blocks then wait on the GPU, so each rank needs its own.
         early = self.device.type == "cuda" and not share_device
         self._dispatch_options, self._combine_options = self._options(early)
         self._settle()
@@ -317,13 +317,13 @@ class NvlinkDispatcher:
         self._deadline_s = deadline_s
 
     def end_waits(self) -> None:
-        """See `Dispatcher.end_waits`. A copy does it: kernels that wait may leave no room on the GPU for another."""
+        """See `Dispatcher.end_waits`. By a copy: waiting kernels may leave no room for another kernel."""
         cell = self.buffers.mapped[self.layout.abort :][:8].view(torch.int64)
         with torch.cuda.stream(self._side_stream):  # no stream, on a CPU
             cell.copy_(self._ended, non_blocking=True)
 
     def rejoin(self, process_group: dist.ProcessGroup, places: Sequence[int]) -> None:
-        """See `Dispatcher.rejoin`. To the kernels, a lost rank has no tokens, and is always on time."""
+        """See `Dispatcher.rejoin`. The kernels see a lost rank as always on time, with no tokens."""
         self._group, self.places = process_group, tuple(places)
         self._memory.rejoin(process_group)
         self.reset()
@@ -339,7 +339,7 @@ class NvlinkDispatcher:
         self._settle()
 
     def _leave_out(self, lost: Sequence[int]) -> None:
-        """Let what is sent to lost ranks go nowhere, and what is awaited of them be there, for all epochs."""
+        """Redirect sends to lost ranks into a sink, and mark all waits for them as satisfied, for all epochs."""
         layout, launch = self.layout, self.launch
         words = self.buffers.mapped[: layout.scales].view(torch.int64)
         sections = (
@@ -349,18 +349,18 @@ class NvlinkDispatcher:
         for place in lost:
             for offset, length in sections:
                 words[offset // 8 + place * length :][:length] = _FAR_AHEAD
-            if self._sink is None:  # rows are sent to experts alone, all else lies before the scales
+            if self._sink is None:  # rows are only sent to experts; everything else lies before the scales
                 self._sink = torch.empty(layout.scales, dtype=torch.uint8, device=self.device)
             self.buffers.peers[place] = self._sink.data_ptr()
 
     def _settle(self) -> None:
-        """Clear the status, once the buffers are zeroed, and wait until all ranks have done so."""
+        """Clear the status after the buffers are zeroed, and wait until all ranks have done so."""
         self._memory.synchronize(self.device)
         self.status.zero_()
         self._memory.meet(self._deadline_s)
 
     def _warm_up(self) -> None:
-        """Compile and load the kernels in a round of zero tokens, with a deadline that leaves time for it."""
+        """Compile and load the kernels in a round without tokens, with a deadline long enough for that."""
         deadline_s, self._deadline_s = self._deadline_s, max(self._deadline_s, 300.0)
         rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
         ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
@@ -371,11 +371,11 @@ class NvlinkDispatcher:
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows contiguous at a 16-byte address: another alignment would need another compiled kernel."""
+    """Return the rows contiguous and 16-byte aligned: another alignment would need another compiled kernel."""
     rows = rows.contiguous()
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _expert_lanes(num_local_experts: int) -> int:
-    """Return the length of the vectors of counts per expert: a power of two, and at least a warp."""
+    """Return the length of count vectors over the experts: a power of two, at least a warp."""
     return int(max(32, triton.next_power_of_2(num_local_experts)))

@@ -1,1 +1,1 @@
-# Who has how many tokens. Nothing is imported here: most of these modules are used without torch.
+# Token counts of all ranks. Nothing is imported here: most of these modules are used without torch.

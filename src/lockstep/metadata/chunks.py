@@ -11,28 +11,28 @@ class Chunk:
     """One slice of a step."""
 
     index: int  # which chunk, from 0
-    sizes: tuple[int, ...]  # rows that each EP rank brings, `[ep_size]`; the same tuple on every rank
+    sizes: tuple[int, ...]  # rows per EP rank, `[ep_size]`; the same tuple on every rank
     start: int  # first row of this rank's own slice that belongs to the chunk
-    stop: int  # one past the last; `stop - start` are this rank's real rows, 0 where it has none left
+    stop: int  # one past the last; `stop - start` is this rank's number of real rows, 0 if none are left
 
 
 class ChunkPlan:
-    """All chunks of a step, known before it runs, the same on every rank.
+    """All chunks of a step, known before the step runs and the same on every rank.
 
-    Iterating gives each `Chunk` in order; `len(plan)` is `ceil(longest rank / max_chunk_size_per_rank)`, and 0 in a
-    step in which no rank has tokens.
+    Iterating gives each `Chunk` in order; `len(plan)` is `ceil(longest rank / max_chunk_size_per_rank)`, or 0 if
+    no rank has tokens.
 
     With sequence parallelism the tokens of a DP rank are cut into contiguous slices of `ceil(count / sp)` rows, the
     last ones shorter or empty. With `min_rows=0` the sizes are real rows, zero included. With `min_rows=1` they are
-    what `DPMetadata.chunked_sizes` shows to callers from outside: slices padded to equal length, and one dummy row
-    where a rank has none left. `start` and `stop` are real rows in either case.
+    what `DPMetadata.chunked_sizes` shows to external callers: slices padded to equal length, and one dummy row
+    for a rank with none left. `start` and `stop` count real rows in either case.
 
     Args:
         num_tokens_across_dp: tokens per DP rank, `[dp_size]`, each in `0..2**31 - 1`.
         sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-        max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1; None for one chunk of any length.
-        rank: the EP rank whose spans `start` and `stop` tell, `0..ep_size - 1`.
-        min_rows: rows that a rank brings when it has none left, 0 or 1.
+        max_chunk_size_per_rank: maximum rows per rank and chunk, >= 1; None for one chunk of any length.
+        rank: the EP rank for `start` and `stop`, `0..ep_size - 1`.
+        min_rows: rows of a rank with none left, 0 or 1.
 
     Attributes:
         num_tokens_across_dp: the counts as plain integers, `[dp_size]`.
@@ -58,7 +58,7 @@ class ChunkPlan:
         self.sp_rows = sp_rows(self.num_tokens_across_dp, self.sequence_parallel_size)
         self.min_rows = check_int("min_rows", min_rows, 0, 1)
         self.rank = check_int("rank", rank, 0, len(self.sp_rows) - 1)
-        # The first slice of a DP rank is never shorter than its others, so real and padded rows need as many chunks.
+        # A DP rank's first slice is its longest, so real and padded rows need equally many chunks.
         longest = max(self.sp_rows)
         limit = max(1, longest) if max_chunk_size_per_rank is None else max_chunk_size_per_rank
         self.max_chunk_size_per_rank = check_int("max_chunk_size_per_rank", limit, 1)
@@ -71,7 +71,7 @@ class ChunkPlan:
         return self._num_chunks
 
     def __iter__(self) -> Iterator[Chunk]:
-        # Every layer of a step walks through the same chunks: they are made at its first, and kept.
+        # Every layer of a step uses the same chunks: the first layer makes them, and they are kept.
         if self._chunks is None:
             self._chunks = tuple(self._make_chunk(chunk_idx) for chunk_idx in range(self._num_chunks))
         return iter(self._chunks)
@@ -92,7 +92,7 @@ class ChunkPlan:
         return f"ChunkPlan({abridged(self.num_tokens_across_dp)}, {options}): {self._num_chunks} chunks"
 
     def sp_span(self, rank: int) -> tuple[int, int]:
-        """Return which of its DP rank's tokens an EP rank takes into the experts: `(start, stop)`, without padding.
+        """Return an EP rank's share of its DP rank's tokens: `(start, stop)`, without padding.
 
         Raises:
             ConfigurationError: if `rank` is out of range.

@@ -6,7 +6,7 @@ from lockstep.metadata.sizes import check_int
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many ranks there are in each direction, and which of them this one is.
+    """The number of data-parallel and tensor-parallel ranks, and this rank's place among them.
 
     The experts are spread over all `data_parallel_size * tensor_parallel_size` ranks, tensor-parallel ranks of one
     data-parallel rank next to each other.
@@ -36,7 +36,7 @@ class ParallelConfig:
             rank = check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"))
             if rank >= size:
                 raise ConfigurationError(f"{kind}_rank must be below {kind}_size {size}, got {rank}")
-            # Plain ints, also where a NumPy integer came in: they are compared, printed and sent as JSON.
+            # Plain ints, even if NumPy integers were passed: they are compared, printed and sent as JSON.
             object.__setattr__(self, f"{kind}_size", size)
             object.__setattr__(self, f"{kind}_rank", rank)
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from lockstep.metadata.sizes import abridged
 
 Nested = list[tuple[int | None, list[int] | None]] | None
-"""Where contexts are nested, the `id` and the sizes of each that is entered, the innermost last; else None.
+"""The `id` and sizes of each entered context, innermost last, if contexts are nested; else None.
 
-A context that is entered alone has its flag `alone`; once another is entered inside it, None is its `id` here. Ids, not
-references: a context that its user drops is freed, and removes its id before, so no listed id is reused. An empty list
+A context entered alone sets its flag `alone`; once another is entered inside it, its `id` here is None. Ids, not
+references: a context that its user drops removes its id and is then freed, so no listed id is reused. An empty list
 means that sizes were set without a context.
 """
 
@@ -18,27 +18,27 @@ means that sizes were set without a context.
 class SizesContext:
     """Shows sizes as `local_sizes` of a metadata object while it is entered.
 
-    Of the contexts that are entered and not left, the last entered counts: leaving twice, without having entered, in
+    The last entered of the contexts still open counts. Leaving twice, without having entered, in
     another order, or by dropping the context never leaves sizes behind. No generator: callers from another language
-    leave with strings where Python has an exception, at which a generator would raise and leave its sizes set.
+    pass strings to `__exit__` instead of an exception; a generator would raise on them and leave its sizes set.
     """
 
-    # Every layer of every step enters one. The usual case, one context at a time, is therefore told by a flag, and
-    # whoever makes a context sets its attributes: a constructor written in Python would take a third of the time.
+    # Every layer of every step enters one. So the usual case, one context at a time, is marked by a flag, and
+    # the code that makes a context sets its attributes: a Python constructor would take a third of the time.
     __slots__ = ("alone", "metadata", "owner", "sizes")
     metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface; None while a `StepContext` rests
     owner: Callable[[], Any]  # weak reference to the metadata, of a `StepContext`
     sizes: list[int]
-    alone: bool  # whether it is entered, and was so while no other was; see `Nested`
+    alone: bool  # whether it is entered, and was entered while no other was; see `Nested`
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
         metadata = self.metadata
         if metadata is None:
             metadata = self.metadata = self.owner()
-            if metadata is None:  # gone, and with it everybody who could read its sizes
+            if metadata is None:  # gone, so nobody can read its sizes any more
                 return self.sizes
-            if metadata._resting is self:  # held by its user alone again, so that dropping it leaves
+            if metadata._resting is self:  # only its user holds it now, so that dropping it leaves
                 metadata._resting = NO_CONTEXT
         if metadata.local_sizes is None:
             self.alone = True
@@ -48,7 +48,7 @@ class SizesContext:
         return sizes
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Give the outer sizes back, or None. Takes foreign callers' strings too, and swallows no exception."""
+        """Restore the outer sizes, or None. Accepts foreign callers' strings, and swallows no exception."""
         metadata = self.metadata
         if metadata._nested is not None:
             leave_nested(metadata, self)
@@ -58,13 +58,13 @@ class SizesContext:
         return False
 
     def __del__(self) -> None:
-        # Almost always nothing is entered by now. One that was dropped without leaving leaves here.
+        # Almost always nothing is entered by now. A context dropped without leaving is left here.
         try:
             if self.metadata is not None and self.metadata.local_sizes is not None:
                 while is_entered(self):
                     SizesContext.__exit__(self)  # without going to rest
         except AttributeError:
-            return  # it never got its metadata, or has got one that failed while it was made
+            return  # it has no metadata, or metadata whose construction failed
 
     def __repr__(self) -> str:
         return f"SizesContext({abridged(self.sizes)}, {'entered' if is_entered(self) else 'not entered'})"
@@ -73,18 +73,18 @@ class SizesContext:
 class StepContext(SizesContext):
     """The context of a whole step's sizes: one object, handed out to layer after layer.
 
-    Once left, it rests in the metadata without a reference to it, or the two would keep each other alive. It is handed
+    Once left, it rests in the metadata without a reference back, or the two would keep each other alive. It is handed
     out again only if nobody else holds it, so callers cannot tell it from a new one.
     """
 
     __slots__ = ("expected", "key", "memory", "shown")
-    key: object  # the sequence-parallel size that it was asked for with
+    key: object  # the sequence-parallel size it was requested with
     shown: Any  # these three as in `StepSizes` of counts.py
     memory: Any
     expected: Any
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Give the outer sizes back, or None, and rest. Takes foreign callers' strings too."""
+        """Restore the outer sizes, or None, and rest. Accepts foreign callers' strings."""
         metadata = self.metadata
         if self.alone and metadata._nested is None:
             self.alone = False
@@ -95,12 +95,12 @@ class StepContext(SizesContext):
         return False
 
 
-NO_CONTEXT = StepContext()  # rests in the metadata while the context is handed out, or not made yet
+NO_CONTEXT = StepContext()  # placeholder in the metadata while the context is in use, or not made yet
 NO_CONTEXT.key = object()
 
 
 def references(holder: SizesContext) -> int:
-    """Return how many references a function counts to an object that only an attribute holds."""
+    """Return the reference count that a function sees for an object held only by an attribute."""
     held = holder.sizes
     return getrefcount(held)
 
@@ -124,7 +124,7 @@ def is_entered(context: SizesContext) -> bool:
 
 
 def enter_nested(metadata: Any, context: SizesContext) -> None:
-    """Note that a context is entered where sizes are set already."""
+    """Record that a context is entered while sizes are already set."""
     if metadata._nested is None:
         metadata._nested = [(None, metadata.local_sizes)]
     if metadata._nested:
@@ -135,7 +135,7 @@ def enter_nested(metadata: Any, context: SizesContext) -> None:
 
 
 def leave_nested(metadata: Any, context: SizesContext) -> None:
-    """Leave a context among several (the last time it was entered), or one left before; show the innermost sizes."""
+    """Leave one of several contexts (its last entry), or one already left; show the innermost sizes."""
     nested: list[tuple[int | None, list[int] | None]] = metadata._nested or []
     keys = [key for key, _ in nested]
     if id(context) in keys:

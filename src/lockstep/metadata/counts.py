@@ -15,7 +15,7 @@ from lockstep.metadata.contexts import NO_CONTEXT, Nested, StepContext
 from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_sizes
 
 if TYPE_CHECKING:
-    # What is taken besides tensors. At run time the annotations stay the published ones.
+    # Accepted besides tensors. At run time the annotations stay the published ones.
     TokenCounts = torch.Tensor | Sequence[int]
     TokenCount = torch.Tensor | int
 else:
@@ -25,16 +25,16 @@ COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
 OWN_ATTRIBUTES = (COUNTS, MAX, "local_sizes", "_step", "_nested", "_resting")
 TYPECODES = {torch.int32: "i", torch.int64: "q", torch.int16: "h", torch.int8: "b", torch.uint8: "B"}
-"""What torch does arithmetic with, as `array` spells it. Counts of the larger unsigned dtypes are kept as int64."""
+"""Dtypes with torch arithmetic, as `array` type codes. Counts of the larger unsigned dtypes are kept as int64."""
 INTEGER_DTYPES = (*TYPECODES, torch.uint16, torch.uint32, torch.uint64)
 FEW, MANY = 16, 128
-"""Entries up to which Python copies counts faster than torch, and above which torch finds their extremes faster."""
+"""Up to this many entries Python copies counts faster than torch; above it torch finds their extremes faster."""
 MOST_LISTS = 1024
-"""Size lists kept per step: more than a step has chunks, but bounded if a caller asks for ever more chunks."""
+"""Size lists kept per step: more than a step's chunks, but bounded if a caller keeps asking for more chunks."""
 
 
 class StepSizes:
-    """The counts of one step and the size lists made of them, which must not show on the surface of `DPMetadata`."""
+    """The counts of one step and the size lists derived from them, hidden from the surface of `DPMetadata`."""
 
     __slots__ = ("address", "counts", "dp_rank", "expected", "fullest", "largest", "lists", "memory", "shown")
 
@@ -43,15 +43,15 @@ class StepSizes:
         self.fullest = fullest  # a rank with the largest count
         self.dp_rank: int | None = None
         self.shown = shown  # the tensor that shows the counts to callers
-        self.largest: Any = None  # the one that shows the largest of them
+        self.largest: Any = None  # the tensor that shows the largest of them
         self.address = shown.data_ptr()
-        self.memory = memory  # its memory, a mutable array: it differs from `expected` once a caller wrote to it
+        self.memory = memory  # its memory, a mutable array: differs from `expected` once a caller has written to it
         self.expected = memory[:]
-        self.lists: dict[object, list[int]] = {}  # by what they were asked for with
+        self.lists: dict[object, list[int]] = {}  # by their arguments
 
 
 def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
-    """Raise `TokenCountError` unless a tensor holds integers on the CPU, one beside the other, in `ndim` dimensions."""
+    """Raise `TokenCountError` unless a tensor is a plain, dense CPU tensor of integers in `ndim` dimensions."""
     if value.dtype not in INTEGER_DTYPES:
         raise TokenCountError(f"{name} must have an integer dtype, got {value.dtype}")
     if not value.is_cpu:
@@ -66,7 +66,7 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
 
 
 def read_counts(counts: object) -> StepSizes:
-    """Return token counts, checked, and shown by a new tensor of a tensor's own dtype, else int32.
+    """Return checked token counts and a new tensor that shows them, in a given tensor's dtype, else int32.
 
     Raises:
         TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
@@ -86,7 +86,7 @@ def read_counts(counts: object) -> StepSizes:
             plain = tuple(copy.tolist())
             fullest = int(copy.argmax()) if num_counts > MANY else plain.index(max(plain))
             step = StepSizes(plain, memory, copy, fullest)
-    except Exception:  # none, one beyond its dtype, a tensor without values, or of a layout that cannot be listed
+    except Exception:  # no counts, one beyond its dtype, a tensor without values, or a layout that cannot be listed
         check_tensor(COUNTS, counts, 1)
         check_counts(counts, COUNTS)
         raise
@@ -103,7 +103,7 @@ def show(counts: tuple[int, ...], dtype: torch.dtype) -> StepSizes:
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
-    """Check that the counts of all ranks fit to what this rank knows of itself, and return its DP rank.
+    """Check the counts of all ranks against what this rank knows of itself, and return its DP rank.
 
     Raises:
         ConfigurationError: if size and rank cannot be read or do not fit together.
@@ -131,10 +131,10 @@ def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[i
 
 
 class HoldsCounts:
-    """What `DPMetadata` and the class for vLLM have in common: fields for reading, values, copies, subclasses.
+    """Common base of `DPMetadata` and the class for vLLM: read-only fields, equality, copies, subclasses.
 
     The counts are kept as plain integers and shown as a tensor. Nothing can keep a caller from writing to that tensor,
-    so each function compares its memory with a copy, rather than go on with one truth in the field and another in the
+    so each function compares its memory with a copy, rather than continue with a field that contradicts the
     sizes. The comparison is one call into C, and sees what NumPy writes, which torch's version counter does not.
     """
 
@@ -146,7 +146,7 @@ class HoldsCounts:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # `dataclass` writes these functions into a subclass that lacks them, and its own compare tensors and fail.
+        # `dataclass` adds these functions to a subclass that lacks them, and its versions compare tensors and fail.
         for name in ("__eq__", "__repr__"):
             if name not in cls.__dict__:
                 setattr(cls, name, getattr(cls, name))
@@ -161,7 +161,7 @@ class HoldsCounts:
             cls.__post_init__ = post_init  # type: ignore[method-assign]  # InitVar adds arguments
 
     def __post_init__(self) -> None:
-        # The constructor that `dataclass` writes for a subclass ends here, with the fields set as they came in.
+        # The constructor that `dataclass` writes for a subclass ends here, with the fields set as passed.
         if not hasattr(self, "_step"):
             read_fields(self, self.num_tokens_across_dp_cpu, getattr(self, MAX, None), self.local_sizes)
 
@@ -183,7 +183,7 @@ class HoldsCounts:
         return f"{type(self).__qualname__}({', '.join(parts)})"
 
     def __getstate__(self) -> object:
-        # Copies start outside every context: sharing what is entered, one would change the sizes of the other. Their
+        # Copies start outside every context: with a shared context, one would change the sizes of the other. Their
         # tensors are their own.
         step, state = checked_step(self), object.__getstate__(self)
         attributes, slots = state if isinstance(state, tuple) else (state, {})
@@ -204,7 +204,7 @@ def has_maximum(metadata: HoldsCounts) -> bool:
 
 
 def checked_step(metadata: HoldsCounts) -> StepSizes:
-    """Return the counts and sizes; raise `TokenCountError` if a field that shows them was written to or set."""
+    """Return the counts and sizes; raise `TokenCountError` if a field that shows them has been changed."""
     step = metadata._step
     if (
         step.memory == step.expected
@@ -214,7 +214,7 @@ def checked_step(metadata: HoldsCounts) -> StepSizes:
     ):
         return step
     for name, expected in ((COUNTS, list(step.counts)), (MAX, step.counts[step.fullest])):
-        found = getattr(metadata, name, expected)  # not by `__dict__`: once made, it slows each attribute down
+        found = getattr(metadata, name, expected)  # not by `__dict__`: once created, it slows down every attribute
         if found is not expected and (not isinstance(found, torch.Tensor) or found.tolist() != expected):
             raise TokenCountError(
                 f"{name} was changed after the metadata was made, from {shown(expected)} to {shown(found)}: make new "
@@ -230,7 +230,7 @@ def further_fields(metadata: HoldsCounts, kind: Literal["compare", "repr"]) -> l
 
 
 def read_fields(metadata: HoldsCounts, counts: object, largest: object = None, local_sizes: object = None) -> None:
-    """Set the attributes from what a constructor was given, checked; `largest` is None for a class without it."""
+    """Check a constructor's arguments and set the attributes; `largest` is None for a class without it."""
     step = read_counts(counts)
     if has_maximum(metadata):
         if isinstance(largest, torch.Tensor):
@@ -249,7 +249,7 @@ def set_counts(metadata: HoldsCounts, step: StepSizes, dp_rank: int | None = Non
     """Set the attributes from what `read_counts` returned; the object may have none yet."""
     step.dp_rank = dp_rank
     if has_maximum(metadata):
-        # A view, so that a write to it is noticed as one to the counts.
+        # A view, so that a write to it is noticed like a write to the counts.
         step.largest = step.shown[step.fullest]
         metadata.max_tokens_across_dp_cpu = step.largest  # type: ignore[attr-defined]
     metadata.num_tokens_across_dp_cpu = step.shown
@@ -260,7 +260,7 @@ def set_counts(metadata: HoldsCounts, step: StepSizes, dp_rank: int | None = Non
 def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args: int) -> list[int]:
     """Return `function(counts, *args)`, computed on the first call; errors name this rank."""
     step = metadata._step
-    # As plain integers, or True and 1.0, which equal 1, would pass or not with what was asked for before.
+    # As plain integers: True and 1.0 equal 1, so a cached result would let them pass unchecked.
     key = (function, *map(as_plain_int, args))
     sizes = step.lists.get(key)
     if sizes is None or step.memory != step.expected or metadata.num_tokens_across_dp_cpu is not step.shown:
@@ -282,7 +282,7 @@ def step_context(metadata: HoldsCounts, sequence_parallel_size: int) -> StepCont
     """Return a new context for the sizes of the whole step."""
     context, step = StepContext(), metadata._step
     context.sizes = find_sizes(metadata, sp_sizes, sequence_parallel_size)
-    # Not by a tensor or array, which can be written to and be the same object with another value.
+    # Not by a tensor or array, which can change its value and remain the same object.
     context.key = sequence_parallel_size if type(sequence_parallel_size) is int else context.sizes
     context.shown, context.memory, context.expected = step.shown, step.memory, step.expected
     context.alone, context.owner = False, ref(metadata)

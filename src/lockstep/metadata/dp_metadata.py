@@ -26,8 +26,8 @@ from lockstep.metadata.sizes import chunked_rows, cumulative_rows
 class DPMetadata(HoldsCounts):
     """How many tokens each data-parallel rank has in this step, and the sizes that follow from it.
 
-    Made once per step, with the same counts on every rank, so that all ranks derive the same sizes for every collective
-    that they are about to join. A layer enters one of the two contexts, `sp_local_sizes` or `chunked_sizes`, and reads
+    Made once per step from the same counts on every rank, so that all ranks derive the same sizes for every collective
+    of the step. A layer enters one of the two contexts, `sp_local_sizes` or `chunked_sizes`, and reads
     the sizes inside it.
 
     The counts are copied and read once; the tensors that show them are for reading, and a call after one was changed
@@ -48,7 +48,7 @@ class DPMetadata(HoldsCounts):
 
     max_tokens_across_dp_cpu: torch.Tensor
     num_tokens_across_dp_cpu: torch.Tensor
-    # No parameter of `dataclasses.replace`: what it makes is a copy, and starts outside every context.
+    # No parameter of `dataclasses.replace`: its result is a copy, and starts outside every context.
     local_sizes: list[int] | None = field(default=None, init=False)
 
     def __init__(
@@ -66,7 +66,7 @@ class DPMetadata(HoldsCounts):
             local_sizes: rows per rank, shown until the first context is entered; leave it out.
 
         Raises:
-            TokenCountError: if a count has the wrong dtype, device, shape or sign, or the maximum is not the counts'.
+            TokenCountError: if a count has the wrong dtype, device, shape or sign, or the maximum is wrong.
         """
         read_fields(self, num_tokens_across_dp_cpu, max_tokens_across_dp_cpu, local_sizes)
 
@@ -103,16 +103,16 @@ class DPMetadata(HoldsCounts):
     def chunked_sizes(self, sequence_parallel_size: int, max_chunk_size_per_rank: int, chunk_idx: int) -> SizesContext:
         """Set `local_sizes` to the rows of one chunk, for use in a `with` block.
 
-        A rank that has no rows left in the chunk brings one dummy row, so that every rank joins every collective.
+        A rank with no rows left in the chunk sends one dummy row, so that every rank joins every collective.
 
         Args:
             sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1.
-            max_chunk_size_per_rank: most rows that one rank brings per chunk, >= 1.
-            chunk_idx: which chunk, from 0. Past the end every rank brings one dummy row.
+            max_chunk_size_per_rank: maximum rows per rank and chunk, >= 1.
+            chunk_idx: which chunk, from 0. Past the end every rank sends one dummy row.
 
         Returns:
-            A context manager. Entering it sets the sizes and gives them, `[dp_size * sequence_parallel_size]`; leaving
-            it gives the outer sizes back, or None.
+            A context manager. Entering it sets and returns the sizes, `[dp_size * sequence_parallel_size]`; leaving
+            it restores the outer sizes, or None.
 
         Raises:
             ConfigurationError: at once, not on entering, if an argument is below its limit.
@@ -133,9 +133,9 @@ class DPMetadata(HoldsCounts):
             sequence_parallel_size: ranks that share the tokens of one DP rank, >= 1; 1 gives the counts themselves.
 
         Returns:
-            A context manager. Entering it sets the sizes and gives them, `ceil(count / sequence_parallel_size)`, each
-            repeated that many times, zero staying zero, `[dp_size * sequence_parallel_size]`; leaving it gives the
-            outer sizes back, or None.
+            A context manager. Entering it sets and returns the sizes, `ceil(count / sequence_parallel_size)`, each
+            repeated that many times (zero stays zero), `[dp_size * sequence_parallel_size]`; leaving it restores the
+            outer sizes, or None.
 
         Raises:
             ConfigurationError: at once, not on entering, if `sequence_parallel_size` < 1.
@@ -146,7 +146,7 @@ class DPMetadata(HoldsCounts):
             [0, 0, 3, 3]
         """
         context = self._resting
-        # By identity, which costs least and never takes True for 1; the same small int is always the same object.
+        # By identity, which is cheapest and never takes True for 1; a small int is always the same object.
         if (
             context.key is not sequence_parallel_size
             or context.memory != context.expected
@@ -188,7 +188,7 @@ class DPMetadata(HoldsCounts):
             sp_size: ranks that share the tokens of one DP rank, >= 1.
 
         Returns:
-            The running sum of what `sp_local_sizes(sp_size)` gives, `[dp_size * sp_size]`, int64, a tensor of the
+            The running sum of the sizes of `sp_local_sizes(sp_size)`, `[dp_size * sp_size]`, int64, a tensor of the
             caller's own.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The step that is being run, for layers deep inside a model."""
+"""The current step, for layers deep inside a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from lockstep.metadata.dp_metadata import DPMetadata
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a layer may know of the present step; the same on all ranks but for the plan's own span.
+    """What a layer may know of the current step; the same on all ranks except for the plan's own span.
 
     Attributes:
         dp_metadata: token counts of all data-parallel ranks.
-        chunk_plan: which rows of each rank go through an MoE layer at a time; None where the engine chunks by itself.
-        step: number of the step, for messages and records.
+        chunk_plan: the rows of each rank in each chunk of an MoE layer; None if the engine chunks by itself.
+        step: step number, for messages and records.
     """
 
     dp_metadata: DPMetadata

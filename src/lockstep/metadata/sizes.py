@@ -1,4 +1,4 @@
-# How many rows each rank brings: pure functions on integers, without torch.
+# Rows per rank: pure functions on integers, without torch.
 #
 # `counts` are tokens per data-parallel rank, `[dp_size]`. A size is the rows of one expert-parallel rank, `[ep_size]`
 # with `ep_size = dp_size * sequence_parallel_size`, ranks of one data-parallel rank next to each other.
@@ -10,30 +10,30 @@ from operator import index
 from lockstep.errors import ConfigurationError, LockstepError, TokenCountError
 
 INT32_MAX = 2**31 - 1
-"""Largest count and size. Engines keep them in int32 tensors, where one more would turn negative."""
+"""Largest count and size. Engines keep them in int32 tensors, where one more would overflow."""
 
 MAX_RANKS = 2**20
-"""Most expert-parallel ranks. A slip such as a token count passed as a rank count ends here, not in a full memory."""
+"""Maximum expert-parallel ranks. Catches slips such as a token count passed as a rank count before memory is full."""
 
 
 def as_plain_int(value: object) -> int | None:
-    """Return an `int`, or what has `__index__` such as a one-element integer tensor, as `int`; None for all else."""
+    """Return an `int`, or a value with `__index__` such as a one-element integer tensor, as `int`; else None."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
-        return index(value)  # type: ignore[arg-type]  # what does not fit is what the except is for
-    except Exception:  # of a foreign `__index__`; tensors alone raise half a dozen kinds
+        return index(value)  # type: ignore[arg-type]  # misfits raise, see the except
+    except Exception:  # from a foreign `__index__`; tensors alone raise half a dozen kinds
         return None
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Return a value as text for a message: on one line, at most `most` characters, and whatever it is."""
+    """Return any value as text for a message: one line, at most `most` characters."""
     try:
         text = " ".join(repr(value).split())
     except Exception:
-        # Python refuses to print an integer beyond 4300 digits; anything else may have a repr that fails.
+        # Python refuses to print an integer beyond 4300 digits; other values may have a repr that fails.
         if isinstance(value, int):
             return f"an integer of {value.bit_length()} bits"
         return f"a {type(value).__name__}"
@@ -59,24 +59,24 @@ def check_int(
 
 
 def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[int, ...]:
-    """Return token counts of a sequence, array or tensor as plain integers, each checked, `[dp_size]`."""
+    """Return the token counts of a sequence, array or tensor as checked plain integers, `[dp_size]`."""
     dtype = getattr(counts, "dtype", None)
     try:
-        if getattr(dtype, "kind", "i") in "mM":  # times, which `tolist` makes integers
+        if getattr(dtype, "kind", "i") in "mM":  # times, which `tolist` turns into integers
             raise TypeError(f"it must have an integer dtype, got {dtype}")
         tolist = getattr(counts, "tolist", None)
         listed = tolist() if callable(tolist) else counts
         is_text = isinstance(listed, str | bytes | bytearray)
         entries = tuple(listed) if isinstance(listed, Sequence) and not is_text else None
     except Exception as reason:
-        # Tensors without values, or whose values lie elsewhere, each fail in a way of their own.
+        # Tensors without values, or with values elsewhere, each fail in their own way.
         kind = type(counts).__name__
         raise TokenCountError(f"{name} cannot be read from this {kind}: {shown(str(reason))}") from reason
     if entries is None:
         raise TokenCountError(f"{name} must be a sequence of integers, one per DP rank, got {shown(counts)}")
     if not entries:
         raise TokenCountError(f"{name} must have one entry per DP rank, got none")
-    # Almost always all is well, and two passes in C see that; only otherwise is it worth looking at each entry.
+    # Almost always all is well, as two passes in C can tell; only otherwise look at each entry.
     plain = set(map(type, entries)) == {int}
     if plain and min(entries) >= 0 and max(entries) <= INT32_MAX:
         return entries
@@ -92,7 +92,7 @@ def check_counts(counts: object, name: str = "num_tokens_across_dp") -> tuple[in
 
 
 def abridged(values: Sequence[int], most: int = 16) -> str:
-    """Return a list of integers as text on one line, its middle left out where it has more than `most` entries."""
+    """Return a list of integers as text on one line, without its middle if it has more than `most` entries."""
     if len(values) <= most:
         return str(list(values))
     first, last = (", ".join(map(str, part)) for part in (values[: most // 2], values[-(most // 2) :]))
@@ -110,7 +110,7 @@ def sp_sizes(counts: Sequence[int], sequence_parallel_size: int) -> list[int]:
     if sp == 1:
         return list(counts)
     per_dp_rank = [-(-count // sp) for count in counts]
-    # Filling every sp-th place copies references in C; a loop over 1024 x 8 ranks would cost more than 60 layers do.
+    # Filling every sp-th place copies references in C; a loop over 1024 x 8 ranks would cost more than 60 layers.
     sizes = [0] * num_ranks
     for sp_rank in range(sp):
         sizes[sp_rank::sp] = per_dp_rank
@@ -127,7 +127,7 @@ def sp_rows(counts: Sequence[int], sequence_parallel_size: int) -> tuple[int, ..
 def chunk_sizes(
     sizes: Sequence[int], max_chunk_size_per_rank: int, chunk_idx: int, min_rows: int = 1
 ) -> tuple[int, ...]:
-    """Return how many rows each rank brings to one chunk, `min_rows` (0 or 1) where it has none left, `[ep_size]`."""
+    """Return the rows of each rank in one chunk, `min_rows` (0 or 1) if it has none left, `[ep_size]`."""
     limit = check_int("max_chunk_size_per_rank", max_chunk_size_per_rank, 1)
     start = check_int("chunk_idx", chunk_idx, 0, maximum=None) * limit
     least = check_int("min_rows", min_rows, 0, 1)
