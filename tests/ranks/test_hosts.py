@@ -165,7 +165,7 @@ def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
     named = re.compile(r"ranks? (2|3|2, 3) absent: rank [23] was last seen ")
     assert any(named.search(text) for text in texts[:2]), "\n".join(texts[:2])
     for text in texts[2:]:
-        assert "could not be found out" in text
+        assert "could not be identified" in text
     assert not (job / "cut" / "outputs.jsonl").exists()
 
 

@@ -85,7 +85,7 @@ def test_a_rank_that_has_gone_on_alone_names_itself_whatever_it_waits_for(peers)
     at(third, 5, Phase.COMBINE, 1)
     error = first.absent("the agreement of step 6 did not end", (1, 2))
     assert error.absent_ranks == (0,)
-    assert "rank 0 itself has left a collective out" in str(error)
+    assert "rank 0 itself skipped a collective" in str(error)
     with pytest.raises(RankAbsentError) as caught:
         second.check()
     assert caught.value.absent_ranks == (0,)
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path):
     peers = Peers(0, 2)
     peers.recorder.folder = tmp_path / "missing"
     error = peers.absent("it did not come")
-    assert str(error) == "rank 0: it did not come; it could not be found out which rank is absent"
+    assert str(error) == "rank 0: it did not come; the absent rank could not be identified"
 
 
 HEADER = {

@@ -208,5 +208,5 @@ def test_the_store_decides_once():
     assert publish(store, 1, (0, 2)) == (0, 2)
     assert publish(store, 1, (0, 1)) == (0, 2)
     assert await_members(store, 2, 1, 1.0) == (0, 2)
-    with pytest.raises(LockstepError, match=r"rank 0: nobody has said within 0\.05 s who goes on in epoch 2"):
+    with pytest.raises(LockstepError, match=r"rank 0: the members of epoch 2 were not decided within 0\.05 s"):
         await_members(store, 0, 2, 0.05)

@@ -1,4 +1,4 @@
-"""Boards on which ranks write what they say, where they are, and their last words: in shared memory, or in a store."""
+"""Boards for the ranks' exchanges, places and last words: in shared memory, or in a store."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LANES = 2  # exchanges that may be under way at the same time: agreements, and comparisons of collectives
+LANES = 2  # concurrent exchanges: agreements, and comparisons of collectives
 EXCHANGE_BYTES = 512  # one rank's words in one exchange: 64 of 8 bytes, half payload, half sequence number
 LAST_WORDS_BYTES = 2048
 
@@ -45,7 +45,7 @@ _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
 
 
 class Board:
-    """The shared memory of one host's ranks; it has a name until all have attached, and ends with its last process."""
+    """Shared memory of one host's ranks; it has a name until all have attached, and ends with its last process."""
 
     def __init__(self, name: str, num_ranks: int, memory: mmap.mmap) -> None:
         self.name = name
@@ -55,9 +55,9 @@ class Board:
 
     @classmethod
     def create(cls, num_ranks: int) -> "Board":
-        """Make a board, or raise an `OSError`; boards that killed processes left behind half-made are removed."""
+        """Create a board, or raise an `OSError`; first remove incomplete boards left behind by killed processes."""
         if sys.byteorder != "little":
-            raise OSError("boards are written for machines whose lowest byte comes first")
+            raise OSError("boards need a little-endian machine")
         for path in Path(_FOLDER).glob("lockstep-*"):
             match = _NAME.fullmatch(path.name)
             if match and ProcessIdentity(int(match[2]), 0, int(match[1])).state() == "gone":
@@ -66,7 +66,7 @@ class Board:
         name = f"lockstep-{pid_namespace()}-{os.getpid()}-{secrets.token_hex(16)}"
         descriptor = os.open(f"{_FOLDER}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
-            # Not ftruncate: writing to memory that turns out not to be there would kill the process.
+            # Not ftruncate: a later write to memory that was never allocated would kill the process.
             os.posix_fallocate(descriptor, 0, board_bytes(num_ranks))
             board = cls(name, num_ranks, mmap.mmap(descriptor, board_bytes(num_ranks)))
         except OSError:
@@ -79,7 +79,7 @@ class Board:
 
     @classmethod
     def attach(cls, name: str, num_ranks: int) -> "Board":
-        """Open a board of this user on this host; a `ConfigurationError` if it is none of `num_ranks` ranks."""
+        """Open a board of this user on this host; `ConfigurationError` unless it is for `num_ranks` ranks."""
         if not _NAME.fullmatch(name):
             raise ConfigurationError(f"{name[:80]!r} is not the name of a board")
         descriptor = os.open(f"{_FOLDER}/{name}", os.O_RDWR | os.O_NOFOLLOW)
@@ -98,12 +98,12 @@ class Board:
         return board
 
     def unlink(self) -> None:
-        """Take the name away; who has attached keeps the memory. Twice is allowed."""
+        """Remove the name; attached processes keep the memory. Idempotent."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{_FOLDER}/{self.name}")
 
     def register(self, rank: int, process: ProcessIdentity | None = None, cores: Set[int] | None = None) -> None:
-        """Write down a rank's process, by default this one, and on which cores it may run."""
+        """Record a rank's process, by default this one, and the cores on which it may run."""
         base = _status(rank)
         pid, *rest = process or ProcessIdentity.own()
         cores = cores or os.sched_getaffinity(0)
@@ -112,9 +112,9 @@ class Board:
         self.words[base + _PID] = pid
 
     def cores_suffice(self) -> bool:
-        """Return whether every rank can have a core of its own: each may use many enough, or others than the rest."""
+        """Return whether every rank can have a core of its own: enough shared cores, or disjoint ones."""
         entries = [self.words[_status(rank) + _CORES] for rank in range(self.num_ranks)]
-        if 0 in entries:  # a rank that has not registered
+        if 0 in entries:  # an unregistered rank
             return len(os.sched_getaffinity(0)) >= self.num_ranks
         many = min(entry & 0xFFFFFFFF for entry in entries) >= self.num_ranks
         return many or len({entry >> 32 for entry in entries}) == self.num_ranks
@@ -124,7 +124,7 @@ class Board:
         return ProcessIdentity(*self.words[_status(rank) + _PID : _status(rank) + _NAMESPACE + 1])
 
     def write_place(self, rank: int, place: int, now_ns: int) -> None:
-        """Say where a rank is, since a time of the host's clock: that first, so that no place has a time long past."""
+        """Publish a rank's place and its start on the host's clock; time first, so that no place has an old time."""
         base = _status(rank)
         self.words[base + _PLACE_NS], self.words[base + _PLACE] = now_ns, place
 
@@ -134,11 +134,11 @@ class Board:
         return place, max(0.0, (time.monotonic_ns() - since) / 1e9)
 
     def spoil(self, rank: int, step: int) -> None:
-        """Say that a rank's results of a step, from 0, are none."""
+        """Mark a rank's results of a step, from 0, as invalid."""
         self.words[_status(rank) + _SPOILED] = step + 1
 
     def spoiled_step(self, rank: int) -> int:
-        """Return the last step of which a rank's results are none, -1 for none."""
+        """Return the last step with invalid results of a rank, -1 for none."""
         return self.words[_status(rank) + _SPOILED] - 1
 
     @property
@@ -147,13 +147,13 @@ class Board:
         return bool(self.words[_GIVEN_UP])
 
     def say_last_words(self, rank: int, message: bytes) -> None:
-        """Publish why this rank stops; the first words count. Cut to `LAST_WORDS_BYTES`."""
+        """Publish why this rank stops, cut to `LAST_WORDS_BYTES`; only the first call counts."""
         base, message = _status(rank), message[:LAST_WORDS_BYTES]
         if self.words[base + _LAST_WORDS]:
             return
         start = base * 8 + _STATUS_BYTES
         self.bytes[start : start + len(message)] = message
-        # Length and checksum in one word, so that a reader sees all of the message or none.
+        # Length and checksum in one word, so that a reader sees the whole message or nothing.
         self.words[base + _LAST_WORDS] = zlib.crc32(message) << 32 | len(message)
         self.words[_GIVEN_UP] = 1
 

@@ -1,4 +1,4 @@
-"""One agreement: every rank says what it has, checks what the other ranks said, and learns who is missing."""
+"""One agreement: every rank announces its work, checks the other ranks' records, and learns who is missing."""
 
 import contextlib
 import time
@@ -26,7 +26,7 @@ _MESSAGE_ROUNDS = 4  # a failure's message travels in this many exchanges
 
 
 class Coordinator:
-    """Agreement among all ranks before each step. One exchange, one deadline, one verdict on all ranks.
+    """Agreement among all ranks before each step: one exchange, one deadline, the same verdict on all ranks.
 
     Args:
         process_group: the ranks that agree; any backend. Left open: who opened it closes it.
@@ -34,9 +34,9 @@ class Coordinator:
         rank: this rank, 0..num_ranks-1; by default its rank in `process_group`.
         tensor_parallel_size: ranks per group that shares its requests, >= 1.
         deadline_s: longest wait for any other rank, in seconds, > 0.
-        fingerprint: hash of what this rank runs, 32 bits; ranks with another one are refused at the first agreement.
-        epoch: how often groups have been opened anew; part of every header: a rank of an older epoch is refused.
-        peers: records what this rank does, and knows where the other ranks are.
+        fingerprint: 32-bit hash of what this rank runs; ranks with different ones are refused at the first agreement.
+        epoch: how often groups have been reopened; part of every header: a rank of an older epoch is refused.
+        peers: records this rank's actions, and knows where the other ranks are.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Coordinator:
         self.peers = peers or Peers(rank, transport.num_ranks, epoch=epoch)
         self._own = self.peers.name(rank)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
-        self.under_way = False  # an agreement has been begun of which this rank does not know the outcome
+        self.under_way = False  # an agreement has begun, and this rank does not know its outcome
         self._failure = ""
         self._record_class = StepRecord
         self._closed_by = ""
@@ -100,10 +100,10 @@ class Coordinator:
             said = decode(received, wire, type(record), peers.processes)
             decision = decide(said, self.tensor_parallel_size, peers.processes)
         except (RankMismatchError, TokenCountError) as error:
-            self.give_up(error)  # the ranks' steps may be out of order from here on
+            self.give_up(error)  # from here on the ranks' steps may be out of order
             raise type(error)(f"{error}{peers.recorder.file_note()}") from None
         try:
-            peers.check_last_words()  # of a rank that sent its record, but has given up waiting for this one
+            peers.check_last_words()  # a rank may have sent its record and then given up waiting for this one
         except LockstepError as error:
             self._close(error)
             raise

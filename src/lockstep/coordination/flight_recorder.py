@@ -1,4 +1,4 @@
-"""The last steps of this rank, kept for the day that another does not arrive, and how places in a step are told."""
+"""This rank's last steps, kept for a postmortem, and the wording of places in a step."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ _LAYER_BITS, _STEP_BITS = 16, 40
 
 
 class Phase(IntEnum):
-    """Where in a step a rank is, in the order in which a step passes through them."""
+    """Where in a step a rank is, in the order of the step."""
 
     AGREEMENT = 1
     MODEL = 2
@@ -39,7 +39,7 @@ class Phase(IntEnum):
 
 
 IN_LAYER = (Phase.DISPATCH, Phase.EXPERTS, Phase.COMBINE)  # the phases of each MoE layer
-_BEFORE_LAYER = (Phase.TENSOR_PARALLEL, Phase.COMPILE)  # after the layer before it, ahead of its dispatch
+_BEFORE_LAYER = (Phase.TENSOR_PARALLEL, Phase.COMPILE)  # after the previous layer, before this layer's dispatch
 _SAID_AS = {
     Phase.AGREEMENT: "at the agreement of step {step}",
     Phase.MODEL: "in the model's other layers in step {step}",
@@ -55,7 +55,7 @@ _SAID_AS = {
 
 
 class FlightRecorder:
-    """A ring of what this rank did last, and where it is. Sends nothing.
+    """A ring of this rank's last events, and its place. Sends nothing.
 
     `process` is the rank's number in the whole start. `run` is a random number that ranks agree on when they open
     groups, 0 where they agreed on none: files with the same `run` are of one failure.
@@ -70,18 +70,18 @@ class FlightRecorder:
         self._file: Path | None = None
 
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> int:
-        """Enter a phase of the present step and return the time of it, in ns of the monotonic clock."""
+        """Enter a phase of the current step and return the time, in ns of the monotonic clock."""
         now = time.monotonic_ns()
         self.phase, self.layer = phase, layer
         self._ring.append((now, self.step, phase, layer, detail))
         return now
 
     def note(self, detail: Any) -> None:
-        """Keep something that happened in the present phase."""
+        """Record an event in the current phase."""
         self._ring.append((time.monotonic_ns(), self.step, 0, self.layer, detail))
 
     def collective(self, name: str, sizes: Sequence[int]) -> None:
-        """Keep a collective that is about to be issued on all ranks."""
+        """Record a collective that is about to be issued on all ranks."""
         self.fingerprint = zlib.crc32(repr((name, tuple(sizes))).encode(), self.fingerprint)
         self.note((name, *sizes))
 
@@ -93,12 +93,12 @@ class FlightRecorder:
 
     @property
     def idle_s(self) -> float:
-        """For how long nothing has been kept, in seconds."""
+        """Seconds since the last event."""
         return (time.monotonic_ns() - self._ring[-1][0]) / 1e9 if self._ring else 0.0
 
     @property
     def doing(self) -> str:
-        """What this rank is doing, to stand after "rank 3 waited"."""
+        """This rank's activity, in words that follow "rank 3 waited"."""
         return _SAID_AS[self.phase].format(step=self.step, layer=self.layer)
 
     def write_file(self, reason: str) -> Path | None:
@@ -131,7 +131,7 @@ class FlightRecorder:
         return self._file
 
     def file_note(self) -> str:
-        """Return where the ring was written, to stand at the end of a message."""
+        """Return the path of the written ring, as the end of a message."""
         return f"; the last steps of rank {self.process}: {self._file}" if self._file is not None else ""
 
 
@@ -142,14 +142,14 @@ def unpack_place(place: int) -> tuple[int, int, int]:
 
 
 def place_order(place: int) -> tuple[int, int, int, int]:
-    """Return a key by which places are ordered as ranks pass through them."""
+    """Return a sort key that orders places as in a step."""
     step, phase, layer = unpack_place(place)
     part = 0 if phase <= Phase.AGREEMENT else 2 if phase in (Phase.END, Phase.LEFT, Phase.MERGE) else 1
     return step, part, layer - (phase in _BEFORE_LAYER), phase
 
 
 def place_text(place: int, ago: float) -> str:
-    """Return a place in words, to stand after a rank's number; `ago` in seconds."""
+    """Return a place in words that follow a rank's number; `ago` in seconds."""
     step, phase, layer = unpack_place(place)
     if phase not in _SAID_AS:
         return f"was last seen {ago:.1f} s ago" if place else "has not been seen"

@@ -15,18 +15,18 @@ from lockstep.errors import RankAbsentError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# A meeting looks often at first, then less: after a share of what it has waited.
+# A meeting polls often at first, then less: after a share of the time it has waited.
 _POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.002, 0.02, 0.05
 _LOOK_S = 0.1
 _MARGIN_S = 0.5
 _BEAT_S = 0.25
 _STORE_S = 0.9
-# Work between two beats below which a rank counts as standing still: CPU time, and bytes read.
+# Minimum progress between two beats, else a rank counts as stalled: CPU time, and bytes read.
 _LEAST_CPU_S, _LEAST_BYTES = 0.002, 1 << 16
 
 
 class Entry(NamedTuple):
-    """What a rank has published: its place, "" for none, a `beat` that grows with its progress there, since when."""
+    """A rank's published place ("" for none), a `beat` that grows with its progress there, and its arrival time."""
 
     place: str = ""
     beat: int = 0
@@ -34,14 +34,14 @@ class Entry(NamedTuple):
     process: ProcessIdentity = ProcessIdentity(0, 0, 0)
 
     def describe(self) -> str:
-        """Return what is known of the rank, to stand after its number."""
+        """Return what is known of the rank, in words that follow its number."""
         if not self.place:
             return "has not been seen"
         return f"was last seen {self.place}, {max(0.0, time.time() - self.since):.1f} s ago{self.process.describe()}"
 
 
 class Whereabouts:
-    """What a rank of a start publishes about itself in the start's store, and finds there about others, by number."""
+    """Publishes a rank's own place in the start's store, and reads the other ranks' places there, by number."""
 
     on_enter: ClassVar[Callable[[str], None] | None] = None
     """Called with the place at every `enter`; for tests that break things on purpose."""
@@ -52,14 +52,14 @@ class Whereabouts:
         self._process = ProcessIdentity.own()
 
     def enter(self, place: str, beat: int = 0) -> None:
-        """Publish where this rank is, such as `loading /models/mixtral`; another `beat` than before shows progress."""
+        """Publish where this rank is, such as `loading /models/mixtral`; a changed `beat` shows progress."""
         self._store.set(str(self.rank), json.dumps([place, beat, time.time(), self._process]))
         if Whereabouts.on_enter is not None:
             Whereabouts.on_enter(place)
 
     @contextlib.contextmanager
     def working(self, place: str) -> Iterator[None]:
-        """Publish progress (this thread's CPU time, bytes read) inside the block: others wait beyond a deadline."""
+        """Publish progress (this thread's CPU time, bytes read) inside the block: it extends other ranks' deadlines."""
         done = threading.Event()
         clock = time.pthread_getcpuclockid(threading.get_ident())
 
@@ -91,7 +91,7 @@ class Whereabouts:
             return Entry()
 
     def absent(self, message: str, ranks: Sequence[int], place: str) -> RankAbsentError:
-        """Return the error of a wait of all `ranks` at a place, naming those gone or stopped, else those elsewhere."""
+        """Return the error of a wait for all `ranks` at a place; it names ranks gone or stopped, or else elsewhere."""
 
         def look() -> tuple[tuple[int, ...], str]:
             entries = {rank: self.of(rank) for rank in ranks if rank != self.rank}
@@ -173,7 +173,7 @@ class MeetingPlace:
                 absent = json.loads(verdict)
                 if self._processes[self.rank] not in absent or once:
                     raise self._absent(absent, deadline_s)
-                # It ended just before this rank came: to the next one, with what is left of the time.
+                # It ended just before this rank came: join the next one, with the remaining time.
                 number = self._current()
                 store.set(f"{number}/{self.rank}", json.dumps(facts))
             time.sleep(min(max(_POLL_S, _POLL_SHARE * (self._answered - patience.began)), _LONGEST_POLL_S))
@@ -186,7 +186,7 @@ class MeetingPlace:
         text = f"rank {own}: ranks {absent} did not enter {self.name} within {deadline_s:g} s"
         for rank in absent:
             entry = self._whereabouts.of(rank)
-            if entry.place == f"waiting in {self.name}":  # in vain, earlier
+            if entry.place == f"waiting in {self.name}":  # it waited earlier, in vain
                 continue
             text += f"; rank {rank} {entry.describe()}"
             if entry.place.startswith("waiting in join() of") and self.name.startswith("join() of"):
@@ -206,7 +206,7 @@ class MeetingPlace:
         return verdict.decode()
 
     def _settle(self, number: int, verdict: str) -> str:
-        """Write a meeting's verdict unless it has one; return the verdict that counts."""
+        """Write a meeting's verdict unless it has one; return the valid one."""
         first: bytes = self._store.compare_set(f"{number}/verdict", "", verdict)
         self._store.compare_set("now", str(number) if number else "", str(number + 1))
         return first.decode()
@@ -223,7 +223,7 @@ class Patience:
         self._changed: dict[int, float] = {}
 
     def exhausted(self, missing: Sequence[int]) -> list[int]:
-        """Return the missing ranks that are not worth waiting for any longer."""
+        """Return the missing ranks whose wait is over."""
         now, gone = time.monotonic(), set()
         if now - self._looked >= _LOOK_S:
             self._looked = now

@@ -1,4 +1,4 @@
-"""Which ranks work together, from epoch to epoch: decided by whoever started them, in a store that outlives each rank.
+"""The ranks that work together in each epoch: decided by the launcher, in a store that outlives each rank.
 
 An epoch has fixed members. It ends when one of them is lost: the others notice, stop, say so, and wait. It also ends
 when a lost rank is back: the members are asked to stop between two steps. When every member has either said so or is
@@ -25,11 +25,11 @@ class EpochEnded(Exception):
 
 
 class Membership:
-    """The view of whoever starts the ranks: the members of the present epoch, and those of the next.
+    """The launcher's view: the members of the current epoch, and those of the next.
 
     Attributes:
-        epoch: number of the present epoch, from 0; epochs only grow.
-        members: of the present epoch; those that came back stand behind those that stayed.
+        epoch: number of the current epoch, from 0; never decreases.
+        members: of the current epoch; ranks that came back follow those that stayed.
         dead: members that have died.
         waiting: members that have stopped working, and wait for the next epoch.
         back: lost ranks that wait to enter the next epoch.
@@ -62,7 +62,7 @@ class Membership:
         return tuple(rank for rank in self.members if rank not in self.dead | self.waiting)
 
     def died(self, rank: int) -> None:
-        """A rank's process has ended: a member's, or that of a rank that was about to come back."""
+        """A rank's process has ended: a member, or a rank that was about to come back."""
         self.back.discard(rank)
         if rank in self.members:
             self.dead.add(rank)
@@ -74,7 +74,7 @@ class Membership:
             self.asked = True
 
     def stopped(self, rank: int, epoch: int) -> None:
-        """A rank has stopped working in an epoch, because of another one, and waits for the next."""
+        """A rank has stopped working in an epoch because of another rank, and waits for the next epoch."""
         if rank in self.members and epoch == self.epoch:
             self.waiting.add(rank)
 
@@ -92,7 +92,7 @@ class Membership:
 
 
 def publish(store: dist.Store, epoch: int, members: Sequence[int]) -> tuple[int, ...]:
-    """Write who the members of an epoch are, unless that is decided; return what is."""
+    """Write the members of an epoch, unless they are decided; return the decided ones."""
     return tuple(json.loads(store.compare_set(f"members/{epoch}", "", json.dumps(list(members)))))
 
 
@@ -102,8 +102,8 @@ def await_members(store: dist.Store, rank: int, epoch: int, timeout_s: float) ->
     try:
         store.wait([key], datetime.timedelta(seconds=timeout_s))
         return tuple(json.loads(store.get(key)))
-    except RuntimeError as error:  # torch's own, of which DistStoreError is one
-        text = f"rank {rank}: nobody has said within {timeout_s:g} s who goes on in epoch {epoch}: {first_line(error)}"
+    except RuntimeError as error:  # torch's DistStoreError is one
+        text = f"rank {rank}: the members of epoch {epoch} were not decided within {timeout_s:g} s: {first_line(error)}"
         raise RankAbsentError(text, (rank,)) from None
 
 

@@ -1,4 +1,4 @@
-"""What a rank knows of other ranks, and they of it: which are alive, where each is, why one has given up."""
+"""What ranks know of each other: which are alive, where each is, and why one has given up."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, Ran
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_DYING_S = 0.3  # from a broken connection until the end of its process is seen, at the longest
+_DYING_S = 0.3  # longest time from a broken connection until its process is seen to have ended
 
 
 class Peers:
@@ -43,7 +43,7 @@ class Peers:
         self._remote = StoreBoard(store, self.recorder) if board is None and store is not None else None
         self._notices: Board | StoreBoard | None = board or self._remote
         self._comparisons: Transport | None = SharedMemoryTransport(board, rank, lane=1) if board is not None else None
-        self._silent = False  # has said its last words, or says nothing any more
+        self._silent = False  # has said its last words, or must not say any
 
     def name(self, rank: int) -> int:
         """Return a rank's number in the whole start."""
@@ -95,7 +95,7 @@ class Peers:
     def collective(
         self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float, on_cpu: bool
     ) -> None:
-        """Note a collective that is about to be issued; where ranks can compare it, raise on all if theirs differ."""
+        """Record a collective about to be issued; if ranks can compare them and they differ, raise on all ranks."""
         self.recorder.collective(name, sizes)
         if not (self.debug or (on_cpu and self._comparisons is not None)):
             return
@@ -117,28 +117,28 @@ class Peers:
             raise RankMismatchError(f"{message}{self.recorder.file_note()}")
 
     def check_last_words(self) -> None:
-        """Look whether another rank has given up; cheap enough for every agreement. Raises as `check`."""
+        """Raise as `check` if another rank has given up; cheap enough for every agreement."""
         if self._board is not None and self._board.given_up:
             self.check()
 
     def check(self) -> bool:
-        """Raise if a rank will never come: it has given up or is gone. Return whether one compiles. For every wait."""
+        """For every wait: raise if a rank has given up or is gone; return whether any rank compiles."""
         if self._board is None:
             return False
         for rank in self._others:
-            # A rank may say why just before it goes, so its words are read after its state.
+            # A rank may say why just before it ends, so read its words after its state.
             gone = self._board.process(rank).state() == "gone"
             words = self._board.last_words(rank)
             if words is not None:
                 raise self._after_last_words(rank, words)
             if gone:
-                raise self.absent(f"{self.recorder.doing} there is no use in waiting on", (rank,))
+                raise self.absent(f"stopped waiting {self.recorder.doing}", (rank,))
         return any(unpack_place(self._board.place(rank)[0])[1] == Phase.COMPILE for rank in self._others)
 
     def end_wait(
         self, what: str, started: float, deadline_s: float, error: Exception, among: Sequence[int] = ()
     ) -> NoReturn:
-        """Raise what a wait ends with that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
+        """Raise the error of a wait that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
         if isinstance(error, LockstepError):  # another rank has ended it
             raise error
         if isinstance(error, ConnectionError) and self._board is not None:
@@ -151,9 +151,9 @@ class Peers:
         raise self.absent(f"{what} did not end {after}: {error}", ranks, among) from error
 
     def absent(self, waited_for: str, ranks: Sequence[int] = (), among: Sequence[int] = ()) -> LockstepError:
-        """Give up, and return the error of a wait that did not end: whom it was for, where each was last seen.
+        """Give up, and return the error of a failed wait: the missing ranks and where each was last seen.
 
-        `ranks` are known not to have come; otherwise those are found out that are behind this one, of those waited for.
+        `ranks` are known to be missing; if empty, the error names the ranks behind this one among those waited for.
         """
         for rank in self._others:
             words = self._notices.last_words(rank) if self._notices is not None else None
@@ -161,14 +161,14 @@ class Peers:
                 return self._after_last_words(rank, words)
         if self._has_gone_on_alone():
             missing: Sequence[int] = (self.rank,)
-            who = f"rank {self.name(self.rank)} itself has left a collective out: all others still wait in one before"
+            who = f"rank {self.name(self.rank)} itself skipped a collective: all other ranks still wait in it"
         else:
             missing = self._late_among(ranks) or self._missing_ranks(among)
             seen = "; ".join(f"rank {self.name(rank)} {self.last_seen(rank)}" for rank in missing)
             named = ", ".join(str(self.name(rank)) for rank in missing)
             who = f"rank{'s' if len(missing) > 1 else ''} {named} absent: {seen}"
         if not missing:
-            who = "it could not be found out which rank is absent"
+            who = "the absent rank could not be identified"
         message, names = f"rank {self.name(self.rank)}: {waited_for}; {who}", tuple(map(self.name, missing))
         self.give_up("absent", message, names)
         return RankAbsentError(f"{message}{self.recorder.file_note()}", names)
@@ -182,14 +182,14 @@ class Peers:
     def _say_last_words(self, kind: str, message: str, blamed: Sequence[int]) -> None:
         self._silent = True
         words, length = b"", 1500
-        while not words or len(words) > LAST_WORDS_BYTES:  # escaped, a message may be six times as long
+        while not words or len(words) > LAST_WORDS_BYTES:  # escapes may make a message six times as long
             words = json.dumps({"kind": kind, "ranks": list(blamed)[:64], "message": message[:length]}).encode()
             length //= 2
         if self._notices is not None:
             self._notices.say_last_words(self.rank, words)
 
     def _after_last_words(self, rank: int, words: bytes) -> LockstepError:
-        """Turn another rank's last words, whatever they are, into this rank's error, and pass them on."""
+        """Turn another rank's last words into this rank's error, and pass them on."""
         try:
             said = json.loads(words)
             kind, message = str(said["kind"]), str(said["message"])
@@ -199,20 +199,20 @@ class Peers:
         self.give_up(kind, message, blamed)
         own, note = self.name(self.rank), self.recorder.file_note()
         if kind == "failed":
-            first = blamed[0] if blamed else self.name(rank)  # it may only pass on what another has said
+            first = blamed[0] if blamed else self.name(rank)  # it may only pass on another rank's words
             text = f"rank {own} stops in step {self.recorder.step}: rank {first} raised {message}{note}"
             return PeerFailedError(text, first, message)
         text = f"rank {own}: rank {self.name(rank)} has given up: {message}{note}"
         return RankMismatchError(text) if kind == "mismatch" else RankAbsentError(text, blamed)
 
     def last_seen(self, rank: int) -> str:
-        """Return what is known of a rank, to stand after its number: where it was, how long ago, whether it lives."""
+        """Return a rank's last place, how long ago, and whether it lives, in words that follow its number."""
         if self._notices is None:
             return place_text(0, 0.0)
         return place_text(*self._notices.place(rank)) + self._notices.process(rank).describe()
 
     def terminate(self) -> str:
-        """Say last words because SIGTERM ends this process; return what a person should read, if anything is wrong."""
+        """Say last words because SIGTERM ends this process; return a message for the user if anything is wrong."""
         if self._silent or self.recorder.phase == Phase.LEFT:
             return ""
         gone = self._in_state("gone")
@@ -228,7 +228,7 @@ class Peers:
         self._board = self._remote = self._notices = self._comparisons = None
 
     def close(self) -> None:
-        """Say nothing of this rank any more: its groups are closed."""
+        """Stop publishing: this rank's groups are closed."""
         self._silent = True
         if self._remote is not None:
             self._remote.close()
@@ -239,7 +239,7 @@ class Peers:
         return tuple(rank for rank in others if board is not None and board.process(rank).state() in states)
 
     def _late_among(self, ranks: Sequence[int]) -> Sequence[int]:
-        """Leave out the ranks that wait for one that shares their requests, unless all of these do."""
+        """Drop ranks that wait for one that shares their requests, unless all of them do."""
         board = self._board
         if board is None:
             return ranks
@@ -257,7 +257,7 @@ class Peers:
         mine = place_order(self.recorder.place)
         places = {rank: place_order(self._board.place(rank)[0]) for rank in others}
         behind = self._late_among([rank for rank in others if places[rank] < mine])
-        # No rank is behind: then one has gone on although this rank had not come.
+        # No rank is behind, so one has continued although this rank had not come.
         return behind or [rank for rank in others if places[rank] > mine]
 
     def _has_gone_on_alone(self) -> bool:

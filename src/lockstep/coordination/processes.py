@@ -1,4 +1,4 @@
-"""What the operating system says about another process: alive, stopped, gone, or that it does not say."""
+"""Another process's state according to the operating system: alive, stopped, gone or unknown."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ _PROC = Path("/proc")
 
 
 class ProcessIdentity(NamedTuple):
-    """A process among all that had its number; `started` in ticks since boot, `namespace` of numbers; 0 is unknown."""
+    """A process, unique even if its number is reused; `started` in ticks since boot, PID `namespace`; 0 is unknown."""
 
     pid: int
     started: int
@@ -18,24 +18,24 @@ class ProcessIdentity(NamedTuple):
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
-        """Return that of a process that this one can see."""
+        """Return the identity of a process visible to this one."""
         found = _stat(pid, _PROC)
         return cls(pid, found[1] if found else 0, pid_namespace())
 
     @classmethod
     def own(cls) -> "ProcessIdentity":
-        """Return that of this process."""
+        """Return the identity of this process."""
         return cls.of(os.getpid())
 
     def describe(self) -> str:
-        """Return what is known of it, to stand at the end of a message; an empty string where nothing is."""
+        """Return what is known of it as the end of a message, or an empty string."""
         state = self.state()
         if state == "gone":
             return f"; its process {self.pid} is gone"
         return f"; its process is {state}" if state != "unknown" else ""
 
     def state(self, proc: Path = _PROC) -> ProcessState:
-        """Return what is known of it; `gone` is only what certainly no longer exists, `unknown` what cannot be read."""
+        """Return its state; `gone` means certainly no longer there, `unknown` that it cannot be read."""
         if self.pid <= 0 or not self.namespace or self.namespace != pid_namespace():
             return "unknown"
         try:
@@ -54,7 +54,7 @@ class ProcessIdentity(NamedTuple):
 
 
 def pid_namespace() -> int:
-    """Return the namespace in which this process's number counts, 0 where it cannot be read."""
+    """Return the PID namespace of this process, 0 if it cannot be read."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:

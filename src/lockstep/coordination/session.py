@@ -1,4 +1,4 @@
-"""Every rank takes part until all have finished, whatever its script does meanwhile."""
+"""Every rank takes part until all have finished, whatever its script does in between."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ _LOOK_SHARE, _LOOK_S = 0.05, (0.0002, 0.002)
 
 
 class Session:
-    """All ranks walk through steps together although each has other work. A context manager, entered on every rank.
+    """All ranks go through steps together, each with its own work. A context manager, entered on every rank.
 
     The script of a rank runs steps with `begin_step` and `end_step`, as many as it likes. When it is not inside one,
     a thread of the session answers the other ranks' agreements with zero rows and runs `run_idle_step` for them. So
@@ -59,7 +59,7 @@ class Session:
         self._finished = False  # this rank's script has left its block
         self._over = False
         self._failure: BaseException | None = None
-        self._untold = False  # the other ranks do not know yet that this one has finished or failed
+        self._untold = False  # the other ranks do not know yet that this rank has finished or failed
         self._earliest_idle_step, self._idled = 0.0, True  # whether it has idled since its script's last step
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -143,7 +143,7 @@ class Session:
             self._changed.notify_all()
 
     def break_off(self, error: BaseException | None) -> None:
-        """End the session on this rank at once; by an error, its groups are in an unknown state: none is announced."""
+        """End the session on this rank at once, unannounced; after an error its groups are in an unknown state."""
         with self._changed:
             if not self._over:
                 self._over, self.error = True, error
@@ -159,20 +159,20 @@ class Session:
                 decision, _ = self._walk(None)
                 if not decision.unfinished:
                     self.break_off(None)
-            except BaseException:  # the session has ended by it, or it will be announced
+            except BaseException:  # it has ended the session, or will be announced
                 continue
             finally:
                 self._release()
             if decision.runs_step:
                 pause_s = _PAUSE_S[0]
-                if not self._idled:  # or ranks whose scripts meet between steps would stay one step apart for good
+                if not self._idled:  # or ranks whose scripts meet between steps would stay one step apart forever
                     self._earliest_idle_step, self._idled = time.monotonic() + self._grace_s, True
             else:
                 self._pause(pause_s, min(max(pause_s * _LOOK_SHARE, _LOOK_S[0]), _LOOK_S[1]) if watches else pause_s)
                 pause_s = min(2 * pause_s, _WATCHED_PAUSE_S if watches else _PAUSE_S[1])
 
     def _pause(self, pause_s: float, look_s: float) -> None:
-        """Wait until there is something to tell, another rank wants a step, or the time is over."""
+        """Wait for something to announce, another rank's step, or the end of the pause."""
         until, wanted = time.monotonic() + pause_s, self.coordinator.transport.wanted
         with self._changed:
             while not (self._over or self._scripts_waiting or self._untold or wanted()):
@@ -211,7 +211,7 @@ class Session:
             self._changed.notify_all()
 
     def _walk(self, num_tokens: int | None, since: float = 0.0) -> tuple[StepDecision, bool]:
-        """Agree on a step, and take part unless it is the script's own, of `num_tokens` rows: whether it is."""
+        """Agree on a step; return whether it is the script's own, of `num_tokens` rows, else take part in it."""
         coordinator = self.coordinator
         try:
             with self._changed:
@@ -235,11 +235,11 @@ class Session:
         except BaseException as error:
             if not coordinator.usable or error is self._failure:
                 self.break_off(error)
-            elif isinstance(error, RankAbsentError):  # of an agreement that has ended: unknown to other ranks
+            elif isinstance(error, RankAbsentError):  # after an ended agreement: unknown to other ranks
                 self.fail(error)
             elif isinstance(error, LockstepError):
                 self.break_off(error)
-            elif coordinator.under_way:  # the other ranks may be running a step that this one knows nothing of
+            elif coordinator.under_way:  # the other ranks may be running a step unknown to this one
                 coordinator.give_up(error)
                 self.break_off(error)
             else:
@@ -269,15 +269,15 @@ class HeldBackInterrupt:
         self._came = False
 
     def hold(self) -> None:
-        """Begin to hold it back; once more does nothing."""
+        """Begin to hold it back. Idempotent."""
         handler = signal.getsignal(signal.SIGINT)  # none to call: the signal is ignored, or ends the process
         if self._handler is None and callable(handler) and threading.current_thread() is threading.main_thread():
             self._came = False
-            signal.signal(signal.SIGINT, self._on_signal)  # raises here if it has come already: nothing is held then
+            signal.signal(signal.SIGINT, self._on_signal)  # raises if Ctrl-C has already come: nothing is held then
             self._handler = handler
 
     def let_go(self) -> None:
-        """Hand on what was held back, and hold back no more."""
+        """Deliver a held signal, and stop holding."""
         handler = self._handler
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

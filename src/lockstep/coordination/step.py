@@ -1,4 +1,4 @@
-"""What one rank says before a step, and what all ranks then know. Pure Python: no torch, no clocks."""
+"""One rank's record before a step, and the ranks' common decision. Pure Python: no torch, no clocks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ def decided(by: Reducer, default: int | bool = 0) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one rank says before a step: a few integers, each of which declares how it is decided.
+    """One rank's record before a step: a few integers, each of which declares how it is decided.
 
     Engines add fields of their own in a frozen subclass:
 
@@ -37,7 +37,7 @@ class StepRecord:
 
     Attributes:
         num_tokens: rows of this rank's requests in the step; 0 for an idle rank.
-        unfinished: this rank will or may have more work. The run ends at the first agreement where no rank has.
+        unfinished: this rank may have more work. The run ends at the first agreement where no rank has any.
         failed: this rank has raised; every rank stops here.
     """
 
@@ -65,7 +65,7 @@ class Said(NamedTuple):
 
 
 class StepDecision(NamedTuple):
-    """What all ranks know after an agreement; equal on all of them, whatever each had said.
+    """The result of an agreement, equal on all ranks.
 
     Attributes:
         said: what each rank said, field by field.
@@ -99,7 +99,7 @@ class StepDecision(NamedTuple):
 
 
 class RecordFields:
-    """The fields of one record class and how each is decided, worked out once per class; `fingerprint` tells them."""
+    """The fields of one record class and how each is decided, cached per class; `fingerprint` identifies them."""
 
     def __init__(self, record_class: type[StepRecord]) -> None:
         for item in fields(record_class):
@@ -121,7 +121,7 @@ fields_of: Callable[[type[StepRecord]], RecordFields] = cache(RecordFields)  # t
 def decide(
     records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1, names: Sequence[int] | None = None
 ) -> StepDecision:
-    """Turn what all ranks said into what all ranks do. Pure: the same records give the same decision everywhere.
+    """Decide the step from all ranks' records. Pure: the same records give the same decision everywhere.
 
     The ranks of one tensor-parallel group share their requests, so they run them together or not at all: until all of
     them have said so, the group takes part with zero rows. Where any rank has failed, no rank has rows.

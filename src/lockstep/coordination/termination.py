@@ -1,4 +1,4 @@
-"""What a rank says before SIGTERM ends it; a process forked from a rank says nothing in its name."""
+"""A rank's last words before SIGTERM ends it; processes forked from the rank do not speak for it."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ _installed = False
 
 
 def speak_before_termination(peers: Peers) -> None:
-    """Let SIGTERM end this process only after last words; a handler that is set already is left alone."""
+    """Let SIGTERM end this process only after last words; an existing handler stays."""
     global _installed
     _peers_of_this_process.add(peers)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -48,11 +48,11 @@ def _say() -> None:
 
 
 def _watch_signals() -> None:
-    """Speak from a thread where the main thread does not come to run the handler."""
+    """Speak from another thread if the main thread does not get to run the handler."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    if before != -1:  # of other software, such as asyncio
+    if before != -1:  # set by other software, such as asyncio
         signal.set_wakeup_fd(before)
         os.close(reading)
         os.close(writing)

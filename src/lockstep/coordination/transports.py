@@ -1,4 +1,4 @@
-"""How records travel. A transport moves a few integers of each rank to all ranks, and knows when to give up."""
+"""Transports of records: each moves a few integers of each rank to all ranks, within a deadline."""
 
 import contextlib
 import struct
@@ -76,8 +76,8 @@ class ProcessGroupTransport(Transport):
 class SharedMemoryTransport:
     """Exchange through a board in shared memory, for ranks of one host, all of which have registered there.
 
-    Each rank writes its words with the number of the exchange in the upper half of each, and looks until the words of
-    all others carry it. Two sets of places take turns: who writes the next exchange but one has seen all in the next.
+    Each rank writes its words with the number of the exchange in the upper half of each, and polls until the words of
+    all other ranks carry it. Two sets of slots alternate: a rank that writes exchange n + 2 has seen all of n + 1.
     """
 
     can_watch = True
@@ -86,7 +86,7 @@ class SharedMemoryTransport:
         self.board, self.rank, self.num_ranks = board, rank, board.num_ranks
         # Where each rank's words begin, `[parity][rank]`, in bytes.
         self._starts = [[board.exchange_offset(lane, parity, r) for r in range(board.num_ranks)] for parity in (0, 1)]
-        # A rank that looks without pause must not keep another from answering.
+        # A rank that spins must not keep another from answering.
         self._spin_ns = SPIN_NS if board.cores_suffice() else 0
         self._sequence, self._wire, self._stamped = sequence, b"", b""
         self._shape: Callable[[int], _RecordShape] = cache(lambda size: _RecordShape(board.num_ranks, size))
@@ -115,7 +115,7 @@ class SharedMemoryTransport:
                 if slept or not awaited:
                     received = self._take()
                 if slept and received is None and len(whole := self._whole()) == self.num_ranks:
-                    received = list(whole.values())  # their heads differ: the ranks will say in what
+                    received = list(whole.values())  # their heads differ: the ranks will report the difference
         except LockstepError:  # of `check`
             raise
         except TimeoutError as error:
@@ -153,7 +153,7 @@ class SharedMemoryTransport:
 
 
 class _RecordShape:
-    """What is worked out once for records of one size, from all ranks."""
+    """Precomputed layout of all ranks' records of one size."""
 
     def __init__(self, num_ranks: int, size: int) -> None:
         self.on_board = struct.Struct(num_ranks * f"{HEAD_BYTES}s{size - HEAD_BYTES}s{EXCHANGE_BYTES - size}x")
@@ -168,7 +168,7 @@ def open_transport(process_group: dist.ProcessGroup, timeout_s: float) -> tuple[
     transport, rank, board = ProcessGroupTransport(process_group), process_group.rank(), None
     try:
         if rank == 0:
-            with contextlib.suppress(OSError):  # no shared memory here, or none left: the group does as well
+            with contextlib.suppress(OSError):  # no shared memory here, or none left: fall back to the group
                 board = Board.create(transport.num_ranks)
         transport.begin(encode_message(board.name.encode() if board else b""))
         name = decode_message(transport.wait(timeout_s)[0])

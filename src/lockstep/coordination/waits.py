@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEADLINE_S = 30.0  # longest wait for any rank, in seconds, where nothing else is said
-SPIN_NS = 20_000  # how long a wait looks without a pause
+DEADLINE_S = 30.0  # default longest wait for any rank, in seconds
+SPIN_NS = 20_000  # how long a wait spins
 _CHECK_S = 0.1
 _YIELD_NS = 400_000
 _SLEEP_SHARE = 0.02
@@ -31,7 +31,7 @@ _waited = threading.local()
 
 
 class Lookout:
-    """The pauses between the looks of one wait: none at first, then others' turns, then sleeps.
+    """The pauses between the polls of one wait: none at first, then yields, then sleeps.
 
     `check` may end the wait by an error; where it returns True, a rank compiles, and the time limit starts anew.
     """
@@ -45,7 +45,7 @@ class Lookout:
         self._next_check_ns = _CHECK_S * 1e9
 
     def pause(self) -> bool:
-        """Let some time pass until the next look; return whether that was a sleep. At the end, a `TimeoutError`."""
+        """Pause until the next poll; return whether that was a sleep. `TimeoutError` after the time limit."""
         waited_ns = time.monotonic_ns() - self._started_ns
         if waited_ns >= self._timeout_s * 1e9:
             raise TimeoutError(f"no answer within {self._timeout_s:.3g} s")
@@ -62,7 +62,7 @@ class Lookout:
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], object] | None = None) -> None:
-    """Look until an event, or a collective, of a GPU is done: any other wait for it would have no limit."""
+    """Poll until an event or collective of a GPU is done: any other wait for it would have no limit."""
     lookout = Lookout(timeout_s, check)
     while not done():
         lookout.pause()
@@ -145,13 +145,13 @@ def peers_of(group: dist.ProcessGroup) -> "Peers | None":
 
 
 def waited_s() -> float:
-    """Return how long this thread has waited in collectives so far, in seconds; a difference tells of one step."""
+    """Return this thread's total time waiting in collectives, in seconds; take differences for single steps."""
     seconds: float = getattr(_waited, "seconds", 0.0)
     return seconds
 
 
 def count_wait(started: float) -> None:
-    """Add what has passed since `started`, by `time.perf_counter`, to what this thread has waited."""
+    """Add the time since `started`, by `time.perf_counter`, to this thread's total wait."""
     _waited.seconds = waited_s() + time.perf_counter() - started
 
 

@@ -17,10 +17,10 @@ _COLLECTIVES = ("all", "reduce", "broadcast", "scatter", "gather", "barrier")
 
 
 class WatchedGroup(dist.ProcessGroup):
-    """A face for a group that may be replaced: what is issued on it runs on `inner`, with a deadline.
+    """A proxy for a replaceable group: its collectives run on `inner`, with a deadline.
 
-    A tensor-parallel plan puts its group into every parameter for good, and waits in C++, for torch's half hour.
-    `inner` changes whenever groups are opened anew; `ranks` are its members' numbers in the whole start.
+    A tensor-parallel plan stores its group in every parameter, and waits in C++ for up to torch's half hour.
+    `inner` changes whenever groups are reopened; `ranks` are its members' numbers in the whole start.
     """
 
     inner: dist.ProcessGroup
@@ -48,7 +48,7 @@ class WatchedGroup(dist.ProcessGroup):
     def run(self, name: str, *args: Any) -> Any:
         """Issue a collective on `inner` and wait for it as `await_work`, on NCCL only where no later wait does."""
         inner, peers = self.inner, peers_of(self.inner)
-        if peers is None:  # before join: the pass that finds out the model's shapes
+        if peers is None:  # before join: the pass that determines the model's shapes
             self.whereabouts.enter(_PLACE)
             work = getattr(inner, name)(*args)
             try:

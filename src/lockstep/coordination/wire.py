@@ -1,4 +1,4 @@
-"""Step records as bytes on their way between ranks, and short messages in their place. Pure Python."""
+"""Wire format of step records, and of short messages in their place. Pure Python."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ a transport's own while they travel. The head must be equal on all ranks, but fo
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What must be the same on all ranks before their numbers may be believed; `package` is Lockstep's version."""
+    """Values that must be equal on all ranks before their records are trusted; `package` is Lockstep's version."""
 
     epoch: int = 0
     fingerprint: int = 0
@@ -42,7 +42,7 @@ class Header:
 
 
 class _Layout(RecordFields):
-    """How the records of one class travel, worked out once per class."""
+    """Wire layout of one record class, cached per class."""
 
     def __init__(self, record_class: type[StepRecord]) -> None:
         super().__init__(record_class)
@@ -132,12 +132,12 @@ def decode(
 
 
 def cut(words: bytes) -> Wire:
-    """Return the record at the beginning of words of a transport that knows nothing of their meaning."""
+    """Return the record at the beginning of a transport's raw words."""
     return words[: WORD_BYTES * max(int.from_bytes(words[:2], "little"), HEAD_WORDS)]
 
 
 def _words(wire: Wire) -> tuple[int, ...] | None:
-    """A record's words, or None if it is damaged or no record."""
+    """Return a record's words, or None if they are damaged or not a record."""
     count, rest = divmod(len(wire), WORD_BYTES)
     if rest or not HEAD_WORDS < count <= WORDS:
         return None
@@ -158,7 +158,7 @@ _HEAD_NAMES = {
 
 
 def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None) -> RankMismatchError:
-    """Say what is wrong with the ranks' words. Something is."""
+    """Return the error in the ranks' words; there is one."""
     heads, names = [], names or range(len(received))
     for name, wire in zip(names, received, strict=True):
         words = _words(wire)
@@ -181,12 +181,12 @@ _MESSAGE_HEAD = (WORDS,) * HEAD_WORDS
 
 
 def encode_message(part: bytes) -> Wire:
-    """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that no record begins like."""
+    """Return at most `MESSAGE_BYTES` bytes as `WORDS` words that cannot be mistaken for a record."""
     return _message.pack(*_MESSAGE_HEAD, len(part), *_message_body.unpack(part.ljust(MESSAGE_BYTES, b"\0")))
 
 
 def decode_message(wire: Wire) -> bytes:
-    """Return the bytes of `encode_message`; nothing where the words are of something else."""
+    """Return the bytes of `encode_message`; empty for any other words."""
     words = _message.unpack(wire) if len(wire) == _message.size else ()
     if words[:HEAD_WORDS] != _MESSAGE_HEAD:
         return b""
