@@ -48,7 +48,7 @@ def execute_calibration(
     as_json: bool, make_run: Callable[[Path, str, int, int], None] = make_run,
 ) -> int:  # fmt: skip
     """Fit cost constants to recorded or new runs, write them, and show how well they fit; return the exit status."""
-    _check_replaceable(out)  # before the runs, not after them
+    _check_replaceable(out)  # fail before the runs, not after them
     source = "fitted to " + ", ".join(map(str, run_folders))
     runs = [read_columns(folder) for folder in run_folders]
     if not runs:

@@ -1,4 +1,4 @@
-"""A command's output folder: marked as ours, locked while it is written, and cleared only of files that we write.
+"""A command's output folder: marked as ours, locked while in use, and cleared only of files that we write.
 
 The marker file is also the lock, which the kernel releases when the process ends. `--overwrite` removes only the files
 listed below; anything else in the folder stays.
@@ -39,7 +39,7 @@ BAD_PATH = {
     *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EILSEQ),
 }
-"""Errors of a path that was typed, rather than of the machine."""
+"""Errors caused by the given path rather than by the machine."""
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def _take(out: Path, overwrite: bool, joint_run: str) -> BinaryIO:
     except FileExistsError:
         if not out.is_dir():
             raise ConfigurationError(f"{out} is no folder, so it is not overwritten") from None
-        if not joint_run:  # another process of a joint run may be writing the marker just now
+        if not joint_run:  # another process of a joint run may be writing the marker now
             if not overwrite:
                 raise ConfigurationError(_EXISTS.format(out)) from None
             _check_ours(out, overwrite)
@@ -146,5 +146,5 @@ def _clear(out: Path) -> None:
             file.unlink()
     for pattern in _FOLDERS:
         for folder in out.glob(pattern):
-            with contextlib.suppress(OSError):  # it holds other files
+            with contextlib.suppress(OSError):  # it contains other files
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""`lockstep plan`: the sizes that DPMetadata shows of a step, and the chunk plan that the layer follows."""
+"""`lockstep plan`: a step's sizes in DPMetadata, and the layer's chunk plan."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -77,7 +77,7 @@ def print_plan(document: dict[str, Any], most_ranks: int = 64) -> None:
     chunks = document["chunks"]
     ranks = len(document["sp_local_sizes"])
     console = Terminal(soft_wrap=True)
-    # Show as many chunks as fit beside the four other columns, each as wide as the longest span.
+    # Show as many chunks as fit beside the other four columns, each as wide as the longest span.
     longest = max((len(f"{stop}..{stop}") for chunk in chunks for _, stop in chunk["spans"]), default=1)
     most_chunks = max(1, (console.width - 45) // (max(longest, len("chunk 00")) + 3))
     lists = {f"{name}({sp})": document[name] for name in ("sp_local_sizes", "cu_tokens_across_sp")}

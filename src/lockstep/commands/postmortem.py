@@ -1,4 +1,4 @@
-"""`lockstep postmortem`: flight recorders of several ranks side by side, and the step in which they parted."""
+"""`lockstep postmortem`: several ranks' flight recorders side by side, and the step in which they diverged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lockstep.json_reading import json_object
 from lockstep.report.terminal import Terminal, plain
 
 PHASES = ("", *(phase.name.lower() for phase in Phase))
-"""As events are numbered; 0 is an event within a phase."""
+"""Phases by their number in events; 0 is an event within a phase."""
 
 _NAMES = "lockstep-rank*.jsonl"
 _MOST_BYTES = 16 * 2**20
@@ -61,7 +61,7 @@ class RecorderFile:
 
 
 def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]]:
-    """Read recorders from files, and of each folder the last failure; also return a sentence for what is left out.
+    """Read recorders from files, and each folder's last failure; also return a sentence on skipped files.
 
     The files of one failure have the `run` of the newest file. Ranks that agreed on none have run 0: of these, the
     files of as many ranks as the newest, and of the 5 minutes before it.
@@ -77,7 +77,7 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]
         for each in sorted(path.glob(_NAMES)):
             try:
                 found.append(read_recorder(each))
-            except (ConfigurationError, OSError):  # of somebody else, or of another version
+            except (ConfigurationError, OSError):  # another program's or another version's file
                 num_unreadable += 1
         if not found:
             raise ConfigurationError(
@@ -105,9 +105,9 @@ def read_recorders(paths: Sequence[Path]) -> tuple[list[RecorderFile], list[str]
 
 
 def read_recorder(path: str | Path) -> RecorderFile:
-    """Read a flight recorder's file. A last line that was torn off is left out."""
+    """Read a flight recorder's file. An incomplete last line is skipped."""
     path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait until somebody writes into it
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block until it has a writer
         raise ConfigurationError(f"{path} is no file")
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
@@ -131,7 +131,7 @@ def read_recorder(path: str | Path) -> RecorderFile:
         try:
             entry = json_object(where, line)
         except ConfigurationError:
-            if number == len(lines):  # without its end: the process was killed while it wrote
+            if number == len(lines):  # incomplete: the process was killed while writing it
                 break
             raise
         if "stacks" in entry:
@@ -177,7 +177,7 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
 
 
 def print_postmortem(document: dict[str, Any], left_out: Sequence[str] = (), stacks: bool = False) -> None:
-    """Print a merged post-mortem as a table and sentences on stdout; what a file says is shown, never obeyed."""
+    """Print a merged post-mortem as a table and sentences on stdout, without control characters of the files."""
     from rich.table import Table
 
     console = Terminal()
@@ -208,12 +208,12 @@ def print_postmortem(document: dict[str, Any], left_out: Sequence[str] = (), sta
 
 
 def _indented(text: str) -> str:
-    """Return a text of several lines such that none of them looks like one of ours."""
+    """Indent the lines of a text, so that none of them looks like ours."""
     return plain(text).replace("\n", "\n    ")
 
 
 def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:
-    """The first step, of those that all recorders reach back to, in which ranks issued other operations."""
+    """The first step within reach of all recorders in which the ranks issued different operations."""
     if len(last) < 2:
         return None
     did: dict[int, dict[int, list[str]]] = {}
@@ -224,7 +224,7 @@ def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:
             if event.phase == "agreement":
                 steps.setdefault(event.step, []).append("agreement")
             elif not event.phase and isinstance(event.detail, list) and event.detail:
-                # A collective's entry begins with its name; other entries are the counts that were agreed.
+                # A collective's entry begins with its name; all other entries are agreed counts.
                 name, sizes = str(event.detail[0]), event.detail[1:]
                 if isinstance(event.detail[0], str):
                     steps.setdefault(event.step, []).append(f"{name}{sizes}"[:200])
@@ -238,7 +238,7 @@ def _parting(last: dict[int, RecorderFile]) -> dict[str, Any] | None:
 
 
 def _where_they_differ(lists: dict[int, list[str]], rank: int) -> str:
-    """What a rank did in the step, from the first operation on that not all have in common."""
+    """A rank's operations in the step, from the first one that differs between ranks."""
     alike = [len(set(operations)) == 1 for operations in zip(*lists.values(), strict=False)]
     common = [*alike, False].index(False)
     rest = lists[rank][common:]

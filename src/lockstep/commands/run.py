@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _TINY_EXPERTS = 16
 _OPTIONS = ("clock", "model", "workload", "data_parallel_size", "tensor_parallel_size", "max_chunk_size", "seed", "out")
-# What was chosen for the run, of what its engine says of itself.
+# The engine's choices for the run.
 _CHOSEN = (
     *("dispatcher", "dispatcher_note", "dtype", "device", "attention_name", "layers", "graphs", "graphs_note"),
     *("max_model_len", "kv_capacity_tokens"),
@@ -51,7 +51,7 @@ def execute(
     arguments: Sequence[str],
     max_restarts: int = 0,
 ) -> int:
-    """Check, run, compare and write it all; return 0, or 1 where outputs differ. Ends the process if interrupted."""
+    """Check, run, verify and write everything; return 0, or 1 if outputs differ. Ends the process if interrupted."""
     rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
     _log_as(rank)
     from lockstep.runner.checkpoint_checks import placement_of
@@ -60,14 +60,14 @@ def execute(
     _check(options, console)
     out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     with output_folder(out, overwrite, _torchrun_id()) as folder, ExitStack() as stack:
-        if not under_torchrun:  # torchrun sends SIGTERM also to ranks whose peer has failed: they say nothing
+        if not under_torchrun:  # torchrun also sends SIGTERM to ranks whose peer has failed: they stay silent
             with suppress(ValueError):  # only the main thread takes signals
                 stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         options = replace(options, out=str(folder))
         if options.model == "tiny":
             from lockstep.models.tiny import make_tiny
 
-            # Each rank of torchrun makes its own: hosts need not share a disk.
+            # Under torchrun each rank makes its own: hosts need not share a disk.
             _quiet_transformers()
             model = make_tiny(folder / f"tiny-{rank}", seed=options.seed, num_experts=_TINY_EXPERTS)
             options = replace(options, model=str(model))
@@ -89,11 +89,11 @@ def execute(
             terminated = isinstance(interrupt, _Terminated)
             _say_how_far("terminated" if terminated else "interrupted", folder, console, time.perf_counter() - started)
             sys.stderr.flush()
-            os._exit(143 if terminated else 130)  # nothing is left to write, and unloading torch takes most of a second
+            os._exit(143 if terminated else 130)  # everything is written, and unloading torch takes most of a second
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, but for the word and the exit status."""
+    """SIGTERM: as Ctrl-C, except for the wording and the exit status."""
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -105,7 +105,7 @@ def _log_as(rank: int) -> None:
 
 
 def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[str, Any]:
-    """Run one rank, in its process; the first one that is left shows the progress of all on stderr."""
+    """Run one rank in its process; the first remaining rank shows the progress of all on stderr."""
     rank = int(os.environ.get("RANK", "0"))
     _log_as(rank)
     _quiet_transformers()
@@ -115,7 +115,7 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
     console = Terminal(stderr=True)
     with ExitStack() as stack:
 
-        @functools.cache  # a rank may become the first one in the middle of a run
+        @functools.cache  # a rank may become the first one during a run
         def display() -> tuple[Callable[..., None], RunMetrics | None]:
             metrics = None
             if options.metrics_port is not None:
@@ -141,7 +141,7 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
 
 
 def _check(options: RunOptions, console: Console) -> None:
-    """Say what cannot work before any rank is started and a folder made: the cheapest checks first."""
+    """Report impossible options before starting ranks or creating a folder, cheapest checks first."""
     options.check_survive()
     if "RANK" in os.environ:
         refuse_survivors_under_torchrun(survive=options.survive, restart_ranks=options.restart_ranks)
@@ -179,7 +179,7 @@ def _check(options: RunOptions, console: Console) -> None:
 
     own_device(options.device)
     check_dispatcher(options.dispatcher, device_type=own_device(None).type)
-    if options.model != "tiny":  # whose tokenizer takes any prompt, and whose context each rank checks
+    if options.model != "tiny":  # the tiny model's tokenizer takes any prompt, and each rank checks its context
         from lockstep.runner.ranks import load_tokenizer
         from lockstep.runner.run import check_requests, load_requests
 
@@ -191,11 +191,11 @@ def _check(options: RunOptions, console: Console) -> None:
 
 
 def _torchrun_id() -> str:
-    """Name the run that this process is a rank of; the same after torchrun has started all ranks again."""
+    """Return a name of this process's run that stays the same when torchrun restarts all ranks."""
     if "RANK" not in os.environ:
         return ""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id in ("", "none"):  # of a static rendezvous, whose address stays
+    if run_id in ("", "none"):  # a static rendezvous: its address does not change
         run_id = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     return "ranks of " + " ".join(run_id.split())
 
@@ -251,7 +251,7 @@ def _summary(
 
     totals = summarize(records)
     wall_s, engine = result["wall_s"], result["engine"]
-    # Each rank of a tensor-parallel group repeats these.
+    # The same on every rank of a tensor-parallel group.
     repeated = ("prefill_tokens", "decode_tokens", "preempted", "overrun_rows", "cached_tokens")
     return {
         "requests": result["requests"],
@@ -267,7 +267,7 @@ def _summary(
         "wall_s": round(wall_s, 3),
         **{name: getattr(options, name) for name in _OPTIONS},
         **{name: engine[name] for name in _CHOSEN},
-        # As the run had it, so that a simulation of the same requests has it too.
+        # The run's value, so that a simulation of the same requests uses it too.
         "scheduler": asdict(options.scheduler)
         | {name: engine[name] for name in ("kv_capacity_tokens", "enable_prefix_caching")},
     }

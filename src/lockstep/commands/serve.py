@@ -1,4 +1,4 @@
-"""`lockstep serve`: the service's model, key and address, and a line every second."""
+"""`lockstep serve`: the service's model, key and address, and a status line every second."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _MOST_RANKS_SHOWN = 16
 
 
 def execute(options: EngineOptions, service: ServeOptions, host: str, port: int, chat_template: Path | None) -> None:
-    """Serve until a signal comes, and end the process: 0 after a first signal, `128 + signal` after a second.
+    """Serve until a signal, then end the process: 0 after a first signal, `128 + signal` after a second.
 
     Raises:
-        ConfigurationError: options that cannot work.
-        LockstepError: ranks or API processes could not be started, or died again and again.
+        ConfigurationError: invalid options.
+        LockstepError: ranks or API processes could not be started, or kept dying.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if service.log_requests != "off":
@@ -63,7 +63,7 @@ def execute(options: EngineOptions, service: ServeOptions, host: str, port: int,
             return engine
 
         def end_now(status: int) -> NoReturn:
-            """End the process, and with it remaining ranks and an engine that is still starting."""
+            """End the process, with any remaining ranks and an engine that is still starting."""
             stack.close()
             console.show_cursor()
             sys.stderr.flush()
@@ -98,12 +98,12 @@ def _check_chat_template(model: str, template: str) -> None:
         tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
     except TemplateSyntaxError as error:
         raise ConfigurationError(f"chat_template is no Jinja: line {error.lineno}: {error.message}") from None
-    except Exception as error:  # a template may want other messages than these
+    except Exception as error:  # a template may expect different messages
         logger.warning("the chat template refuses a chat of one user message: %s", error)
 
 
 async def _show(service: Service, console: Terminal, url: str) -> None:
-    """Say when the service is ready. Then show one live line on a terminal; elsewhere, print a line if tokens came."""
+    """Report when the service is ready. Then update one line on a terminal; elsewhere print a line after new tokens."""
     while service.state != "ready":
         await asyncio.sleep(0.05)
     console.print(f"ready: {url}/v1 (health: {url}/health, figures: {url}/metrics)", soft_wrap=True)
@@ -141,7 +141,7 @@ def read_api_key(given: str | None, file: Path | None) -> str | None:
     """Return the API key from the option, the file's first line, or the environment; None if there is none.
 
     Raises:
-        ConfigurationError: a key that no header can carry, or two keys.
+        ConfigurationError: a key that does not fit into a header, or two keys.
     """
     if given is not None and file is not None:
         raise ConfigurationError("give either api_key or api_key_file")

@@ -37,7 +37,7 @@ _PLACEMENT_GAIN = (
 
 
 def placement_gains(path: str, ranks: Sequence[int], num_redundant_experts: int) -> list[dict[str, Any]]:
-    """Return, for each number of ranks, the busiest one's share of the experts' work over the mean, even and placed."""
+    """Return the busiest rank's work over the mean for each number of ranks, with even and with placed experts."""
     load = ExpertLoad.read(path)
     gains = []
     for num_ranks in ranks:
@@ -53,7 +53,7 @@ def execute(
     overwrite: bool = False, as_json: bool = False, workers: int | None = None, arguments: Sequence[str] = (),
     placement: Sequence[Mapping[str, Any]] = (),
 ) -> int:  # fmt: skip
-    """Simulate all settings, print and write what came out; return 0, or 1 where no setting meets the limits."""
+    """Simulate all settings, print and write the results; return 0, or 1 if no setting meets the limits."""
     console = Terminal(stderr=True)
     configs = grid.configs(base)
     for config in configs:
@@ -94,7 +94,7 @@ def execute(
 
 
 def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json: bool) -> int:
-    """Compare recorded runs with what the cost formula predicts of their steps; print it and return the exit status."""
+    """Compare recorded steps with the cost formula's predictions; print the result and return the exit status."""
     result = validate(join_runs([read_columns(folder) for folder in run_folders]), cost)
     name = ", ".join(str(folder) for folder in run_folders)
     if as_json:
@@ -105,7 +105,7 @@ def execute_validation(run_folders: Sequence[Path], cost: CostConstants, as_json
 
 
 def execute_replay(run_folder: Path, cost: CostConstants, as_json: bool) -> int:
-    """Plan a recorded run again and compare it with what was executed; return 0, or 1 where they differ."""
+    """Plan a recorded run again and compare it with the execution; return 0, or 1 if they differ."""
     replay = read_replay(run_folder, cost)
     summary, difference = replay.run()
     values = {**setting(replay.config), **summary}
@@ -133,7 +133,7 @@ def _write(
         writer.writeheader()
         writer.writerows(table.to_pylist())
     _write_parquet(table, out / "settings.parquet")
-    # The best setting once more, this time with every step written down.
+    # The best setting once more, this time recording every step.
     with StepColumns(out / "steps.parquet") as log:
         result = simulate(trace.requests, configs[chosen], log, on_progress)
     columns = _request_columns(trace, result)
@@ -155,7 +155,7 @@ def _write(
 def _write_parquet(table: Any, path: Path) -> None:
     import pyarrow.parquet
 
-    with path.open("wb") as file:  # PyArrow takes some names for addresses, and no name that is not UTF-8
+    with path.open("wb") as file:  # PyArrow mistakes some names for addresses, and refuses names that are not UTF-8
         pyarrow.parquet.write_table(table, file)
 
 
@@ -174,19 +174,19 @@ def _request_columns(trace: Trace, result: SimulationResult) -> dict[str, Any]:
 
 def _request_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = [name for name in columns if name != "arrival_s"]
-    # A request of one token has no time per further token: NaN there, None here.
+    # A request of one token has no time per output token: NaN there, None here.
     values = [[None if value != value else value for value in columns[name]] for name in names]
     return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def _names(settings: Sequence[Mapping[str, Any]], without: str = "") -> list[str]:
-    """Return a short name of each setting: only what differs between them."""
+    """Return a short name for each setting: only the options that differ."""
     varying = [name for name in SETTINGS if name != without and len({str(item[name]) for item in settings}) > 1]
     return [", ".join(SETTINGS[name][1].format(item[name]) for name in varying) or "the setting" for item in settings]
 
 
 def _compared(document: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the settings as points and rows of the report."""
+    """Return the settings as the report's points and rows."""
     settings = document["settings"]
     groups, cells = _names(settings, "max_prefill_delay_steps"), setting_cells(settings)
     return [

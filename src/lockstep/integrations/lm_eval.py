@@ -17,15 +17,15 @@ _OF_THE_HARNESS = (
     "max_batch_size", "max_length", "prefix_token_id", "softmax_dtype", "think_end_token", "tokenizer", "truncation",
     "use_fast_tokenizer",
 )  # fmt: skip
-"""Arguments of `--model_args` that reach the harness' own model class; all others reach `lockstep.from_pretrained`."""
+"""`--model_args` for the harness' own model class; all other arguments go to `lockstep.from_pretrained`."""
 
 
 @register_model("lockstep")
 class LockstepLM(HFLM):
     """The harness' Hugging Face model, spread over the ranks; documents are divided among them.
 
-    Every rank sees all requests, runs those of its own documents inside `join`, and gets everybody's answers: metrics
-    are those of one process, and no request is repeated. `kwargs` are of `HFLM` and of `lockstep.from_pretrained`.
+    Every rank sees all requests, runs those of its own documents inside `join`, and gets all ranks' answers: metrics
+    equal those of one process, and no request runs twice. `kwargs` go to `HFLM` and `lockstep.from_pretrained`.
     """
 
     def __init__(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
@@ -41,11 +41,11 @@ class LockstepLM(HFLM):
         super().__init__(model, trust_remote_code=kwargs.get("trust_remote_code", False), **of_harness)
         self._parallel = lockstep.parallel_of(model)
         if self._parallel is not None and self._parallel.config.rank:
-            # By this variable the harness decides who reports; the first process of another host would, too.
+            # The harness reports where this variable is 0, which it is on the first process of every host.
             os.environ["LOCAL_RANK"] = str(self._parallel.config.rank)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See `HFLM.loglikelihood`. Collective over all ranks, as are the other two."""
+        """See `HFLM.loglikelihood`. Collective, like the next two."""
         return [(value, is_greedy) for value, is_greedy in self._divided(super().loglikelihood, requests, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -57,7 +57,7 @@ class LockstepLM(HFLM):
         return self._divided(super().generate_until, requests, disable_tqdm)
 
     def _divided(self, run: Callable[..., list[Any]], requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
-        """Run the requests of this rank's documents, and return the answers to all of them, in their order."""
+        """Run the requests of this rank's documents; return all ranks' answers, in the order of the requests."""
         parallel = self._parallel
         if parallel is None:
             return run(requests, disable_tqdm=disable_tqdm)

@@ -1,4 +1,4 @@
-"""Transformers' own way in: importing this module registers `ep_implementation="lockstep"` with its registry."""
+"""Importing this module registers `ep_implementation="lockstep"` with Transformers."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ if not hasattr(expert_parallel, "EPImplementationInterface"):
 
 
 class LockstepEP(expert_parallel.EPImplementation):
-    """Marks experts that Transformers has divided over the ranks; `lockstep.join` takes over the model they are in."""
+    """Marks experts that Transformers has divided among the ranks; `lockstep.join` takes over their model."""
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         experts._lockstep_divided_over = ep_mesh.get_group()
 
     def __call__(self, *_: Any) -> Any:
-        """What a call outside of `join` meets."""
+        """Calls outside `join` end here."""
         raise RuntimeError("the experts of this model are spread over the ranks: call it inside lockstep.join(model)")
 
 

@@ -30,17 +30,17 @@ from lockstep.metadata.counts import (
 )
 from lockstep.metadata.sizes import MAX_RANKS, check_counts, check_int, sp_sizes
 
-# A child of vLLM's own logger, whose handler and level it gets: a line of ours looks like one of vLLM's.
+# A child of vLLM's logger: it inherits handler and level, so our lines look like vLLM's.
 logger = logging.getLogger("vllm.plugins.lockstep")
 
-KNOWN_VERSIONS = ("0.32", "0.33")  # whose class has been compared with ours; in another one nothing is replaced
+KNOWN_VERSIONS = ("0.32", "0.33")  # their class has been compared with ours; other versions stay unchanged
 
-NO_PCP = 1  # one prefill-context-parallel rank per DP rank: none of that kind
+NO_PCP = 1  # one prefill-context-parallel rank per DP rank: not used
 
-SWITCH = "LOCKSTEP_VLLM"  # nothing happens unless it is set: installing a package must not change another
+SWITCH = "LOCKSTEP_VLLM"  # opt-in: installing a package must not change another one
 
 MODES = {"": "", "0": "", "1": "metadata", "metadata": "metadata", "exchange": "exchange"}
-"""What each value of the variable asks for; an empty string is nothing."""
+"""The meaning of each value of the variable; an empty string means nothing."""
 
 
 def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: int, use_ep: int) -> list[int]:
@@ -54,7 +54,7 @@ def pcp_size_list(counts: Sequence[int], sequence_parallel_size: int, pcp_size: 
 
 @dataclass(init=False, eq=False, repr=False)
 class DPMetadata(HoldsCounts):
-    """vLLM's class surface on Lockstep's arithmetic; all that `lockstep.DPMetadata` says of itself holds too."""
+    """vLLM's class surface on Lockstep's arithmetic; the documentation of `lockstep.DPMetadata` applies."""
 
     num_tokens_across_dp_cpu: torch.Tensor
     local_sizes: list[int] | None = field(default=None, init=False)
@@ -83,13 +83,13 @@ class DPMetadata(HoldsCounts):
     def sp_local_sizes(self, sequence_parallel_size: int, pcp_size: int = NO_PCP, use_ep: bool = False) -> SizesContext:
         """Set `local_sizes` to the rows of the whole step in a `with` block, `[dp_size * sequence_parallel_size]`.
 
-        With `use_ep` each of `pcp_size` prefill-context-parallel ranks has a size of its own, the count of its DP rank;
-        otherwise the experts see the tokens of all of them as one rank's.
+        With `use_ep` each of `pcp_size` prefill-context-parallel ranks has its own size, the count of its DP rank;
+        otherwise the experts treat the tokens of these ranks as one rank's.
         """
         if pcp_size is not NO_PCP:
             sizes = find_sizes(self, pcp_size_list, sequence_parallel_size, pcp_size, int(bool(use_ep)))
             return sizes_context(self, sizes)
-        # Repeats lockstep.DPMetadata.sp_local_sizes: a call to it takes 14 ns more in each layer, of 219.
+        # Repeats lockstep.DPMetadata.sp_local_sizes: calling it would add 14 ns to 219 in each layer.
         context = self._resting
         if (
             context.key is not sequence_parallel_size
@@ -103,13 +103,13 @@ class DPMetadata(HoldsCounts):
         context.metadata = self
         return context
 
-    # The same functions as there: they need only what `HoldsCounts` has.
+    # The same functions as in lockstep.DPMetadata: they need only `HoldsCounts`.
     chunked_sizes = dp_metadata.DPMetadata.chunked_sizes
     get_chunk_sizes_across_dp_rank = dp_metadata.DPMetadata.get_chunk_sizes_across_dp_rank
     cu_tokens_across_sp = dp_metadata.DPMetadata.cu_tokens_across_sp
 
 
-TOLD: set[str] = set()  # lines that this process has logged, of those that it logs once
+TOLD: set[str] = set()  # once-only lines that this process has logged
 
 
 def tell(text: str, level: int) -> None:
@@ -120,10 +120,10 @@ def tell(text: str, level: int) -> None:
 
 
 def register(environment: Mapping[str, str] = os.environ) -> None:
-    """Do what the environment asks for, see `MODES`; vLLM calls this as a plugin in each of its processes.
+    """Apply the mode in the environment, see `MODES`; vLLM calls this plugin in each of its processes.
 
-    One line is logged: INFO if it takes effect, else a warning why not, as for a version of vLLM that is not known, and
-    nothing changes. Running it again changes nothing; another value of the variable is a `ConfigurationError`.
+    Logs one line: INFO if it takes effect, else a warning that says why not (such as an unknown version of vLLM), and
+    nothing changes. Running it again changes nothing; an unknown value is a `ConfigurationError`.
     """
     switch = environment.get(SWITCH, "")
     if switch not in MODES:
@@ -135,7 +135,7 @@ def register(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _take_effect(mode: str) -> str:
-    """Return why this vLLM stays as it is although a mode is asked for, or an empty string."""
+    """Return why the requested mode leaves this vLLM unchanged, or an empty string."""
     if not mode:
         return ""
     try:
@@ -144,7 +144,7 @@ def _take_effect(mode: str) -> str:
         return f"vLLM cannot be imported ({error})"
     if mode == "metadata":
         known, replace = KNOWN_VERSIONS, replace_everywhere
-    else:  # imported only where asked for: it needs more of vLLM than the class does
+    else:  # imported only on request: it needs more of vLLM than the class does
         from lockstep.integrations import vllm_exchange
 
         known, replace = vllm_exchange.KNOWN_VERSIONS, vllm_exchange.register_method
@@ -155,7 +155,7 @@ def _take_effect(mode: str) -> str:
 
 
 def replace_everywhere() -> str:
-    """Replace vLLM's class in every module that has imported it, under whatever name; return why not, or nothing."""
+    """Replace vLLM's class in every module that imported it, under any name; return why not, or an empty string."""
     version = importlib.import_module("vllm").__version__
     try:
         theirs = importlib.import_module("vllm.forward_context").DPMetadata
@@ -177,7 +177,7 @@ def replace_everywhere() -> str:
 
 
 def surface_difference(theirs: Any) -> str:
-    """Return in which function vLLM's class takes other parameters than ours, or an empty string."""
+    """Return the function whose parameters differ between vLLM's class and ours, or an empty string."""
     # Not chunked_sizes, which vLLM has dropped and ours keeps.
     for name in ("__init__", "make", "sp_local_sizes", "get_chunk_sizes_across_dp_rank", "cu_tokens_across_sp"):
         function = getattr(theirs, name, None)

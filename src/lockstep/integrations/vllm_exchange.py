@@ -1,8 +1,8 @@
-# vLLM's routed experts on Lockstep's exchange. All that it relies on in vLLM is named in `SYMBOLS`, by version.
+# vLLM's routed experts on Lockstep's exchange. `SYMBOLS` lists everything that it uses of vLLM.
 #
-# vLLM makes its MoE method for unquantised experts by a registry, in which another class can take the place of its own.
+# vLLM creates its MoE method for unquantised experts through a registry, where another class can replace its own.
 # Ours is a subclass. It loads weights as vLLM does, and runs them through Lockstep's dispatch, experts and combine
-# where it can; where it cannot, it is vLLM's own method, and one line says why.
+# if possible; otherwise it behaves as vLLM's own method, and one log line says why.
 
 import importlib
 import logging
@@ -24,7 +24,7 @@ from lockstep.errors import ConfigurationError
 from lockstep.integrations.vllm_step import START_DEADLINE_S, Exchange, Step, Watch, say
 from lockstep.moe.experts import LocalExperts, silu_and_multiply
 
-KNOWN_VERSIONS = ("0.26", "0.33")  # whose sources this was written against; 0.26 is the one that was run
+KNOWN_VERSIONS = ("0.26", "0.33")  # written against the sources of both; only 0.26 was run
 
 METHOD_MODULE = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 METHOD = "UnquantizedFusedMoEMethod"
@@ -36,7 +36,7 @@ SYMBOLS = {
     "vllm.distributed.parallel_state": ["get_ep_group"],
     "vllm.config": ["get_current_vllm_config"],
 }
-"""What is used in both versions, by module."""
+"""Names used of vLLM, the same in both versions, by module."""
 
 RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -44,18 +44,18 @@ RUNNERS = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
     ("vllm.v1.worker.gpu.async_utils", "AsyncOutput"),
 )
-"""Module and class of what runs a worker's steps and of what hands out their tokens. Which are in use depends on the
+"""Module and class that run a worker's steps, and those that hand out their tokens. Which are in use depends on the
 model; only what the worker has imported is looked at."""
 
 DEADLINE = "LOCKSTEP_VLLM_DEADLINE_S"  # longest wait for a rank in a step that serves requests; 30 if not set
 
-PROMPT_ROWS = 4096  # most rows of a rank in one dispatch of a step that no CUDA graph holds; more go in chunks
+PROMPT_ROWS = 4096  # maximum rows per rank and dispatch outside CUDA graphs; more go in chunks
 
-STEP = Step()  # of this process: a worker runs one step at a time
+STEP = Step()  # one per process: a worker runs one step at a time
 
 
 class LayerWeights:
-    """A layer's weights under the names that `LocalExperts` reads; read anew at each call: vLLM may replace them."""
+    """A layer's weights under the names that `LocalExperts` reads; read at each call, since vLLM may replace them."""
 
     has_gate = True
     _apply_gate = staticmethod(silu_and_multiply)
@@ -75,7 +75,7 @@ class LayerWeights:
 
 
 def unsupported(config: Any, moe: Any, method: Any) -> str:
-    """Return why a layer's experts keep vLLM's own path by its and vLLM's configuration alone, or an empty string."""
+    """Return why the configuration keeps a layer's experts on vLLM's own path, or an empty string."""
     parallel, experts = config.parallel_config, moe.moe_parallel_config
     activation = str(getattr(moe.activation, "value", moe.activation))
     backend = str(getattr(getattr(method, "unquantized_backend", None), "name", None))
@@ -108,7 +108,7 @@ def unsupported(config: Any, moe: Any, method: Any) -> str:
 
 
 def disagreement(answers: Sequence[dict[str, Any]]) -> str:
-    """Return why the ranks that gave these answers cannot use the exchange, or an empty string; see `join`."""
+    """Return why ranks with these answers cannot use the exchange, or an empty string; see `join`."""
     for rank, answer in enumerate(answers):
         if answer["no"]:
             return f"{answer['no']} (on EP rank {rank})"
@@ -123,7 +123,7 @@ def disagreement(answers: Sequence[dict[str, Any]]) -> str:
 
 
 def deadline_s(environment: Mapping[str, str] = os.environ) -> float:
-    """Return the deadline that the environment asks for, seconds; `ConfigurationError` if it is no positive number."""
+    """Return the deadline from the environment, seconds; `ConfigurationError` unless it is a positive number."""
     text = environment.get(DEADLINE, "30")
     try:
         seconds = float(text)
@@ -135,7 +135,7 @@ def deadline_s(environment: Mapping[str, str] = os.environ) -> float:
 
 
 def capacities(moe: Any) -> tuple[int, int]:
-    """Return the rows of a rank for which the buffers of decode and of prompts have room, by a `FusedMoEConfig`."""
+    """Return the rows per rank that the decode and prompt buffers hold, from a `FusedMoEConfig`."""
     sp_size = max(1, moe.moe_parallel_config.sp_size)
     largest = -(-int(moe.max_num_tokens) // sp_size)
     graphs = -(-int(moe.max_capture_size or 0) // sp_size) or 256
@@ -143,10 +143,10 @@ def capacities(moe: Any) -> tuple[int, int]:
 
 
 def make_exchange(moe: Any, shape: ExpertsShape, group: dist.ProcessGroup, experts: LocalExperts) -> Exchange:
-    """Map the buffers of an exchange on all ranks, and load all kernels, those of the experts too. Collective."""
+    """Map the buffers of an exchange on all ranks, and load all kernels, the experts' too. Collective."""
     from lockstep.dispatch.nvlink import NvlinkDispatcher
 
-    # Where each worker sees its own GPU only, all are number 0 to torch. That they differ was agreed before.
+    # If each worker sees only its own GPU, torch numbers each of them 0. The ranks have checked that they differ.
     os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     made = [
         NvlinkDispatcher(
@@ -167,11 +167,11 @@ def join(
     facts: Callable[[torch.device], list[str] | None] = mapping_facts,
     make: Callable[[Any, ExpertsShape, dist.ProcessGroup, LocalExperts], Exchange] = make_exchange,
 ) -> Callable[..., torch.Tensor] | None:  # fmt: skip
-    """Return what runs a layer's rows, or None where vLLM's own path stays. Collective; every layer is agreed on."""
+    """Return the function that runs a layer's rows, or None to keep vLLM's path. Collective, agreed for every layer."""
     parallel = moe.moe_parallel_config
     reason = unsupported(config, moe, method)
     if not parallel.use_ep or parallel.dp_size < 2 or getattr(config.parallel_config, "enable_elastic_ep", False):
-        say(f"vLLM's own path stays: {reason}", logging.WARNING)  # there is no fixed group to ask
+        say(f"vLLM's own path stays: {reason}", logging.WARNING)  # no fixed group to ask
         return None
     group = importlib.import_module("vllm.distributed.parallel_state").get_ep_group()
     experts, device = LocalExperts(LayerWeights(layer)), layer.w2_weight.device
@@ -198,7 +198,7 @@ def join(
         say(f"vLLM's own path stays: {reason}", logging.WARNING)
         return None
     if shape not in STEP.exchanges:
-        # Tensors made in inference mode could not be written to outside it, where a step's count is noted.
+        # Tensors made in inference mode are read-only outside it, where the step's count is written.
         with torch.inference_mode(False):
             if STEP.cell is None:
                 STEP.cell = torch.zeros(1, dtype=torch.int32, device=device)
@@ -212,7 +212,7 @@ def join(
 
 
 def make_method(base: Any, join: Callable[..., Callable[..., torch.Tensor] | None] = join) -> Any:
-    """Return `base`, vLLM's method for unquantised experts, with our exchange in it, see `join`."""
+    """Return a subclass of `base`, vLLM's method for unquantised experts, that uses our exchange; see `join`."""
 
     class LockstepFusedMoEMethod(base):  # known at run time only
         """vLLM's method; `run_rows` runs a layer's rows through Lockstep's exchange, or is None."""
@@ -292,7 +292,7 @@ def _wrapped(function: Callable[..., Any], around: Callable[..., Any]) -> Callab
 
 
 def watch(owner: Any) -> bool:
-    """Wrap, once, the functions of a class that begin a step or hand out its tokens; say whether it runs steps."""
+    """Wrap, once, a class's functions that begin a step or hand out its tokens; return whether it runs steps."""
     for name, around in _WRAPPERS.items():
         function = getattr(owner, name, None)
         if function is not None and not hasattr(function, "_lockstep"):
@@ -301,13 +301,13 @@ def watch(owner: Any) -> bool:
 
 
 def watch_runners() -> bool:
-    """Have each step of this worker say how many tokens it has, and its tokens wait for our word; False if none can."""
+    """Make this worker's steps report their token counts, and check before tokens leave; False if impossible."""
     found = [watch(getattr(sys.modules.get(module), name, None)) for module, name in RUNNERS]
     return any(found)
 
 
 def missing_symbols() -> str:
-    """Return what this vLLM lacks of `SYMBOLS`, or an empty string."""
+    """Return the first of `SYMBOLS` that this vLLM lacks, or an empty string."""
     for module_name, names in SYMBOLS.items():
         try:
             module = importlib.import_module(module_name)
@@ -321,11 +321,11 @@ def missing_symbols() -> str:
 
 
 def register_method(join: Callable[..., Callable[..., torch.Tensor] | None] = join) -> str:
-    """Put our method in the place of vLLM's in its registry of replacements; return why not, or an empty string."""
+    """Replace vLLM's method by ours in its registry; return why not, or an empty string."""
     obstacle = missing_symbols()
     if obstacle:
         return obstacle
-    deadline_s()  # a wrong value is an error at start
+    deadline_s()  # report a wrong value at start
     base = getattr(importlib.import_module(METHOD_MODULE), METHOD)
     registered = importlib.import_module("vllm.model_executor.custom_op").op_registry_oot.get(METHOD)
     if registered is None:

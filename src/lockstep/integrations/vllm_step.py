@@ -1,4 +1,4 @@
-# A worker of vLLM: the step that it is in, how its rows travel, how it notices ranks that have stopped. Nothing of vLLM
+# A vLLM worker's current step, the exchange of its rows, and its watch for ranks that have stopped. Nothing of vLLM
 # is used here.
 
 import logging
@@ -19,29 +19,29 @@ from lockstep.moe.experts import LocalExperts
 
 START_DEADLINE_S = 600.0  # longest wait before the first request: ranks compile and tune kernels at their own pace
 
-_STARTS, _SERVES = 1, 2  # a worker's place on the board, see `Watch`; 0 before its first beat
+_STARTS, _SERVES = 1, 2  # a worker's state on the board, see `Watch`; 0 before its first beat
 
 
 def say(text: str, level: int = logging.INFO) -> None:
-    """Log a line once per process, as of the exchange."""
+    """Log a line about the exchange, once per process."""
     tell(f"LOCKSTEP_VLLM=exchange: {text}", level)
 
 
 @dataclass(eq=False)
 class Step:
-    """What a worker knows of the step that it runs, beside what vLLM's forward context says."""
+    """What a worker knows of its current step beyond vLLM's forward context."""
 
     num_tokens: int = 0  # of this rank's requests, without padding, 0 in a dummy batch; the host's copy
     cell: torch.Tensor | None = None  # the same on the device, `[1]` int32; captured graphs read it at each replay
     serving: bool = False  # a request has been seen
-    # When each call of vLLM's began that this worker is in, `time.monotonic` seconds. There may be two: tokens of one
+    # Start times of this worker's open calls into vLLM, `time.monotonic` seconds. There may be two: tokens of one
     # step are fetched in another thread while the next step begins.
     calls: dict[object, float] = field(default_factory=dict)
     exchanges: "dict[ExpertsShape, Exchange]" = field(default_factory=dict)
     watch: "Watch | None" = None  # None before the first exchange
 
     def begin(self, num_tokens: int) -> None:
-        """Note this rank's tokens of requests. Before each step, on the stream that will run it; raises as `check`."""
+        """Record this rank's tokens of requests. Call it before each step, on the step's stream; raises as `check`."""
         self.check()
         self.num_tokens = num_tokens
         self.serving = self.serving or num_tokens > 0
@@ -49,7 +49,7 @@ class Step:
             self.cell.fill_(num_tokens)
 
     def within(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a function of vLLM's in which it may wait for other ranks."""
+        """Call a function of vLLM that may wait for other ranks."""
         call = object()
         self.calls[call] = time.monotonic()
         try:
@@ -69,11 +69,11 @@ class Step:
 
 
 class Watch:
-    """Notices a rank that is stopped or gone while vLLM itself waits for it, where no kernel of ours does.
+    """Detects ranks that are stopped or gone while vLLM itself, not one of our kernels, waits for them.
 
-    vLLM agrees on each step by a collective that waits for minutes and names nobody. So each worker has a thread that
-    writes the time on a shared board and looks at the others'. Where the worker does not raise within `grace_s`, `end`
-    ends it: vLLM's wait cannot be called off.
+    vLLM agrees on each step by a collective that waits for minutes and names no rank. So each worker has a thread that
+    writes the time on a shared board and reads the other ranks'. If the worker does not raise within `grace_s`, `end`
+    ends it: vLLM's wait cannot be cancelled.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class Watch:
         self.beat()
 
     def start(self) -> None:
-        """Begin to beat and to look, in a thread that ends with the process."""
+        """Start beating and watching, in a thread that ends with the process."""
         threading.Thread(target=self._run, name="lockstep-watch", daemon=True).start()
 
     def beat(self) -> None:
-        """Say that this rank is alive, and pass on that requests are served: an idle rank sees none of its own."""
+        """Report that this rank is alive, and tell idle ranks, which see no requests, that some are served."""
         if any(self.board.place(other)[0] == _SERVES for other in self._others):
             self.step.serving = True
         self.board.write_place(self.rank, _SERVES if self.step.serving else _STARTS, time.monotonic_ns())
 
     def silent_ranks(self) -> list[int]:
-        """Return the ranks that have been silent for as long as the deadline, while this rank is in a step."""
+        """Return the ranks that have been silent for the whole deadline while this rank is in a step."""
         now = time.monotonic()
         if not self.step.serving or now - min(list(self.step.calls.values()), default=now) < self.deadline_s:
             return []
@@ -104,7 +104,7 @@ class Watch:
         return [other for other, (place, ago_s) in seen.items() if place and ago_s >= self.deadline_s]
 
     def look(self) -> str:
-        """Return what keeps this rank's step from ending, or an empty string."""
+        """Return why this rank's step does not end, or an empty string."""
         try:
             self.step.check()
         except LockstepError as error:
@@ -126,7 +126,7 @@ class Watch:
 
 
 class Exchange:
-    """Dispatch and combine for all layers of one shape: `decode` for what CUDA graphs hold, `prompt` for the rest."""
+    """Dispatch and combine for all layers of one shape: `decode` for steps in CUDA graphs, `prompt` for the rest."""
 
     def __init__(self, decode: Any, prompt: Any, *, rank: int = 0, sp_size: int = 1, deadline_s: float = 30) -> None:
         self.decode, self.prompt, self.dispatchers = decode, prompt, list(dict.fromkeys((decode, prompt)))
@@ -136,9 +136,9 @@ class Exchange:
         self, step: Step, experts: LocalExperts, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
         num_tokens_across_dp: Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
-        """Run this rank's rows, `[n, hidden]` bfloat16, tokens first, padding behind, through their experts."""
+        """Run this rank's rows, `[n, hidden]` bfloat16, tokens first and then padding, through their experts."""
         sizes = [-(-count // self.sp_size) for count in num_tokens_across_dp for _ in range(self.sp_size)]
-        # The other ranks take this one's rows for what vLLM's counts say. Known before any moves, and on the host.
+        # The other ranks expect this rank's rows by vLLM's counts. Checked on the host before any row moves.
         if sizes[self.rank] != rows.shape[0] or step.num_tokens > num_tokens_across_dp[self.rank // self.sp_size]:
             raise TokenCountError(
                 f"EP rank {self.rank} has {rows.shape[0]} rows for {step.num_tokens} tokens of its data-parallel rank, "
@@ -147,7 +147,7 @@ class Exchange:
         largest = max(sizes)
         dispatcher = self.decode if largest <= self.decode.max_tokens_per_rank else self.prompt
         limit = dispatcher.max_tokens_per_rank
-        # A graph keeps the deadline that it was captured with.
+        # A graph keeps the deadline of its capture.
         in_earnest = step.serving or (rows.is_cuda and torch.cuda.is_current_stream_capturing())
         dispatcher.set_deadline(self.deadline_s if in_earnest else START_DEADLINE_S)
         outputs = []
@@ -164,10 +164,10 @@ class Exchange:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _num_tokens(self, step: Step, num_rows: int, start: int, limit: int) -> torch.Tensor:
-        """How many rows of the chunk at `start` are tokens, `[1]` int32 on the device; this rank has `num_rows`."""
+        """Number of tokens in the chunk at `start`, `[1]` int32 on the device; this rank has `num_rows`."""
         assert step.cell is not None
         if self.sp_size == 1 and num_rows <= limit and start == 0:
             return step.cell
-        # Tokens of the data-parallel rank that its other ranks or earlier chunks take.
+        # Tokens of the data-parallel rank that belong to its other ranks or to earlier chunks.
         before = self.rank % self.sp_size * num_rows + start
         return (step.cell - before).clamp_(0, max(0, min(limit, num_rows - start)))

@@ -1,4 +1,4 @@
-"""Break one rank on purpose, in a chosen step and phase, to see that all others end in time and name it."""
+"""Break one rank on purpose, in a chosen step and phase, to check that all other ranks end in time and name it."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ _PLACES = {"start": "waiting in the start", "load": "loading ", "meet": "waiting
 
 
 class InjectedFault(Exception):
-    """What an injected `raise` raises."""
+    """Raised by the action `raise`."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Fault:
     """One thing that goes wrong once.
 
     Attributes:
-        rank: on which rank.
-        step: in the first agreement or step from this number on.
+        rank: the rank that breaks.
+        step: first agreement or step in which it may happen.
         phase: where in the step: before the `agreement`, in the `model` between agreement and dispatch, before the
             `dispatch`, the `experts` or the `combine` of an MoE layer, at the `end`. Outside of steps: at the `start`
-            of the default group, in the `load` of a checkpoint, before ranks `meet` in `join`, at the `merge` of what
-            they have written.
+            of the default group, in the `load` of a checkpoint, before ranks `meet` in `join`, at the `merge` of
+            their outputs.
         action: `raise` an `InjectedFault`; `exit` the process at once; `kill` it by SIGKILL; `stop` it by SIGSTOP, and
-            let it go on after `seconds`; `delay` it by `seconds`; `ctrl_c`: send it SIGINT; `skip` the next collective;
-            `swap` the next two; `wrong_size`: bring one row more to the next collective than was agreed; `wrong_count`:
-            announce one row more than there are; `corrupted_header`, `other_protocol`: in the next record.
+            continue it after `seconds`; `delay` it by `seconds`; `ctrl_c`: send it SIGINT; `skip` the next collective;
+            `swap` the next two; `wrong_size`: send one row more than agreed in the next collective; `wrong_count`:
+            announce one row too many; `corrupted_header`, `other_protocol`: in the next record.
         layer: number of the MoE layer, for the phases that have one.
         seconds: of a delay or stop.
     """
@@ -75,7 +75,7 @@ class Fault:
 
 @contextmanager
 def inject(model: Any, *faults: Fault) -> Iterator[list[float]]:
-    """Let faults of this rank happen to a joined model inside the block; yields when they did, in host seconds."""
+    """Apply this rank's faults to a joined model inside the block; yields when they happened, in host seconds."""
     parallel = parallel_of(model)
     if parallel is None or not parallel.is_open:
         raise ConfigurationError("faults are injected inside `with lockstep.join(model):`, over several ranks")
@@ -100,7 +100,7 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
 
 @contextmanager
 def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Iterator[list[float]]:
-    """As `inject`, for an engine that has a coordinator of its own, and marks its phases in `peers`."""
+    """As `inject`, for an engine with its own coordinator that marks its phases in `peers`."""
     due = _Due(fault for fault in faults if fault.rank == peers.rank and fault.phase not in _PLACES)
     place, changed = peers.recorder, _ChangedCollectives()
 
@@ -119,14 +119,14 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
 
 
 class _Due:
-    """Faults that have not happened yet, and when others `happened`."""
+    """Pending faults, and when the rest `happened`."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = list(faults)
         self.happened: list[float] = []
 
     def happen(self, is_there: Callable[[Fault], bool], *where: Any) -> None:
-        """Let the first fault happen for which this is the place."""
+        """Execute the first pending fault that belongs here."""
         fault = next(filter(is_there, self.faults), None)
         if fault is not None:
             self.faults.remove(fault)
@@ -137,7 +137,7 @@ class _Due:
 def break_on_purpose(
     fault: Fault, coordinator: Coordinator | None = None, collectives: "_ChangedCollectives | None" = None
 ) -> None:
-    """Do at once what a fault says, wherever it should happen; what belongs into a step needs the last two."""
+    """Execute a fault now, whatever its place; faults within a step need the last two arguments."""
     step = f" of step {coordinator.peers.recorder.step}" if coordinator is not None else ""
     match fault.action:
         case "raise":
@@ -147,7 +147,7 @@ def break_on_purpose(
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
-            # Somebody else must wake it up.
+            # Another process must wake it up.
             subprocess.Popen(["sh", "-c", f"sleep {fault.seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(0.01)  # the signal stops all threads, but not always before this call returns
@@ -164,7 +164,7 @@ def break_on_purpose(
 
 
 class _ChangedWires:
-    """A transport that lets `change` change the next record on its way."""
+    """A transport that applies `change` to the next record it sends."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -185,7 +185,7 @@ def _one_row_more(wire: Wire) -> Wire:
 
 
 def _flipped(wire: Wire, word: int, bits: int) -> Wire:
-    """Flip bits in a word of the record's head."""
+    """Flip bits in one word of the record's head."""
     return (int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word).to_bytes(len(wire), "little")
 
 
@@ -204,9 +204,9 @@ class _ChangedCollectives:
         self._held: AllToAll | None = None
 
     def __call__(self, call: AllToAll) -> None:
-        """Run a collective, or what a fault makes of it."""
+        """Run a collective, or its faulty version."""
         if self.action == "swap" and self._held is None:
-            # Issue what follows a dispatch, a combine of the same sizes, before it.
+            # Issue the collective that follows a dispatch, a combine of the same sizes, before it.
             self._held = call
             dataclasses.replace(
                 call,

@@ -1,4 +1,4 @@
-"""Uneven inputs of all ranks from one seed, so that every rank can check itself against the reference."""
+"""Uneven inputs for all ranks from one seed, so that every rank can check itself against the reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 
 
 def uneven_counts(num_ranks: int, seed: int, largest: int = 20) -> list[int]:
-    """Return token counts from a seed, `[num_ranks]`, that differ: zeros, ones and up to `largest` are among them."""
+    """Return uneven token counts from a seed, `[num_ranks]`: zeros, ones and counts up to `largest` are among them."""
     choices = torch.tensor([0, 0, 1, 2, 3, largest // 2, largest])
     picks = torch.randint(len(choices), (num_ranks,), generator=torch.Generator().manual_seed(seed))
     counts: list[int] = choices[picks].tolist()
@@ -16,7 +16,7 @@ def uneven_counts(num_ranks: int, seed: int, largest: int = 20) -> list[int]:
 
 @dataclass(frozen=True)
 class MoEInputs:
-    """What every rank brings to an MoE layer, and all experts.
+    """Every rank's inputs of an MoE layer, and the weights of all experts.
 
     Attributes:
         hidden_states: `[ranks][num_tokens, hidden]`.
@@ -37,7 +37,7 @@ class MoEInputs:
         cls, counts: Sequence[int], seed: int = 0, *, num_experts: int = 8, top_k: int = 2, hidden: int = 16,
         intermediate: int = 24, dtype: torch.dtype = torch.float32,
     ) -> "MoEInputs":  # fmt: skip
-        """Make them from a seed, alike on every rank that calls this with the same arguments. Counts may be 0."""
+        """Make inputs from a seed, the same on every rank that passes the same arguments. Counts may be 0."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:

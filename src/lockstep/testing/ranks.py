@@ -15,7 +15,7 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 from lockstep.runner.processes import RankProcess, Ranks, how_it_ended
 
-# Imported once, in the server that the ranks are forked from: a rank then starts in milliseconds, not in seconds.
+# Imported once, in the server that forks the ranks: a rank then starts in milliseconds instead of seconds.
 _PRELOAD = (
     "torch.distributed.tensor",
     "lockstep.models.huggingface",
@@ -24,12 +24,12 @@ _PRELOAD = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.mixtral.modeling_mixtral",
 )
-# How long the other ranks may go on after one has failed: enough to notice and report it.
+# How long the other ranks may continue after one has failed: enough to notice and report it.
 _AFTER_FAILURE_S = 5.0
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or did not end in time. The message carries its traceback, or where each rank stood."""
+    """A rank raised, died or did not end in time. The message has its traceback, or each rank's stack."""
 
 
 def run_ranks(
@@ -42,10 +42,10 @@ def run_ranks(
 
     Args:
         num_ranks: how many ranks, >= 1.
-        function: what each rank runs.
+        function: run on each rank.
         *args: its arguments, the same on all ranks.
         deadline_s: limit in seconds; ranks that reach it are ended, and the error shows where each was.
-        may_die: ranks whose death is no failure; their result is None.
+        may_die: ranks that may die without a failure; their result is None.
 
     Returns:
         Each rank's return value, `[num_ranks]`.
@@ -56,7 +56,7 @@ def run_ranks(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"num_ranks must be >= 1, got {num_ranks}")
-    # Looking for GPUs must not make the server open one, which its children could not use then.
+    # The search for GPUs must not open one in the server: its children could not use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as folder:
@@ -78,7 +78,7 @@ def _collect(
             rank, message = said.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
             break
-        if rank in results or rank in failures:  # it has ended, as it said
+        if rank in results or rank in failures:  # it has reported and ended
             continue
         if "done" in message or (message["failed"] == "died" and rank in may_die):
             results[rank] = message.get("done")
@@ -118,7 +118,7 @@ def _rank_main(
             dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
             message = {"done": function(*args)}
         except BaseException as error:
-            if os.getpid() != pid:  # a process that the function has forked: it has no say in what becomes of the rank
+            if os.getpid() != pid:  # a process forked by the function does not speak for the rank
                 raise
             message = {"failed": type(error).__name__, "why": traceback.format_exc()}
         if os.getpid() == pid:
