@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint before any rank has started. No torch here: a command answers at once."""
+"""Checks of a checkpoint before any rank starts. No torch here, so that commands answer at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep.runner.options import ModelOptions
 
 
 def check_checkpoint(model: str) -> None:
-    """Raise where a folder is not there or holds no checkpoint; of a Hub id nothing is known yet."""
+    """Raise if a folder is missing or holds no checkpoint; a Hub id cannot be checked yet."""
     path = Path(model)
     if not path.exists():
         if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
@@ -24,7 +24,7 @@ def check_checkpoint(model: str) -> None:
 
 
 def placement_of(options: ModelOptions) -> Placement | None:
-    """Place the experts by the load that the options name; `ConfigurationError` where it is of another model."""
+    """Place the experts by the load named in the options; `ConfigurationError` if it is of another model."""
     if options.placement is None:
         if options.num_redundant_experts:
             raise ConfigurationError("num_redundant_experts needs a placement: which experts are hot is not known")
@@ -37,10 +37,10 @@ def placement_of(options: ModelOptions) -> Placement | None:
 
 
 def check_config(model: str) -> Any:
-    """Let Transformers read a checkpoint's configuration, from the Hub too, and return it.
+    """Return a checkpoint's configuration as read by Transformers, also from the Hub.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: it cannot be read.
     """
     from transformers import AutoConfig
 

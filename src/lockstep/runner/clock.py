@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from lockstep.workload import Request
 
 CLOCKS = ("steps", "wall")
-"""What decides which requests have arrived: the number of the step, or the time that has passed."""
+"""Decides which requests have arrived: by step number, or by elapsed time."""
 
 _LONGEST_WAIT_S = 0.25
 _LONG_GAP_S = 3600.0
@@ -19,9 +19,9 @@ class RunClock:
     """Seconds since a run's start, as one rank knows them.
 
     Ranks start at slightly different times, so their clocks differ. Every agreement carries each rank's
-    `elapsed_ms`; the maximum counts, and ranks behind it catch up. So a request has never arrived on one rank before
-    another rank could know, and no latency is negative. A clock begins at 0, or at the age of
-    the run where ranks go on after a loss; where what it reads goes backwards, it stands still.
+    `elapsed_ms`; the maximum counts, and ranks behind it catch up. So no request arrives on one rank before
+    another rank can know, and no latency is negative. A clock begins at 0, or at the age of the run if ranks
+    continue after a loss; if its source goes backwards, it stands still.
 
     Example:
         >>> times = iter([100.0, 101.5, 101.0, 101.25])
@@ -53,7 +53,7 @@ class RunClock:
         return int(1000 * self.elapsed_s())
 
     def catch_up(self, agreed_ms: int) -> None:
-        """Move forward to what all ranks have agreed on, where this rank is behind."""
+        """Move forward to the agreed time if this rank is behind."""
         self._elapsed_s = max(self.elapsed_s(), agreed_ms / 1000)
 
     def moment(self, run_s: float) -> float:
@@ -62,15 +62,15 @@ class RunClock:
         return self._last_reading - (elapsed_s - run_s)
 
     def wait_for(self, run_s: float, longest_s: float) -> None:
-        """Sleep until the run is `run_s` seconds old, but for at most `longest_s`: the others expect an agreement."""
-        # A millisecond more, since the agreement carries whole ones.
+        """Sleep until the run is `run_s` seconds old, at most `longest_s`: other ranks expect an agreement."""
+        # One extra millisecond, since the agreement carries whole ones.
         wait_s = min(run_s - self.elapsed_s() + 0.001, longest_s, _LONGEST_WAIT_S)
         if wait_s > 0:
             self._sleep(wait_s)
 
 
 def expected_duration(requests: Sequence[Request]) -> str:
-    """Say how long a run of requests in order of arrival takes at least, and name a gap in which it only waits.
+    """Return a run's minimum duration in words, and the longest gap in which it only waits; requests by arrival.
 
     Example:
         >>> expected_duration([Request(0, 0.0, 1, 1), Request(1, 200_000.0, 1, 1)])

@@ -1,4 +1,4 @@
-"""`lockstep.Engine`: prompts in, outputs out, over ranks that it starts itself, or that torchrun has started."""
+"""`lockstep.Engine`: prompts in, outputs out, over ranks started by itself or by torchrun."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class RankHealth:
     Attributes:
         rank: its number.
         state: what the operating system says of it.
-        silent_s: seconds since its last message; a rank that lives sends one every second, unless a step takes longer.
+        silent_s: seconds since its last message; a live rank sends one every second, unless a step takes longer.
         pid: of its process.
-        lost: the others go on without it.
+        lost: the other ranks continue without it.
     """
 
     rank: int
@@ -62,11 +62,11 @@ class Engine:
 
     Attributes:
         options: of this engine.
-        about: what rank 0 said when all were ready: context, pages of the cache, kernels, dispatcher.
-        tokenizer: the checkpoint's; None where it has none.
+        about: rank 0's report when all were ready: context, pages of the cache, kernels, dispatcher.
+        tokenizer: the checkpoint's; None if it has none.
 
     Raises:
-        ConfigurationError: options or a checkpoint that cannot work.
+        ConfigurationError: invalid options or an unusable checkpoint.
         RankAbsentError: ranks that were not ready in time.
         PeerFailedError: a rank that failed, by number.
 
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """The engine's figures so far."""
         return self._front.stats
 
     def generate(
@@ -103,10 +103,10 @@ class Engine:
         prompts: Iterable[str | Sequence[int]],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> Outputs:
-        """Generate for all prompts, and give each output when it is done; `index` says which prompt it belongs to.
+        """Generate for all prompts, and yield each output when it is done; `index` is its prompt's number.
 
-        The requests start at once, beside those of other calls. What is not waited for any more, because the iterator
-        is closed or let go, is ended.
+        The requests start at once, beside those of other calls. Closing or dropping the iterator ends its
+        remaining requests.
 
         Args:
             prompts: texts, or lists of token ids.
@@ -117,14 +117,14 @@ class Engine:
             failed; the engine is closed then.
 
         Raises:
-            ConfigurationError: a prompt or parameters that cannot work, naming the prompt; before anything runs.
-            LockstepError: what has closed the engine.
+            ConfigurationError: an invalid prompt or parameters, naming the prompt; before anything runs.
+            LockstepError: the error that closed the engine.
         """
         self._check_usable()
         return Outputs(self._front, self.read_requests(prompts, sampling_params))
 
     def submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
-        """Start requests, of which `listener` hears token by token, until they end or it is abandoned.
+        """Start requests and report them to `listener`, token by token, until they end or it is abandoned.
 
         Args:
             listener: of these requests only; called from the engine's thread.
@@ -133,32 +133,32 @@ class Engine:
         self._front.submit(listener, requests)
 
     def abandon(self, listener: Listener) -> None:
-        """End a listener's requests; their rows are free within a few steps. It hears nothing more."""
+        """End a listener's requests; their rows are free within a few steps. It is not called again."""
         self._front.abandon(listener)
 
     def forget(self, listener: Listener) -> None:
-        """Let go of a listener whose requests have all ended."""
+        """Drop a listener whose requests have all ended."""
         self._front.forget(listener)
 
     @property
     def error(self) -> Exception | None:
-        """What has closed the engine; None while it can be used."""
+        """The error that closed the engine; None while it can be used."""
         return self._front.error
 
     def ranks(self) -> list[RankHealth]:
-        """Return how each process of the engine is, as of now."""
+        """Return the current state of each of the engine's processes."""
         now_s, heard_at_s = time.monotonic(), self._front.heard_at_s
         found = zip(self._front.ranks.states(), heard_at_s, strict=True)
         lost = [rank not in self._front.members for rank in range(len(heard_at_s))]
         return [RankHealth(r, state, now_s - at_s, pid, lost[r]) for r, ((pid, state), at_s) in enumerate(found)]
 
     def close(self) -> None:
-        """End what runs, and the ranks; closing twice does nothing. Under torchrun, waits until all ranks close.
+        """End all requests and ranks; closing twice does nothing. Under torchrun, waits until all ranks close.
 
         Raises:
-            LockstepError: under torchrun, what has ended another rank, unless `generate` has raised it.
+            LockstepError: under torchrun, the error of another rank, unless `generate` has raised it.
         """
-        if os.getpid() != self._pid:  # a fork of the process that the engine belongs to
+        if os.getpid() != self._pid:  # a fork of the engine's process
             return
         self._front.close()
 
@@ -192,7 +192,7 @@ class Engine:
         )
 
     def read_requests(self, prompts: Any, sampling_params: Any) -> list[NewRequest]:
-        """Check and tokenize what `generate` takes, before anything is sent."""
+        """Check and tokenize the arguments of `generate`, before anything is sent."""
         if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
             kind = "one string" if isinstance(prompts, str) else type(prompts).__name__
             raise ConfigurationError(f"prompts must be a list of texts or of lists of token ids, got {kind}")

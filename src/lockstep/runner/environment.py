@@ -1,4 +1,4 @@
-"""What this machine offers: GPUs, links, versions, and which backends work, proven by exchanges that are checked."""
+"""This machine's GPUs, links and versions, and the backends that work, each proven by checked exchanges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEADLINE_S = 10.0
 # Of one proof: the first starts the server of all, those on GPUs open them, and nvlink's compiles kernels.
 _LIMIT_S = {"gloo": 20.0, "nccl": 25.0, "GPU memory": 45.0}
 _ALL_S = 75.0  # of all proofs together
-_PRELOAD = (__name__, "lockstep.moe.layer")  # without Transformers, which takes longer to import than all proofs
+_PRELOAD = (__name__, "lockstep.moe.layer")  # without Transformers, whose import takes longer than all proofs
 _COPY_BYTES = 256 * 2**20
 _ADVICE = {
     "gpus": "nvlink and NCCL need two or more NVIDIA GPUs of one host; between processes of this one gloo serves",
@@ -41,7 +41,7 @@ _ADVICE = {
 
 
 def examine() -> dict[str, Any]:
-    """Look at the machine and try every backend between two local ranks; return what `lockstep env --json` prints.
+    """Examine the machine and try every backend between two local ranks; return the output of `lockstep env --json`.
 
     Of each of the `backends`, `works` says whether it does (None: could not be tried), `advice` what to do if not.
     """
@@ -73,7 +73,7 @@ def all_work(document: dict[str, Any]) -> bool:
 
 
 def describe(document: dict[str, Any]) -> str:
-    """Return what `examine` found as text for a terminal."""
+    """Return the result of `examine` as text for a terminal."""
     lines = ["  ".join(f"{name} {version or '-'}" for name, version in document["versions"].items())]
     machine = document["machine"]
     lines.append(f"{machine['system']}, {machine['processor']}, {machine['cores']} cores")
@@ -151,14 +151,14 @@ def try_backend(
     name: str, device_type: str, until: float, missing: tuple[str, str] | None = None, *,
     proof: Callable[[str, str], float] = prove, limit_s: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Prove a backend, unless something is missing for it, or the time for all is over; `limit_s` is for one proof."""
+    """Prove a backend, unless it lacks something or the total time is used up; `limit_s` is for one proof."""
     from lockstep.runner.launcher import launch
 
     transport = "GPU memory" if maps_memory(name) else "gloo" if device_type == "cpu" else "nccl"
     started = time.perf_counter()
     limit_s = min(limit_s or _LIMIT_S[transport], until - time.monotonic())
     if limit_s < 5:
-        missing = missing or (f"the others have used up the {_ALL_S:g} s for all", "time")
+        missing = missing or (f"the other backends have used up the {_ALL_S:g} s for all", "time")
     works: bool | None = None
     if missing is not None:
         detail, advice = missing
@@ -176,7 +176,7 @@ def try_backend(
 
 
 def lacking(name: str, num_gpus: int, *, nccl: bool, triton: bool, peers: bool) -> tuple[str, str] | None:
-    """Return what a backend on GPUs lacks here and which advice that calls for; None where it can be tried."""
+    """Return what a GPU backend lacks here, and the key of the advice; None if it can be tried."""
     if num_gpus < 2:
         return f"{num_gpus or 'no'} GPU{'' if num_gpus == 1 else 's'} here", "gpus"
     if not maps_memory(name):
@@ -194,7 +194,7 @@ def _versions(has_nccl: bool) -> dict[str, str | None]:
         found[package] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    found["torch"] = str(torch.__version__)  # with the build, such as +cu130, which a wheel's name may leave out
+    found["torch"] = str(torch.__version__)  # with the build, such as +cu130, which a wheel's name may omit
     found["cuda"] = torch.version.cuda
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl and torch.cuda.is_available() else None
     return found
@@ -212,10 +212,10 @@ def _reaches(gpu: int, other: int) -> bool:
 
 
 def _links(num_gpus: int) -> dict[str, str]:
-    """How GPUs are connected, as nvidia-smi prints it; without that, who can reach whose memory."""
+    """How GPUs are connected, from nvidia-smi; without it, which GPUs can reach each other's memory."""
     command, gpus = shutil.which("nvidia-smi"), range(num_gpus)
     if num_gpus and command:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # what torch knows will do
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # fall back to torch
             shown = subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=10, check=True)
             return {"source": "nvidia-smi topo -m", "table": shown.stdout}
     rows = [" ".join("-" if a == b else "peer" if _reaches(a, b) else "none" for b in gpus) for a in gpus]

@@ -1,4 +1,4 @@
-"""What a rank's process says when it fails, and which of several failures the others follow from."""
+"""A rank's failure messages, and which of several failures caused the rest."""
 
 import logging
 import traceback
@@ -10,12 +10,12 @@ from lockstep.errors import LockstepError, PeerFailedError
 
 logger = logging.getLogger(__name__)
 
-_BROKEN_DEVICE = "AcceleratorError"  # torch's: this process's device takes no more work, as after a device-side assert
+_BROKEN_DEVICE = "AcceleratorError"  # torch's: the device accepts no more work, for example after a device-side assert
 _ECHOES = ("PeerFailedError", "RankAbsentError")
 
 
 def failure_of(rank: int, error: BaseException) -> dict[str, Any]:
-    """Return the message that tells of a rank's failure; what nobody has foreseen is logged with its traceback."""
+    """Return the message for a rank's failure; unexpected errors are logged with their traceback."""
     if isinstance(error, LockstepError | OSError):
         kind = type(error).__name__ if isinstance(error, LockstepError) else "OSError"
         return {"failed": kind, "why": str(error)}
@@ -26,7 +26,7 @@ def failure_of(rank: int, error: BaseException) -> dict[str, Any]:
 
 
 def first_cause(failures: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
-    """Return the failure that the others follow from: a rank that reports another's comes last.
+    """Return the failure that caused the rest: a rank that only reports another rank's failure comes last.
 
     Example:
         >>> first_cause([(0, {"failed": "PeerFailedError", "why": "rank 1"}), (1, {"failed": "died", "why": "-9"})])

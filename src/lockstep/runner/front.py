@@ -1,4 +1,4 @@
-"""What stands between callers and ranks: one thread, which alone touches the ledger."""
+"""Between callers and ranks: one thread, which alone touches the ledger."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class NewRequest:
 
 
 class Listener(Protocol):
-    """Who hears of requests. Called from the front's thread: return at once, and raise nothing."""
+    """Receives events of requests, on the front's thread: return at once, and raise nothing."""
 
     def on_token(self, entry: Entry, delta: TextDelta) -> None:
         """A request has a new token; it has ended where `delta.finish_reason` is set."""
 
     def on_error(self, error: Exception) -> None:
-        """All that has not ended is lost."""
+        """All unfinished requests are lost."""
 
 
 @dataclass
 class EngineStats:
-    """What an engine has done since it was started.
+    """An engine's figures since its start.
 
     Attributes:
         steps: steps in which any rank had rows.
         overrun_rows: of each data-parallel rank: rows of requests that had ended when the step ran.
         preempted: of each data-parallel rank: how often a request lost its pages and was computed again.
-        dropped_tokens: tokens of requests that had ended without their rank knowing it yet, as abandoned ones have.
-        num_tokens_across_dp: rows of each data-parallel rank in the step known last.
+        dropped_tokens: tokens of requests that had ended, such as abandoned ones, before their rank knew.
+        num_tokens_across_dp: rows of each data-parallel rank in the latest known step.
         unfinished_requests: requests that have not ended.
         rows: of each of the model's data-parallel ranks, all steps together.
         longest_rows: of the rank with the most in each step, all steps together.
@@ -80,9 +80,9 @@ class EngineStats:
 
 
 class Front:
-    """Takes requests from callers of any thread, gives them to ranks, and tells callers what became of them.
+    """Takes requests from callers on any thread, passes them to ranks, and reports results to the callers.
 
-    `make_router` makes the ledger from what the ranks say when they are ready. `error` is why nothing is taken in any
+    `make_router` makes the ledger from the ranks' `ready` messages. `error` is why no requests are accepted any
     more, `heard_at_s` the time of each process's last message.
     """
 
@@ -126,7 +126,7 @@ class Front:
         return None if self._told or self.error is self._closed else self.error
 
     def start(self) -> dict[str, Any]:
-        """Start the ranks and wait until they are ready; return what the first of them said of itself."""
+        """Start the ranks and wait until they are ready; return the first rank's report."""
         self._thread.start()
         try:
             return self._ready.result()
@@ -135,19 +135,19 @@ class Front:
             raise
 
     def submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
-        """Take requests in; `listener` hears of each."""
+        """Accept requests; their events go to `listener`."""
         self._put("submit", listener, requests)
 
     def abandon(self, listener: Listener) -> None:
-        """End all requests of a listener; it hears nothing more. May be called from a finalizer."""
+        """End all requests of a listener; it is not called again. May be called from a finalizer."""
         self._put("abandon", listener, None)
 
     def forget(self, listener: Listener) -> None:
-        """Let go of a listener whose requests have all ended. May be called from a finalizer."""
+        """Drop a listener whose requests have all ended. May be called from a finalizer."""
         self._put("forget", listener, None)
 
     def close(self) -> None:
-        """End what runs and let the ranks end; wait for that. After that, nothing is taken in."""
+        """End all requests, let the ranks end, and wait for them. No requests are accepted afterwards."""
         self._put("close", None, None)
         try:
             self._thread.join()
@@ -156,7 +156,7 @@ class Front:
             raise
 
     def kill(self, error: BaseException | None) -> None:
-        """End the ranks at once, or as soon as the others know why."""
+        """End the ranks at once, or as soon as the other ranks know why."""
         self.ranks.kill(error)
         self._put("close", None, None)
         self._thread.join()
@@ -254,7 +254,7 @@ class Front:
             if delta.finish_reason is not None:
                 del self._listeners[request_id]
                 stats.unfinished_requests = len(self._listeners)
-                if finish is None:  # a rank that looks for no stop strings
+                if finish is None:  # a rank that does not check stop strings
                     self._send(entry.rank, {"abort": [request_id]})
             listener.on_token(entry, delta)
 
@@ -274,12 +274,12 @@ class Front:
                 raise self._closed
 
     def _begin_epoch_if_due(self) -> None:
-        """Give every unfinished request to the ranks that are left, where those may go on now."""
+        """Give every unfinished request to the remaining ranks, if those may continue now."""
         members = self._losses.begin_epoch()
         if members is None:
             return
         self._router.begin_epoch(members)
-        self.stats.num_kv_tokens = [0 for _ in self.stats.num_kv_tokens]  # a lost rank says no other number any more
+        self.stats.num_kv_tokens = [0 for _ in self.stats.num_kv_tokens]  # a lost rank would never update its number
         self.stats.epoch, self._before = self._router.epoch, copy.deepcopy(self.stats)
         for entry in self._router.entries.values():
             self._send_request(entry)
@@ -311,7 +311,7 @@ class Front:
         self.stats.unfinished_requests = len(self._listeners)
 
     def _lose(self, error: Exception) -> None:
-        """Take nothing in from now on, and tell whoever waits."""
+        """Accept nothing from now on, and tell all waiting callers."""
         self.error = error
         for listener in {id(one): one for one in self._listeners.values()}.values():
             listener.on_error(error)
@@ -323,7 +323,7 @@ class Front:
         self.stats.unfinished_requests = 0
 
     def _refuse_the_rest(self) -> None:
-        """Tell whoever has submitted since that it was in vain."""
+        """Report the error for requests submitted since."""
         while True:
             try:
                 kind, listener, _ = self._events.get_nowait()
@@ -335,11 +335,11 @@ class Front:
 
 
 class Outputs(Iterator[RequestOutput]):
-    """The outputs of one call, each when it is done. Requests whose outputs nobody waits for any more are ended."""
+    """The outputs of one call, each when it is done. Ends the requests if the caller stops waiting."""
 
     def __init__(self, front: Front, requests: Sequence[NewRequest]) -> None:
         self._front = front
-        self._inbox = _Inbox()  # what the front holds: this object ends when its caller lets it go
+        self._inbox = _Inbox()  # the front refers only to the inbox, so this object ends when its caller drops it
         self._left = len(requests)
         if requests:
             front.submit(self._inbox, requests)

@@ -24,14 +24,14 @@ PRELOAD = (
     "lockstep.engine.rank_engine",
     "lockstep.runner.run",
 )
-# Ranks are forked from a server that has everything imported, but many of them on few cores take their time.
+# Ranks are forked from a server with everything imported, but many of them on few cores are still slow.
 _START_S = 5.0
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
-"""Environment variable: how often all ranks have been started anew. torchrun's; `launch` sets it as well."""
+"""Environment variable: how often all ranks have been restarted. torchrun's; `launch` sets it as well."""
 
 
 class _Lost(Exception):
-    """Ranks died, or did not answer any more; its argument is the error to raise if they are not started again."""
+    """Ranks died, or stopped answering; its argument is the error to raise if they are not restarted."""
 
 
 def launch(
@@ -93,7 +93,7 @@ def loopback_store() -> Any:
 
     import torch.distributed as dist
 
-    # Of its own accord the store would listen on every interface.
+    # By default the store would listen on every interface.
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -103,7 +103,7 @@ def _result(
     ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float,
     losses: Losses,
 ) -> Any:  # fmt: skip
-    """Return what the first member returned, or raise the failure that the other failures follow from.
+    """Return the first member's result, or raise the failure that caused all others.
 
     A stopped rank, and those still at work when another has ended, are waited for as long as any rank is.
     """
@@ -115,14 +115,14 @@ def _result(
         try:
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
-            if losses.can_survive or not losses.membership.is_ending:  # otherwise a failure's cause is awaited
+            if losses.can_survive or not losses.membership.is_ending:  # otherwise wait for the failure's cause
                 try:
                     ranks.check_stopped(deadline_s, losses.membership.is_ending, losses.can_survive)
                 except RankAbsentError as error:
                     raise _Lost(error) from None
         else:
             if "done" not in message:
-                if rank in waiting or losses.can_survive:  # otherwise it has ended, as it said
+                if rank in waiting or losses.can_survive:  # otherwise it has reported and ended
                     losses.take(rank, message)
             else:
                 waiting.discard(rank)
@@ -170,7 +170,7 @@ def _rank_main(
                 join_group(open_store(port, limit_s), rank, num_ranks, limit_s)
             message = {"done": function(*args)}
     except BaseException as error:
-        if os.getpid() != pid:  # a forked child unwinds: it has no say in what becomes of this rank
+        if os.getpid() != pid:  # a forked child unwinds: it does not speak for this rank
             raise
         message = failure_of(rank, error)
     if os.getpid() == pid:

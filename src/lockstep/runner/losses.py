@@ -1,4 +1,4 @@
-"""The launcher's side of membership: which failures others survive, how long to wait, who goes on, who comes back."""
+"""The launcher's side of membership: which failures are survived, how long to wait, who continues, who comes back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def patience_with(deadline_s: float) -> float:
 
 
 class Losses:
-    """Lets ranks go on without those that are lost, and with those that are back; otherwise raises the cause.
+    """Lets ranks continue without those that are lost, and with those that are back; otherwise raises the cause.
 
     Once an epoch is ending, each member has `patience_s` to say that it has stopped, counted from its last progress
     while it reads experts; then `kill(rank)` ends it. `start_again(rank, first_epoch)` is called up to `restart_ranks`
@@ -45,7 +45,7 @@ class Losses:
         self.can_survive = can_survive
         self.store, self._patience_s, self._kill, self._start_again = store, patience_s, kill, start_again
         self._failures: list[tuple[int, dict[str, Any]]] = []
-        self._fatal: list[tuple[int, dict[str, Any]]] = []  # that nobody survives
+        self._fatal: list[tuple[int, dict[str, Any]]] = []  # failures that end the run
         self._echoes_until_s = 0.0
         self._patience: Patience | None = None  # since the epoch is ending
         self._restarts = dict.fromkeys(range(num_ranks), restart_ranks)
@@ -54,12 +54,12 @@ class Losses:
 
     @property
     def cause_died(self) -> bool:
-        """Whether the failure that the others follow from is a rank's death."""
+        """Whether the original failure is a rank's death."""
         failures = self._fatal or self._failures
         return bool(failures) and first_cause(failures)[1]["failed"] == "died"
 
     def take(self, rank: int, message: dict[str, Any]) -> None:
-        """Take in that a rank is `back`, has `stopped` since it was asked to, or has `failed`."""
+        """Handle a rank's message: it is `back`, has `stopped` on request, or has `failed`."""
         membership = self.membership
         if "exit_code" in message:
             self._ended.add(rank)
@@ -134,5 +134,5 @@ class Losses:
                 logger.warning("rank %d: its process starts again; %d more times", rank, self._restarts[rank])
                 try:
                     self._start_again(rank, self.membership.epoch + 1)
-                except (LockstepError, OSError) as error:  # the others go on without it
+                except (LockstepError, OSError) as error:  # the other ranks continue without it
                     logger.warning("rank %d could not come back: %s", rank, error)

@@ -1,4 +1,4 @@
-"""Where the messages of an engine's rank come from and go to: a process's connection, or queues within one process."""
+"""Messages of an engine's rank: over a process's connection, or queues within one process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Mailbox:
         self.epoch = 0
 
     def send(self, message: dict[str, Any]) -> None:
-        """Hand a message out; returns at once."""
+        """Send a message; returns at once."""
         self._send({"epoch": self.epoch} | message)
 
     def receive(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Return what has come; if nothing has, wait at most this long for something."""
+        """Return the messages received; if there are none, wait at most this long for one."""
         messages = []
         with contextlib.suppress(queue.Empty):
             messages.append(self._received.get(timeout=timeout_s) if timeout_s else self._received.get_nowait())

@@ -1,4 +1,4 @@
-"""What a run is: the options that the command line, every rank and the comparison share. No torch here."""
+"""Options shared by the command line, every rank and the comparison. No torch here."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from lockstep.errors import ConfigurationError
 from lockstep.workload import SchedulerConfig, WorkloadOptions
 
 PARTS = "parts"
-"""Folder, within a run's, of what each rank writes as it goes."""
+"""Folder within a run's folder, for each rank's files during the run."""
 RANKS_PER_CORE = 16
-"""Most ranks that are started on one host, for each of its cores."""
+"""Maximum ranks per CPU core of a host."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is spread over ranks; the same on every rank.
+    """The model and its distribution over ranks; the same on every rank.
 
     Attributes:
         model: a checkpoint's folder or Hub id.
         data_parallel_size: ranks with requests of their own, >= 1.
         tensor_parallel_size: ranks that share one data-parallel rank's requests, >= 1.
-        dispatcher: how tokens reach their experts; `auto` takes the one that is expected to be fastest.
+        dispatcher: how tokens reach their experts; `auto` takes the one expected to be fastest.
         dtype: of the weights, by name; `auto` is what the checkpoint says.
         quantize_experts: `auto`, `fp8` or `none`, see `lockstep.from_pretrained`.
-        device: `cpu`, `cuda`, or None for a GPU where there is one.
+        device: `cpu`, `cuda`, or None for a GPU if there is one.
         max_chunk_size: maximum rows per rank and MoE chunk; None for no limit.
         max_model_len: maximum tokens per request, prompt included; None takes the model's context.
         gpu_memory_utilization: share of the GPU's memory for weights, keys and everything else together, in (0, 1].
@@ -54,11 +54,11 @@ class ModelOptions:
 
     @property
     def can_survive(self) -> bool:
-        """Whether other ranks can go on where one is lost: each has a part of the experts, and no other weights."""
+        """Whether other ranks can continue after a loss: the experts are the only weights split over ranks."""
         return self.data_parallel_size > 1 and self.tensor_parallel_size == 1
 
     def check_survive(self) -> None:
-        """Raise `ConfigurationError` where so many ranks cannot be lost, or cannot come back."""
+        """Raise `ConfigurationError` if the ranks cannot survive this many losses, or cannot come back."""
         sizes = f"data_parallel_size {self.data_parallel_size}, tensor_parallel_size {self.tensor_parallel_size}"
         if self.survive >= self.data_parallel_size or (self.survive and not self.can_survive):
             rule = "one rank must remain, and ranks that share requests cannot be lost"
@@ -94,7 +94,7 @@ def refuse_survivors_under_torchrun(**options: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(ModelOptions):
-    """What a run is; the same on every rank. Its own, beside those of `ModelOptions`.
+    """Options of a run, in addition to `ModelOptions`; the same on every rank.
 
     Attributes:
         workload: a trace's path, or `synthetic`.
@@ -105,8 +105,8 @@ class RunOptions(ModelOptions):
         workload_options: scaling and limits of the workload.
         scheduler: how requests become steps.
         keep_logprobs: write the logprob of each chosen token where the dtype rounds, for a comparison.
-        expert_load: count what comes to each expert, and write it down.
-        metrics_port: the first rank that is left serves Prometheus text on this loopback port; None for not.
+        expert_load: count and record the rows of each expert.
+        metrics_port: loopback port on which the first remaining rank serves Prometheus text; None for none.
     """
 
     workload: str

@@ -1,4 +1,4 @@
-"""The rank of an engine that this process is, under torchrun: a thread runs it beside the script."""
+"""This process's rank of an engine under torchrun: a thread runs it beside the script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lockstep.runner.ranks import EngineOptions
 class OwnRank:
     """This process as a rank, with the methods of `RankProcesses`: a thread loads the model and steps with the others.
 
-    The other ranks are seen to by agreements.
+    Agreements watch over the other ranks.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -54,7 +54,7 @@ class OwnRank:
             raise self._error
 
     def kill(self, error: BaseException | None = None) -> None:
-        """End this rank; the other ranks hear of it at the next agreement."""
+        """End this rank; the other ranks learn of it at the next agreement."""
         if not self._thread.is_alive():
             return
         failure = error or ConfigurationError("the engine of this rank was closed")

@@ -1,4 +1,4 @@
-"""A run's `parts` folder: what each rank writes as it goes, and what ranks read back that go on after a loss."""
+"""A run's `parts` folder: each rank's files during the run, which ranks read back to continue after a loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StepLogs = dict[int, dict[int, list[dict[str, Any]]]]
 
 @dataclass
 class Notes:
-    """What is known of a request that has not ended. Times are in seconds since the start of the run."""
+    """State of an unfinished request. Times are in seconds since the start of the run."""
 
     assigned_step: int
     arrived_s: float
@@ -128,7 +128,7 @@ def _without(finished: set[int], line: dict[str, Any]) -> dict[str, Any]:
 
 
 def mend_lines(path: Path) -> bytes:
-    """Cut off what a killed process left of a line at a file's end, and return the whole lines, if there are any."""
+    """Cut off an incomplete last line, left by a killed process, and return the whole lines, if any."""
     if not path.exists():
         return b""
     data = path.read_bytes()

@@ -35,9 +35,9 @@ from lockstep.runner.failures import rank_names
 OnMessage = Callable[[int, dict[str, Any]], None]
 
 LOOK_S = 0.25
-"""How often whoever waits for ranks looks for those that are stopped."""
+"""How often a wait for ranks checks for stopped ones."""
 MARGIN_S = 1.5
-"""How much later than the ranks whoever watches them gives up: what they find out themselves says more."""
+"""Extra patience of the launcher beyond the ranks' deadline: the ranks' own errors say more."""
 _PR_SET_PDEATHSIG = 1
 _AFTER_KILL_S = 5.0
 _FORK_S = 300.0  # for the first rank of a process everything is imported, perhaps from a slow disk
@@ -82,11 +82,11 @@ class Ranks:
         self.kill()
 
     def kill_one(self, rank: int) -> None:
-        """End a rank that is given up."""
+        """Kill a rank that is given up."""
         self.processes[rank].kill()
 
     def kill(self, _error: BaseException | None = None) -> None:
-        """End all ranks now; from any thread, and as often as one likes."""
+        """End all ranks now. From any thread; idempotent."""
         with self._lock:
             self._ended = True
             for process in self.processes:
@@ -137,7 +137,7 @@ class RankProcess:
         mine, theirs = socket.socketpair()
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience_s) + 1, 0))
         with theirs:
-            # A rank whose number this process never learns, because of Ctrl-C, ends as its connection does.
+            # If Ctrl-C hides a rank's process id from this process, the rank ends with its connection.
             self.pid, self._exit_code = _server().fork(preload, [theirs.fileno(), 1, 2])
         self._connection = Connection(os.dup(mine.fileno()))
         # Otherwise a process that the rank has forked, and that lives on, would keep the connection open.
@@ -193,7 +193,7 @@ def _end_reading(connection: socket.socket) -> None:
 
 
 def how_it_ended(code: int | None) -> str:
-    """Say how a process ended."""
+    """Return in words how a process ended."""
     if code is None or code >= 0:
         return f"its process ended with exit code {code}"
     names = {number.value: f" ({number.name})" for number in signal.Signals}
@@ -279,7 +279,7 @@ def _server() -> _Server:
 
 
 def _serve(control: socket.socket, parent: int) -> None:
-    """Fork a rank for each request, and say when it has ended and how."""
+    """Fork a rank for each request, and report when and how it ended."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reading, writing = os.pipe()
@@ -317,7 +317,7 @@ def _serve(control: socket.socket, parent: int) -> None:
 
 
 def _become_rank(descriptors: Sequence[int], server: int) -> None:
-    """A rank's life: whatever ends it, it ends at once, since groups may be in any state."""
+    """Run a rank; however it ends, the process exits at once, since groups may be in any state."""
     exit_code = 1
     try:
         end_with(server)

@@ -1,4 +1,4 @@
-"""One rank of an engine: takes requests in, steps with all ranks, hands tokens out."""
+"""One rank of an engine: accepts requests, steps with all ranks, and sends tokens out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lockstep.runner.mailbox import Mailbox
 # show that this rank lives.
 _PAUSE_S = (0.0005, 0.02)
 _WATCHED_PAUSE_S = 0.1
-_SAY_S = 1.0  # how often a rank says that it lives, at least
+_SAY_S = 1.0  # maximum time between a rank's signs of life
 _LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
 
 
@@ -89,7 +89,7 @@ class _RankLoop:
                 engine.fail(failure)
                 raise failure
             self._receive(messages)
-            # What is taken in after a step, its state does not count yet.
+            # The step's state does not count requests accepted after it.
             taken_in, self.taken_in = self.taken_in, []
             if not engine.shares_requests:
                 taken_in = self._act(self.num_received)
@@ -150,7 +150,7 @@ class _RankLoop:
         raise error
 
     def _act(self, num_messages: int) -> list[int]:
-        """Act on the first messages, as far as that has not been done; return the requests taken in."""
+        """Act on the first messages not yet handled; return the accepted requests."""
         taken_in: list[int] = []
         while self.num_acted < num_messages:
             message, self.acted_check = self.inbox.popleft()
@@ -198,7 +198,7 @@ class _RankLoop:
         return found
 
     def _count_reports(self) -> bool:
-        """Add up what the steps that have ended were; return whether this rank had anything to do in them."""
+        """Add up the finished steps; return whether this rank had any work in them."""
         reports, self.engine.reports = self.engine.reports, []
         for report in reports:
             self.counts["steps"] += 1

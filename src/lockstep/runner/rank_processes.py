@@ -1,4 +1,4 @@
-"""The ranks of `lockstep.Engine` as processes of this host: what starts and ends them, and what each one runs."""
+"""The ranks of `lockstep.Engine` as processes of this host: their start, end and main function."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RankProcesses(Ranks):
         self.check_stopped(self._options.deadline_s, is_ending, self.can_survive)
 
     def states(self) -> list[tuple[int, ProcessState]]:
-        """Return each process and what the operating system says of it."""
+        """Return each process and its state according to the operating system."""
         return [(process.pid, process.state()) for process in self.processes]
 
     def stop(self) -> None:

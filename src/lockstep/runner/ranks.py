@@ -23,20 +23,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(ModelOptions):
-    """What an engine is; the same on every rank. Its own, beside those of `ModelOptions`.
+    """Options of an engine, in addition to `ModelOptions`; the same on every rank.
 
     Attributes:
         max_num_seqs: maximum requests per rank at a time, >= 1.
         max_num_batched_tokens: maximum rows per rank and step, >= 1.
-        kv_capacity_tokens: tokens of KV cache per rank; None takes what the memory allows.
-        enable_prefix_caching: compute whole pages of equal beginnings of prompts only once.
+        kv_capacity_tokens: tokens of KV cache per rank; None for as many as fit into memory.
+        enable_prefix_caching: compute whole pages of shared prompt prefixes only once.
         max_prefill_delay_steps: steps that a prompt may wait for prompts of other ranks.
         load_balancing: which rank gets a request, one of `lockstep.workload.policies.LOAD_BALANCING`.
         start_timeout_s: longest wait for all ranks to have loaded the model, in seconds.
-        graphs: run decoding as CUDA graphs where that is possible.
+        graphs: run decoding as CUDA graphs where possible.
 
     Raises:
-        ConfigurationError: sizes or names that cannot work.
+        ConfigurationError: invalid sizes or names.
     """
 
     max_num_seqs: int = 256
@@ -109,7 +109,7 @@ def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
 
 
 def leave_groups(model: Any) -> None:
-    """Let go of all groups of a model whose other ranks may be gone."""
+    """Abandon all groups of a model whose other ranks may be gone."""
     from lockstep.coordination.groups import abandon_groups
     from lockstep.models.parallel import parallel_of
 
@@ -200,8 +200,8 @@ def load_tokenizer(model: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        usable = len(tokenizer("a")["input_ids"]) > 0  # without its files, Transformers makes one that knows no letter
-    except Exception as error:  # the package tokenizers raises just that
+        usable = len(tokenizer("a")["input_ids"]) > 0  # without its files, Transformers makes an empty one
+    except Exception as error:  # the tokenizers package raises plain `Exception`
         first = str(error).strip().split("\n", 1)[0][:200]
         text = f"the checkpoint {model} has no tokenizer that Transformers can read: {first}"
         raise ConfigurationError(text) from None
@@ -223,7 +223,7 @@ def detokenizer_of(tokenizer: Any) -> Detokenizer | None:
 
 
 def describe(about: Mapping[str, Any], world_size: int) -> str:
-    """Return in one line what was chosen for an engine, and why, from what `RankEngine.about` said.
+    """Summarize an engine's choices and their reasons in one line, from `RankEngine.about`.
 
     Example:
         >>> about = {"dispatcher": "auto", "dispatcher_note": "allgather, alltoall; not nvlink: it needs GPUs",

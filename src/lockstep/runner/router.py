@@ -1,4 +1,4 @@
-"""The ledger of requests, and which rank gets which. It is no rank, needs no torch, and knows no time."""
+"""The ledger of requests and their ranks. It is not a rank, and needs neither torch nor a clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Entry:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def output(self) -> RequestOutput:
-        """Return what the request gives back, once it has ended."""
+        """Return the output of an ended request."""
         assert self.checker.finish_reason is not None
         return RequestOutput(
             index=self.index,
@@ -86,14 +86,14 @@ class Router:
         return entry
 
     def begin_epoch(self, ranks: Sequence[int]) -> None:
-        """Go on with other ranks, which know of nothing: every unfinished request gets a rank of theirs."""
+        """Continue with new ranks, which have no requests yet: assign every unfinished request to one of them."""
         self.epoch += 1
         self._set_ranks(ranks)
         for entry in self.entries.values():
             self._choose_rank(entry)
 
     def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
-        """Note what a rank, counted from `first_rank`, says of its scheduler, and which requests that newly counts."""
+        """Record a rank's scheduler state (ranks count from `first_rank`) and the requests newly counted in it."""
         self._states[self._first_rank + rank] = state
         for request_id in taken_in:
             self._sent[self._first_rank + rank].pop(request_id, None)
@@ -102,7 +102,7 @@ class Router:
         self, request_id: int, position: int, token_id: int,
         logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] | None = None, *, epoch: int = 0,
     ) -> tuple[Entry, TextDelta] | None:  # fmt: skip
-        """Take a token in; return its request, which leaves the ledger with its last one, and what it adds to the text.
+        """Add a token; return its request, which leaves the ledger with its last token, and the text it adds.
 
         None for a token that changes nothing: it is there already, its request has ended, or its epoch has. A token
         that leaves a gap, which no rank sends, raises `ConfigurationError`.

@@ -1,4 +1,4 @@
-"""One rank's loop: requests become steps, all ranks agree on each, run it, and write down what happened."""
+"""One rank's loop: turn requests into steps, agree on each with all ranks, run it, and record it."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, known alike on all ranks but for `agreement_s`, this rank's wait for the others.
+    """Progress of a run, equal on all ranks except for `agreement_s`, this rank's wait for other ranks.
 
     `rows_done` are those of the workload that are planned, or not needed since their pages were known.
     """
@@ -166,7 +166,7 @@ class _Run:
             earlier = whole_steps(logs, options.world_size)
             self.first_step = max((record["step"] for record in earlier), default=-1) + 1
             ended_s = max((record["start_s"] + record["duration_s"] for record in earlier), default=0.0)
-            self.started_s = max(self.started_s, ended_s)  # whatever has been done to the system's clock
+            self.started_s = max(self.started_s, ended_s)  # even if the system clock was changed
             if self.place == 0:
                 logger.warning("restart %d: %d requests finished, %d left", start, len(finished), len(requests))
         self.requests = {request.request_id: request for request in requests}
@@ -186,7 +186,7 @@ class _Run:
     def _left_of(self, requests: list[Request]) -> list[Request]:
         """Return what is left of each request. Those that had arrived come at once, and go on behind their tokens."""
         last_s = max((self.requests[request_id].arrival_s for request_id in self.begun), default=0.0)
-        shift_s = last_s if self.options.clock == "steps" else 0.0  # virtual time begins anew
+        shift_s = last_s if self.options.clock == "steps" else 0.0  # virtual time restarts
         left = []
         for request in requests:
             done = len(self.begun[request.request_id].tokens) if request.request_id in self.begun else 0
@@ -283,7 +283,7 @@ class _Run:
             "num_new_tokens": len(tokens),
             "num_cached_tokens": notes.num_cached_tokens,
             "block_ids": block_ids,  # of pages of 64 tokens: equal ones begin equal prompts
-            "stopped_step": None,  # nothing ends a request before its last token
+            "stopped_step": None,  # no request ends before its last token
             "tokens": tokens,
             "text": self.tokenizer.decode(tokens),
             "steps": [notes.first_step, step],
@@ -341,7 +341,7 @@ class _Run:
             load.write(Path(self.options.out, LOAD_FILE))
         outputs.sort(key=lambda output: output["request_id"])
         for name, lines in (("outputs.jsonl", outputs), ("steps.jsonl", steps)):
-            # Under another name first: who reads one of these files finds it whole or not at all.
+            # Written under another name first, so that readers see a complete file or none.
             unfinished = Path(self.options.out, f"{name}.part")
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             unfinished.replace(Path(self.options.out, name))

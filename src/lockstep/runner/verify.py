@@ -16,7 +16,7 @@ from lockstep.runner.ranks import load_tokenizer
 from lockstep.runner.run import load_requests, prompt_ids
 
 LOGIT_TOLERANCE = {"bfloat16": 0.15, "float16": 0.05}
-"""How far logits may lie apart, as a share of the largest logit of the position. In float32 tokens are compared."""
+"""Logit tolerance, as a share of the position's largest logit. In float32 tokens are compared."""
 OUTSIDE_SHARE = 0.03
 """Share of tokens that may lie outside of it in dtypes that round. A router whose scores tie within rounding sends a
 token to another expert, after which logits differ by any amount: one process in bfloat16 differs from itself in float32
@@ -25,7 +25,7 @@ by 0.03 at the 90th and 0.34 at the 99th percentile (tiny model, 240 tokens)."""
 
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison found.
+    """Result of a comparison.
 
     `verified` is None where nothing was compared. `mismatches` are requests that differ, are missing, or have another
     length, `first` says what is wrong with the first; in dtypes that round, tokens count that are further off than
@@ -40,7 +40,7 @@ class Verification:
 
 
 def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Hold a run's `outputs.jsonl` against the whole model in this process, by Transformers alone.
+    """Compare a run's `outputs.jsonl` with the whole model in this process, by Transformers alone.
 
     Each request is one forward pass over its prompt and the run's tokens, so every token is compared with the one that
     the model prefers after those before it. In float32 all must be equal. In other dtypes a token that differs counts
@@ -88,14 +88,14 @@ def verify(options: RunOptions, on_progress: Callable[[int, int], None] | None =
 
 @torch.no_grad()
 def _logits(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """Return what the model says before each of `tokens`, `[num_tokens, vocabulary]`, float32."""
+    """Return the model's logits before each of `tokens`, `[num_tokens, vocabulary]`, float32."""
     ids = torch.tensor([prompt + tokens[:-1]], device=model.get_input_embeddings().weight.device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens)).logits[0]
     return logits[-len(tokens) :].float()
 
 
 def _compare(got: int, logits: torch.Tensor, run_logprob: float | None, dtype: str) -> str:
-    """What is wrong with one token; an empty string if nothing is."""
+    """Return the error of one token, or an empty string."""
     (first, second), (expected, _) = (values.tolist() for values in torch.topk(logits, 2))
     if dtype == "float32":
         return "" if got == expected else f"{got}, one process generates {expected}"
