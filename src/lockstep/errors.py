@@ -21,7 +21,7 @@ class RankAbsentError(LockstepError, TimeoutError):
     """Ranks that did not arrive before the deadline.
 
     Attributes:
-        absent_ranks: the ranks that did not come, ascending; empty where it could not be found out.
+        absent_ranks: the ranks that did not come, ascending; empty if they could not be identified.
     """
 
     def __init__(self, message: str, absent_ranks: tuple[int, ...] = ()) -> None:

@@ -162,7 +162,8 @@ def test_a_cut_cable_ends_the_run_on_both_hosts_and_names_the_other(hosts, job):
         assert "RankAbsentError" in text
     # Where the store is; if rank 0, which keeps it, ends first, rank 1 cannot ask it any more.
     # One of the other host's ranks may have come as far as rank 0 before the cable was cut: then the other is named.
-    named = re.compile(r"ranks? (2|3|2, 3) absent: rank [23] was last seen ")
+    # A rank of the same host that waits elsewhere may be named too.
+    named = re.compile(r"ranks? [\d, ]*[23][\d, ]* absent: .*rank [23] was last seen ")
     assert any(named.search(text) for text in texts[:2]), "\n".join(texts[:2])
     for text in texts[2:]:
         assert "could not be identified" in text

@@ -275,6 +275,21 @@ def test_sigterm_ends_a_rank_after_its_last_words(tmp_path, peer, how):
     assert '"ranks": [1]' in words
 
 
+def test_sigterm_repeats_why_a_rank_has_given_up_until_its_groups_are_closed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_RECORDER_DIR", str(tmp_path))
+    board = Board.create(2)
+    board.unlink()
+    board.register(0)
+    board.register(1, ProcessIdentity.own())
+    peers = Peers(0, 2, board=board)
+    peers.mark(Phase.EXPERTS, layer=3)
+    error = peers.absent("nobody came", (1,))
+    peers.mark(Phase.LEFT)  # the error is raised, and the script may not have shown it when SIGTERM comes
+    assert "rank 0: nobody came; rank 1 absent" in peers.terminate() and peers.terminate() in str(error)
+    peers.close()
+    assert peers.terminate() == ""
+
+
 TORCHRUN = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
