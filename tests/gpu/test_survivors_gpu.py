@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from lockstep import Engine, SamplingParams
 from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
 from many_ranks import ranks_for
+from waiting import Heard
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 NUM_RANKS = ranks_for(NUM_GPUS)
@@ -26,24 +26,6 @@ pytestmark = [
     pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs 2 GPUs of one host, found {NUM_GPUS}"),
     pytest.mark.timeout(200),
 ]
-
-
-class Heard:
-    def __init__(self, num_requests):
-        self.tokens, self.times, self.error = [[] for _ in range(num_requests)], [], None
-        self.left = threading.Semaphore(0)
-
-    def on_token(self, entry, delta):
-        assert len(entry.checker.token_ids) == len(self.tokens[entry.index]) + 1  # one more, none twice
-        self.tokens[entry.index].append((entry.checker.token_ids[-1], 0.0))
-        self.times.append(time.monotonic())
-        if delta.finish_reason is not None:
-            self.left.release()
-
-    def on_error(self, error):
-        self.error = error
-        for _ in self.tokens:
-            self.left.release()
 
 
 @pytest.fixture
@@ -86,7 +68,7 @@ def test_the_others_go_on_with_every_request_and_its_right_tokens(folder, number
         print(f"{number!r}: {gap:.2f} s without a token, {time.monotonic() - lost:.2f} s to the end")
         again, ranks = generate(engine, PROMPTS)
         assert ranks == set(range(NUM_RANKS)) - {1}
-    check(folder, PROMPTS, [heard.tokens, again])
+    check(folder, PROMPTS, [[[(token, 0.0) for token in tokens] for tokens in heard.tokens], again])
 
 
 def test_a_rank_that_comes_back_works_again(folder):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from one_process import in_order, one_process, tokens_of
+
 from waiting import is_running, wait_for
 
 pytest.importorskip("transformers")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from waiting import is_running, wait_for
 
 pytest.importorskip("transformers")

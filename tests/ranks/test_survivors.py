@@ -2,18 +2,17 @@
 
 import os
 import signal
-import threading
 import time
 
 import pytest
 from one_process import one_process, tokens_of
-from waiting import wait_for
 
 pytest.importorskip("transformers")
 
 
 from lockstep import ConfigurationError, Engine, PeerFailedError, SamplingParams
 from lockstep.models.tiny import make_tiny
+from waiting import Heard, wait_for
 
 LONG = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=30_000, temperature=0, ignore_eos=True)
@@ -27,30 +26,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny):
     return one_process(tiny)
-
-
-class Heard:
-    """Every token that a listener hears, with its time."""
-
-    def __init__(self, num_requests):
-        self.tokens, self.times, self.error = [[] for _ in range(num_requests)], [], None
-        self.left = threading.Semaphore(0)
-
-    def on_token(self, entry, delta):
-        assert len(entry.checker.token_ids) == len(self.tokens[entry.index]) + 1  # one more, none twice
-        self.tokens[entry.index].append(entry.checker.token_ids[-1])
-        self.times.append(time.monotonic())
-        if delta.finish_reason is not None:
-            self.left.release()
-
-    def wait_for_more(self, num_tokens):
-        before = len(self.times)
-        wait_for(lambda: len(self.times) >= before + num_tokens)
-
-    def on_error(self, error):
-        self.error = error
-        for _ in self.tokens:
-            self.left.release()
 
 
 def lose(engine, rank, number=signal.SIGKILL):
