@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
+import operator
 import os
 import random
 import re
@@ -38,6 +40,7 @@ from serve_client import Answer, allow_files, ask, prompts_of, quantiles
 RANKS = 3
 NEW_TOKENS = 16
 REST_S = 0.3
+CLIENTS_START_S = 1.0
 CLIENT = Path(__file__).with_name("serve_client.py")
 
 
@@ -190,19 +193,21 @@ def drive_server(start_engine, options, drive):
     asyncio.run(serve(start_engine, options, listener, watch, lambda text: None, os._exit))
 
 
-class Times:
-    """Hears of requests as the HTTP face does, and notes when each of their tokens came.
+class Heard:
+    """Hears of requests as the HTTP face does: their texts, and when each of their tokens came.
 
     A token that is a part of a character has no text yet, and is no event over HTTP: it does not count here either.
     """
 
-    def __init__(self, count):
-        self.times_s = [[time.monotonic()] for _ in range(count)]
-        self._left, self._ended = count, threading.Event()
+    def __init__(self, at_s):
+        self.times_s = [[time_s] for time_s in at_s]
+        self.texts = ["" for _ in at_s]
+        self._left, self._ended = len(at_s), threading.Event()
 
     def on_token(self, entry, delta):
         if delta.text or delta.finish_reason:
             self.times_s[entry.index].append(time.monotonic())
+            self.texts[entry.index] += delta.text
         self._left -= delta.finish_reason is not None
         if not self._left:
             self._ended.set()
@@ -213,7 +218,6 @@ class Times:
 
     def wait(self):
         self._ended.wait()
-        return self.times_s
 
 
 def latencies(times_s):
@@ -222,8 +226,13 @@ def latencies(times_s):
     return {"first_token_s": quantiles(times[1] - times[0] for times in times_s), "per_token_s": quantiles(gaps)}
 
 
+def seconds(times_s):
+    """From the first request to the last token."""
+    return max(times[-1] for times in times_s) - min(times[0] for times in times_s)
+
+
 class Loads:
-    """Bursts of requests over HTTP and through the engine, on the same ranks and in turns."""
+    """Bursts and steady arrivals of requests over HTTP and through the engine, on the same ranks and in turns."""
 
     def __init__(self, arguments, service, port):
         self.engine, self.service, self.port, self.arguments = service.engine, service, port, arguments
@@ -245,31 +254,43 @@ class Loads:
         assert same == len(prompts), f"of {len(prompts)} requests alone, only {same} have the engine's tokens over HTTP"
         return {"requests_alone": len(prompts), "with_equal_tokens": same}
 
-    async def measure(self, count, until_s):
-        """Measure at one load, at least one pair, and more until the time is over."""
-        prompts, pairs = self.prompts(count), []
+    async def measure_burst(self, count, until_s):
+        """Send `count` requests at once."""
+        return {"requests_at_once": count} | await self.measure([0.0] * count, until_s)
+
+    async def measure_rate(self, tokens_per_s, until_s):
+        """Offer this many tokens/s, as requests that arrive at random times (a Poisson process) for some seconds."""
+        rate, arrivals = tokens_per_s / self.arguments.count, random.Random(tokens_per_s)
+        gaps = (arrivals.expovariate(rate) for _ in itertools.repeat(None))
+        offsets_s = list(itertools.takewhile(lambda at_s: at_s < self.arguments.seconds, itertools.accumulate(gaps)))
+        offered = {"offered_tokens_per_s": tokens_per_s, "requests": len(offsets_s), "seconds": self.arguments.seconds}
+        return offered | await self.measure(offsets_s, until_s)
+
+    async def measure(self, offsets_s, until_s):
+        """Measure at least one pair, and more until the time is over."""
+        prompts, pairs, same = self.prompts(len(offsets_s)), [], 0
+        num_tokens = len(prompts) * self.arguments.count
         times_s = {"engine": [], "http": []}
-        num_tokens = count * self.arguments.count
         while not pairs or (len(pairs) < self.arguments.pairs and time.monotonic() + self.round_s < until_s):
             began_s = time.monotonic()
-            texts, generate_s = await self.rested(asyncio.to_thread(self.generate, prompts))
-            times_s["engine"] += await self.rested(asyncio.to_thread(self.listen, prompts))
-            answers = await self.rested(self.over_http(prompts))
+            heard = await self.rested(self.through_engine(prompts, offsets_s))
+            answers = await self.rested(self.over_http(prompts, offsets_s))
             assert all(one.status == 200 for one in answers), {one.status for one in answers}
-            http_s = max(one.times_s[-1] for one in answers) - min(one.times_s[0] for one in answers)
-            pairs.append((num_tokens / generate_s, num_tokens / http_s))
-            times_s["http"] += [one.times_s for one in answers]
+            over_http = [one.times_s for one in answers]
+            pairs.append((num_tokens / seconds(heard.times_s), num_tokens / seconds(over_http)))
+            times_s["engine"] += heard.times_s
+            times_s["http"] += over_http
+            same += sum(one.text == text for one, text in zip(answers, heard.texts, strict=True))
             self.round_s = time.monotonic() - began_s
         engine, http = (round(statistics.median(figures), 1) for figures in zip(*pairs, strict=True))
         ratios = sorted(round(http / engine, 3) for engine, http in pairs)
         return {
-            "requests_at_once": count,
             "pairs": len(pairs),
             "engine": {"tokens_per_s": engine} | latencies(times_s["engine"]),
             "http": {"tokens_per_s": http} | latencies(times_s["http"]),
             "ratio": statistics.median(ratios),
             "ratios": ratios,
-            "same_texts": sum(one.text == text for one, text in zip(answers, texts, strict=True)),
+            "same_texts": f"{same} of {len(pairs) * len(prompts)}",
         }
 
     async def rested(self, work):
@@ -277,21 +298,22 @@ class Loads:
         await asyncio.sleep(REST_S)
         return await work
 
-    def generate(self, prompts):
-        """The texts of `Engine.generate`, and how long it took."""
+    async def through_engine(self, prompts, offsets_s):
+        """Submit each request at its time, as the HTTP server does; those of one time together."""
+        requests = self.engine.read_requests(prompts, self.params)
         began_s = time.monotonic()
-        outputs = sorted(self.engine.generate(prompts, self.params), key=lambda output: output.index)
-        return [output.text for output in outputs], time.monotonic() - began_s
+        heard = Heard([began_s + offset_s for offset_s in offsets_s])
+        for offset_s, some in itertools.groupby(zip(offsets_s, requests, strict=True), key=operator.itemgetter(0)):
+            await asyncio.sleep(began_s + offset_s - time.monotonic())
+            self.engine.submit(heard, [request for _, request in some])
+        await asyncio.to_thread(heard.wait)
+        return heard
 
-    def listen(self, prompts):
-        """When the tokens of each request came, which `generate` does not tell."""
-        timed = Times(len(prompts))
-        self.engine.submit(timed, self.engine.read_requests(prompts, self.params))
-        return timed.wait()
-
-    async def over_http(self, prompts):
-        """Send from processes that share nothing with the server."""
+    async def over_http(self, prompts, offsets_s):
+        """Send from processes that share nothing with the server, once all of them have started."""
         num_clients = min(self.arguments.clients, len(prompts))
+        began_s = time.monotonic() + CLIENTS_START_S
+        requests = [(prompt, began_s + offset_s) for prompt, offset_s in zip(prompts, offsets_s, strict=True)]
 
         async def send(some):
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -300,7 +322,7 @@ class Loads:
             shown, _ = await client.communicate(json.dumps(asked).encode())
             return [Answer(*fields) for fields in json.loads(shown)]
 
-        parts = await asyncio.gather(*(send(prompts[first::num_clients]) for first in range(num_clients)))
+        parts = await asyncio.gather(*(send(requests[first::num_clients]) for first in range(num_clients)))
         return [parts[place % num_clients][place // num_clients] for place in range(len(prompts))]
 
 
@@ -308,13 +330,8 @@ def throughput(arguments):
     """Tokens/s and latencies at several loads. On a CPU, ranks have the last core, so that they are the limit."""
     began_s = time.monotonic()
     ranks = arguments.data_parallel_size
-    loads = arguments.loads or [
-        1,
-        4 * ranks,
-        32 * ranks,
-        arguments.max_num_seqs * ranks,
-        2 * arguments.max_num_seqs * ranks,
-    ]
+    bursts = [1, 4 * ranks, 32 * ranks, arguments.max_num_seqs * ranks, 2 * arguments.max_num_seqs * ranks]
+    bursts = bursts if arguments.loads is None else arguments.loads
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or str(make_tiny(Path(folder, "tiny"), num_layers=8, hidden_size=256, num_experts=12))
         # Equal prompts would otherwise be computed once.
@@ -338,14 +355,19 @@ def throughput(arguments):
             shown |= {name: about[name] for name in ("dtype", "dispatcher", "graphs", "attention_name")}
             shown |= {"new_tokens": arguments.count, "prompt_tokens": arguments.prompt_tokens}
             show(shown | {"api_processes": arguments.api_processes} | await measured.check())
-            for place, load in enumerate(loads):
+            loads = [(measured.measure_burst, count) for count in bursts]
+            loads += [(measured.measure_rate, tokens_per_s) for tokens_per_s in arguments.rates]
+            for place, (measure, load) in enumerate(loads):
                 left_s = began_s + arguments.budget_s - time.monotonic()
                 if left_s <= measured.round_s:
-                    print(f"no time is left for {load} requests at once", file=sys.stderr)
+                    print(f"no time is left for {measure.__name__} {load}", file=sys.stderr)
                     continue
-                show(await measured.measure(load, time.monotonic() + left_s / (len(loads) - place)))
+                show(await measure(load, time.monotonic() + left_s / (len(loads) - place)))
 
-        most = {"max_queue": max(loads), "max_connections": 2 * max(loads)}
+        # Nothing is refused: also what is offered beyond the ranks' speed waits.
+        offered = [2 * rate * arguments.seconds / arguments.count for rate in arguments.rates]
+        most = math.ceil(max([*bursts, *offered]))
+        most = {"max_queue": most, "max_connections": 2 * most}
         served = ServeOptions("model", api_processes=arguments.api_processes, **most)
         drive_server(lambda: Engine(model, **options), served, drive)
 
@@ -378,7 +400,9 @@ def main():
     of_throughput.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
     of_throughput.add_argument("--data-parallel-size", type=int, default=RANKS)
     of_throughput.add_argument("--max-num-seqs", type=int, default=256)
-    of_throughput.add_argument("--loads", type=int, nargs="+", help="requests at once; by default 1 to twice the slots")
+    of_throughput.add_argument("--loads", type=int, nargs="*", help="requests at once; by default 1 to twice the slots")
+    of_throughput.add_argument("--rates", type=int, nargs="*", default=[], help="offered tokens/s, Poisson arrivals")
+    of_throughput.add_argument("--seconds", type=float, default=5.0, help="how long requests arrive at each rate")
     of_throughput.add_argument(
         "--prompt-tokens", type=int, default=128, help="the longest prompt; the others are shorter"
     )

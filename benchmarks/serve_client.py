@@ -1,7 +1,7 @@
 """Clients of `lockstep serve` for its benchmarks.
 
-As a script it reads requests on stdin, sends them all at once, and prints what came. It imports neither torch nor
-Lockstep, so that it takes little from the server's cores.
+As a script it reads requests on stdin, each with the time to send it, and prints what came. It imports neither torch
+nor Lockstep, so that it takes little from the server's cores.
 """
 
 import asyncio
@@ -33,10 +33,13 @@ class Answer(NamedTuple):
         return self.times_s[1] - self.times_s[0] if len(self.times_s) > 1 else None
 
 
-async def ask(port, prompt, max_tokens, *, stream=True, slow_s=0.0, hang_up_after=None, logprobs=None):
-    """One request over a connection of its own; `times_s` begins with the time of the request."""
+async def ask(port, prompt, max_tokens, *, at_s=None, stream=True, slow_s=0.0, hang_up_after=None, logprobs=None):
+    """One request over a connection of its own, sent at `at_s` or now; `times_s` begins with that time."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
-    data, times = json.dumps(body | {"logprobs": logprobs}).encode(), [time.monotonic()]
+    data = json.dumps(body | {"logprobs": logprobs}).encode()
+    if at_s is not None:
+        await asyncio.sleep(at_s - time.monotonic())
+    times = [at_s or time.monotonic()]
     connection = socket.socket()
     if slow_s:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -89,11 +92,11 @@ def allow_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
 
 
-async def burst(port, requests, max_tokens):
-    """Send all requests at once."""
-    return await asyncio.gather(*(ask(port, prompt, max_tokens) for prompt in requests))
+async def ask_all(port, requests, max_tokens):
+    """Send `[prompt, at_s]` requests, each at its time."""
+    return await asyncio.gather(*(ask(port, prompt, max_tokens, at_s=at_s) for prompt, at_s in requests))
 
 
 if __name__ == "__main__":
     allow_files()
-    print(json.dumps(asyncio.run(burst(**json.load(sys.stdin)))))
+    print(json.dumps(asyncio.run(ask_all(**json.load(sys.stdin)))))
