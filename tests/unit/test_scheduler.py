@@ -197,7 +197,7 @@ def test_steps_may_be_left_out_only_where_nothing_happens():
     scheduler.next_step(0)
     assert scheduler.next_step(5).entries == (StepEntry(0, 7, 1, False, True, False),)
     assert scheduler.state().num_outstanding_tokens == 4
-    assert scheduler.counts() == (1, 3, False, -1)  # 3 + 6 tokens of KV cache are read in step 6
+    assert scheduler.decode_context_base == 3  # 3 + 6 tokens of KV cache are read in step 6
     with pytest.raises(ConfigurationError, match="step 9 may not be left out: a request ends in it"):
         scheduler.next_step(11)
     with pytest.raises(ConfigurationError, match="above the last one, 5, got 5"):

@@ -80,14 +80,16 @@ class CostConstants:
     ) -> np.ndarray:  # fmt: skip
         """Return how long each step takes, in us."""
         rows = tokens if filler_rows is None else tokens + filler_rows
-        step_us: np.ndarray = (
-            self.step_us
-            + self.chunk_us * num_chunks
-            + self.own_us(tokens, decode_tokens, decode_context, prefill_context).max(axis=1)
-            + self.row_us * rows.max(axis=1)
-            + self.experts_us(rows.sum(axis=1), rows.shape[1])
+        own_us = self.own_us(tokens, decode_tokens, decode_context, prefill_context).max(axis=1)
+        times_us: np.ndarray = self.step_time_us(
+            own_us, rows.max(axis=1), rows.sum(axis=1), num_chunks, num_ranks=rows.shape[1]
         )
-        return step_us
+        return times_us
+
+    def step_time_us(self, own_us: Any, longest: Any, num_rows: Any, num_chunks: Any, num_ranks: int) -> Any:
+        """Return a step's time in us, from the longest own time and the most rows of any rank, and all ranks' rows."""
+        shared_us = self.step_us + self.chunk_us * num_chunks + self.row_us * longest
+        return shared_us + own_us + self.experts_us(num_rows, num_ranks)
 
     def save(self, path: str | Path) -> None:
         """Write the constants as JSON, as `load` reads them."""

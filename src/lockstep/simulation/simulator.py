@@ -6,16 +6,17 @@ arriving, ending or preempted request, or a running prompt, go through the `Rank
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, nan
+from math import ceil, isnan, nan
 
 import numpy as np
 
 from lockstep.errors import ConfigurationError
-from lockstep.simulation.bookkeeping import NONE, LoadBalancerTwin, PageSteps, StopSteps
 from lockstep.simulation.config import SimulationConfig, SimulationResult, Stop
-from lockstep.simulation.sink import StepSink, TakesColumns, filler_rows
+from lockstep.simulation.sink import StepSink, TakesColumns, filler_rows, num_chunks
 from lockstep.steplog.table import loss_figures
+from lockstep.workload.policies import LoadBalancer
 from lockstep.workload.rank_scheduler import RankScheduler
 from lockstep.workload.request import Request
 from lockstep.workload.schedule import Schedule
@@ -47,7 +48,7 @@ def simulate(
 
 
 class _Simulation:
-    """The state of one simulation. Arrays have one entry per rank, or per request where they say so."""
+    """The state of one simulation. Arrays have one entry per rank; lists of seconds one per request."""
 
     def __init__(
         self, requests: Sequence[Request], config: SimulationConfig, sink: StepSink, stops: Mapping[int, Stop]
@@ -55,142 +56,140 @@ class _Simulation:
         self.requests, self.config, self.sink = requests, config, sink
         num_ranks = config.num_ranks
         self.schedulers = [RankScheduler(config.scheduler) for _ in range(num_ranks)]
-        self.balancer = LoadBalancerTwin(config.scheduler.load_balancing, num_ranks)
+        self.balancer = LoadBalancer(config.scheduler.load_balancing, num_ranks)
         # What the ranks that are not visited do: one row for each request that generates.
-        self.decode = np.zeros(num_ranks, np.int64)
+        self.decode, self.num_waiting = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
         self.context_base = np.zeros(num_ranks, np.int64)  # + step * decode = KV entries that these rows read
+        self.outstanding_base = np.zeros(num_ranks, np.int64)  # - step * decode = outstanding tokens before the step
+        self.kv_tokens = np.zeros(num_ranks, np.int64)  # of unfinished requests, at their longest
         self.decode_list = [0] * num_ranks if num_ranks <= _FEW_RANKS else None  # the same, where ranks are few
         self.context_list = [0] * num_ranks
-        self.num_waiting = np.zeros(num_ranks, np.int64)
         self.total_decode = 0
-        self.ends: dict[int, set[int]] = {}  # step -> ranks in which a request ends
-        self.queued: set[int] = set()  # ranks with a queue, or with a prompt that has begun
+        self.ends: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks in which a request ends
+        self.page_visits: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks to be visited for their pages,
+        self.page_step: dict[int, int | None] = {}  # and the latest word on when: at most one step per rank
         self.heads: dict[int, int] = {}  # rank -> arrival step of its first prompt, where that could run
+        self.queued: set[int] = set()  # ranks with waiting requests, and those whose requests wait for pages only
         self.kv_waiting: set[int] = set()
-        self.kv_waits = 0
-        self.page_steps = PageSteps() if config.scheduler.num_kv_pages is not None else None
-        self.num_preemptions = 0
-        self.stops = StopSteps(requests, stops)
-        self.num_unfinished = 0
+        self.kv_waits = self.num_unfinished = 0
         self.index = {request.request_id: index for index, request in enumerate(requests)}
-        # Lists, one entry per request: they are written one entry at a time, which arrays are slow at.
-        self.rank_of: list[int] = []
+        # With stops, every rank is visited in every step, since a dropped token shows in the entry of its row alone.
+        self.has_stops = bool(stops)
+        kept = {request_id: stop.num_new_tokens for request_id, stop in stops.items()}
+        self.num_kept = [kept.get(request.request_id, request.max_new_tokens) for request in requests]
+        self.stops_before: defaultdict[int, list[int]] = defaultdict(list)
+        for request_id, stop in stops.items():
+            if stop.step is not None:
+                self.stops_before[stop.step].append(self.index[request_id])
+        in_steps, per_step = config.clock == "steps", config.scheduler.seconds_per_step
+        self.arrivals = [ceil(item.arrival_s / per_step) if in_steps else item.arrival_s for item in requests]
+        self.clock: float = 0  # of the arrivals: simulated seconds or steps
+        self.now_s = 0.0
+        # Lists: they are written one entry at a time, which arrays are slow at.
+        self.rank_of: list[int] = []  # of each request that has arrived
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
 
     def run(self) -> SimulationResult:
-        config, cost, sink, requests = self.config, self.config.cost, self.sink, self.requests
-        delay = config.scheduler.max_prefill_delay_steps
-        in_steps = config.clock == "steps"
-        arrivals = [
-            ceil(request.arrival_s / config.scheduler.seconds_per_step) if in_steps else request.arrival_s
-            for request in requests
-        ]
-        count = len(requests)
-        following = 0  # the next request to arrive
+        config, cost, sink = self.config, self.config.cost, self.sink
+        in_steps, chunk_size = config.clock == "steps", config.chunk_size
         step = 0
-        now_s = 0.0
-        clock: float = 0
-        chunk_size = config.chunk_size
-        ragged = config.row_shapes == "ragged"
-        while following < count or self.num_unfinished:
-            run_prefills = self._prefills_run(step, delay)
-            visited = self.ends.pop(step, NONE)
-            if following < count:
-                if not self.num_unfinished and arrivals[following] > clock:
-                    clock = arrivals[following]
-                    now_s = now_s if in_steps else clock
-                if arrivals[following] <= clock:
-                    visited = visited | self._arrive(following, step, now_s, arrivals, clock)
-                    following += len(self.arrived)
-            if run_prefills and self.heads:  # others with prompts have to wait for a seat or for pages
-                visited = visited.union(self.heads)
-            if self.page_steps is not None:
-                visited = visited | self.page_steps.pop(step)
-            if stopped := self.stops.before(step):
-                visited = visited | self._stop(stopped, step)
+        while len(self.rank_of) < len(self.requests) or self.num_unfinished:
+            run_prefills = self._prefills_run(step)
+            visited = self.ends.pop(step, set())
+            if step in self.page_visits:
+                visited.update(rank for rank in self.page_visits.pop(step) if self.page_step[rank] == step)
+            if len(self.rank_of) < len(self.requests):
+                visited |= self._arrive(step)
+            if run_prefills:  # other ranks with prompts have to wait for a seat or for pages
+                visited.update(self.heads)
+            if self.has_stops:
+                self._stop(step)
+                visited.update(range(config.num_ranks))
 
             slot = sink.next_slot()
-            sink.decode[slot] = self.decode
-            sink.context_base[slot] = self.context_base
-            schedules, prompts = self._visit(visited, step, slot, run_prefills)
-            num_tokens = self.total_decode + sum(prefill for _, prefill, _ in prompts)
-            own_us, longest = self._longest(step, prompts)
-            step_us = (
-                cost.step_us
-                + own_us
-                + cost.chunk_us * (1 if chunk_size is None else -(-longest // chunk_size))
-                + cost.row_us * longest
-                + cost.experts_us(num_tokens if ragged else num_tokens + self._num_filler(prompts), config.num_ranks)
-            )
-            sink.start_s[slot] = now_s
+            sink.cells["decode_tokens"][slot] = self.decode
+            sink.cells["decode_context_tokens"][slot] = self.context_base
+            schedules = [(rank, self._visit(rank, step, slot, run_prefills)) for rank in visited]
+            own_us, longest, num_rows = self._work(step, schedules)
+            step_us = cost.step_time_us(own_us, longest, num_rows, num_chunks(longest, chunk_size), config.num_ranks)
+            started_s = sink.start_s[slot] = self.now_s
             sink.duration_s[slot] = step_us * 1e-6
-            started_s, now_s = now_s, now_s + step_us * 1e-6
-            clock = clock + 1 if in_steps else now_s
+            self.now_s += step_us * 1e-6
+            self.clock = self.clock + 1 if in_steps else self.now_s
             if not run_prefills:
-                sink.held[slot, list(self.heads)] = True
+                sink.cells["prefills_held"][slot, list(self.heads)] = True
                 for rank, schedule in schedules:
-                    sink.held[slot, rank] = schedule.prefills_held
-            self.balancer.computed(self.decode, prompts)
+                    sink.cells["prefills_held"][slot, rank] = schedule.prefills_held
             for rank, schedule in schedules:
-                self._after(rank, schedule, step, started_s, now_s, delay > 0)
-            last, overrun = self.stops.of_step(step)
-            for index in last:
-                self.last_s[index] = now_s
-            for index in overrun:
-                sink.note(sink.overrun, slot, self.rank_of[index], 1)
+                self._after(rank, schedule, slot, started_s)
             if self.queued:
-                sink.num_waiting[slot] = self.num_waiting
+                sink.cells["num_waiting"][slot] = self.num_waiting
                 self.kv_waits += len(self.kv_waiting)
             step += 1
         sink.flush()
-        self.stops.check_all_done(step)
-        return self._result(step, now_s)
+        for before, (index, *_) in self.stops_before.items():
+            told = f"cannot stop before step {before}: the last step is {step - 1}"
+            raise ConfigurationError(f"request {self.requests[index].request_id} {told}")
+        return self._result(step)
 
-    def _visit(
-        self, visited: set[int], step: int, slot: int, run_prefills: bool
-    ) -> tuple[list[tuple[int, Schedule]], list[tuple[int, int, int]]]:
-        """Plan the step of ranks that do more than generate; return schedules, and prompts: `(rank, rows, context)`."""
-        sink = self.sink
-        schedules = []
-        prompts = []
-        for rank in visited:
-            schedule = self.schedulers[rank].next_step(step, run_prefills, list_entries=False)
-            schedules.append((rank, schedule))
-            if schedule.preempted:
-                self._preempted(rank, schedule, slot)
-            if schedule.prefix_hits:
-                sink.note(sink.cached, slot, rank, schedule.num_cached_tokens)
-            if prefill := schedule.num_prefill_tokens:
-                prompts.append((rank, prefill, schedule.prefill_context_tokens))
-                sink.prefill[slot, rank] = prefill
-                sink.prefill_context[slot, rank] = schedule.prefill_context_tokens
-        return schedules, prompts
-
-    def _prefills_run(self, step: int, delay: int) -> bool:
+    def _prefills_run(self, step: int) -> bool:
         """Decide as `prefills_run` does, from incremental state instead of all ranks' states."""
+        delay, heads = self.config.scheduler.max_prefill_delay_steps, self.heads
         if delay == 0 or self.total_decode == 0:
             return True
-        heads = self.heads
         return bool(heads) and (len(heads) == self.config.num_ranks or step - min(heads.values()) >= delay)
 
-    def _arrive(self, first: int, step: int, now_s: float, arrivals: Sequence[float], clock: float) -> set[int]:
-        last = first + 1
-        while last < len(arrivals) and arrivals[last] <= clock:
+    def _arrive(self, step: int) -> set[int]:
+        """Assign the requests that are due, when all ranks are idle at least one; return their ranks."""
+        first = last = len(self.rank_of)
+        in_steps = self.config.clock == "steps"
+        if not self.num_unfinished and self.arrivals[first] > self.clock:
+            self.clock = self.arrivals[first]
+            self.now_s = self.now_s if in_steps else self.clock
+        while last < len(self.arrivals) and self.arrivals[last] <= self.clock:
             last += 1
-        self.arrived = self.requests[first:last]
-        ranks = self.balancer.assign(self.arrived)
+        if first == last:
+            return set()
+        policy = self.config.scheduler.load_balancing
+        loads = self.outstanding_base - step * self.decode if policy == "least-tokens" else self.kv_tokens
+        ranks = self.balancer.assign_by_load(self.requests[first:last], loads.tolist())
         self.rank_of += ranks
-        if self.config.clock == "steps":
-            self.arrived_s[first:last] = [now_s] * (last - first)
-        for request, rank in zip(self.arrived, ranks, strict=True):
+        if in_steps:
+            self.arrived_s[first:last] = [self.now_s] * (last - first)
+        for request, rank in zip(self.requests[first:last], ranks, strict=True):
             self.schedulers[rank].add(request, step)
         self.num_unfinished += last - first
         return set(ranks)
 
-    def _longest(self, step: int, prompts: Sequence[tuple[int, int, int]]) -> tuple[float, int]:
-        """Return the longest rank's own time in us, and the most rows of any; prompts are `(rank, rows, context)`."""
-        cost = self.config.cost
+    def _stop(self, step: int) -> None:
+        for index in self.stops_before.pop(step, ()):
+            request_id = self.requests[index].request_id
+            if index >= len(self.rank_of):
+                raise ConfigurationError(f"request {request_id} cannot stop before step {step}: it comes later")
+            self.schedulers[self.rank_of[index]].stop((request_id,))
+            self.num_unfinished -= 1
+
+    def _visit(self, rank: int, step: int, slot: int, run_prefills: bool) -> Schedule:
+        """Plan the step of a rank that may do more than generate."""
+        cells = self.sink.cells
+        schedule = self.schedulers[rank].next_step(step, run_prefills, list_entries=self.has_stops)
+        if schedule.preempted or self.has_stops:  # requests that generated have left before this very step
+            decode, context = schedule.num_decode_tokens, schedule.decode_context_tokens
+            self._set_decode(rank, decode, context - step * decode)
+            cells["decode_tokens"][slot, rank] = decode
+            cells["decode_context_tokens"][slot, rank] = context - step * decode
+            cells["preempted"][slot, rank] = len(schedule.preempted)
+        if schedule.prefix_hits:
+            cells["cached_tokens"][slot, rank] = schedule.num_cached_tokens
+        if schedule.num_prefill_tokens:
+            cells["prefill_tokens"][slot, rank] = schedule.num_prefill_tokens
+            cells["prefill_context_tokens"][slot, rank] = schedule.prefill_context_tokens
+        return schedule
+
+    def _work(self, step: int, schedules: Sequence[tuple[int, Schedule]]) -> tuple[float, int, int]:
+        """Return the longest rank's own time in us, the most rows of any rank, and the rows of all with fillers."""
+        cost, config = self.config.cost, self.config
         token_us, decode_us = cost.token_us + cost.request_us, cost.decode_context_us  # of a row that generates
         if self.decode_list is not None:
             # With few ranks, arithmetic on a list is several times as fast as on an array.
@@ -206,55 +205,24 @@ class _Simulation:
             own_us = token_us * longest
             if decode_us:
                 own_us = float(((token_us + decode_us * step) * self.decode + decode_us * self.context_base).max())
-        for rank, prefill, context in prompts:
-            decode = int(self.decode[rank])
-            longest = max(longest, decode + prefill)
-            own_us = max(
-                own_us,
-                token_us * decode
-                + cost.token_us * prefill
-                + decode_us * (int(self.context_base[rank]) + decode * step)
-                + cost.prefill_context_us * context,
+        num_rows = self.total_decode
+        prompts = [(rank, schedule) for rank, schedule in schedules if schedule.num_prefill_tokens]
+        for _, schedule in prompts:
+            num_rows += schedule.num_prefill_tokens
+            longest = max(longest, schedule.num_tokens)
+            rank_us = (
+                token_us * schedule.num_decode_tokens
+                + cost.token_us * schedule.num_prefill_tokens
+                + decode_us * schedule.decode_context_tokens
+                + cost.prefill_context_us * schedule.prefill_context_tokens
             )
-        return own_us, longest
-
-    def _num_filler(self, prompts: Sequence[tuple[int, int, int]]) -> int:
-        """Return the dummy and padding rows of all ranks in this step."""
-        tokens = self.decode.copy()
-        for rank, prefill, _ in prompts:
-            tokens[rank] += prefill
-        return int(filler_rows(tokens[None], self.config.chunk_size, self.config.row_shapes).sum())
-
-    def _stop(self, stopped: Sequence[int], step: int) -> set[int]:
-        """Let requests, given by their index, end before `step`; return their ranks."""
-        ranks = set()
-        for index in stopped:
-            request = self.requests[index]
-            if index >= len(self.rank_of):
-                raise ConfigurationError(f"request {request.request_id} cannot stop before step {step}: it comes later")
-            rank = self.rank_of[index]
-            scheduler = self.schedulers[rank]
-            scheduler.skip_to(step)
-            scheduler.stop((request.request_id,))
-            decode, base, _, _ = scheduler.counts()
-            self._set_decode(rank, decode, base)
-            self.balancer.finished(rank, request)
-            self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
-            self.num_unfinished -= 1
-            ranks.add(rank)
-        return ranks
-
-    def _preempted(self, rank: int, schedule: Schedule, slot: int) -> None:
-        """Update the counts for requests that lose their pages before this very step."""
-        decode = schedule.num_decode_tokens
-        base = schedule.decode_context_tokens - schedule.step * decode
-        self._set_decode(rank, decode, base)
-        self.sink.decode[slot, rank] = decode
-        self.sink.context_base[slot, rank] = base
-        self.sink.note(self.sink.preempted, slot, rank, len(schedule.preempted))
-        self.num_preemptions += len(schedule.preempted)
-        for request_id in schedule.preempted:
-            self.stops.forget(self.index[request_id])
+            own_us = max(own_us, rank_us)
+        if config.row_shapes != "ragged":
+            tokens = self.decode.copy()
+            for rank, schedule in prompts:
+                tokens[rank] += schedule.num_prefill_tokens
+            num_rows += int(filler_rows(tokens[None], config.chunk_size, config.row_shapes).sum())
+        return own_us, longest, num_rows
 
     def _set_decode(self, rank: int, decode: int, base: int) -> None:
         self.total_decode += decode - int(self.decode[rank])
@@ -264,83 +232,85 @@ class _Simulation:
             self.decode_list[rank] = decode
             self.context_list[rank] = base
 
-    def _after(
-        self, rank: int, schedule: Schedule, step: int, started_s: float, now_s: float, prompts_are_held: bool
-    ) -> None:
-        """Update the counts with a visited rank's step."""
-        scheduler, stops = self.schedulers[rank], self.stops
-        for entry in schedule.entries:  # prompts only
+    def _after(self, rank: int, schedule: Schedule, slot: int, started_s: float) -> None:
+        """Update the counts and times with a visited rank's step."""
+        scheduler, step = self.schedulers[rank], schedule.step
+        for entry in schedule.entries:  # of prompts only, if there are no stops
             index = self.index[entry.request_id]
-            if self.begun_s[index] != self.begun_s[index]:  # NaN: not after a preemption
+            if isnan(self.begun_s[index]):  # not after a preemption
                 self.begun_s[index] = started_s
             if entry.samples:
-                num_sampled = entry.start + entry.num_tokens + 1 - self.requests[index].num_prompt_tokens
-                if num_sampled == 1 and stops.keeps(index, 1):
-                    self.first_s[index] = now_s
-                if not entry.finishes:
-                    last_step = step + self.requests[index].max_new_tokens - num_sampled
-                    self.ends.setdefault(last_step, set()).add(rank)
-                stops.sampled(index, num_sampled, step)
+                request, num_kept = self.requests[index], self.num_kept[index]
+                num_sampled = entry.start + entry.num_tokens + 1 - request.num_prompt_tokens
+                if num_sampled == 1 and num_kept:
+                    self.first_s[index] = self.now_s
+                if num_sampled == num_kept:
+                    self.last_s[index] = self.now_s
+                if num_sampled > num_kept:
+                    self.sink.cells["overrun_rows"][slot, rank] += 1
+                if entry.is_prefill and not entry.finishes:
+                    self.ends[step + request.max_new_tokens - num_sampled].add(rank)
         for request_id in schedule.finished:
             index = self.index[request_id]
-            if stops.keeps(index, self.requests[index].max_new_tokens):
-                self.last_s[index] = now_s
-            self.balancer.finished(rank, self.requests[index])
+            if self.num_kept[index] == self.requests[index].max_new_tokens:
+                self.last_s[index] = self.now_s
         self.num_unfinished -= len(schedule.finished)
-        decode, base, has_prompts, head = scheduler.counts()
-        self._set_decode(rank, decode, base)
-        if schedule.preempted or schedule.prefix_hits:
-            self.balancer.set_outstanding(rank, scheduler.state().num_outstanding_tokens)
-        if self.page_steps is not None:
-            # A rank whose first prompt could run is visited in the next step anyway, where prompts are never held.
-            is_visited = head >= 0 and not prompts_are_held
-            self.page_steps.put(rank, None if is_visited else scheduler.pages_change_at())
+        state = scheduler.state()
+        self._set_decode(rank, state.num_decoding, scheduler.decode_context_base)
+        self.outstanding_base[rank] = state.num_outstanding_tokens + (step + 1) * state.num_decoding
+        self.kv_tokens[rank] = state.num_kv_tokens
         self.num_waiting[rank] = schedule.num_waiting
-        (self.queued.add if has_prompts else self.queued.discard)(rank)
+        (self.queued.add if schedule.num_waiting else self.queued.discard)(rank)
         (self.kv_waiting.add if schedule.num_waiting_for_kv else self.kv_waiting.discard)(rank)
-        if head < 0:
-            self.heads.pop(rank, None)
+        can_run = state.prefill_wait_steps >= 0
+        if can_run:
+            self.heads[rank] = step + 1 - state.prefill_wait_steps
         else:
-            self.heads[rank] = head
+            self.heads.pop(rank, None)
+        # A rank whose first prompt can run is visited in the next step anyway, where prompts are never held.
+        is_visited = can_run and not self.config.scheduler.max_prefill_delay_steps
+        at = self.page_step[rank] = None if is_visited else scheduler.pages_change_at()
+        if at is not None:
+            self.page_visits[at].add(rank)
 
-    def _result(self, num_steps: int, now_s: float) -> SimulationResult:
-        sink, requests = self.sink, self.requests
-        num_new_tokens = self.stops.num_new_tokens()
-        rank_of, num_ranks = np.array(self.rank_of, np.int32), self.config.num_ranks
-        more = np.array(num_new_tokens, np.float64) - 1
+    def _result(self, num_steps: int) -> SimulationResult:
+        sink, requests, num_ranks, now_s = self.sink, self.requests, self.config.num_ranks, self.now_s
+        rank_of = np.array(self.rank_of, np.int32)
+        more = np.array(self.num_kept, np.float64) - 1
         more[more <= 0] = np.nan
         arrived_s, begun_s, first_s, last_s = map(np.array, (self.arrived_s, self.begun_s, self.first_s, self.last_s))
         ttft_s, tpot_s, queue_s = first_s - arrived_s, (last_s - first_s) / more, begun_s - arrived_s
-        num_output = sum(num_new_tokens)
+        num_output = sum(self.num_kept)
         num_tokens = sum(request.num_prompt_tokens for request in requests) + num_output
+        totals = {name: int(values.sum()) for name, values in sink.totals.items()}
         summary = {
             "requests": len(requests),
-            "ranks": self.config.num_ranks,
+            "ranks": num_ranks,
             "steps": num_steps,
-            "rank_steps": num_steps * self.config.num_ranks,
+            "rank_steps": num_steps * num_ranks,
             "duration_s": now_s,
-            "real_tokens": sink.totals["real_rows"],
+            "real_tokens": totals["real_rows"],
             "tokens_per_s": num_tokens / now_s if now_s else 0.0,  # of prompts and output
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
-            "dummy_rows": sink.totals["dummy_rows"],
-            "padding_rows": sink.totals["padding_rows"],
+            "dummy_rows": totals["dummy_rows"],
+            "padding_rows": totals["padding_rows"],
             **loss_figures(sink.lost()),
             # Rows that preemptions made necessary again are in these.
             "per_rank": {
                 "requests": np.bincount(rank_of, minlength=num_ranks).tolist(),
-                "real_rows": sink.real_rows_per_rank.tolist(),
-                "prefill_tokens": sink.prefill_tokens_per_rank.tolist(),
-                "new_tokens": np.bincount(rank_of, num_new_tokens, num_ranks).astype(np.int64).tolist(),
+                "real_rows": sink.totals["real_rows"].tolist(),
+                "prefill_tokens": sink.totals["prefill_tokens"].tolist(),
+                "new_tokens": np.bincount(rank_of, self.num_kept, num_ranks).astype(np.int64).tolist(),
             },
             "ttft_s": _percentiles(ttft_s),
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,  # rank-steps in which requests waited only because the KV cache was full
-            "preempted": self.num_preemptions,  # counted each time
-            "cached_tokens": sink.totals["cached"],
-            "overrun_rows": sink.totals["overrun"],
-            "buffer_limited_steps": sink.totals["buffer_limited"],  # in more chunks than asked for
-            "held_rank_steps": sink.totals["held"],
+            "preempted": totals["preempted"],  # counted each time
+            "cached_tokens": totals["cached_tokens"],
+            "overrun_rows": totals["overrun_rows"],
+            "buffer_limited_steps": sink.num_buffer_limited,  # in more chunks than asked for
+            "held_rank_steps": totals["prefills_held"],
         }
         return SimulationResult(summary, sink.table(), rank_of, queue_s, ttft_s, tpot_s)
 

@@ -10,12 +10,22 @@ import numpy as np
 from lockstep.simulation.config import SimulationConfig
 from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
+_COUNTED = (
+    *("prefill_tokens", "decode_tokens", "prefill_context_tokens", "decode_context_tokens"),
+    *("num_waiting", "prefills_held", "preempted", "overrun_rows", "cached_tokens"),
+)
+"""What the simulator says of each step and rank, named as `StepLogRecord`'s fields."""
+_SUMMED = (
+    *("real_rows", "dummy_rows", "padding_rows", "prefill_tokens"),
+    *("prefills_held", "preempted", "overrun_rows", "cached_tokens"),
+)
+
 
 class TakesColumns(Protocol):
     """A destination of steps: `StepColumns`, or anything else with its `write`."""
 
     def write(self, columns: dict[str, Any]) -> None:
-        """Append records as columns of equal length, named as `StepLogRecord`'s fields; they change after the call."""
+        """Append records as columns of equal length, named as `StepLogRecord`'s fields."""
 
 
 def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str) -> np.ndarray:
@@ -25,13 +35,13 @@ def filler_rows(tokens: np.ndarray, max_chunk_size: int | None, row_shapes: str)
         return longest - tokens
     if row_shapes == "dummy":
         # A rank with no rows left sends one row in each chunk that the longest rank still needs.
-        size = np.maximum(longest, 1) if max_chunk_size is None else max_chunk_size
-        return -(-longest // size) + (-tokens // size)
+        return num_chunks(longest, max_chunk_size) - num_chunks(tokens, max_chunk_size)
     return np.zeros_like(tokens)
 
 
-def _num_chunks(longest: np.ndarray, chunk_size: int | None) -> np.ndarray:
-    return -(-longest // chunk_size) if chunk_size else (longest > 0).astype(np.int64)
+def num_chunks(rows: Any, chunk_size: int | None) -> Any:
+    """Return in how many chunks rows are sent; an integer, or an array of any shape."""
+    return -(-rows // chunk_size) if chunk_size else (rows > 0) + 0
 
 
 class StepSink:
@@ -44,76 +54,88 @@ class StepSink:
         self, config: SimulationConfig, step_log: TakesColumns | None, max_cells: int, buffer_cells: int,
         on_flush: Callable[[int], None],
     ) -> None:  # fmt: skip
-        num_ranks = config.num_ranks
-        # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
-        self._size = 2 ** max(4, (buffer_cells // num_ranks).bit_length() - 1)
-        shape = (self._size, num_ranks)
-        self.decode, self.prefill, self.context_base, self.prefill_context, self.num_waiting = (
-            np.zeros(shape, np.int64) for _ in range(5)
-        )
-        self.held = np.zeros(shape, np.bool_)
-        # Written by `note` only.
-        self.preempted, self.overrun, self.cached = (np.zeros(shape, np.int64) for _ in range(3))
-        self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
-        names = ("real_rows", "dummy_rows", "padding_rows", "held", "buffer_limited", "overrun", "cached")
-        self.totals = dict.fromkeys(names, 0)
-        self.real_rows_per_rank, self.prefill_tokens_per_rank = (np.zeros(num_ranks, np.int64) for _ in range(2))
-        self._noted = False  # whether `note` has been called for what the buffers hold
         self._config, self._step_log, self._on_flush = config, step_log, on_flush
-        self._used = self._first_step = 0
-        self._seconds = 0.0
-        self._lost_s = dict.fromkeys(CAUSES, 0.0)
-        self._max_rows = max(16, max_cells // num_ranks)
+        # A power of two, so that groups of steps (powers of two as well) never straddle two buffers.
+        self._size = 2 ** max(4, (buffer_cells // config.num_ranks).bit_length() - 1)
+        self._first_step = 0
+        self._begin()
+        self.totals = {name: np.zeros(config.num_ranks, np.int64) for name in _SUMMED}
+        self.num_buffer_limited = 0
+        self._seconds, self._lost_s = 0.0, np.zeros(len(CAUSES))
+        self._max_rows = max(16, max_cells // config.num_ranks)
         self._unit = 1
         self._kept: list[StepTable] = []
         self._pending: list[StepTable] = []
 
+    def _begin(self) -> None:
+        # New buffers: the table may keep the old ones.
+        self._used = 0
+        self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
+        self.cells = {name: np.zeros((self._size, self._config.num_ranks), np.int64) for name in _COUNTED}
+
     def next_slot(self) -> int:
-        """Return the next free row of the buffers; all but `decode` and `context_base` are zero in it."""
+        """Return the next row of the buffers, all zeros; `flush` makes `decode_context_tokens` grow with the step."""
         if self._used == self._size:
             self.flush()
         self._used += 1
         return self._used - 1
 
-    def note(self, buffer: np.ndarray, slot: int, rank: int, count: int) -> None:
-        """Add to a rare count: `preempted`, `overrun` or `cached`."""
-        buffer[slot, rank] += count
-        self._noted = True
-
     def flush(self) -> None:
-        """Flush and clear the buffers."""
-        used = self._used
+        """Hand over what the buffers hold, and begin new ones."""
+        config, used = self._config, self._used
         if not used:
             return
-        table = self._table(used)
-        rank_seconds = float(table.duration_s.sum()) * table.num_ranks
-        for cause, lost in table.lost_by_cause().items():
-            self._lost_s[cause] += lost * rank_seconds
+        step = np.arange(self._first_step, self._first_step + used)
+        columns = {name: values[:used] for name, values in self.cells.items()}
+        columns["decode_context_tokens"] += step[:, None] * columns["decode_tokens"]
+        tokens = columns["real_rows"] = columns["decode_tokens"] + columns["prefill_tokens"]
+        filler = filler_rows(tokens, config.chunk_size, config.row_shapes)
+        columns["dummy_rows"] = filler if config.row_shapes == "dummy" else np.zeros_like(tokens)
+        columns["padding_rows"] = filler if config.row_shapes == "equal" else np.zeros_like(tokens)
+        start_s, duration_s = self.start_s[:used], self.duration_s[:used]
+        columns["busy_s"] = np.where(tokens > 0, duration_s[:, None] - self._waits_us(columns, filler) * 1e-6, 0.0)
+        rows: dict[str, Any] = {name: columns[name] for name in (*ROWS, "busy_s")}
+        table = StepTable(
+            step=step, start_s=start_s, duration_s=duration_s, agreement_s=np.zeros(used), num_steps=used, **rows
+        )
+        rank_seconds = float(duration_s.sum()) * config.num_ranks
         self._seconds += rank_seconds
-        for name in ("real_rows", "dummy_rows", "padding_rows"):
-            self.totals[name] += int(getattr(table, name).sum())
-        self.real_rows_per_rank += table.real_rows.sum(axis=0)
-        self.prefill_tokens_per_rank += table.prefill_tokens.sum(axis=0)
-        for name in ("held", *(("overrun", "cached") if self._noted else ())):
-            self.totals[name] += int(getattr(self, name)[:used].sum())
-        longest = table.real_rows.max(axis=1)
-        chunks = _num_chunks(longest, self._config.chunk_size)
-        if self._config.buffer_capacity_rows is not None:
-            self.totals["buffer_limited"] += int((chunks > _num_chunks(longest, self._config.max_chunk_size)).sum())
+        self._lost_s += rank_seconds * np.array(list(table.lost_by_cause().values()))
+        for name, total in self.totals.items():
+            total += columns[name].sum(axis=0)
+        longest = tokens.max(axis=1)
+        chunks = num_chunks(longest, config.chunk_size)
+        if config.buffer_capacity_rows is not None:
+            self.num_buffer_limited += int((chunks > num_chunks(longest, config.max_chunk_size)).sum())
         if self._step_log is not None:
-            self._write(self._step_log, table, chunks)
+            of_steps = {"step": step, "num_chunks": chunks, "start_s": start_s, "duration_s": duration_s}
+            self._step_log.write(
+                {"rank": np.tile(np.arange(config.num_ranks), used)}
+                | {name: np.repeat(values, config.num_ranks) for name, values in of_steps.items()}
+                | {name: values.ravel() for name, values in columns.items()}
+            )
         self._keep(table)
         self._first_step += used
-        self._used = 0
-        rare = (self.preempted, self.overrun, self.cached) if self._noted else ()
-        for buffer in (self.prefill, self.prefill_context, self.num_waiting, self.held, *rare):
-            buffer[:used] = 0
-        self._noted = False
-        self._on_flush(self.totals["real_rows"] + self.totals["cached"])
+        self._begin()
+        self._on_flush(int(self.totals["real_rows"].sum() + self.totals["cached_tokens"].sum()))
+
+    def _waits_us(self, columns: dict[str, np.ndarray], filler: np.ndarray) -> np.ndarray:
+        """Return the time in which each rank has no work of its own: it waits for others, or runs filler rows."""
+        cost, tokens, num_ranks = self._config.cost, columns["real_rows"], self._config.num_ranks
+        names = ("decode_tokens", "decode_context_tokens", "prefill_context_tokens")
+        own = cost.own_us(tokens, *(columns[name] for name in names))
+        rows, with_filler = tokens.sum(axis=1, keepdims=True), (tokens + filler).sum(axis=1, keepdims=True)
+        waits: np.ndarray = (
+            own.max(axis=1, keepdims=True)
+            - own
+            + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
+            + (cost.experts_us(with_filler, num_ranks) - cost.experts_us(rows, num_ranks))
+        )
+        return waits
 
     def lost(self) -> dict[str, float]:
         """Return the lost share of all ranks' time by cause."""
-        return {cause: seconds / max(self._seconds, 1e-300) for cause, seconds in self._lost_s.items()}
+        return dict(zip(CAUSES, (self._lost_s / max(self._seconds, 1e-300)).tolist(), strict=True))
 
     def table(self) -> StepTable:
         """Return the whole run as a table."""
@@ -121,53 +143,6 @@ class StepSink:
         if self._pending:
             tables.append(StepTable.joined(self._pending).merged(self._unit // min(self._unit, self._size)))
         return StepTable.joined(tables, lost=self.lost()) if tables else StepTable.from_records([])
-
-    def _table(self, used: int) -> StepTable:
-        config, cost = self._config, self._config.cost
-        decode = self.decode[:used].copy()
-        tokens = decode + self.prefill[:used]
-        filler = filler_rows(tokens, config.chunk_size, config.row_shapes)
-        # A rank's own time: all that it would not have waited for. A rank without rows has none.
-        own = cost.own_us(tokens, decode, self._decode_context(), self.prefill_context[:used])
-        waits = own.max(axis=1, keepdims=True) - own
-        waits = waits + cost.row_us * ((tokens + filler).max(axis=1, keepdims=True) - tokens)
-        rows = (tokens + filler).sum(axis=1, keepdims=True)
-        num_ranks = tokens.shape[1]
-        filler_us = cost.experts_us(rows, num_ranks) - cost.experts_us(tokens.sum(axis=1, keepdims=True), num_ranks)
-        nothing = np.zeros_like(tokens)
-        return StepTable(
-            step=np.arange(self._first_step, self._first_step + used),
-            real_rows=tokens,
-            dummy_rows=filler if config.row_shapes == "dummy" else nothing,
-            padding_rows=filler if config.row_shapes == "equal" else nothing,
-            prefill_tokens=self.prefill[:used].copy(),
-            decode_tokens=decode,
-            num_waiting=self.num_waiting[:used].copy(),
-            start_s=self.start_s[:used].copy(),
-            duration_s=self.duration_s[:used].copy(),
-            agreement_s=np.zeros(used),
-            busy_s=np.where(tokens > 0, self.duration_s[:used, None] - (waits + filler_us) * 1e-6, 0.0),
-            num_steps=used,
-        )
-
-    def _decode_context(self) -> np.ndarray:
-        steps = np.arange(self._first_step, self._first_step + self._used)[:, None]
-        return self.context_base[: self._used] + steps * self.decode[: self._used]
-
-    def _write(self, step_log: TakesColumns, table: StepTable, chunks: np.ndarray) -> None:
-        used, num_ranks = self._used, table.num_ranks
-        of_steps = {"step": table.step, "num_chunks": chunks, "start_s": table.start_s, "duration_s": table.duration_s}
-        of_ranks = {name: getattr(table, name) for name in (*ROWS, "busy_s")} | {
-            "prefill_context_tokens": self.prefill_context[:used],
-            "decode_context_tokens": self._decode_context(),
-            "prefills_held": self.held[:used],
-            "preempted": self.preempted[:used],
-            "overrun_rows": self.overrun[:used],
-            "cached_tokens": self.cached[:used],
-        }
-        columns = {name: np.repeat(values, num_ranks) for name, values in of_steps.items()}
-        columns |= {name: values.ravel() for name, values in of_ranks.items()}
-        step_log.write({"rank": np.tile(np.arange(num_ranks), used), **columns})
 
     def _keep(self, table: StepTable) -> None:
         unit = min(self._unit, self._size)

@@ -51,22 +51,23 @@ class LoadBalancer:
         self._next = 0
 
     def assign(self, requests: Sequence[Request], states: Sequence[SchedulerState]) -> list[int]:
+        """Return each arriving request's rank, from the agreed states of all ranks."""
+        by_tokens = self._policy == "least-tokens"
+        loads = [state.num_outstanding_tokens if by_tokens else state.num_kv_tokens for state in states]
+        return self.assign_by_load(requests, loads)
+
+    def assign_by_load(self, requests: Sequence[Request], loads: Sequence[int]) -> list[int]:
         """Return each arriving request's rank; every request counts towards the load that the next one sees."""
         if self._policy == "round-robin":
             first = self._next
             self._next = (first + len(requests)) % self._num_ranks
             return [(first + index) % self._num_ranks for index in range(len(requests))]
-        if not requests:
-            return []
-        by_tokens = self._policy == "least-tokens"
-        loads = [(s.num_outstanding_tokens if by_tokens else s.num_kv_tokens, rank) for rank, s in enumerate(states)]
-        heapq.heapify(loads)
+        lightest = [(load, rank) for rank, load in enumerate(loads)]
+        heapq.heapify(lightest)
         ranks = []
         for request in requests:
-            load, rank = loads[0]
+            load, rank = lightest[0]
             ranks.append(rank)
-            heapq.heapreplace(loads, (load + self._load_of(request), rank))
+            added = request.num_computed_tokens if self._policy == "least-tokens" else request.num_kv_tokens
+            heapq.heapreplace(lightest, (load + added, rank))
         return ranks
-
-    def _load_of(self, request: Request) -> int:
-        return request.num_computed_tokens if self._policy == "least-tokens" else request.num_kv_tokens

@@ -65,7 +65,8 @@ class RankScheduler:
         # Step -> requests whose last token is sampled in it, in the order in which they began to generate.
         self._ends: defaultdict[int, list[int]] = defaultdict(list)
         self._num_decoding = 0  # requests that generate in the step to come
-        self._context_base = 0  # sum of (num_tokens - ended) over these: + step * num_decoding = KV entries they read
+        # Sum of (num_tokens - ended) over these: + step * num_decoding = KV entries that they read in the step.
+        self.decode_context_base = 0
         self._outstanding = 0
         self._kv_tokens = 0
         self._is_limited = config.num_kv_pages is not None
@@ -117,7 +118,7 @@ class RankScheduler:
             preempted.append(self._preempt())
         self._take(self._pages.needed(step))
         self._step = step
-        num_decode, decode_context = self._num_decoding, self._context_base + step * self._num_decoding
+        num_decode, decode_context = self._num_decoding, self.decode_context_base + step * self._num_decoding
         entries = []
         if list_entries:
             for request_id, sequence in self._decoding.items():
@@ -174,18 +175,10 @@ class RankScheduler:
 
     def state(self) -> SchedulerState:
         """Return what the other ranks need to know, valid after the step planned last."""
-        arrival = self._first_arrival()
-        wait = -1 if arrival < 0 else self._step + 1 - arrival
+        wait = -1
+        if self._prompt_can_run(self._pages.needed(self._step + 1)):
+            wait = self._step + 1 - (self._partial or next(iter(self._waiting.values()))).arrival
         return SchedulerState(self._outstanding, self._kv_tokens, self._num_decoding, wait)
-
-    def counts(self) -> tuple[int, int, bool, int]:
-        """Return the counts from which a simulation continues without visiting this rank.
-
-        That is `num_decoding`, the part of `decode_context_tokens` that does not grow with the step, whether there is a
-        prompt, queued or begun, and the arrival step of the first that could run, or -1.
-        """
-        has_prompts = self._partial is not None or bool(self._waiting)
-        return self._num_decoding, self._context_base, has_prompts, self._first_arrival()
 
     def pages_change_at(self) -> int | None:
         """Return the next step in which pages run out, or after which the first prompt no longer fits; or None."""
@@ -244,7 +237,7 @@ class RankScheduler:
             self._decoding[request_id] = sequence
             self._ends[sequence.last_step].append(request_id)
             self._num_decoding += 1
-            self._context_base += sequence.num_tokens - step
+            self.decode_context_base += sequence.num_tokens - step
             pages.join(sequence.num_tokens, step)
         return budget - left, context
 
@@ -289,12 +282,6 @@ class RankScheduler:
         self._waiting.move_to_end(request_id, last=False)
         return request_id
 
-    def _first_arrival(self) -> int:
-        """The arrival step of the first prompt that could run in the next step; -1 if none could."""
-        if not self._prompt_can_run(self._pages.needed(self._step + 1)):
-            return -1
-        return (self._partial or next(iter(self._waiting.values()))).arrival
-
     def _prompt_can_run(self, num_reserved: int) -> bool:
         """Whether the first prompt could have rows in a step in which `num_reserved` free pages are for decoding."""
         if self._partial is None and (not self._waiting or self._num_decoding >= self._max_num_seqs):
@@ -331,7 +318,7 @@ class RankScheduler:
     def _drop(self, sequence: _Sequence) -> None:
         """Stop a request's generation and free its pages."""
         self._num_decoding -= 1
-        self._context_base -= sequence.num_tokens - sequence.ended
+        self.decode_context_base -= sequence.num_tokens - sequence.ended
         num_cached = sequence.num_cached(self._step)
         self._pages.leave(num_cached, self._step)
         self._release(sequence, num_cached)
