@@ -290,7 +290,8 @@ class Loads:
             "http": {"tokens_per_s": http} | latencies(times_s["http"]),
             "ratio": statistics.median(ratios),
             "ratios": ratios,
-            "same_texts": f"{same} of {len(pairs) * len(prompts)}",
+            "same_texts": same,
+            "texts": len(pairs) * len(prompts),
         }
 
     async def rested(self, work):

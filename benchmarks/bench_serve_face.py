@@ -75,9 +75,9 @@ class CountingRanks(RankProcesses):
             with contextlib.suppress(queue.Empty):
                 while True:
                     rank, message = self._received.get_nowait()
-                    if "add" in message:
-                        running[rank][message["add"]] = [0, message["params"]["max_tokens"]]
-                        taken_in[rank].append(message["add"])
+                    for request in message.get("add", ()):
+                        running[rank][request["id"]] = [0, request["params"]["max_tokens"]]
+                        taken_in[rank].append(request["id"])
                     for request_id in message.get("abort", ()):
                         running[rank].pop(request_id, None)
             steps += 1
@@ -139,7 +139,7 @@ def face(arguments):
         return sum(sum(one.cpu_times()[:2]) for one in children)
 
     async def drive(_, port):
-        asked = {"port": port, "requests": [[1, 2]] * streams, "max_tokens": count}
+        asked = {"port": port, "requests": [([1, 2], time.monotonic())] * streams, "max_tokens": count}
         began, api_began, at_s = spent(), spent_by_api_processes(), time.monotonic()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         client = await asyncio.create_subprocess_exec(sys.executable, CLIENT, **pipes)

@@ -30,11 +30,14 @@ def test_the_cost_of_the_face(processes):
 
 @pytest.mark.ranks(2)
 def test_throughput_at_several_loads():
-    """Also of more requests than there are slots, from two processes of clients."""
-    arguments = ("--data-parallel-size", 2, "--max-num-seqs", 2, "--loads", 1, 8, "--count", 6, "--pairs", 1)
+    """Also of more requests than there are slots, from two processes of clients, and at a rate."""
+    arguments = ("--data-parallel-size", 2, "--max-num-seqs", 2, "--count", 6, "--pairs", 1, "--loads", 1, 8)
+    arguments += ("--rates", 60, "--seconds", 1)
     about, *loads = shown_by("bench_serve.py", "--throughput", "--device", "cpu", "--clients", 2, *arguments)
     assert (about["ranks"], about["requests_alone"], about["with_equal_tokens"]) == (2, 4, 4)
-    assert [(one["requests_at_once"], one["same_texts"], one["pairs"]) for one in loads] == [(1, 1, 1), (8, 8, 1)]
+    *bursts, steady = loads
+    assert [(one["requests_at_once"], one["same_texts"], one["pairs"]) for one in bursts] == [(1, 1, 1), (8, 8, 1)]
+    assert steady["offered_tokens_per_s"] == 60 and steady["same_texts"] == steady["texts"] == steady["requests"] > 3
     for load in loads:
         for how in ("engine", "http"):
             assert load[how]["tokens_per_s"] > 0

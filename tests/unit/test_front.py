@@ -48,7 +48,7 @@ def test_stopped_ranks_are_looked_for_also_where_requests_come_all_the_time():
     front.start()
     until = time.monotonic() + 10
     while not ranks.checked.is_set() and time.monotonic() < until:
-        front.submit(Nobody(), [NewRequest(0, [1], SamplingParams())])
+        front.submit([(Nobody(), [NewRequest(0, [1], SamplingParams())])])
         time.sleep(0.01)
     front.close()
     assert ranks.checked.is_set()

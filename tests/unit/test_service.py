@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 
 import pytest
 
@@ -19,6 +20,7 @@ from lockstep.runner.ranks import EngineOptions
 from lockstep.serve.answers import Form, Piece, Stream
 from lockstep.serve.errors import ApiError
 from lockstep.serve.options import ServeOptions
+from lockstep.serve.schema import CompletionRequest
 from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service
 
@@ -29,16 +31,17 @@ class FakeEngine:
     """Takes requests, and does what the test says."""
 
     def __init__(self):
-        self.error, self.taken, self.abandoned, self.is_closed = None, [], [], False
+        self.error, self.taken, self.batches, self.abandoned, self.is_closed = None, [], [], [], False
         self.tokenizer = byte_tokenizer()
         self.stats, self.about, self.options = EngineStats(), {"kv_capacity_tokens": None}, EngineOptions("tiny")
 
     def ranks(self):
         return []
 
-    def submit(self, listener, requests):
-        self.taken.append(listener)
-        if self.error is not None:
+    def submit_all(self, calls):
+        self.taken += [listener for listener, _ in calls]
+        self.batches.append(len(calls))
+        for listener, _ in calls if self.error is not None else ():
             listener.on_error(self.error)
 
     def abandon(self, listener):
@@ -123,6 +126,95 @@ def test_what_waits_is_kept_and_what_has_begun_is_lost_with_its_ranks():
         assert service.num_restarts == 1
 
     serving(test)
+
+
+class Tokenizing(FakeEngine):
+    """An engine whose tokenizer takes as long as the test says: a prompt of n tokens waits for event n."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events, self.about = events, {"max_model_len": None, "kv_capacity_tokens": None}
+
+    def prompt_ids(self, index, prompt):
+        self.events[len(prompt)].wait(10)
+        if len(prompt) == 3:
+            raise ConfigurationError("prompt 0 is too long")
+        return prompt
+
+    def check(self, index, ids, params):
+        pass
+
+
+def tokenized_beside(test):
+    """Run `test(service, engine, ask)`: `ask(n)` starts a request with a prompt of n tokens, up to 3."""
+    engine = Tokenizing([threading.Event() for _ in range(4)])
+
+    async def main():
+        service = Service(lambda: engine, ServeOptions("tiny"))
+        running = asyncio.ensure_future(service.run())
+        await until(lambda: service.state == "ready")
+
+        def ask(num_tokens):
+            return asyncio.ensure_future(service.start(CompletionRequest(prompt=[1] * num_tokens, max_tokens=4), "a"))
+
+        await test(service, engine, ask)
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_requests_that_come_together_reach_the_ranks_together(monkeypatch):
+    """Each prompt that begins by itself would cost all ranks a step of its own."""
+    monkeypatch.setattr("lockstep.serve.service._GATHER_S", 10.0)
+
+    async def test(service, engine, ask):
+        engine.events[1].set()
+        await ask(1)
+        await until(lambda: engine.batches == [1])  # it waits for nobody
+        engine.events[1].clear()
+        asked = [ask(1), ask(2), ask(3)]
+        engine.events[1].set()
+        await asked[0]
+        await asyncio.sleep(0.05)
+        assert engine.batches == [1]
+        engine.events[2].set()
+        await asked[1]
+        engine.events[3].set()
+        with pytest.raises(ApiError, match="too long"):  # a request that is refused holds nobody up
+            await asked[2]
+        await until(lambda: engine.batches == [1, 2])
+        assert service.num_waiting == 3
+
+    tokenized_beside(test)
+
+
+def test_no_request_waits_long_for_the_tokens_of_another():
+    async def test(service, engine, ask):
+        asked = [ask(1), ask(2)]
+        engine.events[1].set()
+        await asked[0]
+        await until(lambda: engine.batches == [1])
+        engine.events[2].set()
+        await asked[1]
+        await until(lambda: engine.batches == [1, 1])
+
+    tokenized_beside(test)
+
+
+def test_a_request_that_leaves_before_the_ranks_hear_of_it_never_runs(monkeypatch):
+    monkeypatch.setattr("lockstep.serve.service._GATHER_S", 10.0)
+
+    async def test(service, engine, ask):
+        asked = [ask(1), ask(2)]
+        engine.events[1].set()
+        service.leave(await asked[0])
+        engine.events[2].set()
+        stays = await asked[1]
+        await until(lambda: engine.batches)
+        assert [one.sink for one in engine.taken] == [stays]
+        assert service.num_waiting == 1 and ended(service.metrics) == {"abort": 1}
+
+    tokenized_beside(test)
 
 
 def test_a_request_that_its_ranks_die_of_is_given_up():

@@ -17,7 +17,7 @@ from lockstep.coordination.processes import ProcessState
 from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
 from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
-from lockstep.runner.front import EngineStats, Front, Listener, NewRequest, Outputs
+from lockstep.runner.front import Call, EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.options import refuse_survivors_under_torchrun
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses
@@ -130,7 +130,11 @@ class Engine:
             listener: of these requests only; called from the engine's thread.
             requests: from `read_requests`.
         """
-        self._front.submit(listener, requests)
+        self.submit_all([(listener, requests)])
+
+    def submit_all(self, calls: Sequence[Call]) -> None:
+        """Start the requests of several listeners, see `submit`. On each rank, all of them begin in the same step."""
+        self._front.submit(calls)
 
     def abandon(self, listener: Listener) -> None:
         """End a listener's requests; their rows are free within a few steps. It is not called again."""

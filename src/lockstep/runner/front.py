@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from lockstep.runner.failures import rank_names
 from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.processes import LOOK_S
-from lockstep.runner.rank_loop import add_message
+from lockstep.runner.rank_loop import as_request
 from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.router import Entry, Router
@@ -41,6 +41,10 @@ class Listener(Protocol):
 
     def on_error(self, error: Exception) -> None:
         """All unfinished requests are lost."""
+
+
+Call = tuple[Listener, Sequence[NewRequest]]
+"""Requests, and who hears of them."""
 
 
 @dataclass
@@ -134,9 +138,9 @@ class Front:
             self.kill(error)
             raise
 
-    def submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
-        """Accept requests; their events go to `listener`."""
-        self._put("submit", listener, requests)
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Accept the requests of all calls; each rank hears of its share at once."""
+        self._put("submit", calls, None)
 
     def abandon(self, listener: Listener) -> None:
         """End all requests of a listener; it is not called again. May be called from a finalizer."""
@@ -210,7 +214,7 @@ class Front:
         if kind == "rank":
             self._take_message(who, what)
         elif kind == "submit":
-            self._submit(who, what)
+            self._submit(who)
         elif kind == "abandon":
             self._abandon(id(who))
         elif kind == "forget":
@@ -281,23 +285,27 @@ class Front:
         self._router.begin_epoch(members)
         self.stats.num_kv_tokens = [0 for _ in self.stats.num_kv_tokens]  # a lost rank would never update its number
         self.stats.epoch, self._before = self._router.epoch, copy.deepcopy(self.stats)
-        for entry in self._router.entries.values():
-            self._send_request(entry)
+        self._send_requests(self._router.entries.values())
 
-    def _send_request(self, entry: Entry) -> None:
-        tokens = entry.checker.token_ids
-        self._send(entry.rank, add_message(entry.request_id, entry.prompt_token_ids, entry.params, tokens))
+    def _send_requests(self, entries: Iterable[Entry]) -> None:
+        by_rank: dict[int, list[dict[str, Any]]] = {}
+        for entry in entries:
+            request = as_request(entry.request_id, entry.prompt_token_ids, entry.params, entry.checker.token_ids)
+            by_rank.setdefault(entry.rank, []).append(request)
+        for rank, requests in by_rank.items():
+            self._send(rank, {"add": requests})
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         self.ranks.send(rank, message | {"epoch": self._router.epoch})
 
-    def _submit(self, listener: Listener, requests: Sequence[NewRequest]) -> None:
-        entries = self._calls.setdefault(id(listener), [])
-        for new in requests:
-            entry = self._router.add(new.prompt_token_ids, new.params, new.index)
-            self._listeners[entry.request_id] = listener
-            entries.append(entry)
-            self._send_request(entry)
+    def _submit(self, calls: Sequence[Call]) -> None:
+        added = []
+        for listener, requests in calls:
+            entries = [self._router.add(new.prompt_token_ids, new.params, new.index) for new in requests]
+            self._listeners |= {entry.request_id: listener for entry in entries}
+            self._calls.setdefault(id(listener), []).extend(entries)
+            added += entries
+        self._send_requests(added)
         self.stats.unfinished_requests = len(self._listeners)
 
     def _abandon(self, call: int) -> None:
@@ -326,10 +334,10 @@ class Front:
         """Report the error for requests submitted since."""
         while True:
             try:
-                kind, listener, _ = self._events.get_nowait()
+                kind, calls, _ = self._events.get_nowait()
             except queue.Empty:
                 return
-            if kind == "submit":
+            for listener, _ in calls if kind == "submit" else ():
                 assert self.error is not None
                 listener.on_error(self.error)
 
@@ -342,7 +350,7 @@ class Outputs(Iterator[RequestOutput]):
         self._inbox = _Inbox()  # the front refers only to the inbox, so this object ends when its caller drops it
         self._left = len(requests)
         if requests:
-            front.submit(self._inbox, requests)
+            front.submit([(self._inbox, requests)])
 
     def __iter__(self) -> Outputs:
         return self

@@ -27,12 +27,12 @@ _SAY_S = 1.0  # maximum time between a rank's signs of life
 _LOOK_S = 0.002  # how often a pause looks for such a rank: the most that an idle engine adds to a first token
 
 
-def add_message(
+def as_request(
     request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, generated: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Return the message that brings a request; `generated` are its tokens so far, if another rank has lost it."""
+    """Return a request of an "add" message; `generated` are its tokens so far, if another rank has lost it."""
     about = {"prompt": list(prompt_token_ids), "generated": list(generated), "params": dataclasses.asdict(params)}
-    return {"add": request_id, **about}
+    return {"id": request_id, **about}
 
 
 def run_rank(
@@ -52,9 +52,9 @@ def run_rank(
     the same. A stop string is found here, so that it costs a request one overrun row, as a stop token does, however
     slow the router is; without a detokenizer it is left to the router.
 
-    The mailbox brings `{"add": id, "prompt": [...], "params": {...}}`, `{"abort": [ids]}`, `{"stop": True}` and, within
-    one process, `{"fail": exception}`, which is raised once the other ranks know. It gets, at least every second,
-    `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...], "counts": {...}}`, and
+    The mailbox brings `{"add": [as_request(...), ...]}`, whose requests begin in the same step, `{"abort": [ids]}`,
+    `{"stop": True}` and, within one process, `{"fail": exception}`, which is raised once the other ranks know. It gets,
+    at least every second, `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...], "counts": {...}}`, and
     `{"refused": id, "why": text}`.
     """
     _RankLoop(engine, mailbox, detokenizer).run(after_step, ends_epoch)
@@ -162,21 +162,22 @@ class _RankLoop:
                     self.checkers.pop(request_id, None)
                     self.engine.abort(request_id, missing_ok=True)
             else:
-                taken_in.append(message["add"])
-                self._add(message)
+                for request in message["add"]:
+                    taken_in.append(request["id"])
+                    self._add(request)
         return taken_in
 
-    def _add(self, message: dict[str, Any]) -> None:
-        request_id = message["add"]
+    def _add(self, request: dict[str, Any]) -> None:
+        request_id = request["id"]
         try:
-            params = SamplingParams(**message["params"])
-            self.engine.add(request_id, message["prompt"], params, generated=message["generated"])
+            params = SamplingParams(**request["params"])
+            self.engine.add(request_id, request["prompt"], params, generated=request["generated"])
         except ConfigurationError as error:
             self.mailbox.send({"refused": request_id, "why": str(error)})
             return
         if params.stop_strings and self.detokenizer is not None:
             checker = self.checkers[request_id] = StopChecker(params, detokenizer=self.detokenizer)
-            for token in message["generated"]:
+            for token in request["generated"]:
                 checker.push(token)
 
     def _find_stops(self, outputs: list[TokenOutput]) -> list[TokenOutput]:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Question = Literal["health", "metrics", "max_model_len"]
 
 _LOOK_S = 0.2
+_GATHER_S = 0.003  # the longest that a request waits for others that are being tokenized
 _DEAD = ("stopped", "gone")
 _ENDING = ("draining", "failed")  # states that a service never leaves
 _MAX_LIVES = 3  # a request may be the cause of the losses: it is not kept for ever
@@ -86,6 +87,7 @@ class Service:
         self.state: Literal["starting", "ready", "restarting", "draining", "failed"] = "starting"
         self.engine: Engine | None = None
         self.num_restarts = 0
+        self.num_waiting = 0  # sequences without a token yet
         self._start_engine, self._options = start_engine, options
         self._failures, self._why = 0, ""
         self._running: dict[Sink, Generation] = {}  # until their answers are sent
@@ -94,6 +96,9 @@ class Service:
         self._wakes = False
         self._loop = asyncio.get_running_loop()
         self._tokenizing = ThreadPoolExecutor(1, "lockstep-tokenize")  # a tokenizer is safe in one thread at a time
+        self._num_preparing = 0
+        self._gathered: list[Generation] = []  # not given to the ranks yet
+        self._gathers_until: asyncio.TimerHandle | None = None
         self.metrics = ServiceMetrics(options.model, self)
 
     async def run(self) -> None:
@@ -111,9 +116,8 @@ class Service:
                 continue
             self._detokenizer = detokenizer_of(engine.tokenizer)
             self.state = "ready" if self.state not in _ENDING else self.state
-            for generation in self._running.values():
-                if generation.num_open and not generation.begun:
-                    engine.submit(generation, generation.requests)
+            self._gathered = [one for one in self._running.values() if not one.begun]
+            self._submit_gathered()
             while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
             if self.state not in _ENDING:
@@ -152,11 +156,6 @@ class Service:
         return {"status": status, "why": why, "ranks": shown, "restarts": self.num_restarts}
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences without a token yet."""
-        return sum(len(one.requests) - len(one.begun) for one in self._running.values() if one.num_open)
-
-    @property
     def num_running(self) -> int:
         """Sequences that have begun and not ended."""
         return sum(one.num_open for one in self._running.values()) - self.num_waiting
@@ -178,7 +177,13 @@ class Service:
 
     async def prepare(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> list[NewRequest]:
         """Tokenize, check and log a request, beside the event loop."""
-        requests = await self._loop.run_in_executor(self._tokenizing, new_requests, asked, self._usable())
+        engine = self._usable()
+        self._num_preparing += 1
+        try:
+            requests = await self._loop.run_in_executor(self._tokenizing, new_requests, asked, engine)
+        finally:
+            self._num_preparing -= 1
+            self._loop.call_soon(self._submit_if_all_are_prepared)
         if self._options.log_requests != "off":
             prompt = f": {requests[0].prompt_token_ids}" if self._options.log_requests == "prompts" else ""
             sizes = (answer_id, len(requests), count_prompt_tokens(requests), requests[0].params.max_tokens)
@@ -187,23 +192,42 @@ class Service:
 
     def submit(self, requests: Sequence[NewRequest], sink: Sink) -> Generation:
         """Start a prepared request; raise 429 if the queue is full, 503 if the service is ending."""
-        engine, waiting = self._usable(), self.num_waiting
-        if waiting + len(requests) > self._options.max_queue:
-            text = f"{waiting} sequences wait already, and at most {self._options.max_queue} may: try again later"
+        self._usable()
+        if self.num_waiting + len(requests) > self._options.max_queue:
+            waiting, most = self.num_waiting, self._options.max_queue
+            text = f"{waiting} sequences wait already, and at most {most} may: try again later"
             after_s = min(60, max(1, math.ceil(self._first_wait_s)))
             raise ApiError(429, text, code="queue_full", Retry_After=str(after_s))
         self._running[sink] = generation = Generation(self, requests, sink)
+        self.num_waiting += len(requests)
         if self.state == "ready":
-            engine.submit(generation, requests)
+            self._gathered.append(generation)
+            if self._gathers_until is None:
+                self._gathers_until = self._loop.call_later(_GATHER_S, self._submit_gathered)
         return generation
+
+    def _submit_if_all_are_prepared(self) -> None:
+        if not self._num_preparing:
+            self._submit_gathered()
+
+    def _submit_gathered(self) -> None:
+        """Give the ranks all requests that came together: prompts that begin in the same step share its cost."""
+        gathered, self._gathered = self._gathered, []
+        if self._gathers_until is not None:
+            self._gathers_until.cancel()
+            self._gathers_until = None
+        calls = [(one, one.requests) for one in gathered if one.num_open and one.sink in self._running]
+        if calls and self.engine is not None:
+            self.engine.submit_all(calls)
 
     def leave(self, sink: Sink) -> None:
         """Release a request that has ended, or whose client has gone."""
         generation = self._running.pop(sink)
-        if self.engine is not None and generation.num_open:
+        assert self.engine is not None  # since the request was accepted
+        if generation.num_open:
             self.engine.abandon(generation)
-            self.metrics.finished(generation, "abort", generation.num_open)
-        elif self.engine is not None:
+            self._end(generation, "abort")
+        else:
             self.engine.forget(generation)
 
     def token(self, token_id: int, logprob: float) -> dict[str, Any]:
@@ -258,6 +282,7 @@ class Service:
             self.metrics.token(generation, now_s, is_first=is_first)
             generation.last_token_s = now_s
             generation.begun.add(news.sequence)
+            self.num_waiting -= is_first
             generation.sink.take(news)
             if news.finish_reason is not None:
                 generation.num_open -= 1
@@ -278,14 +303,19 @@ class Service:
     def _fail_all(self) -> None:
         for generation in self._running.values():
             if generation.num_open:
+                assert self.engine is not None  # since the request was accepted
                 self._fail(generation, self._unavailable())
-                if self.engine is not None:
-                    self.engine.abandon(generation)
+                self.engine.abandon(generation)
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
-        self.metrics.finished(generation, "error", generation.num_open)
-        generation.num_open = 0
+        self._end(generation, "error")
         generation.sink.fail(error)
+
+    def _end(self, generation: Generation, reason: str) -> None:
+        """Count out the sequences of a request that have not ended by themselves."""
+        self.metrics.finished(generation, reason, generation.num_open)
+        self.num_waiting -= len(generation.requests) - len(generation.begun)
+        generation.num_open = 0
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")
