@@ -25,7 +25,8 @@ class _Sequence:
     page_keys: Sequence[PageKey]  # of the prompt's first pages
     num_tokens: int  # rows before it can generate (again): its prompt, and what it had generated when preempted
     num_left: int  # tokens to sample from there on, >= 1
-    ended: int = -1  # the step that computed the last of these rows; meaningful while it decodes
+    num_done: int = 0  # of these rows, those computed; up to date until it decodes
+    ended: int = -1  # the step that computed the last of these rows; -1 while it does not decode
 
     @property
     def last_step(self) -> int:
@@ -33,8 +34,8 @@ class _Sequence:
         return self.ended + self.num_left - 1
 
     def num_cached(self, step: int) -> int:
-        """Tokens in the cache after `step`, while it decodes."""
-        return self.num_tokens + step - self.ended
+        """Tokens in the cache after `step`, the one planned last or, while it decodes, a later one."""
+        return self.num_done if self.ended < 0 else self.num_tokens + step - self.ended
 
     @property
     def sharable(self) -> Sequence[PageKey]:
@@ -60,12 +61,10 @@ class RankScheduler:
         self._step = -1
         self._waiting: OrderedDict[int, _Sequence] = OrderedDict()
         self._partial: _Sequence | None = None  # the prompt that has begun and not ended: at most one
-        self._partial_done = 0
         self._decoding: dict[int, _Sequence] = {}  # in the order in which they were admitted
         # Step -> requests whose last token is sampled in it, in the order in which they began to generate.
         self._ends: defaultdict[int, list[int]] = defaultdict(list)
-        self._num_decoding = 0  # requests that generate in the step to come
-        # Sum of (num_tokens - ended) over these: + step * num_decoding = KV entries that they read in the step.
+        # Sum of (num_tokens - ended) over those that decode: + step * their number = KV entries read in the step.
         self.decode_context_base = 0
         self._outstanding = 0
         self._kv_tokens = 0
@@ -118,7 +117,8 @@ class RankScheduler:
             preempted.append(self._preempt())
         self._take(self._pages.needed(step))
         self._step = step
-        num_decode, decode_context = self._num_decoding, self.decode_context_base + step * self._num_decoding
+        num_decode = len(self._decoding)
+        decode_context = self.decode_context_base + step * num_decode
         entries = []
         if list_entries:
             for request_id, sequence in self._decoding.items():
@@ -126,20 +126,24 @@ class RankScheduler:
                 entries.append(StepEntry(request_id, start, 1, False, True, step == sequence.last_step))
         self._outstanding -= num_decode
         num_prefill, prefill_context, held = 0, 0, False
-        if not run_prefills:
-            held = self._prompt_can_run(0)
-        elif self._partial is not None or self._waiting:
-            budget = self._config.max_num_batched_tokens - num_decode
-            num_prefill, prefill_context = self._run_prefills(step, budget, entries)
+        if run_prefills:
+            prompts = self._run_prefills(step, self._config.max_num_batched_tokens - num_decode)
+            for entry in prompts:
+                num_prefill += entry.num_tokens
+                prefill_context += entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2
             self._outstanding -= num_prefill
+            entries += prompts
+        else:
+            held = self._prompt_can_run(0)
         hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
         forgotten = self.prefixes.take_forgotten()
         for keys in filled:
             self._pages.num_free += self.prefixes.fill(keys)
-        finished = tuple(self._ends.pop(step, ()))
+        finished = tuple(self._ends.get(step, ()))
         for request_id in finished:
-            self._leave(self._decoding.pop(request_id))
-        no_seat = self._partial is None and self._num_decoding >= self._max_num_seqs
+            self._kv_tokens -= self._decoding[request_id].request.num_kv_tokens
+            self._evict(self._decoding[request_id])
+        no_seat = self._partial is None and len(self._decoding) >= self._max_num_seqs
         kv_is_full = not no_seat and not self._prompt_can_run(self._pages.needed(step + 1))
         return Schedule(
             step,
@@ -160,25 +164,20 @@ class RankScheduler:
     def stop(self, request_ids: Iterable[int]) -> None:
         """End unfinished requests before their last token; rows of the step planned last stay planned."""
         for request_id in request_ids:
-            if request_id in self._decoding:
-                sequence = self._decoding.pop(request_id)
-                self._outstanding -= sequence.last_step - self._step
-                self._forget_end(sequence)
-                self._leave(sequence)
-            elif request_id in self:
-                is_waiting = request_id in self._waiting
-                sequence, num_done = (self._waiting.pop(request_id), 0) if is_waiting else self._drop_partial()
-                self._outstanding -= sequence.request.num_computed_tokens - num_done
-                self._kv_tokens -= sequence.request.num_kv_tokens
-            else:
+            if request_id not in self:
                 raise ConfigurationError(f"request {request_id} is not an unfinished request of this rank")
+            sequence = self._waiting.pop(request_id, None) or self._decoding.get(request_id) or self._partial
+            assert sequence is not None
+            self._outstanding -= sequence.request.num_computed_tokens - sequence.num_cached(self._step)
+            self._kv_tokens -= sequence.request.num_kv_tokens
+            self._evict(sequence)
 
     def state(self) -> SchedulerState:
         """Return what the other ranks need to know, valid after the step planned last."""
         wait = -1
         if self._prompt_can_run(self._pages.needed(self._step + 1)):
             wait = self._step + 1 - (self._partial or next(iter(self._waiting.values()))).arrival
-        return SchedulerState(self._outstanding, self._kv_tokens, self._num_decoding, wait)
+        return SchedulerState(self._outstanding, self._kv_tokens, len(self._decoding), wait)
 
     def pages_change_at(self) -> int | None:
         """Return the next step in which pages run out, or after which the first prompt no longer fits; or None."""
@@ -204,19 +203,19 @@ class RankScheduler:
             at = self._pages.runs_out_at(first, self._pages.num_free)
             raise ConfigurationError(f"step {at} may not be left out: the KV cache runs out of pages in it")
         self._take(needed)
-        self._outstanding -= (step - first) * self._num_decoding
+        self._outstanding -= (step - first) * len(self._decoding)
         self._step = step - 1
 
-    def _run_prefills(self, step: int, budget: int, entries: list[StepEntry]) -> tuple[int, int]:
-        """Append the prompts' entries to `entries`; return their rows, and the KV entries that these attend to."""
-        left, context, pages = budget, 0, self._pages
+    def _run_prefills(self, step: int, left: int) -> list[StepEntry]:
+        """Return the entries of prompts, which have `left` tokens of the budget."""
+        entries, pages = [], self._pages
         while left > 0:
             if self._partial is None:
                 if not self._prompt_can_run(0):
                     break
                 _, self._partial = self._waiting.popitem(last=False)
-                self._partial_done = self._take_over_prefix(self._partial)
-            sequence, start = self._partial, self._partial_done
+                self._partial.num_done = self._take_over_prefix(self._partial)
+            sequence, start = self._partial, self._partial.num_done
             room = (num_pages(start) + pages.num_free) * PAGE_SIZE - start
             num_tokens = min(left, sequence.num_tokens - start, room)
             if not num_tokens:
@@ -225,21 +224,18 @@ class RankScheduler:
             if keys := sequence.page_keys[start // PAGE_SIZE : (start + num_tokens) // PAGE_SIZE]:
                 self._filled.append(keys)
             left -= num_tokens
-            context += num_tokens * (2 * start + num_tokens + 1) // 2
             ends = start + num_tokens == sequence.num_tokens
             request_id = sequence.request.request_id
             entries.append(StepEntry(request_id, start, num_tokens, True, ends, ends and sequence.num_left == 1))
-            if not ends:
-                self._partial_done += num_tokens
-                continue
-            self._partial = None
-            sequence.ended = step
-            self._decoding[request_id] = sequence
-            self._ends[sequence.last_step].append(request_id)
-            self._num_decoding += 1
-            self.decode_context_base += sequence.num_tokens - step
-            pages.join(sequence.num_tokens, step)
-        return budget - left, context
+            sequence.num_done += num_tokens
+            if ends:
+                self._partial = None
+                sequence.ended = step
+                self._decoding[request_id] = sequence
+                self._ends[sequence.last_step].append(request_id)
+                self.decode_context_base += sequence.num_tokens - step
+                pages.join(sequence.num_tokens, step)
+        return entries
 
     def _take_over_prefix(self, sequence: _Sequence) -> int:
         """Make a new prompt hold the known pages of its beginning; return the number of their tokens."""
@@ -258,23 +254,16 @@ class RankScheduler:
         self._pages.take(count)
         self.prefixes.forget_oldest(self._pages.num_free)
 
-    def _release(self, sequence: _Sequence, num_cached: int) -> None:
-        """Free the pages of a request with `num_cached` cached tokens, except those that other requests hold."""
-        keys = sequence.page_keys[: num_cached // PAGE_SIZE]
-        self._pages.num_free += num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys)
-
     def _preempt(self) -> int:
         """Send the request admitted last back to the front of the queue; return its id."""
-        if self._partial is not None:
-            sequence, num_lost = self._drop_partial()
-        else:
-            _, sequence = self._decoding.popitem()
-            self._forget_end(sequence)
-            self._drop(sequence)
-            num_lost = sequence.num_cached(self._step)
-            num_generated = num_lost + 1 - sequence.num_tokens  # the last of them is not in the cache yet
-            sequence.num_tokens += num_generated
-            sequence.num_left -= num_generated
+        sequence = self._partial or next(reversed(self._decoding.values()))
+        num_lost = sequence.num_cached(self._step)
+        self._evict(sequence)
+        # The token generated last is not in the cache yet.
+        num_generated = max(0, num_lost + 1 - sequence.num_tokens)
+        sequence.num_tokens += num_generated
+        sequence.num_left -= num_generated
+        sequence.num_done, sequence.ended = 0, -1
         self._outstanding += num_lost
         self.num_preemptions += 1
         request_id = sequence.request.request_id
@@ -282,43 +271,33 @@ class RankScheduler:
         self._waiting.move_to_end(request_id, last=False)
         return request_id
 
+    def _evict(self, sequence: _Sequence) -> None:
+        """End a request's prompt or generation, and free its pages, except those that other requests hold."""
+        num_cached = sequence.num_cached(self._step)
+        if sequence is self._partial:
+            self._partial = None
+        elif sequence.ended >= 0:
+            del self._decoding[sequence.request.request_id]
+            self.decode_context_base -= sequence.num_tokens - sequence.ended
+            self._pages.leave(num_cached, self._step)
+            self._ends[sequence.last_step].remove(sequence.request.request_id)
+            if not self._ends[sequence.last_step]:
+                del self._ends[sequence.last_step]
+        keys = sequence.page_keys[: num_cached // PAGE_SIZE]
+        self._pages.num_free += num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys)
+
     def _prompt_can_run(self, num_reserved: int) -> bool:
         """Whether the first prompt could have rows in a step in which `num_reserved` free pages are for decoding."""
-        if self._partial is None and (not self._waiting or self._num_decoding >= self._max_num_seqs):
+        if self._partial is None and (not self._waiting or len(self._decoding) >= self._max_num_seqs):
             return False
         return self._pages.num_free - num_reserved >= self._pages_for_prompt()
 
     def _pages_for_prompt(self) -> int:
         """Free pages without which the first prompt has no rows in a step."""
         if self._partial is not None:
-            return 0 if self._partial_done % PAGE_SIZE else 1
+            return 0 if self._partial.num_done % PAGE_SIZE else 1
         sequence = next(iter(self._waiting.values()))
         version = self.prefixes.version
         if self._last_num_held[0] is not sequence or self._last_num_held[1] != version:
             self._last_num_held = sequence, version, self.prefixes.num_held(sequence.sharable)
         return num_pages(sequence.num_tokens + 1) - self._last_num_held[2]
-
-    def _drop_partial(self) -> tuple[_Sequence, int]:
-        """Free the pages of the prompt that has begun; return it, and how many of its rows were computed."""
-        sequence, num_done = self._partial, self._partial_done
-        assert sequence is not None
-        self._partial, self._partial_done = None, 0
-        self._release(sequence, num_done)
-        return sequence, num_done
-
-    def _forget_end(self, sequence: _Sequence) -> None:
-        self._ends[sequence.last_step].remove(sequence.request.request_id)
-        if not self._ends[sequence.last_step]:
-            del self._ends[sequence.last_step]
-
-    def _leave(self, sequence: _Sequence) -> None:
-        self._drop(sequence)
-        self._kv_tokens -= sequence.request.num_kv_tokens
-
-    def _drop(self, sequence: _Sequence) -> None:
-        """Stop a request's generation and free its pages."""
-        self._num_decoding -= 1
-        self.decode_context_base -= sequence.num_tokens - sequence.ended
-        num_cached = sequence.num_cached(self._step)
-        self._pages.leave(num_cached, self._step)
-        self._release(sequence, num_cached)
