@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LANES = 2  # concurrent exchanges: agreements, and comparisons of collectives
-EXCHANGE_BYTES = 512  # one rank's words in one exchange: 64 of 8 bytes, half payload, half sequence number
+WORD_BYTES = 8
+EXCHANGE_BYTES = 256  # one rank's slot in one exchange
 LAST_WORDS_BYTES = 2048
 
 _PUBLISH_S = 0.5
@@ -165,7 +166,7 @@ class Board:
         return message if word and zlib.crc32(message) == word >> 32 else None
 
     def exchange_offset(self, lane: int, parity: int, rank: int) -> int:
-        """Return where a rank's words of the exchanges of one lane and parity begin, in bytes."""
+        """Return where a rank's slot in the exchanges of one lane and parity begins, in bytes."""
         place = (lane * 2 + parity) * self.num_ranks + rank
         return _HEADER_BYTES + self.num_ranks * _RANK_BYTES + place * EXCHANGE_BYTES
 

@@ -9,6 +9,8 @@ from zlib import crc32
 
 from lockstep.errors import ConfigurationError, RankMismatchError, TokenCountError
 
+MAX_FIELDS = 24  # of a record, so that it fits into one exchange
+
 Reducer = Literal["gather", "max", "min", "all", "any", "equal"]
 
 _REDUCERS: dict[str, Callable[[Sequence[int]], Any]] = {
@@ -107,6 +109,9 @@ class RecordFields:
                 text = f"field {item.name!r} of {record_class.__name__} does not say how it is decided: use decided()"
                 raise ConfigurationError(text)
         self.names = tuple(item.name for item in fields(record_class))
+        if len(self.names) > MAX_FIELDS:
+            text = f"{record_class.__name__} has {len(self.names)} fields; at most {MAX_FIELDS} travel"
+            raise ConfigurationError(text)
         self.decided_by: tuple[Reducer, ...] = tuple(item.metadata["decided_by"] for item in fields(record_class))
         self.reducers = tuple(_REDUCERS[by] for by in self.decided_by)
         self.must_be_equal = [place for place, by in enumerate(self.decided_by) if by == "equal"]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from lockstep.coordination.flight_recorder import IN_LAYER, Phase
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.transports import Transport
-from lockstep.coordination.wire import HEAD_BYTES, WORD_BYTES, Wire, seal
+from lockstep.coordination.wire import HEAD_BYTES, Wire
 from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of
@@ -179,14 +180,14 @@ class _ChangedWires:
 
 
 def _one_row_more(wire: Wire) -> Wire:
-    """The first field of every record is its number of rows; its word follows the head."""
-    rows = int.from_bytes(wire[HEAD_BYTES : HEAD_BYTES + WORD_BYTES], "little") + 1
-    return seal(wire[:HEAD_BYTES] + rows.to_bytes(WORD_BYTES, "little") + wire[HEAD_BYTES + WORD_BYTES : -WORD_BYTES])
+    """The first field of every record is its number of rows; it follows the head."""
+    rows = struct.unpack_from("<q", wire, HEAD_BYTES)[0] + 1
+    return wire[:HEAD_BYTES] + struct.pack("<q", rows) + wire[HEAD_BYTES + 8 :]
 
 
 def _flipped(wire: Wire, word: int, bits: int) -> Wire:
-    """Flip bits in one word of the record's head."""
-    return (int.from_bytes(wire, "little") ^ bits << 8 * WORD_BYTES * word).to_bytes(len(wire), "little")
+    """Flip bits in one 32-bit word of the record's head."""
+    return (int.from_bytes(wire, "little") ^ bits << 32 * word).to_bytes(len(wire), "little")
 
 
 _CHANGES: dict[str, Callable[[Wire], Wire]] = {
