@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.coordination import processes
 from lockstep.coordination.board import EXCHANGE_BYTES, LAST_WORDS_BYTES, Board, StoreBoard, board_bytes
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase, place_text
 from lockstep.coordination.processes import ProcessIdentity
@@ -213,6 +214,15 @@ def test_process_states(board):
     assert board.process(1).state() == "gone"
     board.register(1, ProcessIdentity(*identity[:2], identity.namespace + 1))  # numbers of another container
     assert board.process(1).state() == "unknown"
+
+
+def test_a_process_of_another_host_is_not_looked_for_here(monkeypatch):
+    """Whose first PID namespace has the same number: its processes seemed gone."""
+    monkeypatch.setattr(processes, "_boot", lambda: 12345)
+    elsewhere = ProcessIdentity.of(os.getpid())._replace(pid=2**22 + 1)
+    monkeypatch.undo()
+    assert elsewhere.state() == "unknown"
+    assert elsewhere._replace(namespace=processes.pid_namespace()).state() == "gone"
 
 
 def test_a_rank_out_of_file_descriptors_declares_nobody_dead(board):

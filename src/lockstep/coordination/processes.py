@@ -1,8 +1,10 @@
 """Another process's state according to the operating system: alive, stopped, gone or unknown."""
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
+from zlib import crc32
 
 ProcessState = Literal["alive", "stopped", "gone", "unknown"]
 
@@ -54,11 +56,17 @@ class ProcessIdentity(NamedTuple):
 
 
 def pid_namespace() -> int:
-    """Return the PID namespace of this process, 0 if it cannot be read."""
+    """Return a number of this host's boot and this process's PID namespace, 0 if it cannot be read."""
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        return _boot() << 32 | os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
+
+
+@cache
+def _boot() -> int:
+    """Return a number of this host's boot: all hosts give their first PID namespace the same number."""
+    return crc32((_PROC / "sys/kernel/random/boot_id").read_bytes())
 
 
 def _stat(pid: int, proc: Path) -> tuple[str, int] | None:
