@@ -90,6 +90,11 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
         MeetingPlace(LostStore(), 0, 2).meet({}, 0.1)
 
 
+def set_variables(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -104,23 +109,24 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
         ({"WORLD_SIZE": "٢"}, "variable WORLD_SIZE must be a number >= 1"),
     ],
 )
-def test_variables_that_say_nothing_are_named(changes, says):
+def test_variables_that_say_nothing_are_named(changes, says, monkeypatch):
     good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    environment = {name: value for name, value in {**good, **changes}.items() if value is not None}
+    set_variables(monkeypatch, {**good, **changes})
     with pytest.raises(ConfigurationError, match=says):
-        find_group(None, environment=environment)
+        find_group(None)
     assert not dist.is_initialized()
 
 
-def test_a_port_in_use_is_one_sentence():
+def test_a_port_in_use_is_one_sentence(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         # As torchrun and srun set them; torchrun's agent has its own port, and says itself if that is in use.
         environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        set_variables(monkeypatch, environment)
         with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
-            find_group(None, environment=environment)
+            find_group(None)
     assert not dist.is_initialized()
 
 
@@ -138,8 +144,9 @@ def test_a_silent_store_is_blamed_on_the_process_that_keeps_it(monkeypatch, erro
 
     monkeypatch.setattr(dist, "TCPStore", silent)
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    set_variables(monkeypatch, {**environment, "TORCHELASTIC_USE_AGENT_STORE": agent})
     with pytest.raises(RankAbsentError) as raised:
-        find_group(None, environment={**environment, "TORCHELASTIC_USE_AGENT_STORE": agent})
+        find_group(None)
     why = str(error).partition("\n")[0]
     assert str(raised.value) == f"rank 1: {keeper.format('10.0.0.1:29500')} did not answer within 30 s: {why}"
     assert raised.value.absent_ranks == absent

@@ -67,12 +67,11 @@ class Coordinator:
         self.under_way = False  # an agreement has begun, and this rank does not know its outcome
         self._failure = ""
         self._record_class = StepRecord
-        self._closed_by = ""
 
     @property
     def usable(self) -> bool:
         """False once a wait has ended in an error: the group is never used again."""
-        return not self._closed_by
+        return not self.peers.gave_up
 
     def agree(self, record: StepRecord) -> StepDecision:
         """Tell all ranks `record` and return what all of them then know. Collective: every rank must call it.
@@ -87,8 +86,8 @@ class Coordinator:
         self._record_class = type(record)
         peers.recorder.step = step
         peers.mark(Phase.AGREEMENT, detail=record.num_tokens)
-        if self._closed_by:
-            text = f"rank {own}: these groups ended in an error and are not used again: {self._closed_by}"
+        if peers.gave_up:
+            text = f"rank {own}: these groups ended in an error and are not used again: {peers.gave_up}"
             raise RankAbsentError(text)
         if record.num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {own}")
@@ -102,11 +101,7 @@ class Coordinator:
         except (RankMismatchError, TokenCountError) as error:
             self.give_up(error)  # from here on the ranks' steps may be out of order
             raise type(error)(f"{error}{peers.recorder.file_note()}") from None
-        try:
-            peers.check_last_words()  # a rank may have sent its record and then given up waiting for this one
-        except LockstepError as error:
-            self._close(error)
-            raise
+        peers.check_last_words()  # a rank may have sent its record and then given up waiting for this one
         if decision.values["failed"]:
             messages = self._exchange_messages(self._failure if record.failed else "")
             if not record.failed:
@@ -141,10 +136,6 @@ class Coordinator:
             self.peers.give_up("mismatch", str(error))
         else:
             self.peers.give_up("failed", f"{type(error).__name__}: {error}", (self._own,))
-        self._close(error)
-
-    def _close(self, error: BaseException) -> None:
-        self._closed_by = self._closed_by or f"{type(error).__name__}: {error}"
 
     def _exchange_messages(self, message: str) -> list[str]:
         rest, rounds = message.encode(errors="replace"), []
@@ -160,8 +151,4 @@ class Coordinator:
             return self.transport.wait(self.deadline_s, self.peers.check)
         except (LockstepError, TimeoutError, ConnectionError) as error:
             what = f"the agreement of step {self.step - 1} (epoch {self._header.epoch})"
-            try:
-                self.peers.end_wait(what, started, self.deadline_s, error)
-            except LockstepError as absent:
-                self._close(absent)
-                raise
+            self.peers.end_wait(what, started, self.deadline_s, error)

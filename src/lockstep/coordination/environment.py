@@ -1,17 +1,13 @@
 """Numbers from environment variables that torchrun or another launcher sets; an error is one sentence."""
 
 import os
-from collections.abc import Mapping
 
 from lockstep.errors import ConfigurationError
 
 
-def environment_number(
-    variable: str, low: int, high: int = 2**31 - 1, *, default: int | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> int:  # fmt: skip
+def environment_number(variable: str, low: int, high: int = 2**31 - 1, *, default: int | None = None) -> int:
     """Return a variable's number, which must be in `low..high`; without a default it must be set."""
-    text = environment.get(variable)
+    text = os.environ.get(variable)
     if text is None and default is not None:
         return default
     value = int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) <= 10 else -1

@@ -2,13 +2,12 @@
 
 import atexit
 import datetime
-import functools
 import hashlib
 import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,10 +16,10 @@ import torch.distributed as dist
 
 from lockstep.coordination.board import Board
 from lockstep.coordination.environment import environment_number
+from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.meeting import MeetingPlace, Whereabouts
 from lockstep.coordination.transports import Transport, open_transport
-from lockstep.coordination.waits import first_line, wait_until, within
-from lockstep.coordination.watched_group import WatchedGroup, watched_group
+from lockstep.coordination.waits import await_work, first_line, peers_of, wait_until, within
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.metadata.config import ParallelConfig
 
@@ -37,6 +36,11 @@ _MARGIN_S = 0.5
 _LONGEST_IDENTITY = 64
 # NCCL's watchdog ends the process: a last resort.
 _WATCHDOG_S = 10.0
+
+_BACKEND = "lockstep_watched"
+_BEFORE_JOIN = "in a tensor-parallel exchange before join()"
+# How the names of a group's collectives begin, which differ between torch's versions.
+_COLLECTIVES = ("all", "reduce", "broadcast", "scatter", "gather", "barrier")
 
 _abandoned: list[dist.ProcessGroup] = []
 _numbers: dict[tuple[str, str], Iterator[int]] = {}
@@ -160,27 +164,24 @@ def abort(groups: Sequence[Any], device: torch.device, rank: int, timeout_s: flo
             logger.warning("rank %d: a group of NCCL's did not end: %s", rank, first_line(error))
 
 
-def find_group(
-    process_group: dist.ProcessGroup | None, deadline_s: float = 30.0, environment: Mapping[str, str] = os.environ
-) -> dist.ProcessGroup | None:
+def find_group(process_group: dist.ProcessGroup | None, deadline_s: float = 30.0) -> dist.ProcessGroup | None:
     """Return the ranks, connected under torchrun where the script has not done so; None for a single process."""
     if process_group is None:
-        world_size = environment_number("WORLD_SIZE", 1, default=1, environment=environment)
+        world_size = environment_number("WORLD_SIZE", 1, default=1)
         if not dist.is_initialized() and world_size > 1:
-            _start(world_size, max(deadline_s, _START_S), environment)
+            _start(world_size, max(deadline_s, _START_S))
         process_group = dist.group.WORLD if dist.is_initialized() else None
     return process_group if process_group is not None and process_group.size() > 1 else None
 
 
-def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> None:
+def _start(world_size: int, limit_s: float) -> None:
     """Open the default group of a start by torchrun, or by anything that sets the same variables."""
-    number = functools.partial(environment_number, environment=environment)
-    rank, port = number("RANK", 0, world_size - 1), number("MASTER_PORT", 0, 65535)
-    host = environment.get("MASTER_ADDR", "")
+    rank, port = environment_number("RANK", 0, world_size - 1), environment_number("MASTER_PORT", 0, 65535)
+    host = os.environ.get("MASTER_ADDR", "")
     if not host or (rank == 0 and not _is_a_host(host)):  # others may hear of rank 0's name later
         raise ConfigurationError(f"the environment variable MASTER_ADDR must name a host, got {host!r:.200}")
     limit = datetime.timedelta(seconds=limit_s)
-    by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeps_store = rank == 0 and not by_agent
 
     def open_store() -> dist.Store:
@@ -188,7 +189,7 @@ def _start(world_size: int, limit_s: float, environment: Mapping[str, str]) -> N
             host, port, is_master=keeps_store, wait_for_workers=False, timeout=limit, multi_tenant=True
         )
         # The agent may keep one store over restarts, where ranks would find the addresses of those that died.
-        start = f"lockstep/start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        start = f"lockstep/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         return dist.PrefixStore(start, store) if by_agent else store
 
     try:
@@ -245,11 +246,9 @@ def group_of(process_group: dist.ProcessGroup | None, device_mesh: "DeviceMesh |
     return device_mesh.get_group()
 
 
-def own_device(
-    device: torch.device | str | None, has_gpus: bool | None = None, environment: Mapping[str, str] = os.environ
-) -> torch.device:
+def own_device(device: torch.device | str | None) -> torch.device:
     """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs."""
-    has_gpus = torch.cuda.is_available() if has_gpus is None else has_gpus
+    has_gpus = torch.cuda.is_available()
     try:
         meant: torch.device | None = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)
     except RuntimeError:
@@ -261,8 +260,7 @@ def own_device(
     if not has_gpus:
         raise ConfigurationError(f"device {str(device)!r} needs a GPU that PyTorch can use; it finds none here")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    usual = rank % max(1, torch.cuda.device_count())
-    return torch.device("cuda", environment_number("LOCAL_RANK", 0, default=usual, environment=environment))
+    return torch.device("cuda", environment_number("LOCAL_RANK", 0, default=rank % max(1, torch.cuda.device_count())))
 
 
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:
@@ -274,6 +272,59 @@ def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) 
     return ParallelConfig(num_ranks // tensor_parallel_size, dp_rank, tensor_parallel_size, tp_rank)
 
 
+class WatchedGroup(dist.ProcessGroup):
+    """A proxy for a replaceable group: its collectives run on `inner`, with a deadline.
+
+    A tensor-parallel plan stores its group in every parameter, and waits in C++ for up to torch's half hour.
+    `inner` changes whenever groups are reopened; `ranks` are its members' numbers in the whole start.
+    """
+
+    inner: dist.ProcessGroup
+    ranks: Sequence[int]
+    whereabouts: Whereabouts
+    deadline_s: float
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]  # torch's stubs know one constructor of three
+        self._name = ""
+
+    # What torch asks a group for; the base class would ask its own backends, of which this one has none.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_name(self) -> Any:
+        """See torch."""
+        return self._name
+
+    def getBackendName(self) -> str:
+        """See torch."""
+        return _BACKEND
+
+    def run(self, name: str, *args: Any) -> Any:
+        """Issue a collective on `inner` and wait for it as `await_work`, on NCCL only where no later wait does."""
+        inner, peers = self.inner, peers_of(self.inner)
+        if peers is None:  # before join: the pass that determines the model's shapes
+            self.whereabouts.enter(_BEFORE_JOIN)
+            work = getattr(inner, name)(*args)
+            try:
+                await_work(work, name, inner, self.deadline_s)
+            except RankAbsentError as error:
+                raise self.whereabouts.absent(str(error), self.ranks, _BEFORE_JOIN) from error
+            return work
+        if dist.get_backend(inner) == "nccl":  # the end of the step waits for the GPU, with a deadline
+            return getattr(inner, name)(*args)
+        with peers.before_layer(Phase.TENSOR_PARALLEL):
+            work = getattr(inner, name)(*args)
+            await_work(work, f"a tensor-parallel {name.strip('_')}", inner, self.deadline_s)
+        return work
+
+
+for _name in dir(dist.ProcessGroup):
+    if _name.removeprefix("_").startswith(_COLLECTIVES):
+        setattr(WatchedGroup, _name, lambda self, *args, _name=_name: self.run(_name, *args))
+
+
 def tensor_parallel_group(
     config: ParallelConfig, group: dist.ProcessGroup | None, device: torch.device, deadline_s: float
 ) -> WatchedGroup:
@@ -283,8 +334,16 @@ def tensor_parallel_group(
     key = f"tensor parallel/{start.next_number('tensor parallel')}"
     start.meeting_place(key, "from_pretrained()").meet({}, deadline_s, once=True)
     ranks = _sharers(config, start)
+    if _BACKEND.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(
+            _BACKEND, lambda _store, rank, size, _timeout: WatchedGroup(rank, size), devices=["cpu", "cuda"]
+        )
 
     def open_group(timeout_s: float) -> WatchedGroup:
-        return watched_group(ranks, _new_group(ranks, timeout_s, device), start.whereabouts, deadline_s)
+        inner = _new_group(ranks, timeout_s, device)
+        made = dist.new_group(list(ranks), backend=_BACKEND, use_local_synchronization=True)
+        assert isinstance(made, WatchedGroup)
+        made.ranks, made.inner, made.whereabouts, made.deadline_s = ranks, inner, start.whereabouts, deadline_s
+        return made
 
     return _open("a tensor-parallel group", open_group, ranks, device, deadline_s, start.whereabouts)

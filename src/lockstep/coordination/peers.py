@@ -43,8 +43,8 @@ class Peers:
         self._remote = StoreBoard(store, self.recorder) if board is None and store is not None else None
         self._notices: Board | StoreBoard | None = board or self._remote
         self._comparisons: Transport | None = SharedMemoryTransport(board, rank, lane=1) if board is not None else None
+        self.gave_up = ""  # why the ranks' groups are not used again
         self._silent = False  # has said its last words, or must not say any
-        self._gave_up = ""  # why, until the groups are closed
 
     def name(self, rank: int) -> int:
         """Return a rank's number in the whole start."""
@@ -176,8 +176,8 @@ class Peers:
 
     def give_up(self, kind: str, message: str, blamed: Sequence[int] = ()) -> None:
         """Tell the other ranks, once, why this rank's groups are not used again: `absent`, `failed` or `mismatch`."""
+        self.gave_up = self.gave_up or message or kind
         if not self._silent:
-            self._gave_up = message
             self.recorder.write_file(message)
             self._say_last_words(kind, message, blamed)
 
@@ -216,7 +216,7 @@ class Peers:
     def terminate(self) -> str:
         """Say last words because SIGTERM ends this process; return a message for the user if anything is wrong."""
         if self._silent or self.recorder.phase == Phase.LEFT:
-            return self._gave_up  # its error may be on the way up through the script, and unseen yet
+            return self.gave_up  # its error may be on the way up through the script, and unseen yet
         gone = self._in_state("gone")
         if gone or self._board is None or self._board.given_up:
             return str(self.absent(f"SIGTERM came {self.recorder.doing}", gone))
@@ -231,7 +231,7 @@ class Peers:
 
     def close(self) -> None:
         """Stop publishing: this rank's groups are closed."""
-        self._silent, self._gave_up = True, ""
+        self._silent, self.gave_up = True, ""
         if self._remote is not None:
             self._remote.close()
 
