@@ -129,34 +129,29 @@ def register(environment: Mapping[str, str] = os.environ) -> None:
     if switch not in MODES:
         values = ", ".join(value for value in MODES if value)
         raise ConfigurationError(f"{SWITCH} must be one of {values}, or not set, got {switch!r}")
-    obstacle = _take_effect(MODES[switch])
-    if obstacle:
+    if MODES[switch] and (obstacle := _take_effect(MODES[switch])):
         tell(f"{SWITCH}={switch} changes nothing: {obstacle}", logging.WARNING)
 
 
 def _take_effect(mode: str) -> str:
     """Return why the requested mode leaves this vLLM unchanged, or an empty string."""
-    if not mode:
-        return ""
     try:
         version = str(importlib.import_module("vllm").__version__)
     except (ImportError, AttributeError) as error:
         return f"vLLM cannot be imported ({error})"
-    if mode == "metadata":
-        known, replace = KNOWN_VERSIONS, replace_everywhere
-    else:  # imported only on request: it needs more of vLLM than the class does
+    known = KNOWN_VERSIONS
+    if mode == "exchange":  # imported only on request: it needs more of vLLM than the class does
         from lockstep.integrations import vllm_exchange
 
-        known, replace = vllm_exchange.KNOWN_VERSIONS, vllm_exchange.register_method
+        known = vllm_exchange.KNOWN_VERSIONS
     release = re.match(r"\d+\.\d+", version)
     if release is None or release[0] not in known:
         return f"vLLM {version} is not among the versions known, {', '.join(known)}"
-    return replace()
+    return vllm_exchange.register_method() if mode == "exchange" else _replace_everywhere(version)
 
 
-def replace_everywhere() -> str:
+def _replace_everywhere(version: str) -> str:
     """Replace vLLM's class in every module that imported it, under any name; return why not, or an empty string."""
-    version = importlib.import_module("vllm").__version__
     try:
         theirs = importlib.import_module("vllm.forward_context").DPMetadata
     except (ImportError, AttributeError) as error:

@@ -220,7 +220,7 @@ def make_method(base: Any, join: Callable[..., Callable[..., torch.Tensor] | Non
         def __init__(self, moe: Any, *args: Any, **options: Any) -> None:
             super().__init__(moe, *args, **options)
             self._lockstep_config = importlib.import_module("vllm.config").get_current_vllm_config()
-            self._asked = False
+            self._has_asked = False
             self.run_rows: Callable[..., torch.Tensor] | None = None
 
         @property
@@ -231,8 +231,8 @@ def make_method(base: Any, join: Callable[..., Callable[..., torch.Tensor] | Non
         def process_weights_after_loading(self, layer: Any) -> None:
             """Load as vLLM does, then join the exchange. Collective over the expert-parallel group."""
             super().process_weights_after_loading(layer)
-            if not self._asked:
-                self._asked = True
+            if not self._has_asked:
+                self._has_asked = True
                 self.run_rows = join(self._lockstep_config, self.moe, self, layer)
 
         def apply(
@@ -242,50 +242,35 @@ def make_method(base: Any, join: Callable[..., Callable[..., torch.Tensor] | Non
             """Run the routed experts of rows `[n, hidden]`; vLLM runs the shared ones before or after this call."""
             if self.run_rows is None or layer.apply_router_weight_on_input:
                 return super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
-            return self.run_rows(x, topk_ids, topk_weights.float(), counts_across_dp())
+            context = importlib.import_module("vllm.forward_context")
+            metadata = context.get_forward_context().dp_metadata if context.is_forward_context_available() else None
+            if metadata is None:
+                needed = "the token counts of all ranks in vLLM's forward context"
+                raise ConfigurationError(f"LOCKSTEP_VLLM=exchange needs {needed}")
+            # Each count includes padding.
+            return self.run_rows(x, topk_ids, topk_weights.float(), metadata.num_tokens_across_dp_cpu.tolist())
 
     return LockstepFusedMoEMethod
 
 
-def counts_across_dp() -> list[int]:
-    """Return the rows of each data-parallel rank in this step, padding included, `[dp_size]`."""
-    context = importlib.import_module("vllm.forward_context")
-    metadata = context.get_forward_context().dp_metadata if context.is_forward_context_available() else None
-    if metadata is None:
-        raise ConfigurationError("LOCKSTEP_VLLM=exchange needs the token counts of all ranks in vLLM's forward context")
-    counts: list[int] = metadata.num_tokens_across_dp_cpu.tolist()
-    return counts
+_BEGIN, _HAND_OUT = ("execute_model", "_dummy_run"), ("sample_tokens", "get_output")
 
 
-def _execute_model(function: Any, runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
-    STEP.begin(0 if options.get("dummy_run", False) else int(scheduler_output.total_num_scheduled_tokens))
-    return STEP.within(function, runner, scheduler_output, *args, **options)
+def _num_tokens(scheduler_output: Any, *_: Any, dummy_run: bool = False, **__: Any) -> int:
+    return 0 if dummy_run else int(scheduler_output.total_num_scheduled_tokens)
 
 
-def _dummy_run(function: Any, *args: Any, **options: Any) -> Any:
-    STEP.begin(0)
-    return STEP.within(function, *args, **options)
+def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of vLLM that begins a step or hands out its tokens."""
 
-
-def _hand_out_tokens(function: Any, *args: Any, **options: Any) -> Any:
-    result = STEP.within(function, *args, **options)
-    if not hasattr(result, "get_output"):
-        STEP.check()  # the tokens are on the host, so the step is over
-    return result
-
-
-_WRAPPERS: dict[str, Callable[..., Any]] = {
-    "execute_model": _execute_model,
-    "_dummy_run": _dummy_run,
-    "sample_tokens": _hand_out_tokens,
-    "get_output": _hand_out_tokens,
-}
-
-
-def _wrapped(function: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        return around(function, *args, **options)
+    def call(owner: Any, *args: Any, **options: Any) -> Any:
+        if name in _BEGIN:
+            STEP.begin(0 if name == "_dummy_run" else _num_tokens(*args, **options))
+        result = STEP.within(function, owner, *args, **options)
+        if name in _HAND_OUT and not hasattr(result, "get_output"):
+            STEP.check()  # the tokens are on the host, so the step is over
+        return result
 
     vars(call)["_lockstep"] = True
     return call
@@ -293,11 +278,11 @@ def _wrapped(function: Callable[..., Any], around: Callable[..., Any]) -> Callab
 
 def watch(owner: Any) -> bool:
     """Wrap, once, a class's functions that begin a step or hand out its tokens; return whether it runs steps."""
-    for name, around in _WRAPPERS.items():
+    for name in (*_BEGIN, *_HAND_OUT):
         function = getattr(owner, name, None)
         if function is not None and not hasattr(function, "_lockstep"):
-            setattr(owner, name, _wrapped(function, around))
-    return all(hasattr(owner, name) for name in ("execute_model", "_dummy_run", "sample_tokens"))
+            setattr(owner, name, _watched(name, function))
+    return all(hasattr(owner, name) for name in (*_BEGIN, "sample_tokens"))
 
 
 def watch_runners() -> bool:
@@ -322,8 +307,7 @@ def missing_symbols() -> str:
 
 def register_method(join: Callable[..., Callable[..., torch.Tensor] | None] = join) -> str:
     """Replace vLLM's method by ours in its registry; return why not, or an empty string."""
-    obstacle = missing_symbols()
-    if obstacle:
+    if obstacle := missing_symbols():
         return obstacle
     deadline_s()  # report a wrong value at start
     base = getattr(importlib.import_module(METHOD_MODULE), METHOD)

@@ -14,16 +14,11 @@ from lockstep.json_reading import json_object
 from lockstep.simulation.config import SimulationConfig, Stop
 from lockstep.simulation.cost import CostConstants
 from lockstep.simulation.simulator import simulate
+from lockstep.simulation.sink import COUNTED
 from lockstep.steplog.files import read_step_log
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload.request import Request, read_block_ids
 from lockstep.workload.schedule import SchedulerConfig
-
-COMPARED = (
-    *("prefill_tokens", "decode_tokens", "prefill_context_tokens", "decode_context_tokens"),
-    *("num_waiting", "prefills_held", "preempted", "overrun_rows", "cached_tokens"),
-)
-"""Columns of the step log that say what a scheduler decided."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +32,21 @@ class Replay:
 
     def run(self) -> tuple[dict[str, Any], str]:
         """Schedule the run again; return the simulation's summary and the first difference in words, if any."""
-        parts: list[dict[str, np.ndarray]] = []
+        parts = [np.zeros((0, len(COUNTED)), np.int64)]
 
         class Log:
             def write(self, columns: dict[str, Any]) -> None:
-                # Copies: the simulator reuses its buffers.
-                parts.append({name: np.array(columns[name], np.int64) for name in COMPARED})
+                parts.append(np.stack([columns[name] for name in COUNTED], axis=1))
 
         summary = simulate(self.requests, self.config, Log(), stops=self.stops).summary
-        found = []
-        for name in COMPARED:
-            executed = np.array([getattr(record, name) for record in self.executed], np.int64)
-            planned = np.concatenate([np.zeros(0, np.int64), *(part[name] for part in parts)])
-            length = min(len(executed), len(planned))
-            for cell in np.flatnonzero(executed[:length] != planned[:length])[:1].tolist():
-                found.append((cell, name, int(executed[cell]), int(planned[cell])))
-        if found:
-            cell, name, was, is_planned = min(found)
+        planned = np.concatenate(parts)
+        rows = [[getattr(record, name) for name in COUNTED] for record in self.executed]
+        executed = np.array(rows, np.int64).reshape(-1, len(COUNTED))
+        length = min(len(executed), len(planned))
+        for cell, column in np.argwhere(executed[:length] != planned[:length])[:1].tolist():
             step, rank = divmod(cell, self.config.num_ranks)
-            return summary, f"step {step}, rank {rank}: {name} was {was} in the run, {is_planned} is planned"
+            differs = f"was {executed[cell, column]} in the run, {planned[cell, column]} is planned"
+            return summary, f"step {step}, rank {rank}: {COUNTED[column]} {differs}"
         num_steps = len(self.executed) // self.config.num_ranks
         if summary["steps"] != num_steps:
             return summary, f"the run has {num_steps} steps, {summary['steps']} are planned"

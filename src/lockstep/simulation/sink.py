@@ -10,11 +10,11 @@ import numpy as np
 from lockstep.simulation.config import SimulationConfig
 from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
-_COUNTED = (
+COUNTED = (
     *("prefill_tokens", "decode_tokens", "prefill_context_tokens", "decode_context_tokens"),
     *("num_waiting", "prefills_held", "preempted", "overrun_rows", "cached_tokens"),
 )
-"""What the simulator says of each step and rank, named as `StepLogRecord`'s fields."""
+"""What a scheduler decides for each step and rank, named as `StepLogRecord`'s fields."""
 _SUMMED = (
     *("real_rows", "dummy_rows", "padding_rows", "prefill_tokens"),
     *("prefills_held", "preempted", "overrun_rows", "cached_tokens"),
@@ -71,7 +71,7 @@ class StepSink:
         # New buffers: the table may keep the old ones.
         self._used = 0
         self.start_s, self.duration_s = np.zeros(self._size), np.zeros(self._size)
-        self.cells = {name: np.zeros((self._size, self._config.num_ranks), np.int64) for name in _COUNTED}
+        self.cells = {name: np.zeros((self._size, self._config.num_ranks), np.int64) for name in COUNTED}
 
     def next_slot(self) -> int:
         """Return the next row of the buffers, all zeros; `flush` makes `decode_context_tokens` grow with the step."""

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import setitem
 from typing import Any
 
 from lockstep.errors import ConfigurationError
@@ -32,7 +34,6 @@ SETTINGS = {
     "row_shapes": ("rows", "{} rows"),
 }
 """What a grid can change, with its heading in a table and its part of a setting's name."""
-_OF_SCHEDULER = ("load_balancing", "max_prefill_delay_steps", "max_num_batched_tokens")
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,18 @@ class Grid:
             if not getattr(self, name):
                 raise ConfigurationError(f"{name} needs at least one value, got none")
         found = []
-        for ranks, *of_scheduler, chunk, shapes in itertools.product(*(getattr(self, name) for name in SETTINGS)):
-            scheduler = replace(base.scheduler, **dict(zip(_OF_SCHEDULER, of_scheduler, strict=True)))
-            found.append(replace(base, num_ranks=ranks, scheduler=scheduler, max_chunk_size=chunk, row_shapes=shapes))
+        for combination in itertools.product(*(getattr(self, name) for name in SETTINGS)):
+            values = dict(zip(SETTINGS, combination, strict=True))
+            of_scheduler = {name: values.pop(name) for name in SETTINGS if hasattr(base.scheduler, name)}
+            scheduler = replace(base.scheduler, **of_scheduler)
+            found.append(replace(base, num_ranks=values.pop("data_parallel_size"), scheduler=scheduler, **values))
         return found
 
 
 def setting(config: SimulationConfig) -> dict[str, Any]:
     """Return the values of a configuration that a grid can change, by name."""
-    of_scheduler = [getattr(config.scheduler, name) for name in _OF_SCHEDULER]
-    values = (config.num_ranks, *of_scheduler, config.max_chunk_size, config.row_shapes)
-    return dict(zip(SETTINGS, values, strict=True))
+    values = {"data_parallel_size": config.num_ranks, **vars(config.scheduler), **vars(config)}
+    return {name: values[name] for name in SETTINGS}
 
 
 def sweep(
@@ -75,23 +77,17 @@ def sweep(
 
     `on_progress` is told now and then how many are done, parts of them counted too.
     """
-    for config in configs:
-        config.scheduler.check_fits(requests)
     workers = min(workers or os.cpu_count() or 1, len(configs))
     if workers <= 1:
         summaries: list[dict[str, Any]] = []
         for config in configs:
-
-            def show(share: float) -> None:
-                on_progress(len(summaries) + share)
-
-            summaries.append(simulate(requests, config, on_progress=show, max_report_cells=1).summary)
+            summaries.append(_summary(requests, config, lambda share: on_progress(len(summaries) + share)))
         return summaries
     # The workload goes to each process once, not with each task.
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(configs), lock=False)  # of each configuration, written by its process
     with ProcessPoolExecutor(workers, context, _take_workload, (list(requests), shares)) as pool:
-        tasks = [pool.submit(_simulate, index, config) for index, config in enumerate(configs)]
+        tasks = [pool.submit(_simulate_taken, index, config) for index, config in enumerate(configs)]
         left = set(tasks)
         try:
             while left:
@@ -139,8 +135,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _simulate(index: int, config: SimulationConfig) -> dict[str, Any]:
-    def show(share: float) -> None:
-        _shares[index] = share
+def _simulate_taken(index: int, config: SimulationConfig) -> dict[str, Any]:
+    return _summary(_workload, config, partial(setitem, _shares, index))
 
-    return simulate(_workload, config, on_progress=show, max_report_cells=1).summary
+
+def _summary(
+    requests: Sequence[Request], config: SimulationConfig, on_progress: Callable[[float], None]
+) -> dict[str, Any]:
+    return simulate(requests, config, on_progress=on_progress, max_report_cells=1).summary

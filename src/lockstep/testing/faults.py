@@ -18,7 +18,6 @@ from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import IN_LAYER, Phase
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.transports import Transport
 from lockstep.coordination.wire import HEAD_BYTES, Wire
 from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
 from lockstep.errors import ConfigurationError
@@ -109,14 +108,12 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
         right_layer = place.phase not in IN_LAYER or place.layer == fault.layer
         return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and right_layer
 
-    before, transport = peers.on_mark, coordinator.transport
-    peers.on_mark = lambda _: due.happen(is_there, coordinator, changed)
-    coordinator.transport = _ChangedWires(transport)
+    before, peers.on_mark = peers.on_mark, lambda _: due.happen(is_there, coordinator, changed)
     try:
         with instead_of_all_to_all(changed):
             yield due.happened
     finally:
-        peers.on_mark, coordinator.transport = before, transport
+        peers.on_mark = before
 
 
 class _Due:
@@ -159,24 +156,19 @@ def break_on_purpose(
         case "skip" | "swap" | "wrong_size" if collectives is not None:
             collectives.action = fault.action
         case "wrong_count" | "corrupted_header" | "other_protocol" if coordinator is not None:
-            coordinator.transport.change = _CHANGES[fault.action]  # type: ignore[attr-defined]  # of `inject_into`
+            _change_next_record(coordinator.transport, _CHANGES[fault.action])
         case _:
             raise ConfigurationError(f"{fault.action} belongs into a step, got phase {fault.phase!r}")
 
 
-class _ChangedWires:
-    """A transport that applies `change` to the next record it sends."""
+def _change_next_record(transport: Any, change: Callable[[Wire], Wire]) -> None:
+    begin = transport.begin
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self.num_ranks, self.can_watch = transport.num_ranks, transport.can_watch
-        self.wait, self.wanted = transport.wait, transport.wanted
-        self.change: Callable[[Wire], Wire] | None = None
+    def begin_changed(wire: Wire) -> None:
+        del transport.begin  # the class's own again
+        begin(change(wire))
 
-    def begin(self, wire: Wire) -> None:
-        """See `Transport`."""
-        change, self.change = self.change, None
-        self.transport.begin(wire if change is None else change(wire))
+    transport.begin = begin_changed
 
 
 def _one_row_more(wire: Wire) -> Wire:
