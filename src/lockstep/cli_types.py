@@ -199,7 +199,7 @@ RestartRanks = Annotated[
 ]
 Deadline = Annotated[float, scale("Longest wait for any rank, in seconds.", "--deadline")]
 Balancing = Annotated[LoadBalancing, option("How requests are assigned to ranks.")]
-port = partial(option, parser=whole(0, 65535), metavar="PORT")
+port = partial(option, parser=whole(0, 65535), metavar="N")  # not PORT: Typer 0.27 takes that for the name
 Overwrite = Annotated[bool, option("Replace an earlier result in the output folder.", "--overwrite")]
 AsJson = Annotated[bool, option("Print one JSON document instead of the table.", "--json")]
 

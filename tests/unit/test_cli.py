@@ -43,6 +43,17 @@ def test_help_names_every_choice():
         assert name in help_of["simulate"]
 
 
+def test_no_option_is_called_by_what_it_takes():
+    """Typer 0.27 names an option after a metavar that differs from it in case alone: `--PORT` for `--port`."""
+    import typer
+
+    from lockstep.cli import app
+
+    for command in typer.main.get_command(app).commands.values():
+        taken = {parameter.name: parameter.metavar for parameter in command.params if parameter.metavar}
+        assert not [name for name, metavar in taken.items() if metavar.lower() == name], command.name
+
+
 @pytest.mark.parametrize("package", ["typer", "rich"])
 @pytest.mark.parametrize("arguments", [["--help"], ["run"], []])
 def test_without_the_extra_cli_the_command_says_what_to_type(package, arguments):
