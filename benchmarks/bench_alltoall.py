@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep import __version__
-from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.alltoall import AllToAllDispatcher, ranks_needed
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher, AllToAllDispatcher, ranks_needed
 from lockstep.testing import MoEInputs, run_ranks
 
 RESULTS = Path(__file__).parent / "results"

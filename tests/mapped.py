@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from dispatch_rounds import round_to_fp8, undo_scales
-from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.base import Abilities, Route
 from lockstep.dispatch.choose import register_dispatcher
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher
 from lockstep.moe.experts import LocalExperts
 
 

@@ -6,7 +6,6 @@ from lockstep.coordination.step import StepDecision as StepDecision
 from lockstep.coordination.step import StepRecord as StepRecord
 from lockstep.coordination.step import decide as decide
 from lockstep.dispatch.base import Abilities as Abilities
-from lockstep.dispatch.base import CollectiveDispatcher as CollectiveDispatcher
 from lockstep.dispatch.base import Dispatcher as Dispatcher
 from lockstep.dispatch.base import DispatchHandle as DispatchHandle
 from lockstep.dispatch.base import ExpertsShape as ExpertsShape
@@ -14,6 +13,7 @@ from lockstep.dispatch.base import Route as Route
 from lockstep.dispatch.choose import DispatcherOptions as DispatcherOptions
 from lockstep.dispatch.choose import make_dispatcher as make_dispatcher
 from lockstep.dispatch.choose import register_dispatcher as register_dispatcher
+from lockstep.dispatch.collective_dispatchers import CollectiveDispatcher as CollectiveDispatcher
 from lockstep.engine.rank_engine import RankEngine as RankEngine
 from lockstep.engine.sampling_params import SamplingParams as SamplingParams
 from lockstep.engine.stopping import RequestOutput as RequestOutput

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from said import say, sleep_until_said
 
-from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.alltoall import AllToAllDispatcher, expected_ranks_per_row, ranks_needed
 from lockstep.dispatch.base import NO_EXPERT, ExpertsShape
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher, AllToAllDispatcher, ranks_needed
+from lockstep.dispatch.constants import expected_ranks_per_row
 from lockstep.errors import RankAbsentError
 from lockstep.moe.experts import LocalExperts
 from lockstep.moe.reference import moe_reference

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.alltoall import AllToAllDispatcher
 from lockstep.dispatch.base import ExpertsShape
 from lockstep.dispatch.choose import AutoDispatcher, DispatcherOptions, register_dispatcher
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from lockstep.dispatch.constants import PATH_VARIABLE, BackendConstants, DispatchConstants
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.chunks import ChunkPlan

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.base import ExpertsShape
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher
 from lockstep.errors import ConfigurationError, TokenCountError
 from lockstep.metadata.config import ParallelConfig
 from lockstep.moe.experts import LocalExperts

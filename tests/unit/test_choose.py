@@ -11,7 +11,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lockstep.dispatch.alltoall import expected_ranks_per_row
 from lockstep.dispatch.choose import can_map, choose, mapping_facts
 from lockstep.dispatch.constants import (
     PATH_VARIABLE,
@@ -20,6 +19,7 @@ from lockstep.dispatch.constants import (
     DispatchConstants,
     Exchange,
     constants_for,
+    expected_ranks_per_row,
     features,
     stored_path,
 )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lockstep import ExpertsShape, MoELayer, MoELayers, ParallelConfig, current_step, get_forward_context
-from lockstep.dispatch.allgather import AllGatherDispatcher
 from lockstep.dispatch.base import Abilities, DispatchHandle, Route
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher
 from lockstep.errors import ConfigurationError, TokenCountError
 
 SHAPE = ExpertsShape(4, 8, 2)

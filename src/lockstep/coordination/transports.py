@@ -70,7 +70,7 @@ class ProcessGroupTransport(Transport):
     def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> list[Wire]:
         """See `Transport`."""
         wait_for(self._work, timeout_s, check)
-        return [cut(record.tobytes()) for record in self._everyones.cpu().numpy()]
+        return [cut(bytes(record)) for record in self._everyones.tolist()]
 
 
 class SharedMemoryTransport:

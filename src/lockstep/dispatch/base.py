@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lockstep.coordination.waits import DEADLINE_S
-from lockstep.dispatch.collectives import check_sizes
 from lockstep.errors import ConfigurationError
 
 NO_EXPERT = -1  # in `topk_ids`: no expert for this choice; it costs nothing on any rank
@@ -161,120 +159,6 @@ class Dispatcher(Protocol):
         Raises:
             ConfigurationError: a backend without the ability.
         """
-
-
-class CollectiveDispatcher(Dispatcher):
-    """Base of dispatchers that run eagerly, with row counts known to the host: derive from it and move the rows.
-
-    A subclass sets the class attribute `name` and writes `send_rows` and `send_sums`; it replaces `abilities` if it
-    carries fewer dtypes. This class orders the pairs by expert, weights them, and sums those of each row.
-
-    Args:
-        process_group: the expert-parallel ranks.
-        num_experts: over all ranks, which must divide it.
-        deadline_s: longest wait for any rank, in seconds; the subclass must keep it.
-
-    Attributes:
-        abilities: what the backend can do; the default is all of `Abilities`' dtypes.
-        process_group: as passed.
-        deadline_s: as passed.
-        rank: this rank in the group.
-        num_ranks: size of the group.
-        num_experts: as passed.
-        num_local_experts: experts per rank; expert `e` is on rank `e // num_local_experts`.
-
-    Example:
-        `examples/deepep_dispatcher.py` wraps another library's all-to-all.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup, num_experts: int, *, deadline_s: float = DEADLINE_S) -> None:
-        self.process_group, self.deadline_s = process_group, deadline_s
-        self.rank, self.num_ranks = process_group.rank(), process_group.size()
-        self.abilities = Abilities()
-        self.num_experts = num_experts
-        self.num_local_experts = check_experts(num_experts, self.num_ranks)
-
-    def route(self, sizes: Sequence[int], limit: int | None = None, *, capture: bool = False) -> Route:
-        """See `Dispatcher.route`."""
-        check_sizes("route", sizes, self.num_ranks)
-        if capture:
-            raise ConfigurationError(f"dispatcher {self.name!r} waits on the host, so it cannot be captured")
-        return Route(self.name, tuple(sizes), limit or max(1, *sizes))
-
-    def dispatch(
-        self, route: Route, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
-        num_tokens: torch.Tensor | None = None,
-    ) -> DispatchHandle:  # fmt: skip
-        """See `Dispatcher.dispatch`. The number of tokens was agreed, so it is not read from the device."""
-        own = slice(route.sizes[self.rank] if num_tokens is not None else None)
-        rows, ids, weights, sent = self.send_rows(route, hidden_states[own], topk_ids[own], topk_weights[own])
-        # The pairs of this rank's experts, in the order of expert and row.
-        local = ids.reshape(-1) - self.rank * self.num_local_experts
-        position = ((local >= 0) & (local < self.num_local_experts)).nonzero().squeeze(1)
-        position = position[torch.argsort(local[position], stable=True)]
-        tokens_per_expert = torch.bincount(local[position], minlength=self.num_local_experts).to(torch.int32)
-        expert_offsets = torch.nn.functional.pad(tokens_per_expert.cumsum(0, dtype=torch.int32), (1, 0))
-        gather_index = (position // ids.shape[1]).to(torch.int32)
-        return DispatchHandle(
-            route, hidden_states.shape[0], rows, None, gather_index, tokens_per_expert, expert_offsets,
-            weights.reshape(-1)[position].float(), position.shape[0], sent,
-        )  # fmt: skip
-
-    def combine(self, expert_output: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """See `Dispatcher.combine`."""
-        rows = handle.hidden_states
-        partial = sum_pairs(expert_output, handle.gather_index, handle.pair_weights, rows.shape[0]).to(rows.dtype)
-        sums = self.send_sums(partial, handle)
-        return torch.nn.functional.pad(sums, (0, 0, 0, handle.num_rows - sums.shape[0]))
-
-    def send_rows(
-        self, route: Route, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """Send each row to the ranks of its experts. Collective.
-
-        Args:
-            route: of the chunk; `route.sizes` are the rows of every rank, zero included.
-            rows: this rank's, `[route.sizes[rank], hidden]`.
-            topk_ids: their global experts, `[rows, top_k]`, int32 or int64; `NO_EXPERT`, -1, for none.
-            topk_weights: their routing weights, `[rows, top_k]`.
-
-        Returns:
-            The rows that arrived, `[received, hidden]`; their global expert ids and routing weights,
-            `[received, top_k]`, where ids of other ranks' experts are ignored; and `DispatchHandle.own`.
-        """
-        raise NotImplementedError
-
-    def send_sums(self, sums: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Send each received row's weighted sum over this rank's experts back to its source. Collective.
-
-        Args:
-            sums: `[received, hidden]`, in the dtype and the order of the rows that `send_rows` returned.
-            handle: of the same dispatch.
-
-        Returns:
-            This rank's rows, each summed over all ranks in rank order in float32, `[rows, hidden]`.
-        """
-        raise NotImplementedError
-
-
-def sum_pairs(
-    expert_output: torch.Tensor, gather_index: torch.Tensor, pair_weights: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Sum each row's weighted pairs in the order of the experts, in float32, `[num_rows, hidden]`."""
-    weighted = expert_output.float() * pair_weights.unsqueeze(1)
-    total = weighted.new_zeros((num_rows, expert_output.shape[1]))
-    if weighted.device.type == "cpu":
-        return total.index_add_(0, gather_index, weighted)  # sequential on the CPU, atomics in any order on a GPU
-    # Each row's pairs one after another: pass i adds the i-th pair of every row, so no two additions meet.
-    order = torch.argsort(gather_index, stable=True)
-    rows = gather_index[order]
-    pairs_per_row = torch.bincount(rows, minlength=num_rows)
-    start = torch.cumsum(pairs_per_row, 0) - pairs_per_row
-    turn = torch.arange(len(rows), device=rows.device) - start[rows]
-    for i in range(int(pairs_per_row.max()) if len(rows) else 0):
-        chosen = turn == i
-        total[rows[chosen]] += weighted[order[chosen]]
-    return total
 
 
 def check_experts(num_experts: int, num_ranks: int) -> int:

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep.coordination.waits import DEADLINE_S
-from lockstep.dispatch.allgather import AllGatherDispatcher
-from lockstep.dispatch.alltoall import AllToAllDispatcher
 from lockstep.dispatch.base import Abilities, Dispatcher, DispatchHandle, ExpertsShape, Route
+from lockstep.dispatch.collective_dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from lockstep.dispatch.collectives import check_sizes
 from lockstep.dispatch.constants import BACKENDS, SHIPPED, DispatchConstants, Exchange, constants_for
 from lockstep.errors import ConfigurationError
@@ -194,12 +193,8 @@ def mapping_facts(device: torch.device) -> list[str] | None:
 def can_map(everyones: Sequence[list[str] | None]) -> bool:
     """Return whether all ranks can map each other's memory: 2 to 8 ranks of one host, each with its own GPU."""
     known = [facts for facts in everyones if facts is not None]
-    return (
-        2 <= len(everyones) <= 8
-        and len(known) == len(everyones)
-        and len({host for host, _ in known}) == 1
-        and len({gpu for _, gpu in known}) == len(known)
-    )
+    hosts, gpus = {host for host, _ in known}, {gpu for _, gpu in known}
+    return 2 <= len(everyones) <= 8 and len(hosts) == 1 and len(gpus) == len(everyones)
 
 
 class AutoDispatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from lockstep.dispatch.alltoall import expected_ranks_per_row
 from lockstep.errors import ConfigurationError
 
 PATH_VARIABLE = "LOCKSTEP_DISPATCH_CONSTANTS"  # path of a constants file to read instead of the stored one
@@ -100,6 +100,12 @@ def features(name: str, exchange: Exchange) -> tuple[float, float, float, float,
     dispatch, combine = exchange.dispatch_row_bytes / 1e6, exchange.combine_row_bytes / 1e6
     first = min(busiest * (dispatch + combine), _FIRST_MB)
     return 1.0, float(total), busiest * dispatch, busiest * combine, share * total * (dispatch + combine), first
+
+
+def expected_ranks_per_row(num_experts: int, top_k: int, num_ranks: int) -> float:
+    """Return the expected number of ranks that hold a row's experts, if all experts are equally likely."""
+    elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
+    return num_ranks * (1 - elsewhere)
 
 
 def machine_name(device_type: str) -> str:
