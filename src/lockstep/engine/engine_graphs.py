@@ -2,7 +2,7 @@
 
 A graph reads the number of real rows from device memory; the rest go to no expert, write no key and attend to nothing.
 So each rank replays the smallest graph that its own rows fit into. Decoding graphs are captured at start, those of
-steps with prompts when a step of their size first occurs.
+steps with prompts while the ranks are idle, or else when a step of their size first occurs.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ class EngineGraphs:
             inputs = self._mixed_inputs(smallest)
             with self._begin(smallest, many, inputs):
                 self._mixed_pass(smallest, inputs)
+
+    def capture_ahead(self) -> bool:
+        """Capture a graph that no step has needed yet, the largest first; return whether there was one."""
+        for most_of_smaller, size in reversed([*itertools.pairwise([0, *self._mixed_sizes])]):
+            for many in (True, False):
+                can_occur = many or self._layers[0].takes_few_rows(most_of_smaller + 1)
+                if can_occur and (size, many) not in self._mixed:
+                    self._mixed[size, many] = self._capture_mixed(size, many)
+                    return True
+        return False
 
     def go_on(self, layers: MoELayers) -> None:
         """Use the graphs in steps of new layers, which have the same device memory."""

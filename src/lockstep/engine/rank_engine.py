@@ -240,6 +240,11 @@ class RankEngine:
         """Return whether another rank has begun the next agreement; False if that is unknown."""
         return self.parallel is not None and self.parallel.coordinator.transport.wanted()
 
+    @torch.no_grad()
+    def capture_ahead(self) -> bool:
+        """Capture one CUDA graph that a later step may need; False if none is missing. Call it between steps."""
+        return self._device_step.graphs is not None and self._device_step.graphs.capture_ahead()
+
     def fail(self, error: BaseException) -> None:
         """Report this rank's failure in place of the next agreement; the other ranks then raise it."""
         if self.parallel is not None:

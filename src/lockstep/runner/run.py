@@ -211,7 +211,7 @@ class _Run:
                 self._add(request.request_id, self._run_s(arrived))
             if clock is not None:
                 idle = not engine.any_unfinished and not engine.has_unfinished
-                if arrivals.next_arrival_s is not None and idle:
+                if arrivals.next_arrival_s is not None and idle and not engine.capture_ahead():
                     clock.wait_for(arrivals.next_arrival_s, self.options.deadline_s / 4)
                 elapsed_ms = clock.elapsed_ms()
             ends_epoch = self.member is not None and self.member.was_asked_to_stop()
