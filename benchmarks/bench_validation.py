@@ -22,7 +22,7 @@ import torch
 
 from lockstep.commands.calibrate import read_columns
 from lockstep.models.tiny import make_tiny
-from lockstep.simulation.validation import fit_runs, join_runs, validate
+from lockstep.simulation.cost import fit, join_runs, validate
 from lockstep.workload import SyntheticParameters, synthetic_requests
 
 SCALED = ("--requests", "150", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
@@ -82,7 +82,7 @@ def rows_of(runs, others_cores):
     rows = []
     for name, repeats in runs.items():
         fitted_to = [other for other in runs if other != name]
-        constants = fit_runs(join_runs([columns for other in fitted_to for columns in runs[other]]))
+        constants = fit(**join_runs([columns for other in fitted_to for columns in runs[other]]))
         for what, columns in [("median of repeats", join_runs(repeats)), *(("one run", one) for one in repeats)]:
             rows.append(
                 {

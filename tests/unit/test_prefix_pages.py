@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, SchedulerConfig, random_prompt_ids
-from lockstep.workload.kv_pages import num_pages
-from lockstep.workload.prefix_pages import PrefixPages, token_page_keys
+from lockstep.workload.kv_pages import PrefixPages, num_pages, token_page_keys
 from lockstep.workload.request import block_page_keys
 
 

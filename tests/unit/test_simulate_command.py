@@ -24,10 +24,9 @@ from lockstep.errors import ConfigurationError
 from lockstep.moe.placement import ExpertLoad
 from lockstep.report.perfetto import write_trace
 from lockstep.report.terminal import Terminal, progress
-from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.cost import CostConstants, cost_columns, fit, join_runs, validate
 from lockstep.simulation.simulator import SimulationConfig, simulate
 from lockstep.simulation.sweep import BEST_RULE, Grid, best, setting, sweep
-from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
 from lockstep.steplog.files import StepColumns, StepLogWriter, read_parquet_columns, read_step_columns
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Request, SyntheticParameters, synthetic_requests
@@ -359,7 +358,7 @@ def test_repeats_count_with_the_median_time_of_each_step():
     with pytest.raises(ConfigurationError, match="must have the same ranks"):
         join_runs([runs[0], cost_columns([record for record in found if record.rank == 0])])
     with pytest.raises(ConfigurationError, match="without dummy or padding rows"):
-        fit_runs(cost_columns([replace(record, dummy_rows=1) for record in found]))
+        fit(**cost_columns([replace(record, dummy_rows=1) for record in found]))
 
 
 def test_calibration_makes_its_own_runs(tmp_path, capsys):

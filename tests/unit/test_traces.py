@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lockstep.errors import ConfigurationError
 from lockstep.workload import WorkloadOptions, load_trace, load_workload
-from lockstep.workload.trace_text import ReadLimits
+from lockstep.workload.traces import ReadLimits
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n"

@@ -16,8 +16,7 @@ import numpy as np
 
 from lockstep.errors import ConfigurationError, LockstepError
 from lockstep.report.tables import print_validation
-from lockstep.simulation.cost import CostConstants
-from lockstep.simulation.validation import cost_columns, fit_runs, join_runs, validate
+from lockstep.simulation.cost import CostConstants, cost_columns, fit, join_runs, validate
 from lockstep.steplog.files import read_step_log
 
 _WORKLOAD = ("--workload", "synthetic", "--rate-scale", "4", "--length-scale", "0.1", "--max-prompt-tokens", "600")
@@ -59,7 +58,7 @@ def execute_calibration(
             make_run(Path(folder, "run"), model, data_parallel_size, requests)
             runs.append(read_columns(Path(folder, "run")))
     columns = join_runs(runs)
-    constants = fit_runs(columns, source)
+    constants = fit(**columns, source=source)
     fitted = validate(columns, constants)
     constants.save(out)
     if as_json:

@@ -21,11 +21,10 @@ from lockstep.report.perfetto import write_trace
 from lockstep.report.tables import print_settings, print_validation
 from lockstep.report.terminal import Terminal, progress
 from lockstep.simulation.config import SimulationConfig, SimulationResult
-from lockstep.simulation.cost import CostConstants
+from lockstep.simulation.cost import CostConstants, join_runs, validate
 from lockstep.simulation.replay import read_replay
 from lockstep.simulation.simulator import simulate
 from lockstep.simulation.sweep import BEST_RULE, SETTINGS, Grid, best, setting, sweep
-from lockstep.simulation.validation import join_runs, validate
 from lockstep.steplog.files import StepColumns, read_step_columns
 from lockstep.workload import Trace
 

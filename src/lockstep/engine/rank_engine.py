@@ -24,9 +24,8 @@ from lockstep.metadata.config import ParallelConfig
 from lockstep.models.parallel import ModelParallel, parallel_of
 from lockstep.moe.step import Step
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, Schedule, SchedulerConfig, SchedulerState
-from lockstep.workload.kv_pages import PageKey, num_pages
+from lockstep.workload.kv_pages import PageKey, num_pages, token_page_keys
 from lockstep.workload.policies import prefills_run
-from lockstep.workload.prefix_pages import token_page_keys
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from lockstep.runner.parts import Notes, Parts, whole_steps
 from lockstep.runner.ranks import engine_of_epoch, load_model, load_tokenizer
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
-from lockstep.workload.prefix_pages import token_page_keys
+from lockstep.workload.kv_pages import token_page_keys
 
 logger = logging.getLogger(__name__)
 

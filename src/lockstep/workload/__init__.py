@@ -1,8 +1,8 @@
 """Workloads: where requests come from, and how they become steps."""
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.arrivals import Arrivals as Arrivals
 from lockstep.workload.kv_pages import PAGE_SIZE as PAGE_SIZE
+from lockstep.workload.policies import Arrivals as Arrivals
 from lockstep.workload.policies import SchedulerState as SchedulerState
 from lockstep.workload.rank_scheduler import RankScheduler as RankScheduler
 from lockstep.workload.request import Request as Request

@@ -1,10 +1,16 @@
-"""A rank's KV cache as a number of pages: how many are free, and when decoding runs out of them."""
+"""A rank's KV cache as pages: how many are free, when decoding runs out of them, and cached prefixes of prompts.
+
+Only whole pages of prompts are shared. Keys are made of token ids (`token_page_keys`) or block ids (`block_page_keys`).
+"""
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Hashable
-from itertools import accumulate
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from hashlib import blake2b
+from itertools import accumulate, takewhile
 
 PAGE_SIZE = 64
 """Tokens in one page of KV cache."""
@@ -63,3 +69,85 @@ class KVPages:
         """The counts of `PAGE_SIZE` steps, that of `step` first."""
         first = step % PAGE_SIZE
         return self._takers[first:] + self._takers[:first]
+
+
+def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
+    """Return the keys of a prompt's whole pages: each a hash of the key before it and of the page's token ids."""
+    keys, key = [], b""
+    for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
+        page = array("I", token_ids[start : start + PAGE_SIZE]).tobytes()
+        key = blake2b(key + page, digest_size=16).digest()
+        keys.append(key)
+    return tuple(keys)
+
+
+class PrefixPages:
+    """The known pages of one rank: how many requests hold each, and the order in which unheld ones are evicted.
+
+    Requests let go of their last page first, so a page is never forgotten before one that continues it. Without
+    `keeps_unheld`, a page is forgotten once nobody holds it.
+    """
+
+    def __init__(self, keeps_unheld: bool) -> None:
+        self._keeps_unheld = keeps_unheld
+        self._holders: dict[PageKey, int] = {}
+        self._unheld: OrderedDict[PageKey, None] = OrderedDict()  # least recently used first
+        self._forgotten: list[PageKey] = []
+        self.version = 0  # changes whenever the answers of `num_known` or `num_held` may
+
+    @property
+    def num_unheld(self) -> int:
+        """Known pages that no request holds."""
+        return len(self._unheld)
+
+    def num_known(self, keys: Sequence[PageKey]) -> int:
+        """Return how many of the first pages of a prompt are known."""
+        return sum(1 for _ in takewhile(lambda key: key in self._holders or key in self._unheld, keys))
+
+    def num_held(self, keys: Sequence[PageKey]) -> int:
+        """Return how many of the first pages of a prompt are held by requests."""
+        return sum(1 for _ in takewhile(self._holders.__contains__, keys))
+
+    def hold(self, keys: Sequence[PageKey]) -> int:
+        """Let one more request hold known pages; return how many of them nobody held."""
+        self.version += bool(keys)
+        taken = 0
+        for key in keys:
+            if key in self._unheld:
+                del self._unheld[key]
+                taken += 1
+            self._holders[key] = self._holders.get(key, 0) + 1
+        return taken
+
+    def fill(self, keys: Sequence[PageKey]) -> int:
+        """Note that a request has filled pages, which it holds; return how many it gives back for equal known ones."""
+        num_known = sum(key in self._holders or key in self._unheld for key in keys)
+        return num_known - self.hold(keys)
+
+    def let_go(self, keys: Sequence[PageKey]) -> int:
+        """Release one request's hold on pages, the last page first; return how many are now unheld."""
+        self.version += bool(keys)
+        left = 0
+        for key in reversed(keys):
+            self._holders[key] -= 1
+            if self._holders[key]:
+                continue
+            del self._holders[key]
+            left += 1
+            if self._keeps_unheld:
+                self._unheld[key] = None
+            else:
+                self._forgotten.append(key)
+        return left
+
+    def forget_oldest(self, most_unheld: int) -> None:
+        """Forget unheld pages, least recently used first, until at most `most_unheld` are left."""
+        while len(self._unheld) > most_unheld:
+            key, _ = self._unheld.popitem(last=False)
+            self._forgotten.append(key)
+            self.version += 1
+
+    def take_forgotten(self) -> tuple[PageKey, ...]:
+        """Return the pages forgotten since the last call, in that order."""
+        forgotten, self._forgotten = tuple(self._forgotten), []
+        return forgotten

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, num_pages
+from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, PrefixPages, num_pages
 from lockstep.workload.policies import SchedulerState
-from lockstep.workload.prefix_pages import PrefixPages
 from lockstep.workload.request import Request, block_page_keys
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
 

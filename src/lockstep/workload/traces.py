@@ -7,9 +7,13 @@ with too large a share of them is refused.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import re
+import stat
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,8 +23,16 @@ from typing import Any
 from lockstep.errors import ConfigurationError
 from lockstep.metadata.sizes import check_int, shown
 from lockstep.workload.request import Request, read_block_ids
-from lockstep.workload.trace_text import LineError, ReadLimits, numbered_lines, table_rows
 
+_OTHER_FILES = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip (an Excel workbook is one)",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _LENGTH_LIMIT = 2**31
 _NUM_NAMED_LINES = 20
 _DELIMITERS = (",", ";", "\t", "|")
@@ -71,6 +83,22 @@ class WorkloadOptions:
                 f"more than {_LENGTH_LIMIT - 1}"
             )
         return max(1, round(prompt)), max(1, round(output))
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """What no trace exceeds. A file that does was made to fill a memory, or is something else."""
+
+    line_bytes: int = 16 * 2**20  # of one line
+    cell_lines: int = 1000  # of one quoted cell
+    rows: int = 10_000_000  # requests
+    # Gzip data may unpack to the first and, times its size, the second together. Text packs to a tenth or a twentieth.
+    unpacked_bytes: int = 64 * 2**20
+    unpacked_ratio: int = 200
+
+
+class LineError(ValueError):
+    """What is wrong with one line."""
 
 
 @dataclass(frozen=True)
@@ -143,54 +171,131 @@ def load_trace(
     return Trace(source, kind, requests, num_malformed, malformed)
 
 
-def _rows(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str, dict[str, object] | str | LineError]]:
-    """Yield each line's number, format and content (cells by column, or JSON), from the first line with a format on."""
-    lines = numbered_lines(path, limits)
+def _numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str | LineError]]:
+    """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
+        raise ConfigurationError(f"{path} is a pipe or a device: a workload is read several times, from a file")
+    with path.open("rb") as raw:
+        start = raw.read(6)
+        raw.seek(0)
+        for magic, what in _OTHER_FILES.items():
+            if start.startswith(magic):
+                raise ConfigurationError(f"{path} is {what}; a workload is UTF-8 text, plain or packed with gzip")
+        stream = gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
+        most_bytes = limits.unpacked_bytes + limits.unpacked_ratio * status.st_size
+        number = num_bytes = 0
+        while True:
+            try:
+                line = stream.readline(limits.line_bytes)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                yield number + 1, LineError(f"the gzip data ends or breaks here ({error})")
+                return
+            except OSError as error:
+                error.filename = str(path)  # of a read the system does not say where
+                raise
+            if not line:
+                return
+            num_bytes += len(line)
+            if num_bytes > most_bytes:
+                limit = f"{most_bytes:,} bytes, over {limits.unpacked_ratio} times its size"
+                raise ConfigurationError(f"{path} unpacks to more than {limit}: no trace does")
+            if len(line) == limits.line_bytes and not line.endswith(b"\n"):
+                limit = f"{limits.line_bytes} bytes, the most that a line of a trace may have"
+                raise ConfigurationError(f"{path}: line {number + 1} is longer than {limit}")
+            for part in line.splitlines(keepends=True):  # at a carriage return alone as well
+                number += 1
+                try:
+                    yield number, part.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield number, LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _table_rows(
+    lines: Iterator[tuple[int, str | LineError]], number: int, line: str, delimiter: str, limits: ReadLimits
+) -> Iterator[tuple[int, list[str] | LineError]]:
+    """Yield `(line number, cells)` of CSV with the header `line`, and `lines` after it.
+
+    A quote that is never closed would swallow all rows after it. So a row over several lines that is not well-formed is
+    malformed in its first line alone, and reading goes on with the next.
+    """
+    ahead: deque[tuple[int, str | LineError]] = deque([(number, line)])
+    taken: list[tuple[int, str | LineError]] = []
+
+    def texts() -> Iterator[str]:
+        num_chars = 0
+        while item := ahead.popleft() if ahead else next(lines, None):
+            num_chars = num_chars * bool(taken) + len(str(item[1]))
+            taken.append(item)
+            if isinstance(item[1], LineError):
+                raise item[1] if len(taken) == 1 else LineError("a quote is not closed before a line that is no text")
+            if len(taken) > limits.cell_lines or num_chars > limits.line_bytes:
+                raise LineError(f"a quote is not closed within {limits.cell_lines} lines")
+            yield item[1]
+
+    while True:  # with a new reader after each malformed row
+        try:
+            taken.clear()
+            for row in csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True):
+                cells = [cell.strip() for cell in row]
+                if any(cells):
+                    yield taken[0][0], cells
+                taken.clear()
+            return
+        except (csv.Error, LineError) as error:
+            yield taken[0][0], error if isinstance(error, LineError) else LineError(f"not CSV ({error})")
+            ahead.extendleft(reversed(taken[1:]))
+
+
+def _rows(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str, dict[str, object] | LineError]]:
+    """Yield each row's line number and format, and its values by name or what is wrong with it."""
+    lines = _numbered_lines(path, limits)
     kind = ""
     for number, line in lines:
-        if isinstance(line, str) and not line.strip():
-            continue
-        if isinstance(line, str) and not kind:
+        if isinstance(line, LineError):
+            yield number, kind, line
+        elif line.strip():
             try:
-                kind, delimiter = _recognise(line, limits)
+                if not kind:
+                    kind, delimiter = _recognise(line)
+                    if delimiter:
+                        rows = _table_rows(lines, number, line, delimiter, limits)
+                        yield from _azure_rows(path, rows, has_commas=delimiter == ",")
+                        return
+                row: dict[str, object] | LineError = _json_object(line)
             except LineError as error:
-                yield number, kind, error
-                continue
-            if delimiter:
-                for row_number, row in _table(path, table_rows(lines, number, line, delimiter, limits), delimiter):
-                    yield row_number, kind, row
-                return
-        yield number, kind, line
+                row = error
+            yield number, kind, row
 
 
-def _table(
-    path: Path, rows: Iterator[tuple[int, list[str] | LineError]], delimiter: str
-) -> Iterator[tuple[int, dict[str, object] | LineError]]:
+def _azure_rows(
+    path: Path, rows: Iterator[tuple[int, list[str] | LineError]], has_commas: bool
+) -> Iterator[tuple[int, str, dict[str, object] | LineError]]:
     columns: dict[str, int] = {}
     num_columns = 0
     for number, cells in rows:
         if isinstance(cells, LineError):
-            yield number, cells
+            yield number, "azure-csv", cells
         elif set(_AZURE_COLUMNS) <= set(cells):
             # Concatenated files repeat the header, maybe with its columns in another order.
             if twice := next((name for name in _AZURE_COLUMNS if cells.count(name) > 1), None):
                 raise ConfigurationError(f"{path}: the header names {twice} {cells.count(twice)} times")
             columns, num_columns = {name: cells.index(name) for name in _AZURE_COLUMNS}, len(cells)
         elif len(cells) < num_columns or any(cells[num_columns:]):
-            yield number, LineError(f"{len(cells)} columns, and {num_columns} in the header")
+            yield number, "azure-csv", LineError(f"{len(cells)} columns, and {num_columns} in the header")
         else:
             # Commas group digits only in comma-separated tables; other tables may have decimal commas.
-            yield number, {name: _integer(cells[place], delimiter == ",") for name, place in columns.items()}
+            row: dict[str, object] = {name: _integer(cells[place], has_commas) for name, place in columns.items()}
+            yield number, "azure-csv", row
 
 
 def _request(
-    kind: str, row: dict[str, object] | str | LineError, options: WorkloadOptions, count_tokens: Callable[[str], int]
+    kind: str, row: dict[str, object] | LineError, options: WorkloadOptions, count_tokens: Callable[[str], int]
 ) -> tuple[Any, ...]:
     """Return the arrival by the file's own clock, and the other arguments of `Request`."""
     if isinstance(row, LineError):
         raise row
-    if isinstance(row, str):
-        row = _json_object(row)
     if kind == "azure-csv":
         arrival = _timestamp(row["TIMESTAMP"])
         lengths = [_length(row[name], name) for name in _AZURE_COLUMNS[1:]]
@@ -213,7 +318,7 @@ def _request(
     return arrival, *options.lengths(num_prompt, num_new, scaled=False), prompt
 
 
-def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
+def _recognise(line: str) -> tuple[str, str]:
     """Return the format and, for a table, its delimiter."""
     if line.lstrip().startswith("{"):
         keys = _json_object(line).keys()
@@ -223,10 +328,10 @@ def _recognise(line: str, limits: ReadLimits) -> tuple[str, str]:
             return "mooncake-jsonl", ""
     for delimiter in _DELIMITERS:
         try:
-            (cells,) = (cells for _, cells in table_rows(iter(()), 1, line, delimiter, limits))
-        except ValueError:
+            (cells,) = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+        except (ValueError, csv.Error):
             continue
-        if not isinstance(cells, LineError) and set(_AZURE_COLUMNS) <= set(cells):
+        if set(_AZURE_COLUMNS) <= {cell.strip() for cell in cells}:
             return "azure-csv", delimiter
     raise LineError(f"{shown(line.strip(), 60)} fits no known format")
 
