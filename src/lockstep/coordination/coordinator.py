@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.peers import Peers
-from lockstep.coordination.step import StepDecision, StepRecord, decide
+from lockstep.coordination.step import StepDecision, StepRecord, decide_columns
 from lockstep.coordination.transports import ProcessGroupTransport, Transport
 from lockstep.coordination.wire import MESSAGE_BYTES, Header, Wire, decode, decode_message, encode, encode_message
 from lockstep.errors import (
@@ -96,8 +96,8 @@ class Coordinator:
         received = self._exchange(wire)
         self.under_way = False
         try:
-            said = decode(received, wire, type(record), peers.processes)
-            decision = decide(said, self.tensor_parallel_size, peers.processes)
+            columns = decode(received, wire, type(record), peers.processes)
+            decision = decide_columns(type(record), columns, self.tensor_parallel_size, peers.processes)
         except (RankMismatchError, TokenCountError) as error:
             self.give_up(error)  # from here on the ranks' steps may be out of order
             raise type(error)(f"{error}{peers.recorder.file_note()}") from None

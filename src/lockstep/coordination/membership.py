@@ -27,29 +27,20 @@ class EpochEnded(Exception):
 class Membership:
     """The launcher's view: the members of the current epoch, and those of the next.
 
-    Attributes:
-        epoch: number of the current epoch, from 0; never decreases.
-        members: of the current epoch; ranks that came back follow those that stayed.
-        dead: members that have died.
-        waiting: members that have stopped working, and wait for the next epoch.
-        back: lost ranks that wait to enter the next epoch.
-        asked: whether the members were asked to stop, for a rank that is back.
-
-    Example:
-        >>> membership = Membership(3)
-        >>> membership.died(1), membership.stopped(0, epoch=0), membership.awaited
-        (None, None, (2,))
-        >>> membership.stopped(2, epoch=0), membership.next_members()
-        (None, (0, 2))
+    >>> membership = Membership(3)
+    >>> membership.died(1), membership.stopped(0, epoch=0), membership.awaited
+    (None, None, (2,))
+    >>> membership.stopped(2, epoch=0), membership.next_members()
+    (None, (0, 2))
     """
 
     def __init__(self, num_ranks: int) -> None:
         self.epoch = 0
-        self.members: tuple[int, ...] = tuple(range(num_ranks))
-        self.dead: set[int] = set()
-        self.waiting: set[int] = set()
-        self.back: set[int] = set()
-        self.asked = False
+        self.members: tuple[int, ...] = tuple(range(num_ranks))  # ranks that came back follow those that stayed
+        self.dead: set[int] = set()  # members that have died
+        self.waiting: set[int] = set()  # members that have stopped working, and wait for the next epoch
+        self.back: set[int] = set()  # lost ranks that wait to enter the next epoch
+        self.asked = False  # whether the members were asked to stop, for a rank that is back
 
     @property
     def is_ending(self) -> bool:

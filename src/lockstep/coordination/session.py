@@ -233,23 +233,18 @@ class Session:
                 self._check_sharers(decision, num_tokens, time.monotonic() - since)
             return decision, mine
         except BaseException as error:
-            if not coordinator.usable or error is self._failure:
-                self.break_off(error)
-            elif isinstance(error, RankAbsentError):  # after an ended agreement: unknown to other ranks
-                self.fail(error)
-            elif isinstance(error, LockstepError):
-                self.break_off(error)
-            elif coordinator.under_way:  # the other ranks may be running a step unknown to this one
-                coordinator.give_up(error)
-                self.break_off(error)
-            else:
-                self.fail(error)
+            if coordinator.under_way and not isinstance(error, LockstepError):
+                coordinator.give_up(error)  # the other ranks may be running a step unknown to this one
+            # Other ranks know how an agreement failed, but not whether this rank's sharers are absent.
+            known = isinstance(error, LockstepError) and not isinstance(error, RankAbsentError)
+            ended = known or not coordinator.usable or error is self._failure
+            (self.break_off if ended else self.fail)(error)
             raise
 
     def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
         """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""
-        coordinator, said, size = self.coordinator, decision.said, self.coordinator.tensor_parallel_size
-        rows, unfinished = said.column("num_tokens"), said.column("unfinished")
+        coordinator, size = self.coordinator, self.coordinator.tensor_parallel_size
+        rows, unfinished = decision.column("num_tokens"), decision.column("unfinished")
         sharers = range(self._data_parallel_rank * size, (self._data_parallel_rank + 1) * size)
         missing = [rank for rank in sharers if not rows[rank]]
         left = [rank for rank in missing if not unfinished[rank]]

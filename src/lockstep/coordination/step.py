@@ -48,11 +48,20 @@ class StepRecord:
     failed: bool = decided("any", False)
 
 
-class Said(NamedTuple):
-    """What all ranks said, field by field, `[fields][ranks]`: records are made of it only on request."""
+class StepDecision(NamedTuple):
+    """The result of an agreement, equal on all ranks.
+
+    Attributes:
+        record_class: of the ranks' records.
+        columns: what each rank said, field by field, `[fields][ranks]`; records are made of it only on request.
+        num_tokens_across_dp: rows of each data-parallel rank in the step, `[data_parallel_size]`; see `decide`.
+        values: every field's decided value by name (a tuple `[ranks]` for `gather`).
+    """
 
     record_class: type[StepRecord]
     columns: tuple[tuple[int, ...], ...]
+    num_tokens_across_dp: tuple[int, ...]
+    values: dict[str, Any]
 
     def column(self, name: str) -> tuple[int, ...]:
         """Return every rank's value of a field, `[ranks]`."""
@@ -60,29 +69,10 @@ class Said(NamedTuple):
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
-        """Each rank's record, `[ranks]`."""
+        """What each rank said, `[ranks]`."""
         pairs = zip(self.columns, fields_of(self.record_class).decided_by, strict=True)
         columns = [map(bool, column) if by in ("any", "all") else column for column, by in pairs]
         return tuple(self.record_class(*row) for row in zip(*columns, strict=True))
-
-
-class StepDecision(NamedTuple):
-    """The result of an agreement, equal on all ranks.
-
-    Attributes:
-        said: what each rank said, field by field.
-        num_tokens_across_dp: rows of each data-parallel rank in the step, `[data_parallel_size]`; see `decide`.
-        values: every field's decided value by name (a tuple `[ranks]` for `gather`).
-    """
-
-    said: Said
-    num_tokens_across_dp: tuple[int, ...]
-    values: dict[str, Any]
-
-    @property
-    def records(self) -> tuple[StepRecord, ...]:
-        """What each rank said, `[ranks]`."""
-        return self.said.records
 
     @property
     def runs_step(self) -> bool:
@@ -97,7 +87,7 @@ class StepDecision(NamedTuple):
     @property
     def failed_ranks(self) -> tuple[int, ...]:
         """Ranks that have raised, ascending."""
-        return tuple(rank for rank, failed in enumerate(self.said.column("failed")) if failed)
+        return tuple(rank for rank, failed in enumerate(self.column("failed")) if failed)
 
 
 class RecordFields:
@@ -124,7 +114,7 @@ fields_of: Callable[[type[StepRecord]], RecordFields] = cache(RecordFields)  # t
 
 
 def decide(
-    records: Sequence[StepRecord] | Said, tensor_parallel_size: int = 1, names: Sequence[int] | None = None
+    records: Sequence[StepRecord], tensor_parallel_size: int = 1, names: Sequence[int] | None = None
 ) -> StepDecision:
     """Decide the step from all ranks' records. Pure: the same records give the same decision everywhere.
 
@@ -142,13 +132,24 @@ def decide(
         RankMismatchError: records of different classes, an `equal` field whose values differ, or a tensor-parallel
             group whose ranks are about to run different numbers of rows.
     """
-    num_ranks = len(records.columns[0]) if isinstance(records, Said) else len(records)
-    if not num_ranks or tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
-        text = f"{num_ranks} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
+    if not records or tensor_parallel_size < 1 or len(records) % tensor_parallel_size:
+        text = f"{len(records)} records cannot form groups of tensor_parallel_size {tensor_parallel_size}"
         raise ConfigurationError(text)
-    names = names or range(num_ranks)
-    said = records if isinstance(records, Said) else _said(records, names)
-    known, columns = fields_of(said.record_class), said.columns
+    names, record_class = names or range(len(records)), type(records[0])
+    for name, record in zip(names, records, strict=True):
+        if record.__class__ is not record_class:
+            sent = f"a {type(record).__name__} where rank {names[0]} sent a {record_class.__name__}"
+            raise RankMismatchError(f"rank {name} sent {sent}")
+    columns = zip(*map(fields_of(record_class).values_of, records), strict=True)
+    return decide_columns(record_class, tuple(columns), tensor_parallel_size, names)
+
+
+def decide_columns(
+    record_class: type[StepRecord], columns: tuple[tuple[int, ...], ...], tensor_parallel_size: int,
+    names: Sequence[int],
+) -> StepDecision:  # fmt: skip
+    """As `decide`, from the ranks' values field by field, `[fields][ranks]`, in groups of the right size."""
+    known = fields_of(record_class)
     for place in known.must_be_equal:
         if len(set(columns[place])) > 1:
             raise RankMismatchError(f"ranks disagree about {known.names[place]}: {by_rank(columns[place], names)}")
@@ -158,27 +159,18 @@ def decide(
         rank, count = next((rank, count) for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {count} on rank {names[rank]}")
     if values["failed"]:
-        return StepDecision(said, (0,) * (num_ranks // tensor_parallel_size), values)
+        return StepDecision(record_class, columns, (0,) * (len(names) // tensor_parallel_size), values)
     if tensor_parallel_size == 1:
-        return StepDecision(said, num_tokens, values)
+        return StepDecision(record_class, columns, num_tokens, values)
     counts: list[int] = []
-    for start in range(0, num_ranks, tensor_parallel_size):
+    for start in range(0, len(names), tensor_parallel_size):
         group = num_tokens[start : start + tensor_parallel_size]
         if min(group) > 0 and len(set(group)) > 1:
             sharers = f"the ranks of tensor-parallel group {len(counts)} share their requests"
             rows = f"{list(group)} rows (ranks {names[start]} to {names[start + tensor_parallel_size - 1]})"
             raise RankMismatchError(f"{sharers} but are about to run {rows}")
         counts.append(min(group))
-    return StepDecision(said, tuple(counts), values)
-
-
-def _said(records: Sequence[StepRecord], names: Sequence[int]) -> Said:
-    record_class = type(records[0])
-    for name, record in zip(names, records, strict=True):
-        if record.__class__ is not record_class:
-            sent = f"a {type(record).__name__} where rank {names[0]} sent a {record_class.__name__}"
-            raise RankMismatchError(f"rank {name} sent {sent}")
-    return Said(record_class, tuple(zip(*map(fields_of(record_class).values_of, records), strict=True)))
+    return StepDecision(record_class, columns, tuple(counts), values)
 
 
 def odd_ones_out(values: Sequence[Any], names: Sequence[int]) -> str:

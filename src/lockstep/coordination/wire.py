@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lockstep._version import __version__
-from lockstep.coordination.step import MAX_FIELDS, Said, StepRecord, by_rank, fields_of
+from lockstep.coordination.step import MAX_FIELDS, StepRecord, by_rank, fields_of
 from lockstep.errors import RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 2
@@ -67,15 +67,18 @@ def encode(header: Header, step: int, record: StepRecord, collectives: int = 0) 
 
 def decode(
     received: Sequence[Wire], mine: Wire, record_class: type[StepRecord], names: Sequence[int] | None = None
-) -> Said:
-    """Check every rank's head against that of `mine`, as sent: all ranks raise `RankMismatchError`, or none does."""
+) -> tuple[tuple[int, ...], ...]:
+    """Return all ranks' values field by field, `[fields][ranks]`, if every head equals that of `mine`, as sent.
+
+    Otherwise all ranks raise `RankMismatchError`.
+    """
     num_ranks, num_fields = len(received), len(fields_of(record_class).names)
     layout, records = _records(num_fields, num_ranks), b"".join(received)
     values = layout.unpack(records) if len(records) == layout.size else ()
     heads, *columns = [values[part :: num_fields + 1] for part in range(num_fields + 1)]
     if heads.count(mine[:HEAD_BYTES]) != num_ranks:
         raise _mismatch(received, mine, names)
-    return Said(record_class, tuple(columns))
+    return tuple(columns)
 
 
 def cut(words: bytes) -> Wire:
