@@ -48,11 +48,16 @@ _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
 class Board:
     """Shared memory of one host's ranks; it has a name until all have attached, and ends with its last process."""
 
-    def __init__(self, name: str, num_ranks: int, memory: mmap.mmap) -> None:
+    def __init__(self, name: str, num_ranks: int, memory: mmap.mmap | bytearray) -> None:
         self.name = name
         self.num_ranks = num_ranks
         self.bytes = memoryview(memory)
         self.words = self.bytes.cast("Q")
+
+    @classmethod
+    def private(cls, num_ranks: int) -> "Board":
+        """Return a board that no other process sees: nothing is known of the other ranks."""
+        return cls("", num_ranks, bytearray(board_bytes(num_ranks)))
 
     @classmethod
     def create(cls, num_ranks: int) -> "Board":
@@ -135,12 +140,12 @@ class Board:
         return place, max(0.0, (time.monotonic_ns() - since) / 1e9)
 
     def spoil(self, rank: int, step: int) -> None:
-        """Mark a rank's results of a step, from 0, as invalid."""
-        self.words[_status(rank) + _SPOILED] = step + 1
+        """Mark a rank's results of a step, from -1, as invalid."""
+        self.words[_status(rank) + _SPOILED] = step + 2
 
     def spoiled_step(self, rank: int) -> int:
-        """Return the last step with invalid results of a rank, -1 for none."""
-        return self.words[_status(rank) + _SPOILED] - 1
+        """Return the last step with invalid results of a rank, -2 for none."""
+        return self.words[_status(rank) + _SPOILED] - 2
 
     @property
     def given_up(self) -> bool:
@@ -194,10 +199,6 @@ class StoreBoard:
     def close(self) -> None:
         """Stop publishing where this rank is."""
         self._closed.set()
-
-    def process(self, _rank: int) -> ProcessIdentity:
-        """Return that nothing is known of a rank's process."""
-        return ProcessIdentity(0, 0, 0)
 
     def place(self, rank: int) -> tuple[int, float]:
         """Return what a rank last published of its place, 0 for nothing, and how many seconds ago it came there."""

@@ -1,7 +1,6 @@
 """One agreement: every rank announces its work, checks the other ranks' records, and learns who is missing."""
 
 import contextlib
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -145,10 +144,5 @@ class Coordinator:
         return [b"".join(answers).decode(errors="replace") for answers in zip(*rounds, strict=True)]
 
     def _exchange(self, wire: Wire) -> Sequence[Wire]:
-        started = time.perf_counter()
-        try:
-            self.transport.begin(wire)
-            return self.transport.wait(self.deadline_s, self.peers.check)
-        except (LockstepError, TimeoutError, ConnectionError) as error:
-            what = f"the agreement of step {self.step - 1} (epoch {self._header.epoch})"
-            self.peers.end_wait(what, started, self.deadline_s, error)
+        what = f"the agreement of step {self.step - 1} (epoch {self._header.epoch})"
+        return self.peers.exchange(self.transport, wire, self.deadline_s, what)

@@ -10,7 +10,7 @@ from lockstep.coordination.board import LAST_WORDS_BYTES, Board, StoreBoard
 from lockstep.coordination.flight_recorder import IN_LAYER, FlightRecorder, Phase, place_order, place_text, unpack_place
 from lockstep.coordination.step import odd_ones_out
 from lockstep.coordination.transports import ProcessGroupTransport, RanksMissing, SharedMemoryTransport, Transport
-from lockstep.coordination.wire import MESSAGE_BYTES, decode_message, encode_message
+from lockstep.coordination.wire import MESSAGE_BYTES, Wire, decode_message, encode_message
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError, RankMismatchError
 
 if TYPE_CHECKING:
@@ -37,14 +37,16 @@ class Peers:
         self.debug = debug
         self.recorder = FlightRecorder(rank, num_ranks, epoch, self.name(rank), run)
         self.on_mark: Callable[[Peers], None] | None = None
-        self._spoiled_step = -2
         self._others = [other for other in range(num_ranks) if other != rank]
-        self._board = board
+        self._board, self._shared = board or Board.private(num_ranks), board is not None
         self._remote = StoreBoard(store, self.recorder) if board is None and store is not None else None
-        self._notices: Board | StoreBoard | None = board or self._remote
         self._comparisons: Transport | None = SharedMemoryTransport(board, rank, lane=1) if board is not None else None
         self.gave_up = ""  # why the ranks' groups are not used again
         self._silent = False  # has said its last words, or must not say any
+
+    @property
+    def _notices(self) -> Board | StoreBoard:
+        return self._remote or self._board
 
     def name(self, rank: int) -> int:
         """Return a rank's number in the whole start."""
@@ -53,8 +55,7 @@ class Peers:
     def mark(self, phase: Phase, layer: int = -1, detail: Any = None) -> None:
         """Enter a phase of the present step, `layer` is -1 outside of MoE layers; `detail` is kept in the ring."""
         now_ns = self.recorder.mark(phase, layer, detail)
-        if self._board is not None:
-            self._board.write_place(self.rank, self.recorder.place, now_ns)
+        self._board.write_place(self.rank, self.recorder.place, now_ns)
         if self.on_mark is not None:
             self.on_mark(self)
 
@@ -66,8 +67,7 @@ class Peers:
 
         def publish(phase: Phase, layer: int) -> None:
             recorder.phase, recorder.layer = phase, layer
-            if self._board is not None:
-                self._board.write_place(self.rank, recorder.place, time.monotonic_ns())
+            self._board.write_place(self.rank, recorder.place, time.monotonic_ns())
 
         publish(phase, recorder.layer + 1 if before[0] in IN_LAYER else 0)
         try:
@@ -78,20 +78,16 @@ class Peers:
     @property
     def spoiled(self) -> bool:
         """Whether this rank's experts have failed in the present step."""
-        return self._spoiled_step == self.recorder.step
+        return self._board.spoiled_step(self.rank) == self.recorder.step
 
     def spoil_step(self) -> None:
         """Mark what other ranks receive from this rank in this step as invalid."""
-        self._spoiled_step = self.recorder.step
-        if self._board is not None:
-            self._board.spoil(self.rank, self.recorder.step)
+        self._board.spoil(self.rank, self.recorder.step)
 
     def spoiled_by(self) -> int | None:
         """Return another rank that has spoiled the present step, where ranks can see that."""
-        board, step = self._board, self.recorder.step
-        if board is None:
-            return None
-        return next((rank for rank in self._others if board.spoiled_step(rank) == step), None)
+        step = self.recorder.step
+        return next((rank for rank in self._others if self._board.spoiled_step(rank) == step), None)
 
     def collective(
         self, name: str, sizes: Sequence[int], group: "dist.ProcessGroup", deadline_s: float, on_cpu: bool
@@ -103,12 +99,7 @@ class Peers:
         mine = f"{name}{list(sizes)} {self.recorder.doing}"
         if self._comparisons is None or self._comparisons.num_ranks != group.size():
             self._comparisons = ProcessGroupTransport(group)
-        started, wire = time.perf_counter(), encode_message(mine.encode()[:MESSAGE_BYTES])
-        try:
-            self._comparisons.begin(wire)
-            received = self._comparisons.wait(deadline_s, self.check)
-        except (LockstepError, TimeoutError, ConnectionError) as error:
-            self.end_wait(mine, started, deadline_s, error)
+        received = self.exchange(self._comparisons, encode_message(mine.encode()[:MESSAGE_BYTES]), deadline_s, mine)
         if any(other != received[0] for other in received):
             texts = [decode_message(other).decode(errors="replace") for other in received]
             listed = "; ".join(f"rank {name}: {text}" for name, text in zip(self.processes, texts, strict=True))
@@ -117,15 +108,22 @@ class Peers:
             self.give_up("mismatch", message)
             raise RankMismatchError(f"{message}{self.recorder.file_note()}")
 
+    def exchange(self, transport: Transport, wire: Wire, deadline_s: float, what: str) -> Sequence[Wire]:
+        """Send this rank's record and return all ranks', `[ranks]`; a wait that fails raises as `end_wait`."""
+        started = time.perf_counter()
+        try:
+            transport.begin(wire)
+            return transport.wait(deadline_s, self.check)
+        except (LockstepError, TimeoutError, ConnectionError) as error:
+            self.end_wait(what, started, deadline_s, error)
+
     def check_last_words(self) -> None:
         """Raise as `check` if another rank has given up; cheap enough for every agreement."""
-        if self._board is not None and self._board.given_up:
+        if self._board.given_up:
             self.check()
 
     def check(self) -> bool:
         """For every wait: raise if a rank has given up or is gone; return whether any rank compiles."""
-        if self._board is None:
-            return False
         for rank in self._others:
             # A rank may say why just before it ends, so read its words after its state.
             gone = self._board.process(rank).state() == "gone"
@@ -142,7 +140,7 @@ class Peers:
         """Raise the error of a wait that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
         if isinstance(error, LockstepError):  # another rank has ended it
             raise error
-        if isinstance(error, ConnectionError) and self._board is not None:
+        if isinstance(error, ConnectionError) and self._shared:
             # The kernel closes a dying process's connections shortly before it reports the process as gone.
             known = time.monotonic() + _DYING_S
             while not self._in_state("gone") and not self._board.given_up and time.monotonic() < known:
@@ -157,7 +155,7 @@ class Peers:
         `ranks` are known to be missing; if empty, the error names the ranks behind this one among those waited for.
         """
         for rank in self._others:
-            words = self._notices.last_words(rank) if self._notices is not None else None
+            words = self._notices.last_words(rank)
             if words is not None:
                 return self._after_last_words(rank, words)
         if self._has_gone_on_alone():
@@ -187,8 +185,7 @@ class Peers:
         while not words or len(words) > LAST_WORDS_BYTES:  # escapes may make a message six times as long
             words = json.dumps({"kind": kind, "ranks": list(blamed)[:64], "message": message[:length]}).encode()
             length //= 2
-        if self._notices is not None:
-            self._notices.say_last_words(self.rank, words)
+        self._notices.say_last_words(self.rank, words)
 
     def _after_last_words(self, rank: int, words: bytes) -> LockstepError:
         """Turn another rank's last words into this rank's error, and pass them on."""
@@ -209,16 +206,14 @@ class Peers:
 
     def last_seen(self, rank: int) -> str:
         """Return a rank's last place, how long ago, and whether it lives, in words that follow its number."""
-        if self._notices is None:
-            return place_text(0, 0.0)
-        return place_text(*self._notices.place(rank)) + self._notices.process(rank).describe()
+        return place_text(*self._notices.place(rank)) + self._board.process(rank).describe()
 
     def terminate(self) -> str:
         """Say last words because SIGTERM ends this process; return a message for the user if anything is wrong."""
         if self._silent or self.recorder.phase == Phase.LEFT:
             return self.gave_up  # its error may be on the way up through the script, and unseen yet
         gone = self._in_state("gone")
-        if gone or self._board is None or self._board.given_up:
+        if gone or not self._shared or self._board.given_up:
             return str(self.absent(f"SIGTERM came {self.recorder.doing}", gone))
         own = self.name(self.rank)
         self._say_last_words("failed", f"SIGTERM: rank {own} was ended {self.recorder.doing}", (own,))
@@ -227,7 +222,7 @@ class Peers:
     def mute(self) -> None:
         """Publish nothing from now on: this is a process forked from the rank."""
         self.close()
-        self._board = self._remote = self._notices = self._comparisons = None
+        self._board, self._shared, self._remote, self._comparisons = Board.private(self.num_ranks), False, None, None
 
     def close(self) -> None:
         """Stop publishing: this rank's groups are closed."""
@@ -237,20 +232,18 @@ class Peers:
 
     def _in_state(self, *states: str, among: Sequence[int] | None = None) -> tuple[int, ...]:
         """Return the other ranks whose process is in one of these states, as far as this host knows."""
-        board, others = self._board, self._others if among is None else among
-        return tuple(rank for rank in others if board is not None and board.process(rank).state() in states)
+        others = self._others if among is None else among
+        return tuple(rank for rank in others if self._board.process(rank).state() in states)
 
     def _late_among(self, ranks: Sequence[int]) -> Sequence[int]:
         """Drop ranks that wait for one that shares their requests, unless all of them do."""
-        board = self._board
-        if board is None:
-            return ranks
-        return [rank for rank in ranks if unpack_place(board.place(rank)[0])[1] != Phase.TENSOR_PARALLEL] or ranks
+        phases = {rank: unpack_place(self._board.place(rank)[0])[1] for rank in ranks}
+        return [rank for rank in ranks if phases[rank] != Phase.TENSOR_PARALLEL] or ranks
 
     def _missing_ranks(self, among: Sequence[int]) -> Sequence[int]:
         """Return the ranks that all other ranks wait for."""
         others = [rank for rank in among or self._others if rank != self.rank]
-        if self._board is None:
+        if not self._shared:
             missing = self._remote.roll_call() if self._remote is not None else ()
             return [rank for rank in missing if rank in others] or missing
         lost = self._in_state("gone", "stopped", among=others)
@@ -264,7 +257,7 @@ class Peers:
 
     def _has_gone_on_alone(self) -> bool:
         """Return whether all other ranks, at least two, are in one collective that this rank has passed."""
-        places = {self._board.place(rank)[0] for rank in self._others} if self._board is not None else set()
+        places = {self._board.place(rank)[0] for rank in self._others}
         if len(self._others) < 2 or len(places) != 1 or self._in_state("gone", "stopped"):
             return False
         (place,) = places

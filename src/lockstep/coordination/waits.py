@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import functools
 import os
 import threading
 import time
@@ -169,31 +168,29 @@ def await_work(
 ) -> None:  # fmt: skip
     """Wait for a collective, or raise `RankAbsentError`; not `host_waits`, on a GPU: parked for `await_parked`."""
     watch = _watches.get(group.group_name)
+    check = watch.peers.check if watch is not None else None
     on_gpu = dist.get_backend(group) == "nccl" if on_gpu is None else on_gpu
     if on_gpu:
         work.wait()  # orders streams; the host would go on, and wait without a limit where it next needs a result
-    wait = functools.partial(_await, work, name, group, deadline_s, watch, on_gpu)
+
+    def wait() -> None:
+        started = time.perf_counter()
+        try:
+            if on_gpu:
+                wait_until(work.is_completed, deadline_s, check)
+                return  # most of that wait was for this rank's own GPU
+            wait_for(work, deadline_s, check)
+            count_wait(started)
+        except (LockstepError, TimeoutError, ConnectionError) as error:
+            if watch is not None:
+                watch.peers.end_wait(name, started, deadline_s, error, watch.members)
+            who = f"rank {group.rank()}: {name}"
+            text = f"{who} did not end within {deadline_s:g} s: {error}; its group is not used again"
+            raise RankAbsentError(text) from error
+
     if on_gpu and watch is not None:
         # Work of one group ends in order: a wait for this piece covers what was parked before.
         watch.parked = None if host_waits else wait
         if not host_waits:
             return
     wait()
-
-
-def _await(
-    work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float, watch: _Watch | None, on_gpu: bool
-) -> None:
-    check = watch.peers.check if watch is not None else None
-    started = time.perf_counter()
-    try:
-        if on_gpu:
-            wait_until(work.is_completed, deadline_s, check)
-            return  # most of that wait was for this rank's own GPU
-        wait_for(work, deadline_s, check)
-        count_wait(started)
-    except (LockstepError, TimeoutError, ConnectionError) as error:
-        if watch is not None:
-            watch.peers.end_wait(name, started, deadline_s, error, watch.members)
-        text = f"rank {group.rank()}: {name} did not end within {deadline_s:g} s: {error}; its group is not used again"
-        raise RankAbsentError(text) from error
