@@ -54,7 +54,7 @@ class Run:
         engine.reports = []
         if engine.config.num_kv_pages is not None:
             scheduler = engine.scheduler
-            assert engine.cache.num_free_pages == scheduler.num_free_pages - scheduler.prefixes.num_unheld
+            assert engine.cache.num_free_pages == scheduler.num_free_pages - scheduler.pages.num_unheld
 
     def finish(self):
         while self.engine.has_unfinished:

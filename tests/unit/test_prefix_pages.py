@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.workload import PAGE_SIZE, RankScheduler, Request, SchedulerConfig, random_prompt_ids
-from lockstep.workload.kv_pages import PrefixPages, num_pages, token_page_keys
+from lockstep.workload.kv_pages import KVPages, num_pages, token_page_keys
 from lockstep.workload.request import block_page_keys
 
 
@@ -250,11 +250,14 @@ def test_equal_requests_give_equal_steps_again():
 
 
 def test_a_page_is_never_forgotten_before_one_that_continues_it():
-    pages = PrefixPages(keeps_unheld=True)
+    pages = KVPages(3)
+    pages.take(3)
     pages.fill("abc")
     pages.hold("ab")
-    assert pages.let_go("abc") == 1
-    assert pages.let_go("ab") == 2
-    pages.forget_oldest(0)
+    pages.release(3 * PAGE_SIZE, "abc")
+    assert pages.num_free == pages.num_unheld == 1
+    pages.release(2 * PAGE_SIZE, "ab")
+    assert pages.num_free == pages.num_unheld == 3
+    pages.take(3)
     assert pages.take_forgotten() == ("c", "b", "a")
     assert pages.take_forgotten() == ()

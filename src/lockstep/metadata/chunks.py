@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from lockstep.metadata.sizes import abridged, check_counts, check_int, chunk_sizes, sp_rows, sp_sizes
 
@@ -65,15 +66,11 @@ class ChunkPlan:
         self._num_chunks = -(-longest // self.max_chunk_size_per_rank)
         counts, sp = self.num_tokens_across_dp, self.sequence_parallel_size
         self._step_sizes = sp_sizes(counts, sp) if self.min_rows else self.sp_rows
-        self._chunks: tuple[Chunk, ...] | None = None
 
     def __len__(self) -> int:
         return self._num_chunks
 
     def __iter__(self) -> Iterator[Chunk]:
-        # Every layer of a step uses the same chunks: the first layer makes them, and they are kept.
-        if self._chunks is None:
-            self._chunks = tuple(self._make_chunk(chunk_idx) for chunk_idx in range(self._num_chunks))
         return iter(self._chunks)
 
     def __getitem__(self, chunk_idx: int) -> Chunk:
@@ -105,6 +102,11 @@ class ChunkPlan:
         dp_rank, place = divmod(rank, self.sequence_parallel_size)
         start = min(self.num_tokens_across_dp[dp_rank], place * self.sp_rows[rank - place])
         return start, start + self.sp_rows[rank]
+
+    @cached_property
+    def _chunks(self) -> tuple[Chunk, ...]:
+        # Every layer of a step uses the same chunks: the first layer makes them.
+        return tuple(map(self._make_chunk, range(self._num_chunks)))
 
     def _make_chunk(self, chunk_idx: int) -> Chunk:
         limit, own_rows = self.max_chunk_size_per_rank, self.sp_rows[self.rank]

@@ -107,9 +107,7 @@ class CostConstants:
             raise ConfigurationError(f"cost must be one of {sorted(COST_CONSTANTS)} or a JSON file, got {name!r}")
         values, names = json_object(path, path.read_bytes()), [item.name for item in fields(cls)]
         if missing := next((name for name in ("step_us", "token_us") if name not in values), None):
-            raise ConfigurationError(
-                f"{path}: cost constant {missing} is missing, which `lockstep bench calibrate` writes"
-            )
+            raise ConfigurationError(f"{path}: cost constant {missing} is missing; see `lockstep bench calibrate`")
         if foreign := next((name for name in values if name not in names), None):
             raise ConfigurationError(f"{path}: {foreign!r:.60} is no cost constant; there are {', '.join(names)}")
         try:
@@ -207,9 +205,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     """
     ranks = sorted({record.rank for record in records})
     if not records or len(records) % len(ranks):
-        raise ConfigurationError(
-            f"the step log has {len(records)} records, not the same number of each of {len(ranks)} ranks"
-        )
+        raise ConfigurationError(f"{len(records)} records are not the same number of each of {len(ranks)} ranks")
 
     def grid(name: str) -> np.ndarray:
         return np.array([getattr(record, name) for record in records], np.float64).reshape(-1, len(ranks))
@@ -217,9 +213,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     steps = grid("step")
     torn = (grid("rank") != ranks).any(axis=1) | (steps != steps[:, :1]).any(axis=1)
     if torn.any():
-        raise ConfigurationError(
-            f"the step log does not have one record of each rank in step {int(steps[torn.argmax(), 0])}"
-        )
+        raise ConfigurationError(f"the step log does not have one record of each rank in step {steps[torn][0, 0]:g}")
     if not grid("duration_s").all():
         raise ConfigurationError("the step log has steps without a duration: it is not of a measured run")
     agreement_s = grid("agreement_s")

@@ -27,7 +27,7 @@ _FEW_RANKS = 32
 
 def simulate(
     requests: Sequence[Request], config: SimulationConfig, step_log: TakesColumns | None = None,
-    on_progress: Callable[[float], None] | None = None, max_report_cells: int = 1_000_000,
+    on_progress: Callable[[float], None] = lambda share: None, max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None, buffer_cells: int = 400_000,
 ) -> SimulationResult:  # fmt: skip
     """Simulate a workload, in order of arrival, to its end; `on_progress` is told the share of all rows now and then.
@@ -36,14 +36,10 @@ def simulate(
     requests that end before their last token, by their ids: those of a recorded run, see `read_replay`.
     """
     config.scheduler.check_fits(requests)
-    total_rows = sum(request.num_computed_tokens for request in requests)
-
-    def told(rows: int) -> None:
-        # Rows that a preemption makes necessary again are not in the total.
-        if on_progress is not None:
-            on_progress(min(1.0, rows / total_rows))
-
-    sink = StepSink(config, step_log, max_report_cells, buffer_cells, told)
+    total_rows = sum(request.num_computed_tokens for request in requests)  # without those that are preempted
+    sink = StepSink(
+        config, step_log, max_report_cells, buffer_cells, lambda rows: on_progress(min(1.0, rows / total_rows))
+    )
     return _Simulation(requests, config, sink, stops or {}).run()
 
 

@@ -14,6 +14,7 @@ from itertools import accumulate, takewhile
 
 PAGE_SIZE = 64
 """Tokens in one page of KV cache."""
+_NO_LIMIT = 2**50  # pages: more than any workload takes
 
 PageKey = Hashable
 """Stands for the tokens of a page and of all pages before it: pages of prompts with equal keys have equal contents."""
@@ -25,24 +26,37 @@ def num_pages(num_tokens: int) -> int:
 
 
 class KVPages:
-    """The free pages of one rank, `total` at first, and the steps in which its decoding requests take their next ones.
+    """The pages of one rank: how many are free, when decoding takes its next ones, and which are shared.
 
     A decoding request takes a page every `PAGE_SIZE` steps, always in the same residue of the step number: requests
     are counted by it, so that the step in which pages run out is found by one scan, however far away it is.
+
+    Whole pages of prompts are known by their keys, and requests may share them. A known page that no request holds
+    counts as free; with a limited `total` it is kept until its room is needed, the least recently used one going first.
+    Requests let go of their last page first, so a page is never forgotten before one that continues it.
     """
 
-    def __init__(self, total: int) -> None:
-        self.num_free = total
+    def __init__(self, total: int | None) -> None:
+        self._is_limited = total is not None
+        self.num_free = _NO_LIMIT if total is None else total
         self._takers = [0] * PAGE_SIZE  # by step % PAGE_SIZE: decoding requests that take a page in that step
+        self._holders: dict[PageKey, int] = {}
+        self._unheld: OrderedDict[PageKey, None] = OrderedDict()  # least recently used first
+        self._forgotten: list[PageKey] = []
+        self.version = 0  # changes whenever the answers of `num_known` or `num_held` may
 
     def needed(self, step: int) -> int:
         """Return how many pages the decoding requests take in `step`, if none joins or leaves before."""
         return self._takers[step % PAGE_SIZE]
 
     def take(self, count: int) -> None:
-        """Use up free pages."""
+        """Use up free pages; if no others are left, forget known ones that nobody holds."""
         assert count <= self.num_free
         self.num_free -= count
+        while len(self._unheld) > self.num_free:
+            key, _ = self._unheld.popitem(last=False)
+            self._forgotten.append(key)
+            self.version += 1
 
     def join(self, num_tokens: int, step: int) -> None:
         """Count a request as decoding from the next step on; it has `num_tokens` tokens in the cache after `step`."""
@@ -70,31 +84,6 @@ class KVPages:
         first = step % PAGE_SIZE
         return self._takers[first:] + self._takers[:first]
 
-
-def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
-    """Return the keys of a prompt's whole pages: each a hash of the key before it and of the page's token ids."""
-    keys, key = [], b""
-    for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
-        page = array("I", token_ids[start : start + PAGE_SIZE]).tobytes()
-        key = blake2b(key + page, digest_size=16).digest()
-        keys.append(key)
-    return tuple(keys)
-
-
-class PrefixPages:
-    """The known pages of one rank: how many requests hold each, and the order in which unheld ones are evicted.
-
-    Requests let go of their last page first, so a page is never forgotten before one that continues it. Without
-    `keeps_unheld`, a page is forgotten once nobody holds it.
-    """
-
-    def __init__(self, keeps_unheld: bool) -> None:
-        self._keeps_unheld = keeps_unheld
-        self._holders: dict[PageKey, int] = {}
-        self._unheld: OrderedDict[PageKey, None] = OrderedDict()  # least recently used first
-        self._forgotten: list[PageKey] = []
-        self.version = 0  # changes whenever the answers of `num_known` or `num_held` may
-
     @property
     def num_unheld(self) -> int:
         """Known pages that no request holds."""
@@ -108,46 +97,45 @@ class PrefixPages:
         """Return how many of the first pages of a prompt are held by requests."""
         return sum(1 for _ in takewhile(self._holders.__contains__, keys))
 
-    def hold(self, keys: Sequence[PageKey]) -> int:
-        """Let one more request hold known pages; return how many of them nobody held."""
+    def hold(self, keys: Sequence[PageKey]) -> None:
+        """Let one more request hold known pages."""
         self.version += bool(keys)
-        taken = 0
         for key in keys:
             if key in self._unheld:
                 del self._unheld[key]
-                taken += 1
+                self.num_free -= 1
             self._holders[key] = self._holders.get(key, 0) + 1
-        return taken
 
-    def fill(self, keys: Sequence[PageKey]) -> int:
-        """Note that a request has filled pages, which it holds; return how many it gives back for equal known ones."""
-        num_known = sum(key in self._holders or key in self._unheld for key in keys)
-        return num_known - self.hold(keys)
+    def fill(self, keys: Sequence[PageKey]) -> None:
+        """Note that a request has filled pages, which it holds; it gives its own back for equal known ones."""
+        self.num_free += sum(key in self._holders or key in self._unheld for key in keys)
+        self.hold(keys)
 
-    def let_go(self, keys: Sequence[PageKey]) -> int:
-        """Release one request's hold on pages, the last page first; return how many are now unheld."""
+    def release(self, num_tokens: int, keys: Sequence[PageKey]) -> None:
+        """Release a request's hold on the pages of `num_tokens` tokens, the first of which have these keys."""
         self.version += bool(keys)
-        left = 0
+        self.num_free += num_pages(num_tokens) - len(keys)
         for key in reversed(keys):
             self._holders[key] -= 1
-            if self._holders[key]:
-                continue
-            del self._holders[key]
-            left += 1
-            if self._keeps_unheld:
-                self._unheld[key] = None
-            else:
-                self._forgotten.append(key)
-        return left
-
-    def forget_oldest(self, most_unheld: int) -> None:
-        """Forget unheld pages, least recently used first, until at most `most_unheld` are left."""
-        while len(self._unheld) > most_unheld:
-            key, _ = self._unheld.popitem(last=False)
-            self._forgotten.append(key)
-            self.version += 1
+            if not self._holders[key]:
+                del self._holders[key]
+                self.num_free += 1
+                if self._is_limited:
+                    self._unheld[key] = None
+                else:
+                    self._forgotten.append(key)
 
     def take_forgotten(self) -> tuple[PageKey, ...]:
         """Return the pages forgotten since the last call, in that order."""
         forgotten, self._forgotten = tuple(self._forgotten), []
         return forgotten
+
+
+def token_page_keys(token_ids: Sequence[int]) -> tuple[bytes, ...]:
+    """Return the keys of a prompt's whole pages: each a hash of the key before it and of the page's token ids."""
+    keys, key = [], b""
+    for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
+        page = array("I", token_ids[start : start + PAGE_SIZE]).tobytes()
+        key = blake2b(key + page, digest_size=16).digest()
+        keys.append(key)
+    return tuple(keys)

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lockstep.errors import ConfigurationError
-from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, PrefixPages, num_pages
+from lockstep.workload.kv_pages import PAGE_SIZE, KVPages, PageKey, num_pages
 from lockstep.workload.policies import SchedulerState
 from lockstep.workload.request import Request, block_page_keys
 from lockstep.workload.schedule import Schedule, SchedulerConfig, StepEntry
-
-_NO_LIMIT = 2**50  # pages: more than any workload takes
 
 
 @dataclass(slots=True, eq=False)
@@ -67,9 +65,7 @@ class RankScheduler:
         self.decode_context_base = 0
         self._outstanding = 0
         self._kv_tokens = 0
-        self._is_limited = config.num_kv_pages is not None
-        self._pages = KVPages(config.num_kv_pages or _NO_LIMIT)
-        self.prefixes = PrefixPages(keeps_unheld=self._is_limited)
+        self.pages = KVPages(config.num_kv_pages)
         self._hits: list[tuple[int, int]] = []  # of the step that is being planned, as its pages that get full
         self._filled: list[Sequence[PageKey]] = []
         # How many pages the first prompt that waits can take over from others that hold them; for which prompt and
@@ -85,7 +81,7 @@ class RankScheduler:
     @property
     def num_free_pages(self) -> int | None:
         """Pages of KV cache that no request holds after the step planned last; None for no limit."""
-        return self._pages.num_free if self._is_limited else None
+        return None if self._config.num_kv_pages is None else self.pages.num_free
 
     def add(self, request: Request, step: int, page_keys: Sequence[PageKey] | None = None) -> None:
         """Queue a request before `step` is planned; `page_keys` are of its first pages, None for its `block_ids`'."""
@@ -112,9 +108,9 @@ class RankScheduler:
         """
         self.skip_to(step)
         preempted = []
-        while self._pages.needed(step) > self._pages.num_free:
+        while self.pages.needed(step) > self.pages.num_free:
             preempted.append(self._preempt())
-        self._take(self._pages.needed(step))
+        self.pages.take(self.pages.needed(step))
         self._step = step
         num_decode = len(self._decoding)
         decode_context = self.decode_context_base + step * num_decode
@@ -135,15 +131,15 @@ class RankScheduler:
         else:
             held = self._prompt_can_run(0)
         hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
-        forgotten = self.prefixes.take_forgotten()
+        forgotten = self.pages.take_forgotten()
         for keys in filled:
-            self._pages.num_free += self.prefixes.fill(keys)
+            self.pages.fill(keys)
         finished = tuple(self._ends.get(step, ()))
         for request_id in finished:
             self._kv_tokens -= self._decoding[request_id].request.num_kv_tokens
             self._evict(self._decoding[request_id])
         no_seat = self._partial is None and len(self._decoding) >= self._max_num_seqs
-        kv_is_full = not no_seat and not self._prompt_can_run(self._pages.needed(step + 1))
+        kv_is_full = not no_seat and not self._prompt_can_run(self.pages.needed(step + 1))
         return Schedule(
             step,
             tuple(entries),
@@ -174,15 +170,15 @@ class RankScheduler:
     def state(self) -> SchedulerState:
         """Return what the other ranks need to know, valid after the step planned last."""
         wait = -1
-        if self._prompt_can_run(self._pages.needed(self._step + 1)):
+        if self._prompt_can_run(self.pages.needed(self._step + 1)):
             wait = self._step + 1 - (self._partial or next(iter(self._waiting.values()))).arrival
         return SchedulerState(self._outstanding, self._kv_tokens, len(self._decoding), wait)
 
     def pages_change_at(self) -> int | None:
         """Return the next step in which pages run out, or after which the first prompt no longer fits; or None."""
-        if not self._is_limited:
+        if self._config.num_kv_pages is None:
             return None
-        pages, following = self._pages, self._step + 1
+        pages, following = self.pages, self._step + 1
         if self._prompt_can_run(pages.needed(following)):
             at = pages.runs_out_at(following, pages.num_free - self._pages_for_prompt())
             return None if at is None else at - 1  # known to all ranks one step ahead
@@ -197,17 +193,17 @@ class RankScheduler:
             return
         if not self._ends.keys().isdisjoint(range(first, step)):
             raise ConfigurationError(f"step {min(self._ends)} may not be left out: a request ends in it")
-        needed = self._pages.needed_between(first, step)
-        if needed > self._pages.num_free:
-            at = self._pages.runs_out_at(first, self._pages.num_free)
+        needed = self.pages.needed_between(first, step)
+        if needed > self.pages.num_free:
+            at = self.pages.runs_out_at(first, self.pages.num_free)
             raise ConfigurationError(f"step {at} may not be left out: the KV cache runs out of pages in it")
-        self._take(needed)
+        self.pages.take(needed)
         self._outstanding -= (step - first) * len(self._decoding)
         self._step = step - 1
 
     def _run_prefills(self, step: int, left: int) -> list[StepEntry]:
         """Return the entries of prompts, which have `left` tokens of the budget."""
-        entries, pages = [], self._pages
+        entries, pages = [], self.pages
         while left > 0:
             if self._partial is None:
                 if not self._prompt_can_run(0):
@@ -219,7 +215,7 @@ class RankScheduler:
             num_tokens = min(left, sequence.num_tokens - start, room)
             if not num_tokens:
                 break
-            self._take(num_pages(start + num_tokens) - num_pages(start))
+            self.pages.take(num_pages(start + num_tokens) - num_pages(start))
             if keys := sequence.page_keys[start // PAGE_SIZE : (start + num_tokens) // PAGE_SIZE]:
                 self._filled.append(keys)
             left -= num_tokens
@@ -239,19 +235,14 @@ class RankScheduler:
     def _take_over_prefix(self, sequence: _Sequence) -> int:
         """Make a new prompt hold the known pages of its beginning; return the number of their tokens."""
         sharable = sequence.sharable
-        keys = sharable[: self.prefixes.num_known(sharable)]
+        keys = sharable[: self.pages.num_known(sharable)]
         if not keys:
             return 0
-        self._pages.take(self.prefixes.hold(keys))
+        self.pages.hold(keys)
         num_tokens = len(keys) * PAGE_SIZE
         self._outstanding -= num_tokens
         self._hits.append((sequence.request.request_id, num_tokens))
         return num_tokens
-
-    def _take(self, count: int) -> None:
-        """Take free pages; if none are left, forget known pages that nobody holds."""
-        self._pages.take(count)
-        self.prefixes.forget_oldest(self._pages.num_free)
 
     def _preempt(self) -> int:
         """Send the request admitted last back to the front of the queue; return its id."""
@@ -278,25 +269,24 @@ class RankScheduler:
         elif sequence.ended >= 0:
             del self._decoding[sequence.request.request_id]
             self.decode_context_base -= sequence.num_tokens - sequence.ended
-            self._pages.leave(num_cached, self._step)
+            self.pages.leave(num_cached, self._step)
             self._ends[sequence.last_step].remove(sequence.request.request_id)
             if not self._ends[sequence.last_step]:
                 del self._ends[sequence.last_step]
-        keys = sequence.page_keys[: num_cached // PAGE_SIZE]
-        self._pages.num_free += num_pages(num_cached) - len(keys) + self.prefixes.let_go(keys)
+        self.pages.release(num_cached, sequence.page_keys[: num_cached // PAGE_SIZE])
 
     def _prompt_can_run(self, num_reserved: int) -> bool:
         """Whether the first prompt could have rows in a step in which `num_reserved` free pages are for decoding."""
         if self._partial is None and (not self._waiting or len(self._decoding) >= self._max_num_seqs):
             return False
-        return self._pages.num_free - num_reserved >= self._pages_for_prompt()
+        return self.pages.num_free - num_reserved >= self._pages_for_prompt()
 
     def _pages_for_prompt(self) -> int:
         """Free pages without which the first prompt has no rows in a step."""
         if self._partial is not None:
             return 0 if self._partial.num_done % PAGE_SIZE else 1
         sequence = next(iter(self._waiting.values()))
-        version = self.prefixes.version
+        version = self.pages.version
         if self._last_num_held[0] is not sequence or self._last_num_held[1] != version:
-            self._last_num_held = sequence, version, self.prefixes.num_held(sequence.sharable)
+            self._last_num_held = sequence, version, self.pages.num_held(sequence.sharable)
         return num_pages(sequence.num_tokens + 1) - self._last_num_held[2]

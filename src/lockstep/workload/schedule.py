@@ -52,11 +52,9 @@ class SchedulerConfig:
         for request in requests:
             needed = num_pages(request.num_kv_tokens)
             if limit is not None and needed > limit:
-                raise ConfigurationError(
-                    f"request {request.request_id} needs {request.num_kv_tokens} tokens of KV cache, {needed} pages of "
-                    f"{PAGE_SIZE}, more than the {limit} of kv_capacity_tokens={self.kv_capacity_tokens} of a rank: "
-                    "it could never run"
-                )
+                told = f"{request.num_kv_tokens} tokens of KV cache, {needed} pages of {PAGE_SIZE}"
+                most = f"the {limit} of kv_capacity_tokens={self.kv_capacity_tokens} of a rank"
+                raise ConfigurationError(f"request {request.request_id} needs {told}, more than {most}")
 
 
 class StepEntry(NamedTuple):

@@ -97,7 +97,7 @@ class ReadLimits:
     unpacked_ratio: int = 200
 
 
-class LineError(ValueError):
+class LineError(Exception):
     """What is wrong with one line."""
 
 
@@ -158,10 +158,9 @@ def load_trace(
         raise ConfigurationError(f"{source}: no request could be read: {why}")
     num_lines = len(found) + num_malformed
     if num_malformed > max(1, int(options.max_malformed_share * num_lines)):
+        bad = f"{num_malformed} of {num_lines} lines are malformed"
         share = f"the share max_malformed_share={options.max_malformed_share}"
-        raise ConfigurationError(
-            f"{source}: {num_malformed} of {num_lines} lines are malformed, more than {share}: {named}"
-        )
+        raise ConfigurationError(f"{source}: {bad}, more than {share}: {named}")
     # The sort is stable: rows with equal timestamps keep the file's order.
     found.sort(key=lambda request: request[0])
     requests = [
@@ -328,8 +327,8 @@ def _recognise(line: str) -> tuple[str, str]:
             return "mooncake-jsonl", ""
     for delimiter in _DELIMITERS:
         try:
-            (cells,) = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
-        except (ValueError, csv.Error):
+            cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True))
+        except csv.Error:
             continue
         if set(_AZURE_COLUMNS) <= {cell.strip() for cell in cells}:
             return "azure-csv", delimiter
@@ -339,8 +338,6 @@ def _recognise(line: str) -> tuple[str, str]:
 def _json_object(line: str) -> dict[str, object]:
     try:
         row = json.loads(line, object_pairs_hook=_unique_keys)
-    except LineError:
-        raise
     except (ValueError, RecursionError) as error:  # no JSON, or an integer of thousands of digits
         raise LineError(f"not JSON ({shown(str(error), 60)})") from None
     if not isinstance(row, dict):
