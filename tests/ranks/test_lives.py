@@ -18,9 +18,8 @@ import lockstep
 from lockstep.commands.postmortem import read_recorder
 from lockstep.coordination.board import Board
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.peers import Peers
+from lockstep.coordination.peers import Peers, speak_before_termination
 from lockstep.coordination.processes import ProcessIdentity
-from lockstep.coordination.termination import speak_before_termination
 from lockstep.errors import PeerFailedError, RankAbsentError
 from lockstep.models.parallel import parallel_of
 from lockstep.models.tiny import make_tiny

@@ -292,14 +292,11 @@ def test_no_text_leads_out_of_the_folder(name):
         Board.attach(name, 2)
 
 
-def test_boards_of_other_size_or_content_are_refused(tmp_path):
+def test_boards_of_other_size_are_refused():
     made = Board.create(2)
     try:
         with pytest.raises(ConfigurationError, match=f"{board_bytes(2)} bytes, expected .* for 3 ranks"):
             Board.attach(made.name, 3)
-        made.words[0] = 3
-        with pytest.raises(ConfigurationError, match="holds something else"):
-            Board.attach(made.name, 2)
     finally:
         made.unlink()
     with pytest.raises(FileNotFoundError):

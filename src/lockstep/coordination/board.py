@@ -36,10 +36,9 @@ _ROLL_CALL_S = 0.5
 _STORE_S = 0.9
 _FOLDER = "/dev/shm"
 _NAME = re.compile(r"lockstep-(\d+)-(\d+)-[0-9a-f]{32}")
-_MAGIC = 0x3144524F4142534C
-# Words of the header, and of each rank before its last words.
-_MAGIC_WORD, _GIVEN_UP = range(2)
+_GIVEN_UP = 0  # the header's only word
 _HEADER_BYTES = 64
+# Words of each rank before its last words.
 _PID, _STARTED, _NAMESPACE, _PLACE, _PLACE_NS, _LAST_WORDS, _SPOILED, _CORES = range(8)
 _STATUS_BYTES = 64
 _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
@@ -74,14 +73,12 @@ class Board:
         try:
             # Not ftruncate: a later write to memory that was never allocated would kill the process.
             os.posix_fallocate(descriptor, 0, board_bytes(num_ranks))
-            board = cls(name, num_ranks, mmap.mmap(descriptor, board_bytes(num_ranks)))
+            return cls(name, num_ranks, mmap.mmap(descriptor, board_bytes(num_ranks)))
         except OSError:
             os.unlink(f"{_FOLDER}/{name}")
             raise
         finally:
             os.close(descriptor)
-        board.words[_MAGIC_WORD] = _MAGIC
-        return board
 
     @classmethod
     def attach(cls, name: str, num_ranks: int) -> "Board":
@@ -96,12 +93,9 @@ class Board:
                     f"board {name} has owner {status.st_uid} and {status.st_size} bytes, expected {os.getuid()} and "
                     f"{board_bytes(num_ranks)} for {num_ranks} ranks"
                 )
-            board = cls(name, num_ranks, mmap.mmap(descriptor, status.st_size))
+            return cls(name, num_ranks, mmap.mmap(descriptor, status.st_size))
         finally:
             os.close(descriptor)
-        if board.words[_MAGIC_WORD] != _MAGIC:
-            raise ConfigurationError(f"board {name} holds something else")
-        return board
 
     def unlink(self) -> None:
         """Remove the name; attached processes keep the memory. Idempotent."""

@@ -27,11 +27,7 @@ class CollectiveDispatcher(Dispatcher):
 
     Attributes:
         abilities: what the backend can do; the default is all of `Abilities`' dtypes.
-        process_group: as passed.
-        deadline_s: as passed.
-        rank: this rank in the group.
-        num_ranks: size of the group.
-        num_experts: as passed.
+        rank: this rank in the group, of `num_ranks`.
         num_local_experts: experts per rank; expert `e` is on rank `e // num_local_experts`.
 
     Example:

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.groups import Groups, Start, WatchedGroup, abort, open_groups
-from lockstep.coordination.peers import Peers
+from lockstep.coordination.peers import Peers, speak_before_termination
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision, by_rank
-from lockstep.coordination.termination import speak_before_termination
 from lockstep.coordination.waits import watch_group
 from lockstep.dispatch.base import Dispatcher, ExpertsShape
 from lockstep.dispatch.choose import (
