@@ -45,7 +45,7 @@ _RANK_BYTES = _STATUS_BYTES + LAST_WORDS_BYTES
 
 
 class Board:
-    """Shared memory of one host's ranks; it has a name until all have attached, and ends with its last process."""
+    """Shared memory of one host's ranks. It has a name until all have attached, and is freed with the last process."""
 
     def __init__(self, name: str, num_ranks: int, memory: mmap.mmap | bytearray) -> None:
         self.name = name
@@ -129,7 +129,7 @@ class Board:
         self.words[base + _PLACE_NS], self.words[base + _PLACE] = now_ns, place
 
     def place(self, rank: int) -> tuple[int, float]:
-        """Return what a rank last wrote about its place, and how many seconds ago."""
+        """Return a rank's last published place, and how many seconds ago it came there."""
         place, since = self.words[_status(rank) + _PLACE], self.words[_status(rank) + _PLACE_NS]
         return place, max(0.0, (time.monotonic_ns() - since) / 1e9)
 
@@ -181,7 +181,7 @@ def _status(rank: int) -> int:
 
 
 class StoreBoard:
-    """Places and last words of ranks on several hosts, late. A store that has once not answered is not asked again."""
+    """Places and last words of ranks on several hosts, published late. A store that fails once is not asked again."""
 
     def __init__(self, store: "dist.Store", recorder: FlightRecorder) -> None:
         self._store = store
@@ -195,7 +195,7 @@ class StoreBoard:
         self._closed.set()
 
     def place(self, rank: int) -> tuple[int, float]:
-        """Return what a rank last published of its place, 0 for nothing, and how many seconds ago it came there."""
+        """Return a rank's last published place, 0 for none, and how many seconds ago it came there."""
         published = self._ask(lambda: self._read(self._key("place", rank)))
         try:
             place, since = json.loads(published or b"[0, 0]")
@@ -212,7 +212,7 @@ class StoreBoard:
         return self._ask(lambda: self._read(self._key("last words", rank)))
 
     def roll_call(self) -> tuple[int, ...]:
-        """Return the ranks that do not answer now: all that have ended their wait too are there."""
+        """Return the ranks that do not answer now; those whose wait has also ended do."""
         what, store, own = f"roll/{self._recorder.step}", self._store, self._recorder.rank
         keys = [self._key(what, rank) for rank in range(self._recorder.num_ranks)]
 

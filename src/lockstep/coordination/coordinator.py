@@ -73,7 +73,7 @@ class Coordinator:
         return not self.peers.gave_up
 
     def agree(self, record: StepRecord) -> StepDecision:
-        """Tell all ranks `record` and return what all of them then know. Collective: every rank must call it.
+        """Send this rank's record, and return the decision that all ranks make from all records. Collective.
 
         Raises:
             RankMismatchError: a header or an `equal` field differs, or the collectives issued so far; on all ranks.

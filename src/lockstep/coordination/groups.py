@@ -1,4 +1,4 @@
-"""How the ranks of a start find each other, each one's place among them, and the groups in which they work."""
+"""How the ranks of a start find each other, and the process groups in which they work."""
 
 import atexit
 import datetime
@@ -47,7 +47,7 @@ _numbers: dict[tuple[str, str], Iterator[int]] = {}
 
 
 class Start:
-    """A process group's ranks in the whole start, `processes` by number, and a store with keys of its own."""
+    """A process group's ranks by their numbers in the whole start (`processes`), and a store with keys of its own."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         store = dist.distributed_c10d._get_default_store()
@@ -60,11 +60,11 @@ class Start:
         self.whereabouts = _whereabouts(store, dist.get_rank())
 
     def next_number(self, what: str) -> int:
-        """Return how many of these the group has had so far, the same on all its ranks."""
+        """Count the calls for `what`, from 0; equal on all ranks of the group."""
         return next(_numbers.setdefault((self._identity, what), itertools.count()))
 
     def meeting_place(self, key: str, name: str) -> MeetingPlace:
-        """Return a place where the group's ranks meet: a key of its own in the store, and its `name` in messages."""
+        """Return a place where the group's ranks meet, with a key of its own; `name` is for messages."""
         return MeetingPlace(
             dist.PrefixStore(key, self.store), self.rank, len(self.processes),
             name=name, whereabouts=self.whereabouts, processes=self.processes,
@@ -72,13 +72,13 @@ class Start:
 
 
 def abandon_groups() -> None:
-    """Forget all groups, whose other ranks may be gone; the next ones meet in a store of which no key was used."""
+    """Forget all groups, whose other ranks may be gone. The next groups need a store without used keys."""
     # Kept until the process ends: freeing them would wait for collectives that no rank answers.
     _abandoned.extend(dist.distributed_c10d._world.pg_map)
     if dist.is_initialized():  # not where a rank was lost before they had met
         dist.destroy_process_group()
-    # torch names groups by this count, which `destroy_process_group` resets. A rank that was lost while the default
-    # group was opened leaves it at 1, and this rank would look for those that come back, or started better, in vain.
+    # torch names groups by this count, which `destroy_process_group` resets. A rank lost while the default group was
+    # opened leaves the count at 1 here, and this rank would not find those that count from 0.
     dist.distributed_c10d._world.group_count = 0
     _numbers.clear()
 
@@ -89,7 +89,7 @@ def _whereabouts(store: dist.Store, rank: int) -> Whereabouts:
 
 @dataclass(frozen=True)
 class Groups:
-    """An epoch's groups; `board`: where all ranks are on one host. The first of `opened` is under `transport`."""
+    """An epoch's groups; `board` if all ranks share a host. `transport` uses the first of `opened`."""
 
     data: dist.ProcessGroup
     tensor_parallel: dist.ProcessGroup | None
@@ -99,7 +99,7 @@ class Groups:
 
 
 def open_groups(config: ParallelConfig, device: torch.device, deadline_s: float, epoch: int, start: Start) -> Groups:
-    """Open the groups of ranks that have just met, whose collectives wait `deadline_s` for any rank. Collective."""
+    """Open the groups of an epoch, once its ranks have met. Collective."""
 
     def open_all(timeout_s: float) -> Groups:
         control = _new_group(start.processes, timeout_s, torch.device("cpu"))
@@ -118,7 +118,7 @@ def _open(
     what: str, action: Callable[[float], T], ranks: Sequence[int], device: torch.device, deadline_s: float,
     whereabouts: Whereabouts,
 ) -> T:  # fmt: skip
-    """Run what opens groups of `ranks`, with its time-out in seconds; if it fails, say who was not there."""
+    """Run `action`, which opens groups of `ranks` within a time-out in seconds; on failure, name the absent ranks."""
     # All ranks have just met, but connecting takes some time, however short the deadline.
     timeout_s, place = max(deadline_s, _OPEN_S), f"opening {what}"
 
@@ -137,13 +137,13 @@ def _open(
 
 
 def _sharers(config: ParallelConfig, start: Start) -> Sequence[int]:
-    """Return the ranks, by their numbers in the start, that share this rank's requests."""
+    """Return the ranks that share this rank's requests, by their numbers in the start."""
     first = config.data_parallel_rank * config.tensor_parallel_size
     return start.processes[first : first + config.tensor_parallel_size]
 
 
 def _new_group(members: Sequence[int], timeout_s: float, device: torch.device) -> dist.ProcessGroup:
-    """Open a group of ranks that are all there, and connect it; its collectives end after a limit."""
+    """Open and connect a group, all of whose ranks are present; its collectives have a time limit."""
     on_gpu = device.type == "cuda"
     limit = datetime.timedelta(seconds=timeout_s + (_WATCHDOG_S if on_gpu else 0))
     group: dist.ProcessGroup = dist.new_group(
@@ -156,7 +156,7 @@ def _new_group(members: Sequence[int], timeout_s: float, device: torch.device) -
 
 
 def abort(groups: Sequence[Any], device: torch.device, rank: int, timeout_s: float = _OPEN_S) -> None:
-    """End what waits in NCCL's groups on the GPU; otherwise the end of this process would wait for its kernels."""
+    """Abort NCCL's groups: otherwise their waiting kernels would keep this process from ending."""
     for group in groups:
         try:
             within(group._get_backend(device).abort, timeout_s)
@@ -165,7 +165,7 @@ def abort(groups: Sequence[Any], device: torch.device, rank: int, timeout_s: flo
 
 
 def find_group(process_group: dist.ProcessGroup | None, deadline_s: float = 30.0) -> dist.ProcessGroup | None:
-    """Return the ranks, connected under torchrun where the script has not done so; None for a single process."""
+    """Return the given group, or that of all ranks, which is opened under torchrun if need be; None for one process."""
     if process_group is None:
         world_size = environment_number("WORLD_SIZE", 1, default=1)
         if not dist.is_initialized() and world_size > 1:
@@ -207,7 +207,7 @@ def _start(world_size: int, limit_s: float) -> None:
 
 
 def connect(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> None:
-    """Open the default process group of ranks that start, and share a store, when all of them have come. Collective."""
+    """Open the default process group as soon as all ranks have come to their common store. Collective."""
     whereabouts, keys = _whereabouts(store, rank), dist.PrefixStore("lockstep/start", store)
     MeetingPlace(keys, rank, world_size, name="the start", whereabouts=whereabouts).meet({}, deadline_s, once=True)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -233,7 +233,7 @@ def _close_default_group(pid: int) -> None:
 
 
 def group_of(process_group: dist.ProcessGroup | None, device_mesh: "DeviceMesh | None") -> dist.ProcessGroup | None:
-    """Return the group that a script means by itself or by a mesh of one dimension, such as `mesh["ep"]`, if any."""
+    """Return the group that a script passes, if any: itself, or as a one-dimensional mesh such as `mesh["ep"]`."""
     if device_mesh is None:
         return process_group
     if process_group is not None:
@@ -247,7 +247,7 @@ def group_of(process_group: dist.ProcessGroup | None, device_mesh: "DeviceMesh |
 
 
 def own_device(device: torch.device | str | None) -> torch.device:
-    """Return the device that is meant on this rank: `cuda` is its own GPU, and so is None where there are GPUs."""
+    """Return this rank's device: `cuda` means its own GPU, and so does None on a machine with GPUs."""
     has_gpus = torch.cuda.is_available()
     try:
         meant: torch.device | None = torch.device(("cuda" if has_gpus else "cpu") if device is None else device)
@@ -264,7 +264,7 @@ def own_device(device: torch.device | str | None) -> torch.device:
 
 
 def parallel_config(group: dist.ProcessGroup | None, tensor_parallel_size: int) -> ParallelConfig:
-    """Return this rank's place: ranks that share their requests have numbers that follow each other."""
+    """Return this rank's place; ranks that share their requests have consecutive numbers."""
     num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     if tensor_parallel_size < 1 or num_ranks % tensor_parallel_size:
         raise ConfigurationError(f"tensor_parallel_size must divide the {num_ranks} ranks, got {tensor_parallel_size}")
@@ -288,7 +288,7 @@ class WatchedGroup(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]  # torch's stubs know one constructor of three
         self._name = ""
 
-    # What torch asks a group for; the base class would ask its own backends, of which this one has none.
+    # torch asks for these; the base class would ask its backends, and this group has none.
     def _set_group_name(self, name: str) -> None:
         self._name = name
 
@@ -302,7 +302,7 @@ class WatchedGroup(dist.ProcessGroup):
         return _BACKEND
 
     def run(self, name: str, *args: Any) -> Any:
-        """Issue a collective on `inner` and wait for it as `await_work`, on NCCL only where no later wait does."""
+        """Issue a collective on `inner` and wait for it by `await_work`, unless a later wait on the GPU covers it."""
         inner, peers = self.inner, peers_of(self.inner)
         if peers is None:  # before join: the pass that determines the model's shapes
             self.whereabouts.enter(_BEFORE_JOIN)
@@ -328,7 +328,7 @@ for _name in dir(dist.ProcessGroup):
 def tensor_parallel_group(
     config: ParallelConfig, group: dist.ProcessGroup | None, device: torch.device, deadline_s: float
 ) -> WatchedGroup:
-    """Return the group of those of all ranks that share this rank's requests, for attention's collectives."""
+    """Return the group of the ranks that share this rank's requests, for attention's collectives. Collective."""
     assert group is not None
     start = Start(group)
     key = f"tensor parallel/{start.next_number('tensor parallel')}"

@@ -91,7 +91,7 @@ class Whereabouts:
             return Entry()
 
     def absent(self, message: str, ranks: Sequence[int], place: str) -> RankAbsentError:
-        """Return the error of a wait for all `ranks` at a place; it names ranks gone or stopped, or else elsewhere."""
+        """Return the error of a wait for `ranks` at a place, naming those gone or stopped, or else those elsewhere."""
 
         def look() -> tuple[tuple[int, ...], str]:
             entries = {rank: self.of(rank) for rank in ranks if rank != self.rank}
@@ -107,7 +107,7 @@ class Whereabouts:
 
 
 def _bytes_read() -> int:
-    """Return how much this process has read, from files or disks; 0 where the system does not say."""
+    """Return how many bytes this process has read; 0 where the system does not say."""
     try:
         figures = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(figures["rchar"]) + int(figures["read_bytes"])

@@ -1,9 +1,9 @@
 """The ranks that work together in each epoch: decided by the launcher, in a store that outlives each rank.
 
-An epoch has fixed members. It ends when one of them is lost: the others notice, stop, say so, and wait. It also ends
-when a lost rank is back: the members are asked to stop between two steps. When every member has either said so or is
-dead, the next epoch begins with those that are left and those that are back. A rank that neither says so nor dies is
-killed, so that two epochs are never at work at once. Pure except for the functions that take a store.
+An epoch has fixed members. It ends when one of them is lost: the others notice, stop, report it, and wait. It also ends
+when a lost rank is back: the members are asked to stop between two steps. Once every member has reported or died, the
+next epoch begins with the survivors and the ranks that are back. A rank that does neither is killed, so that two epochs
+never work at once. Pure except for the functions that take a store.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Peers:
 
     @contextlib.contextmanager
     def before_layer(self, phase: Phase) -> Iterator[None]:
-        """Say inside the block that this rank is in a tensor-parallel exchange, or compiles, before its next layer."""
+        """Publish inside the block that this rank is in a phase before its next layer."""
         recorder = self.recorder
         before = recorder.phase, recorder.layer
 
@@ -91,7 +91,7 @@ class Peers:
         self._board.spoil(self.rank, self.recorder.step)
 
     def spoiled_by(self) -> int | None:
-        """Return another rank that has spoiled the present step, where ranks can see that."""
+        """Return another rank that has spoiled the present step, as far as this one can see."""
         step = self.recorder.step
         return next((rank for rank in self._others if self._board.spoiled_step(rank) == step), None)
 
@@ -143,7 +143,7 @@ class Peers:
     def end_wait(
         self, what: str, started: float, deadline_s: float, error: Exception, among: Sequence[int] = ()
     ) -> NoReturn:
-        """Raise the error of a wait that `error` has ended, see `absent`; `started` by `time.perf_counter`."""
+        """Raise the error of a wait that ended in `error`, see `absent`; `started` is of `time.perf_counter`."""
         if isinstance(error, LockstepError):  # another rank has ended it
             raise error
         if isinstance(error, ConnectionError) and self._shared:
@@ -242,7 +242,7 @@ class Peers:
         return tuple(rank for rank in others if self._board.process(rank).state() in states)
 
     def _late_among(self, ranks: Sequence[int]) -> Sequence[int]:
-        """Drop ranks that wait for one that shares their requests, unless all of them do."""
+        """Leave out ranks that wait for a sharer of their requests, unless all of them do."""
         phases = {rank: unpack_place(self._board.place(rank)[0])[1] for rank in ranks}
         return [rank for rank in ranks if phases[rank] != Phase.TENSOR_PARALLEL] or ranks
 

@@ -211,7 +211,7 @@ class Session:
             self._changed.notify_all()
 
     def _walk(self, num_tokens: int | None, since: float = 0.0) -> tuple[StepDecision, bool]:
-        """Agree on a step; return whether it is the script's own, of `num_tokens` rows, else take part in it."""
+        """Agree on a step; return whether it is the script's own, of `num_tokens` rows. Take part in any other."""
         coordinator = self.coordinator
         try:
             with self._changed:
@@ -242,7 +242,7 @@ class Session:
             raise
 
     def _check_sharers(self, decision: StepDecision, num_tokens: int, waited_s: float) -> None:
-        """Raise where a rank that shares this rank's requests has left its block, or called no model in time."""
+        """Raise if a rank that shares this rank's requests has left its block, or has called no model in time."""
         coordinator, size = self.coordinator, self.coordinator.tensor_parallel_size
         rows, unfinished = decision.column("num_tokens"), decision.column("unfinished")
         sharers = range(self._data_parallel_rank * size, (self._data_parallel_rank + 1) * size)
@@ -257,14 +257,14 @@ class Session:
 
 
 class HeldBackInterrupt:
-    """Holds Ctrl-C back while a rank is in a step that other ranks need it for; a second one is not held back."""
+    """Delays Ctrl-C while other ranks need this one to finish a step; a second Ctrl-C is not delayed."""
 
     def __init__(self) -> None:
         self._handler: Callable[[int, FrameType | None], Any] | None = None
         self._came = False
 
     def hold(self) -> None:
-        """Begin to hold it back. Idempotent."""
+        """Begin to delay it. Idempotent."""
         handler = signal.getsignal(signal.SIGINT)  # none to call: the signal is ignored, or ends the process
         if self._handler is None and callable(handler) and threading.current_thread() is threading.main_thread():
             self._came = False
@@ -272,7 +272,7 @@ class HeldBackInterrupt:
             self._handler = handler
 
     def let_go(self) -> None:
-        """Deliver a held signal, and stop holding."""
+        """Deliver a delayed signal, and stop delaying."""
         handler = self._handler
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

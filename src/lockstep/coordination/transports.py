@@ -1,4 +1,4 @@
-"""Transports of records: each moves a short one of each rank to all ranks, within a deadline."""
+"""Transports: each sends a short record of every rank to all ranks, within a deadline."""
 
 import contextlib
 import struct
@@ -28,13 +28,13 @@ class Transport(Protocol):
         """Send this rank's record, at most `WIRE_BYTES`, and return at once."""
 
     def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> Sequence[Wire]:
-        """Return what every rank has sent, `[ranks]`. After an interruption it may be called again.
+        """Return every rank's record, `[ranks]`. May be called again after an interruption.
 
         `check` ends it by raising. `RanksMissing` or a `TimeoutError`: not all came. `ConnectionError`: a peer's broke.
         """
 
     def wanted(self) -> bool:
-        """Return whether another rank has begun an exchange that this one has not; False where that is not known."""
+        """Return whether another rank has begun the next exchange; False if that is unknown."""
         return False
 
 
@@ -77,7 +77,8 @@ class SharedMemoryTransport:
     """Exchange through a board in shared memory, for ranks of one host, all of which have registered there.
 
     Each rank writes its record, then a word with the record's checksum and the number of the exchange: others take a
-    record only once it fits its word. Two sets of slots alternate: who writes exchange n + 2 has seen all of n + 1.
+    record only if it fits that word. Two sets of slots alternate: a rank that writes exchange n + 2 has seen all of
+    n + 1.
     """
 
     can_watch = True
@@ -123,7 +124,7 @@ class SharedMemoryTransport:
         return received
 
     def _take(self) -> Sequence[Wire] | None:
-        """Return the records of all ranks, if all have come and are as long as this rank's."""
+        """Return all ranks' records, once all have come with the length of this rank's."""
         parts = self._slots.unpack_from(self.board.bytes, self._starts[self._sequence & 1][0])
         sequences, checksums, wires = parts[::3], parts[1::3], parts[2::3]
         whole = sequences.count(self._sequence) == self.num_ranks and tuple(map(crc32, wires)) == checksums

@@ -1,4 +1,4 @@
-"""Waits with a deadline: for a collective, a GPU, a call that may hang. Torch's own have no limit, or half an hour."""
+"""Waits with a deadline: for a collective, a GPU, or a call that may hang. Torch waits half an hour, or forever."""
 
 import contextlib
 import datetime
@@ -61,7 +61,7 @@ class Lookout:
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], object] | None = None) -> None:
-    """Poll until an event or collective of a GPU is done: any other wait for it would have no limit."""
+    """Poll until an event or collective of a GPU is done; any other wait for it has no limit."""
     lookout = Lookout(timeout_s, check)
     while not done():
         lookout.pause()
@@ -94,7 +94,7 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], object] | No
 
 
 def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], float] | None = None) -> T:
-    """Run what may hang in a thread, left behind `seconds` after the start or `last_answer()` with a `TimeoutError`."""
+    """Run a call that may hang in a thread; `TimeoutError` `seconds` after its start, or after `last_answer()`."""
     outcome: futures.Future[T] = futures.Future()
 
     def run() -> None:
@@ -120,7 +120,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class _Watch:
-    """Who watches a group's waits; `members` by number, empty for all; `parked` waits for its last work on the GPU."""
+    """Who watches a group's waits; `members` are its ranks, empty for all; `parked` waits for its last GPU work."""
 
     peers: "Peers"
     members: tuple[int, ...]
@@ -131,14 +131,14 @@ _watches: dict[str, _Watch] = {}
 
 
 def watch_group(group: dist.ProcessGroup, peers: "Peers | None", members: Sequence[int] = ()) -> None:
-    """Let the waits of a group's collectives be watched; None ends it. `members`: as in `_Watch`."""
+    """Let `peers` watch the waits of a group's collectives; None ends that. `members`: see `_Watch`."""
     _watches.pop(group.group_name, None)
     if peers is not None:
         _watches[group.group_name] = _Watch(peers, tuple(members))
 
 
 def peers_of(group: dist.ProcessGroup) -> "Peers | None":
-    """Return the peers of a group that is watched."""
+    """Return the peers that watch a group, if any."""
     watch = _watches.get(group.group_name)
     return watch.peers if watch is not None else None
 
@@ -155,7 +155,7 @@ def count_wait(started: float) -> None:
 
 
 def await_parked(peers: "Peers") -> None:
-    """Wait, as `await_work`, for what was parked in these peers' groups, before the host needs anything of the GPU."""
+    """Wait for the parked work of these peers' groups. Call it before the host reads anything from the GPU."""
     for watch in list(_watches.values()):
         if watch.peers is peers and watch.parked is not None:
             parked, watch.parked = watch.parked, None
@@ -166,7 +166,7 @@ def await_work(
     work: dist.Work, name: str, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S, *, host_waits: bool = True,
     on_gpu: bool | None = None,
 ) -> None:  # fmt: skip
-    """Wait for a collective, or raise `RankAbsentError`; not `host_waits`, on a GPU: parked for `await_parked`."""
+    """Wait for a collective, or raise `RankAbsentError`. On a GPU, without `host_waits`, park it for `await_parked`."""
     watch = _watches.get(group.group_name)
     check = watch.peers.check if watch is not None else None
     on_gpu = dist.get_backend(group) == "nccl" if on_gpu is None else on_gpu

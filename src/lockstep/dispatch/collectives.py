@@ -67,17 +67,12 @@ def all_gatherv(
     ]
 
 
-def gather_bytes(data: bytes, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[bytes]:
-    """All-gather bytes of any length over a gloo group, `[ranks]`."""
-    sizes = all_gatherv([torch.tensor([len(data)])], [1] * group.size(), group, deadline_s)[0].tolist()
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    everyones = all_gatherv([mine], sizes, group, deadline_s)[0]
-    return [bytes(part.tolist()) for part in torch.split(everyones, sizes)]
-
-
 def gather_json(value: Any, group: dist.ProcessGroup, deadline_s: float = DEADLINE_S) -> list[Any]:
     """All-gather JSON values over a gloo group, `[ranks]`. Not pickle: data of other processes is not executed."""
-    return list(map(json.loads, gather_bytes(json.dumps(value).encode(), group, deadline_s)))
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = all_gatherv([torch.tensor([len(mine)])], [1] * group.size(), group, deadline_s)[0].tolist()
+    everyones = all_gatherv([mine], sizes, group, deadline_s)[0]
+    return [json.loads(bytes(part.tolist())) for part in torch.split(everyones, sizes)]
 
 
 def view_as(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

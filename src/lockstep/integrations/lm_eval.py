@@ -1,6 +1,5 @@
 """lm-evaluation-harness over all ranks: `torchrun ... -m lockstep.integrations.lm_eval run --model lockstep ...`."""
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -69,7 +68,7 @@ class LockstepLM(HFLM):
         with lockstep.join(self.model):
             answers = run(own, disable_tqdm=disable_tqdm or config.rank > 0) if own else []
             asked = zlib.crc32(repr([(_document(request), request.args) for request in requests]).encode())
-        parts = [json.loads(part) for part in parallel.gather_bytes(json.dumps([asked, answers]).encode())]
+        parts = parallel.gather_json([asked, answers])
         if len({part[0] for part in parts}) > 1:
             raise RankMismatchError(
                 f"ranks were asked different requests (checksums {[part[0] for part in parts]}): give all of them the "

@@ -27,7 +27,7 @@ from lockstep.dispatch.choose import (
     make_dispatcher,
     mapping_facts,
 )
-from lockstep.dispatch.collectives import gather_bytes
+from lockstep.dispatch.collectives import gather_json
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
 from lockstep.metadata.config import ParallelConfig
@@ -205,11 +205,11 @@ class ModelParallel:
                 f"ranks in this forward pass: something has replaced {self.weights.names[ran]}"
             )
 
-    def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Return every rank's bytes, `[ranks]`. Collective, outside of steps; an error closes the groups."""
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, `[ranks]`. Collective, outside of steps; an error closes the groups."""
         try:
             self.peers.mark(Phase.MERGE)
-            return gather_bytes(data, self._groups[0], self.options.deadline_s)
+            return gather_json(value, self._groups[0], self.options.deadline_s)
         except BaseException as error:
             self.layers.give_up(error)
             raise
@@ -219,7 +219,7 @@ class ModelParallel:
         if not self._load:
             raise ConfigurationError("nothing has counted the expert load: pass count_expert_load=True, and enter join")
         counts = [load.tolist() for load in self._load]
-        everyones = [json.loads(data) for data in self.gather_bytes(json.dumps(counts).encode())]
+        everyones = self.gather_json(counts)
         _, num_experts = slots_held(self.weights.experts[0].module)
         even = Placement.even(len(counts), num_experts, self.config.world_size)
         return ExpertLoad.of_slots(self.model.config.model_type, self.options.placement or even, everyones)

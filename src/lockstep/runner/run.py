@@ -356,4 +356,4 @@ class _Run:
         """Every rank's entries; through the ranks' group, since several hosts need not share a disk."""
         if self.parallel is None:
             return own
-        return [entry for data in self.parallel.gather_bytes(json.dumps(own).encode()) for entry in json.loads(data)]
+        return [entry for entries in self.parallel.gather_json(own) for entry in entries]
