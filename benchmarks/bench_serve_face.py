@@ -67,17 +67,17 @@ class CountingRanks(RankProcesses):
 
     def _count(self):
         running, steps = [{} for _ in range(self.num_processes)], 0
+        num_acted = [0 for _ in running]
         due = time.monotonic()
         while True:
             due += 1 / self.steps_per_s
             time.sleep(max(0.0, due - time.monotonic()))
-            taken_in = [[] for _ in running]
             with contextlib.suppress(queue.Empty):
                 while True:
                     rank, message = self._received.get_nowait()
+                    num_acted[rank] += 1
                     for request in message.get("add", ()):
                         running[rank][request["id"]] = [0, request["params"]["max_tokens"]]
-                        taken_in[rank].append(request["id"])
                     for request_id in message.get("abort", ()):
                         running[rank].pop(request_id, None)
             steps += 1
@@ -92,7 +92,7 @@ class CountingRanks(RankProcesses):
                         del requests[request_id]
                 counts = {"steps": steps, "overrun_rows": 0, "preempted": 0, "agreement_s": 0.0}
                 counts |= {"rows": rows, "longest_rows": max(rows)}
-                message = {"tokens": tokens, "taken_in": taken_in[rank], "counts": counts, "state": SchedulerState()}
+                message = {"tokens": tokens, "num_acted": num_acted[rank], "counts": counts, "state": SchedulerState()}
                 self._lines.put((rank, pickle.dumps(message | {"rows": rows, "epoch": 0})))
             self.own_cpu_s = time.thread_time()
 

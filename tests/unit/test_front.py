@@ -69,7 +69,7 @@ def test_figures_after_a_loss_stand_at_the_numbers_that_ranks_had_from_the_start
             "preempted": 0,
         }
         state = SchedulerState(num_kv_tokens=64)
-        said = {"tokens": [], "taken_in": [], "counts": counts, "state": state, "rows": rows, "epoch": epoch}
+        said = {"tokens": [], "num_acted": 0, "counts": counts, "state": state, "rows": rows, "epoch": epoch}
         ranks.say(rank, said)
 
     def wait_for(condition):

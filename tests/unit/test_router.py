@@ -35,7 +35,7 @@ def send(router, entry, tokens, start=0):
 def test_the_rank_with_the_fewest_tokens_to_compute_gets_a_request():
     router = make_router()
     for rank, tokens in enumerate((40, 10, 20)):
-        router.observe(rank, SchedulerState(num_outstanding_tokens=tokens), [])
+        router.observe(rank, SchedulerState(num_outstanding_tokens=tokens), 0)
     assert router.add([1] * 5, GREEDY).rank == 1  # 10 + 12 rows on their way
     assert router.add([1] * 5, GREEDY).rank == 2  # 20 are fewer than 22
     assert router.add([1], GREEDY).rank == 1
@@ -46,16 +46,47 @@ def test_requests_on_their_way_count_until_the_rank_counts_them():
     first = router.add([1] * 20, GREEDY)
     assert first.rank == 0
     assert router.add([1], GREEDY).rank == 1
-    router.observe(0, SchedulerState(), [])  # sent before the request came
+    router.sent(0)
+    router.observe(0, SchedulerState(), 0)  # sent before the request came
     assert router.add([1], GREEDY).rank == 1  # 27 rows are on their way to rank 0
-    router.observe(0, SchedulerState(num_outstanding_tokens=2), [first.request_id])
+    router.observe(0, SchedulerState(num_outstanding_tokens=2), 1)
     assert router.add([1], GREEDY).rank == 0  # 2 rows are left there, and nothing is on its way
+
+
+@pytest.mark.parametrize("load_balancing", ["least-tokens", "least-kv-cache"])
+def test_aborted_requests_count_no_more_although_their_rank_has_not_heard(load_balancing):
+    """Otherwise a crowd that leaves one rank's state behind sends all that come after it to the other ranks."""
+    router = make_router(num_ranks=2, load_balancing=load_balancing)
+    crowd = [router.add([1] * 20, GREEDY) for _ in range(4)]
+    for rank in (0, 1):
+        router.sent(rank)
+        router.observe(rank, SchedulerState(num_outstanding_tokens=2 * 27, num_kv_tokens=2 * 28), 1)
+    for entry in crowd:
+        router.abort(entry.request_id)
+    for rank in (0, 1):
+        router.sent(rank)
+    router.observe(0, SchedulerState(), 2)  # rank 1 has not acted on it yet
+    assert sorted(router.add([1] * 20, GREEDY).rank for _ in range(4)) == [0, 0, 1, 1]
+    router.sent(1)
+    router.observe(1, SchedulerState(num_outstanding_tokens=2 * 27, num_kv_tokens=2 * 28), 1)  # said before it acted
+    assert sorted(router.add([1] * 20, GREEDY).rank for _ in range(4)) == [0, 0, 1, 1]
+
+
+def test_of_an_aborted_request_only_what_was_left_counts_no_more():
+    router = make_router(num_ranks=2)
+    entry = router.add([1] * 20, GREEDY)
+    router.sent(0)
+    send(router, entry, [10, 11, 12])
+    router.observe(0, SchedulerState(num_outstanding_tokens=5 + 40), 1)  # of 8 new tokens, 5 are left
+    router.observe(1, SchedulerState(num_outstanding_tokens=39), 0)
+    assert router.abort(entry.request_id) is entry
+    assert router.add([1], GREEDY).rank == 1  # 39 are fewer than 40
 
 
 def test_least_kv_cache_looks_at_what_requests_will_hold():
     router = make_router(num_ranks=2, load_balancing="least-kv-cache")
-    router.observe(0, SchedulerState(num_outstanding_tokens=1, num_kv_tokens=100), [])
-    router.observe(1, SchedulerState(num_outstanding_tokens=90, num_kv_tokens=90), [])
+    router.observe(0, SchedulerState(num_outstanding_tokens=1, num_kv_tokens=100), 0)
+    router.observe(1, SchedulerState(num_outstanding_tokens=90, num_kv_tokens=90), 0)
     assert router.add([1], GREEDY).rank == 1
 
 
@@ -162,7 +193,7 @@ def test_ranks_that_are_left_get_every_unfinished_request_once():
     assert {entry.rank for entry in router.entries.values()} == {0, 2}
     assert sorted(router.entries) == [entry.request_id for entry in entries if entry is not entries[1]]
     assert router.add([1], GREEDY).rank in (0, 2)
-    router.observe(2, SchedulerState(num_outstanding_tokens=1000), [])
+    router.observe(2, SchedulerState(num_outstanding_tokens=1000), 0)
     assert router.add([1], GREEDY).rank == 0
 
 

@@ -237,7 +237,7 @@ class Front:
             return
         data_rank = rank // processes_each
         state, stats, counts = message["state"], self.stats, message["counts"]
-        self._router.observe(data_rank, state, message["taken_in"])
+        self._router.observe(data_rank, state, message["num_acted"])
         before = self._before
         if before.steps + counts["steps"] >= stats.steps:
             stats.steps = before.steps + counts["steps"]
@@ -297,6 +297,7 @@ class Front:
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         self.ranks.send(rank, message | {"epoch": self._router.epoch})
+        self._router.sent(rank)
 
     def _submit(self, calls: Sequence[Call]) -> None:
         added = []
@@ -315,7 +316,8 @@ class Front:
             self._listeners.pop(entry.request_id, None)
             self._router.abort(entry.request_id)
         for rank, ids in ids_of.items():
-            self._send(rank, {"abort": ids})
+            if rank in self._router.ranks:  # otherwise it was lost, after these requests had ended
+                self._send(rank, {"abort": ids})
         self.stats.unfinished_requests = len(self._listeners)
 
     def _lose(self, error: Exception) -> None:

@@ -54,8 +54,8 @@ def run_rank(
 
     The mailbox brings `{"add": [as_request(...), ...]}`, whose requests begin in the same step, `{"abort": [ids]}`,
     `{"stop": True}` and, within one process, `{"fail": exception}`, which is raised once the other ranks know. It gets,
-    at least every second, `{"tokens": [...], "state": [...], "rows": [...], "taken_in": [...], "counts": {...}}`, and
-    `{"refused": id, "why": text}`.
+    at least every second, `{"tokens": [...], "state": [...], "rows": [...], "num_acted": n, "counts": {...}}`, whose
+    state is that after its first n messages, and `{"refused": id, "why": text}`.
     """
     _RankLoop(engine, mailbox, detokenizer).run(after_step, ends_epoch)
 
@@ -69,7 +69,7 @@ class _RankLoop:
         self.num_received = 0
         self.num_acted = 0
         self.received_check = self.acted_check = 0
-        self.taken_in: list[int] = []
+        self.num_acted_said = 0
         self.stopping = False
         self.checkers: dict[int, StopChecker] = {}  # of requests with stop strings
         self.counts: dict[str, Any] = {"steps": 0, "overrun_rows": 0, "preempted": 0, "agreement_s": 0.0}
@@ -91,10 +91,9 @@ class _RankLoop:
                 engine.fail(failure)
                 raise failure
             self._receive(messages)
-            # The step's state does not count requests accepted after it.
-            taken_in, self.taken_in = self.taken_in, []
             if not engine.shares_requests:
-                taken_in = self._act(self.num_received)
+                self._act(self.num_received)
+            num_acted = self.num_acted  # the step's state does not count what comes after it
             unfinished = not self.stopping or engine.has_unfinished
             ready = engine.num_messages_everywhere(self.num_received)
             said = {"num_messages": self.num_received, "messages_check": self._check_of(ready)}
@@ -105,11 +104,12 @@ class _RankLoop:
                 self._differ()
             outputs = self._find_stops(outputs)
             if engine.shares_requests and not engine.all_stopped:
-                self.taken_in = self._act(ready)
+                self._act(ready)
             now_s = time.monotonic()
-            if self._count_reports() or outputs or taken_in or now_s - self.said_at_s >= _SAY_S:
-                self.said_at_s = now_s
-                message = {"tokens": outputs, "taken_in": taken_in, "counts": dict(self.counts)}
+            has_acted = num_acted > self.num_acted_said
+            if self._count_reports() or outputs or has_acted or now_s - self.said_at_s >= _SAY_S:
+                self.said_at_s, self.num_acted_said = now_s, num_acted
+                message = {"tokens": outputs, "num_acted": num_acted, "counts": dict(self.counts)}
                 self.mailbox.send(message | {"state": engine.state, "rows": engine.num_tokens_across_dp})
             if after_step is not None:
                 after_step()
@@ -151,9 +151,8 @@ class _RankLoop:
         self.engine.fail(error)
         raise error
 
-    def _act(self, num_messages: int) -> list[int]:
-        """Act on the first messages not yet handled; return the accepted requests."""
-        taken_in: list[int] = []
+    def _act(self, num_messages: int) -> None:
+        """Act on those of the first messages that are not handled yet."""
         while self.num_acted < num_messages:
             message, self.acted_check = self.inbox.popleft()
             self.num_acted += 1
@@ -165,9 +164,7 @@ class _RankLoop:
                     self.engine.abort(request_id, missing_ok=True)
             else:
                 for request in message["add"]:
-                    taken_in.append(request["id"])
                     self._add(request)
-        return taken_in
 
     def _add(self, request: dict[str, Any]) -> None:
         request_id = request["id"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from lockstep.engine.sampling_params import SamplingParams
@@ -38,6 +39,25 @@ class Entry:
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
             stop_reason=self.checker.stop_reason,
         )
+
+
+@dataclass
+class _Load:
+    """What a rank has to do: by its last state, and by messages that it had not acted on then."""
+
+    state: SchedulerState = field(default_factory=SchedulerState)
+    num_sent: int = 0
+    coming: deque[tuple[int, int, int]] = field(default_factory=deque)  # number of the message, tokens, KV tokens
+
+    def change(self, num_tokens: int, num_kv_tokens: int) -> None:
+        """Note what the next message will change."""
+        self.coming.append((self.num_sent + 1, num_tokens, num_kv_tokens))
+
+    def expected(self) -> SchedulerState:
+        """Return the state after all messages."""
+        num_tokens = self.state.num_outstanding_tokens + sum(tokens for _, tokens, _ in self.coming)
+        num_kv_tokens = self.state.num_kv_tokens + sum(kv_tokens for *_, kv_tokens in self.coming)
+        return self.state._replace(num_outstanding_tokens=max(0, num_tokens), num_kv_tokens=max(0, num_kv_tokens))
 
 
 class Router:
@@ -76,6 +96,11 @@ class Router:
         self._next_id = first_rank
         self._id_step = all_ranks // num_ranks if all_ranks is not None else 1
 
+    @property
+    def ranks(self) -> Collection[int]:
+        """The ranks that get requests."""
+        return self._loads.keys()
+
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0) -> Entry:
         """Take a request in and choose its rank; `index` is its place among the prompts of a call."""
         checker = StopChecker(params, eos_token_ids=self._eos_token_ids, detokenizer=self._detokenizer)
@@ -92,11 +117,16 @@ class Router:
         for entry in self.entries.values():
             self._choose_rank(entry)
 
-    def observe(self, rank: int, state: SchedulerState, taken_in: Sequence[int]) -> None:
-        """Record a rank's scheduler state (ranks count from `first_rank`) and the requests newly counted in it."""
-        self._states[self._first_rank + rank] = state
-        for request_id in taken_in:
-            self._sent[self._first_rank + rank].pop(request_id, None)
+    def observe(self, rank: int, state: SchedulerState, num_acted: int) -> None:
+        """Record a rank's state after its first `num_acted` messages of the epoch; ranks count from `first_rank`."""
+        load = self._loads[self._first_rank + rank]
+        load.state = state
+        while load.coming and load.coming[0][0] <= num_acted:
+            load.coming.popleft()
+
+    def sent(self, rank: int) -> None:
+        """Count a message to a rank, which brings everything that was added or aborted there since the last one."""
+        self._loads[rank].num_sent += 1
 
     def take(
         self, request_id: int, position: int, token_id: int,
@@ -125,24 +155,24 @@ class Router:
         entry = self.entries.pop(request_id, None)
         if entry is not None:
             entry.checker.abort()
+            done, request = len(entry.checker.token_ids), _as_request(entry)
+            # Its prompt has been computed once it has a token.
+            left = request.max_new_tokens if done else request.num_computed_tokens
+            self._loads[entry.rank].change(-left, -request.num_kv_tokens)
         return entry
 
     def _set_ranks(self, ranks: Sequence[int]) -> None:
         self._balancer = LoadBalancer(self._load_balancing, len(ranks))
-        self._states = {rank: SchedulerState() for rank in ranks}
-        self._sent: dict[int, dict[int, Request]] = {rank: {} for rank in ranks}  # not counted in its state yet
+        self._loads = {rank: _Load() for rank in ranks}
 
     def _choose_rank(self, entry: Entry) -> None:
-        done, ranks = len(entry.checker.token_ids), list(self._states)
-        request = Request(entry.request_id, 0.0, len(entry.prompt_token_ids) + done, entry.params.max_tokens - done)
-        (place,) = self._balancer.assign([request], [self._expected(rank) for rank in ranks])
+        request, ranks = _as_request(entry), list(self.ranks)
+        (place,) = self._balancer.assign([request], [load.expected() for load in self._loads.values()])
         entry.rank = ranks[place]
-        self._sent[entry.rank][entry.request_id] = request
+        self._loads[entry.rank].change(request.num_computed_tokens, request.num_kv_tokens)
 
-    def _expected(self, rank: int) -> SchedulerState:
-        """A rank's state with the requests on their way to it."""
-        state, sent = self._states[rank], self._sent[rank].values()
-        return state._replace(
-            num_outstanding_tokens=state.num_outstanding_tokens + sum(r.num_computed_tokens for r in sent),
-            num_kv_tokens=state.num_kv_tokens + sum(r.num_kv_tokens for r in sent),
-        )
+
+def _as_request(entry: Entry) -> Request:
+    """Return what is left of a request, as the rank sees it that gets it now."""
+    done = len(entry.checker.token_ids)
+    return Request(entry.request_id, 0.0, len(entry.prompt_token_ids) + done, entry.params.max_tokens - done)
