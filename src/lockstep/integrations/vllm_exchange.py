@@ -63,15 +63,8 @@ class LayerWeights:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
 
-    @property
-    def gate_up_proj(self) -> Any:
-        """`[num_local_experts, 2 * intermediate, hidden]`: gate rows first, then up rows."""
-        return self._layer.w13_weight
-
-    @property
-    def down_proj(self) -> Any:
-        """`[num_local_experts, hidden, intermediate]`."""
-        return self._layer.w2_weight
+    gate_up_proj = property(lambda self: self._layer.w13_weight)  # [num_local_experts, 2 * intermediate, hidden]
+    down_proj = property(lambda self: self._layer.w2_weight)  # [num_local_experts, hidden, intermediate]
 
 
 def unsupported(config: Any, moe: Any, method: Any) -> str:

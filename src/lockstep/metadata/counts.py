@@ -66,11 +66,7 @@ def check_tensor(name: str, value: torch.Tensor, ndim: int) -> None:
 
 
 def read_counts(counts: object) -> StepSizes:
-    """Return checked token counts and a new tensor that shows them, in a given tensor's dtype, else int32.
-
-    Raises:
-        TokenCountError: if dtype, device, shape or an entry is wrong, naming the entry's rank.
-    """
+    """Return checked token counts and a new tensor that shows them, in a given tensor's dtype, else int32."""
     if not isinstance(counts, torch.Tensor):
         return show(check_counts(counts, COUNTS), torch.int32)
     if not (type(counts) is torch.Tensor and counts.dtype in TYPECODES and counts.ndim == 1 and counts.is_cpu):
@@ -103,12 +99,7 @@ def show(counts: tuple[int, ...], dtype: torch.dtype) -> StepSizes:
 
 
 def check_own_count(parallel_config: object, num_tokens: object, counts: tuple[int, ...]) -> int:
-    """Check the counts of all ranks against what this rank knows of itself, and return its DP rank.
-
-    Raises:
-        ConfigurationError: if size and rank cannot be read or do not fit together.
-        TokenCountError: if there is not one count per DP rank, or this rank's is not `num_tokens`.
-    """
+    """Check the counts of all ranks against what this rank knows of itself, and return its DP rank."""
     try:
         size = parallel_config.data_parallel_size  # type: ignore[attr-defined]
         rank = parallel_config.data_parallel_rank  # type: ignore[attr-defined]

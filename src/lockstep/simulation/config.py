@@ -46,10 +46,8 @@ class SimulationConfig:
     @property
     def chunk_size(self) -> int | None:
         """Maximum rows per rank and chunk: `max_chunk_size`, or the buffers' capacity if that is less."""
-        if self.buffer_capacity_rows is None:
-            return self.max_chunk_size
-        held = self.buffer_capacity_rows // self.num_ranks
-        return held if self.max_chunk_size is None else min(held, self.max_chunk_size)
+        held = None if self.buffer_capacity_rows is None else self.buffer_capacity_rows // self.num_ranks
+        return min((limit for limit in (held, self.max_chunk_size) if limit is not None), default=None)
 
 
 class Stop(NamedTuple):

@@ -288,8 +288,7 @@ class _Simulation:
             "real_tokens": totals["real_rows"],
             "tokens_per_s": num_tokens / now_s if now_s else 0.0,  # of prompts and output
             "output_tokens_per_s": num_output / now_s if now_s else 0.0,
-            "dummy_rows": totals["dummy_rows"],
-            "padding_rows": totals["padding_rows"],
+            **{name: totals[name] for name in ("dummy_rows", "padding_rows")},
             **loss_figures(sink.lost()),
             # Rows that preemptions made necessary again are in these.
             "per_rank": {
@@ -302,9 +301,7 @@ class _Simulation:
             "tpot_s": _percentiles(tpot_s),
             "queue_s": _percentiles(queue_s),
             "kv_waits": self.kv_waits,  # rank-steps in which requests waited only because the KV cache was full
-            "preempted": totals["preempted"],  # counted each time
-            "cached_tokens": totals["cached_tokens"],
-            "overrun_rows": totals["overrun_rows"],
+            **{name: totals[name] for name in ("preempted", "cached_tokens", "overrun_rows")},
             "buffer_limited_steps": sink.num_buffer_limited,  # in more chunks than asked for
             "held_rank_steps": totals["prefills_held"],
         }

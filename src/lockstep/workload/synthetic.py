@@ -100,19 +100,17 @@ def resembling(requests: Sequence[Request]) -> SyntheticParameters:
         raise ConfigurationError("a workload needs at least 1 request, got 0")
     gaps = [later.arrival_s - earlier.arrival_s for earlier, later in itertools.pairwise(requests)]
     mean_gap = statistics.fmean(gaps) if gaps else 0.0
-    prompts = [request.num_prompt_tokens for request in requests]
-    outputs = [request.max_new_tokens for request in requests]
-    return SyntheticParameters(
-        num_requests=len(requests),
-        rate=_round(min(1e9, max(1e-9, 1 / mean_gap))) if mean_gap > 0 else 1e6,
-        burstiness=_round(min(100.0, statistics.pstdev(gaps) / mean_gap)) if mean_gap > 0 else 1.0,
-        prompt_median=statistics.median(prompts),
-        prompt_sigma=_round(_log_sigma(prompts)),
-        prompt_max=max(prompts),
-        output_median=statistics.median(outputs),
-        output_sigma=_round(_log_sigma(outputs)),
-        output_max=max(outputs),
-    )
+    found: dict[str, Any] = {"num_requests": len(requests), "rate": 1e6, "burstiness": 1.0}
+    if mean_gap > 0:
+        found["rate"] = _round(min(1e9, max(1e-9, 1 / mean_gap)))
+        found["burstiness"] = _round(min(100.0, statistics.pstdev(gaps) / mean_gap))
+    for kind, field in (("prompt", "num_prompt_tokens"), ("output", "max_new_tokens")):
+        lengths = sorted(getattr(request, field) for request in requests)
+        # The 10th and 90th percentile of a normal distribution lie 2.563 standard deviations apart.
+        sigma = math.log(percentile(lengths, 0.9) / percentile(lengths, 0.1)) / 2.563
+        found |= {f"{kind}_median": statistics.median(lengths), f"{kind}_sigma": _round(sigma)}
+        found[f"{kind}_max"] = lengths[-1]
+    return SyntheticParameters(**found)
 
 
 def describe(requests: Sequence[Request]) -> dict[str, Any]:
@@ -144,12 +142,6 @@ def _lengths(values: list[int]) -> dict[str, float]:
         "mean": round(statistics.fmean(values), 1),
         **{name: percentile(ordered, share) for name, share in shares.items()},
     }
-
-
-def _log_sigma(values: list[int]) -> float:
-    ordered = sorted(values)
-    # The 10th and 90th percentile of a normal distribution lie 2.563 standard deviations apart; extremes do not count.
-    return math.log(percentile(ordered, 0.9) / percentile(ordered, 0.1)) / 2.563
 
 
 def _round(value: float) -> float:
