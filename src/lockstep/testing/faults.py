@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import torch
 
@@ -91,11 +92,8 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
     def on_enter(place: str) -> None:
         due.happen(lambda fault: place.startswith(_PLACES[fault.phase]))
 
-    before, Whereabouts.on_enter = Whereabouts.on_enter, on_enter
-    try:
+    with patch.object(Whereabouts, "on_enter", on_enter):
         yield due.happened
-    finally:
-        Whereabouts.on_enter = before
 
 
 @contextmanager
@@ -108,12 +106,11 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
         right_layer = place.phase not in IN_LAYER or place.layer == fault.layer
         return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and right_layer
 
-    before, peers.on_mark = peers.on_mark, lambda _: due.happen(is_there, coordinator, changed)
-    try:
-        with instead_of_all_to_all(changed):
-            yield due.happened
-    finally:
-        peers.on_mark = before
+    def on_mark(_: Peers) -> None:
+        due.happen(is_there, coordinator, changed)
+
+    with patch.object(peers, "on_mark", on_mark), instead_of_all_to_all(changed):
+        yield due.happened
 
 
 class _Due:

@@ -14,8 +14,8 @@ import re
 import stat
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,7 @@ class Trace:
     format: str  # `azure-csv`, `mooncake-jsonl`, `prompts-jsonl` or `synthetic`
     requests: list[Request]  # in order of arrival, the first at 0 s
     num_malformed: int = 0  # lines left out
-    malformed: list[str] = field(
-        default_factory=list
-    )  # the first 20 of them, each with its number and what was expected
+    malformed: Sequence[str] = ()  # the first 20 of them, each with its number and what was expected
 
     @property
     def left_out(self) -> str:
