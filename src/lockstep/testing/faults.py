@@ -20,7 +20,7 @@ from lockstep.coordination.flight_recorder import IN_LAYER, Phase
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.wire import HEAD_BYTES, Wire
-from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
+from lockstep.dispatch.collectives import AllToAll
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of
 
@@ -109,7 +109,7 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
     def on_mark(_: Peers) -> None:
         due.happen(is_there, coordinator, changed)
 
-    with patch.object(peers, "on_mark", on_mark), instead_of_all_to_all(changed):
+    with patch.object(peers, "on_mark", on_mark), patch.object(AllToAll, "run", lambda call: changed(call)):
         yield due.happened
 
 
@@ -186,6 +186,9 @@ _CHANGES: dict[str, Callable[[Wire], Wire]] = {
 }
 
 
+_run = AllToAll.run  # the class's own, before `inject_into` replaces it
+
+
 class _ChangedCollectives:
     """Runs this process's collectives, and changes the next one or two by `action`: `skip`, `swap` or `wrong_size`."""
 
@@ -198,26 +201,28 @@ class _ChangedCollectives:
         if self.action == "swap" and self._held is None:
             # Issue the collective that follows a dispatch, a combine of the same sizes, before it.
             self._held = call
-            dataclasses.replace(
+            other = dataclasses.replace(
                 call,
                 name="reduce_scatterv" if call.name == "all_gatherv" else "all_gatherv",
                 received=torch.empty_like(call.sent),
                 sent=torch.zeros_like(call.received),
                 recv_sizes=call.send_sizes,
                 send_sizes=call.recv_sizes,
-            ).run()
+            )
+            _run(other)
             return
         action, self.action = self.action, ""
         held, self._held = self._held, None
         if held is not None:
-            held.run()
+            _run(held)
         elif action == "wrong_size":
             own = call.group.rank()
-            dataclasses.replace(
+            longer = dataclasses.replace(
                 call,
                 noted_sizes=[size + (rank == own) for rank, size in enumerate(call.noted_sizes)],
                 sent=torch.cat([call.sent, call.sent.new_zeros((1, *call.sent.shape[1:]))]),
                 send_sizes=[*call.send_sizes[:-1], call.send_sizes[-1] + 1],
-            ).run()
+            )
+            _run(longer)
         elif action != "skip":
-            call.run()
+            _run(call)
