@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +114,11 @@ def all_to_allv(
             f"{name} needs sum(sizes) = {sum(send_sizes)} rows, got {rows.shape[0]} on rank {dist.get_rank(group)}"
         )
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
-    AllToAll(
+    call = AllToAll(
         name, noted_sizes, received, rows.contiguous(), recv_sizes, send_sizes, group, deadline_s, host_waits
-    ).run()
+    )
+    run = _in_place_of[-1] if _in_place_of else AllToAll.run
+    run(call)
     return received
 
 
@@ -141,6 +143,19 @@ class AllToAll:
             self.received, self.sent, list(self.recv_sizes), list(self.send_sizes), group=self.group, async_op=True
         )
         await_work(work, self.name, self.group, self.deadline_s, host_waits=self.host_waits)
+
+
+_in_place_of: list[Callable[[AllToAll], None]] = []
+
+
+@contextmanager
+def instead_of_all_to_all(run: Callable[[AllToAll], None]) -> Iterator[None]:
+    """Replace `AllToAll.run` with `run` inside the block, for fault injection."""
+    _in_place_of.append(run)
+    try:
+        yield
+    finally:
+        _in_place_of.remove(run)
 
 
 def check_sizes(name: str, sizes: Sequence[int], num_ranks: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
-from unittest.mock import patch
 
 import torch
 
@@ -20,7 +19,7 @@ from lockstep.coordination.flight_recorder import IN_LAYER, Phase
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.peers import Peers
 from lockstep.coordination.wire import HEAD_BYTES, Wire
-from lockstep.dispatch.collectives import AllToAll
+from lockstep.dispatch.collectives import AllToAll, instead_of_all_to_all
 from lockstep.errors import ConfigurationError
 from lockstep.models.parallel import parallel_of
 
@@ -92,8 +91,11 @@ def inject_outside(rank: int, *faults: Fault) -> Iterator[list[float]]:
     def on_enter(place: str) -> None:
         due.happen(lambda fault: place.startswith(_PLACES[fault.phase]))
 
-    with patch.object(Whereabouts, "on_enter", on_enter):
+    before, Whereabouts.on_enter = Whereabouts.on_enter, on_enter
+    try:
         yield due.happened
+    finally:
+        Whereabouts.on_enter = before
 
 
 @contextmanager
@@ -106,11 +108,12 @@ def inject_into(peers: Peers, coordinator: Coordinator, *faults: Fault) -> Itera
         right_layer = place.phase not in IN_LAYER or place.layer == fault.layer
         return place.phase == Phase[fault.phase.upper()] and place.step >= fault.step and right_layer
 
-    def on_mark(_: Peers) -> None:
-        due.happen(is_there, coordinator, changed)
-
-    with patch.object(peers, "on_mark", on_mark), patch.object(AllToAll, "run", lambda call: changed(call)):
-        yield due.happened
+    before, peers.on_mark = peers.on_mark, lambda _: due.happen(is_there, coordinator, changed)
+    try:
+        with instead_of_all_to_all(changed):
+            yield due.happened
+    finally:
+        peers.on_mark = before
 
 
 class _Due:
@@ -186,9 +189,6 @@ _CHANGES: dict[str, Callable[[Wire], Wire]] = {
 }
 
 
-_run = AllToAll.run  # the class's own, before `inject_into` replaces it
-
-
 class _ChangedCollectives:
     """Runs this process's collectives, and changes the next one or two by `action`: `skip`, `swap` or `wrong_size`."""
 
@@ -201,28 +201,26 @@ class _ChangedCollectives:
         if self.action == "swap" and self._held is None:
             # Issue the collective that follows a dispatch, a combine of the same sizes, before it.
             self._held = call
-            other = dataclasses.replace(
+            dataclasses.replace(
                 call,
                 name="reduce_scatterv" if call.name == "all_gatherv" else "all_gatherv",
                 received=torch.empty_like(call.sent),
                 sent=torch.zeros_like(call.received),
                 recv_sizes=call.send_sizes,
                 send_sizes=call.recv_sizes,
-            )
-            _run(other)
+            ).run()
             return
         action, self.action = self.action, ""
         held, self._held = self._held, None
         if held is not None:
-            _run(held)
+            held.run()
         elif action == "wrong_size":
             own = call.group.rank()
-            longer = dataclasses.replace(
+            dataclasses.replace(
                 call,
                 noted_sizes=[size + (rank == own) for rank, size in enumerate(call.noted_sizes)],
                 sent=torch.cat([call.sent, call.sent.new_zeros((1, *call.sent.shape[1:]))]),
                 send_sizes=[*call.send_sizes[:-1], call.send_sizes[-1] + 1],
-            )
-            _run(longer)
+            ).run()
         elif action != "skip":
-            _run(call)
+            call.run()
