@@ -21,6 +21,7 @@ from lockstep.coordination.step import StepRecord, decide
 
 FREE, POSTED, STEP, JOINED, OVER, ERROR, DEAD = "free", "posted", "step", "joined", "over", "error", "dead"
 ENDED = (OVER, ERROR, DEAD)
+FAILURE = "a message in place of a record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,8 @@ def moves_of(state, setting, index, rank):
 def moves_of_free(state, setting, index, rank, with_rank):
     def say(rows):
         unfinished = rows > 0 or not rank.finished
-        record = StepRecord(failed=True) if rank.failing else StepRecord(rows, unfinished)
-        posted = replace(rank, mode=POSTED, asked=record.num_tokens)
+        record = FAILURE if rank.failing else StepRecord(rows, unfinished)
+        posted = replace(rank, mode=POSTED, asked=0 if rank.failing else rows)
         return with_rank(posted, said=put(state.said, state, index, rank.number, record))
 
     if rank.left and not rank.failing:
@@ -135,9 +136,9 @@ def moves_of_free(state, setting, index, rank, with_rank):
 
 
 def after_agreement(rank, index, setting, records, state):
-    decision = setting.rule(records, setting.tensor_parallel_size)
-    if decision.failed_ranks:
+    if FAILURE in records:
         return replace(rank, mode=ERROR)
+    decision = setting.rule(records, setting.tensor_parallel_size)
     if setting.tensor_parallel_size == 1:
         assert decision.num_tokens_across_dp[index] == rank.asked, "a rank did not get the step that it asked for"
     if decision.runs_step:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.coordination.board import EXCHANGE_BYTES, WORD_BYTES
 from lockstep.coordination.step import MAX_FIELDS, StepRecord, decide, decided
 from lockstep.coordination.wire import (
     HEAD_BYTES,
@@ -31,9 +30,7 @@ class EngineRecord(StepRecord):
     layers: int = decided("equal", 32)
 
 
-records = st.builds(
-    StepRecord, st.integers(0, 2**31 - 1), st.booleans(), st.booleans()
-)  # what `decide` must take in any mixture
+records = st.builds(StepRecord, st.integers(0, 2**31 - 1), st.booleans())  # what `decide` must take in any mixture
 HEADER = Header(epoch=3, fingerprint=77)
 
 
@@ -49,18 +46,18 @@ def columns_of(records):
 # decide
 
 
-def test_counts_flags_and_failures_of_three_ranks():
-    decision = decide([StepRecord(5, True), StepRecord(0, False), StepRecord(7, False, failed=True)])
-    assert decision.num_tokens_across_dp == (0, 0, 0)  # a rank has failed: nobody runs
-    assert decision.failed_ranks == (2,)
+def test_counts_and_flags_of_three_ranks():
+    decision = decide([StepRecord(5, True), StepRecord(0, False), StepRecord(7, False)])
+    assert decision.num_tokens_across_dp == (5, 0, 7)
     assert decision.unfinished
-    assert not decision.runs_step
+    assert decision.runs_step
+    assert not decide([StepRecord(0, True), StepRecord()]).runs_step
 
 
 def test_every_reducer():
     decision = decide([EngineRecord(4, graph_mode=2, padded_to=8), EngineRecord(1, graph_mode=1, may_overlap=False)])
     assert decision.values == {
-        "num_tokens": (4, 1), "unfinished": False, "failed": False,
+        "num_tokens": (4, 1), "unfinished": False,
         "graph_mode": 1, "padded_to": 8, "may_overlap": False, "layers": 32,
     }  # fmt: skip
 
@@ -115,17 +112,16 @@ def test_an_unknown_reducer_and_an_undeclared_field():
 
 
 def test_too_many_fields():
-    extra = {f"f{i}": decided("max") for i in range(22)}
+    extra = {f"f{i}": decided("max") for i in range(23)}
     many = dataclass(frozen=True)(type("Many", (StepRecord,), {"__annotations__": dict.fromkeys(extra, int), **extra}))
     with pytest.raises(ConfigurationError, match="Many has 25 fields; at most 24 travel"):
         encode(HEADER, 0, many())
 
 
 @given(st.lists(records, min_size=1, max_size=9))
-def test_a_step_runs_exactly_what_was_asked_for_unless_a_rank_has_failed(said):
+def test_a_step_runs_exactly_what_was_asked_for(said):
     decision = decide(said)
-    failed = any(record.failed for record in said)
-    assert decision.num_tokens_across_dp == tuple(0 if failed else record.num_tokens for record in said)
+    assert decision.num_tokens_across_dp == tuple(record.num_tokens for record in said)
     assert decision.unfinished == any(record.unfinished for record in said)
     assert decision.records == tuple(said)
 
@@ -152,17 +148,17 @@ def test_what_was_encoded_is_decoded_on_every_rank(said, step):
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=2), st.integers(-(2**63), 2**63 - 1))
 def test_fields_of_an_engine_travel_whole(graph_modes, layers):
-    said = tuple(EngineRecord(4, True, False, mode, 9, False, layers) for mode in graph_modes)
+    said = tuple(EngineRecord(4, True, mode, 9, False, layers) for mode in graph_modes)
     wires = exchange(said)
     for mine in wires:
         assert decode(wires, mine, EngineRecord) == columns_of(said)
 
 
 def test_the_longest_record_fits_into_one_exchange():
-    values = [(f"value_{index}", int, decided("max")) for index in range(MAX_FIELDS - 3)]
+    values = [(f"value_{index}", int, decided("max")) for index in range(MAX_FIELDS - 2)]
     longest = make_dataclass("Longest", values, bases=(StepRecord,), frozen=True)
     wire = encode(HEADER, 0, longest())
-    assert len(wire) == WIRE_BYTES <= EXCHANGE_BYTES - WORD_BYTES
+    assert len(wire) == HEAD_BYTES + 8 * MAX_FIELDS <= WIRE_BYTES
     assert decode([wire], wire, longest) == columns_of([longest()])
 
 
@@ -238,7 +234,7 @@ def test_any_body_behind_a_right_head_is_a_record_or_damaged(body):
         columns = decode([mine, mine[:HEAD_BYTES] + struct.pack(f"<{len(body)}q", *body)], mine, StepRecord)
     except RankMismatchError as error:
         assert "rank 1 sent a record that is damaged" in str(error)
-        assert len(body) != 3
+        assert len(body) != 2
     else:
         assert [column[1] for column in columns] == body
 
@@ -246,12 +242,10 @@ def test_any_body_behind_a_right_head_is_a_record_or_damaged(body):
 @given(st.binary(max_size=MESSAGE_BYTES))
 def test_messages_travel(data):
     wire = encode_message(data)
-    assert len(wire) == WIRE_BYTES
+    assert len(wire) <= WIRE_BYTES
     assert decode_message(cut(wire + b"more")) == data
 
 
-@given(st.binary(max_size=WIRE_BYTES + 8), st.binary(min_size=WIRE_BYTES, max_size=WIRE_BYTES))
-def test_bytes_that_are_no_message_are_nothing_or_bytes(anything, as_long):
-    right_head = encode_message(b"")[:4] + as_long[4:]
-    assert all(isinstance(decode_message(wire), bytes) for wire in (anything, as_long, right_head))
-    assert decode_message(anything) == b""
+@given(st.binary(max_size=WIRE_BYTES), records)
+def test_what_is_no_message_is_nothing(anything, record):
+    assert decode_message(anything) == decode_message(encode(HEADER, 5, record)) == b""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lockstep.coordination.flight_recorder import FlightRecorder
 from lockstep.coordination.processes import ProcessIdentity, pid_namespace
 from lockstep.coordination.waits import within
+from lockstep.coordination.wire import WIRE_BYTES
 from lockstep.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 LANES = 2  # concurrent exchanges: agreements, and comparisons of collectives
 WORD_BYTES = 8
-EXCHANGE_BYTES = 256  # one rank's slot in one exchange
+EXCHANGE_BYTES = WORD_BYTES + WIRE_BYTES  # one rank's slot in one exchange
 LAST_WORDS_BYTES = 2048
 
 _PUBLISH_S = 0.5

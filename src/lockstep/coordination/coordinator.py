@@ -21,8 +21,6 @@ from lockstep.errors import (
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_MESSAGE_ROUNDS = 4  # a failure's message travels in this many exchanges
-
 
 class Coordinator:
     """Agreement among all ranks before each step: one exchange, one deadline, the same verdict on all ranks.
@@ -64,8 +62,6 @@ class Coordinator:
         self._own = self.peers.name(rank)
         self._header = Header(epoch=epoch, fingerprint=fingerprint)
         self.under_way = False  # an agreement has begun, and this rank does not know its outcome
-        self._failure = ""
-        self._record_class = StepRecord
 
     @property
     def usable(self) -> bool:
@@ -82,7 +78,6 @@ class Coordinator:
             TokenCountError: a negative number of tokens.
         """
         step, peers, own = self.step, self.peers, self._own
-        self._record_class = type(record)
         peers.recorder.step = step
         peers.mark(Phase.AGREEMENT, detail=record.num_tokens)
         if peers.gave_up:
@@ -91,39 +86,31 @@ class Coordinator:
         if record.num_tokens < 0:
             raise TokenCountError(f"num_tokens must be >= 0, got {record.num_tokens} on rank {own}")
         wire = encode(self._header, step, record, peers.recorder.fingerprint)
-        self.under_way, self.step = True, step + 1
         received = self._exchange(wire)
-        self.under_way = False
         try:
             columns = decode(received, wire, type(record), peers.processes)
             decision = decide_columns(type(record), columns, self.tensor_parallel_size, peers.processes)
         except (RankMismatchError, TokenCountError) as error:
+            if failures := {rank: text for rank, text in enumerate(map(decode_message, received)) if text}:
+                raise self._after_failures(step, failures) from None
             self.give_up(error)  # from here on the ranks' steps may be out of order
             raise type(error)(f"{error}{peers.recorder.file_note()}") from None
         peers.check_last_words()  # a rank may have sent its record and then given up waiting for this one
-        if decision.values["failed"]:
-            messages = self._exchange_messages(self._failure if record.failed else "")
-            if not record.failed:
-                failed = decision.failed_ranks
-                text = "; ".join(f"rank {peers.name(rank)} raised {messages[rank]}" for rank in failed)
-                # A rank that only passes on another rank's failure is not to blame.
-                first = next((r for r in failed if not messages[r].startswith(PeerFailedError.__name__)), failed[0])
-                raise PeerFailedError(f"rank {own} stops at step {step}: {text}", peers.name(first), messages[first])
         peers.recorder.note(decision.num_tokens_across_dp)
         return decision
 
-    def fail(self, error: BaseException, record_class: type[StepRecord] | None = None) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one has failed, in place of its next agreement. Collective.
 
         The other ranks raise `PeerFailedError` with its message. Always returns, so that the caller can raise its own
         error: at once where the groups are unusable, and also where no other rank can be reached.
-
-        `record_class` is that of the ranks' records, by default that of the last agreement.
         """
         if self.usable:
-            self._failure = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}".encode(errors="replace")
             with contextlib.suppress(LockstepError):
-                self.agree((record_class or self._record_class)(failed=True))
+                self.peers.recorder.step = self.step
+                self.peers.mark(Phase.AGREEMENT)
+                self._exchange(encode_message(message[:MESSAGE_BYTES]))
 
     def give_up(self, error: BaseException) -> None:
         """Mark the ranks' groups as unusable, because of an error inside a collective, and tell the other ranks."""
@@ -136,13 +123,19 @@ class Coordinator:
         else:
             self.peers.give_up("failed", f"{type(error).__name__}: {error}", (self._own,))
 
-    def _exchange_messages(self, message: str) -> list[str]:
-        rest, rounds = message.encode(errors="replace"), []
-        for _ in range(_MESSAGE_ROUNDS):
-            rounds.append(map(decode_message, self._exchange(encode_message(rest[:MESSAGE_BYTES]))))
-            rest = rest[MESSAGE_BYTES:]
-        return [b"".join(answers).decode(errors="replace") for answers in zip(*rounds, strict=True)]
+    def _after_failures(self, step: int, failures: dict[int, bytes]) -> PeerFailedError:
+        """Return the error in an agreement to which some ranks have sent why they failed."""
+        messages = {rank: text.decode(errors="replace") for rank, text in failures.items()}
+        text = "; ".join(f"rank {self.peers.name(rank)} raised {message}" for rank, message in messages.items())
+        # A rank that only passes on another rank's failure is not to blame.
+        causes = [rank for rank in messages if not messages[rank].startswith(PeerFailedError.__name__)]
+        first = (causes or list(messages))[0]
+        text = f"rank {self._own} stops at step {step}: {text}"
+        return PeerFailedError(text, self.peers.name(first), messages[first])
 
     def _exchange(self, wire: Wire) -> Sequence[Wire]:
-        what = f"the agreement of step {self.step - 1} (epoch {self._header.epoch})"
-        return self.peers.exchange(self.transport, wire, self.deadline_s, what)
+        what = f"the agreement of step {self.step} (epoch {self._header.epoch})"
+        self.under_way, self.step = True, self.step + 1
+        received = self.peers.exchange(self.transport, wire, self.deadline_s, what)
+        self.under_way = False
+        return received

@@ -40,12 +40,10 @@ class StepRecord:
     Attributes:
         num_tokens: rows of this rank's requests in the step; 0 for an idle rank.
         unfinished: this rank may have more work. The run ends at the first agreement where no rank has any.
-        failed: this rank has raised; every rank stops here.
     """
 
     num_tokens: int = decided("gather", 0)
     unfinished: bool = decided("any", False)
-    failed: bool = decided("any", False)
 
 
 class StepDecision(NamedTuple):
@@ -84,11 +82,6 @@ class StepDecision(NamedTuple):
         """Whether any rank may have more work."""
         return bool(self.values["unfinished"])
 
-    @property
-    def failed_ranks(self) -> tuple[int, ...]:
-        """Ranks that have raised, ascending."""
-        return tuple(rank for rank, failed in enumerate(self.column("failed")) if failed)
-
 
 class RecordFields:
     """The fields of one record class and how each is decided, cached per class; `fingerprint` identifies them."""
@@ -119,7 +112,7 @@ def decide(
     """Decide the step from all ranks' records. Pure: the same records give the same decision everywhere.
 
     The ranks of one tensor-parallel group share their requests, so they run them together or not at all: until all of
-    them have said so, the group takes part with zero rows. Where any rank has failed, no rank has rows.
+    them have said so, the group takes part with zero rows.
 
     Args:
         records: one of each rank, in rank order, `[data_parallel_size * tensor_parallel_size]`, all of one class.
@@ -158,8 +151,6 @@ def decide_columns(
     if min(num_tokens) < 0:
         rank, count = next((rank, count) for rank, count in enumerate(num_tokens) if count < 0)
         raise TokenCountError(f"num_tokens must be >= 0, got {count} on rank {names[rank]}")
-    if values["failed"]:
-        return StepDecision(record_class, columns, (0,) * (len(names) // tensor_parallel_size), values)
     if tensor_parallel_size == 1:
         return StepDecision(record_class, columns, num_tokens, values)
     counts: list[int] = []

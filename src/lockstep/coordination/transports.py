@@ -70,7 +70,9 @@ class ProcessGroupTransport(Transport):
     def wait(self, timeout_s: float, check: Callable[[], object] | None = None) -> list[Wire]:
         """See `Transport`."""
         wait_for(self._work, timeout_s, check)
-        return [cut(bytes(record)) for record in self._everyones.tolist()]
+        received = bytearray(self._everyones.numel())
+        torch.frombuffer(received, dtype=torch.uint8).copy_(self._everyones.flatten())
+        return [cut(bytes(received[start : start + WIRE_BYTES])) for start in range(0, len(received), WIRE_BYTES)]
 
 
 class SharedMemoryTransport:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 
 from lockstep._version import __version__
-from lockstep.coordination.step import MAX_FIELDS, StepRecord, by_rank, fields_of
+from lockstep.coordination.step import StepRecord, by_rank, fields_of
 from lockstep.errors import RankMismatchError, TokenCountError
 
 PROTOCOL_VERSION = 2
 HEAD_BYTES = 32
-WIRE_BYTES = HEAD_BYTES + 8 * MAX_FIELDS  # the longest record
-MESSAGE_BYTES = WIRE_BYTES - HEAD_BYTES  # bytes of a message that travel in one exchange
+WIRE_BYTES = 1016  # the longest message; records are shorter
+MESSAGE_BYTES = WIRE_BYTES - HEAD_BYTES
 
 Wire = bytes
 """A record on the wire: a head of 32-bit words, which must be equal on all ranks, and 64 bits per field."""
@@ -25,7 +25,6 @@ _HEAD_NAMES = (
     "record length", "protocol version", "package version", "epoch", "step", "fingerprint", "record fields",
     "the collectives that they have issued (hash; debug=True names the first)",
 )  # fmt: skip
-_message = struct.Struct(f"<II{HEAD_BYTES - 8}x{MESSAGE_BYTES}s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +102,11 @@ def _mismatch(received: Sequence[Wire], mine: Wire, names: Sequence[int] | None)
     return RankMismatchError(f"the exchange returned head {heads[0]}, this rank sent {sent}")
 
 
-def encode_message(part: bytes) -> Wire:
-    """Return at most `MESSAGE_BYTES` bytes as `WIRE_BYTES` that cannot be mistaken for a record."""
-    return _message.pack(_MESSAGE | WIRE_BYTES, len(part), part)
+def encode_message(message: bytes) -> Wire:
+    """Return at most `MESSAGE_BYTES` bytes in a form that cannot be mistaken for a record."""
+    return (_MESSAGE | HEAD_BYTES + len(message)).to_bytes(HEAD_BYTES, "little") + message
 
 
 def decode_message(wire: Wire) -> bytes:
     """Return the bytes of `encode_message`; empty for anything else."""
-    if len(wire) != WIRE_BYTES:
-        return b""
-    kind, length, part = _message.unpack(wire)
-    return part[:length] if kind == _MESSAGE | WIRE_BYTES else b""
+    return wire[HEAD_BYTES:] if int.from_bytes(wire[:4], "little") == _MESSAGE | len(wire) else b""

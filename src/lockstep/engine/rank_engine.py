@@ -247,7 +247,7 @@ class RankEngine:
     def fail(self, error: BaseException) -> None:
         """Report this rank's failure in place of the next agreement; the other ranks then raise it."""
         if self.parallel is not None:
-            self.parallel.coordinator.fail(error, EngineRecord)
+            self.parallel.coordinator.fail(error)
 
     def num_messages_everywhere(self, received: int) -> int:
         """Return how many messages all ranks that share requests have, to act on; this rank has `received`."""
