@@ -145,12 +145,13 @@ class Tokenizing(FakeEngine):
         pass
 
 
-def tokenized_beside(test):
+def tokenized_beside(test, gather_s=10.0):
     """Run `test(service, engine, ask)`: `ask(n)` starts a request with a prompt of n tokens, up to 3."""
     engine = Tokenizing([threading.Event() for _ in range(4)])
 
     async def main():
         service = Service(lambda: engine, ServeOptions("tiny"))
+        service.gather_s = gather_s
         running = asyncio.ensure_future(service.run())
         await until(lambda: service.state == "ready")
 
@@ -163,9 +164,8 @@ def tokenized_beside(test):
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_requests_that_come_together_reach_the_ranks_together(monkeypatch):
+def test_requests_that_come_together_reach_the_ranks_together():
     """Each prompt that begins by itself would cost all ranks a step of its own."""
-    monkeypatch.setattr("lockstep.serve.service._GATHER_S", 10.0)
 
     async def test(service, engine, ask):
         engine.events[1].set()
@@ -198,12 +198,10 @@ def test_no_request_waits_long_for_the_tokens_of_another():
         await asked[1]
         await until(lambda: engine.batches == [1, 1])
 
-    tokenized_beside(test)
+    tokenized_beside(test, gather_s=0.003)
 
 
-def test_a_request_that_leaves_before_the_ranks_hear_of_it_never_runs(monkeypatch):
-    monkeypatch.setattr("lockstep.serve.service._GATHER_S", 10.0)
-
+def test_a_request_that_leaves_before_the_ranks_hear_of_it_never_runs():
     async def test(service, engine, ask):
         asked = [ask(1), ask(2)]
         engine.events[1].set()

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 Question = Literal["health", "metrics", "max_model_len"]
 
 _LOOK_S = 0.2
-_GATHER_S = 0.003  # the longest that a request waits for others that are being tokenized
 _DEAD = ("stopped", "gone")
 _ENDING = ("draining", "failed")  # states that a service never leaves
 _MAX_LIVES = 3  # a request may be the cause of the losses: it is not kept for ever
@@ -80,8 +79,11 @@ class Service:
 
     If an engine fails, all ranks are restarted, at most `max_restarts` times without a finished sequence in between.
     Requests without a token are kept for the new ranks; the others fail. At most `max_queue` sequences wait for their
-    first token. `start_engine` blocks until the ranks are ready.
+    first token. `start_engine` blocks until the ranks are ready. A request waits up to `gather_s` for others that are
+    being tokenized.
     """
+
+    gather_s = 0.003
 
     def __init__(self, start_engine: Callable[[], Engine], options: ServeOptions) -> None:
         self.state: Literal["starting", "ready", "restarting", "draining", "failed"] = "starting"
@@ -203,7 +205,7 @@ class Service:
         if self.state == "ready":
             self._gathered.append(generation)
             if self._gathers_until is None:
-                self._gathers_until = self._loop.call_later(_GATHER_S, self._submit_gathered)
+                self._gathers_until = self._loop.call_later(self.gather_s, self._submit_gathered)
         return generation
 
     def _submit_if_all_are_prepared(self) -> None:
