@@ -21,15 +21,23 @@ class SizesContext:
     The last entered of the contexts still open counts. Leaving twice, without having entered, in
     another order, or by dropping the context never leaves sizes behind. No generator: callers from another language
     pass strings to `__exit__` instead of an exception; a generator would raise on them and leave its sizes set.
+
+    Once left, it rests in the metadata without a reference back, or the two would keep each other alive. From there the
+    context of a whole step's sizes goes to layer after layer, but only if nobody else holds it, so callers cannot tell
+    it from a new one.
     """
 
     # Every layer of every step enters one. So the usual case, one context at a time, is marked by a flag, and
     # the code that makes a context sets its attributes: a Python constructor would take a third of the time.
-    __slots__ = ("alone", "metadata", "owner", "sizes")
-    metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface; None while a `StepContext` rests
-    owner: Callable[[], Any]  # weak reference to the metadata, of a `StepContext`
+    __slots__ = ("alone", "expected", "key", "memory", "metadata", "owner", "shown", "sizes")
+    metadata: Any  # a `DPMetadata`, or the same class with vLLM's surface; None while the context rests
+    owner: Callable[[], Any]  # weak reference to the metadata
     sizes: list[int]
     alone: bool  # whether it is entered, and was entered while no other was; see `Nested`
+    key: object  # the sequence-parallel size for which it may be handed out again; else the sizes
+    shown: Any  # these three as in `StepSizes` of counts.py, if it may be handed out again
+    memory: Any
+    expected: Any
 
     def __enter__(self) -> list[int]:
         """Set the sizes and return them, `[ep_size]`. The list is shared: read it, do not change it."""
@@ -48,43 +56,7 @@ class SizesContext:
         return sizes
 
     def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Restore the outer sizes, or None. Accepts foreign callers' strings, and swallows no exception."""
-        metadata = self.metadata
-        if metadata._nested is not None:
-            leave_nested(metadata, self)
-        elif self.alone:
-            self.alone = False
-            metadata.local_sizes = None
-        return False
-
-    def __del__(self) -> None:
-        # Almost always nothing is entered by now. A context dropped without leaving is left here.
-        try:
-            if self.metadata is not None and self.metadata.local_sizes is not None:
-                while is_entered(self):
-                    SizesContext.__exit__(self)  # without going to rest
-        except AttributeError:
-            return  # it has no metadata, or metadata whose construction failed
-
-    def __repr__(self) -> str:
-        return f"SizesContext({abridged(self.sizes)}, {'entered' if is_entered(self) else 'not entered'})"
-
-
-class StepContext(SizesContext):
-    """The context of a whole step's sizes: one object, handed out to layer after layer.
-
-    Once left, it rests in the metadata without a reference back, or the two would keep each other alive. It is handed
-    out again only if nobody else holds it, so callers cannot tell it from a new one.
-    """
-
-    __slots__ = ("expected", "key", "memory", "shown")
-    key: object  # the sequence-parallel size it was requested with
-    shown: Any  # these three as in `StepSizes` of counts.py
-    memory: Any
-    expected: Any
-
-    def __exit__(self, exc_type: object = None, exc: object = None, tb: object = None) -> Literal[False]:
-        """Restore the outer sizes, or None, and rest. Accepts foreign callers' strings."""
+        """Restore the outer sizes, or None, and rest. Accepts foreign callers' strings, and swallows no exception."""
         metadata = self.metadata
         if self.alone and metadata._nested is None:
             self.alone = False
@@ -94,8 +66,20 @@ class StepContext(SizesContext):
             leave_nested(metadata, self)
         return False
 
+    def __del__(self) -> None:
+        # Almost always nothing is entered by now. A context dropped without leaving is left here.
+        try:
+            if self.metadata is not None and self.metadata.local_sizes is not None:
+                while is_entered(self):
+                    leave_nested(self.metadata, self)
+        except AttributeError:
+            return  # it has no metadata, or metadata whose construction failed
 
-NO_CONTEXT = StepContext()  # placeholder in the metadata while the context is in use, or not made yet
+    def __repr__(self) -> str:
+        return f"SizesContext({abridged(self.sizes)}, {'entered' if is_entered(self) else 'not entered'})"
+
+
+NO_CONTEXT = SizesContext()  # placeholder in the metadata while the context is in use, or not made yet
 NO_CONTEXT.key = object()
 
 
@@ -110,9 +94,10 @@ UNSHARED = references(NO_CONTEXT)  # 3 up to Python 3.13, 2 where a local variab
 
 
 def sizes_context(metadata: Any, sizes: list[int]) -> SizesContext:
-    """Return a context that is used once."""
+    """Return a new context."""
     context = SizesContext()
-    context.metadata, context.sizes, context.alone = metadata, sizes, False
+    context.metadata, context.owner, context.alone = metadata, metadata._weak, False
+    context.sizes = context.key = sizes
     return context
 
 
@@ -136,7 +121,8 @@ def enter_nested(metadata: Any, context: SizesContext) -> None:
 
 def leave_nested(metadata: Any, context: SizesContext) -> None:
     """Leave one of several contexts (its last entry), or one already left; show the innermost sizes."""
-    nested: list[tuple[int | None, list[int] | None]] = metadata._nested or []
+    nested: list[tuple[int | None, list[int] | None]]
+    nested = metadata._nested or ([(None, context.sizes)] if context.alone else [])
     keys = [key for key, _ in nested]
     if id(context) in keys:
         del nested[len(keys) - 1 - keys[::-1].index(id(context))]

@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 
 from lockstep.errors import ConfigurationError, TokenCountError
-from lockstep.metadata.contexts import NO_CONTEXT, Nested, StepContext
+from lockstep.metadata.contexts import NO_CONTEXT, Nested, SizesContext, sizes_context
 from lockstep.metadata.sizes import INT32_MAX, abridged, as_plain_int, check_counts, check_int, shown, sp_sizes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ else:
 
 COUNTS = "num_tokens_across_dp_cpu"
 MAX = "max_tokens_across_dp_cpu"
-OWN_ATTRIBUTES = (COUNTS, MAX, "local_sizes", "_step", "_nested", "_resting")
+OWN_ATTRIBUTES = (COUNTS, MAX, "local_sizes", "_step", "_nested", "_resting", "_weak")
 TYPECODES = {torch.int32: "i", torch.int64: "q", torch.int16: "h", torch.int8: "b", torch.uint8: "B"}
 """Dtypes with torch arithmetic, as `array` type codes. Counts of the larger unsigned dtypes are kept as int64."""
 INTEGER_DTYPES = (*TYPECODES, torch.uint16, torch.uint32, torch.uint64)
@@ -133,7 +133,8 @@ class HoldsCounts:
     local_sizes: list[int] | None
     _step: StepSizes
     _nested: Nested
-    _resting: StepContext
+    _resting: SizesContext
+    _weak: ref["HoldsCounts"]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -245,7 +246,7 @@ def set_counts(metadata: HoldsCounts, step: StepSizes, dp_rank: int | None = Non
         metadata.max_tokens_across_dp_cpu = step.largest  # type: ignore[attr-defined]
     metadata.num_tokens_across_dp_cpu = step.shown
     metadata.local_sizes = metadata._nested = None
-    metadata._step, metadata._resting = step, NO_CONTEXT
+    metadata._step, metadata._resting, metadata._weak = step, NO_CONTEXT, ref(metadata)
 
 
 def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args: int) -> list[int]:
@@ -269,12 +270,11 @@ def find_sizes(metadata: HoldsCounts, function: Callable[..., list[int]], *args:
     return sizes
 
 
-def step_context(metadata: HoldsCounts, sequence_parallel_size: int) -> StepContext:
+def step_context(metadata: HoldsCounts, sequence_parallel_size: int) -> SizesContext:
     """Return a new context for the sizes of the whole step."""
-    context, step = StepContext(), metadata._step
-    context.sizes = find_sizes(metadata, sp_sizes, sequence_parallel_size)
+    context, step = sizes_context(metadata, find_sizes(metadata, sp_sizes, sequence_parallel_size)), metadata._step
     # Not by a tensor or array, which can change its value and remain the same object.
-    context.key = sequence_parallel_size if type(sequence_parallel_size) is int else context.sizes
-    context.shown, context.memory, context.expected = step.shown, step.memory, step.expected
-    context.alone, context.owner = False, ref(metadata)
+    if type(sequence_parallel_size) is int:
+        context.key = sequence_parallel_size
+        context.shown, context.memory, context.expected = step.shown, step.memory, step.expected
     return context
