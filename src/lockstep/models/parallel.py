@@ -5,7 +5,6 @@ import json
 import secrets
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,20 +12,12 @@ import torch.distributed as dist
 
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
-from lockstep.coordination.groups import Groups, Start, WatchedGroup, abort, open_groups
+from lockstep.coordination.groups import Start, WatchedGroup, abort, open_groups
 from lockstep.coordination.peers import Peers, speak_before_termination
 from lockstep.coordination.session import Session
 from lockstep.coordination.step import StepDecision, by_rank
 from lockstep.coordination.waits import watch_group
-from lockstep.dispatch.base import Dispatcher, ExpertsShape
-from lockstep.dispatch.choose import (
-    MAPPED_ROWS,
-    DispatcherOptions,
-    can_map,
-    constants_of,
-    make_dispatcher,
-    mapping_facts,
-)
+from lockstep.dispatch.choose import can_map, constants_of, mapping_facts
 from lockstep.dispatch.collectives import gather_json
 from lockstep.dispatch.constants import DispatchConstants
 from lockstep.errors import ConfigurationError, RankMismatchError
@@ -34,12 +25,11 @@ from lockstep.metadata.config import ParallelConfig
 from lockstep.models import transformers_internals as internals
 from lockstep.models.experts_modules import dense_checksum, experts_shapes, slots_held
 from lockstep.models.generate_graphs import StepGraphs
+from lockstep.models.make_layers import follow_layers, make_layers
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import OwnWeights
-from lockstep.moe.layer import MoELayer
 from lockstep.moe.layers import MoELayers
 from lockstep.moe.placement import ExpertLoad, Placement
-from lockstep.moe.slots import SlotTable
 from lockstep.moe.step import Step, current_step
 
 
@@ -94,7 +84,6 @@ class ModelParallel:
         number = self._start.next_number("model")
         self._store = dist.PrefixStore(str(number), self._start.store)
         self._groups: list[dist.ProcessGroup] = []
-        self._load: list[torch.Tensor] = []
         self._constants: DispatchConstants | None = None
         self._epoch = -1
         met_at = f"join() of {type(model).__name__} (model {number})"
@@ -216,9 +205,9 @@ class ModelParallel:
 
     def expert_load(self) -> ExpertLoad:
         """Return the rows of each expert since `open`, over all ranks. Collective; needs `count_expert_load`."""
-        if not self._load:
+        counts = [layer.load.tolist() for layer in getattr(self, "layers", ()) if layer.load is not None]
+        if not counts:
             raise ConfigurationError("nothing has counted the expert load: pass count_expert_load=True, and enter join")
-        counts = [load.tolist() for load in self._load]
         everyones = self.gather_json(counts)
         _, num_experts = slots_held(self.weights.experts[0].module)
         even = Placement.even(len(counts), num_experts, self.config.world_size)
@@ -269,8 +258,15 @@ class ModelParallel:
             deadline_s=options.deadline_s, fingerprint=fingerprint, epoch=epoch, peers=self.peers,
         )  # fmt: skip
         nccl = groups.opened[1:] if on_gpu else []
+        before, self._before = self._before, None
+        if before is None:
+            made = make_layers(self.weights.experts, self._shapes, config, options, groups, maps, self._constants)
+        else:
+            made = follow_layers(
+                before.layers, self.weights.experts, self._shapes, config, options, groups, self._places
+            )
         self.layers = MoELayers(
-            self._make_layers(groups, maps),
+            made,
             max_chunk_size_per_rank=options.max_chunk_size_per_rank,
             coordinator=self.coordinator,
             deadline_s=options.deadline_s,
@@ -278,60 +274,6 @@ class ModelParallel:
             shares_attention=self._attention_group is not None,
         )
         self._graphs = StepGraphs(self.layers) if self.device.type == "cuda" else None
-
-    def _make_layers(self, groups: Groups, can_map: bool) -> list[MoELayer]:
-        """Return the layers in forward order, with loaded kernels. Collective."""
-        options, config = self.options, self.config
-        wanted = DispatcherOptions(
-            deadline_s=options.deadline_s, max_rows_per_rank=options.max_chunk_size_per_rank, fp8=options.fp8_dispatch,
-            can_map=can_map, constants=self._constants,
-        )  # fmt: skip
-        # Layers run one after another, so those of one shape share a dispatcher, and its buffers.
-        made: dict[tuple[ExpertsShape, bool], Dispatcher] = {}
-        layers, warm, placement = [], set(), options.placement
-        if self._before is not None:
-            return self._go_on(self._before, groups)
-        self._load = []
-        for index, (experts, shape) in enumerate(zip(self.weights.experts, self._shapes, strict=True)):
-            key = shape, experts.run_on_device
-            if key not in made:
-                own = replace(wanted, experts_on_device=experts.run_on_device)
-                made[key] = make_dispatcher(options.dispatcher, groups.data, shape, own)
-            slots = load = None
-            if placement is not None and not placement.is_identity:
-                slots = SlotTable(placement, index, config.rank, shape.device)
-            if options.count_expert_load:
-                load = torch.zeros(experts.num_local_experts, dtype=torch.int64, device=shape.device)
-                self._load.append(load)
-            layers.append(
-                MoELayer(
-                    experts, made[key], config, shape, tensor_parallel_group=groups.tensor_parallel,
-                    deadline_s=options.deadline_s, slots=slots, load=load,
-                )
-            )  # fmt: skip
-            kind = experts.module.down_proj.shape, shape.top_k
-            if shape.device.type == "cuda" and made[key].abilities.counts_on_device and kind not in warm:
-                warm.add(kind)  # its kernels are loaded before anybody waits for anybody in a step
-                rows = config.world_size * (options.max_chunk_size_per_rank or MAPPED_ROWS)
-                experts.warm_up(rows * shape.top_k, options.fp8_dispatch)
-        return layers
-
-    def _go_on(self, before: "ModelParallel", groups: Groups) -> list[MoELayer]:
-        """Make layers that reuse the device memory of the previous ones, by the new placement. Collective."""
-        options, config, placement = self.options, self.config, self.options.placement
-        assert placement is not None
-        for dispatcher in before.layers.dispatchers:
-            dispatcher.rejoin(groups.data, self._places)
-        for load in before._load:
-            load.zero_()
-        self._load, self._before = before._load, None
-        layers = []
-        for index, old in enumerate(before.layers):
-            assert old.slots is not None
-            old.slots.follow(placement, index, config.rank, self._places)
-            kept: dict[str, Any] = {"slots": old.slots, "load": old.load, "deadline_s": options.deadline_s}
-            layers.append(MoELayer(self.weights.experts[index], old.dispatcher, config, self._shapes[index], **kept))
-        return layers
 
     def can_go_on(self, placement: Placement) -> bool:
         """Whether fewer ranks can continue, by this placement, with the layers' device memory; equal on all ranks."""
