@@ -58,12 +58,10 @@ class CostConstants:
         if self.expert_share > 1:
             raise ConfigurationError(f"cost constant expert_share must be in 0..1, got {self.expert_share}")
 
-    def own_us(
-        self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray
-    ) -> np.ndarray:
-        """Return each rank's own part of the attention's time, in us; any shape."""
+    def own_us(self, rows: Any, decode_tokens: Any, decode_context: Any, prefill_context: Any) -> Any:
+        """Return each rank's own part of the attention's time, in us; numbers, or arrays of any shape."""
         return (
-            self.token_us * tokens
+            self.token_us * rows
             + self.request_us * decode_tokens
             + self.decode_context_us * decode_context
             + self.prefill_context_us * prefill_context
@@ -77,12 +75,12 @@ class CostConstants:
         return rows_us + self.weights_us / num_ranks * (1 - (1 - self.expert_share) ** num_rows)
 
     def step_times_us(
-        self, tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
-        num_chunks: np.ndarray, filler_rows: np.ndarray | None = None,
+        self, real_rows: np.ndarray, decode_tokens: np.ndarray, decode_context_tokens: np.ndarray,
+        prefill_context_tokens: np.ndarray, num_chunks: np.ndarray, filler_rows: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Return how long each step takes, in us."""
-        rows = tokens if filler_rows is None else tokens + filler_rows
-        own_us = self.own_us(tokens, decode_tokens, decode_context, prefill_context).max(axis=1)
+        rows = real_rows if filler_rows is None else real_rows + filler_rows
+        own_us = self.own_us(real_rows, decode_tokens, decode_context_tokens, prefill_context_tokens).max(axis=1)
         times_us: np.ndarray = self.step_time_us(
             own_us, rows.max(axis=1), rows.sum(axis=1), num_chunks, num_ranks=rows.shape[1]
         )
@@ -123,7 +121,9 @@ COST_CONSTANTS = {
 """Shipped sets by name. `benchmarks/fit_engine.py` writes the first from stored results; the second is
 `lockstep bench calibrate` with a small model on 2 shared cores; the third is two numbers for comparison."""
 
-_COUNTS = ("tokens", "decode_tokens", "decode_context", "prefill_context", "num_chunks", "filler_rows")
+OWN_WORK = ("real_rows", "decode_tokens", "decode_context_tokens", "prefill_context_tokens")
+"""The parameters of `CostConstants.own_us`, as the step log names them."""
+_COUNTS = (*OWN_WORK, "num_chunks", "filler_rows")
 _EXPERT_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 _FITTED = (
     *("step_us", "chunk_us", "expert_row_us", "weights_us"),  # what all ranks share
@@ -132,8 +132,9 @@ _FITTED = (
 
 
 def fit(
-    tokens: np.ndarray, decode_tokens: np.ndarray, decode_context: np.ndarray, prefill_context: np.ndarray,
-    num_chunks: np.ndarray, duration_us: np.ndarray, source: str = "", filler_rows: np.ndarray | None = None,
+    real_rows: np.ndarray, decode_tokens: np.ndarray, decode_context_tokens: np.ndarray,
+    prefill_context_tokens: np.ndarray, num_chunks: np.ndarray, duration_us: np.ndarray, source: str = "",
+    filler_rows: np.ndarray | None = None,
 ) -> CostConstants:  # fmt: skip
     """Fit the constants to the `cost_columns` of measured runs by least squares, none of them negative.
 
@@ -144,13 +145,14 @@ def fit(
         raise ConfigurationError("a cost is fitted to runs without dummy or padding rows: use another dispatcher")
     if len(duration_us) < 10:
         raise ConfigurationError(f"at least 10 steps are needed to fit a cost, got {len(duration_us)}")
-    own = np.stack([tokens, decode_tokens, decode_context, prefill_context], axis=-1).astype(np.float64)
-    total_rows = tokens.sum(axis=1)
+    counts = (real_rows, decode_tokens, decode_context_tokens, prefill_context_tokens)
+    own = np.stack(counts, axis=-1).astype(np.float64)
+    num_ranks, total_rows = real_rows.shape[1], real_rows.sum(axis=1)
     found: list[tuple[float, CostConstants]] = []
     for share in _EXPERT_SHARES:
-        ones, read = np.ones(len(total_rows)), (1 - (1 - share) ** total_rows) / tokens.shape[1]
+        ones, read = np.ones(len(total_rows)), (1 - (1 - share) ** total_rows) / num_ranks
         # A step of one chunk is the usual one; its cost is in the first constant.
-        shared = np.column_stack([ones, np.maximum(num_chunks - 1, 0), total_rows / tokens.shape[1], read])
+        shared = np.column_stack([ones, np.maximum(num_chunks - 1, 0), total_rows / num_ranks, read])
         error, solution = _fit_longest(shared, own, duration_us)
         values: dict[str, Any] = dict(zip(_FITTED, solution.tolist(), strict=True))
         values["step_us"] = max(values["step_us"] - values["chunk_us"], 1e-3)
@@ -221,10 +223,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
     # Ranks without requests agreed in between, and waited for requests: that is no time of the step before.
     following_s[:-1][np.diff(steps[:, 0]) > 1] = 0
     return {
-        "tokens": grid("real_rows"),
-        "decode_tokens": grid("decode_tokens"),
-        "decode_context": grid("decode_context_tokens"),
-        "prefill_context": grid("prefill_context_tokens"),
+        **{name: grid(name) for name in OWN_WORK},
         "num_chunks": grid("num_chunks").max(axis=1),
         "filler_rows": grid("dummy_rows") + grid("padding_rows"),
         "duration_us": 1e6 * (grid("duration_s") - agreement_s + following_s).mean(axis=1),
@@ -233,7 +232,7 @@ def cost_columns(records: Sequence[StepLogRecord]) -> dict[str, np.ndarray]:
 
 def join_runs(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Join the `cost_columns` of several runs; repeats of the same steps are combined by each step's median time."""
-    if len({run["tokens"].shape[1] for run in runs}) > 1:
+    if len({run["real_rows"].shape[1] for run in runs}) > 1:
         raise ConfigurationError("runs to be put together must have the same ranks")
     repeats: dict[tuple[bytes, ...], list[dict[str, np.ndarray]]] = {}
     for run in runs:

@@ -62,14 +62,14 @@ class _Simulation:
         self.context_list = [0] * num_ranks
         self.total_decode = 0
         self.ends: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks in which a request ends
-        self.page_visits: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks to be visited for their pages,
-        self.page_step: dict[int, int | None] = {}  # and the latest word on when: at most one step per rank
+        self.page_visits: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks to visit because of their pages
+        self.page_step: dict[int, int | None] = {}  # rank -> the only one of these steps that still counts
         self.heads: dict[int, int] = {}  # rank -> arrival step of its first prompt, where that could run
         self.queued: set[int] = set()  # ranks with waiting requests, and those whose requests wait for pages only
         self.kv_waiting: set[int] = set()
         self.kv_waits = self.num_unfinished = 0
         self.index = {request.request_id: index for index, request in enumerate(requests)}
-        # With stops, every rank is visited in every step, since a dropped token shows in the entry of its row alone.
+        # With stops, every rank is visited in every step: only the entry of its row shows that a token is dropped.
         self.has_stops = bool(stops)
         kept = {request_id: stop.num_new_tokens for request_id, stop in stops.items()}
         self.num_kept = [kept.get(request.request_id, request.max_new_tokens) for request in requests]
@@ -81,7 +81,7 @@ class _Simulation:
         self.arrivals = [ceil(item.arrival_s / per_step) if in_steps else item.arrival_s for item in requests]
         self.clock: float = 0  # of the arrivals: simulated seconds or steps
         self.now_s = 0.0
-        # Lists: they are written one entry at a time, which arrays are slow at.
+        # Lists, since they are written one entry at a time, which is slow in arrays.
         self.rank_of: list[int] = []  # of each request that has arrived
         self.arrived_s = [request.arrival_s for request in requests]
         self.begun_s, self.first_s, self.last_s = ([nan] * len(requests) for _ in range(3))
@@ -206,13 +206,8 @@ class _Simulation:
         for _, schedule in prompts:
             num_rows += schedule.num_prefill_tokens
             longest = max(longest, schedule.num_tokens)
-            rank_us = (
-                token_us * schedule.num_decode_tokens
-                + cost.token_us * schedule.num_prefill_tokens
-                + decode_us * schedule.decode_context_tokens
-                + cost.prefill_context_us * schedule.prefill_context_tokens
-            )
-            own_us = max(own_us, rank_us)
+            contexts = schedule.decode_context_tokens, schedule.prefill_context_tokens
+            own_us = max(own_us, cost.own_us(schedule.num_tokens, schedule.num_decode_tokens, *contexts))
         if config.row_shapes != "ragged":
             tokens = self.decode.copy()
             for rank, schedule in prompts:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lockstep.simulation.config import SimulationConfig
+from lockstep.simulation.cost import OWN_WORK
 from lockstep.steplog.table import CAUSES, ROWS, StepTable
 
 COUNTED = (
@@ -122,8 +123,7 @@ class StepSink:
     def _waits_us(self, columns: dict[str, np.ndarray], filler: np.ndarray) -> np.ndarray:
         """Return the time in which each rank has no work of its own: it waits for others, or runs filler rows."""
         cost, tokens, num_ranks = self._config.cost, columns["real_rows"], self._config.num_ranks
-        names = ("decode_tokens", "decode_context_tokens", "prefill_context_tokens")
-        own = cost.own_us(tokens, *(columns[name] for name in names))
+        own = cost.own_us(*(columns[name] for name in OWN_WORK))
         rows, with_filler = tokens.sum(axis=1, keepdims=True), (tokens + filler).sum(axis=1, keepdims=True)
         waits: np.ndarray = (
             own.max(axis=1, keepdims=True)
