@@ -185,7 +185,7 @@ def _absent(rank, folder, case, seed):
         with pytest.raises(RankAbsentError):
             dispatcher.dispatch(route, *rows)
     dist.barrier()  # rank 2 has had nothing to wait for
-    dispatcher.set_deadline(60)
+    dispatcher.deadline_s = 60
     dispatcher.reset()
     for _ in range(3):
         handle = dispatcher.dispatch(route, *rows)

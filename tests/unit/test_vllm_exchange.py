@@ -31,8 +31,7 @@ class OwnRowsDispatcher:
         self.max_tokens_per_rank, self.top_k, self.num_experts = capacity, TOP_K, EXPERTS
         self.calls, self.cells, self.deadlines, self.absent = [], [], [], None
 
-    def set_deadline(self, deadline_s):
-        self.deadlines.append(deadline_s)
+    deadline_s = property(fset=lambda self, deadline_s: self.deadlines.append(deadline_s))
 
     def check(self):
         if self.absent is not None:

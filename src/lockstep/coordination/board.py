@@ -198,11 +198,8 @@ class StoreBoard:
     def place(self, rank: int) -> tuple[int, float]:
         """Return a rank's last published place, 0 for none, and how many seconds ago it came there."""
         published = self._ask(lambda: self._read(self._key("place", rank)))
-        try:
-            place, since = json.loads(published or b"[0, 0]")
-            return int(place), max(0.0, time.time() - since)
-        except (ValueError, TypeError):
-            return 0, 0.0
+        place, since = json.loads(published or b"[0, 0]")
+        return place, max(0.0, time.time() - since)
 
     def say_last_words(self, rank: int, message: bytes) -> None:
         """Publish why this rank stops."""

@@ -84,11 +84,8 @@ class Whereabouts:
         """Return what a rank has published."""
         if not self._store.check([str(rank)]):
             return Entry()
-        try:
-            place, beat, since, (pid, started, namespace) = json.loads(self._store.get(str(rank)))
-            return Entry(str(place), int(beat), float(since), ProcessIdentity(int(pid), int(started), int(namespace)))
-        except (ValueError, TypeError):
-            return Entry()
+        place, beat, since, process = json.loads(self._store.get(str(rank)))
+        return Entry(place, beat, since, ProcessIdentity(*process))
 
     def absent(self, message: str, ranks: Sequence[int], place: str) -> RankAbsentError:
         """Return the error of a wait for `ranks` at a place, naming those gone or stopped, or else those elsewhere."""

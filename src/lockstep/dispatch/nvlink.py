@@ -92,7 +92,8 @@ class NvlinkDispatcher:
     it; of `gather_index` and `pair_weights`, `[ranks * max_tokens_per_rank * top_k]`, the first `expert_offsets[-1]`
     entries count.
 
-    `launch`: None takes the measured sizes. `share_device`: several ranks run on one GPU, for tests. `memory`: maps the
+    `deadline_s`: longest wait for a peer in later calls, in seconds; a graph keeps that of its capture. `launch`: None
+    takes the measured sizes. `share_device`: several ranks run on one GPU, for tests. `memory`: maps the
     ranks' memory. `status`: the word in host memory by which a kernel reports that a rank did not come.
     """
 
@@ -139,7 +140,7 @@ class NvlinkDispatcher:
         )
         self._group = process_group
         self.places = tuple(range(self.num_ranks))  # of the working ranks, among those that map their memory
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self.status = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._status_word = self.status.numpy()  # the same memory, read ten times as fast
         self._ended = torch.tensor([_WAITS_ENDED << 32], pin_memory=self.device.type == "cuda")
@@ -222,7 +223,7 @@ class NvlinkDispatcher:
             _aligned(hidden_states), topk_ids.contiguous(), topk_weights.contiguous(),
             self._all_tokens if num_tokens is None else num_tokens, buffers.peers, buffers.cells, buffers.counts,
             buffers.gather_index, buffers.pair_weights, buffers.tokens_per_expert, buffers.expert_offsets,
-            buffers.inverse, buffers.scratch, self.status.data_ptr(), rows, self.rank, int(self._deadline_s * 1e9),
+            buffers.inverse, buffers.scratch, self.status.data_ptr(), rows, self.rank, int(self.deadline_s * 1e9),
         )  # fmt: skip
         blocks = self.launch.order_blocks + self.launch.push_blocks
         kind = (topk_ids.dtype, topk_weights.dtype)
@@ -257,7 +258,7 @@ class NvlinkDispatcher:
         buffers = self.buffers
         arguments = (
             _aligned(expert_output), output, buffers.inverse, buffers.peers, buffers.cells, buffers.counts,
-            self.status.data_ptr(), self.rank, int(self._deadline_s * 1e9),
+            self.status.data_ptr(), self.rank, int(self.deadline_s * 1e9),
         )  # fmt: skip
         kind = (reduced, output.data_ptr() % 16 == 0)
         options = self._combine_options | {"REDUCED": reduced}
@@ -307,14 +308,10 @@ class NvlinkDispatcher:
         reporter, absent = self.places.index(reporter), self.places.index(absent)
         peers = peers_of(self._group)
         name = peers.name if peers is not None else int
-        late = f"rank {name(absent)} did not come within {self._deadline_s:g} s; rank {name(reporter)} gave up first"
+        late = f"rank {name(absent)} did not come within {self.deadline_s:g} s; rank {name(reporter)} gave up first"
         if peers is not None:
             raise peers.absent(late, (absent,))
         raise RankAbsentError(f"{late}; call reset() on all ranks to go on", (absent,))
-
-    def set_deadline(self, deadline_s: float) -> None:
-        """Set the longest wait for a peer in later calls, in seconds; a graph keeps that of its capture."""
-        self._deadline_s = deadline_s
 
     def end_waits(self) -> None:
         """See `Dispatcher.end_waits`. By a copy: waiting kernels may leave no room for another kernel."""
@@ -330,8 +327,8 @@ class NvlinkDispatcher:
 
     def reset(self) -> None:
         """Start over after an error. Collective: all ranks of the process group must be alive."""
-        within(functools.partial(self._memory.synchronize, self.device), self._deadline_s)
-        self._memory.meet(self._deadline_s)
+        within(functools.partial(self._memory.synchronize, self.device), self.deadline_s)
+        self._memory.meet(self.deadline_s)
         self.buffers.mapped[: self.layout.scales].zero_()
         self.buffers.cells.copy_(torch.tensor(_FIRST_CELLS))
         self._leave_out([place for place in range(self.num_ranks) if place not in self.places])
@@ -357,17 +354,17 @@ class NvlinkDispatcher:
         """Clear the status after the buffers are zeroed, and wait until all ranks have done so."""
         self._memory.synchronize(self.device)
         self.status.zero_()
-        self._memory.meet(self._deadline_s)
+        self._memory.meet(self.deadline_s)
 
     def _warm_up(self) -> None:
         """Compile and load the kernels in a round without tokens, with a deadline long enough for that."""
-        deadline_s, self._deadline_s = self._deadline_s, max(self._deadline_s, 300.0)
+        deadline_s, self.deadline_s = self.deadline_s, max(self.deadline_s, 300.0)
         rows = torch.empty(0, self.hidden_size, dtype=torch.bfloat16, device=self.device)
         ids = torch.empty(0, self.top_k, dtype=torch.int32, device=self.device)
         route = self.route([0] * self.num_ranks)
         self.combine(rows, self.dispatch(route, rows, ids, ids.float()))
         self.check(wait=True)
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ class Exchange:
         limit = dispatcher.max_tokens_per_rank
         # A graph keeps the deadline of its capture.
         in_earnest = step.serving or (rows.is_cuda and torch.cuda.is_current_stream_capturing())
-        dispatcher.set_deadline(self.deadline_s if in_earnest else START_DEADLINE_S)
+        dispatcher.deadline_s = self.deadline_s if in_earnest else START_DEADLINE_S
         outputs = []
         for start in range(0, max(1, largest), limit):
             chunk = slice(start, start + limit)
