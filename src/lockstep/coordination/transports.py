@@ -111,13 +111,13 @@ class SharedMemoryTransport:
         awaited = [start // WORD_BYTES for start in self._starts[sequence & 1]]
         try:
             while received is None:
-                slept = lookout.pause()
+                lookout.pause()
                 while awaited and words[awaited[-1]] & _MASK == sequence:
                     awaited.pop()
-                if slept or not awaited:
+                if not awaited:
                     received = self._take()
-                if slept and received is None and len(whole := self._whole()) == self.num_ranks:
-                    received = list(whole.values())  # of unlike lengths: the ranks will report the difference
+                    if received is None and len(whole := self._whole()) == self.num_ranks:
+                        received = list(whole.values())  # of unlike lengths: a message, or other fields
         except LockstepError:  # of `check`
             raise
         except TimeoutError as error:

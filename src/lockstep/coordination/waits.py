@@ -43,8 +43,8 @@ class Lookout:
         self._started_ns = time.monotonic_ns()
         self._next_check_ns = _CHECK_S * 1e9
 
-    def pause(self) -> bool:
-        """Pause until the next poll; return whether that was a sleep. `TimeoutError` after the time limit."""
+    def pause(self) -> None:
+        """Pause until the next poll; `TimeoutError` after the time limit."""
         waited_ns = time.monotonic_ns() - self._started_ns
         if waited_ns >= self._timeout_s * 1e9:
             raise TimeoutError(f"no answer within {self._timeout_s:.3g} s")
@@ -54,10 +54,8 @@ class Lookout:
                 self._start()
         if waited_ns >= _YIELD_NS:
             time.sleep(min(max(_SLEEP_SHARE * waited_ns / 1e9, _SLEEP_S[0]), _SLEEP_S[1]))
-            return True
-        if waited_ns >= self._spin_ns:
+        elif waited_ns >= self._spin_ns:
             os.sched_yield()  # also to other threads; a sleep of 0 would take 60 us, the kernel's timer slack
-        return False
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, check: Callable[[], object] | None = None) -> None:
