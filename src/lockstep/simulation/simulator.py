@@ -62,6 +62,7 @@ class _Simulation:
         self.context_list = [0] * num_ranks
         self.total_decode = 0
         self.ends: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks in which a request ends
+        self.pages_are_limited = config.scheduler.num_kv_pages is not None
         self.page_visits: defaultdict[int, set[int]] = defaultdict(set)  # step -> ranks to visit because of their pages
         self.page_step: dict[int, int | None] = {}  # rank -> the only one of these steps that still counts
         self.heads: dict[int, int] = {}  # rank -> arrival step of its first prompt, where that could run
@@ -89,13 +90,14 @@ class _Simulation:
     def run(self) -> SimulationResult:
         config, cost, sink = self.config, self.config.cost, self.sink
         in_steps, chunk_size = config.clock == "steps", config.chunk_size
+        rank_of, arrivals, count = self.rank_of, self.arrivals, len(self.arrivals)
         step = 0
-        while len(self.rank_of) < len(self.requests) or self.num_unfinished:
+        while len(rank_of) < count or self.num_unfinished:
             run_prefills = self._prefills_run(step)
             visited = self.ends.pop(step, set())
             if step in self.page_visits:
                 visited.update(rank for rank in self.page_visits.pop(step) if self.page_step[rank] == step)
-            if len(self.rank_of) < len(self.requests):
+            if len(rank_of) < count and (arrivals[len(rank_of)] <= self.clock or not self.num_unfinished):
                 visited |= self._arrive(step)
             if run_prefills:  # other ranks with prompts have to wait for a seat or for pages
                 visited.update(self.heads)
@@ -108,7 +110,8 @@ class _Simulation:
             sink.cells["decode_context_tokens"][slot] = self.context_base
             schedules = [(rank, self._visit(rank, step, slot, run_prefills)) for rank in visited]
             own_us, longest, num_rows = self._work(step, schedules)
-            step_us = cost.step_time_us(own_us, longest, num_rows, num_chunks(longest, chunk_size), config.num_ranks)
+            chunks = 1 if chunk_size is None else num_chunks(longest, chunk_size)
+            step_us = cost.step_time_us(own_us, longest, num_rows, chunks, config.num_ranks)
             started_s = sink.start_s[slot] = self.now_s
             sink.duration_s[slot] = step_us * 1e-6
             self.now_s += step_us * 1e-6
@@ -137,16 +140,14 @@ class _Simulation:
         return bool(heads) and (len(heads) == self.config.num_ranks or step - min(heads.values()) >= delay)
 
     def _arrive(self, step: int) -> set[int]:
-        """Assign the requests that are due, when all ranks are idle at least one; return their ranks."""
+        """Assign the requests that are due, or if none is the next ones; return their ranks."""
         first = last = len(self.rank_of)
         in_steps = self.config.clock == "steps"
-        if not self.num_unfinished and self.arrivals[first] > self.clock:
+        if self.arrivals[first] > self.clock:
             self.clock = self.arrivals[first]
             self.now_s = self.now_s if in_steps else self.clock
         while last < len(self.arrivals) and self.arrivals[last] <= self.clock:
             last += 1
-        if first == last:
-            return set()
         policy = self.config.scheduler.load_balancing
         loads = self.outstanding_base - step * self.decode if policy == "least-tokens" else self.kv_tokens
         ranks = self.balancer.assign_by_load(self.requests[first:last], loads.tolist())
@@ -202,15 +203,16 @@ class _Simulation:
             if decode_us:
                 own_us = float(((token_us + decode_us * step) * self.decode + decode_us * self.context_base).max())
         num_rows = self.total_decode
-        prompts = [(rank, schedule) for rank, schedule in schedules if schedule.num_prefill_tokens]
-        for _, schedule in prompts:
-            num_rows += schedule.num_prefill_tokens
-            longest = max(longest, schedule.num_tokens)
-            contexts = schedule.decode_context_tokens, schedule.prefill_context_tokens
-            own_us = max(own_us, cost.own_us(schedule.num_tokens, schedule.num_decode_tokens, *contexts))
+        for _, schedule in schedules:
+            if schedule.num_prefill_tokens:
+                rows, decode = schedule.num_tokens, schedule.num_decode_tokens
+                num_rows += schedule.num_prefill_tokens
+                longest = max(longest, rows)
+                contexts = schedule.decode_context_tokens, schedule.prefill_context_tokens
+                own_us = max(own_us, cost.own_us(rows, decode, *contexts))
         if config.row_shapes != "ragged":
             tokens = self.decode.copy()
-            for rank, schedule in prompts:
+            for rank, schedule in schedules:
                 tokens[rank] += schedule.num_prefill_tokens
             num_rows += int(filler_rows(tokens[None], config.chunk_size, config.row_shapes).sum())
         return own_us, longest, num_rows
@@ -248,8 +250,9 @@ class _Simulation:
         self.num_unfinished -= len(schedule.finished)
         state = scheduler.state()
         self._set_decode(rank, state.num_decoding, scheduler.decode_context_base)
-        self.outstanding_base[rank] = state.num_outstanding_tokens + (step + 1) * state.num_decoding
-        self.kv_tokens[rank] = state.num_kv_tokens
+        if self.config.scheduler.load_balancing != "round-robin":
+            self.outstanding_base[rank] = state.num_outstanding_tokens + (step + 1) * state.num_decoding
+            self.kv_tokens[rank] = state.num_kv_tokens
         self.num_waiting[rank] = schedule.num_waiting
         (self.queued.add if schedule.num_waiting else self.queued.discard)(rank)
         (self.kv_waiting.add if schedule.num_waiting_for_kv else self.kv_waiting.discard)(rank)
@@ -258,11 +261,12 @@ class _Simulation:
             self.heads[rank] = step + 1 - state.prefill_wait_steps
         else:
             self.heads.pop(rank, None)
-        # A rank whose first prompt can run is visited in the next step anyway, where prompts are never held.
-        is_visited = can_run and not self.config.scheduler.max_prefill_delay_steps
-        at = self.page_step[rank] = None if is_visited else scheduler.pages_change_at()
-        if at is not None:
-            self.page_visits[at].add(rank)
+        # If prompts are never held, a rank whose first prompt can run is visited in the next step anyway.
+        if self.pages_are_limited:
+            is_visited = can_run and not self.config.scheduler.max_prefill_delay_steps
+            at = self.page_step[rank] = None if is_visited else scheduler.pages_change_at()
+            if at is not None:
+                self.page_visits[at].add(rank)
 
     def _result(self, num_steps: int) -> SimulationResult:
         sink, requests, num_ranks, now_s = self.sink, self.requests, self.config.num_ranks, self.now_s

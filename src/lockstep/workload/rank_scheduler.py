@@ -121,15 +121,15 @@ class RankScheduler:
                 entries.append(StepEntry(request_id, start, 1, False, True, step == sequence.last_step))
         self._outstanding -= num_decode
         num_prefill, prefill_context, held = 0, 0, False
-        if run_prefills:
+        if not run_prefills:
+            held = self._prompt_can_run(0)
+        elif self._partial is not None or self._waiting:
             prompts = self._run_prefills(step, self._config.max_num_batched_tokens - num_decode)
             for entry in prompts:
                 num_prefill += entry.num_tokens
                 prefill_context += entry.num_tokens * (2 * entry.start + entry.num_tokens + 1) // 2
             self._outstanding -= num_prefill
             entries += prompts
-        else:
-            held = self._prompt_can_run(0)
         hits, filled, self._hits, self._filled = self._hits, self._filled, [], []
         forgotten = self.pages.take_forgotten()
         for keys in filled:
