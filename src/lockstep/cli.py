@@ -115,12 +115,11 @@ def run(
     require("numpy", "transformers", "safetensors", *(["prometheus_client"] if metrics_port is not None else []))
     from lockstep.commands.run import execute
     from lockstep.runner.options import RunOptions
-    from lockstep.workload import SchedulerConfig, WorkloadOptions
+    from lockstep.workload import WorkloadOptions
 
     given |= {"out": str(out or ""), "keep_logprobs": verify}
     given["length_scale"] = length_scale or (0.05 if model == "tiny" else 1.0)
     given["workload_options"] = opt.fill(WorkloadOptions, given)
-    given["scheduler"] = opt.fill(SchedulerConfig, given)
     raise typer.Exit(opt.fill(execute, given, options=opt.fill(RunOptions, given), arguments=sys.argv[1:]))
 
 
@@ -189,7 +188,7 @@ def serve(
         "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "numpy", "transformers", "safetensors"
     )
     from lockstep.commands.serve import execute, read_api_key
-    from lockstep.runner.ranks import EngineOptions
+    from lockstep.runner.options import EngineOptions
     from lockstep.serve.options import ServeOptions
 
     engine = opt.fill(EngineOptions, given)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 
 from lockstep.models.tiny import make_tiny
-from lockstep.runner.ranks import EngineOptions
+from lockstep.runner.options import EngineOptions
 from lockstep.testing import run_ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "engine.md"

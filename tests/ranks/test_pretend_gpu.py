@@ -165,10 +165,11 @@ def _a_lost_rank(rank, folder):
     from lockstep.coordination.groups import parallel_config
     from lockstep.models.experts_modules import find_experts
     from lockstep.models.options import ParallelOptions
-    from lockstep.models.parallel import ModelParallel, parallel_of
+    from lockstep.models.parallel import ModelParallel
     from lockstep.models.respread import Respreader
     from lockstep.moe.survivors import placement_of_epoch, widened
-    from lockstep.runner.ranks import engine_of_epoch, join_group, leave_groups
+    from lockstep.runner.options import EngineOptions
+    from lockstep.runner.ranks import join_group, leave_groups, make_engine
 
     first = widened(Placement.even(2, 8, 3), 1)
     options = ParallelOptions(dispatcher="nvlink", deadline_s=100, max_chunk_size_per_rank=24)
@@ -176,7 +177,7 @@ def _a_lost_rank(rank, folder):
     respreader = Respreader(folder, options, stores[0], dtype=torch.bfloat16)
     model = put_on_gpu(load_pretrained(folder, dtype=torch.bfloat16, ep_rank=rank, ep_size=3, placement=first))
     attach(ModelParallel(model, parallel_config(dist.group.WORLD, 1), dist.group.WORLD, options))
-    config = SchedulerConfig(**(LIMITS | {"max_num_batched_tokens": 24, "max_num_seqs": 2}))
+    limits = EngineOptions(folder, max_model_len=256, **(LIMITS | {"max_num_batched_tokens": 24, "max_num_seqs": 2}))
     engines, found = [], []
     addresses, captured = [], 0
     for epoch, members in enumerate([(0, 1, 2), (0, 2)]):
@@ -188,8 +189,7 @@ def _a_lost_rank(rank, folder):
         placement = placement_of_epoch(first, [members] if epoch else [])
         respreader.spread(model, placement, members)
         put_on_gpu(model)
-        parallel_of(model).open()
-        engine = engine_of_epoch(engines, model, config, max_model_len=256)
+        engine = make_engine(model, limits, engines)
         while engine.capture_ahead():
             assert not epoch
         captured = captured or graphs()[0]

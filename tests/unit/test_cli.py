@@ -20,7 +20,7 @@ def python(code, *arguments):
 def test_choices_are_the_names_that_the_library_knows():
     from lockstep.dispatch.choose import dispatcher_names
     from lockstep.runner.clock import CLOCKS
-    from lockstep.runner.ranks import DTYPES
+    from lockstep.runner.options import DTYPES
     from lockstep.simulation.config import ROW_SHAPES
     from lockstep.workload.policies import LOAD_BALANCING
 

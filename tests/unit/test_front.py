@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.runner.front import Front, NewRequest
-from lockstep.runner.ranks import EngineOptions
+from lockstep.runner.options import EngineOptions
 from lockstep.runner.router import Router
 from lockstep.workload.policies import SchedulerState
 

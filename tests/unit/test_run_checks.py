@@ -11,7 +11,7 @@ import torch
 
 from lockstep import ConfigurationError, Engine
 from lockstep.models.tiny import byte_tokenizer, make_tiny
-from lockstep.runner.ranks import EngineOptions
+from lockstep.runner.options import EngineOptions
 
 
 @pytest.fixture(scope="module")

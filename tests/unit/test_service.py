@@ -16,7 +16,7 @@ from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError, PeerFailedError
 from lockstep.models.tiny import byte_tokenizer
 from lockstep.runner.front import EngineStats, NewRequest
-from lockstep.runner.ranks import EngineOptions
+from lockstep.runner.options import EngineOptions
 from lockstep.serve.answers import Form, Piece, Stream
 from lockstep.serve.errors import ApiError
 from lockstep.serve.options import ServeOptions

@@ -54,7 +54,7 @@ def execute(
     """Check, run, verify and write everything; return 0, or 1 if outputs differ. Ends the process if interrupted."""
     rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
     _log_as(rank)
-    from lockstep.runner.checkpoint_checks import placement_of
+    from lockstep.runner.options import placement_of
 
     console = Terminal(stderr=True)
     _check(options, console)
@@ -142,7 +142,6 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
 
 def _check(options: RunOptions, console: Console) -> None:
     """Report impossible options before starting ranks or creating a folder, cheapest checks first."""
-    options.check_survive()
     if "RANK" in os.environ:
         refuse_survivors_under_torchrun(survive=options.survive, restart_ranks=options.restart_ranks)
     if options.expert_load and options.world_size == 1:
@@ -168,7 +167,7 @@ def _check(options: RunOptions, console: Console) -> None:
             RunMetrics(options.metrics_port).close()
         if trace.left_out:
             console.print(trace.left_out, style="yellow", soft_wrap=True)
-    from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
+    from lockstep.runner.options import check_checkpoint, check_config, placement_of
 
     if options.model != "tiny":
         check_checkpoint(options.model)

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from lockstep.errors import ConfigurationError
 from lockstep.report.terminal import Terminal, plain
-from lockstep.runner.checkpoint_checks import check_checkpoint
 from lockstep.runner.engine import Engine
-from lockstep.runner.ranks import EngineOptions, describe, find_tokenizer
+from lockstep.runner.options import EngineOptions, check_checkpoint
+from lockstep.runner.ranks import describe, find_tokenizer
 from lockstep.serve.options import ServeOptions
 from lockstep.serve.server import open_socket, serve
 from lockstep.serve.service import Service

@@ -16,12 +16,17 @@ from lockstep.coordination.environment import environment_number
 from lockstep.coordination.processes import ProcessState
 from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
-from lockstep.runner.checkpoint_checks import check_checkpoint, check_config, placement_of
 from lockstep.runner.front import Call, EngineStats, Front, Listener, NewRequest, Outputs
-from lockstep.runner.options import refuse_survivors_under_torchrun
+from lockstep.runner.options import (
+    EngineOptions,
+    check_checkpoint,
+    check_config,
+    placement_of,
+    refuse_survivors_under_torchrun,
+)
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.rank_processes import RankProcesses
-from lockstep.runner.ranks import EngineOptions, describe, detokenizer_of, find_tokenizer
+from lockstep.runner.ranks import describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
 
 logger = logging.getLogger(__name__)
@@ -58,7 +63,7 @@ class Engine:
     Args:
         model: a checkpoint's folder or Hub id.
         data_parallel_size: ranks with requests of their own, >= 1; 1 by default, under torchrun all there are.
-        **options: see `EngineOptions` and `ModelOptions`.
+        **options: see `EngineOptions` and `EngineOptions`.
 
     Attributes:
         options: of this engine.

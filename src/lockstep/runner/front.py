@@ -16,11 +16,11 @@ from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
 from lockstep.runner.failures import rank_names
 from lockstep.runner.losses import Losses, patience_with
+from lockstep.runner.options import EngineOptions
 from lockstep.runner.own_rank import OwnRank
 from lockstep.runner.processes import LOOK_S
 from lockstep.runner.rank_loop import as_request
 from lockstep.runner.rank_processes import RankProcesses
-from lockstep.runner.ranks import EngineOptions
 from lockstep.runner.router import Entry, Router
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
 from lockstep.runner.failures import failure_of, rank_names
 from lockstep.runner.losses import Losses, patience_with
-from lockstep.runner.options import ModelOptions
+from lockstep.runner.options import EngineOptions
 from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def launch(
     limit_s: float | None = None,
     deadline_s: float = 30.0,
     preload: Sequence[str] = PRELOAD,
-    survivors: ModelOptions | None = None,
+    survivors: EngineOptions | None = None,
 ) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
@@ -66,7 +66,7 @@ def launch(
 
 
 def _launch_once(
-    num_ranks: int, restarts: int, work: tuple[float, Callable[..., Any], tuple[Any, ...], ModelOptions | None],
+    num_ranks: int, restarts: int, work: tuple[float, Callable[..., Any], tuple[Any, ...], EngineOptions | None],
     limit_s: float | None, preload: Sequence[str],
 ) -> Any:  # fmt: skip
     said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
@@ -154,7 +154,7 @@ def _begin_epoch(ranks: Ranks, losses: Losses) -> tuple[int, ...] | None:
 
 def _rank_main(
     connection: Connection, rank: int, num_ranks: int, port: int, deadline_s: float, function: Callable[..., Any],
-    args: tuple[Any, ...], survivors: ModelOptions | None, first_epoch: int = 0,
+    args: tuple[Any, ...], survivors: EngineOptions | None, first_epoch: int = 0,
 ) -> None:  # fmt: skip
     from lockstep.runner.member import Member
     from lockstep.runner.ranks import join_group, open_store

@@ -18,7 +18,7 @@ from lockstep.moe.survivors import placement_of_epoch, widened
 from lockstep.runner import ranks
 from lockstep.runner.failures import failure_of
 from lockstep.runner.losses import WHEREABOUTS
-from lockstep.runner.options import ModelOptions
+from lockstep.runner.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Member:
     """
 
     def __init__(
-        self, rank: int, options: ModelOptions, port: int, start_timeout_s: float,
+        self, rank: int, options: EngineOptions, port: int, start_timeout_s: float,
         say: Callable[[dict[str, Any]], None], first_epoch: int = 0,
     ) -> None:  # fmt: skip
         self.rank, self.epoch, self.returns = rank, 0, first_epoch > 0

@@ -9,8 +9,8 @@ from typing import Any
 from lockstep.coordination.processes import ProcessState
 from lockstep.errors import ConfigurationError
 from lockstep.runner.mailbox import Mailbox
+from lockstep.runner.options import EngineOptions
 from lockstep.runner.processes import OnMessage
-from lockstep.runner.ranks import EngineOptions
 
 
 class OwnRank:

@@ -13,8 +13,9 @@ from lockstep.runner.failures import failure_of
 from lockstep.runner.launcher import PRELOAD, loopback_store, rank_environment
 from lockstep.runner.mailbox import ConnectionMailbox
 from lockstep.runner.member import Member
+from lockstep.runner.options import EngineOptions
 from lockstep.runner.processes import OnMessage, Ranks
-from lockstep.runner.ranks import EngineOptions, detokenizer_of, find_tokenizer, make_engine
+from lockstep.runner.ranks import detokenizer_of, find_tokenizer, make_engine
 
 _STOP_S = 10.0
 _LAST_WORDS_S = 5.0

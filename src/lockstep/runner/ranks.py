@@ -3,87 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from lockstep.dispatch.choose import check_dispatcher
 from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
-from lockstep.metadata.sizes import check_int
-from lockstep.models.options import QUANTIZE_EXPERTS
-from lockstep.runner.options import ModelOptions
-from lockstep.workload import SchedulerConfig
-from lockstep.workload.policies import LOAD_BALANCING
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(ModelOptions):
-    """Options of an engine, in addition to `ModelOptions`; the same on every rank.
-
-    Attributes:
-        max_num_seqs: maximum requests per rank at a time, >= 1.
-        max_num_batched_tokens: maximum rows per rank and step, >= 1.
-        kv_capacity_tokens: tokens of KV cache per rank; None for as many as fit into memory.
-        enable_prefix_caching: compute whole pages of shared prompt prefixes only once.
-        max_prefill_delay_steps: steps that a prompt may wait for prompts of other ranks.
-        load_balancing: which rank gets a request, one of `lockstep.workload.policies.LOAD_BALANCING`.
-        start_timeout_s: longest wait for all ranks to have loaded the model, in seconds.
-        graphs: run decoding as CUDA graphs where possible.
-
-    Raises:
-        ConfigurationError: invalid sizes or names.
-    """
-
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    kv_capacity_tokens: int | None = None
-    enable_prefix_caching: bool = True
-    max_prefill_delay_steps: int = 0
-    load_balancing: str = "least-tokens"
-    start_timeout_s: float = 600.0
-    graphs: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("data_parallel_size", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
-            check_int(name, getattr(self, name), 1)
-        for name in ("max_model_len", "max_chunk_size", "kv_capacity_tokens"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
-        for name in ("max_prefill_delay_steps", "num_redundant_experts", "survive", "restart_ranks"):
-            check_int(name, getattr(self, name), 0)
-        self.check_survive()
-        for name, most in (("gpu_memory_utilization", 1.0), ("deadline_s", math.inf), ("start_timeout_s", math.inf)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value <= most or value == math.inf:
-                limit = f"in (0, {most:g}]" if most < math.inf else "> 0"
-                raise ConfigurationError(f"{name} must be a number {limit}, got {value!r:.80}")
-        for name in ("graphs", "enable_prefix_caching"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
-        check_dispatcher(self.dispatcher)
-        for name, names in (
-            ("dtype", ("auto", *DTYPES)), ("load_balancing", LOAD_BALANCING), ("quantize_experts", QUANTIZE_EXPERTS),
-        ):  # fmt: skip
-            if getattr(self, name) not in names:
-                raise ConfigurationError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r:.80}")
-        self.scheduler()
-
-    def scheduler(self) -> SchedulerConfig:
-        """Return how requests become steps."""
-        return SchedulerConfig(
-            load_balancing=self.load_balancing,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_prefill_delay_steps=self.max_prefill_delay_steps,
-            kv_capacity_tokens=self.kv_capacity_tokens,
-            enable_prefix_caching=self.enable_prefix_caching,
-        )
+from lockstep.runner.options import EngineOptions, placement_of
 
 
 def open_store(port: int, timeout_s: float) -> Any:
@@ -120,7 +46,7 @@ def leave_groups(model: Any) -> None:
     abandon_groups()
 
 
-def load_model(options: ModelOptions, *, count_expert_load: bool = False) -> Any:
+def load_model(options: EngineOptions, *, count_expert_load: bool = False) -> Any:
     """Load the model on this rank. Collective."""
     from lockstep.models.huggingface import from_pretrained
 
@@ -134,7 +60,7 @@ def load_model(options: ModelOptions, *, count_expert_load: bool = False) -> Any
     )
 
 
-def respreader_of(options: ModelOptions, store: Any, count_expert_load: bool) -> Any:
+def respreader_of(options: EngineOptions, store: Any, count_expert_load: bool) -> Any:
     """Return the `Respreader` of the model that `load_model` loads; `store` is that of the launcher."""
     from lockstep.models.options import ParallelOptions
     from lockstep.models.respread import Respreader
@@ -144,9 +70,7 @@ def respreader_of(options: ModelOptions, store: Any, count_expert_load: bool) ->
     return Respreader(options.model, over_ranks, store, **how_loaded)
 
 
-def _over_ranks(options: ModelOptions, count_expert_load: bool) -> dict[str, Any]:
-    from lockstep.runner.checkpoint_checks import placement_of
-
+def _over_ranks(options: EngineOptions, count_expert_load: bool) -> dict[str, Any]:
     return {
         "max_chunk_size_per_rank": options.max_chunk_size,
         "dispatcher": options.dispatcher,
@@ -156,7 +80,7 @@ def _over_ranks(options: ModelOptions, count_expert_load: bool) -> dict[str, Any
     }
 
 
-def torch_dtype(options: ModelOptions) -> Any:
+def torch_dtype(options: EngineOptions) -> Any:
     """Return the dtype that the options name, or `auto`."""
     import torch
 
@@ -164,33 +88,30 @@ def torch_dtype(options: ModelOptions) -> Any:
 
 
 def make_engine(model: Any, options: EngineOptions, engines: list[Any]) -> Any:
-    """Open the groups of a model that `load_model` has loaded, and return its `engine_of_epoch`. Collective."""
-    from lockstep.models.parallel import parallel_of
+    """Open the groups of a model and return its `RankEngine`: that of the epoch before, in `engines`, if it can go on.
 
-    if (parallel := parallel_of(model)) is not None:
-        parallel.open()
-    return engine_of_epoch(
-        engines,
-        model,
-        options.scheduler(),
-        max_model_len=options.max_model_len,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        eos_token_ids=eos_token_ids(model),
-        graphs=options.graphs,
-    )
-
-
-def engine_of_epoch(engines: list[Any], model: Any, config: SchedulerConfig, **settings: Any) -> Any:
-    """Return the `RankEngine` of the epoch before if it can go on, else a new one; `engines` keeps it for the next."""
+    Collective.
+    """
     from lockstep.engine.rank_engine import RankEngine
     from lockstep.models.parallel import parallel_of
 
     parallel = parallel_of(model)
+    if parallel is not None:
+        parallel.open()
     if engines and parallel is not None and parallel.goes_on:
         engines[0].go_on(parallel)
     else:
         engines.clear()  # before the next one needs its memory
-        engines.append(RankEngine(model, config, **settings))
+        engines.append(
+            RankEngine(
+                model,
+                options.scheduler,
+                max_model_len=options.max_model_len,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                eos_token_ids=eos_token_ids(model),
+                graphs=options.graphs,
+            )
+        )
     return engines[0]
 
 

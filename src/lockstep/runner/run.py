@@ -23,7 +23,7 @@ from lockstep.runner.launcher import RESTARTS_VARIABLE
 from lockstep.runner.member import Member
 from lockstep.runner.options import RunOptions
 from lockstep.runner.parts import Notes, Parts, whole_steps
-from lockstep.runner.ranks import engine_of_epoch, load_model, load_tokenizer
+from lockstep.runner.ranks import load_model, load_tokenizer, make_engine
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 from lockstep.workload.kv_pages import token_page_keys
@@ -115,11 +115,7 @@ def run_rank(
 
     def work(model: Any) -> dict[str, Any]:
         check_requests(requests, options.model, model.config, tokenizer, options.seed, options.max_model_len)
-        parallel = parallel_of(model)
-        if parallel is not None:
-            parallel.open()
-        settings = {"max_model_len": options.max_model_len, "gpu_memory_utilization": options.gpu_memory_utilization}
-        engine = engine_of_epoch(engines, model, options.scheduler, **settings)
+        engine = make_engine(model, options, engines)
         run = _Run(options, model, engine, tokenizer, requests, member)
         if on_ready is not None and run.place == 0:
             on_ready(run.engine.about())
@@ -128,8 +124,8 @@ def run_rank(
             run.loop(on_progress)
             wall_s = time.perf_counter() - started
         result = run.merge(wall_s)
-        if parallel is not None:
-            parallel.close()
+        if engine.parallel is not None:
+            engine.parallel.close()
         return result
 
     if member is not None:
