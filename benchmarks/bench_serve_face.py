@@ -24,7 +24,7 @@ import lockstep.runner.engine as runner
 from bench_serve import CLIENT, drive_server
 from lockstep import Engine, SamplingParams
 from lockstep.models.tiny import make_tiny
-from lockstep.runner.rank_processes import RankProcesses
+from lockstep.runner.engine_ranks import RankProcesses
 from lockstep.serve.options import ServeOptions
 from lockstep.workload import SchedulerState
 from serve_client import Answer, allow_files

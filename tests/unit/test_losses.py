@@ -10,8 +10,7 @@ from lockstep.coordination.groups import abandon_groups
 from lockstep.coordination.meeting import Whereabouts
 from lockstep.coordination.membership import asked_to_stop, await_members, publish
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError
-from lockstep.runner.failures import failure_of
-from lockstep.runner.losses import WHEREABOUTS, Losses
+from lockstep.runner.losses import WHEREABOUTS, Losses, failure_of
 
 DIED = {"failed": "died", "why": "its process was ended by signal 9 (SIGKILL)", "exit_code": -9}
 

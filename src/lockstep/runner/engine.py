@@ -16,6 +16,7 @@ from lockstep.coordination.environment import environment_number
 from lockstep.coordination.processes import ProcessState
 from lockstep.engine.sampling_params import Limits, SamplingParams
 from lockstep.errors import ConfigurationError
+from lockstep.runner.engine_ranks import OwnRank, RankProcesses
 from lockstep.runner.front import Call, EngineStats, Front, Listener, NewRequest, Outputs
 from lockstep.runner.options import (
     EngineOptions,
@@ -24,8 +25,6 @@ from lockstep.runner.options import (
     placement_of,
     refuse_survivors_under_torchrun,
 )
-from lockstep.runner.own_rank import OwnRank
-from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.ranks import describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
 

@@ -14,13 +14,11 @@ from typing import Any, Protocol
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
-from lockstep.runner.failures import rank_names
+from lockstep.runner.engine_ranks import OwnRank, RankProcesses
 from lockstep.runner.losses import Losses, patience_with
 from lockstep.runner.options import EngineOptions
-from lockstep.runner.own_rank import OwnRank
-from lockstep.runner.processes import LOOK_S
+from lockstep.runner.processes import LOOK_S, rank_names
 from lockstep.runner.rank_loop import as_request
-from lockstep.runner.rank_processes import RankProcesses
 from lockstep.runner.router import Entry, Router
 
 

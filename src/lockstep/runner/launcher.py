@@ -10,10 +10,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
-from lockstep.runner.failures import failure_of, rank_names
-from lockstep.runner.losses import Losses, patience_with
+from lockstep.runner.losses import Losses, failure_of, patience_with
 from lockstep.runner.options import EngineOptions
-from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks
+from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks, rank_names
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from lockstep.coordination.waits import within
 from lockstep.errors import LockstepError, PeerFailedError, RankAbsentError
 from lockstep.moe.survivors import placement_of_epoch, widened
 from lockstep.runner import ranks
-from lockstep.runner.failures import failure_of
-from lockstep.runner.losses import WHEREABOUTS
+from lockstep.runner.losses import WHEREABOUTS, failure_of
 from lockstep.runner.options import EngineOptions
 
 logger = logging.getLogger(__name__)

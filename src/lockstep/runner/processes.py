@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import current_process, spawn
@@ -30,7 +30,6 @@ from typing import Any, Self
 
 from lockstep.coordination.processes import ProcessIdentity, ProcessState, pid_namespace
 from lockstep.errors import LockstepError, RankAbsentError
-from lockstep.runner.failures import rank_names
 
 OnMessage = Callable[[int, dict[str, Any]], None]
 
@@ -190,6 +189,12 @@ def _end_reading(connection: socket.socket) -> None:
     """Let reads end with what has come so far."""
     with connection, contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RD)
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, or `ranks 0, 3`."""
+    numbers = ", ".join(map(str, sorted(ranks)))
+    return f"rank{'s' * (',' in numbers)} {numbers}"
 
 
 def how_it_ended(code: int | None) -> str:
