@@ -62,14 +62,11 @@ def read_replay(run_folder: Path, cost: CostConstants) -> Replay:
         raise ConfigurationError(f"the ranks of {run_folder} were started again: such a run cannot be planned again")
     path = run_folder / "summary.json"
     summary = json_object(path, path.read_bytes())
-    num_ranks, tensor_parallel_size = (
-        _whole(path, summary, name, 1) for name in ("data_parallel_size", "tensor_parallel_size")
-    )
+    num_ranks = _whole(path, summary, "data_parallel_size", 1)
+    tensor_parallel_size = _whole(path, summary, "tensor_parallel_size", 1)
     if summary.get("clock", "steps") != "steps":
-        why = (
-            f"was run with --clock {summary['clock']!s:.20}: when its requests arrived depended on the machine's speed"
-        )
-        raise ConfigurationError(f"{run_folder} {why}, so it cannot be planned again; use a run with --clock steps")
+        why = "arrivals depended on the machine's speed; use a run with --clock steps"
+        raise ConfigurationError(f"{run_folder} was run with --clock {summary['clock']!s:.20}: {why}")
     scheduler = summary.get("scheduler")
     if not isinstance(scheduler, dict):
         raise ConfigurationError(f"{path}: scheduler is missing: this run cannot be planned again")

@@ -30,10 +30,10 @@ def simulate(
     on_progress: Callable[[float], None] = lambda share: None, max_report_cells: int = 1_000_000,
     stops: Mapping[int, Stop] | None = None, buffer_cells: int = 400_000,
 ) -> SimulationResult:  # fmt: skip
-    """Simulate a workload, in order of arrival, to its end; `on_progress` is told the share of all rows now and then.
+    """Simulate a workload, in order of arrival, to its end; `on_progress` receives the share of rows done.
 
     Memory does not grow beyond a report of `max_report_cells` and buffers of `buffer_cells` (step x rank). `stops` are
-    requests that end before their last token, by their ids: those of a recorded run, see `read_replay`.
+    the requests of a recorded run that ended before their last token, by id, see `read_replay`.
     """
     config.scheduler.check_fits(requests)
     total_rows = sum(request.num_computed_tokens for request in requests)  # without those that are preempted

@@ -75,7 +75,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Simulate every configuration in `workers` processes, by default one per core, and return the `summary` of each.
 
-    `on_progress` is told now and then how many are done, parts of them counted too.
+    `on_progress` receives the number of simulations done, fractions included, at least every half second.
     """
     workers = min(workers or os.cpu_count() or 1, len(configs))
     if workers <= 1:

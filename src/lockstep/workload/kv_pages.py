@@ -50,7 +50,7 @@ class KVPages:
         return self._takers[step % PAGE_SIZE]
 
     def take(self, count: int) -> None:
-        """Use up free pages; if no others are left, forget known ones that nobody holds."""
+        """Use up free pages. If no others are left, known pages that nobody holds are forgotten."""
         assert count <= self.num_free
         self.num_free -= count
         while len(self._unheld) > self.num_free:
@@ -107,7 +107,7 @@ class KVPages:
             self._holders[key] = self._holders.get(key, 0) + 1
 
     def fill(self, keys: Sequence[PageKey]) -> None:
-        """Note that a request has filled pages, which it holds; it gives its own back for equal known ones."""
+        """Note that a request has filled pages, which it now holds; duplicates of known pages are freed."""
         self.num_free += sum(key in self._holders or key in self._unheld for key in keys)
         self.hold(keys)
 

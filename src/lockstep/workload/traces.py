@@ -87,7 +87,7 @@ class WorkloadOptions:
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """What no trace exceeds. A file that does was made to fill a memory, or is something else."""
+    """Limits that no real trace exceeds. A file beyond them was made to exhaust memory, or is no trace."""
 
     line_bytes: int = 16 * 2**20  # of one line
     cell_lines: int = 1000  # of one quoted cell
@@ -172,7 +172,7 @@ def _numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str |
     """Yield `(line number, text)`; a line that cannot be decoded, or an archive that breaks off, yields its error."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        # Every rank reads the workload for itself, and so does the comparison: what can be read once is no workload.
+        # Every rank reads the workload, and the check of outputs reads it again: a pipe can be read only once.
         raise ConfigurationError(f"{path} is a pipe or a device: a workload is read several times, from a file")
     with path.open("rb") as raw:
         start = raw.read(6)
@@ -190,7 +190,7 @@ def _numbered_lines(path: Path, limits: ReadLimits) -> Iterator[tuple[int, str |
                 yield number + 1, LineError(f"the gzip data ends or breaks here ({error})")
                 return
             except OSError as error:
-                error.filename = str(path)  # of a read the system does not say where
+                error.filename = str(path)  # which the system does not name when a read fails
                 raise
             if not line:
                 return
