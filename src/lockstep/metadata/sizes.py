@@ -41,12 +41,9 @@ def shown(value: object, most: int = 200) -> str:
 
 
 def check_int(
-    name: str,
-    value: object,
-    minimum: int = 0,
-    maximum: int | None = INT32_MAX,
+    name: str, value: object, minimum: int = 0, maximum: int | None = INT32_MAX,
     error: type[LockstepError] = ConfigurationError,
-) -> int:
+) -> int:  # fmt: skip
     """Return `value` as a plain `int` in `minimum..maximum`; None is no upper limit."""
     number = as_plain_int(value)
     if number is None:

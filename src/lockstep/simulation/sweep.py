@@ -68,11 +68,9 @@ def setting(config: SimulationConfig) -> dict[str, Any]:
 
 
 def sweep(
-    requests: Sequence[Request],
-    configs: Sequence[SimulationConfig],
-    workers: int | None = None,
+    requests: Sequence[Request], configs: Sequence[SimulationConfig], workers: int | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Simulate every configuration in `workers` processes, by default one per core, and return the `summary` of each.
 
     `on_progress` receives the number of simulations done, fractions included, at least every half second.

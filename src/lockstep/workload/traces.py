@@ -121,11 +121,9 @@ class Trace:
 
 
 def load_trace(
-    path: str | Path,
-    options: WorkloadOptions | None = None,
-    count_tokens: Callable[[str], int] | None = None,
+    path: str | Path, options: WorkloadOptions | None = None, count_tokens: Callable[[str], int] | None = None,
     limits: ReadLimits | None = None,
-) -> Trace:
+) -> Trace:  # fmt: skip
     """Read a request trace, sorted by arrival (ties keep the file's order), the first request at 0 s.
 
     `count_tokens` gives the length of a prompt given as text, by default its UTF-8 bytes, as a byte tokenizer does.
