@@ -48,15 +48,11 @@ def test_from_pretrained_calls_us_in_the_three_places(tiny):
         assert not info.missing_keys and not info.mismatched_keys and not info.conversion_errors
         seen.append("loaded")
 
-    def on_finished(model, info):
-        assert info.unexpected_keys == set()
-        seen.append("finished")
-
     own = internals.sharding_class(
-        Qwen3MoeForCausalLM, distribute=distribute, on_loaded=on_loaded, on_finished=on_finished, local_parameters_of=[]
+        Qwen3MoeForCausalLM, distribute=distribute, on_loaded=on_loaded, local_parameters_of=[]
     )
     loaded = own.from_pretrained(tiny, distributed_config=internals.no_distribution())
-    assert seen == ["distribute", "loaded", "finished"]
+    assert seen == ["distribute", "loaded"]
     assert (own.__name__, own.__module__) == (Qwen3MoeForCausalLM.__name__, Qwen3MoeForCausalLM.__module__)
     assert isinstance(loaded, Qwen3MoeForCausalLM)
 
@@ -75,7 +71,7 @@ def test_a_module_that_holds_parts_shows_its_own_part():
             pass
 
     names = []
-    options = {"distribute": print, "on_loaded": print, "on_finished": print, "local_parameters_of": names}
+    options = {"distribute": print, "on_loaded": print, "local_parameters_of": names}
     made = internals.sharding_class(Base, **options)()
     assert made.get_parameter("inner.weight").shape == (4, 1)
     names.append("inner")

@@ -9,11 +9,10 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import slots_held, take
+from lockstep.moe.fp8 import WEIGHTS
 
 Adapters = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]
 """Per weight `(A [local experts, r, in], B [local experts, out, r], scaling)`: `x W^T + scaling * (x A^T) B^T`."""
-
-_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
@@ -37,12 +36,12 @@ class ExpertsAdapters:
         """Return the active adapters and make their wrappers pass calls through; refuse adapters other than LoRA."""
         outermost = self._outermost()
         wrappers, innermost = wrappers_around(outermost)
-        of_others = [one for one in wrappers if getattr(one, "parameter_name", None) not in _WEIGHTS]
+        of_others = [one for one in wrappers if getattr(one, "parameter_name", None) not in WEIGHTS]
         if innermost is not self._module or of_others:
             found = "nothing" if outermost is None else type(of_others[0] if of_others else outermost).__name__
             raise ConfigurationError(
                 f"{self._name} of {type(self._model).__name__} was replaced by {found}: experts that are spread over "
-                f"ranks take LoRA on {', '.join(_WEIGHTS)} (target_parameters); merge any other adapter into the whole "
+                f"ranks take LoRA on {', '.join(WEIGHTS)} (target_parameters); merge any other adapter into the whole "
                 "model (merge_and_unload) before lockstep.parallelize"
             )
         self._seen = {wrapper: tuple(wrapper.merged_adapters) for wrapper in wrappers}

@@ -146,7 +146,7 @@ def check_config(file: Path) -> None:
     """Refuse a `config.json` that gives a setting twice: Transformers would silently take the last value."""
     try:
         json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except _Twice as error:
+    except ConfigurationError as error:
         raise ConfigurationError(f"{file}: {error}") from None
     except (OSError, ValueError, RecursionError):
         return
@@ -240,16 +240,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ConfigurationError(f"{index} is not an index of safetensors files: {error!r}") from error
 
 
-class _Twice(ValueError):
-    """A name occurs twice in one JSON object, with different values."""
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object's dict; a name that occurs twice with different values is an error."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
-            raise _Twice(f"{name!r} comes twice")
+            raise ConfigurationError(f"{name!r} comes twice")
         found[name] = value
     return found
 

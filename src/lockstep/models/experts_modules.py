@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lockstep.dispatch.base import ExpertsShape
 from lockstep.errors import ConfigurationError
@@ -55,10 +56,13 @@ def slots_of(
 
 
 def shard_experts(module: Any, slots: Sequence[int]) -> None:
-    """Keep only the experts in this rank's slots of a module in memory; free the rest."""
+    """Keep the experts of these slots as plain tensors, of a whole module or of DTensors that hold exactly these."""
     for name, parameter in expert_parameters(module):
-        _set(module, name, parameter, take(parameter.detach(), slots))
-    _hold(module, slots)
+        rows, held = parameter.detach(), list(range(len(parameter)))
+        if isinstance(rows, DTensor):
+            rows, held = rows._local_tensor, _held(slots)
+        _set(module, name, parameter, take(rows, [held.index(e) if e != EMPTY else EMPTY for e in slots]))
+    _hold(module, slots, module.num_experts)
 
 
 def shard_empty(module: Any, slots: Sequence[int], device_type: str) -> None:
@@ -99,16 +103,6 @@ def quantising(modules: dict[str, Any]) -> Iterator[None]:
         handle.remove()
 
 
-def localise(module: Any, slots: Sequence[int]) -> None:
-    """Turn the loaded weights into plain tensors with one entry per slot."""
-    held = _held(slots)
-    for name, parameter in list(module._parameters.items()):
-        if isinstance(local := getattr(parameter, "_local_tensor", None), torch.Tensor):
-            wanted = [held.index(expert) if expert != EMPTY else EMPTY for expert in slots]
-            _set(module, name, parameter, take(local.detach(), wanted))
-    _hold(module, slots)
-
-
 def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
     """Give a module that was cut other experts, taken from its own and from another module of the same layer."""
     (held, num_experts), added = slots_held(module), slots_held(fresh)[0] if fresh is not None else ()
@@ -118,8 +112,7 @@ def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
         if added:
             rows = torch.cat([rows, fresh._parameters[name].detach().to(rows.device)])
         _set(module, name, parameter, take(rows, wanted))
-    module.num_experts = num_experts
-    _hold(module, slots)
+    _hold(module, slots, num_experts)
 
 
 def only_fills(module: Any, slots: Sequence[int]) -> bool:
@@ -135,8 +128,7 @@ def fill_slots(module: Any, slots: Sequence[int], read: Callable[[str, int, torc
         for slot, expert in enumerate(slots):
             if held[slot] != expert:
                 read(name, expert, parameter.detach()[slot])
-    module.num_experts = num_experts
-    _hold(module, slots)
+    _hold(module, slots, num_experts)
 
 
 def slots_held(module: Any) -> tuple[tuple[int, ...], int]:
@@ -145,9 +137,8 @@ def slots_held(module: Any) -> tuple[tuple[int, ...], int]:
     return held
 
 
-def _hold(module: Any, slots: Sequence[int]) -> None:
-    module._lockstep_slots = tuple(slots), module.num_experts
-    module.num_experts = len(slots)
+def _hold(module: Any, slots: Sequence[int], num_experts: int) -> None:
+    module._lockstep_slots, module.num_experts = (tuple(slots), num_experts), len(slots)
 
 
 def take(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:

@@ -23,7 +23,7 @@ from lockstep.models import transformers_internals as internals
 from lockstep.models.adapters import shard_adapters
 from lockstep.models.arguments import read_arguments
 from lockstep.models.compiled import CompiledCall, moe, when_compiled
-from lockstep.models.experts_modules import find_experts, localise, plain_name, shard_experts, slots_of
+from lockstep.models.experts_modules import find_experts, plain_name, shard_experts, slots_of
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
 from lockstep.models.own_weights import EXPERTS_IMPLEMENTATION, weights_are_there
@@ -278,7 +278,7 @@ def _take_over(model: Any) -> None:
     config = parallel_config(group, 1)
     for layer, (_, module) in enumerate(found):
         del module._lockstep_divided_over, module.forward
-        localise(module, slots_of(found, layer, config.rank, config.world_size, None))
+        shard_experts(module, slots_of(found, layer, config.rank, config.world_size, None))
     if split := next((name for name, weight in inner.named_parameters() if isinstance(weight, DTensor)), None):
         raise ConfigurationError(
             f"{split} of {type(inner).__name__} is split over ranks that share their requests: leave tp_size out of "

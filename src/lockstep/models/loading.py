@@ -32,7 +32,7 @@ from lockstep.models.checkpoint import (
     refuse_two_names,
     undeclared_quantisation,
 )
-from lockstep.models.experts_modules import expect_fp8, find_experts, localise, quantising, shard_empty, slots_of
+from lockstep.models.experts_modules import expect_fp8, find_experts, quantising, shard_empty, shard_experts, slots_of
 from lockstep.models.options import QUANTIZE_EXPERTS
 from lockstep.moe.experts import kernels_read_fp8
 from lockstep.moe.placement import Placement
@@ -114,15 +114,11 @@ def load_pretrained(
             # only by the ranks that miss something.
             _refuse_incomplete(model, loading_info)
             for name, module in find_experts(model):
-                localise(module, slots[name])
-
-        def on_finished(model: Any, loading_info: Any) -> None:
-            refuse_leftovers(model, loading_info.unexpected_keys, quantization is not None)
+                shard_experts(module, slots[name])
 
         loading_class = internals.sharding_class(
-            model_class, distribute=distribute, on_loaded=on_loaded, on_finished=on_finished, local_parameters_of=slots,
-            keeps_fp8=keeps_fp8,
-        )  # fmt: skip
+            model_class, distribute=distribute, on_loaded=on_loaded, local_parameters_of=slots, keeps_fp8=keeps_fp8
+        )
         with _settings(shows_progress=ep_rank == 0), _as_configuration_error(folder), quantising(to_quantise):
             model, loading_info = loading_class.from_pretrained(
                 folder,
@@ -136,6 +132,7 @@ def load_pretrained(
                 **({"quantization_config": quantization} if quantization is not None else {}),
                 **arguments.handed_on,
             )
+            refuse_leftovers(model, loading_info["unexpected_keys"], quantization is not None)
         model.__class__ = model_class
         model.config.distributed_config = None
         return (model, loading_info) if arguments.output_loading_info else model

@@ -28,14 +28,13 @@ def sharding_class(
     *,
     distribute: Callable[[Any], None],
     on_loaded: Callable[[Any, Any], None],
-    on_finished: Callable[[Any, Any], None],
     local_parameters_of: Collection[str],
     keeps_fp8: bool = False,
 ) -> Any:
     """Make a subclass whose `from_pretrained` calls `distribute` where Transformers would distribute the model.
 
     For a DTensor, Transformers' loader reads only the local part. `distribute` gets the empty model on the meta device;
-    `on_loaded` gets the model and the loading info before missing weights are initialised, `on_finished` at the end.
+    `on_loaded` gets the model and the loading info before missing weights are initialised.
     For modules in `local_parameters_of`, which `distribute` may fill, `get_parameter` returns this rank's part. With
     `keeps_fp8`, experts of an fp8 checkpoint are not dequantised, and their scales are parameters too.
     """
@@ -68,9 +67,7 @@ def sharding_class(
         @staticmethod
         def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
             on_loaded(model, loading_info)
-            loading_info = model_class._finalize_model_loading(model, load_config, loading_info)
-            on_finished(model, loading_info)
-            return loading_info
+            return model_class._finalize_model_loading(model, load_config, loading_info)
 
     # Transformers keeps tables by the class's printed name, so the subclass must have the same name.
     Sharding.__module__, Sharding.__name__ = model_class.__module__, model_class.__name__
