@@ -103,15 +103,22 @@ def quantising(modules: dict[str, Any]) -> Iterator[None]:
         handle.remove()
 
 
-def change_slots(module: Any, slots: Sequence[int], fresh: Any) -> None:
-    """Give a module that was cut other experts, taken from its own and from another module of the same layer."""
-    (held, num_experts), added = slots_held(module), slots_held(fresh)[0] if fresh is not None else ()
-    wanted = [(*held, *added).index(expert) if expert != EMPTY else EMPTY for expert in slots]
+def change_slots(module: Any, slots: Sequence[int], read: Callable[[str, int, torch.Tensor], None]) -> None:
+    """Give a module that was cut other experts; `read(name, expert, weight)` writes a weight that the module lacks.
+
+    If only empty slots are filled, the weights stay in place, so that CUDA graphs remain valid.
+    """
+    (held, num_experts), in_place = slots_held(module), only_fills(module, slots)
     for name, parameter in expert_parameters(module):
-        rows = parameter.detach()
-        if added:
-            rows = torch.cat([rows, fresh._parameters[name].detach().to(rows.device)])
-        _set(module, name, parameter, take(rows, wanted))
+        before = parameter.detach()
+        after = before if in_place else before.new_zeros(len(slots), *before.shape[1:])
+        for slot, expert in enumerate(slots):
+            if expert not in (*held, EMPTY):
+                read(name, expert, after[slot])
+            elif expert != EMPTY and not in_place:
+                after[slot] = before[held.index(expert)]
+        if not in_place:
+            _set(module, name, parameter, after)
     _hold(module, slots, num_experts)
 
 
@@ -119,16 +126,6 @@ def only_fills(module: Any, slots: Sequence[int]) -> bool:
     """Return whether a module that was cut can take the experts of `slots` by filling empty slots only."""
     held, _ = slots_held(module)
     return len(slots) == len(held) and all(old in (new, EMPTY) for new, old in zip(slots, held, strict=True))
-
-
-def fill_slots(module: Any, slots: Sequence[int], read: Callable[[str, int, torch.Tensor], None]) -> None:
-    """Fill empty slots in place, so that CUDA graphs stay valid; `read(name, expert, weight)` writes one weight."""
-    held, num_experts = slots_held(module)
-    for name, parameter in expert_parameters(module):
-        for slot, expert in enumerate(slots):
-            if held[slot] != expert:
-                read(name, expert, parameter.detach()[slot])
-    _hold(module, slots, num_experts)
 
 
 def slots_held(module: Any) -> tuple[tuple[int, ...], int]:

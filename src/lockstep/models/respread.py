@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lockstep.coordination.groups import Start, own_device, parallel_config
 from lockstep.errors import ConfigurationError
-from lockstep.models.experts_modules import change_slots, fill_slots, find_experts, only_fills, slots_held
+from lockstep.models.experts_modules import change_slots, find_experts, only_fills, slots_held
 from lockstep.models.huggingface import attach
 from lockstep.models.loading import load_pretrained
 from lockstep.models.options import ParallelOptions
@@ -68,15 +68,10 @@ class Respreader:
         ]
         fills = all(only_fills(module, slots) for slots, (_, module) in zip(wanted, modules, strict=True))
         with Start(process_group).whereabouts.working(f"reading experts of {self._path}"):
-            fresh, read = {}, self._stored.read if self._stored is not None and fills else None
-            if any(missing) and read is None:
-                fresh = self._read(to_read(missing, placement.num_experts), in_fp8=is_fp8(modules[0][1]))
+            read = self._reader(missing, placement.num_experts, in_fp8=is_fp8(modules[0][1]))
             self._check_files()
             for slots, (name, module) in zip(wanted, modules, strict=True):
-                if fills:
-                    fill_slots(module, slots, functools.partial(read or _read_from(fresh), name))
-                else:
-                    change_slots(module, slots, fresh.get(name))
+                change_slots(module, slots, functools.partial(read, name))
             if self._stored is None and any(EMPTY in slots for slots in wanted):  # there may be something to fill
                 self._stored = StoredExperts.of(self._path, modules)
         if parallel is not None:  # None where this rank has just loaded the model alone
@@ -92,10 +87,21 @@ class Respreader:
             ModelParallel(model, config, process_group, options, before=parallel if goes_on else None, places=places)
         )
 
-    def _read(self, placement: Placement, in_fp8: bool) -> dict[str, Any]:
-        """Load modules with the experts of a placement's first rank; dense weights stay views of the files."""
-        part = {"ep_rank": 0, "ep_size": placement.num_ranks, "placement": placement}
-        return dict(find_experts(self._load(**part, quantize_experts="fp8" if in_fp8 else "none")))
+    def _reader(self, missing: Sequence[set[int]], num_experts: int, in_fp8: bool) -> Callable[..., None]:
+        """Return a function like `StoredExperts.read` for each layer's missing experts, which may be loaded for it."""
+        if self._stored is not None:
+            return self._stored.read
+        loaded: dict[str, Any] = {}
+        if any(missing):
+            placement = to_read(missing, num_experts)  # dense weights stay views of the files
+            part = {"ep_rank": 0, "ep_size": placement.num_ranks, "placement": placement}
+            loaded = dict(find_experts(self._load(**part, quantize_experts="fp8" if in_fp8 else "none")))
+
+        def read(module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
+            module = loaded[module_name]
+            weight.copy_(module._parameters[name].detach()[slots_held(module)[0].index(expert)])
+
+        return read
 
     def _load(self, **part: Any) -> Any:
         self._check_files()
@@ -104,16 +110,6 @@ class Respreader:
     def _check_files(self) -> None:
         if _files_of(self._path).encode() != self._files:
             raise ConfigurationError(f"{self._path} is not the checkpoint any more that the ranks have loaded")
-
-
-def _read_from(fresh: dict[str, Any]) -> Callable[[str, str, int, torch.Tensor], None]:
-    """Return a function like `StoredExperts.read` that copies experts from modules instead of files."""
-
-    def read(module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
-        module = fresh[module_name]
-        weight.copy_(module._parameters[name].detach()[slots_held(module)[0].index(expert)])
-
-    return read
 
 
 def _files_of(path: str) -> str:
