@@ -9,10 +9,8 @@ import torch
 
 from lockstep.errors import ConfigurationError
 from lockstep.models.experts_modules import slots_held, take
+from lockstep.moe.experts import Adapters
 from lockstep.moe.fp8 import WEIGHTS
-
-Adapters = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]
-"""Per weight `(A [local experts, r, in], B [local experts, out, r], scaling)`: `x W^T + scaling * (x A^T) B^T`."""
 
 
 def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:

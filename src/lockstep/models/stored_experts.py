@@ -40,19 +40,14 @@ class StoredExperts:
 
     def read(self, module_name: str, name: str, expert: int, weight: torch.Tensor) -> None:
         """Read an expert's part of a parameter into `weight`, which is contiguous. The copy to a GPU may still run."""
-        rows = (
-            weight.unflatten(0, (-1, weight.shape[0] // len(parts))) if (parts := self._parts(name)) else weight[None]
-        )
-        for part, target in zip(self._stored(module_name, name, expert), rows, strict=True):
+        parts = self._stored(module_name, name, expert)
+        for part, target in zip(parts, weight.chunk(len(parts)), strict=True):
             self._read(part, target)
-
-    def _parts(self, name: str) -> tuple[str, ...]:
-        return _PARTS.get(name.removesuffix(SCALES), ())
 
     def _stored(self, module_name: str, name: str, expert: int) -> list[StoredTensor]:
         """Return where the parts of an expert are stored; `KeyError` if they have other names."""
         suffix = "weight_scale_inv" if name.endswith(SCALES) else "weight"
-        return [self._tensors[f"{module_name}.{expert}.{part}.{suffix}"] for part in self._parts(name)]
+        return [self._tensors[f"{module_name}.{expert}.{part}.{suffix}"] for part in _PARTS[name.removesuffix(SCALES)]]
 
     def _holds(self, module_name: str, module: Any) -> bool:
         held, _ = slots_held(module)
@@ -63,10 +58,10 @@ class StoredExperts:
             weight = parameter.detach()[slot]
             try:
                 parts = self._stored(module_name, name, held[slot])
-                fits = bool(parts) and weight.shape[0] == sum(part.shape[0] for part in parts)
             except KeyError:
                 return False
-            if not fits or any((_DTYPES.get(p.dtype), p.shape[1:]) != (weight.dtype, weight.shape[1:]) for p in parts):
+            each = weight.shape[0] // len(parts), *weight.shape[1:]
+            if any((_DTYPES.get(part.dtype), part.shape) != (weight.dtype, each) for part in parts):
                 return False
             found = torch.empty_like(weight)
             self.read(module_name, name, held[slot], found)

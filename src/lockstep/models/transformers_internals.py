@@ -5,7 +5,6 @@ Tried with 5.17 to 5.24. Where a name differs between those releases, the differ
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -82,7 +81,7 @@ def part_of_experts(parameter: torch.Tensor, experts: Sequence[int], device_type
     """
     from transformers import core_model_loading
 
-    core_model_loading.DtensorShardOperation = _reading_experts(core_model_loading.DtensorShardOperation)
+    _extend(core_model_loading, "DtensorShardOperation", _reading_experts)
     # A unique mesh name: torch treats equal meshes of one process as the same mesh.
     name = f"experts {experts}"
     mesh: Any = DeviceMesh(device_type, torch.arange(1), mesh_dim_names=(name,), _init_backend=False, _rank=0)
@@ -100,11 +99,15 @@ def like_part(local: torch.Tensor, parameter: Any) -> torch.Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride())
 
 
-@functools.cache
+def _extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
+    """Replace a class or function of Transformers by ours, made from it; no-op if that was done before."""
+    original = getattr(owner, name)
+    if original.__module__ != __name__:
+        setattr(owner, name, extended(original))
+
+
 def _reading_experts(operation: Any) -> Any:
     """Extend the loader, which can read only contiguous shares of a DTensor, to read the experts that we list."""
-    if operation.__module__ == __name__:
-        return operation
 
     class Reading(operation):
         def __init__(self, parameter: Any) -> None:
@@ -125,7 +128,6 @@ def _reading_experts(operation: Any) -> Any:
                 return source[first : last + 1].to(device=device, dtype=dtype)
             return torch.stack([source[expert] for expert in self.experts]).to(device=device, dtype=dtype)
 
-    Reading.__module__ = __name__
     return Reading
 
 
@@ -147,15 +149,12 @@ def _experts_in_fp8(mapping: Iterable[Any]) -> list[Any]:
     return changed
 
 
-@functools.cache
 def _dequantising_all(operation: Any) -> Any:
     """Correct the loader's dequantisation of fp8 checkpoints in two cases.
 
     Sizes that are not a multiple of the block, such as DeepSeek-V3's 576; and weights that are not in fp8, which would
     keep the dtype of the files.
     """
-    if operation.__module__ == __name__:
-        return operation
 
     class Dequantising(operation):
         def _dequantize_one(
@@ -177,7 +176,6 @@ def _dequantising_all(operation: Any) -> Any:
             lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
             return {name: [tensor.to(dtype) for tensor in tensors] for name, tensors in lists.items()}
 
-    Dequantising.__module__ = __name__
     return Dequantising
 
 
@@ -253,7 +251,7 @@ def dequantisation_config(method: str, settings: dict[str, Any]) -> Any:
     from transformers.integrations import finegrained_fp8
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    finegrained_fp8.Fp8Dequantize = _dequantising_all(finegrained_fp8.Fp8Dequantize)
+    _extend(finegrained_fp8, "Fp8Dequantize", _dequantising_all)
     return AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(settings | {"dequantize": True})
 
 
@@ -284,14 +282,10 @@ def run_batches_in_steps() -> None:
         from transformers.generation.continuous_batching.model_runner import ModelRunner
     except ImportError:
         return
-    ModelRunner.compute_batch = _in_steps(ModelRunner.compute_batch)
+    _extend(ModelRunner, "compute_batch", _in_steps)
 
 
-@functools.cache
 def _in_steps(compute_batch: Any) -> Any:
-    if compute_batch.__module__ == __name__:
-        return compute_batch
-
     def compute_in_step(runner: Any, model: Any, batch: dict[str, Any]) -> None:
         buffers = runner.inputs_and_outputs
         buffers = buffers.io_pairs[buffers.current_pair].device_io if hasattr(buffers, "io_pairs") else buffers

@@ -21,6 +21,10 @@ FEW_ROWS = 32  # rows per expert up to which streaming its weights beats `groupe
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+Adapters = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]
+"""Per weight `(A [local experts, r, in], B [local experts, out, r], scaling)`: `x W^T + scaling * (x A^T) B^T`."""
+
+
 def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     """Return `silu(gate) * up` of rows `[n, 2 * intermediate]`, gate first."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -40,14 +44,13 @@ class LocalExperts:
         check_weights: called before the experts run; raises if the parameters are no longer this rank's own.
 
     Attributes:
-        adapters: LoRA beside the weights; per weight's name `(A [local experts, r, in], B [local experts, out, r],
-            scaling)` of each adapter. They run as products of their own, not by kernels that take counts on the device.
+        adapters: LoRA beside the weights; run as products of their own, not by kernels that take counts on the device.
     """
 
     def __init__(self, module: Any, check_weights: Callable[[], None] | None = None) -> None:
         self.module = module
         self._check_weights = check_weights
-        self.adapters: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+        self.adapters: Adapters = {}
         up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         missing = [name for name in (up_name, "down_proj") if getattr(module, name, None) is None]
         if missing:
