@@ -23,7 +23,7 @@ from lockstep.moe.placement import LOAD_FILE, ExpertLoad
 from lockstep.report.metrics import RunMetrics
 from lockstep.report.terminal import Terminal, progress
 from lockstep.runner.clock import expected_duration
-from lockstep.runner.options import PARTS, RANKS_PER_CORE, RunOptions, refuse_survivors_under_torchrun
+from lockstep.runner.options import PARTS, RunOptions, check_checkpoint, check_config, placement_of, refuse_survivors
 from lockstep.steplog.files import read_step_log
 from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lockstep.runner.verify import Verification
 
 _TINY_EXPERTS = 16
+_RANKS_PER_CORE = 16  # maximum on a host
 _OPTIONS = ("clock", "model", "workload", "data_parallel_size", "tensor_parallel_size", "max_chunk_size", "seed", "out")
 # The engine's choices for the run.
 _CHOSEN = (
@@ -43,19 +44,11 @@ _CHOSEN = (
 
 
 def execute(
-    options: RunOptions,
-    *,
-    verify: bool,
-    overwrite: bool,
-    as_json: bool,
-    arguments: Sequence[str],
-    max_restarts: int = 0,
+    options: RunOptions, *, verify: bool, overwrite: bool, as_json: bool, arguments: Sequence[str], max_restarts: int
 ) -> int:
     """Check, run, verify and write everything; return 0, or 1 if outputs differ. Ends the process if interrupted."""
     rank, under_torchrun = environment_number("RANK", 0, default=0), "RANK" in os.environ
     _log_as(rank)
-    from lockstep.runner.options import placement_of
-
     console = Terminal(stderr=True)
     _check(options, console)
     out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
@@ -84,7 +77,8 @@ def execute(
                     options.world_size, run_one_rank, options,
                     max_restarts=max_restarts, deadline_s=options.deadline_s, survivors=options,
                 )  # fmt: skip
-            return 0 if rank else _finish(options, result, console, verify, as_json, arguments)
+            command = shlex.join(["lockstep", *arguments])
+            return 0 if rank else _finish(options, result, console, verify, as_json, command)
         except KeyboardInterrupt as interrupt:
             terminated = isinstance(interrupt, _Terminated)
             _say_how_far("terminated" if terminated else "interrupted", folder, console, time.perf_counter() - started)
@@ -142,22 +136,19 @@ def run_one_rank(options: RunOptions, member: "Member | None" = None) -> dict[st
 
 def _check(options: RunOptions, console: Console) -> None:
     """Report impossible options before starting ranks or creating a folder, cheapest checks first."""
+    tiny = options.model == "tiny"
     if "RANK" in os.environ:
-        refuse_survivors_under_torchrun(survive=options.survive, restart_ranks=options.restart_ranks)
+        refuse_survivors(survive=options.survive, restart_ranks=options.restart_ranks)
+        if (started := environment_number("WORLD_SIZE", 0, default=0)) != options.world_size:
+            wanted = f"data_parallel_size * tensor_parallel_size is {options.world_size}"
+            raise ConfigurationError(f"torchrun started {started} ranks, but {wanted}")
+    elif options.world_size > (most_ranks := _RANKS_PER_CORE * (os.cpu_count() or 1)):
+        limit = f"at most {most_ranks} are started on its {os.cpu_count()} cores: use torchrun on several hosts"
+        raise ConfigurationError(f"{options.world_size} ranks on this host, but {limit}")
     if options.expert_load and options.world_size == 1:
         raise ConfigurationError("expert_load needs ranks that share the experts, and data_parallel_size is 1")
     if options.workload != "synthetic" and (not os.path.exists(options.workload) or os.path.isdir(options.workload)):
         raise ConfigurationError(f"no workload at {options.workload}: there is no such file")
-    most_ranks = RANKS_PER_CORE * (os.cpu_count() or 1)
-    if "RANK" not in os.environ and options.world_size > most_ranks:
-        raise ConfigurationError(
-            f"{options.world_size} ranks on this host, but at most {most_ranks} are started on its "
-            f"{os.cpu_count()} cores: use torchrun on several hosts"
-        )
-    if "RANK" in os.environ and (started := environment_number("WORLD_SIZE", 0, default=0)) != options.world_size:
-        raise ConfigurationError(
-            f"torchrun started {started} ranks, but data_parallel_size * tensor_parallel_size is {options.world_size}"
-        )
     trace = load_workload(options.workload, options.workload_options, options.seed)
     options.scheduler.check_fits(trace.requests)
     if os.environ.get("RANK", "0") == "0":
@@ -167,18 +158,16 @@ def _check(options: RunOptions, console: Console) -> None:
             RunMetrics(options.metrics_port).close()
         if trace.left_out:
             console.print(trace.left_out, style="yellow", soft_wrap=True)
-    from lockstep.runner.options import check_checkpoint, check_config, placement_of
-
-    if options.model != "tiny":
+    if not tiny:
         check_checkpoint(options.model)
-    if options.model != "tiny" or options.placement is None:
+    if not tiny or options.placement is None:
         placement_of(options)
     from lockstep.coordination.groups import own_device
     from lockstep.dispatch.choose import check_dispatcher
 
     own_device(options.device)
     check_dispatcher(options.dispatcher, device_type=own_device(None).type)
-    if options.model != "tiny":  # the tiny model's tokenizer takes any prompt, and each rank checks its context
+    if not tiny:  # the tiny model's tokenizer takes any prompt, and each rank checks its context
         from lockstep.runner.ranks import load_tokenizer
         from lockstep.runner.run import check_requests, load_requests
 
@@ -207,12 +196,7 @@ def _quiet_transformers() -> None:
 
 
 def _finish(
-    options: RunOptions,
-    result: dict[str, Any],
-    console: Console,
-    compare: bool,
-    as_json: bool,
-    arguments: Sequence[str],
+    options: RunOptions, result: dict[str, Any], console: Console, compare: bool, as_json: bool, command: str
 ) -> int:
     from lockstep.report.html import write_report
     from lockstep.report.perfetto import write_trace
@@ -231,8 +215,7 @@ def _finish(
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     write_trace(out / "trace.json", records)
     load = ExpertLoad.read(out) if options.expert_load and (out / LOAD_FILE).exists() else None
-    told = shlex.join(["lockstep", *arguments])
-    write_report(out / "report.html", summary, records, outputs, expert_load=load, command=told)
+    write_report(out / "report.html", summary, records, outputs, expert_load=load, command=command)
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:

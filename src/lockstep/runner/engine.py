@@ -23,7 +23,7 @@ from lockstep.runner.options import (
     check_checkpoint,
     check_config,
     placement_of,
-    refuse_survivors_under_torchrun,
+    refuse_survivors,
 )
 from lockstep.runner.ranks import describe, detokenizer_of, find_tokenizer
 from lockstep.runner.router import Router
@@ -273,7 +273,7 @@ def _read_options(model: Any, data_parallel_size: int | None, options: dict[str,
             raise ConfigurationError(f"Engine has no option {name!r}{hint}")
     started, dp_size = started_ranks(), 1 if data_parallel_size is None else data_parallel_size
     if started is not None:
-        refuse_survivors_under_torchrun(survive=options.get("survive"), restart_ranks=options.get("restart_ranks"))
+        refuse_survivors(survive=options.get("survive"), restart_ranks=options.get("restart_ranks"))
     read = EngineOptions(os.fspath(model), data_parallel_size=dp_size, **options)
     if started is None:
         return read

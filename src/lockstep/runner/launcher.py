@@ -6,15 +6,19 @@ import os
 import queue
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
 from lockstep.runner.losses import Losses, failure_of, patience_with
 from lockstep.runner.options import EngineOptions
-from lockstep.runner.processes import LOOK_S, MARGIN_S, Ranks, rank_names
+from lockstep.runner.processes import LOOK_S, MARGIN_S, OnMessage, Ranks, rank_names
 
 logger = logging.getLogger(__name__)
+
+Said: TypeAlias = "queue.SimpleQueue[tuple[int, dict[str, Any]]]"
+"""Messages of ranks, each with its rank."""
 
 # Imported once, in the server that the ranks are forked from: four ranks on two cores then start as fast as one.
 PRELOAD = (
@@ -27,10 +31,6 @@ PRELOAD = (
 _START_S = 5.0
 RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 """Environment variable: how often all ranks have been restarted. torchrun's; `launch` sets it as well."""
-
-
-class _Lost(Exception):
-    """Ranks died, or stopped answering; its argument is the error to raise if they are not restarted."""
 
 
 def launch(
@@ -53,37 +53,38 @@ def launch(
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")
+    can_survive, restart_ranks = (survivors.can_survive, survivors.restart_ranks) if survivors else (False, 0)
     restarts = 0
     while True:
-        try:
-            return _launch_once(num_ranks, restarts, (deadline_s, function, args, survivors), limit_s, preload)
-        except _Lost as lost:
-            if restarts == max_restarts:
-                raise lost.args[0] from None
-            restarts += 1
-            logger.warning("%s; starting all ranks again, %d of %d times", lost, restarts, max_restarts)
+        said: Said = queue.SimpleQueue()
+        store = loopback_store()
+        with Ranks(
+            num_ranks, _rank_main, (num_ranks, store.port, deadline_s, function, args, survivors),
+            _into(said), preload=preload, environment=partial(rank_environment, num_ranks=num_ranks, restarts=restarts),
+        ) as ranks:  # fmt: skip
+            patience_s = patience_with(deadline_s)
+            losses = Losses(num_ranks, can_survive, patience_s, ranks.kill_one, store, ranks.start_again, restart_ranks)
+            try:
+                return _result(ranks, said, limit_s, deadline_s, losses)
+            except (RankAbsentError, PeerFailedError) as error:
+                if isinstance(error, RankAbsentError) and not error.absent_ranks:  # a rank's words, which named none
+                    error.absent_ranks = tuple(each.rank for each in ranks.processes if each.state() == "stopped")
+                lost = isinstance(error, RankAbsentError) or losses.cause_died
+                if not lost or restarts == max_restarts:
+                    raise
+                restarts += 1
+                logger.warning("%s; starting all ranks again, %d of %d times", error, restarts, max_restarts)
 
 
-def _launch_once(
-    num_ranks: int, restarts: int, work: tuple[float, Callable[..., Any], tuple[Any, ...], EngineOptions | None],
-    limit_s: float | None, preload: Sequence[str],
-) -> Any:  # fmt: skip
-    said: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-    store, (deadline_s, _, _, survivors) = loopback_store(), work
-    with Ranks(
-        num_ranks, _rank_main, (num_ranks, store.port, *work), lambda *message: said.put(message), preload=preload,
-        environment=lambda rank: rank_environment(rank, num_ranks) | {RESTARTS_VARIABLE: str(restarts)},
-    ) as ranks:  # fmt: skip
-        can_survive, restart_ranks = (survivors.can_survive, survivors.restart_ranks) if survivors else (False, 0)
-        patience_s = patience_with(deadline_s)
-        losses = Losses(num_ranks, can_survive, patience_s, ranks.kill_one, store, ranks.start_again, restart_ranks)
-        return _result(ranks, said, limit_s, deadline_s, losses)
+def _into(said: Said) -> OnMessage:
+    return lambda rank, message: said.put((rank, message))
 
 
-def rank_environment(rank: int, num_ranks: int) -> dict[str, str]:
+def rank_environment(rank: int, num_ranks: int, restarts: int = 0) -> dict[str, str]:
     """Return the variables of a rank that talks over loopback, unless the user has named another interface."""
     loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), **loopback}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, RESTARTS_VARIABLE: restarts}
+    return {name: str(number) for name, number in numbers.items()} | loopback
 
 
 def loopback_store() -> Any:
@@ -98,10 +99,7 @@ def loopback_store() -> Any:
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _result(
-    ranks: Ranks, said: "queue.SimpleQueue[tuple[int, dict[str, Any]]]", limit_s: float | None, deadline_s: float,
-    losses: Losses,
-) -> Any:  # fmt: skip
+def _result(ranks: Ranks, said: Said, limit_s: float | None, deadline_s: float, losses: Losses) -> Any:
     """Return the first member's result, or raise the failure that caused all others.
 
     A stopped rank, and those still at work when another has ended, are waited for as long as any rank is.
@@ -115,10 +113,7 @@ def _result(
             rank, message = said.get(timeout=max(0.0, min(LOOK_S, until - time.monotonic())))
         except queue.Empty:
             if losses.can_survive or not losses.membership.is_ending:  # otherwise wait for the failure's cause
-                try:
-                    ranks.check_stopped(deadline_s, losses.membership.is_ending, losses.can_survive)
-                except RankAbsentError as error:
-                    raise _Lost(error) from None
+                ranks.check_stopped(deadline_s, losses.membership.is_ending, losses.can_survive)
         else:
             if "done" not in message:
                 if rank in waiting or losses.can_survive:  # otherwise it has reported and ended
@@ -130,25 +125,13 @@ def _result(
                 if time.monotonic() + after_s < until:
                     until = time.monotonic() + after_s
                     why = f"did not end within {after_s:g} s after other ranks had"
-        if (members := _begin_epoch(ranks, losses)) is not None:
+        if (members := losses.begin_epoch()) is not None:
             waiting, until = set(members), ends
     if waiting and until == ends:
         raise LockstepError(f"{rank_names(waiting)} {why}")
     if waiting:
-        raise _Lost(ranks.absent(sorted(waiting), why))
+        raise ranks.absent(sorted(waiting), why)
     return result
-
-
-def _begin_epoch(ranks: Ranks, losses: Losses) -> tuple[int, ...] | None:
-    try:
-        return losses.begin_epoch()
-    except RankAbsentError as error:  # and none that says more
-        stopped = [process.rank for process in ranks.processes if process.state() == "stopped"]
-        raise _Lost(RankAbsentError(str(error), tuple(stopped))) from None
-    except PeerFailedError as error:
-        if losses.cause_died:
-            raise _Lost(error) from None
-        raise
 
 
 def _rank_main(

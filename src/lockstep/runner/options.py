@@ -17,8 +17,6 @@ from lockstep.workload.policies import LOAD_BALANCING
 
 PARTS = "parts"
 """Folder within a run's folder, for each rank's files during the run."""
-RANKS_PER_CORE = 16
-"""Maximum ranks per CPU core of a host."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -179,7 +177,7 @@ class RunOptions(EngineOptions):
     metrics_port: int | None = None
 
 
-def refuse_survivors_under_torchrun(**options: object) -> None:
+def refuse_survivors(**options: object) -> None:
     """Raise `ConfigurationError` for options of survivors where all ranks start again after a loss."""
     for name, value in options.items():
         if value:
