@@ -212,3 +212,11 @@ def test_what_the_makefile_tests_with_the_lowest_versions_is_there():
     named = re.findall(r"tests/\S+\.py", printed.stdout)
     assert len(named) > 20
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_an_engine_of_your_own_imports_no_compiler():
+    """Functions that come with it keep the default process group for good, and gloo aborts at the end of the script."""
+    names = "Coordinator, ExpertsShape, LocalExperts, MoELayer, MoELayers, StepRecord, make_dispatcher"
+    code = f"import sys; from lockstep import {names}; print([m for m in sys.modules if m == 'torch.distributed.nn'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

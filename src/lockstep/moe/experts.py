@@ -113,7 +113,9 @@ class LocalExperts:
             rows = module.post_expert_norm(rows)
         return rows.to(hidden_states.dtype)
 
-    @torch.compiler.disable
+    # Unlike `torch.compiler.disable`, this does not import torch._dynamo now: modules that come with it keep the
+    # default process group as a parameter's default, and gloo's threads would abort the end of a script.
+    @torch._disable_dynamo
     def alone(self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Run a layer whose experts are all here: weighted sums, `[num_rows, hidden]`. No count leaves the device."""
         num_rows, top_k = topk_ids.shape
