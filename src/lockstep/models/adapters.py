@@ -12,6 +12,8 @@ from lockstep.models.experts_modules import slots_held, take
 from lockstep.moe.experts import Adapters
 from lockstep.moe.fp8 import WEIGHTS
 
+_State = tuple[tuple[str, ...], list[tuple[str, int | None, int | None]]]  # merged adapters; active ones, with writes
+
 
 def wrappers_around(outermost: Any) -> tuple[list[Any], Any]:
     """Return PEFT's wrappers around a layer's experts, from the outside in, and the experts module."""
@@ -27,8 +29,7 @@ class ExpertsAdapters:
 
     def __init__(self, model: Any, name: str, module: Any) -> None:
         self._model, self._name, self._module = model, name, module
-        self._seen: dict[Any, tuple[str, ...]] = {}  # wrappers, with what each had merged when it was read
-        self._state = self._state_now()
+        self._seen: dict[Any, _State] = {}  # wrappers, with the state in which each was read
 
     def read(self) -> Adapters:
         """Return the active adapters and make their wrappers pass calls through; refuse adapters other than LoRA."""
@@ -42,8 +43,7 @@ class ExpertsAdapters:
                 f"ranks take LoRA on {', '.join(WEIGHTS)} (target_parameters); merge any other adapter into the whole "
                 "model (merge_and_unload) before lockstep.parallelize"
             )
-        self._seen = {wrapper: tuple(wrapper.merged_adapters) for wrapper in wrappers}
-        self._state = self._state_now()
+        self._seen = {wrapper: _state_of(wrapper) for wrapper in wrappers}
         adapters: Adapters = {}
         for wrapper in wrappers:
             wrapper.forward = self._module.__call__
@@ -62,20 +62,11 @@ class ExpertsAdapters:
         for wrapper in self._seen:
             if wrapper.disable_adapters and wrapper.merged:  # as PEFT's own forward does
                 wrapper.unmerge()
-        return any(tuple(wrapper.merged_adapters) != merged for wrapper, merged in self._seen.items())
+        return any(tuple(wrapper.merged_adapters) != merged for wrapper, (merged, _) in self._seen.items())
 
     def changed(self) -> bool:
         """Return whether adapters were activated, merged or written since `read`."""
-        return self._state != self._state_now()
-
-    def _state_now(self) -> list[Any]:
-        return [
-            (
-                tuple(wrapper.merged_adapters),
-                [(name, _writes(wrapper.lora_A[name]), _writes(wrapper.lora_B[name])) for name in _active(wrapper)],
-            )
-            for wrapper in self._seen
-        ]
+        return any(_state_of(wrapper) != state for wrapper, state in self._seen.items())
 
     def _outermost(self) -> Any:
         try:
@@ -86,7 +77,7 @@ class ExpertsAdapters:
     def _notice(self) -> None:
         """Remember the present wrappers, because PEFT removes them when it merges adapters."""
         for wrapper in wrappers_around(self._outermost())[0]:
-            self._seen.setdefault(wrapper, ())
+            self._seen.setdefault(wrapper, ((), []))
 
     def summary(self) -> str:
         """Return which adapters are active and merged on each weight; it must be equal on all ranks."""
@@ -141,6 +132,11 @@ def own_part(part: str, whole: torch.Tensor, slots: Sequence[int], num_experts: 
         return take(whole.reshape(num_experts, -1, whole.shape[1]), slots).reshape(-1, whole.shape[1])
     by_expert = take(whole.reshape(whole.shape[0], -1, num_experts).permute(2, 0, 1), slots)
     return by_expert.permute(1, 2, 0).reshape(whole.shape[0], -1)
+
+
+def _state_of(wrapper: Any) -> _State:
+    writes = [(name, _writes(wrapper.lora_A[name]), _writes(wrapper.lora_B[name])) for name in _active(wrapper)]
+    return tuple(wrapper.merged_adapters), writes
 
 
 def _active(wrapper: Any) -> list[str]:

@@ -21,7 +21,7 @@ _OVERWRITTEN = (
     "{model}'s {weight} {what} after it was spread over the ranks, so that this rank no longer has its own part: "
     "DistributedDataParallel, Lightning's Trainer, FSDP, DeepSpeed and load_state_dict do that. Load the model anew "
     "and use it without them; if every rank has written its own part on purpose, call "
-    "lockstep.models.parallel.parallel_of(model).accept_weights()"
+    "lockstep.parallel_of(model).accept_weights()"
 )
 
 
