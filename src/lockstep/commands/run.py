@@ -29,7 +29,7 @@ from lockstep.steplog.record import StepLogRecord, summarize
 from lockstep.workload import load_workload
 
 if TYPE_CHECKING:
-    from lockstep.runner.member import Member
+    from lockstep.runner.ranks import Member
     from lockstep.runner.run import Progress as RunProgress
     from lockstep.runner.verify import Verification
 

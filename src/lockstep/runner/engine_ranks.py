@@ -15,10 +15,9 @@ from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.runner.launcher import PRELOAD, loopback_store, rank_environment
 from lockstep.runner.losses import failure_of
 from lockstep.runner.mailbox import ConnectionMailbox, Mailbox
-from lockstep.runner.member import Member
 from lockstep.runner.options import EngineOptions
 from lockstep.runner.processes import OnMessage, Ranks
-from lockstep.runner.ranks import detokenizer_of, find_tokenizer, load_model, make_engine
+from lockstep.runner.ranks import Member, detokenizer_of, find_tokenizer, load_model, make_engine
 
 _STOP_S = 10.0
 _LAST_WORDS_S = 5.0

@@ -138,8 +138,7 @@ def _rank_main(
     connection: Connection, rank: int, num_ranks: int, port: int, deadline_s: float, function: Callable[..., Any],
     args: tuple[Any, ...], survivors: EngineOptions | None, first_epoch: int = 0,
 ) -> None:  # fmt: skip
-    from lockstep.runner.member import Member
-    from lockstep.runner.ranks import join_group, open_store
+    from lockstep.runner.ranks import Member, join_group, open_store
 
     pid = os.getpid()
     try:

@@ -1,32 +1,128 @@
-"""From options to an engine on this rank: join the group, load the model, make room for keys."""
+"""One rank of this host: it joins the group, loads the model, makes its engine, and goes from epoch to epoch."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
+import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+
+from lockstep.coordination.groups import abandon_groups, connect
+from lockstep.coordination.meeting import Whereabouts
+from lockstep.coordination.membership import EpochEnded, asked_to_stop, await_members
+from lockstep.coordination.waits import within
 from lockstep.engine.text import Detokenizer
-from lockstep.errors import ConfigurationError
+from lockstep.errors import ConfigurationError, LockstepError, PeerFailedError, RankAbsentError
+from lockstep.moe.survivors import placement_of_epoch, widened
+from lockstep.runner.losses import WHEREABOUTS, failure_of
 from lockstep.runner.options import EngineOptions, placement_of
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Whoever decides may have to wait for a rank's deadline, and once more for one that does not say that it has stopped.
+_DECISION_DEADLINES, _DECISION_S = 3, 30.0
+_LEAVE_S = 10.0
+_ASK_S = 0.1  # how often the first member looks whether it was asked to stop
+
+
+class Member:
+    """This rank, in one epoch after another: `members` are those of the present `epoch`, by their first numbers.
+
+    `port` is that of the launcher's store, and `say` tells the launcher something. A rank that comes back (`returns`)
+    is given the first epoch that it may enter.
+    """
+
+    def __init__(
+        self, rank: int, options: EngineOptions, port: int, start_timeout_s: float,
+        say: Callable[[dict[str, Any]], None], first_epoch: int = 0,
+    ) -> None:  # fmt: skip
+        self.rank, self.epoch, self.returns = rank, 0, first_epoch > 0
+        self.members: tuple[int, ...] = tuple(range(options.world_size))
+        self._options, self._port, self._start_timeout_s, self._say = options, port, start_timeout_s, say
+        self._first_epoch = first_epoch
+        self._epochs: list[tuple[int, ...]] = []  # members of each but the first
+        self._store = open_store(port, start_timeout_s)
+        self._asked_at_s = 0.0
+
+    def work(self, serve: Callable[[Any], T], *, count_expert_load: bool = False) -> T:
+        """Return what `serve` returns, given the model; it is called anew in each epoch. Collective."""
+        options, model = self._options, None
+        survives = options.can_survive
+        respreader = respreader_of(options, self._store, count_expert_load) if survives else None
+        if self.returns and respreader is not None:
+            model = respreader.load_alone(self.rank, options.world_size, options.device)
+            self._whereabouts().enter("back")  # the launcher must not take it for its earlier process
+            self._say({"back": True})
+            while self.epoch < self._first_epoch or self.rank not in self.members:
+                self._await_epoch()
+        while True:
+            began_s = time.monotonic()
+            try:
+                if options.world_size > 1:
+                    self._join()
+                joined_s = time.monotonic()
+                if model is None:
+                    model = load_model(options, count_expert_load=count_expert_load)
+                if respreader is not None and (self.epoch or options.survive):
+                    first = widened(respreader.first_placement(model, options.world_size), options.survive)
+                    with self._whereabouts().working(f"spreading the experts of epoch {self.epoch}"):
+                        respreader.spread(model, placement_of_epoch(first, self._epochs), self.members)
+                if self.epoch and self.rank == self.members[0]:
+                    took_s = joined_s - began_s, time.monotonic() - joined_s
+                    logger.warning("met in %.2f s, experts there in %.2f s: epoch %d begins", *took_s, self.epoch)
+                return serve(model)
+            except EpochEnded:
+                self._say({"stopped": self.epoch})
+            except (RankAbsentError, PeerFailedError) as error:
+                if respreader is None or model is None:
+                    raise
+                self._say(failure_of(self.rank, error) | {"epoch": self.epoch})
+            self._await_epoch()
+            if self.rank not in self.members:
+                text = f"rank {self.rank} is no member of epoch {self.epoch}: it was given up"
+                raise RankAbsentError(text, (self.rank,))
+            try:
+                within(functools.partial(leave_groups, model), _LEAVE_S)
+            except TimeoutError as error:  # as a GPU might that still waits for a rank that is gone
+                raise LockstepError(f"rank {self.rank} could not leave the groups of epoch {self.epoch - 1}") from error
+
+    def was_asked_to_stop(self) -> bool:
+        """Return whether this epoch is to end, since a lost rank is back; called before each step."""
+        if not self._options.restart_ranks or self.rank != self.members[0] or time.monotonic() < self._asked_at_s:
+            return False
+        self._asked_at_s = time.monotonic() + _ASK_S
+        return asked_to_stop(self._store, self.epoch)
+
+    def _await_epoch(self) -> None:
+        wait_s = _DECISION_DEADLINES * self._options.deadline_s + _DECISION_S
+        self.epoch += 1
+        self.members = await_members(self._store, self.rank, self.epoch, wait_s)
+        self._epochs.append(self.members)
+
+    def _whereabouts(self) -> Whereabouts:
+        return Whereabouts(dist.PrefixStore(WHEREABOUTS, self._store), self.rank)
+
+    def _join(self) -> None:
+        limit_s = self._options.deadline_s if self.epoch else self._start_timeout_s
+        store = dist.PrefixStore(f"epoch/{self.epoch}", open_store(self._port, limit_s))
+        join_group(store, self.members.index(self.rank), len(self.members), limit_s)
 
 
 def open_store(port: int, timeout_s: float) -> Any:
     """Return the store of the process that has started this rank; it answers each question within `timeout_s`."""
-    import datetime
-
-    import torch.distributed as dist
-
     return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
     """Join the ranks of this host that work together and share its cores and GPUs; wait `timeout_s` for any of them."""
-    import torch
-
-    from lockstep.coordination.groups import connect
-
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if torch.cuda.is_available():
@@ -36,7 +132,6 @@ def join_group(store: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
 
 def leave_groups(model: Any) -> None:
     """Abandon all groups of a model whose other ranks may be gone."""
-    from lockstep.coordination.groups import abandon_groups
     from lockstep.models.parallel import parallel_of
 
     if (parallel := parallel_of(model)) is not None:
@@ -82,8 +177,6 @@ def _over_ranks(options: EngineOptions, count_expert_load: bool) -> dict[str, An
 
 def torch_dtype(options: EngineOptions) -> Any:
     """Return the dtype that the options name, or `auto`."""
-    import torch
-
     return options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
 
 

@@ -5,9 +5,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -20,10 +21,9 @@ from lockstep.models.parallel import parallel_of
 from lockstep.moe.placement import LOAD_FILE
 from lockstep.runner.clock import RunClock
 from lockstep.runner.launcher import RESTARTS_VARIABLE
-from lockstep.runner.member import Member
 from lockstep.runner.options import RunOptions
 from lockstep.runner.parts import Notes, Parts, whole_steps
-from lockstep.runner.ranks import load_model, load_tokenizer, make_engine
+from lockstep.runner.ranks import Member, load_model, load_tokenizer, make_engine
 from lockstep.steplog.record import StepLogRecord
 from lockstep.workload import Arrivals, Request, load_trace, random_prompt_ids, synthetic_requests
 from lockstep.workload.kv_pages import token_page_keys
@@ -119,7 +119,7 @@ def run_rank(
         run = _Run(options, model, engine, tokenizer, requests, member)
         if on_ready is not None and run.place == 0:
             on_ready(run.engine.about())
-        with run:
+        with closing(run.parts):
             started = time.perf_counter()
             run.loop(on_progress)
             wall_s = time.perf_counter() - started
@@ -172,12 +172,6 @@ class _Run:
         self.arrivals = Arrivals(left, self.engine.config, num_ranks, self.dp_rank)
         self.run_began = time.perf_counter()
         self.parts.open(start, self.started_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.parts.close()
 
     def _left_of(self, requests: list[Request]) -> list[Request]:
         """Return what is left of each request. Those that had arrived come at once, and go on behind their tokens."""
