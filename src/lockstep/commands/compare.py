@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_lines
 from lockstep.steplog.files import NEEDED_FIELDS, read_parquet_columns, read_step_log
 from lockstep.steplog.record import FIELDS
 from lockstep.steplog.table import StepTable, loss_figures
@@ -65,23 +66,13 @@ def _figures(table: StepTable, folder: Path, outputs: Sequence[dict[str, Any]]) 
 
 def _outputs(folder: Path) -> list[dict[str, Any]]:
     path = folder / "outputs.jsonl"
-    if not path.is_file():
-        return []
-    # The last line of an interrupted run may be incomplete.
-    lines = path.read_bytes().splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            output = json.loads(line)
-            if not isinstance(output, dict) or not isinstance(output.get("request_id"), int):
-                raise ValueError
-            found.append(output)
-        except (ValueError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
-                raise ConfigurationError(
-                    f"{path}: line {number} is not a request's output: expected a JSON object with a request_id"
-                ) from None
-    return found
+    return json_lines(path, "a request's output", _output) if path.is_file() else []
+
+
+def _output(row: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(row.get("request_id"), int):
+        raise ValueError("it has no request_id that is an integer")
+    return row
 
 
 def _clock(folder: Path) -> str | None:

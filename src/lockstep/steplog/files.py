@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ConfigurationError
+from lockstep.json_reading import json_lines
 from lockstep.steplog.record import FIELDS, OPTIONAL_FIELDS, StepLogRecord
 
 if TYPE_CHECKING:
@@ -39,17 +40,8 @@ class StepLogWriter(AbstractContextManager["StepLogWriter"]):
 
 
 def read_step_log(path: str | Path) -> list[StepLogRecord]:
-    """Read a run's JSON lines, in order of step, then rank; of a last line, nothing where it was torn off."""
-    records: list[StepLogRecord] = []
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                records.append(_record(json.loads(line)))
-            except (ValueError, TypeError, RecursionError) as error:
-                if line.endswith(b"\n"):  # only a last line can lack its end: its writer was interrupted there
-                    expected = f"expected a JSON object with {FIELDS}"
-                    message = f"{path}: line {number} is not a step record ({error}); {expected}"
-                    raise ConfigurationError(message) from None
+    """Read a run's JSON lines, in order of step, then rank."""
+    records = json_lines(Path(path), "a step record", _record)
     return sorted(records, key=lambda record: (record.step, record.rank))
 
 
@@ -133,9 +125,7 @@ def read_parquet_columns(
     return columns
 
 
-def _record(row: Any) -> StepLogRecord:
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
+def _record(row: dict[str, Any]) -> StepLogRecord:
     for item in fields(StepLogRecord):
         if item.default is MISSING and item.name not in row:
             raise ValueError(f"{item.name} is missing")
