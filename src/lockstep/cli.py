@@ -412,7 +412,7 @@ def postmortem(
 
     recorders, left_out = read_recorders(files or [])
     document = postmortem_document(recorders) | {"left_out": left_out}
-    typer.echo(json.dumps(document)) if as_json else print_postmortem(document, left_out, stacks)
+    typer.echo(json.dumps(document)) if as_json else print_postmortem(document, stacks)
 
 
 def main() -> None:

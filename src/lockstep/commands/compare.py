@@ -71,7 +71,7 @@ def _outputs(folder: Path) -> list[dict[str, Any]]:
 
 def _output(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("request_id"), int):
-        raise ValueError("it has no request_id that is an integer")
+        raise ValueError(f"request_id is {row.get('request_id')!r:.60}, not an integer")
     return row
 
 

@@ -176,7 +176,7 @@ def postmortem_document(files: Sequence[RecorderFile]) -> dict[str, Any]:
     }
 
 
-def print_postmortem(document: dict[str, Any], left_out: Sequence[str] = (), stacks: bool = False) -> None:
+def print_postmortem(document: dict[str, Any], stacks: bool) -> None:
     """Print a merged post-mortem as a table and sentences on stdout, without control characters of the files."""
     from rich.table import Table
 
@@ -189,7 +189,7 @@ def print_postmortem(document: dict[str, Any], left_out: Sequence[str] = (), sta
         cells = [row["rank"], f"{row['pid']} on {plain(row['host'], keep='')}", row["epoch"], row["step"], phase]
         table.add_row(*map(str, cells), str(row["seconds_before_end"]))
     console.print(table)
-    for sentence in left_out:
+    for sentence in document["left_out"]:
         console.print(plain(sentence, keep=""), soft_wrap=True)
     if document["missing"]:
         console.print(f"no file of ranks {document['missing']}: their processes may have been killed")
