@@ -364,9 +364,9 @@ def attach(parallel: ModelParallel) -> None:
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lay out the rows of the head, each sequence's last ones, one behind the other.
+    """Make the rows of the head contiguous: torch otherwise multiplies them sequence by sequence.
 
-    torch otherwise multiplies them sequence by sequence where the weight has no gradient, and reads all of it for each.
+    It then reads the whole weight for each sequence; only weights without a gradient are affected.
     """
     return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
 

@@ -129,18 +129,15 @@ class OwnWeights:
         weights_are_there(model)
         self._model = model
         self._kind = type(model).__name__
-        found = find_experts(model)
-        self.names = [plain_name(name) for name, _ in found]
-        self.adapters = [
-            ExpertsAdapters(model, name, module) for name, (_, module) in zip(self.names, found, strict=True)
-        ]
-        self._seals = [
-            Seal(self._kind, name, module, adapters)
-            for name, (_, module), adapters in zip(self.names, found, self.adapters, strict=True)
-        ]
-        self.experts = [
-            LocalExperts(module, check_weights=seal.check) for (_, module), seal in zip(found, self._seals, strict=True)
-        ]
+        self.names: list[str] = []
+        self.adapters: list[ExpertsAdapters] = []
+        self.experts: list[LocalExperts] = []
+        self._seals: list[Seal] = []
+        for name, module in find_experts(model):
+            self.names.append(plain_name(name))
+            self.adapters.append(ExpertsAdapters(model, self.names[-1], module))
+            self._seals.append(Seal(self._kind, self.names[-1], module, self.adapters[-1]))
+            self.experts.append(LocalExperts(module, check_weights=self._seals[-1].check))
         self._read_adapters()
         self._seals += [
             Seal(self._kind, name, module)

@@ -237,7 +237,7 @@ class ModelParallel:
     def _open_groups(self, epoch: int, maps: bool, run: int) -> None:
         config, options = self.config, self.options
         tp_size, tp_first = config.tensor_parallel_size, config.data_parallel_rank * config.tensor_parallel_size
-        on_gpu = self.device.type == "cuda" and self._before is None  # what goes on needs no groups of NCCL's
+        on_gpu = self.device.type == "cuda" and self._before is None  # layers that continue need no NCCL groups
         device = self.device if on_gpu else torch.device("cpu")
         groups = open_groups(config, device, options.deadline_s, epoch, self._start)
         self._groups = groups.opened

@@ -122,8 +122,8 @@ class MoELayer:
                     self._rows_per_expert(sum(route.sizes)),
                 )  # fmt: skip
         except Exception as error:
-            # The others are already on their way into `combine`. Meet them there, with what nobody takes for a result,
-            # then say what happened.
+            # The other ranks are about to enter `combine`: join them with NaNs, which pass for no result, and raise
+            # the error at the end of the layer.
             step.spoil(error)
             expert_output = hidden_states.new_full((handle.gather_index.shape[0], self.shape.hidden_size), float("nan"))
         mark(Phase.COMBINE, *place)

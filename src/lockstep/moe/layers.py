@@ -25,8 +25,8 @@ class MoELayers:
     Args:
         layers: at least one; all on one device.
         max_chunk_size_per_rank: maximum rows per rank and chunk; None for no limit.
-        coordinator: gets to know of a step that broke the ranks' groups. Omit it in engines that agree by other means.
-        peers: gets to know where this rank is; by default the coordinator's.
+        coordinator: is told when a step breaks the ranks' groups. Omit it in engines that agree by other means.
+        peers: is told where this rank is; by default the coordinator's.
         deadline_s: longest wait for the end of a step on the device, in seconds.
         abort: called after a step that broke the ranks' groups; ends collectives that wait on the device.
         shares_attention: the model's own layers have collectives, so that other ranks cannot continue without this one.

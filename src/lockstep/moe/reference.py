@@ -1,4 +1,4 @@
-"""The MoE layer of all ranks in one process, written to be read: this is what the fast ones are held to."""
+"""The MoE layer of all ranks in one process, written for readability; the fast layers are tested against it."""
 
 from collections.abc import Sequence
 

@@ -171,7 +171,7 @@ class Step:
             if num_padding:
                 output = torch.nn.functional.pad(output, (0, 0, 0, num_padding))
         if self.next_layer == len(self.layers) and not self.captured:
-            # Before anybody needs the model's output on the host: it must have come, and be no other rank's waste.
+            # Before the host uses the model's output: it must be complete, and no rank's experts may have failed.
             self._await_collectives()
             if (spoiled_by := self.peers.spoiled_by()) is not None:
                 own_rank, blamed = self.peers.name(self.layers.config.rank), self.peers.name(spoiled_by)
