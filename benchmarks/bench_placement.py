@@ -36,7 +36,7 @@ def make_layers(group, sizes, placement, device, dtype, name):
     """Layers with the same weights, wherever their experts are placed."""
     import lockstep
     from lockstep.dispatch.choose import DispatcherOptions
-    from lockstep.moe.slots import SlotTable
+    from lockstep.moe.layer import SlotTable
 
     num_experts, hidden, inner, top_k, most = sizes
     rank, ranks = group.rank(), group.size()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lockstep import ConfigurationError
 from lockstep.dispatch.base import NO_EXPERT
 from lockstep.models.checkpoint import StoredTensor, check_room
+from lockstep.moe.layer import SlotTable
 from lockstep.moe.placement import EMPTY, ExpertLoad, Placement, busiest_over_mean, place
-from lockstep.moe.slots import SlotTable
 
 loads_of_experts = st.lists(st.integers(0, 1000) | st.floats(0, 1e6), min_size=1, max_size=24)
 

@@ -12,9 +12,8 @@ from lockstep.dispatch.constants import DispatchConstants
 from lockstep.metadata.config import ParallelConfig
 from lockstep.models.options import ParallelOptions
 from lockstep.moe.experts import LocalExperts
-from lockstep.moe.layer import MoELayer
+from lockstep.moe.layer import MoELayer, SlotTable
 from lockstep.moe.layers import MoELayers
-from lockstep.moe.slots import SlotTable
 
 
 def make_layers(
