@@ -66,7 +66,8 @@ class ExpertsAdapters:
 
     def changed(self) -> bool:
         """Return whether adapters were activated, merged or written since `read`."""
-        return any(_state_of(wrapper) != state for wrapper, state in self._seen.items())
+        # Called for every layer of every step, where most models have no adapters: no generator is made for nothing.
+        return bool(self._seen) and any(_state_of(wrapper) != state for wrapper, state in self._seen.items())
 
     def _outermost(self) -> Any:
         try:
