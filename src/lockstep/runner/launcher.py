@@ -45,11 +45,10 @@ def launch(
 ) -> Any:
     """Run `function(*args)` on `num_ranks` processes of this host, joined in a gloo group, and return rank 0's result.
 
-    The ranks meet in a store of this process, talk over loopback only, and end with this process. A rank's
-    `LockstepError` is raised here; its death or any other exception becomes a `PeerFailedError`. All ranks are started
-    again up to `max_restarts` times, with the count in `RESTARTS_VARIABLE`, if one died or did not answer. `limit_s`
-    is for all of it, `deadline_s` for each wait for a rank. With the model options `survivors`, `function` gets the
-    rank's `Member` as `member`, ranks go on without those that are lost, and the result is that of the first member.
+    A rank's `LockstepError` is raised here; its death or any other exception becomes a `PeerFailedError`. If ranks died
+    or did not answer, all are started again, up to `max_restarts` times. `limit_s` is for each start as a whole,
+    `deadline_s` for each wait for a rank. With the options `survivors`, `function` also gets the rank's `Member` as
+    `member`, ranks go on without those that are lost, and the result is that of the first member.
     """
     if num_ranks < 1:
         raise ConfigurationError(f"the number of ranks must be >= 1, got {num_ranks}")

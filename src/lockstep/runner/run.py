@@ -99,15 +99,10 @@ def run_rank(
 ) -> dict[str, Any]:
     """Run one rank to the end of the workload; every rank of the group calls it.
 
-    Each rank writes to its files in `parts` as it goes (see `Parts`). At the end the first member merges them into
-    `outputs.jsonl` and `steps.jsonl`.
-
-    When `member` begins another epoch, or when `launch` or torchrun has started all ranks again, finished requests are
-    kept, and the others go on from their prompt and tokens so far. The first member reads the files of lost ranks.
-
-    On the first member, `on_progress` is called after every step, `on_ready` before the first one with what
-    `RankEngine.about` says, and `wall_s`, `generated_tokens`, `requests` and `engine` of the whole run are returned;
-    nothing elsewhere.
+    When `member` begins another epoch, or all ranks have been started again, finished requests are kept, and the others
+    go on from their tokens so far. The first member calls `on_ready` with `RankEngine.about`, and `on_progress` after
+    each step; it merges all ranks' files (see `Parts`) and returns the run's `wall_s`, `generated_tokens`, `requests`
+    and `engine`. The other ranks return nothing.
     """
     tokenizer = load_tokenizer(options.model)
     requests = load_requests(options, tokenizer)
