@@ -64,8 +64,12 @@ def requests(count=1):
 
 
 def submit(service, count=1):
-    """A generation of so many sequences, whose sink is a stream."""
-    return service.submit(requests(count), Stream(count, 2))
+    """A generation of `count` sequences, whose tokens go to a stream."""
+    return service.submit(requests(count), Stream(count, 2).take)
+
+
+def stream_of(generation):
+    return generation.tell.__self__
 
 
 def serving(test, max_queue=16, max_restarts=5, starts=None, grace_s=0.0):
@@ -113,7 +117,7 @@ def test_what_waits_is_kept_and_what_has_begun_is_lost_with_its_ranks():
         await until(lambda: service.state == "ready")
         begun, waiting = submit(service), submit(service, 2)
         service.post(begun, piece())
-        await until(lambda: begun.sink.num_tokens)
+        await until(lambda: stream_of(begun).num_tokens)
         assert (service.num_running, service.num_waiting) == (1, 2)
         engines[0].die()
         await until(lambda: service.state == "restarting" or len(engines) == 2)
@@ -121,7 +125,7 @@ def test_what_waits_is_kept_and_what_has_begun_is_lost_with_its_ranks():
         await until(lambda: len(engines) == 2 and len(engines[1].taken) == 2)
         assert engines[1].taken == [waiting, later]
         with pytest.raises(ApiError, match=r"lost with the ranks that ran it .*it died") as error:
-            [_ async for _ in begun.sink.steps()]
+            [_ async for _ in stream_of(begun).steps()]
         assert (error.value.status, error.value.code) == (503, "rank_failed")
         assert service.num_restarts == 1
 
@@ -205,11 +209,11 @@ def test_a_request_that_leaves_before_the_ranks_hear_of_it_never_runs():
     async def test(service, engine, ask):
         asked = [ask(1), ask(2)]
         engine.events[1].set()
-        service.leave(await asked[0])
+        (await asked[0]).leave()
         engine.events[2].set()
         stays = await asked[1]
         await until(lambda: engine.batches)
-        assert [one.sink for one in engine.taken] == [stays]
+        assert [stream_of(one) for one in engine.taken] == [stays]
         assert service.num_waiting == 1 and ended(service.metrics) == {"abort": 1}
 
     tokenized_beside(test)
@@ -224,7 +228,7 @@ def test_a_request_that_its_ranks_die_of_is_given_up():
             await until(lambda lives=lives: len(engines) == lives + 1)
         assert [poison in engine.taken for engine in engines] == [True, True, True, False]
         with pytest.raises(ApiError, match="may be sent again"):
-            [_ async for _ in poison.sink.steps()]
+            [_ async for _ in stream_of(poison).steps()]
 
     serving(test)
 
@@ -246,8 +250,8 @@ def test_a_finished_sequence_resets_the_count_of_losses():
             await until(lambda life=life: len(engines) == life and service.state == "ready")
             generation = submit(service)
             service.post(generation, piece(finish="stop"))
-            assert [len(step) async for step in generation.sink.steps()] == [1]
-            service.leave(generation.sink)
+            assert [len(step) async for step in stream_of(generation).steps()] == [1]
+            service.leave(generation)
             engines[-1].die()
 
     serving(test, max_restarts=1)
@@ -275,7 +279,7 @@ def test_whoever_waits_hears_at_once_that_a_restart_cannot_work(error):
         waiting = submit(service, 2)
         engines[0].die()
         with pytest.raises(ApiError) as told:
-            [_ async for _ in waiting.sink.steps()]
+            [_ async for _ in stream_of(waiting).steps()]
         heard.append((told.value.status, told.value.code, ended(service.metrics)))
         await asyncio.sleep(30)
 
@@ -291,7 +295,7 @@ def test_every_sequence_is_counted_once_by_how_it_ended():
         for generation in (left, lost):
             service.post(generation, piece(finish="stop"))
         await until(lambda: left.num_open == 2 and lost.num_open == 3)
-        service.leave(left.sink)
+        service.leave(left)
         service.post(lost, LOST)
         await until(lambda: not lost.num_open)
         assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 3}
@@ -300,7 +304,7 @@ def test_every_sequence_is_counted_once_by_how_it_ended():
         service.post(drained, LOST)
         await asyncio.sleep(0.05)
         for generation in (lost, drained):
-            service.leave(generation.sink)
+            service.leave(generation)
         assert ended(service.metrics) == {"stop": 2, "abort": 2, "error": 8}
 
     serving(test)
@@ -314,9 +318,9 @@ def test_the_queue_counts_sequences_without_a_token():
             submit(service, 2)
         assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
         service.post(first, piece())
-        await until(lambda: first.sink.num_tokens)
+        await until(lambda: stream_of(first).num_tokens)
         submit(service, 2)
-        service.leave(first.sink)
+        service.leave(first)
         assert engines[0].abandoned == [first]
         assert service.num_waiting == 2
 
@@ -333,7 +337,7 @@ def test_a_drain_ends_what_does_not_end_by_itself():
         with pytest.raises(ApiError, match="draining"):
             submit(service)
         with pytest.raises(ApiError, match="draining"):
-            [_ async for _ in generation.sink.steps()]
+            [_ async for _ in stream_of(generation).steps()]
         assert await draining == {"error": 1}
         assert engines[0].abandoned == [generation]  # whose rows the ranks would go on with
 
@@ -347,8 +351,8 @@ def test_tokens_of_one_step_are_one_event_and_slow_readers_get_larger_ones():
         for text in "xy":
             for index in range(2):
                 service.post(generation, piece(index, text, finish="length" if text == "y" else None))
-        await until(lambda: generation.sink.num_tokens == 4)
-        async for step in generation.sink.steps():
+        await until(lambda: stream_of(generation).num_tokens == 4)
+        async for step in stream_of(generation).steps():
             steps.append(step)
         return steps
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Piece(NamedTuple):
 class Stream:
     """The pieces of one request on their way to its client."""
 
+    leave: Callable[[], None]  # releases the request; set by the service, called once by the reader
+
     def __init__(self, num_sequences: int, num_prompt_tokens: int) -> None:
         self.num_prompt_tokens, self.num_tokens = num_prompt_tokens, 0
         self._num_open = num_sequences
@@ -48,16 +50,14 @@ class Stream:
                 self._news.clear()
         raise self._error
 
-    def take(self, piece: Piece) -> None:
-        """Add a token."""
-        self._pieces.append(piece)
-        self.num_tokens += 1
-        self._num_open -= piece.finish_reason is not None
-        self._news.set()
-
-    def fail(self, error: ApiError) -> None:
-        """End it with an error."""
-        self._error = error
+    def take(self, news: Piece | ApiError) -> None:
+        """Add a token, or the error that ends the request."""
+        if isinstance(news, ApiError):
+            self._error = news
+        else:
+            self._pieces.append(news)
+            self.num_tokens += 1
+            self._num_open -= news.finish_reason is not None
         self._news.set()
 
 

@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import LockstepError
@@ -28,7 +29,7 @@ from lockstep.serve.options import ServeOptions
 from lockstep.serve.schema import ChatRequest, CompletionRequest, parse
 
 if TYPE_CHECKING:
-    from lockstep.serve.service import Question, Service
+    from lockstep.serve.service import Generation, Question, Service
 
 logger = logging.getLogger(__name__)
 
@@ -67,25 +68,12 @@ class Link:
         self._writer.write(len(data).to_bytes(4, "big") + data)
 
 
-class _Caller:
-    """A request of an API process, in the launcher; see `Sink`."""
-
-    def __init__(self, link: Link, number: int) -> None:
-        self._link, self._number = link, number
-
-    def take(self, piece: Piece) -> None:
-        self._link.send(self._number, "token", *piece)
-
-    def fail(self, error: ApiError) -> None:
-        self._link.send(self._number, "error", error.status, error.message, error.param, error.code, error.headers)
-
-
 class _Callers:
     """All requests of one API process, in the launcher."""
 
     def __init__(self, service: Service, link: Link, process: asyncio.subprocess.Process) -> None:
         self._service, self._link, self._process = service, link, process
-        self._callers: dict[int, _Caller] = {}
+        self._generations: dict[int, Generation] = {}
         self._patience = _START_BEATS
 
     async def serve(self) -> None:
@@ -97,7 +85,7 @@ class _Callers:
                         if kind == "start":
                             starts.create_task(self._start(number, *rest))
                         elif kind == "leave":
-                            self._service.leave(self._callers.pop(number))
+                            self._service.leave(self._generations.pop(number))
                         elif kind == "refused":
                             self._service.refused(*rest)
                         elif kind == "ask":
@@ -105,8 +93,8 @@ class _Callers:
         except* (EOFError, ConnectionError):
             pass
         finally:
-            for caller in self._callers.values():
-                self._service.leave(caller)
+            for generation in self._generations.values():
+                self._service.leave(generation)
 
     async def _receive(self) -> list[Any]:
         """Return the next messages; kill a process that has been silent for too long."""
@@ -122,17 +110,23 @@ class _Callers:
         return await receiving
 
     async def _start(self, number: int, is_chat: bool, body: str, answer_id: str) -> None:
-        caller = _Caller(self._link, number)
+        tell = partial(self._tell, number)
         try:
             asked = parse(ChatRequest if is_chat else CompletionRequest, body.encode())
-            generation = self._service.submit(await self._service.prepare(asked, answer_id), caller)
+            generation = self._service.submit(await self._service.prepare(asked, answer_id), tell)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("a request could not be started")
-            caller.fail(as_api_error(error))
+            tell(as_api_error(error))
         else:
-            self._callers[number] = caller
+            self._generations[number] = generation
             self._link.send(number, "stream", generation.num_open, generation.num_prompt_tokens)
+
+    def _tell(self, number: int, news: Piece | ApiError) -> None:
+        if isinstance(news, ApiError):
+            self._link.send(number, "error", news.status, news.message, news.param, news.code, news.headers)
+        else:
+            self._link.send(number, "token", *news)
 
 
 async def serve_by_processes(
@@ -196,7 +190,6 @@ class RemoteService:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._streams: dict[int, Stream] = {}
-        self._number_of: dict[Stream, int] = {}
 
     async def listen(self) -> None:
         """Handle the launcher's messages until it ends this process."""
@@ -210,14 +203,14 @@ class RemoteService:
                         self._asked.pop(number).set_result(*rest)
                     elif kind == "stream":
                         self._streams[number] = stream = Stream(*rest)
-                        self._number_of[stream] = number
+                        stream.leave = partial(self._leave, number)
                         self._asked.pop(number).set_result(stream)
                     elif kind == "error":
                         error = ApiError(*rest[:4], **rest[4])
                         if number in self._asked:
                             self._asked.pop(number).set_exception(error)
                         elif number in self._streams:
-                            self._streams[number].fail(error)
+                            self._streams[number].take(error)
                     else:
                         return
 
@@ -237,15 +230,13 @@ class RemoteService:
         stream: Stream = await self._call("start", isinstance(asked, ChatRequest), body, answer_id)
         return stream
 
-    def leave(self, stream: Stream) -> None:
-        """See `Service`."""
-        number = self._number_of.pop(stream)
-        del self._streams[number]
-        self._link.send(number, "leave")
-
     def refused(self, status: int) -> None:
         """See `Service`."""
         self._link.send(None, "refused", status)
+
+    def _leave(self, number: int) -> None:
+        del self._streams[number]
+        self._link.send(number, "leave")
 
     async def _call(self, *message: Any) -> Any:
         number = next(self._numbers)

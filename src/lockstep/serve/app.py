@@ -87,7 +87,7 @@ class _Answer(Response):
         finally:
             leaving.cancel()
             sending.cancel()  # no effect if it has ended
-            self._service.leave(self._stream)
+            self._stream.leave()
         with contextlib.suppress(asyncio.CancelledError):
             await sending
 

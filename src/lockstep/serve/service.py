@@ -11,7 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal
 
 from lockstep.engine.stopping import TextDelta
 from lockstep.errors import ConfigurationError, LockstepError
@@ -27,6 +28,7 @@ from lockstep.serve.schema import ChatRequest, CompletionRequest, new_requests
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[Piece | ApiError], None]  # takes a token, or the error that ends the request
 Question = Literal["health", "metrics", "max_model_len"]
 
 _LOOK_S = 0.2
@@ -35,21 +37,11 @@ _ENDING = ("draining", "failed")  # states that a service never leaves
 _MAX_LIVES = 3  # a request may be the cause of the losses: it is not kept for ever
 
 
-class Sink(Protocol):
-    """Receives the tokens of one request, on the event loop."""
-
-    def take(self, piece: Piece) -> None:
-        """Take a token."""
-
-    def fail(self, error: ApiError) -> None:
-        """End the request with an error."""
-
-
 class Generation:
-    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop hands them to `sink`."""
+    """One HTTP request's sequences: the engine's thread brings their tokens, the event loop passes them to `tell`."""
 
-    def __init__(self, service: Service, requests: Sequence[NewRequest], sink: Sink) -> None:
-        self.requests, self.sink = requests, sink
+    def __init__(self, service: Service, requests: Sequence[NewRequest], tell: Tell) -> None:
+        self.requests, self.tell = requests, tell
         self.num_prompt_tokens = count_prompt_tokens(requests)
         self.num_open, self.num_lives = len(requests), 0
         self.begun: set[int] = set()  # sequences with a token
@@ -92,7 +84,7 @@ class Service:
         self.num_waiting = 0  # sequences without a token yet
         self._start_engine, self._options = start_engine, options
         self._failures, self._why = 0, ""
-        self._running: dict[Sink, Generation] = {}  # until their answers are sent
+        self._running: set[Generation] = set()  # until their answers are sent
         self._first_wait_s = 0.0
         self._events: deque[tuple[Generation, Piece | Exception]] = deque()
         self._wakes = False
@@ -118,7 +110,8 @@ class Service:
                 continue
             self._detokenizer = detokenizer_of(engine.tokenizer)
             self.state = "ready" if self.state not in _ENDING else self.state
-            self._gathered = [one for one in self._running.values() if not one.begun]
+            kept = (one for one in self._running if not one.begun)
+            self._gathered = sorted(kept, key=lambda one: one.began_s)
             self._submit_gathered()
             while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
@@ -160,7 +153,7 @@ class Service:
     @property
     def num_running(self) -> int:
         """Sequences that have begun and not ended."""
-        return sum(one.num_open for one in self._running.values()) - self.num_waiting
+        return sum(one.num_open for one in self._running) - self.num_waiting
 
     async def ask(self, what: Question) -> Any:
         """Answer a question of an HTTP process by a JSON value."""
@@ -171,10 +164,10 @@ class Service:
         return self.engine.about["max_model_len"] if self.engine is not None else None
 
     async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
-        """Start a request; the reader of its stream must call `leave` afterwards."""
+        """Start a request; the reader of its stream must call `Stream.leave` afterwards."""
         requests = await self.prepare(asked, answer_id)
         stream = Stream(len(requests), count_prompt_tokens(requests))
-        self.submit(requests, stream)
+        stream.leave = partial(self.leave, self.submit(requests, stream.take))
         return stream
 
     async def prepare(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> list[NewRequest]:
@@ -192,7 +185,7 @@ class Service:
             logger.info("%s: %d sequences, %d prompt tokens, at most %d new ones%s", *sizes, prompt)
         return requests
 
-    def submit(self, requests: Sequence[NewRequest], sink: Sink) -> Generation:
+    def submit(self, requests: Sequence[NewRequest], tell: Tell) -> Generation:
         """Start a prepared request; raise 429 if the queue is full, 503 if the service is ending."""
         self._usable()
         if self.num_waiting + len(requests) > self._options.max_queue:
@@ -200,7 +193,8 @@ class Service:
             text = f"{waiting} sequences wait already, and at most {most} may: try again later"
             after_s = min(60, max(1, math.ceil(self._first_wait_s)))
             raise ApiError(429, text, code="queue_full", Retry_After=str(after_s))
-        self._running[sink] = generation = Generation(self, requests, sink)
+        generation = Generation(self, requests, tell)
+        self._running.add(generation)
         self.num_waiting += len(requests)
         if self.state == "ready":
             self._gathered.append(generation)
@@ -218,13 +212,13 @@ class Service:
         if self._gathers_until is not None:
             self._gathers_until.cancel()
             self._gathers_until = None
-        calls = [(one, one.requests) for one in gathered if one.num_open and one.sink in self._running]
+        calls = [(one, one.requests) for one in gathered if one.num_open]
         if calls and self.engine is not None:
             self.engine.submit_all(calls)
 
-    def leave(self, sink: Sink) -> None:
+    def leave(self, generation: Generation) -> None:
         """Release a request that has ended, or whose client has gone."""
-        generation = self._running.pop(sink)
+        self._running.remove(generation)
         assert self.engine is not None  # since the request was accepted
         if generation.num_open:
             self.engine.abandon(generation)
@@ -274,7 +268,7 @@ class Service:
         now_s = time.monotonic()
         while self._events:
             generation, news = self._events.popleft()
-            if generation.sink not in self._running or not generation.num_open:
+            if not generation.num_open:  # failed or abandoned meanwhile
                 continue
             if isinstance(news, Exception):
                 self._take_loss(generation, news)
@@ -285,7 +279,7 @@ class Service:
             generation.last_token_s = now_s
             generation.begun.add(news.sequence)
             self.num_waiting -= is_first
-            generation.sink.take(news)
+            generation.tell(news)
             if news.finish_reason is not None:
                 generation.num_open -= 1
                 self._failures = 0
@@ -303,7 +297,7 @@ class Service:
         return self.engine
 
     def _fail_all(self) -> None:
-        for generation in self._running.values():
+        for generation in self._running:
             if generation.num_open:
                 assert self.engine is not None  # since the request was accepted
                 self._fail(generation, self._unavailable())
@@ -311,7 +305,7 @@ class Service:
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
         self._end(generation, "error")
-        generation.sink.fail(error)
+        generation.tell(error)
 
     def _end(self, generation: Generation, reason: str) -> None:
         """Count out the sequences of a request that have not ended by themselves."""
