@@ -29,14 +29,30 @@ def pytest_xdist_auto_num_workers():
 
 
 @pytest.fixture
-def command_line(monkeypatch, capsys):
+def environment(monkeypatch):
+    """Set environment variables by name until the test ends; None removes one."""
+
+    def change(**variables):
+        for name, value in variables.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
+
+    return change
+
+
+@pytest.fixture
+def gpus_are_there(monkeypatch):
+    """Let torch say that this machine has GPUs."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+@pytest.fixture
+def command_line(monkeypatch, environment, capsys):
     """The command `lockstep` in this process: give it arguments, get its status, stdout and stderr."""
 
     def run(*arguments, env=()):
         from lockstep.cli import main
 
-        for name, value in dict(env).items():
-            monkeypatch.setenv(name, value)
+        environment(**dict(env))
         monkeypatch.setattr(sys, "argv", ["lockstep", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

@@ -19,8 +19,8 @@ NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+def own_folder(tmp_path, environment):
+    environment(XDG_CONFIG_HOME=tmp_path / "config")
 
 
 @pytest.mark.ranks(2)

@@ -274,8 +274,8 @@ def test_sigterm_ends_a_rank_after_its_last_words(tmp_path, peer, how):
     assert '"ranks": [1]' in words
 
 
-def test_sigterm_repeats_why_a_rank_has_given_up_until_its_groups_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCKSTEP_RECORDER_DIR", str(tmp_path))
+def test_sigterm_repeats_why_a_rank_has_given_up_until_its_groups_are_closed(tmp_path, environment):
+    environment(LOCKSTEP_RECORDER_DIR=tmp_path)
     board = Board.create(2)
     board.unlink()
     board.register(0)

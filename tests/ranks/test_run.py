@@ -229,9 +229,8 @@ def test_gpus_that_are_not_there_are_missed_before_anything_starts(arguments, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_of_gpus_without_a_number_each_rank_takes_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+def test_of_gpus_without_a_number_each_rank_takes_its_own(gpus_are_there, environment):
+    environment(LOCAL_RANK=3)
     for meant, device in ((None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert str(own_device(meant)) == device
 
@@ -241,26 +240,23 @@ def test_a_rank_works_on_the_gpu_of_its_model_though_its_script_has_chosen_none(
     from lockstep.models.loading import load_pretrained
     from lockstep.models.tiny import make_tiny
 
-    class Met(Exception):
+    class Chosen(Exception):
         pass
 
-    def meet(_device):
-        raise Met
+    def choose(device):
+        raise Chosen(device)
 
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(parallel, "mapping_facts", meet)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = load_pretrained(str(make_tiny(tmp_path / "tiny", num_layers=1)))
         options = parallel.ParallelOptions(dispatcher="nvlink")
         rank = parallel.ModelParallel(model, parallel_config(None, 1), dist.group.WORLD, options)
         rank.device = torch.device("cuda", 1)
-        with pytest.raises(Met):
+        with pytest.raises(Chosen, match="cuda:1"):  # before anything else that needs a GPU
             rank.open()
     finally:
         dist.destroy_process_group()
-    assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.ranks(2)

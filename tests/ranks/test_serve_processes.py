@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 
 import psutil
 import pytest
@@ -37,6 +38,12 @@ def api_processes(server):
             if "lockstep.serve.api_process" in child.cmdline():
                 found.append(child)
     return found
+
+
+def answers(process, server, stack):
+    """Whether a process has a connection to a client, after one more that stays open until the stack ends."""
+    stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+    return any(one.status == psutil.CONN_ESTABLISHED for one in process.net_connections("tcp"))
 
 
 @pytest.mark.ranks(2)
@@ -93,6 +100,8 @@ def test_requests_of_a_killed_api_process_are_freed_and_it_is_started_again(shar
 
 @pytest.mark.ranks(2)
 def test_an_api_process_that_stands_still_is_killed_and_started_again(shared, alone):
+    with contextlib.ExitStack() as stack:  # one that is still starting may be silent for longer
+        wait_for(lambda: all(answers(process, shared, stack) for process in api_processes(shared)))
     stopped, other = api_processes(shared)
     stopped.suspend()
     wait_for(lambda: len(api_processes(shared)) == 2 and stopped not in api_processes(shared))

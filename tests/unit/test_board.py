@@ -17,7 +17,6 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.coordination import processes
 from lockstep.coordination.board import EXCHANGE_BYTES, LAST_WORDS_BYTES, Board, StoreBoard, board_bytes
 from lockstep.coordination.flight_recorder import FlightRecorder, Phase, place_text
 from lockstep.coordination.processes import ProcessIdentity
@@ -217,13 +216,12 @@ def test_process_states(board):
     assert board.process(1).state() == "unknown"
 
 
-def test_a_process_of_another_host_is_not_looked_for_here(monkeypatch):
-    """Whose first PID namespace has the same number: its processes seemed gone."""
-    monkeypatch.setattr(processes, "_boot", lambda: 12345)
-    elsewhere = ProcessIdentity.of(os.getpid())._replace(pid=2**22 + 1)
-    monkeypatch.undo()
-    assert elsewhere.state() == "unknown"
-    assert elsewhere._replace(namespace=processes.pid_namespace()).state() == "gone"
+def test_a_process_of_another_host_is_not_looked_for_here():
+    """Whose first PID namespace has the same number, but not the same boot: its processes seemed gone."""
+    here = ProcessIdentity.own()._replace(pid=2**22 + 1)
+    number, boot = os.stat("/proc/self/ns/pid").st_ino, here.namespace >> 32
+    assert (here.namespace & 0xFFFFFFFF, here.state()) == (number, "gone")
+    assert here._replace(namespace=(boot ^ 1) << 32 | number).state() == "unknown"
 
 
 def test_a_rank_out_of_file_descriptors_declares_nobody_dead(board):

@@ -161,9 +161,8 @@ def test_a_fit_finds_constants_that_made_the_times(fit):
     assert asdict(found) == pytest.approx(asdict(truth), rel=1e-6, abs=1e-9)
 
 
-def test_constants_are_stored_per_machine_and_overridable(tmp_path, monkeypatch):
-    monkeypatch.delenv(PATH_VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+def test_constants_are_stored_per_machine_and_overridable(tmp_path, environment):
+    environment(**{PATH_VARIABLE: None}, XDG_CONFIG_HOME=tmp_path)
     path = stored_path("cpu")
     assert path.parent == tmp_path / "lockstep"
     assert path.name.startswith("dispatch-cpu-")
@@ -172,7 +171,7 @@ def test_constants_are_stored_per_machine_and_overridable(tmp_path, monkeypatch)
     path.write_text(json.dumps(asdict(LINE)))
     assert constants_for("cpu").backends == LINE.backends
     assert constants_for("cuda" if torch.cuda.is_available() else "cpu").backends
-    monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "mine.json"))
+    environment(**{PATH_VARIABLE: tmp_path / "mine.json"})
     with pytest.raises(ConfigurationError, match=r"mine\.json: not a set of dispatch constants.*calibrate_dispatch"):
         constants_for("cpu")
     (tmp_path / "mine.json").write_text(json.dumps(asdict(SHIPPED["cuda"])))

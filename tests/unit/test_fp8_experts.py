@@ -10,13 +10,12 @@ pytest.importorskip("transformers")
 
 import lockstep
 from lockstep.errors import ConfigurationError
-from lockstep.models import experts_modules
 from lockstep.models import transformers_internals as internals
 from lockstep.models.experts_modules import find_experts
 from lockstep.models.loading import load_pretrained
 from lockstep.models.tiny import make_tiny
 from lockstep.moe.experts import LocalExperts
-from lockstep.moe.fp8 import dequantise, dequantise_experts, is_fp8, quantise
+from lockstep.moe.fp8 import WEIGHTS, dequantise, dequantise_experts, is_fp8, quantise
 from lockstep.moe.placement import Placement
 from lockstep.moe.reference import moe_reference
 from quantised import fp8, mxfp4
@@ -122,22 +121,22 @@ def test_any_checkpoint_can_be_held_in_fp8(plain, blocks, tmp_path, make):
                 assert apart.norm() / own.norm() < 0.04
 
 
-def test_no_two_weights_are_in_16_bits_at_a_time(plain, monkeypatch):
-    modules, in_16_bits = [], []
+def test_no_two_weights_are_in_16_bits_at_a_time(plain):
+    modules, in_16_bits = set(), []
 
-    def quantising(to_quantise):
-        modules.append(to_quantise)
-        return experts_modules.quantising(to_quantise)
+    def watch(module, name, parameter):
+        """See a weight of experts before it is set, and so before it is rounded."""
+        if name in WEIGHTS and parameter is not None and not parameter.is_meta and parameter.itemsize == 2:
+            modules.add(module)
+            held = [one for each in modules for one in each.parameters()]
+            in_16_bits.append(sum(one.itemsize == 2 and not one.is_meta for one in held))
 
-    def watched(weight):
-        parameters = [one for module in modules[0].values() for one in module.parameters()]
-        in_16_bits.append(sum(one.itemsize == 2 and not one.is_meta for one in parameters))
-        return quantise(weight)
-
-    monkeypatch.setattr("lockstep.models.loading.quantising", quantising)
-    monkeypatch.setattr(experts_modules, "quantise", watched)
-    load_pretrained(plain, quantize_experts="fp8")
-    assert in_16_bits == [0, 0, 0, 0]  # two layers of two weights; the one that is being rounded is not set yet
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(watch)
+    try:
+        load_pretrained(plain, quantize_experts="fp8")
+    finally:
+        handle.remove()
+    assert in_16_bits == [0, 0, 0, 0]  # two layers of two weights
 
 
 def per_tensor(tensors, config):
@@ -211,6 +210,12 @@ def test_a_rank_reads_values_and_scales_of_its_own_experts_only(blocks, monkeypa
     assert {kind: read.count(kind) for kind in set(read)} == dict.fromkeys(set(read), 12)
 
 
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Let it be an error if a checkpoint passes all checks and is loaded."""
+    monkeypatch.setattr(internals, "sharding_class", None)
+
+
 @pytest.mark.parametrize("wish", ["auto", "fp8"])
 @pytest.mark.parametrize(
     ("change", "says"),
@@ -220,7 +225,7 @@ def test_a_rank_reads_values_and_scales_of_its_own_experts_only(blocks, monkeypa
         ("method", r"is quantised with 'awq'; only mxfp4 and fp8 are undone on load"),
     ],
 )
-def test_bad_scales_are_refused_before_loading(blocks, tmp_path, monkeypatch, wish, change, says):
+def test_bad_scales_are_refused_before_loading(blocks, tmp_path, nothing_loads, wish, change, says):
     name = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
 
     def spoil(tensors, config):
@@ -232,14 +237,12 @@ def test_bad_scales_are_refused_before_loading(blocks, tmp_path, monkeypatch, wi
             config["quantization_config"]["quant_method"] = "awq"
 
     path = copy_of(blocks, tmp_path, spoil)
-    monkeypatch.setattr(internals, "sharding_class", None)  # what loads
     with pytest.raises(ConfigurationError, match=says):
         load_pretrained(path, quantize_experts=wish)
 
 
-def test_sizes_that_blocks_do_not_divide_are_refused_by_name(tmp_path, monkeypatch):
+def test_sizes_that_blocks_do_not_divide_are_refused_by_name(tmp_path, nothing_loads):
     path = make_tiny(tmp_path / "tiny", num_layers=1, hidden_size=192)
-    monkeypatch.setattr(internals, "sharding_class", None)
     with pytest.raises(ConfigurationError, match=r"experts\.0\.down_proj\.weight' in \S+ has shape \[192, 192\]"):
         load_pretrained(path, quantize_experts="fp8")
 

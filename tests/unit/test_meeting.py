@@ -90,11 +90,6 @@ def test_a_store_that_does_not_answer_ends_in_an_error_too():
         MeetingPlace(LostStore(), 0, 2).meet({}, 0.1)
 
 
-def set_variables(monkeypatch, variables):
-    for name, value in variables.items():
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -109,22 +104,21 @@ def set_variables(monkeypatch, variables):
         ({"WORLD_SIZE": "٢"}, "variable WORLD_SIZE must be a number >= 1"),
     ],
 )
-def test_variables_that_say_nothing_are_named(changes, says, monkeypatch):
+def test_variables_that_say_nothing_are_named(changes, says, environment):
     good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    set_variables(monkeypatch, {**good, **changes})
+    environment(**{**good, **changes})
     with pytest.raises(ConfigurationError, match=says):
         find_group(None)
     assert not dist.is_initialized()
 
 
-def test_a_port_in_use_is_one_sentence(monkeypatch):
+def test_a_port_in_use_is_one_sentence(environment):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         # As torchrun and srun set them; torchrun's agent has its own port, and says itself if that is in use.
-        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        set_variables(monkeypatch, environment)
+        environment(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with pytest.raises(ConfigurationError, match=rf"^the ranks could not meet at 127\.0\.0\.1:{port}: .*in use$"):
             find_group(None)
     assert not dist.is_initialized()
@@ -138,13 +132,12 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
         ("True", "the store at {}, which torchrun's agent keeps,", ()),
     ],
 )
-def test_a_silent_store_is_blamed_on_the_process_that_keeps_it(monkeypatch, error, agent, keeper, absent):
+def test_a_silent_store_is_blamed_on_the_process_that_keeps_it(monkeypatch, environment, error, agent, keeper, absent):
     def silent(*_, **__):
         raise error
 
     monkeypatch.setattr(dist, "TCPStore", silent)
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    set_variables(monkeypatch, {**environment, "TORCHELASTIC_USE_AGENT_STORE": agent})
+    environment(RANK=1, WORLD_SIZE=2, MASTER_ADDR="10.0.0.1", MASTER_PORT=29500, TORCHELASTIC_USE_AGENT_STORE=agent)
     with pytest.raises(RankAbsentError) as raised:
         find_group(None)
     why = str(error).partition("\n")[0]

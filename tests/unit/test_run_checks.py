@@ -7,7 +7,6 @@ import signal
 import sys
 
 import pytest
-import torch
 
 from lockstep import ConfigurationError, Engine
 from lockstep.models.tiny import byte_tokenizer, make_tiny
@@ -119,9 +118,7 @@ def test_slots_for_lost_ranks_are_refused_where_they_would_never_be_used(tmp_pat
         EngineOptions("tiny", data_parallel_size=2, tensor_parallel_size=2, survive=1)
 
 
-def test_ranks_do_not_come_back_where_memory_is_mapped(monkeypatch):
-    EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device="cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_ranks_do_not_come_back_where_memory_is_mapped(gpus_are_there):
     EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device="cpu")
     EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, dispatcher="allgather")
     for device, dispatcher in ((None, "auto"), ("cuda", "nvlink")):
@@ -131,26 +128,32 @@ def test_ranks_do_not_come_back_where_memory_is_mapped(monkeypatch):
             EngineOptions("tiny", data_parallel_size=2, restart_ranks=1, device=device, dispatcher=dispatcher)
 
 
-def test_run_gives_the_handler_of_sigterm_back(tmp_path, monkeypatch, command_line):
+@pytest.fixture
+def launching(monkeypatch):
+    """Put a function in place of the one that starts the ranks of a run."""
+    return lambda launch: monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+
+
+def test_run_gives_the_handler_of_sigterm_back(tmp_path, launching, command_line):
     before, inside = signal.getsignal(signal.SIGTERM), []
 
     def launch(*_, **__):
         inside.append(signal.getsignal(signal.SIGTERM))
         raise ConfigurationError("no rank started")
 
-    monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+    launching(launch)
     code, _, stderr = command_line("run", "--model", "tiny", "--out", tmp_path / "out")
     assert (code, "no rank started" in stderr) == (2, True)
     assert inside != [before]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_during_the_comparison_says_how_far_the_run_came(tmp_path, monkeypatch, command_line):
+def test_sigterm_during_the_comparison_says_how_far_the_run_came(tmp_path, monkeypatch, launching, command_line):
     def launch(*_, **__):
         (tmp_path / "out" / "steps.jsonl").touch()
         return {"engine": {"dtype": "float32"}}
 
-    monkeypatch.setattr("lockstep.runner.launcher.launch", launch)
+    launching(launch)
     monkeypatch.setattr("lockstep.runner.verify.verify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(os, "_exit", sys.exit)
     code, _, stderr = command_line("run", "--model", "tiny", "--out", tmp_path / "out")
