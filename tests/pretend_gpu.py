@@ -73,9 +73,7 @@ def _on_gpu(tensor):
 
 
 def _names_gpu(value):
-    return (isinstance(value, torch.device) and value.type == "cuda") or (
-        isinstance(value, str) and value.startswith("cuda")
-    )
+    return isinstance(value, torch.device | str) and str(value).startswith("cuda")
 
 
 def _names_host(value):
