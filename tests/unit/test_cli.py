@@ -19,14 +19,12 @@ def python(code, *arguments):
 
 def test_choices_are_the_names_that_the_library_knows():
     from lockstep.dispatch.choose import dispatcher_names
-    from lockstep.runner.clock import CLOCKS
     from lockstep.runner.options import DTYPES
     from lockstep.simulation.config import ROW_SHAPES
     from lockstep.workload.policies import LOAD_BALANCING
 
     assert get_args(cli_types.Dispatcher) == dispatcher_names()
     assert get_args(cli_types.DType) == ("auto", *DTYPES)
-    assert get_args(cli_types.Clock) == CLOCKS
     assert get_args(cli_types.LoadBalancing) == LOAD_BALANCING == cli_types.LOAD_BALANCING
     assert cli_types.ROW_SHAPES == ROW_SHAPES
 

@@ -25,8 +25,8 @@ class MoELayers:
     Args:
         layers: at least one; all on one device.
         max_chunk_size_per_rank: maximum rows per rank and chunk; None for no limit.
-        coordinator: is told when a step breaks the ranks' groups. Omit it in engines that agree by other means.
-        peers: is told where this rank is; by default the coordinator's.
+        coordinator: is told where this rank is, and when a step breaks the ranks' groups. Omit it in engines that
+            agree by other means.
         deadline_s: longest wait for the end of a step on the device, in seconds.
         abort: called after a step that broke the ranks' groups; ends collectives that wait on the device.
         shares_attention: the model's own layers have collectives, so that other ranks cannot continue without this one.
@@ -38,7 +38,6 @@ class MoELayers:
         *,
         max_chunk_size_per_rank: int | None = None,
         coordinator: Coordinator | None = None,
-        peers: Peers | None = None,
         deadline_s: float = DEADLINE_S,
         abort: Callable[[], None] | None = None,
         shares_attention: bool = False,
@@ -48,9 +47,7 @@ class MoELayers:
         self.max_chunk_size_per_rank = max_chunk_size_per_rank
         self.deadline_s = deadline_s
         self.silent_peers = Peers(self.config.rank, self.config.world_size)
-        if peers is None:
-            peers = coordinator.peers if coordinator is not None else self.silent_peers
-        self.peers = peers
+        self.peers = self.silent_peers if coordinator is None else coordinator.peers
         self._coordinator = coordinator
         self._abort = abort
         self.shares_attention = shares_attention

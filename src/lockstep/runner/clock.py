@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 
 from lockstep.workload import Request
 
-CLOCKS = ("steps", "wall")
-"""Decides which requests have arrived: by step number, or by elapsed time."""
-
 _LONGEST_WAIT_S = 0.25
 _LONG_GAP_S = 3600.0
 
