@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
+from lockstep.coordination.waits import INTERRUPTIBLE_S
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 # After an agreement without work, the next one follows a pause that doubles up to the second figure. Where a rank can
@@ -81,7 +82,8 @@ class Session:
             self._finished = self._untold = True
             self._changed.notify_all()
         try:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(INTERRUPTIBLE_S)
         except BaseException as error:  # Ctrl-C: tell the other ranks, for which one more wait must suffice
             self.fail(error)
             self._thread.join(self.coordinator.deadline_s)
@@ -185,7 +187,8 @@ class Session:
         with self._changed:
             self._scripts_waiting += 1
             try:
-                self._changed.wait_for(lambda: self._owner is None or self._over)
+                while not (self._owner is None or self._over):
+                    self._changed.wait(INTERRUPTIBLE_S)
             finally:
                 self._scripts_waiting -= 1
             if self._over:

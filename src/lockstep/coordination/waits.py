@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEADLINE_S = 30.0  # default longest wait for any rank, in seconds
+# A wait without a limit is a row of waits this long. Python handles a signal between two calls, so that one which comes
+# just before a wait does not end it: Ctrl-C would be heard when the wait is over, and may never be.
+INTERRUPTIBLE_S = 0.25
 SPIN_NS = 20_000  # how long a wait spins
 _CHECK_S = 0.1
 _YIELD_NS = 400_000
@@ -107,7 +110,7 @@ def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], floa
         left_s = (last_answer() if last_answer is not None else started) + seconds - time.monotonic()
         if left_s <= 0:
             raise TimeoutError(f"no answer within {seconds:.3g} s")
-        futures.wait([outcome], left_s)
+        futures.wait([outcome], min(left_s, INTERRUPTIBLE_S))
     return outcome.result()
 
 

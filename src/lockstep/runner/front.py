@@ -6,11 +6,13 @@ import copy
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lockstep.coordination.waits import INTERRUPTIBLE_S
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
@@ -112,7 +114,7 @@ class Front:
             ranks.start_again, options.restart_ranks,
         )  # fmt: skip
         self._about: dict[int, dict[str, Any]] = {}  # what each process said of itself when it was ready
-        self._ready: Future[dict[str, Any]] = Future()
+        self._ready: futures.Future[dict[str, Any]] = futures.Future()
         self._ended = threading.Event()
         self._router: Router
         self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
@@ -131,6 +133,8 @@ class Front:
         """Start the ranks and wait until they are ready; return the first rank's report."""
         self._thread.start()
         try:
+            while not self._ready.done():
+                futures.wait([self._ready], INTERRUPTIBLE_S)
             return self._ready.result()
         except BaseException as error:
             self.kill(error)
@@ -152,7 +156,7 @@ class Front:
         """End all requests, let the ranks end, and wait for them. No requests are accepted afterwards."""
         self._put("close", None, None)
         try:
-            self._thread.join()
+            self._join()
         except BaseException as error:
             self.ranks.kill(error)
             raise
@@ -161,7 +165,11 @@ class Front:
         """End the ranks at once, or as soon as the other ranks know why."""
         self.ranks.kill(error)
         self._put("close", None, None)
-        self._thread.join()
+        self._join()
+
+    def _join(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(INTERRUPTIBLE_S)
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         self.heard_at_s[rank] = time.monotonic()
@@ -358,7 +366,9 @@ class Outputs(Iterator[RequestOutput]):
     def __next__(self) -> RequestOutput:
         if not self._left:
             raise StopIteration
-        output = self._inbox.received.get()
+        while not self._inbox.arrived.acquire(timeout=INTERRUPTIBLE_S):
+            pass
+        output = self._inbox.received.popleft()
         if isinstance(output, Exception):
             self._left = 0
             raise output
@@ -379,11 +389,16 @@ class Outputs(Iterator[RequestOutput]):
 
 class _Inbox:
     def __init__(self) -> None:
-        self.received: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+        self.received: deque[RequestOutput | Exception] = deque()
+        self.arrived = threading.Semaphore(0)
 
     def on_token(self, entry: Entry, delta: TextDelta) -> None:
         if delta.finish_reason is not None:
-            self.received.put(entry.output())
+            self._put(entry.output())
 
     def on_error(self, error: Exception) -> None:
-        self.received.put(error)
+        self._put(error)
+
+    def _put(self, received: RequestOutput | Exception) -> None:
+        self.received.append(received)
+        self.arrived.release()
