@@ -71,6 +71,7 @@ BAD = [
     (400, {"prompt": "a", "top_p": 0}, "top_p"),
     (400, {"prompt": "a", "seed": 2**64}, "seed"),
     (400, {"prompt": "a", "stop": ["x"] * 65}, "stop"),
+    (400, {"prompt": "a", "n": 128, "stop": ["x" * 1_000_000] * 8}, "stop"),
     (400, {"prompt": "a", "stop": ""}, "stop"),
     (400, {"prompt": "a", "logprobs": 6}, "logprobs"),
     (400, {"prompt": "a", "logprobs": -1}, "logprobs"),

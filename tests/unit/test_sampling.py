@@ -98,7 +98,7 @@ def test_values_take_the_types_of_their_fields():
         ("frequency_penalty", [-2.1, 2.1, -math.inf, True]),
         ("repetition_penalty", [0, 0.001, 101, -1, math.nan, True]),
         ("seed", [2**63, -(2**63) - 1, 1.0, True, "7"]),
-        ("stop", ["", [""], [1], 5, b"x", ["a", None], ["x"] * 65]),
+        ("stop", ["", [""], [1], 5, b"x", ["a", None], ["x"] * 65, "x" * 4097, ["x" * 2049] * 2]),
         ("stop_token_ids", [[-1], [True], [1.0], 5, "12", [2**31], None, [1] * 257]),
         ("ignore_eos", [1, 0, None, "yes"]),
         ("logprobs", [-1, 6, True, 1.0]),

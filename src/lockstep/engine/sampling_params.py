@@ -15,6 +15,7 @@ GREEDY_BELOW = 1e-5  # lower temperatures are greedy, as in vLLM: float32 could 
 MAX_LOGPROBS = 5
 # Each costs work in every step, and anybody may send a request.
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 4096  # of all strings
 MAX_STOP_TOKEN_IDS = 256
 _LIMITS: dict[str, tuple[float, float]] = {  # inclusive; a field has its limits' type
     "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "presence_penalty": (-2.0, 2.0),
@@ -42,7 +43,7 @@ class SamplingParams:
             vLLM takes any positive number.
         seed: of this request's random numbers, a signed 64-bit integer; None lets the engine choose.
         stop: strings that end the text, which is cut before the string that completes first; vLLM cuts at the first of
-            its list that the last token completed. At most 64; vLLM has no limit.
+            its list that the last token completed. At most 64, with 4096 characters in all; vLLM has no limit.
         stop_token_ids: tokens that end the output. They are in `token_ids` but not in the text. At most 256; vLLM has
             no limit.
         ignore_eos: continue after an end-of-sequence token.
@@ -149,6 +150,8 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ConfigurationError(f"stop must hold strings of at least 1 character, got {shown(string, 80)}")
+    if (size := sum(map(len, strings))) > MAX_STOP_CHARACTERS:
+        raise ConfigurationError(f"stop must hold at most {MAX_STOP_CHARACTERS} characters in all, got {size}")
     return tuple(strings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import StringIO
 from typing import Literal
 
@@ -144,8 +145,8 @@ class _StopMatcher:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = list(dict.fromkeys(strings))
-        self._borders = [_borders(string) for string in self._strings]
+        self._strings = tuple(dict.fromkeys(strings))
+        self._borders = _borders_of(self._strings)
         self._first_characters = frozenset(string[0] for string in strings)
         self._states = [0] * len(self._strings)
         self.found = False
@@ -180,6 +181,12 @@ class _StopMatcher:
     def rest(self) -> str:
         waiting = (string[:state] for string, state in zip(self._strings, self._states, strict=True))
         return max(waiting, key=len, default="")
+
+
+@lru_cache(maxsize=32)
+def _borders_of(strings: tuple[str, ...]) -> list[list[int]]:
+    """Return the borders of each string, which the sequences of a request share."""
+    return [_borders(string) for string in strings]
 
 
 def _borders(string: str) -> list[int]:
