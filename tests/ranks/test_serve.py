@@ -164,6 +164,14 @@ def test_usage_in_every_event_where_it_is_asked_for(client):
     events = list(client.completions.create(prompt="abc", max_tokens=9, stream=True, stream_options=options, **GREEDY))
     counts = [event.usage.completion_tokens for event in events]
     assert counts == sorted(counts) and counts[-1] == 9 and all(event.usage.prompt_tokens == 3 for event in events)
+    assert all(event.choices for event in events[:-1])
+    # Held back as a whole, the text comes with the last token. Without `include_usage`, no event tells any usage.
+    text = "".join(choice.text for event in events for choice in event.choices)
+    options = {"continuous_usage_stats": True}
+    events = client.completions.create(
+        prompt="abc", max_tokens=9, stream=True, stream_options=options, stop=text + "\0", **GREEDY
+    )
+    assert [(event.choices[0].text, event.usage) for event in events] == [(text, None)]
 
 
 @pytest.mark.ranks(RANKS)

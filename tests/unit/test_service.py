@@ -137,7 +137,7 @@ class Tokenizing(FakeEngine):
 
     def __init__(self, events):
         super().__init__()
-        self.events, self.about = events, {"max_model_len": None, "kv_capacity_tokens": None}
+        self.events, self.about = events, {"max_model_len": 64, "kv_capacity_tokens": None}
 
     def prompt_ids(self, index, prompt):
         self.events[len(prompt)].wait(10)
@@ -366,6 +366,7 @@ def test_tokens_of_one_step_are_one_event_and_slow_readers_get_larger_ones():
 def test_a_step_without_text_is_no_event():
     form = Form("tiny", is_chat=False)
     assert form.event([piece(text="")], None, shows_usage=True) == b""
+    assert form.event([piece(text="")], {"prompt_tokens": 1}, shows_usage=True) == b""
     assert b'"usage":null' in form.event([piece(text="")] * 2 + [piece(text="\u20ac")], None, shows_usage=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 import time
@@ -228,6 +229,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ConfigurationError(f"prompt {index} is a text, but {self.options.model} has no tokenizer")
+            self.check_size(index, len(prompt))
             try:
                 return list(self.tokenizer(prompt)["input_ids"])
             except (TypeError, ValueError):  # such as half a surrogate pair
@@ -240,6 +242,18 @@ class Engine:
             if not isinstance(token, Integral) or isinstance(token, bool):
                 raise ConfigurationError(f"prompt {index} must hold integers, got {token!r:.80}")
         return [int(token) for token in ids]
+
+    def check_size(self, index: int, num_characters: int) -> None:
+        """Refuse a text that is too long even in tokens as long as the longest, before the work of tokenizing it."""
+        limit = self._limits.max_model_len
+        if num_characters > limit and num_characters > limit * self._longest_token:
+            most = f"more than the {limit * self._longest_token} that the context of {limit} tokens could hold"
+            raise ConfigurationError(f"prompt {index} has {num_characters} characters, {most}")
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token, added ones included."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def check(self, index: int, ids: list[int], params: SamplingParams) -> None:
         """Refuse a prompt and parameters that cannot run together."""

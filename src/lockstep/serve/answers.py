@@ -72,9 +72,9 @@ class Form:
         self._offsets: dict[int, int] = {}  # of each sequence's next token in its text
 
     def event(self, pieces: Sequence[Piece], usage: dict[str, int] | None, *, shows_usage: bool) -> bytes:
-        """Return pieces as one event with a choice per sequence; empty if none has text or another news."""
+        """Return pieces as one event with a choice per sequence, empty if none has news; without pieces, only usage."""
         choices = [self._choice(of_one, whole=False) for of_one in _by_sequence(pieces) if _tells(of_one)]
-        if not choices and usage is None:
+        if pieces and not choices:
             return b""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         document = self._head | {"object": kind, "choices": choices}

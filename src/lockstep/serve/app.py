@@ -114,7 +114,7 @@ class _Answer(Response):
 
     async def _events(self) -> AsyncIterator[bytes]:
         async for pieces in self._stream.steps():
-            usage = self._usage() if self._counts_on else None
+            usage = self._usage() if self._counts_on and self._shows_usage else None  # as in vLLM
             if event := self._form.event(pieces, usage, shows_usage=self._shows_usage):
                 yield event
         if self._shows_usage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
@@ -22,14 +22,33 @@ MAX_SEQUENCES = 128
 """Maximum sequences of one HTTP request: prompts times `n`."""
 _MAX_BRACKETS = 250_000  # even an empty list takes hundreds of bytes, and time to parse
 _WHAT = {
-    "tool calls": ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"),
-    "structured output": ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
+    "tool calls are": ("tools", "tool_choice", "tool_calls", "tool_call_id", "functions", "function_call"),
+    "structured output is": ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
 }
-# Fields that are accepted without effect, and values of other fields that request nothing.
-_WITHOUT_EFFECT = frozenset(
-    ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-)
-_NOTHING: tuple[Any, ...] = (None, [], {}, "", "none", False, {"type": "text"}, ["text"])
+_UNIONS = {
+    "prompt": f"a string, token ids, or a list of at most {MAX_SEQUENCES} strings or lists of token ids",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of parts",
+}
+# Values that change nothing here, by field; None if none of its values does.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")),
+    **dict.fromkeys(("parallel_tool_calls",)),
+    "tool_choice": ("none",),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),  # of beams
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    # An empty one of these is a request: for a search, for any JSON, for no token at all.
+    **dict.fromkeys(("web_search_options", "guided_json", "allowed_token_ids"), ()),
+}
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("stop", "stop_token_ids", "ignore_eos", "min_tokens"),
@@ -50,6 +69,7 @@ class Fields(BaseModel):
     """Fields have exactly their JSON types; null means that a field is absent."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+    without_effect: ClassVar[dict[str, tuple[Any, ...] | None]] = {}  # see `_WITHOUT_EFFECT`
 
 
 class StreamOptions(Fields):
@@ -63,6 +83,7 @@ class StreamOptions(Fields):
 class GenerationRequest(Fields):
     """What completions and chats have in common."""
 
+    without_effect = _WITHOUT_EFFECT
     model: str | None = None
     max_tokens: int | None = None
     n: int | None = None
@@ -85,6 +106,7 @@ class GenerationRequest(Fields):
 class CompletionRequest(GenerationRequest):
     """Body of `/v1/completions`."""
 
+    without_effect = _WITHOUT_EFFECT | {"suffix": ("",), "add_special_tokens": (True,)}
     prompt: str | Prompts[str] | List[int] | Prompts[List[int]]
     logprobs: int | None = None
     best_of: int | None = None
@@ -108,6 +130,13 @@ class Message(Fields):
 class ChatRequest(GenerationRequest):
     """Body of `/v1/chat/completions`."""
 
+    without_effect = _WITHOUT_EFFECT | {
+        "modalities": (["text"],),
+        "add_special_tokens": (False,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "include_reasoning": (True,),
+    }
     messages: List[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -130,7 +159,9 @@ def parse(kind: type[Request], body: bytes) -> Request:
         parts = [str(part) for part in first["loc"]]
         # Pydantic also names the type of a union that it tried.
         place = ".".join(part for part in parts if part != "str" and "[" not in part)[:80]
-        raise ApiError(422, f"{place or 'the body'}: {first['msg']}", place.partition(".")[0] or None) from None
+        is_union = parts[-1:] == ["str"]
+        what = f" must be {_UNIONS[parts[-2]]}" if is_union else f": {first['msg']}"
+        raise ApiError(422, f"{place or 'the body'}{what}", place.partition(".")[0] or None) from None
     _refuse_unknown(request)
     if request.stream_options is not None:
         _refuse_unknown(request.stream_options)
@@ -151,25 +182,33 @@ def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> li
         SamplingParams(**given | {"min_tokens": 0})  # before the work of tokenizing
         prompts = _prompts(request, num_choices)
         for number, ids in enumerate(_tokenize(request, prompts, engine)):
-            params = SamplingParams(**given, max_tokens=_max_tokens(request, engine, len(ids)))
+            params = SamplingParams(**given, max_tokens=_max_tokens(request, engine, number, len(ids)))
             engine.check(number, ids, params)
             for choice in range(num_choices):
                 requests.append(NewRequest(len(requests), ids, _with_seed(params, choice)))
     except ConfigurationError as error:
-        message, fields = str(error), type(request).model_fields
+        message, fields, default = str(error), type(request).model_fields, None
+        if isinstance(request, ChatRequest):  # in its own terms
+            names, default = {"prompt 0": "the chat", "logprobs": "top_logprobs"}, "messages"
+            if request.max_completion_tokens is not None:
+                names["max_tokens"] = "max_completion_tokens"
+            message = re.sub("|".join(names), lambda found: names[found[0]], message)
         first, *words = re.findall(r"\w+", message)  # "prompt 0 has token 9 in stop_token_ids"
-        param = next((word for word in words if "_" in word and word in fields), first if first in fields else None)
-        code = "context_length_exceeded" if "together more than" in message else None
+        param = next((word for word in words if "_" in word and word in fields), first if first in fields else default)
+        code = "context_length_exceeded" if "more than the" in message else None
         raise ApiError(400, message, param, code) from None
     return requests
 
 
 def _refuse_unknown(fields: Fields) -> None:
-    """Refuse unsupported fields that would change the answer."""
+    """Refuse unsupported fields that would change the answer; null, and mostly [] and {}, request nothing."""
     for name, value in (fields.model_extra or {}).items():
-        if name not in _WITHOUT_EFFECT and value not in _NOTHING:
-            what = next((f"{what} are" for what, names in _WHAT.items() if name in names), "this field is")
-            raise ApiError(400, f"{name[:80]}: {what} not supported", name[:80], "unsupported_parameter")
+        harmless = fields.without_effect.get(name, ([], {}))
+        # In Python, 0 equals False.
+        if value is None or harmless is None or any(type(one) is type(value) and one == value for one in harmless):
+            continue
+        what = next((what for what, names in _WHAT.items() if name in names), "this field is")
+        raise ApiError(400, f"{name[:80]}: {what} not supported", name[:80], "unsupported_parameter")
 
 
 def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
@@ -182,15 +221,19 @@ def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
-def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, num_prompt_tokens: int) -> int:
-    """Return the requested length; by default OpenAI's 16 for completions, all that fits for chats."""
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        return request.max_completion_tokens
-    if request.max_tokens is not None or isinstance(request, CompletionRequest):
-        return 16 if request.max_tokens is None else request.max_tokens
-    longest, capacity = engine.about["max_model_len"], engine.about["kv_capacity_tokens"]
-    room = longest if capacity is None else min(longest, capacity // PAGE_SIZE * PAGE_SIZE)
-    return max(1, int(room) - num_prompt_tokens)
+def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, number: int, num_prompt_tokens: int) -> int:
+    """Return the requested length; by default all that fits, for completions at most OpenAI's 16."""
+    limit, where, capacity = engine.about["max_model_len"], "the context", engine.about["kv_capacity_tokens"]
+    if capacity is not None and capacity // PAGE_SIZE * PAGE_SIZE < limit:
+        limit, where = capacity // PAGE_SIZE * PAGE_SIZE, "a rank's KV cache"
+    room = int(limit) - num_prompt_tokens
+    if room < 1:
+        what = f"has {num_prompt_tokens} tokens, more than the {limit - 1} that fit into {where} with an answer"
+        raise ConfigurationError(f"prompt {number} {what}")
+    if isinstance(request, CompletionRequest):
+        return min(16, room) if request.max_tokens is None else request.max_tokens
+    given = (request.max_completion_tokens, request.max_tokens, room)
+    return next(length for length in given if length is not None)
 
 
 def _prompts(request: CompletionRequest | ChatRequest, num_choices: int) -> list[Any]:
@@ -216,6 +259,8 @@ def _for_template(message: Message) -> dict[str, str]:
     parts = message.content if isinstance(message.content, list) else [Part(type="text", text=message.content or "")]
     if any(part.type != "text" or part.text is None for part in parts):
         raise ApiError(400, "messages: content that is no text is not supported", "messages")
+    for part in parts:
+        _refuse_unknown(part)
     content = "\n".join(str(part.text) for part in parts)
     read = {"role": message.role.replace("developer", "system"), "content": content}
     return read if message.name is None else read | {"name": message.name}
@@ -226,6 +271,7 @@ def _tokenize(request: CompletionRequest | ChatRequest, prompts: list[Any], engi
         return [engine.prompt_ids(number, prompt) for number, prompt in enumerate(prompts)]
     if getattr(engine.tokenizer, "chat_template", None) is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
+    engine.check_size(0, sum(len(message["content"]) for message in prompts[0]))
     try:
         ids = engine.tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template may raise what it likes, most of it by its own raise_exception
