@@ -250,6 +250,7 @@ def test_no_prompts_give_no_outputs(engine):
         ([[1], [True]], None, "prompt 1 must hold integers, got True"),
         (["a", ""], None, "prompt 1 has no tokens"),
         (["a", []], None, "prompt 1 has no tokens"),
+        (["a", "b" * 500_000], None, "prompt 1 has 500000 characters, more than the 229376 that the context of 32768"),
         (["a", "b\ud800"], None, "prompt 1 is not a valid text"),
         ([[0], [1, 259]], None, "prompt 1 has token 259, but the model's embedding has 259 entries"),
         ([[0], [-1]], None, "prompt 1 has token -1"),

@@ -239,7 +239,8 @@ class Engine:
             got = f"{type(prompt).__name__} {prompt!r:.80}"
             raise ConfigurationError(f"prompt {index} must be a text or a list of token ids, got {got}")
         for token in ids:
-            if not isinstance(token, Integral) or isinstance(token, bool):
+            # An abstract class is slow to ask: a second for the token ids of the largest body that a server takes.
+            if type(token) is not int and (not isinstance(token, Integral) or isinstance(token, bool)):
                 raise ConfigurationError(f"prompt {index} must hold integers, got {token!r:.80}")
         return [int(token) for token in ids]
 
