@@ -119,12 +119,12 @@ def head(*lines):
     ).encode()
 
 
-def endless(server, **fields):
-    """A connection with a request that ends when it is closed."""
+def endless(server, *, behind=b"", **fields):
+    """A connection with a request that ends when it is closed; `behind` comes with its last bytes."""
     body = {"prompt": "abc", "max_tokens": ENDLESS, "ignore_eos": True, **fields}
     connection = socket.create_connection(("127.0.0.1", server.port))
     data = json.dumps(body).encode()
-    connection.sendall(head(f"Content-Length: {len(data)}") + data)
+    connection.sendall(head(f"Content-Length: {len(data)}") + data + behind)
     return connection
 
 

@@ -1,13 +1,14 @@
 """What `lockstep serve` refuses: bad requests, wrong keys, and connections that take too much or too long."""
 
 import contextlib
+import json
 import os
 import socket
 import time
 
 import pytest
 from hypothesis import given as hypothesis_given
-from serving import CHAT, KEY, SLOW, Server, endless, head, wait_for
+from serving import CHAT, ENDLESS, KEY, SLOW, Server, endless, head, wait_for
 
 from lockstep.models.tiny import make_tiny
 
@@ -163,6 +164,107 @@ def test_slow_and_endless_heads_and_bodies_end(server):
     body.settimeout(30)
     assert b" 408 " in body.recv(4096)
     assert server.get("/health")[0] == 200
+
+
+def connected(server, *sent):
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.settimeout(30)
+    for part in sent:
+        connection.sendall(part)
+    return connection
+
+
+def all_of(connection):
+    """What comes until the server closes."""
+    parts = []
+    while part := connection.recv(2**16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.ranks(RANKS)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_client_that_sends_more_before_its_answer_and_goes_away_frees_its_rows(server, stream, together):
+    tokens = server.figure("vllm:generation_tokens_total")
+    with endless(server, stream=stream, behind=HEALTH if together else b"") as connection:
+        wait_for(lambda: server.figure("vllm:generation_tokens_total") > tokens + 3)
+        connection.sendall(HEALTH[:-1])
+        wait_for(lambda: server.figure("vllm:num_requests_running") == 1)
+    wait_for(lambda: server.figure("vllm:num_requests_running") == 0)
+    assert server.figure("vllm:generation_tokens_total") - tokens < ENDLESS
+    assert not any("socket.send()" in line for line in server.lines)
+
+
+@pytest.mark.ranks(RANKS)
+@pytest.mark.parametrize("more", [HEALTH, HEALTH[:9], b"\r\n"])
+def test_what_comes_before_the_answer_does_not_cut_it_and_is_not_answered(server, more):
+    """The stream takes longer than a head may."""
+    body = json.dumps({"prompt": "abc", "max_tokens": 1000, "ignore_eos": True, "stream": True}).encode()
+    tokens = server.figure("vllm:generation_tokens_total")
+    with connected(server, head(f"Content-Length: {len(body)}") + body) as connection:
+        wait_for(lambda: server.figure("vllm:generation_tokens_total") > tokens)
+        connection.sendall(more)
+        answer = all_of(connection)
+    assert answer.count(b"HTTP/1.1") == 1 and answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert server.figure("vllm:generation_tokens_total") - tokens == 1000
+
+
+@pytest.mark.ranks(RANKS)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"1\r\n{\r\n0\r\n" + b"a: b\r\n" * 100_000,
+        b"1\r\n{\r\n0\r\na: " + b"b" * 2**19,
+        b"1;" + b"a" * 2**19,
+    ],
+)
+def test_what_surrounds_a_chunked_body_has_a_limit(server, sent):
+    with connected(server) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head("Transfer-Encoding: chunked") + sent)
+        assert b" 431 " in all_of(connection)
+
+
+@pytest.mark.ranks(RANKS)
+@pytest.mark.parametrize("lines", [b"a: b\r\n" * 20_000, b"a: " + b"b" * 70_000 + b"\r\n"])
+def test_a_large_head_is_431_also_if_it_comes_at_once(server, lines):
+    refused = server.figure("lockstep_http_errors_total")
+    with connected(server, HEALTH[:-2] + lines + b"\r\n") as connection:
+        assert b" 431 " in connection.recv(4096)
+    assert server.figure("lockstep_http_errors_total") == refused + 1
+
+
+@pytest.mark.ranks(RANKS)
+def test_a_path_with_a_slash_more_is_404(server):
+    assert server.post({"prompt": "a"}, "/v1/completions/")[0] == 404
+
+
+@pytest.mark.ranks(RANKS)
+@pytest.mark.parametrize(
+    ("sent", "more"),
+    [
+        (HEALTH, b"\r\n"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n", b"a"),
+        (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"a"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n0\r\na: b"),
+    ],
+)
+def test_an_answered_client_that_sends_a_little_does_not_keep_its_connection(server, sent, more):
+    with connected(server, sent) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 ")
+        connection.sendall(more)
+        all_of(connection)  # it ends
+
+
+@pytest.mark.ranks(RANKS)
+def test_an_offer_of_another_protocol_is_ignored(server):
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA")
+    body = b'{"prompt": "a", "max_tokens": 2}'
+    with connected(server, head(*offer, f"Content-Length: {len(body)}"), body) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.ranks(RANKS)

@@ -9,7 +9,7 @@ import socket
 
 import psutil
 import pytest
-from serving import ENDLESS, GREEDY, Server, endless, openai, texts_of_one_process, wait_for
+from serving import ENDLESS, GREEDY, Server, endless, head, openai, texts_of_one_process, wait_for
 
 from lockstep.models.tiny import make_tiny
 
@@ -118,6 +118,8 @@ def test_a_stopped_rank_is_told_of_before_its_deadline(server):
 def test_sigterm_ends_what_runs_and_takes_nothing_new(server, client, alone):
     """The last test that uses the server: an endless request keeps it draining until all has been looked at."""
     holding = endless(server)
+    incomplete = socket.create_connection(("127.0.0.1", server.port))
+    incomplete.sendall(head("Content-Length: 10") + b"{")
     stream = client.completions.create(prompt="abc", max_tokens=300, stream=True, **GREEDY)
     events = [next(stream)]
     server.process.send_signal(signal.SIGTERM)
@@ -128,6 +130,7 @@ def test_sigterm_ends_what_runs_and_takes_nothing_new(server, client, alone):
     assert "".join(event.choices[0].text for event in events) == alone("abc", 300)
     holding.close()
     count, last = server.drained()
+    assert b"service_draining" in incomplete.recv(4096)
     assert last == f"drained: answered {count - 1}, cut off 0, left by clients 1"
     assert "Traceback" not in "".join(server.lines)
 

@@ -64,7 +64,9 @@ def make_app(service: Service | RemoteService, options: ServeOptions) -> Starlet
 
     routes = [Route("/health", health), Route("/metrics", metrics), Route("/v1/models", models)]
     routes += [Route(path, generate, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), refuse))
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), refuse))
+    app.router.redirect_slashes = False  # to the host that the client has named
+    return app
 
 
 class _Answer(Response):
