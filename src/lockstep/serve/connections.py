@@ -36,9 +36,10 @@ async def serve_http(
 ) -> None:
     """Serve HTTP in this process until `ended`."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not the mistakes of clients
+    protocol = partial(_Protocol, limits=options, refused=service.refused)
     server = _Server(uvicorn.Config(
-        make_app(service, options), http=partial(_Protocol, limits=options, refused=service.refused), ws="none", lifespan="off",
-        log_config=None, access_log=False, server_header=False, timeout_keep_alive=_KEEP_ALIVE_S, proxy_headers=False,
+        make_app(service, options), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
     ))  # fmt: skip
 
@@ -88,7 +89,7 @@ class _Protocol(HttpToolsProtocol):
         if self._awaits == "head":
             if self._timer is None:
                 self._await_head()
-            # The parser would take what follows the head for another protocol, and Java's client asks for one each time.
+            # The parser would take the body for another protocol; curl and other clients offer one with each request.
             head, end, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"", head) + end + rest
         self._num_idle_bytes += len(data)
