@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from lockstep.coordination.waits import INTERRUPTIBLE_S
 from lockstep.errors import ConfigurationError
 from lockstep.runner.processes import RankProcess, Ranks, how_it_ended
 
@@ -73,11 +74,11 @@ def _collect(
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     until = time.monotonic() + deadline_s
-    while len(results) + len(failures) < num_ranks:
+    while len(results) + len(failures) < num_ranks and (left_s := until - time.monotonic()) > 0:
         try:
-            rank, message = said.get(timeout=max(0.0, until - time.monotonic()))
+            rank, message = said.get(timeout=min(left_s, INTERRUPTIBLE_S))
         except queue.Empty:
-            break
+            continue
         if rank in results or rank in failures:  # it has reported and ended
             continue
         if "done" in message or (message["failed"] == "died" and rank in may_die):
