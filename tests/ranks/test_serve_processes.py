@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import threading
+import urllib.request
 
 import psutil
 import pytest
@@ -126,6 +128,29 @@ def test_api_processes_that_never_start_end_the_server(tiny, tmp_path):
     why = "its process ended with exit code 7"
     last = f"lockstep: error: LockstepError: an API process ended within 120 s of its start (3 in a row): {why}"
     assert process.returncode == 1 and error.splitlines()[-1] == last and "Traceback" not in error, error
+
+
+@pytest.mark.ranks(1)
+def test_questions_that_are_open_at_the_end_leave_no_traceback(tmp_path):
+    """The ranks cannot start, and clients that wait for them ask for their health all the time."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "config.json").write_text("{}")
+    process = start(str(tmp_path), "--api-processes", "2", "--port", str(port), ranks=1)
+
+    def poll():
+        while process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=SLOW):
+                pass
+
+    pollers = [threading.Thread(target=poll, daemon=True) for _ in range(4)]
+    try:
+        for poller in pollers:
+            poller.start()
+        _, error = process.communicate(timeout=SLOW)
+    finally:
+        process.kill()
+    assert process.returncode == 2 and "Traceback" not in error and "ASGI" not in error, error
 
 
 @pytest.mark.ranks(2)

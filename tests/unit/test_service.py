@@ -12,10 +12,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("starlette")
 
-from lockstep.engine.sampling_params import SamplingParams
 from lockstep.errors import ConfigurationError, PeerFailedError
 from lockstep.models.tiny import byte_tokenizer
-from lockstep.runner.front import EngineStats, NewRequest
+from lockstep.runner.front import EngineStats
 from lockstep.runner.options import EngineOptions
 from lockstep.serve.answers import Form, Piece, Stream
 from lockstep.serve.errors import ApiError
@@ -33,7 +32,14 @@ class FakeEngine:
     def __init__(self):
         self.error, self.taken, self.batches, self.abandoned, self.is_closed = None, [], [], [], False
         self.tokenizer = byte_tokenizer()
-        self.stats, self.about, self.options = EngineStats(), {"kv_capacity_tokens": None}, EngineOptions("tiny")
+        self.stats, self.options = EngineStats(), EngineOptions("tiny")
+        self.about = {"max_model_len": 64, "kv_capacity_tokens": None}
+
+    def prompt_ids(self, index, prompt):
+        return prompt
+
+    def check(self, index, ids, params):
+        pass
 
     def ranks(self):
         return []
@@ -59,13 +65,10 @@ class FakeEngine:
             listener.on_error(LOST)
 
 
-def requests(count=1):
-    return [NewRequest(index, [1, 2], SamplingParams()) for index in range(count)]
-
-
 def submit(service, count=1):
     """A generation of `count` sequences, whose tokens go to a stream."""
-    return service.submit(requests(count), Stream(count, 2).take)
+    asked, stream = CompletionRequest(prompt=[[1, 2]] * count), Stream(count, 2)
+    return service.admit(asked, count, "a", stream.take, lambda size: None)
 
 
 def stream_of(generation):
@@ -137,16 +140,13 @@ class Tokenizing(FakeEngine):
 
     def __init__(self, events):
         super().__init__()
-        self.events, self.about = events, {"max_model_len": 64, "kv_capacity_tokens": None}
+        self.events = events
 
     def prompt_ids(self, index, prompt):
         self.events[len(prompt)].wait(10)
         if len(prompt) == 3:
             raise ConfigurationError("prompt 0 is too long")
         return prompt
-
-    def check(self, index, ids, params):
-        pass
 
 
 def tokenized_beside(test, gather_s=10.0):
@@ -160,7 +160,7 @@ def tokenized_beside(test, gather_s=10.0):
         await until(lambda: service.state == "ready")
 
         def ask(num_tokens):
-            return asyncio.ensure_future(service.start(CompletionRequest(prompt=[1] * num_tokens, max_tokens=4), "a"))
+            return service.start(CompletionRequest(prompt=[1] * num_tokens), b"", 1, "a")
 
         await test(service, engine, ask)
         running.cancel()
@@ -168,24 +168,29 @@ def tokenized_beside(test, gather_s=10.0):
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+async def tokenized(stream):
+    """Wait until the tokenizer is through with a request."""
+    await until(lambda: stream.num_prompt_tokens)
+
+
 def test_requests_that_come_together_reach_the_ranks_together():
     """Each prompt that begins by itself would cost all ranks a step of its own."""
 
     async def test(service, engine, ask):
         engine.events[1].set()
-        await ask(1)
+        ask(1)
         await until(lambda: engine.batches == [1])  # it waits for nobody
         engine.events[1].clear()
         asked = [ask(1), ask(2), ask(3)]
         engine.events[1].set()
-        await asked[0]
+        await tokenized(asked[0])
         await asyncio.sleep(0.05)
         assert engine.batches == [1]
         engine.events[2].set()
-        await asked[1]
+        await tokenized(asked[1])
         engine.events[3].set()
         with pytest.raises(ApiError, match="too long"):  # a request that is refused holds nobody up
-            await asked[2]
+            [_ async for _ in asked[2].steps()]
         await until(lambda: engine.batches == [1, 2])
         assert service.num_waiting == 3
 
@@ -194,12 +199,10 @@ def test_requests_that_come_together_reach_the_ranks_together():
 
 def test_no_request_waits_long_for_the_tokens_of_another():
     async def test(service, engine, ask):
-        asked = [ask(1), ask(2)]
+        ask(1), ask(2)
         engine.events[1].set()
-        await asked[0]
         await until(lambda: engine.batches == [1])
         engine.events[2].set()
-        await asked[1]
         await until(lambda: engine.batches == [1, 1])
 
     tokenized_beside(test, gather_s=0.003)
@@ -207,11 +210,11 @@ def test_no_request_waits_long_for_the_tokens_of_another():
 
 def test_a_request_that_leaves_before_the_ranks_hear_of_it_never_runs():
     async def test(service, engine, ask):
-        asked = [ask(1), ask(2)]
+        leaves, stays = ask(1), ask(2)
         engine.events[1].set()
-        (await asked[0]).leave()
+        await tokenized(leaves)
+        leaves.leave()
         engine.events[2].set()
-        stays = await asked[1]
         await until(lambda: engine.batches)
         assert [stream_of(one) for one in engine.taken] == [stays]
         assert service.num_waiting == 1 and ended(service.metrics) == {"abort": 1}

@@ -65,7 +65,8 @@ class Link:
     def _flush(self) -> None:
         data = json.dumps(self._outbox).encode()
         self._outbox.clear()
-        self._writer.write(len(data).to_bytes(4, "big") + data)
+        if not self._writer.is_closing():  # asyncio logs what is written after the other side has gone
+            self._writer.write(len(data).to_bytes(4, "big") + data)
 
 
 class _Callers:
@@ -79,18 +80,18 @@ class _Callers:
     async def serve(self) -> None:
         """Handle the process's messages until it ends, then release its requests."""
         try:
-            async with asyncio.TaskGroup() as starts:
-                while True:
-                    for number, kind, *rest in await self._receive():
-                        if kind == "start":
-                            starts.create_task(self._start(number, *rest))
-                        elif kind == "leave":
+            while True:
+                for number, kind, *rest in await self._receive():
+                    if kind == "start":
+                        self._start(number, *rest)
+                    elif kind == "leave":
+                        if number in self._generations:  # otherwise it was refused at its arrival
                             self._service.leave(self._generations.pop(number))
-                        elif kind == "refused":
-                            self._service.refused(*rest)
-                        elif kind == "ask":
-                            self._link.send(number, "answer", await self._service.ask(*rest))
-        except* (EOFError, ConnectionError):
+                    elif kind == "refused":
+                        self._service.refused(*rest)
+                    elif kind == "ask":
+                        self._link.send(number, "answer", await self._service.ask(*rest))
+        except (EOFError, ConnectionError):
             pass
         finally:
             for generation in self._generations.values():
@@ -109,18 +110,15 @@ class _Callers:
         self._patience = _SILENT_BEATS
         return await receiving
 
-    async def _start(self, number: int, is_chat: bool, body: str, answer_id: str) -> None:
-        tell = partial(self._tell, number)
+    def _start(self, number: int, is_chat: bool, body: str, num_sequences: int, answer_id: str) -> None:
+        tell, tell_size = partial(self._tell, number), partial(self._link.send, number, "size")
         try:
             asked = parse(ChatRequest if is_chat else CompletionRequest, body.encode())
-            generation = self._service.submit(await self._service.prepare(asked, answer_id), tell)
+            self._generations[number] = self._service.admit(asked, num_sequences, answer_id, tell, tell_size)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("a request could not be started")
             tell(as_api_error(error))
-        else:
-            self._generations[number] = generation
-            self._link.send(number, "stream", generation.num_open, generation.num_prompt_tokens)
 
     def _tell(self, number: int, news: Piece | ApiError) -> None:
         if isinstance(news, ApiError):
@@ -157,13 +155,13 @@ async def serve_by_processes(
             link.close()
             if ended.is_set():
                 return
-            num_failures = 0 if time.monotonic() - began_s > _STEADY_S else num_failures + 1
+            life_s = time.monotonic() - began_s
+            num_failures = 0 if life_s > _STEADY_S else num_failures + 1
             if num_failures > options.max_restarts:
                 what = f"an API process ended within {_STEADY_S:g} s of its start ({num_failures} in a row)"
                 raise LockstepError(f"{what}: {why}")
-            logger.warning(
-                "an API process is started again (failure %d of %d): %s", num_failures, options.max_restarts, why
-            )
+            count = f"failure {num_failures} of {options.max_restarts}" if num_failures else f"after {life_s:.0f} s"
+            logger.warning("an API process is started again (%s): %s", count, why)
             await asyncio.sleep(_PAUSE_S)
 
     async def end(link: Link, process: asyncio.subprocess.Process) -> None:
@@ -189,30 +187,42 @@ class RemoteService:
         self._link = link
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, Stream] = {}  # until their readers leave
+        self._num_open: dict[int, int] = {}  # sequences of each stream that have not ended
+        self._has_ended = False
 
     async def listen(self) -> None:
-        """Handle the launcher's messages until it ends this process."""
+        """Handle the launcher's messages until it ends this process; afterwards, nothing is answered any more."""
         with contextlib.suppress(EOFError, ConnectionError):
-            while True:
-                for number, kind, *rest in await self._link.receive():
-                    if kind == "token":
-                        if number in self._streams:
-                            self._streams[number].take(Piece(*rest))
-                    elif kind == "answer":
-                        self._asked.pop(number).set_result(*rest)
-                    elif kind == "stream":
-                        self._streams[number] = stream = Stream(*rest)
-                        stream.leave = partial(self._leave, number)
-                        self._asked.pop(number).set_result(stream)
-                    elif kind == "error":
-                        error = ApiError(*rest[:4], **rest[4])
-                        if number in self._asked:
-                            self._asked.pop(number).set_exception(error)
-                        elif number in self._streams:
-                            self._streams[number].take(error)
-                    else:
-                        return
+            while not self._has_ended:
+                for message in await self._link.receive():
+                    self._take(*message)
+        self._has_ended = True
+        for future in self._asked.values():
+            if not future.done():
+                future.set_exception(_ended())
+        for number, stream in self._streams.items():
+            if self._num_open[number]:
+                stream.take(_ended())
+
+    def _take(self, number: int, kind: str, *rest: Any) -> None:
+        stream = self._streams.get(number)  # None once its reader has left
+        if kind == "end":
+            self._has_ended = True
+        elif kind == "answer":
+            future = self._asked.get(number)
+            if future is not None and not future.done():  # it may be cancelled
+                future.set_result(*rest)
+        elif stream is not None:
+            if kind == "token":
+                piece = Piece(*rest)
+                self._num_open[number] -= piece.finish_reason is not None
+                stream.take(piece)
+            elif kind == "size":
+                (stream.num_prompt_tokens,) = rest
+            else:
+                self._num_open[number] = 0
+                stream.take(ApiError(*rest[:4], **rest[4]))
 
     async def say_alive(self) -> None:
         """Let the launcher know that this process's event loop runs."""
@@ -222,12 +232,19 @@ class RemoteService:
 
     async def ask(self, what: Question) -> Any:
         """See `Service`."""
-        return await self._call("ask", what)
+        number = self._send_new("ask", what)
+        self._asked[number] = future = asyncio.get_running_loop().create_future()
+        try:
+            return await future
+        finally:
+            del self._asked[number]
 
-    async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
-        """See `Service`."""
-        body = asked.model_dump_json(exclude_unset=True)
-        stream: Stream = await self._call("start", isinstance(asked, ChatRequest), body, answer_id)
+    def start(self, asked: CompletionRequest | ChatRequest, body: bytes, num_sequences: int, answer_id: str) -> Stream:
+        """See `Service`. The launcher reads the body again: a model written as JSON would lose NaN and infinities."""
+        number = self._send_new("start", isinstance(asked, ChatRequest), body.decode(), num_sequences, answer_id)
+        self._streams[number] = stream = Stream(num_sequences, 0)
+        self._num_open[number] = num_sequences
+        stream.leave = partial(self._leave, number)
         return stream
 
     def refused(self, status: int) -> None:
@@ -235,14 +252,19 @@ class RemoteService:
         self._link.send(None, "refused", status)
 
     def _leave(self, number: int) -> None:
-        del self._streams[number]
+        del self._streams[number], self._num_open[number]
         self._link.send(number, "leave")
 
-    async def _call(self, *message: Any) -> Any:
+    def _send_new(self, *message: Any) -> int:
+        if self._has_ended:
+            raise _ended()
         number = next(self._numbers)
-        self._asked[number] = future = asyncio.get_running_loop().create_future()
         self._link.send(number, *message)
-        return await future
+        return number
+
+
+def _ended() -> ApiError:
+    return ApiError(503, "the service has ended", code="service_ended", Retry_After="5")
 
 
 async def _main(listener: socket.socket, link: socket.socket) -> None:

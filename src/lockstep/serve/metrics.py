@@ -27,26 +27,27 @@ class ServiceMetrics(Collector):
         self._registry = CollectorRegistry()  # the global one would add figures of this process that nobody asked for
         self._registry.register(self)
         self._first = self._own(Histogram, "vllm:time_to_first_token_seconds", "From arrival to the first token.")
-        self._next = self._own(Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a request.")
+        self._next = self._own(Histogram, "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.")
         self._whole = self._own(Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the end.")
         self._prompt_tokens = self._own(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
         self._refused = Counter("lockstep_http_errors", "By status.", ["status"], registry=self._registry)
 
-    def token(self, generation: Generation, now_s: float, *, is_first: bool) -> None:
-        """Count a token; `is_first` of its sequence."""
+    def token(self, generation: Generation, sequence: int, now_s: float) -> None:
+        """Count a token of a sequence, before its time is noted in the generation."""
         self.num_tokens += 1
-        if not generation.begun:
+        if not generation.last_token_s:
             self._prompt_tokens.inc(generation.num_prompt_tokens)
-        if is_first:
-            self._first.observe(now_s - generation.began_s)
+        last_s = generation.last_token_s.get(sequence)
+        if last_s is None:
+            self._first.observe(now_s - generation.arrived_s)
         else:
-            self._next.observe(now_s - generation.last_token_s)
+            self._next.observe(now_s - last_s)
 
-    def finished(self, generation: Generation, reason: str, num_sequences: int) -> None:
+    def finished(self, generation: Generation, reason: str, num_sequences: int, now_s: float) -> None:
         """Count sequences of a request that have ended."""
         self.num_ended[reason] += num_sequences
         for _ in range(num_sequences):
-            self._whole.observe(generation.last_token_s - generation.began_s)
+            self._whole.observe(now_s - generation.arrived_s)
 
     def refused(self, status: int) -> None:
         """Count an answer with an error."""
@@ -60,7 +61,9 @@ class ServiceMetrics(Collector):
         """See `Collector`."""
         service, gauge, counter = self._service, GaugeMetricFamily, CounterMetricFamily
         yield self._family(gauge, "vllm:num_requests_running", "Sequences that generate.", service.num_running)
-        yield self._family(gauge, "vllm:num_requests_waiting", "Sequences without a token.", service.num_waiting)
+        yield self._family(
+            gauge, "vllm:num_requests_waiting", "Sequences without a token, from arrival.", service.num_waiting
+        )
         yield self._family(counter, "vllm:generation_tokens", "Tokens generated.", self.num_tokens)
         ended = counter("vllm:request_success", "Ended sequences.", labels=["model_name", "finished_reason"])
         for reason, count in self.num_ended.items():

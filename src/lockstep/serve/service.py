@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +21,7 @@ from lockstep.runner.front import NewRequest
 from lockstep.runner.ranks import detokenizer_of
 from lockstep.runner.router import Entry
 from lockstep.serve.answers import Piece, Stream
-from lockstep.serve.errors import ApiError
+from lockstep.serve.errors import ApiError, as_api_error
 from lockstep.serve.metrics import ServiceMetrics
 from lockstep.serve.options import ServeOptions
 from lockstep.serve.schema import ChatRequest, CompletionRequest, new_requests
@@ -40,12 +40,25 @@ _MAX_LIVES = 3  # a request may be the cause of the losses: it is not kept for e
 class Generation:
     """One HTTP request's sequences: the engine's thread brings their tokens, the event loop passes them to `tell`."""
 
-    def __init__(self, service: Service, requests: Sequence[NewRequest], tell: Tell) -> None:
-        self.requests, self.tell = requests, tell
-        self.num_prompt_tokens = count_prompt_tokens(requests)
-        self.num_open, self.num_lives = len(requests), 0
-        self.begun: set[int] = set()  # sequences with a token
-        self.began_s = self.last_token_s = time.monotonic()
+    preparing: asyncio.Future[list[NewRequest]]  # tokenizing of `asked`, which gives `requests`
+
+    def __init__(
+        self,
+        service: Service,
+        asked: CompletionRequest | ChatRequest,
+        num_sequences: int,
+        answer_id: str,
+        tell: Tell,
+        tell_size: Callable[[int], None],
+    ) -> None:
+        self.arrived_s = time.monotonic()
+        self.asked: CompletionRequest | ChatRequest | None = asked
+        self.answer_id, self.tell, self.tell_size = answer_id, tell, tell_size
+        self.requests: list[NewRequest] = []
+        self.num_prompt_tokens = 0
+        self.num_sequences = self.num_open = num_sequences
+        self.num_lives = 0
+        self.last_token_s: dict[int, float] = {}  # of each sequence that has begun
         self._service = service
 
     def on_token(self, entry: Entry, delta: TextDelta) -> None:
@@ -61,18 +74,13 @@ class Generation:
         self._service.post(self, error)
 
 
-def count_prompt_tokens(requests: Sequence[NewRequest]) -> int:
-    """Return the tokens of all prompts; one with several choices counts once."""
-    return sum({id(ids): len(ids) for ids in (new.prompt_token_ids for new in requests)}.values())
-
-
 class Service:
     """Keeps an engine running and gives it requests. Threads other than the event loop's call only `post` and `token`.
 
     If an engine fails, all ranks are restarted, at most `max_restarts` times without a finished sequence in between.
-    Requests without a token are kept for the new ranks; the others fail. At most `max_queue` sequences wait for their
-    first token. `start_engine` blocks until the ranks are ready. A request waits up to `gather_s` for others that are
-    being tokenized.
+    Requests without a token are kept for the new ranks; the others fail. At most `max_queue` sequences wait, from their
+    arrival to their first token. `start_engine` blocks until the ranks are ready. A request waits up to `gather_s` for
+    others that are being tokenized.
     """
 
     gather_s = 0.003
@@ -81,7 +89,7 @@ class Service:
         self.state: Literal["starting", "ready", "restarting", "draining", "failed"] = "starting"
         self.engine: Engine | None = None
         self.num_restarts = 0
-        self.num_waiting = 0  # sequences without a token yet
+        self.num_waiting = 0  # sequences without a token, those that are being tokenized included
         self._start_engine, self._options = start_engine, options
         self._failures, self._why = 0, ""
         self._running: set[Generation] = set()  # until their answers are sent
@@ -110,8 +118,8 @@ class Service:
                 continue
             self._detokenizer = detokenizer_of(engine.tokenizer)
             self.state = "ready" if self.state not in _ENDING else self.state
-            kept = (one for one in self._running if not one.begun)
-            self._gathered = sorted(kept, key=lambda one: one.began_s)
+            kept = (one for one in self._running if one.requests and not one.last_token_s)
+            self._gathered = sorted(kept, key=lambda one: one.arrived_s)
             self._submit_gathered()
             while engine.error is None:
                 await asyncio.sleep(_LOOK_S)
@@ -163,48 +171,72 @@ class Service:
             return self.metrics.text()
         return self.engine.about["max_model_len"] if self.engine is not None else None
 
-    async def start(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> Stream:
-        """Start a request; the reader of its stream must call `Stream.leave` afterwards."""
-        requests = await self.prepare(asked, answer_id)
-        stream = Stream(len(requests), count_prompt_tokens(requests))
-        stream.leave = partial(self.leave, self.submit(requests, stream.take))
+    def start(self, asked: CompletionRequest | ChatRequest, body: bytes, num_sequences: int, answer_id: str) -> Stream:
+        """Start a request, read from `body`; the reader of its stream must call `Stream.leave` afterwards."""
+        stream = Stream(num_sequences, 0)
+        tell_size = partial(setattr, stream, "num_prompt_tokens")
+        stream.leave = partial(self.leave, self.admit(asked, num_sequences, answer_id, stream.take, tell_size))
         return stream
 
-    async def prepare(self, asked: CompletionRequest | ChatRequest, answer_id: str) -> list[NewRequest]:
-        """Tokenize, check and log a request, beside the event loop."""
-        engine = self._usable()
-        self._num_preparing += 1
-        try:
-            requests = await self._loop.run_in_executor(self._tokenizing, new_requests, asked, engine)
-        finally:
-            self._num_preparing -= 1
-            self._loop.call_soon(self._submit_if_all_are_prepared)
-        if self._options.log_requests != "off":
-            prompt = f": {requests[0].prompt_token_ids}" if self._options.log_requests == "prompts" else ""
-            sizes = (answer_id, len(requests), count_prompt_tokens(requests), requests[0].params.max_tokens)
-            logger.info("%s: %d sequences, %d prompt tokens, at most %d new ones%s", *sizes, prompt)
-        return requests
+    def admit(
+        self,
+        asked: CompletionRequest | ChatRequest,
+        num_sequences: int,
+        answer_id: str,
+        tell: Tell,
+        tell_size: Callable[[int], None],
+    ) -> Generation:
+        """Let a request wait for the tokenizer and the ranks; `tell_size` takes its number of prompt tokens.
 
-    def submit(self, requests: Sequence[NewRequest], tell: Tell) -> Generation:
-        """Start a prepared request; raise 429 if the queue is full, 503 if the service is ending."""
-        self._usable()
-        if self.num_waiting + len(requests) > self._options.max_queue:
-            waiting, most = self.num_waiting, self._options.max_queue
-            text = f"{waiting} sequences wait already, and at most {most} may: try again later"
+        Raise 400 if it can never wait, 429 if the queue is full, 503 if the service cannot take it.
+        """
+        engine, most = self._usable(), self._options.max_queue
+        if num_sequences > most:
+            text = f"n * prompts must be <= {most}, since no more sequences may wait, got {num_sequences}"
+            raise ApiError(400, text, "prompt" if asked.n is None else "n")
+        if self.num_waiting + num_sequences > most:
+            text = f"{self.num_waiting} sequences wait already, and at most {most} may: try again later"
             after_s = min(60, max(1, math.ceil(self._first_wait_s)))
             raise ApiError(429, text, code="queue_full", Retry_After=str(after_s))
-        generation = Generation(self, requests, tell)
+        generation = Generation(self, asked, num_sequences, answer_id, tell, tell_size)
         self._running.add(generation)
-        self.num_waiting += len(requests)
-        if self.state == "ready":
-            self._gathered.append(generation)
-            if self._gathers_until is None:
-                self._gathers_until = self._loop.call_later(self.gather_s, self._submit_gathered)
+        self.num_waiting += num_sequences
+        self._num_preparing += 1
+        generation.preparing = self._loop.run_in_executor(self._tokenizing, _prepare, generation, engine)
+        generation.preparing.add_done_callback(partial(self._prepared, generation))
         return generation
 
-    def _submit_if_all_are_prepared(self) -> None:
+    def _prepared(self, generation: Generation, preparing: asyncio.Future[list[NewRequest]]) -> None:
+        """Take a request from the tokenizer: for the ranks, or as refused."""
+        self._num_preparing -= 1
+        generation.asked = None
+        try:
+            requests = preparing.result()
+        except asyncio.CancelledError:  # its client has gone
+            pass
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("a request could not be started")
+            self.num_waiting -= generation.num_open
+            generation.num_open = 0
+            generation.tell(as_api_error(error))
+        else:
+            generation.requests, generation.num_prompt_tokens = requests, _count_prompt_tokens(requests)
+            generation.tell_size(generation.num_prompt_tokens)
+            self._log(generation)
+            if self.state in ("ready", "draining"):
+                self._gathered.append(generation)
+                if self._gathers_until is None:
+                    self._gathers_until = self._loop.call_later(self.gather_s, self._submit_gathered)
         if not self._num_preparing:
             self._submit_gathered()
+
+    def _log(self, one: Generation) -> None:
+        if self._options.log_requests != "off":
+            first = one.requests[0]
+            prompt = f": {first.prompt_token_ids}" if self._options.log_requests == "prompts" else ""
+            sizes = (one.answer_id, one.num_sequences, one.num_prompt_tokens, first.params.max_tokens)
+            logger.info("%s: %d sequences, %d prompt tokens, at most %d new ones%s", *sizes, prompt)
 
     def _submit_gathered(self) -> None:
         """Give the ranks all requests that came together: prompts that begin in the same step share its cost."""
@@ -273,21 +305,20 @@ class Service:
             if isinstance(news, Exception):
                 self._take_loss(generation, news)
                 continue
-            is_first = news.sequence not in generation.begun
-            self._first_wait_s = now_s - generation.began_s if is_first else self._first_wait_s
-            self.metrics.token(generation, now_s, is_first=is_first)
-            generation.last_token_s = now_s
-            generation.begun.add(news.sequence)
-            self.num_waiting -= is_first
+            if news.sequence not in generation.last_token_s:
+                self._first_wait_s = now_s - generation.arrived_s
+                self.num_waiting -= 1
+            self.metrics.token(generation, news.sequence, now_s)
+            generation.last_token_s[news.sequence] = now_s
             generation.tell(news)
             if news.finish_reason is not None:
                 generation.num_open -= 1
                 self._failures = 0
-                self.metrics.finished(generation, news.finish_reason, 1)
+                self.metrics.finished(generation, news.finish_reason, 1, now_s)
 
     def _take_loss(self, generation: Generation, error: Exception) -> None:
         generation.num_lives += 1
-        if generation.begun or generation.num_lives >= _MAX_LIVES or self.state in _ENDING:
+        if generation.last_token_s or generation.num_lives >= _MAX_LIVES or self.state in _ENDING:
             text = f"the request was lost with the ranks that ran it ({error}); it may be sent again"
             self._fail(generation, ApiError(503, text, code="rank_failed", Retry_After="1"))
 
@@ -309,12 +340,25 @@ class Service:
 
     def _end(self, generation: Generation, reason: str) -> None:
         """Count out the sequences of a request that have not ended by themselves."""
-        self.metrics.finished(generation, reason, generation.num_open)
-        self.num_waiting -= len(generation.requests) - len(generation.begun)
+        self.metrics.finished(generation, reason, generation.num_open, time.monotonic())
+        self.num_waiting -= generation.num_sequences - len(generation.last_token_s)
         generation.num_open = 0
+        generation.preparing.cancel()  # no effect once it has ended
+        generation.asked = None  # the tokenizer's queue refers to the request until its turn
 
     def _unavailable(self) -> ApiError:
         return ApiError(503, f"the service is {self.state}", code=f"service_{self.state}", Retry_After="5")
+
+
+def _prepare(generation: Generation, engine: Engine) -> list[NewRequest]:
+    """Tokenize and check a request, on the tokenizing thread."""
+    asked = generation.asked
+    return [] if asked is None else new_requests(asked, engine)  # None if its client goes away at this moment
+
+
+def _count_prompt_tokens(requests: list[NewRequest]) -> int:
+    """Return the tokens of all prompts; one with several choices counts once."""
+    return sum({id(ids): len(ids) for ids in (new.prompt_token_ids for new in requests)}.values())
 
 
 async def _in_thread(start: Callable[[], Engine]) -> Engine:
