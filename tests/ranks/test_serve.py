@@ -133,6 +133,15 @@ def test_logprobs_of_both_kinds(client):
         len(top) == 3 and value == max(top.values())
         for value, top in zip(answer.token_logprobs, answer.top_logprobs, strict=True)
     )
+    whole = client.completions.create(prompt="abc", max_tokens=20, logprobs=0, **GREEDY).choices[0]
+    expected = whole.logprobs.text_offset
+    assert expected[0] == 0 and expected == sorted(expected) and len(expected) == 20
+    for place in range(0, len(whole.text), 4):  # held back until the end
+        options = {"prompt": "abc", "max_tokens": 20, "logprobs": 0, "stop": whole.text[place:] + "\0"} | GREEDY
+        held = client.completions.create(**options).choices[0]
+        events = client.completions.create(stream=True, **options)
+        streamed = [offset for event in events for offset in event.choices[0].logprobs.text_offset]
+        assert held.text == whole.text and held.logprobs.text_offset == streamed == expected
     messages = [{"role": "user", "content": "abc"}]
     chat = client.chat.completions.create(messages=messages, max_tokens=4, logprobs=True, top_logprobs=5, **GREEDY)
     content = chat.choices[0].logprobs.content

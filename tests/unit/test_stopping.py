@@ -248,6 +248,45 @@ def test_a_stop_string_across_the_bytes_of_a_character():
     assert (checker.text, len(checker.token_ids)) == ("5 ", 6)
 
 
+def offsets_of(ids, tokenizer=BYTES, **fields):
+    return [delta.offset for delta in run(ids, tokenizer=tokenizer, logprobs=0, **fields)[1]]
+
+
+def test_an_offset_is_where_a_token_begins_whatever_is_held_back():
+    assert offsets_of(byte_ids("a<en<end")) == list(range(8)) == offsets_of(byte_ids("a<en<end"), stop="<end>x")
+    assert offsets_of([*byte_ids("a<"), EOS], stop="<x") == [0, 1, 2]
+    assert [delta.offset for delta in run(byte_ids("abc"))[1]] == [0, 0, 0]  # nobody asked
+    assert offsets_of(byte_ids("5€6"), stop="€6x") == [0, 1, 1, 1, 2]
+    detokenizer = Detokenizer(BYTES)
+    id_of = {detokenizer.token_bytes(token): token for token in range(256)}
+    parts = [id_of[bytes([byte])] for byte in b"\xc3a\xc3\xc3\xa9\xe0\x80b\xf0\x9fc"]
+    assert whole(BYTES, parts) == "\ufffda\ufffdé\ufffd\ufffdb\ufffdc"
+    assert offsets_of([*parts, EOS, *byte_ids("d")], ignore_eos=True) == [0, 1, 2, 3, 3, 4, 5, 6, 7, 7, 8, 9, 9]
+    words = TOKENIZERS["sentencepiece"]
+    ids = [words.token_to_id(token) for token in ("▁Hello", "<0x0A>", "<0x0A>", "<0xC3>", "<0xA9>", "▁é", "ab")]
+    assert whole(words, ids) == "Hello\n\né éab"
+    assert offsets_of(ids, words, stop="éabx") == [0, 5, 6, 7, 7, 8, 10]
+    broken = [words.token_to_id(token) for token in ("ab", "<0xE2>", "<0x82>", "▁é", "ab")]
+    assert whole(words, broken) == "ab\ufffd\ufffd éab" and offsets_of(broken, words)[3:] == [4, 6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_offsets_are_lengths_of_texts_that_end_with_whole_characters(data):
+    """By the tokenizer's own decoding of the tokens before, whatever the stop strings."""
+    name = data.draw(st.sampled_from(sorted(TOKENIZERS)))
+    tokenizer, ids = TOKENIZERS[name], data.draw(st.lists(st.integers(0, LIMITS[name]), max_size=12))
+    stops = data.draw(st.lists(st.sampled_from(whole(tokenizer, ids) or "a").map("{}\0".format), max_size=3))
+    fields = {"ignore_eos": True, "min_tokens": 99, "max_tokens": 99}
+    offsets = offsets_of(ids, tokenizer, stop=stops, **fields)
+    assert offsets == sorted(offsets) == offsets_of(ids, tokenizer, **fields)
+    text = whole(tokenizer, ids)
+    for place, offset in enumerate(offsets):
+        before = whole(tokenizer, ids[:place])
+        if "\ufffd" not in before and text.startswith(before):
+            assert offset == len(before)
+
+
 def test_stop_tokens_have_no_text():
     a, b, c = byte_ids("abc")
     checker, _ = run([a, b, c], stop_token_ids=[b])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from lockstep.engine.text import Detokenizer
 from lockstep.errors import ConfigurationError
 
 FinishReason = Literal["stop", "length", "abort"]
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TextDelta:
     # `max_tokens`; `"abort"`: the caller ended it.
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token of `stop_token_ids` that ended it
+    offset: int = 0  # of the token's text in the output, held back or not; 0 unless log probabilities are asked for
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class StopChecker:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._stream = detokenizer.stream() if detokenizer is not None else None
         self._matcher = _StopMatcher(params.stop_strings)
+        self._offsets = _Offsets(detokenizer) if detokenizer is not None and params.logprobs is not None else None
+        self._offset = 0  # of the last token
         self._text = StringIO()
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -102,12 +107,14 @@ class StopChecker:
             return TextDelta()
         self.token_ids.append(token_id)
         count = len(self.token_ids)
-        if count >= self._params.min_tokens:
-            if token_id in self._eos_token_ids:
-                return self._end("stop", None)
-            if token_id in self._stop_token_ids:
-                return self._end("stop", token_id)
-        text = self._match(self._stream.push(token_id) if self._stream is not None else "")
+        is_eos, is_stop = token_id in self._eos_token_ids, token_id in self._stop_token_ids
+        is_last = count >= self._params.min_tokens and (is_eos or is_stop)
+        decoded = self._stream.push(token_id) if self._stream is not None and not is_last else ""
+        if self._offsets is not None:
+            self._offset = self._offsets.take(token_id, decoded)
+        if is_last:
+            return self._end("stop", None if is_eos else token_id)
+        text = self._match(decoded)
         looks_on = self.finish_reason is None and count > self._params.min_tokens and self._params.stop_strings
         if looks_on and self._stream is not None and self._matcher.would_match(self._stream.open_text()):
             return self._end("stop", None, text)
@@ -135,7 +142,30 @@ class StopChecker:
 
     def _emit(self, text: str) -> TextDelta:
         self._text.write(text)
-        return TextDelta(text, self.finish_reason, self.stop_reason)
+        return TextDelta(text, self.finish_reason, self.stop_reason, self._offset)
+
+
+class _Offsets:
+    """Finds where the text of each token begins in the output, for a part of a character where the character does."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+        self._num_decoded = self._num_in_run = 0  # characters: of the stream's text, of the open run of byte tokens
+        self._run = _Utf8("replace")
+
+    def take(self, token_id: int, decoded: str) -> int:
+        """Return the offset of the next token, for which the stream has returned `decoded`."""
+        content, begin = self._detokenizer.token_bytes(token_id), self._num_decoded
+        if decoded:  # ends with the token's own text; a character that began before it looks like one of its own
+            self._run.reset()
+            self._num_in_run = 0
+            self._num_decoded += len(decoded)
+            return max(begin, self._num_decoded - len(_Utf8("replace").decode(content)))
+        first = self._run.getstate()[0] + content[:1]
+        offset = begin + self._num_in_run + max(0, len(first.decode(errors="replace")) - 1)
+        if self._detokenizer.traits(token_id)[1]:
+            self._num_in_run += len(self._run.decode(content))
+        return offset
 
 
 class _StopMatcher:

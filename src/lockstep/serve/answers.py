@@ -23,6 +23,7 @@ class Piece(NamedTuple):
     text: str
     tokens: list[dict[str, Any]] | None  # the drawn token and then the most likely ones; None if not asked for
     finish_reason: str | None
+    offset: int = 0  # of the token's text in the output, where log probabilities are asked for
 
 
 class Stream:
@@ -69,7 +70,6 @@ class Form:
         self._head: dict[str, Any] = {"id": self.answer_id, "created": int(time.time()), "model": model}
         self._is_chat = is_chat
         self._begun: set[int] = set()
-        self._offsets: dict[int, int] = {}  # of each sequence's next token in its text
 
     def event(self, pieces: Sequence[Piece], usage: dict[str, int] | None, *, shows_usage: bool) -> bytes:
         """Return pieces as one event with a choice per sequence, empty if none has news; without pieces, only usage."""
@@ -106,15 +106,13 @@ class Form:
             tokens = (piece.tokens for piece in pieces if piece.tokens)
             return {"content": [token | {"top_logprobs": top} for token, *top in tokens], "refusal": None}
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = self._offsets.get(pieces[0].sequence, 0)
         for piece in pieces:
             assert piece.tokens is not None
             token, *top = piece.tokens
             named = {one["token"]: one["logprob"] for one in (token, *top)}
-            for entries, value in zip(lists.values(), (token["token"], token["logprob"], named, offset), strict=True):
+            values = (token["token"], token["logprob"], named, piece.offset)
+            for entries, value in zip(lists.values(), values, strict=True):
                 entries.append(value)
-            offset += len(piece.text)
-        self._offsets[pieces[0].sequence] = offset
         return lists
 
 

@@ -67,7 +67,7 @@ class Generation:
         if entry.logprobs:
             drawn = (entry.checker.token_ids[-1], entry.logprobs[-1].logprob)
             tokens = [self._service.token(*one) for one in (drawn, *entry.logprobs[-1].top)]
-        self._service.post(self, Piece(entry.index, delta.text, tokens, delta.finish_reason))
+        self._service.post(self, Piece(entry.index, delta.text, tokens, delta.finish_reason, delta.offset))
 
     def on_error(self, error: Exception) -> None:
         """See `Listener`."""
