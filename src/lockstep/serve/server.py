@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -48,7 +49,16 @@ async def serve(
     `end_now` ends the process with a status at a second signal. Raises what has ended the service for good.
     """
     _allow_files(options.max_connections)
-    service = Service(start_engine, options)
+
+    def start() -> Engine:
+        """Start an engine and exempt all that is there from garbage collection, whose walk through it takes 0.2 s."""
+        gc.unfreeze()  # what an engine before has left
+        engine = start_engine()
+        gc.collect()
+        gc.freeze()
+        return engine
+
+    service = Service(start, options)
     loop, drains, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     numbers: list[int] = []
 
