@@ -18,7 +18,7 @@ from starlette.routing import Route
 from lockstep.serve.answers import Form, Stream, as_event
 from lockstep.serve.errors import ApiError, as_api_error
 from lockstep.serve.options import ServeOptions
-from lockstep.serve.schema import MAX_SEQUENCES, ChatRequest, CompletionRequest, parse
+from lockstep.serve.schema import ChatRequest, CompletionRequest, num_sequences, parse
 
 if TYPE_CHECKING:  # neither is needed by both kinds of process
     from lockstep.serve.api_process import RemoteService
@@ -54,7 +54,7 @@ def make_app(service: Service | RemoteService, options: ServeOptions) -> Starlet
             text = f"there is no model {asked.model[:80]!r} here, only {options.model!r}"
             raise ApiError(404, text, "model", "model_not_found")
         form = Form(options.model, is_chat=is_chat)
-        return _Answer(service, service.start(asked, body, _num_sequences(asked), form.answer_id), form, asked)
+        return _Answer(service, service.start(asked, body, num_sequences(asked), form.answer_id), form, asked)
 
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -151,14 +151,6 @@ async def _read_body(request: Request, options: ServeOptions) -> bytes:
     except ClientDisconnect:
         raise ApiError(400, "the client went away") from None
     return bytes(body)
-
-
-def _num_sequences(asked: CompletionRequest | ChatRequest) -> int:
-    """Return prompts times `n`; 1 for numbers that are refused when the prompts are read."""
-    prompts = asked.prompt if isinstance(asked, CompletionRequest) else ""
-    several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
-    count = (len(prompts) if several else 1) * (1 if asked.n is None else asked.n)
-    return count if 1 <= count <= MAX_SEQUENCES else 1
 
 
 def _check_key(request: Request, digest: bytes | None) -> None:

@@ -170,17 +170,29 @@ def parse(kind: type[Request], body: bytes) -> Request:
     return request
 
 
+def num_sequences(request: CompletionRequest | ChatRequest) -> int:
+    """Return prompts times `n`; 400 for none or too many."""
+    num_prompts, n = len(_prompts(request)), 1 if request.n is None else request.n
+    name = "messages" if isinstance(request, ChatRequest) else "prompt"
+    if not num_prompts:
+        raise ApiError(400, f"{name} must not be empty", name)
+    if not 1 <= n <= MAX_SEQUENCES // num_prompts:
+        text = f"n must be >= 1, and n * prompts <= {MAX_SEQUENCES}, got {n} * {num_prompts}"
+        raise ApiError(400, text, name if request.n is None else "n")
+    return num_prompts * n
+
+
 def new_requests(request: CompletionRequest | ChatRequest, engine: Engine) -> list[NewRequest]:
     """Tokenize and check a request; sequence `prompt * n + choice` has that index. 400 names the field if it can."""
     from lockstep.runner.front import NewRequest  # imports torch, which API processes do without
 
-    num_choices = 1 if request.n is None else request.n
+    prompts = _prompts(request)
+    num_choices = num_sequences(request) // len(prompts)
     given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     given |= {"seed": request.seed, "logprobs": _num_logprobs(request)}
     requests: list[NewRequest] = []
     try:
         SamplingParams(**given | {"min_tokens": 0})  # before the work of tokenizing
-        prompts = _prompts(request, num_choices)
         for number, ids in enumerate(_tokenize(request, prompts, engine)):
             params = SamplingParams(**given, max_tokens=_max_tokens(request, engine, number, len(ids)))
             engine.check(number, ids, params)
@@ -236,20 +248,12 @@ def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, number
     return next(length for length in given if length is not None)
 
 
-def _prompts(request: CompletionRequest | ChatRequest, num_choices: int) -> list[Any]:
-    """Return the prompts: texts or token ids, or the messages of a chat as chat templates take them."""
+def _prompts(request: CompletionRequest | ChatRequest) -> list[Any]:
+    """Return the prompts: texts, token ids, or the messages of a chat."""
     if isinstance(request, ChatRequest):
-        name, asked = "messages", [_for_template(message) for message in request.messages]
-        prompts: list[Any] = [asked] if asked else []
-    else:
-        name, several = "prompt", isinstance(request.prompt, list) and not isinstance((*request.prompt, "")[0], int)
-        prompts = list(request.prompt) if several else [request.prompt]
-    if not prompts:
-        raise ApiError(400, f"{name} must not be empty", name)
-    if not 1 <= num_choices <= MAX_SEQUENCES // len(prompts):
-        text = f"n must be >= 1, and n * prompts <= {MAX_SEQUENCES}, got {num_choices} * {len(prompts)}"
-        raise ApiError(400, text, name if request.n is None else "n")
-    return prompts
+        return [request.messages] if request.messages else []
+    is_one = isinstance(request.prompt, str) or isinstance(next(iter(request.prompt), None), int)
+    return [request.prompt] if is_one else list(request.prompt)
 
 
 def _for_template(message: Message) -> dict[str, str]:
@@ -271,9 +275,10 @@ def _tokenize(request: CompletionRequest | ChatRequest, prompts: list[Any], engi
         return [engine.prompt_ids(number, prompt) for number, prompt in enumerate(prompts)]
     if getattr(engine.tokenizer, "chat_template", None) is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
-    engine.check_size(0, sum(len(message["content"]) for message in prompts[0]))
+    messages = [_for_template(message) for message in prompts[0]]
+    engine.check_size(0, sum(len(message["content"]) for message in messages))
     try:
-        ids = engine.tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True, return_dict=False)
+        ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template may raise what it likes, most of it by its own raise_exception
         raise ApiError(400, f"the chat template refused the messages: {error!s:.200}", "messages") from None
     return [list(ids)]
