@@ -333,8 +333,12 @@ def test_an_api_process_that_ends_after_a_long_life_is_no_failure(monkeypatch, c
     monkeypatch.setattr(api_process, "_STEADY_S", 0.0)
     monkeypatch.setattr(api_process, "_PAUSE_S", 0.0)
 
+    def is_api_process(one):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            return "lockstep.serve.api_process" in one.cmdline()
+
     def children():
-        return [one for one in psutil.Process().children() if "lockstep.serve.api_process" in one.cmdline()]
+        return list(filter(is_api_process, psutil.Process().children()))
 
     async def test():
         ended, service = asyncio.Event(), SimpleNamespace()
