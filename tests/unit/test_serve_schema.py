@@ -119,12 +119,12 @@ def test_a_chat_is_refused_in_its_own_terms():
     long = {"messages": [{"role": "user", "content": "a" * 60}]}
     for given in ({}, {"max_tokens": 1}, {"max_completion_tokens": 1}):
         error = refused(long | given)
-        expected = "the chat has 77 tokens, more than the 63 that fit into the context with an answer"
+        expected = "the chat has 77 tokens, more than the 63 that leave room for an answer in the context"
         assert (error.message, error.param, error.code) == (expected, "messages", "context_length_exceeded")
     two_pages = [{"role": "user", "content": "a" * 2 * PAGE_SIZE}]
     error = refused({"messages": two_pages}, TokenizingEngine(None, 10 * PAGE_SIZE, 2 * PAGE_SIZE + 1))
     limit = 2 * PAGE_SIZE - 1
-    assert error.message.endswith(f"tokens, more than the {limit} that fit into a rank's KV cache with an answer")
+    assert error.message.endswith(f"tokens, more than the {limit} that leave room for an answer in a rank's KV cache")
     for name in ("max_tokens", "max_completion_tokens"):
         error = refused(CHAT | {name: 1000})
         expected = f"the chat has 18 tokens and {name} is 1000, together more than the context of 64"
@@ -140,7 +140,7 @@ def test_a_chat_is_refused_in_its_own_terms():
 
 def test_a_long_prompt_is_at_fault_and_not_a_length_that_nobody_gave():
     error = refused({"prompt": ["a", "a" * 64]})
-    expected = "prompt 1 has 64 tokens, more than the 63 that fit into the context with an answer"
+    expected = "prompt 1 has 64 tokens, more than the 63 that leave room for an answer in the context"
     assert (error.message, error.param, error.code) == (expected, "prompt", "context_length_exceeded")
     assert [new.params.max_tokens for new in ask({"prompt": ["a", "a" * 63]})] == [16, 1]
     assert refused({"prompt": ""}).message == "prompt 0 has no tokens"

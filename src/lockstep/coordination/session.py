@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lockstep.coordination.coordinator import Coordinator
 from lockstep.coordination.flight_recorder import Phase
 from lockstep.coordination.step import StepDecision, StepRecord
-from lockstep.coordination.waits import INTERRUPTIBLE_S
+from lockstep.coordination.waits import INTERRUPTIBLE_S, join
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError, TokenCountError
 
 # After an agreement without work, the next one follows a pause that doubles up to the second figure. Where a rank can
@@ -82,8 +82,7 @@ class Session:
             self._finished = self._untold = True
             self._changed.notify_all()
         try:
-            while self._thread.is_alive():
-                self._thread.join(INTERRUPTIBLE_S)
+            join(self._thread)
         except BaseException as error:  # Ctrl-C: tell the other ranks, for which one more wait must suffice
             self.fail(error)
             self._thread.join(self.coordinator.deadline_s)

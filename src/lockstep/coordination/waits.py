@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEADLINE_S = 30.0  # default longest wait for any rank, in seconds
-# A wait without a limit is a row of waits this long. Python handles a signal between two calls, so that one which comes
-# just before a wait does not end it: Ctrl-C would be heard when the wait is over, and may never be.
 INTERRUPTIBLE_S = 0.25
+"""Longest single wait of a user's thread; longer ones repeat it.
+
+Python handles signals between two calls. A signal that arrives just before a wait does not interrupt it, so Ctrl-C
+would have no effect until the wait ends, and some never do.
+"""
 SPIN_NS = 20_000  # how long a wait spins
 _CHECK_S = 0.1
 _YIELD_NS = 400_000
@@ -92,6 +95,12 @@ def wait_for(work: dist.Work, timeout_s: float, check: Callable[[], object] | No
                 raise TimeoutError(f"no answer within {timeout_s:.3g} s") from error
         if check is not None:
             check()
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait until a thread has ended; Ctrl-C always interrupts it."""
+    while thread.is_alive():
+        thread.join(INTERRUPTIBLE_S)
 
 
 def within(call: Callable[[], T], seconds: float, last_answer: Callable[[], float] | None = None) -> T:

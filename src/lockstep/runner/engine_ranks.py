@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.coordination.processes import ProcessState
-from lockstep.coordination.waits import INTERRUPTIBLE_S
+from lockstep.coordination.waits import join
 from lockstep.errors import ConfigurationError, RankAbsentError
 from lockstep.runner.launcher import PRELOAD, loopback_store, rank_environment
 from lockstep.runner.losses import failure_of
@@ -143,8 +143,7 @@ class OwnRank:
     def stop(self) -> None:
         """Wait until all ranks have been told to stop, as long as they live; raise what has ended this one."""
         self._mailbox.deliver({"stop": True})
-        while self._thread.is_alive():
-            self._thread.join(INTERRUPTIBLE_S)
+        join(self._thread)
         if self._error is not None:
             raise self._error
 

@@ -12,7 +12,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lockstep.coordination.waits import INTERRUPTIBLE_S
+from lockstep.coordination.waits import INTERRUPTIBLE_S, join
 from lockstep.engine.sampling_params import SamplingParams
 from lockstep.engine.stopping import RequestOutput, TextDelta
 from lockstep.errors import ConfigurationError, LockstepError, RankAbsentError
@@ -156,7 +156,7 @@ class Front:
         """End all requests, let the ranks end, and wait for them. No requests are accepted afterwards."""
         self._put("close", None, None)
         try:
-            self._join()
+            join(self._thread)
         except BaseException as error:
             self.ranks.kill(error)
             raise
@@ -165,11 +165,7 @@ class Front:
         """End the ranks at once, or as soon as the other ranks know why."""
         self.ranks.kill(error)
         self._put("close", None, None)
-        self._join()
-
-    def _join(self) -> None:
-        while self._thread.is_alive():
-            self._thread.join(INTERRUPTIBLE_S)
+        join(self._thread)
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         self.heard_at_s[rank] = time.monotonic()

@@ -52,9 +52,9 @@ class Stream:
         raise self._error
 
     def take(self, news: Piece | ApiError) -> None:
-        """Add a token, or the error that ends the request."""
+        """Add a token, or the error that ends the request; no error comes after its end."""
         if isinstance(news, ApiError):
-            self._error = news
+            self._error = news if self._num_open and self._error is None else self._error
         else:
             self._pieces.append(news)
             self.num_tokens += 1

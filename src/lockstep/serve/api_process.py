@@ -188,7 +188,6 @@ class RemoteService:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._streams: dict[int, Stream] = {}  # until their readers leave
-        self._num_open: dict[int, int] = {}  # sequences of each stream that have not ended
         self._has_ended = False
 
     async def listen(self) -> None:
@@ -201,9 +200,8 @@ class RemoteService:
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(_ended())
-        for number, stream in self._streams.items():
-            if self._num_open[number]:
-                stream.take(_ended())
+        for stream in self._streams.values():
+            stream.take(_ended())
 
     def _take(self, number: int, kind: str, *rest: Any) -> None:
         stream = self._streams.get(number)  # None once its reader has left
@@ -215,13 +213,10 @@ class RemoteService:
                 future.set_result(*rest)
         elif stream is not None:
             if kind == "token":
-                piece = Piece(*rest)
-                self._num_open[number] -= piece.finish_reason is not None
-                stream.take(piece)
+                stream.take(Piece(*rest))
             elif kind == "size":
                 (stream.num_prompt_tokens,) = rest
             else:
-                self._num_open[number] = 0
                 stream.take(ApiError(*rest[:4], **rest[4]))
 
     async def say_alive(self) -> None:
@@ -243,7 +238,6 @@ class RemoteService:
         """See `Service`. The launcher reads the body again: a model written as JSON would lose NaN and infinities."""
         number = self._send_new("start", isinstance(asked, ChatRequest), body.decode(), num_sequences, answer_id)
         self._streams[number] = stream = Stream(num_sequences, 0)
-        self._num_open[number] = num_sequences
         stream.leave = partial(self._leave, number)
         return stream
 
@@ -252,7 +246,7 @@ class RemoteService:
         self._link.send(None, "refused", status)
 
     def _leave(self, number: int) -> None:
-        del self._streams[number], self._num_open[number]
+        del self._streams[number]
         self._link.send(number, "leave")
 
     def _send_new(self, *message: Any) -> int:

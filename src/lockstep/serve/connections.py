@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lockstep.serve.service import Service
 
 MAX_HEAD_BYTES = 2**16
-_HEAD_TOO_LARGE = ApiError(431, f"the head of a request is larger than {MAX_HEAD_BYTES} bytes")
+_HEAD_TOO_LARGE = ApiError(431, f"the head or the trailers of a request are larger than {MAX_HEAD_BYTES} bytes")
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 _KEEP_ALIVE_S = 30
 _LAST_ANSWERS_S = 5
@@ -59,8 +59,8 @@ class _Server(uvicorn.Server):
 class _Protocol(HttpToolsProtocol):
     """One connection with one request at a time, and limits that Uvicorn lacks: connections, heads, unread bodies.
 
-    A client that sends a request before the last one is answered gets no answer to it: the connection closes after the
-    present one. Uvicorn would queue it, and not see any more that the client of the present one has gone.
+    If a client sends a request before the previous one is answered, the connection closes after that answer. Uvicorn
+    would queue the request, and no longer notice that the client of the first one has gone.
     """
 
     def __init__(self, *arguments: Any, limits: ServeOptions, refused: Callable[[int], None], **names: Any) -> None:
@@ -89,7 +89,7 @@ class _Protocol(HttpToolsProtocol):
         if self._awaits == "head":
             if self._timer is None:
                 self._await_head()
-            # The parser would take the body for another protocol; curl and other clients offer one with each request.
+            # With an offer to upgrade, as curl --http2 makes one, the parser would take the body for another protocol.
             head, end, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"", head) + end + rest
         self._num_idle_bytes += len(data)
@@ -129,7 +129,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._awaits == "answer":
             self._awaits = "head"
-        elif not self.transport.is_closing():  # let the client read the answer before the rest of its body is refused
+        elif not self.transport.is_closing():  # the client reads the answer while it still sends
             self._timer = self.loop.call_later(self._limits.read_timeout_s, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
@@ -153,7 +153,7 @@ class _Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _read_no_more(self) -> None:
-        """Throw away what comes, which shows that the client is still there, and close after the present answer."""
+        """Discard what comes, and close after the present answer. A closed connection is still noticed."""
         self._reads = self.cycle.keep_alive = False
 
     def _end_with(self, error: ApiError) -> None:
@@ -172,4 +172,4 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _NotRead(Exception):
-    """Ends the parser's work; what it has not read is thrown away."""
+    """Ends the parser's work on data; the rest of it is discarded."""

@@ -33,7 +33,7 @@ _UNIONS = {
 # Values that change nothing here, by field; None if none of its values does.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")),
-    **dict.fromkeys(("parallel_tool_calls",)),
+    "parallel_tool_calls": None,
     "tool_choice": ("none",),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
@@ -240,7 +240,7 @@ def _max_tokens(request: CompletionRequest | ChatRequest, engine: Engine, number
         limit, where = capacity // PAGE_SIZE * PAGE_SIZE, "a rank's KV cache"
     room = int(limit) - num_prompt_tokens
     if room < 1:
-        what = f"has {num_prompt_tokens} tokens, more than the {limit - 1} that fit into {where} with an answer"
+        what = f"has {num_prompt_tokens} tokens, more than the {limit - 1} that leave room for an answer in {where}"
         raise ConfigurationError(f"prompt {number} {what}")
     if isinstance(request, CompletionRequest):
         return min(16, room) if request.max_tokens is None else request.max_tokens

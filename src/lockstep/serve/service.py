@@ -192,7 +192,7 @@ class Service:
         """
         engine, most = self._usable(), self._options.max_queue
         if num_sequences > most:
-            text = f"n * prompts must be <= {most}, since no more sequences may wait, got {num_sequences}"
+            text = f"n * prompts must be <= {most}, the limit of waiting sequences (--max-queue), got {num_sequences}"
             raise ApiError(400, text, "prompt" if asked.n is None else "n")
         if self.num_waiting + num_sequences > most:
             text = f"{self.num_waiting} sequences wait already, and at most {most} may: try again later"
